@@ -1,0 +1,46 @@
+"""Train the run of a run file: `deepspeed launch/pretrain.py --config launch/runs/NAME.toml [--set section.key=value]`.
+
+The launcher starts one process a rank and passes --local_rank; the environment holds the same number.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
+
+from ted_scale.config import load_run
+from ted_scale.errors import run_main
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="the run file, TOML")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="section.key=value", help="on top of the run file"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved run and its arithmetic, start nothing"
+    )
+    parser.add_argument("--ranks", type=int, help="ranks to assume in a dry run; default: what the launcher says, or 1")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    run = load_run(arguments.config, arguments.set)
+
+    from ted_scale.plan import describe, make_plan  # seconds of imports that a typing mistake should not cost
+
+    plan = make_plan(run, world=arguments.ranks or int(os.environ.get("WORLD_SIZE", "1")))
+    if arguments.dry_run:
+        from ted_scale.config import to_toml
+
+        print(to_toml(run), describe(plan), sep="\n")
+        return
+
+    from ted_scale.build import run_plan
+
+    run_plan(plan)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,245 @@
+"""Everything that happens once: process group, teacher, and per stage the student's engine, its data and its checkpoints.
+
+A stage is built anew, also within one process: stage II starts from the student's folder and stage I's filters file, the
+same way whether stage I ran a second ago, before a crash, or in another run.
+"""
+
+import logging
+import os
+import warnings
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from ted_scale import checkpoint, metrics
+from ted_scale import checkpoint_files as files
+from ted_scale.checkpoint_files import Progress
+from ted_scale.config import to_toml
+from ted_scale.data import open_stream, steps
+from ted_scale.errors import UserError
+from ted_scale.filters import Filter
+from ted_scale.guard import Guard
+from ted_scale.plan import Plan, as_dict, describe, flops_per_token
+from ted_scale.schedule import Stage
+from ted_scale.student import Student
+from ted_scale.teacher import Teacher, TeacherBody
+from ted_scale.train import train
+from ted_scale.validate import validate
+from ted_scale.zero import build_network, shape_of, sharded_construction
+
+log = logging.getLogger("ted_scale")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def run_plan(plan: Plan) -> None:
+    """Build and train every stage that is not done yet."""
+    device = start_ranks()
+    progress, newest = claim_folder(plan)
+    wandb_run = metrics.open_wandb(plan.run, progress.wandb_id) if dist.get_rank() == 0 else None
+    progress = Progress(
+        progress.step, progress.tokens, wandb_run.id if wandb_run else progress.wandb_id, plan.identity()
+    )
+    if wandb_run:
+        wandb_run.config.update({"plan": as_dict(plan)}, allow_val_change=True)
+    teacher = build_teacher(plan)
+    numbers = metrics.Metrics(
+        plan.run,
+        writes=dist.get_rank() == 0,
+        total_steps=plan.total_steps,
+        step=progress.step,
+        device=device,
+        wandb_run=wandb_run,
+    )
+    for stage in plan.stages:
+        if progress.step < stage.last_step:
+            numbers.flops_per_token = flops_per_token(plan, stage)
+            resumed = newest if progress.step > stage.first_step else None
+            progress = run_stage(plan, stage, teacher, progress, resumed, numbers, device)
+    numbers.close()
+    metrics.say(
+        f"done: {plan.run.folder} holds step {progress.step}; export it with python tools/export_hf.py {plan.run.folder} OUT"
+    )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def start_ranks() -> torch.device:
+    """The process group, and this rank's device. One process without a launcher is a world of its own."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="deepspeed|torch")
+    for key, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29511",
+    }.items():
+        os.environ.setdefault(key, value)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=30))
+    if get_accelerator().device_name() == "cpu":
+        return torch.device("cpu")
+    local = int(os.environ["LOCAL_RANK"])
+    get_accelerator().set_device(local)
+    return torch.device(get_accelerator().device_name(), local)
+
+
+def claim_folder(plan: Plan):
+    """Make the run's folder, see that all ranks share it, and find where the run stands."""
+    folder, writes = plan.run.folder, dist.get_rank() == 0
+    token, sentence = folder / ".shared", None
+    try:
+        if writes:
+            files.checkpoints_of(folder).mkdir(parents=True, exist_ok=True)
+            files.write_durably(folder / "run.toml", to_toml(plan.run))
+            token.write_text(secret := os.urandom(8).hex(), encoding="utf-8")
+        message = [secret if writes else None]
+    except OSError as error:
+        sentence, message = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}", [None]
+    dist.broadcast_object_list(message, src=0)
+    seen = token.read_text(encoding="utf-8") if token.exists() else None
+    refuse_together(
+        sentence or None
+        if seen == message[0]
+        else f"runs must be a folder that all nodes share, but {folder} is not "
+        f"the same on rank {dist.get_rank()}; set runs to a shared file system"
+    )
+    metrics.open_log(folder, writes)
+    newest = files.newest_checkpoint(folder)
+    progress = files.read_progress(newest) if newest else Progress()
+    dist.barrier()
+    if writes:
+        token.unlink()
+        metrics.trim_rows(folder / "metrics.jsonl", progress.step)
+        log.info(describe(plan))
+        if newest:
+            log.info(f"resuming from {newest}")
+    return progress, newest
+
+
+def refuse_together(sentence: str | None) -> None:
+    """Every rank leaves with the first sentence, so that none waits for another."""
+    sentences = [None] * dist.get_world_size()
+    dist.all_gather_object(sentences, sentence)
+    first = next((s for s in sentences if s), None)
+    if first:
+        raise UserError(first)
+
+
+def engine_config(plan: Plan, **trained) -> dict:
+    """DeepSpeed's configuration: its file's part, and what the run file owns."""
+    return {
+        **plan.ds_config,
+        "train_micro_batch_size_per_gpu": plan.run.train.micro_batch,
+        "bf16": {"enabled": plan.run.train.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 2**31,
+        **trained,
+    }
+
+
+def build_teacher(plan: Plan):
+    if plan.teacher is None:
+        return lambda batch, weights: None
+    import deepspeed
+
+    config = engine_config(plan)
+    config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+    network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision])
+    body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
+    return Teacher(deepspeed.initialize(model=body, config=config)[0], body)
+
+
+def build_student(plan: Plan, stage: Stage, teacher):
+    """The stage's engine: what trains in it, with its optimizer."""
+    import deepspeed
+
+    run, dtype = plan.run, DTYPES[plan.run.train.precision]
+    config = engine_config(plan, gradient_accumulation_steps=plan.accumulation, gradient_clipping=run.train.clip)
+    network = build_network(plan.student, ds_config=config, dtype=dtype, init=run.student.init, seed=run.seed)
+    network.requires_grad_(not stage.learns_filters)
+    if run.student.gradient_checkpointing and not stage.learns_filters:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    with sharded_construction(config, dtype):
+        filters_s, filters_t = build_filters(plan, stage)
+    if not stage.learns_filters and filters_t is not None:
+        checkpoint.load_filters(plan.filters_file, {"student": filters_s, "teacher": filters_t})
+        filters_t.requires_grad_(False)
+    module = Student(
+        run, network, plan.student, plan.pairs, learns_filters=stage.learns_filters, filters_s=filters_s,
+        filters_t=filters_t, head_t=getattr(teacher, "head", None),
+    )  # fmt: skip
+    module.train()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(run, module), lr=run.train.lr, betas=run.train.betas, eps=run.train.eps
+    )
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+
+
+def build_filters(plan: Plan, stage: Stage):
+    """(student's, teacher's) filters, one a pair; lwd has none on the teacher's side and a random one on the student's."""
+    if not plan.pairs:
+        return None, None
+    filters, lwd = plan.run.filters, plan.run.method == "lwd"
+    heads = filters.head == "per_layer" and stage.learns_filters
+
+    def side(anatomy, offset: int):
+        seeds = [plan.run.seed * 1000 + 2 * k + offset for k in range(len(plan.pairs))]
+        vocab = anatomy.vocab_size if heads else 0
+        settings = {"mlp": filters.mlp, "random": lwd, "vocab": vocab}
+        return torch.nn.ModuleList(Filter(anatomy.width, plan.width, seed=seed, **settings) for seed in seeds)
+
+    return side(plan.student, 0), None if lwd else side(plan.teacher, 1)
+
+
+def parameter_groups(run, module: Student) -> list[dict]:
+    """Matrices with weight decay, the rest without, and the filters with a rate of their own."""
+    trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    filters = [p for n, p in trained if n.startswith("filters_")]
+    network = [p for n, p in trained if not n.startswith("filters_")]
+    groups = [
+        {
+            "role": "decay",
+            "params": [p for p in network if len(shape_of(p)) > 1],
+            "weight_decay": run.train.weight_decay,
+        },
+        {"role": "plain", "params": [p for p in network if len(shape_of(p)) <= 1], "weight_decay": 0.0},
+        {"role": "filters", "params": filters, "weight_decay": 0.0},
+    ]
+    rates = {"filters": run.filters.lr}
+    return [{**g, "peak_lr": rates.get(g["role"], run.train.lr)} for g in groups if g["params"]]
+
+
+def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, numbers, device) -> Progress:
+    run = plan.run
+    engine = build_student(plan, stage, teacher)
+    if resumed:
+        checkpoint.load(engine, resumed)
+    vocabulary = min(a.vocab_size for a in (plan.student, plan.teacher) if a)
+    data = steps(
+        open_stream(run.data, run.seed, vocabulary), start=(progress.step - stage.first_step) * plan.samples_per_step,
+        samples_per_step=plan.samples_per_step, micro_batch=run.train.micro_batch, rank=dist.get_rank(),
+        world=dist.get_world_size(), device=device, prefetch=run.data.prefetch,
+    )  # fmt: skip
+    check = partial(validate, plan, teacher, numbers, vocabulary, device)
+    if progress.step == stage.first_step and not stage.learns_filters:
+        check(engine, progress, with_teacher=True)
+    numbers.resume_from(progress.tokens)
+    progress = train(stage, engine, teacher, data, Guard(engine), numbers, progress, check, partial(save, plan, stage))
+    data.close()
+    engine.destroy()
+    return progress
+
+
+def save(plan: Plan, stage: Stage, engine, progress: Progress) -> None:
+    """A checkpoint; at the end of stage I the filters first, so that its last checkpoint is never without them."""
+    filters_file = plan.filters_file
+    if stage.learns_filters and progress.step == stage.last_step:
+        sides = {"student": engine.module.filters_s, "teacher": engine.module.filters_t}
+        checkpoint.save_filters(filters_file, sides, plan.filters_identity())
+    taken_along = None if stage.learns_filters else filters_file
+    checkpoint.save(engine, plan.run.folder, progress, keep=plan.run.checkpoint.keep, filters_file=taken_along)

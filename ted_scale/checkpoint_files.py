@@ -1,0 +1,122 @@
+"""A run's checkpoints as files: names, what stands in them beside DeepSpeed's shards, which one is the newest.
+
+Needs no process group and no DeepSpeed, so that a wrong resume is refused before either starts. `latest` is moved by one
+rename after everything it names is on disk.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ted_scale.errors import UserError
+
+PART = ".part"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. With the shards beside it, all that a resume needs: data position and schedule follow from it."""
+
+    step: int = 0
+    tokens: int = 0
+    wandb_id: str | None = None
+    identity: dict = dataclasses.field(default_factory=dict)
+
+    def advanced(self, tokens: int) -> "Progress":
+        return dataclasses.replace(self, step=self.step + 1, tokens=self.tokens + tokens)
+
+
+def checkpoints_of(folder: Path) -> Path:
+    return folder / "checkpoints"
+
+
+def filters_of(folder: Path) -> Path:
+    """Stage I's result."""
+    return folder / "filters.safetensors"
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    pointer = checkpoints_of(folder) / "latest"
+    if not pointer.exists():
+        return None
+    checkpoint = checkpoints_of(folder) / pointer.read_text(encoding="utf-8").strip()
+    if not (checkpoint / "progress.json").is_file():
+        raise UserError(
+            f"{pointer} must name a checkpoint, but {checkpoint} is not one; write the name of a whole one into it"
+        )
+    return checkpoint
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    try:
+        return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint}/progress.json must be a progress file, but is not: {error}") from None
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Whole or not at all, also over a power cut."""
+    temporary = path.with_name(path.name + PART)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def write_progress(checkpoint: Path, progress: Progress) -> None:
+    write_durably(checkpoint / "progress.json", json.dumps(dataclasses.asdict(progress), indent=1))
+
+
+def publish(part: Path) -> Path:
+    """Give a finished checkpoint its name, then move `latest` to it."""
+    checkpoint = part.with_name(part.name.removesuffix(PART))
+    shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier life of this run, past where it was resumed
+    part.rename(checkpoint)
+    write_durably(checkpoint.parent / "latest", checkpoint.name)
+    return checkpoint
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Only the last `keep` checkpoints stay, the one `latest` names among them."""
+    steps = sorted(p for p in checkpoints_of(folder).glob("step_*") if p.is_dir() and not p.name.endswith(PART))
+    for old in steps[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def check_identity(where: Path, theirs: dict, ours: dict) -> None:
+    """Refuse the first thing in which a checkpoint and this run differ."""
+    for key in dict.fromkeys([*theirs, *ours]):
+        if theirs.get(key) != ours.get(key):
+            raise UserError(
+                f"{key} must be {theirs.get(key)!r} to resume from {where}, but is {ours.get(key)!r}; "
+                "set it back, or give the run another name"
+            )
+
+
+def check_filters(path: Path, identity: dict) -> None:
+    """`filters.from` names a run whose stage I is done and fits this one."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"filters.from must name a run folder whose stage I is done, but {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            written = json.loads(tensors.metadata()["identity"])
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"filters.from must name filters that this project wrote, but {path} is not: {error}") from None
+    check_identity(path, written, identity)

@@ -1,0 +1,172 @@
+"""Texts in: documents out of plain text, JSON lines and parquet files, also .gz and .zst, in a fixed order.
+
+What becomes of a document (tokens, a vocabulary) is the tools' business. Texts are not changed: no newline is
+translated, nothing is stripped but the line end that separates documents. The surprise: an unreadable document goes to
+`on_error`, which raises it (the default) or counts it and returns.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ted_scale.errors import UserError
+
+# fmt: off
+TEXT = {
+    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".css", ".csv", ".tsv", ".xml", ".json", ".yaml", ".yml", ".toml",
+    ".ini", ".cfg", ".py", ".pyi", ".ipynb", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java",
+    ".kt", ".scala", ".js", ".jsx", ".ts", ".tsx", ".rb", ".pl", ".php", ".lua", ".r", ".jl", ".hs", ".ml", ".sh",
+    ".bash", ".sql", ".swift", ".m",
+}
+# fmt: on
+LINES = {".jsonl", ".ndjson"}
+PACKED = {".gz", ".zst"}
+
+
+class Document(NamedTuple):
+    """A text, where it stands, and how many bytes of all inputs were read when it was complete."""
+
+    text: str
+    source: str
+    line: int | None
+    consumed: int
+
+
+def stop(error: UserError) -> None:
+    raise error
+
+
+def find_files(inputs: list[str]) -> list[Path]:
+    """The files named, and those of known kind in the folders named (sorted, hidden ones left out)."""
+    files = []
+    for name in inputs:
+        if not Path(name).exists():
+            raise UserError(f"input {name} must exist, but is missing; check the path")
+        files += sorted(_walk(Path(name))) if Path(name).is_dir() else [Path(name)]
+    if not files:
+        raise UserError(
+            f"input {' '.join(inputs)} must hold text, .jsonl or .parquet files, but holds none; "
+            "name a file itself to read it whatever its ending"
+        )
+    return files
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and path.is_file() and _kind(path) in TEXT | LINES | {".parquet"}:
+            yield path
+
+
+def _kind(path: Path) -> str:
+    plain = path.with_suffix("") if path.suffix.lower() in PACKED else path
+    return plain.suffix.lower()
+
+
+def read_documents(
+    files: list[Path], text_key: str = "text", document_per: str = "auto", on_error: Callable = stop
+) -> Iterator[Document]:
+    """Every document of the files in order; `document_per` file or line is about plain text, auto means file."""
+    before = 0
+    for path in files:
+        read = _parquet if _kind(path) == ".parquet" else _lines if _kind(path) in LINES else _text
+        for document in read(path, text_key, document_per, on_error):
+            yield document._replace(consumed=before + document.consumed)
+        before += path.stat().st_size
+
+
+def _text(path: Path, _text_key: str, document_per: str, on_error: Callable) -> Iterator[Document]:
+    per_line = document_per == "line"
+    for number, content, consumed in _raw_lines(path, on_error) if per_line else _raw_file(path, on_error):
+        try:
+            yield Document(content.decode(), str(path), number, consumed)
+        except UnicodeDecodeError as error:
+            on_error(_unreadable(path, number, "UTF-8 text", error.reason))
+
+
+def _lines(path: Path, text_key: str, _document_per: str, on_error: Callable) -> Iterator[Document]:
+    for number, line, consumed in _raw_lines(path, on_error):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[text_key]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            on_error(_unreadable(path, number, f'a JSON object with "{text_key}"', f"{type(error).__name__}: {error}"))
+            continue
+        if isinstance(text, str):
+            yield Document(text, str(path), number, consumed)
+        else:
+            on_error(_unreadable(path, number, f'a JSON object with text in "{text_key}"', type(text).__name__))
+
+
+def _parquet(path: Path, text_key: str, _document_per: str, on_error: Callable) -> Iterator[Document]:
+    pyarrow, parquet = _imported("pyarrow", path), _imported("pyarrow.parquet", path)
+    size, row = path.stat().st_size, 0
+    try:
+        file = parquet.ParquetFile(path)
+        if text_key not in file.schema_arrow.names:
+            raise UserError(
+                f"{path} must have a column {text_key}, but has {', '.join(file.schema_arrow.names)}; set --text-key"
+            )
+        for rows in file.iter_batches(batch_size=1024, columns=[text_key]):
+            for text in rows.column(0).to_pylist():
+                row += 1
+                if isinstance(text, str):
+                    yield Document(text, str(path), row, size * row // file.metadata.num_rows)
+                else:
+                    on_error(_unreadable(path, row, f"a row with text in {text_key}", type(text).__name__))
+    except (pyarrow.ArrowException, OSError) as error:
+        on_error(_unreadable(path, None, "a whole parquet file", error))
+
+
+def _raw_file(path: Path, on_error: Callable) -> Iterator[tuple[None, bytes, int]]:
+    raw, stream, errors = _open(path)
+    with raw:
+        try:
+            content = stream.read()
+        except errors as error:
+            on_error(_unreadable(path, None, f"a whole {path.suffix} file", error))
+            return
+    yield None, content, path.stat().st_size
+
+
+def _raw_lines(path: Path, on_error: Callable) -> Iterator[tuple[int, bytes, int]]:
+    raw, stream, errors = _open(path)
+    number = 0
+    with raw:
+        try:
+            for number, line in enumerate(stream, 1):
+                yield number, line.removesuffix(b"\n").removesuffix(b"\r"), raw.tell()
+        except errors as error:
+            on_error(_unreadable(path, number + 1, f"a whole {path.suffix} file", error))
+
+
+def _open(path: Path) -> tuple[io.BufferedReader, io.BufferedIOBase, tuple[type[Exception], ...]]:
+    """The file, its unpacked bytes, and what reading those may raise."""
+    packed = path.suffix.lower()
+    zstandard = _imported("zstandard", path) if packed == ".zst" else None
+    raw = path.open("rb")  # the caller closes it
+    if packed == ".gz":
+        return raw, gzip.open(raw), (OSError, EOFError, zlib.error)
+    if zstandard:
+        stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return raw, io.BufferedReader(stream, 1 << 20), (OSError, zstandard.ZstdError)
+    return raw, raw, (OSError,)
+
+
+def _imported(module: str, path: Path):
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError:
+        package = module.split(".")[0]
+        raise UserError(f"reading {path} must have {package}, but it is not installed; pip install {package}") from None
+
+
+def _unreadable(path: Path, line: int | None, must: str, found: object) -> UserError:
+    where = path if line is None else f"{path}:{line}"
+    reason = " ".join(str(found).split())
+    return UserError(f"{where} must be {must}, but is not ({reason}); correct it or pass --on-error skip")

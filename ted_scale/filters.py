@@ -1,0 +1,84 @@
+"""The layer pairs, and the task-aware filters that sit on them.
+
+A filter is a linear map with bias into the common width D, optionally behind a residual MLP; both start as the identity
+where they can. A filter's forward lends its weights to the loss that is passed in: fused losses read weights as tensors,
+and under ZeRO-3 a weight is whole only while its owner's forward runs.
+"""
+
+import torch
+from torch import nn
+
+from ted_scale.config import Pairs
+from ted_scale.errors import UserError
+from ted_scale.models import Head
+
+
+def match_layers(pairs: Pairs, layers_s: int, layers_t: int) -> list[tuple[int, int]]:
+    """(student block, teacher block) pairs, from 0."""
+    matched = [tuple(p) for p in pairs.explicit] or uniform(layers_s, layers_t)
+    for k, pair in enumerate(matched):
+        for side, block, layers in zip(("student", "teacher"), pair, (layers_s, layers_t), strict=True):
+            if not 0 <= block < layers:
+                raise UserError(f"pairs.explicit[{k}] must name {side} blocks 0 to {layers - 1}, but is {list(pair)}")
+    if pairs.skip_last >= len(matched):
+        raise UserError(f"pairs.skip_last must leave a pair, but is {pairs.skip_last} of {len(matched)} pairs")
+    return matched[: len(matched) - pairs.skip_last]
+
+
+def uniform(layers_s: int, layers_t: int) -> list[tuple[int, int]]:
+    """Student block k with the last teacher block of its share: ceil((k+1)·K_t/K_s) − 1."""
+    if layers_s > layers_t:
+        raise UserError(
+            f"pairs.explicit must list pairs where the student is deeper, but it has {layers_s} blocks over {layers_t}"
+        )
+    return [(k, -(-(k + 1) * layers_t // layers_s) - 1) for k in range(layers_s)]
+
+
+class Filter(nn.Module):
+    """[N, E] → [N, D]; `vocab` adds a head of the filter's own (stage I, head = "per_layer")."""
+
+    def __init__(
+        self, width_in: int, width_out: int, *, mlp: int = 0, random: bool = False, vocab: int = 0, seed: int = 0
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width_out, width_in))
+        self.bias = nn.Parameter(torch.zeros(width_out))
+        self.up = nn.Linear(width_in, mlp) if mlp else None
+        self.down = nn.Linear(mlp, width_in) if mlp else None
+        self.head_weight = nn.Parameter(torch.empty(vocab, width_out)) if vocab else None
+        self.head_bias = nn.Parameter(torch.zeros(vocab)) if vocab else None
+        with torch.no_grad():
+            self.start(random or width_in != width_out, seed)
+
+    def start(self, random: bool, seed: int) -> None:
+        """Written inside the constructor, while ZeRO-3 still lets every rank see the whole tensor."""
+        torch.manual_seed(seed)
+        if random:
+            nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        else:
+            nn.init.eye_(self.weight)
+        if self.head_weight is not None:
+            nn.init.normal_(self.head_weight, std=0.02)
+
+    def bend(self, states_NE):
+        """The residual MLP."""
+        if self.up is None:
+            return states_NE
+        return states_NE + self.down(torch.nn.functional.gelu(self.up(states_NE)))
+
+    def forward(self, states_NE, loss):
+        """`loss(states, weight, bias, own_head)` while the weights are whole."""
+        head = None if self.head_weight is None else Head((), self.head_weight, self.head_bias, None, 1.0)
+        return loss(self.bend(states_NE), self.weight, self.bias, head)
+
+
+class OutputHead(nn.Module):
+    """Owns the network's (maybe tied) output projection once more, to lend it to the fused logit losses."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+    def forward(self, states_ND, loss):
+        return loss(states_ND, self.weight, self.bias)

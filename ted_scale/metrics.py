@@ -1,0 +1,214 @@
+"""Where a run's numbers go: metrics.jsonl always, the console on rank 0, Weights & Biases where the run file asks.
+
+train.py hands over host floats, read once a step; this file averages them over `log_every` steps and adds what only the
+clock and the device know. The surprise: on a GPU durations are pairs of events, read when the row is written.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ted_scale.checkpoint_files import write_durably
+from ted_scale.config import Run
+
+log = logging.getLogger("ted_scale")
+
+# Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity).
+DEVICE_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "MI300X": 1307e12}
+
+
+class Clock:
+    """Sums of named durations; on CUDA events are recorded and nobody waits for them until `read`."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.spans = device.type == "cuda", []
+
+    @contextlib.contextmanager
+    def time(self, name: str):
+        start = self.now()
+        try:
+            yield
+        finally:
+            self.spans.append((name, start, self.now()))
+
+    def now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds by name since the last read."""
+        total: dict[str, float] = {}
+        for name, start, end in self.spans:
+            elapsed = start.elapsed_time(end) if self.cuda else (end - start) * 1e3
+            total[name] = total.get(name, 0.0) + elapsed
+        self.spans = []
+        return total
+
+
+class Metrics:
+    """One row every `log_every` steps. Only rank 0 writes; the others keep the same calls and stay silent."""
+
+    def __init__(
+        self, run: Run, *, writes: bool, total_steps: int, step: int, device, wandb_run
+    ):
+        self.writes, self.wandb_run, self.device = writes, wandb_run, device
+        self.flops_per_token, self.every = 0.0, run.log_every
+        self.rows: list[dict[str, float]] = []
+        self.clock, self.since, self.tokens_before = Clock(device), time.perf_counter(), None
+        self.file = (run.folder / "metrics.jsonl").open("a", encoding="utf-8") if writes else None
+        self.bar = tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            disable=not (writes and sys.stderr.isatty()),
+            dynamic_ncols=True,
+        )
+
+    def add(self, step: int, tokens: int, values: dict[str, float], *, last: bool) -> None:
+        """Keep a step's numbers; write the row when it is due."""
+        self.rows.append(values)
+        self.bar.update(1)
+        if step % self.every == 0 or last:
+            self.write(step, tokens, {**mean_rows(self.rows), **self.performance(tokens, len(self.rows))})
+            self.rows = []
+
+    def performance(self, tokens: int, steps: int) -> dict[str, float]:
+        elapsed = time.perf_counter() - self.since
+        spans = {f"perf/{name}": total / steps for name, total in self.clock.read().items()}
+        rate = (tokens - (self.tokens_before or 0)) / elapsed
+        self.since, self.tokens_before = time.perf_counter(), tokens
+        row = {"perf/tokens_per_s": rate, "perf/step_ms": elapsed / steps * 1e3, **spans}
+        row["memory/peak_gib"] = peak_memory(self.device) / 2**30
+        peak = device_peak(self.device)
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        return {**row, "perf/mfu": rate * self.flops_per_token / (peak * world)} if peak else row
+
+    def timed(self, items, name: str):
+        """`items`, with the time spent waiting for the next one under `name`."""
+        items = iter(items)
+        while True:
+            with self.clock.time(name):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+    def resume_from(self, tokens: int) -> None:
+        """Speed counts from here: neither start-up nor what an earlier process did."""
+        self.tokens_before, self.since, self.rows = tokens, time.perf_counter(), []
+        self.clock.read()
+
+    def write(self, step: int, tokens: int, values: dict[str, float]) -> None:
+        if not self.writes:
+            return
+        row = {"step": step, "tokens": tokens, **values}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.wandb_run is not None:
+            self.wandb_run.log(row)
+        say(f"step {step:>6}  " + "  ".join(f"{k.split('/', 1)[1]} {v:.4g}" for k, v in values.items() if shown(k)))
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file:
+            self.file.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+
+def trim_rows(path: Path, step: int) -> None:
+    """Forget the rows past the checkpoint that a run resumes from: it will write them again."""
+    if not path.exists():
+        return
+    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    kept = [line for line in rows if json.loads(line)["step"] <= step]
+    write_durably(path, "".join(f"{line}\n" for line in kept))
+
+
+def say(line: str) -> None:
+    """A line of the log that does not tear the progress bar."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        log.info(line)
+
+
+def shown(key: str) -> bool:
+    shown_groups = key.startswith(("loss/", "val/", "optim/")) and not key.startswith(("loss/layer/", "loss/filter"))
+    return shown_groups or key in ("perf/tokens_per_s", "perf/step_ms")
+
+
+def mean_rows(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the steps since the last row; a term that was off in some of them counts where it was on."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: math.fsum(vs) / len(vs) for key in keys if (vs := [row[key] for row in rows if key in row])}
+
+
+def peak_memory(device) -> float:
+    """Bytes: the allocator's peak on a GPU, the process's resident peak elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_peak(device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in DEVICE_PEAKS.items() if key in name), None)
+
+
+def open_log(folder: Path, writes: bool) -> None:
+    """log.txt and the console on rank 0; warnings of every rank."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if writes:
+        handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.handlers, log.propagate = handlers, False
+    log.setLevel(logging.INFO if writes else logging.WARNING)
+
+
+def open_wandb(run: Run, run_id: str | None):
+    """The W&B run, resumed under its id; offline where there is no key, with the command that uploads it later."""
+    if run.wandb is None:
+        return None
+    import wandb
+
+    settings = run.wandb
+    online = settings.mode == "online" or (settings.mode == "auto" and has_key())
+    wandb_run = wandb.init(
+        project=settings.project, entity=settings.entity, group=settings.group, name=run.name, id=run_id,
+        tags=settings.tags, notes=settings.notes, dir=str(run.folder), config=run.model_dump(by_alias=True),
+        mode="online" if online else "offline", resume="allow",
+        settings=wandb.Settings(silent=True, console="off"),
+    )  # fmt: skip
+    for axis in ("step", "tokens"):
+        wandb_run.define_metric(axis)
+    wandb_run.define_metric("*", step_metric="step")
+    if not online:
+        say(
+            f"W&B is offline; look with `wandb leet {run.folder}/wandb`, upload with `wandb sync {run.folder}/wandb/offline-run-*`"
+        )
+    return wandb_run
+
+
+def has_key() -> bool:
+    import netrc
+
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    return False

@@ -1,0 +1,227 @@
+"""What a Hugging Face causal LM is made of, learnt from its config alone: no weights, no process group.
+
+The model is built on the meta device and run once: the run shows which module is the body, where its blocks are, what is
+applied after the last block (the tail) and what happens to the logits. Nothing is guessed from a family's name.
+Block k's state is the output of block k, counted from 0, before the tail: not `hidden_states[k]`, whose last entry is
+behind the final norm in most families.
+"""
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from ted_scale import attention
+from ted_scale.errors import UserError
+
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+PROBE_LOGITS = torch.tensor([-40.0, -3.0, -0.5, 0.0, 1.0, 7.0, 55.0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """Where a family keeps what distillation needs; names are module paths inside the causal LM."""
+
+    folder: Path
+    family: str
+    body: str
+    blocks: str
+    tail: tuple[str, ...]
+    layers: int
+    width: int
+    head_width: int
+    vocab_size: int
+    softcap: float | None
+    logit_scale: float
+    parameters: int
+    max_length: int | None
+
+
+def find_folder(key: str, path: str) -> Path:
+    """The local folder of a model: `path` itself, or the hub snapshot it names."""
+    if Path(path).is_dir():
+        return Path(path)
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+
+        with contextlib.suppress(Exception):  # whatever the hub says, the way out is the same
+            return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
+    raise UserError(f"{key} must be a local model folder or a hub id that can be reached, but is '{path}'")
+
+
+def read_config(key: str, folder: Path):
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{key} must hold the config.json of a known model family, but {folder} does not: {reason}"
+        ) from None
+    experts = next((v for k in EXPERT_KEYS if (v := getattr(config, k, None))), 0)
+    if experts > 1:
+        raise UserError(f"{key} must be a dense model for now, but {folder} has {experts} experts; choose a dense one")
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)  # distillation compares states: what one side dropped would count as distance
+    return config
+
+
+def empty_model(config, dtype=None):
+    """The family's module tree under the caller's device context, without running its weight initialization."""
+    from transformers.initialization import no_init_weights
+
+    with quiet_transformers(), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
+    model.tie_weights()  # skipped together with the initialization
+    model.generation_config = GenerationConfig()
+    return model
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """A new model has no generation config yet; transformers prints a page about it."""
+    logger = logging.getLogger("transformers")
+    level, _ = logger.level, logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
+    """Learn a model's anatomy; `key` is the run file's name for it, for the sentences."""
+    folder = find_folder(key, path)
+    if needs_weights and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{key} must hold *.safetensors weights, but {folder} has none; save the model with save_pretrained"
+        )
+    config = read_config(key, folder)
+    try:
+        with torch.device("meta"):
+            model = empty_model(config)
+        order, logits = trace(model)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{key} must be a decoder-only causal LM, but {folder} ({config.model_type}) is not: {reason}"
+        ) from None
+    blocks = find_blocks(key, model, config.num_hidden_layers)
+    after = order[max(i for i, name in enumerate(order) if name == f"{blocks}.{config.num_hidden_layers - 1}") + 1 :]
+    body = min((n for n in order if n and blocks.startswith(f"{n}.")), key=len)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    expected = soften(PROBE_LOGITS, softcap, scale)
+    if not torch.allclose(logits.float().flatten(), expected, rtol=1e-4, atol=1e-5):
+        raise UserError(
+            f"{key} must scale and soft-cap its logits in a known way, but {config.model_type} does something else"
+        )
+    head = model.get_output_embeddings()
+    return Anatomy(
+        folder=folder,
+        family=config.model_type,
+        body=body,
+        blocks=blocks,
+        tail=tuple(n for n in after[: after.index(body)] if n),
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        head_width=head.weight.shape[1],
+        vocab_size=head.weight.shape[0],
+        softcap=softcap,
+        logit_scale=scale,
+        parameters=sum(p.numel() for p in model.parameters()),
+        max_length=getattr(config, "max_position_embeddings", None),
+    )
+
+
+def soften(logits: torch.Tensor, softcap: float | None, scale: float) -> torch.Tensor:
+    """cap * tanh(scale * z / cap): what a family does to its logits."""
+    logits = logits * scale if scale != 1.0 else logits
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def trace(model) -> tuple[list[str], torch.Tensor]:
+    """Module names in the order they finish, and what the family makes of PROBE_LOGITS put in the head's place."""
+    order: list[str] = []
+    names = {module: name for name, module in model.named_modules()}
+    hooks = [m.register_forward_hook(lambda module, *_: order.append(names[module])) for m in names]
+    hooks.append(model.get_output_embeddings().register_forward_hook(lambda *_: PROBE_LOGITS.clone()[None, None]))
+    with torch.no_grad():
+        logits = model(input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta"), use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return order, logits
+
+
+def find_blocks(key: str, model, layers: int) -> str:
+    found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
+    if not found:
+        raise UserError(f"{key} must keep its {layers} blocks in one list, but {model.config.model_type} does not")
+    return min(found, key=len)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Everything a model applies after its last block. Whoever reads it gathers `parameters` first (see zero.gathered)."""
+
+    tail: tuple
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
+    softcap: float | None
+    logit_scale: float
+
+    def norm(self, states):
+        """The tail, past DeepSpeed's hooks: they belong to the forward of the engine that owns these modules."""
+        for module in self.tail:
+            states = module.forward(states)
+        return states
+
+    @property
+    def projection(self) -> list:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    @property
+    def parameters(self) -> list:
+        return [p for module in self.tail for p in module.parameters()] + self.projection
+
+
+def head_of(network, anatomy: Anatomy) -> Head:
+    output = network.get_output_embeddings()
+    tail = tuple(network.get_submodule(name) for name in anatomy.tail)
+    return Head(tail, output.weight, output.bias, anatomy.softcap, anatomy.logit_scale)
+
+
+class Taps:
+    """Forward hooks that keep the chosen blocks' outputs while `recording`; a recompute of a checkpointed block is not."""
+
+    def __init__(self, network, anatomy: Anatomy, indices):
+        self.states: dict[int, torch.Tensor] = {}
+        self.recording = False
+        blocks = network.get_submodule(anatomy.blocks)
+        for index in sorted(set(indices)):
+            blocks[index].register_forward_hook(self.keeper(index))
+
+    def keeper(self, index: int):
+        def keep(module, inputs, output):
+            if self.recording:
+                self.states[index] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    @contextlib.contextmanager
+    def record(self, wanted: bool):
+        self.recording = wanted
+        try:
+            yield self.states
+        finally:
+            self.recording, self.states = False, {}
+
+
+def run_body(network, anatomy: Anatomy, tokens_BT, positions_BT=None):
+    """The input of the output projection, [B, T, head_width]; documents see only themselves where positions are given."""
+    kwargs = {}
+    if positions_BT is not None:
+        kwargs = {"position_ids": positions_BT, "attention_mask": attention.document_mask(positions_BT)}
+    return network.get_submodule(anatomy.body)(input_ids=tokens_BT, use_cache=False, **kwargs)[0]

@@ -1,0 +1,225 @@
+"""What follows from a run file, worked out and checked before any process group exists.
+
+Everything a user can get wrong and that files can tell is refused here, in one sentence. `describe` is what --dry-run
+prints; build.py carries the plan out.
+"""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ted_scale import checkpoint_files as files
+from ted_scale.config import Run, load_ds_config
+from ted_scale.errors import UserError
+from ted_scale.filters import match_layers
+from ted_scale.models import Anatomy, inspect
+from ted_scale.schedule import Stage, stages_of
+from ted_scale.shards import check_vocabulary, expand, read_index
+from ted_scale.vocabulary import check_same_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    run: Run
+    world: int
+    ds_config: dict
+    student: Anatomy
+    teacher: Anatomy | None
+    pairs: list[tuple[int, int]]
+    width: int
+    accumulation: int
+    stages: list[Stage]
+    corpus_tokens: int
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.run.train.tokens_per_step // self.run.data.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        return self.stages[-1].last_step
+
+    @property
+    def filters_file(self) -> Path | None:
+        """Where stage II finds the filters: this run's own stage I, or another run's."""
+        if self.run.method != "ted":
+            return None
+        return files.filters_of(Path(self.run.filters.from_run) if self.run.filters.from_run else self.run.folder)
+
+    def identity(self) -> dict:
+        """What a checkpoint and the run that resumes from it must share."""
+        shapes = ("family", "layers", "width", "vocab_size", "parameters")
+        sides = {"student": self.student, "teacher": self.teacher}
+        run, filters = self.run, self.run.filters
+        return {
+            "method": run.method,
+            "seed": run.seed,
+            "data.seq_len": run.data.seq_len,
+            "train.tokens_per_step": run.train.tokens_per_step,
+            "train.precision": run.train.precision,
+            "ranks": self.world,
+            **{f"{s}.{k}": getattr(a, k) for s, a in sides.items() if a for k in shapes},
+            **self.filters_identity(),
+            **({"filters.steps": filters.steps} if len(self.stages) > 1 else {}),
+        }
+
+    def filters_identity(self) -> dict:
+        """What a stage I and a stage II that uses its filters must share."""
+        if not self.run.matches_layers:
+            return {}
+        pairs = [list(p) for p in self.pairs]
+        return {"pairs": pairs, "filters.width": self.width, "filters.mlp": self.run.filters.mlp}
+
+
+def make_plan(run: Run, world: int) -> Plan:
+    ds_config = load_ds_config(run.ds_config)
+    accumulation = derive_accumulation(run, world)
+    teacher = inspect("teacher.path", run.teacher.path) if run.teacher and run.method != "ce" else None
+    student = inspect("student.path", run.student.path, needs_weights=run.student.init == "weights")
+    if teacher:
+        check_same_tokenizer(student, teacher)
+    vocabulary = min(a.vocab_size for a in (student, teacher) if a)
+    pairs = match_layers(run.pairs, student.layers, teacher.layers) if run.matches_layers else []
+    width = filter_width(run, student, teacher) if run.matches_layers else 0
+    check_length(run, student, teacher)
+    plan = Plan(
+        run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=pairs, width=width,
+        accumulation=accumulation, stages=stages_of(run), corpus_tokens=check_corpora(run, vocabulary),
+    )  # fmt: skip
+    check_run_folder(plan)
+    if run.filters.from_run and run.method == "ted":
+        files.check_filters(plan.filters_file, plan.filters_identity())
+    return plan
+
+
+def derive_accumulation(run: Run, world: int) -> int:
+    train, seq_len = run.train, run.data.seq_len
+    micro_step = train.micro_batch * seq_len * world
+    if train.tokens_per_step % micro_step:
+        raise UserError(
+            f"train.tokens_per_step must be a multiple of micro_batch * seq_len * ranks "
+            f"({train.micro_batch} * {seq_len} * {world} = {micro_step}), but is {train.tokens_per_step}"
+        )
+    return train.tokens_per_step // micro_step
+
+
+def filter_width(run: Run, student: Anatomy, teacher: Anatomy) -> int:
+    """The common width D, and which heads can read a state of that width in stage I."""
+    width = run.filters.width or teacher.width
+    if run.method == "lwd":
+        if width != teacher.width:
+            raise UserError(f"filters.width must be the teacher's ({teacher.width}) for lwd, but is {width}")
+        return width
+    if run.filters.head == "shared" and width != teacher.width:
+        raise UserError(
+            f"filters.width must be the teacher's ({teacher.width}) for filters.head = 'shared', but is {width}; "
+            "leave it out or use head = 'per_layer'"
+        )
+    if run.filters.head == "own" and not width == teacher.width == student.width:
+        raise UserError(
+            f"filters.head = 'own' must have student, teacher and filters of one width, but they have {student.width}, "
+            f"{teacher.width} and {width}; use 'shared' or 'per_layer'"
+        )
+    return width
+
+
+def check_length(run: Run, *models: Anatomy | None) -> None:
+    for side, anatomy in zip(("student", "teacher"), models, strict=True):
+        if anatomy and anatomy.max_length and run.data.seq_len > anatomy.max_length:
+            limit = anatomy.max_length
+            raise UserError(f"data.seq_len must be at most the {side}'s context ({limit}), but is {run.data.seq_len}")
+
+
+def check_corpora(run: Run, vocabulary: int) -> int:
+    """Every shard is whole and fits the vocabulary; returns the tokens there are."""
+    if not any(c.weight for c in run.data.corpora):
+        raise UserError("data.corpora must have a weight above 0, but all are 0")
+    indices = [read_index(prefix) for corpus in run.data.corpora for prefix in expand(corpus.path)]
+    for index in indices:
+        check_vocabulary(index, vocabulary)
+    return sum(index.tokens for index in indices)
+
+
+def check_run_folder(plan: Plan) -> None:
+    """Writable, and its newest checkpoint is this run's."""
+    folder = plan.run.folder
+    try:
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    except OSError as error:
+        raise UserError(f"runs must be a folder that can be reached, but {folder} is not: {error.strerror}") from None
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(
+            f"runs must be a folder this user can write, but {existing} is not; set runs or change its mode"
+        )
+    newest = files.newest_checkpoint(folder)
+    if newest:
+        files.check_identity(newest, files.read_progress(newest).identity, plan.identity())
+
+
+def flops_per_token(plan: Plan, stage: Stage) -> float:
+    """Model FLOPs of one trained token: 2 a parameter forward, 4 backward, the teacher's forward, attention, filters."""
+
+    def forward(anatomy: Anatomy | None) -> float:
+        return (
+            0
+            if anatomy is None
+            else 2 * anatomy.parameters + 4 * anatomy.layers * anatomy.width * plan.run.data.seq_len
+        )
+
+    filters = sum(filter_parameters(plan))
+    if not stage.learns_filters:
+        return 3 * forward(plan.student) + forward(plan.teacher) + 2 * filters * 2
+    heads = 2 * len(plan.pairs) * plan.width * plan.student.vocab_size
+    return forward(plan.student) + forward(plan.teacher) + 6 * filters + 4 * heads
+
+
+def filter_parameters(plan: Plan) -> tuple[int, int]:
+    """(student's, teacher's) parameters of all filters, without per-layer heads."""
+
+    def one(width: int) -> int:
+        mlp = plan.run.filters.mlp
+        return plan.width * (width + 1) + (mlp * (2 * width + 1) + width if mlp else 0)
+
+    count = len(plan.pairs)
+    return count * one(plan.student.width) if count else 0, count * one(
+        plan.teacher.width
+    ) if plan.run.method == "ted" else 0
+
+
+def describe(plan: Plan) -> str:
+    """The run's arithmetic, as --dry-run prints it and the log keeps it."""
+    run, train = plan.run, plan.run.train
+    lines = [f"run {run.name}: method {run.method}, {train.precision}, {plan.world} ranks, folder {run.folder}"]
+    for side, anatomy in (("teacher", plan.teacher), ("student", plan.student)):
+        if anatomy:
+            a = anatomy
+            shape = (
+                f"{a.layers} blocks, width {a.width}, vocabulary {a.vocab_size}, {a.parameters / 1e6:,.2f} M parameters"
+            )
+            lines.append(f"{side}: {a.family}, {shape}, from {a.folder}")
+    if plan.pairs:
+        lines.append("pairs (student block, teacher block): " + " ".join(f"({s},{t})" for s, t in plan.pairs))
+        count_s, count_t = filter_parameters(plan)
+        lines.append(
+            f"filters: width {plan.width}, {count_s / 1e6:,.2f} M (student) + {count_t / 1e6:,.2f} M (teacher) parameters"
+        )
+    lines.append(
+        f"step: {train.tokens_per_step:,} tokens = {plan.accumulation} accumulation * {train.micro_batch} micro-batch * "
+        f"{plan.world} ranks * {run.data.seq_len} tokens"
+    )
+    for stage in plan.stages:
+        tokens = stage.steps * train.tokens_per_step
+        epochs = tokens / plan.corpus_tokens
+        flops = tokens * flops_per_token(plan, stage)
+        lines.append(
+            f"stage {stage.name}: {stage.steps:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, {flops:.3g} FLOPs"
+        )
+    state = plan.student.parameters * (16 if train.precision == "bf16" else 16) / plan.world
+    lines.append(f"state of the student a rank (weights, fp32 master, Adam): {state / 2**30:,.3f} GiB")
+    return "\n".join(lines)
+
+
+def as_dict(plan: Plan) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(plan), default=str))

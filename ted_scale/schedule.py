@@ -1,0 +1,113 @@
+"""Stages, learning rate and loss weights as pure functions of the step: a resume needs no scheduler state."""
+
+import math
+from dataclasses import dataclass
+
+from ted_scale.config import Run, Schedule, Train
+from ted_scale.student import Weights
+from ted_scale.zero import forget_gradients
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of optimizer steps with one set of trained parameters. Every stage reads the data from position 0, so
+    that stage II of any two runs sees the same tokens."""
+
+    name: str  # "filters" or "student"
+    first_step: int
+    steps: int
+    run: Run
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + self.steps
+
+    @property
+    def learns_filters(self) -> bool:
+        return self.name == "filters"
+
+    def validates(self, step: int) -> bool:
+        every = self.run.validation.every
+        due = step == self.last_step or (every > 0 and step % every == 0)
+        return due and not self.learns_filters  # the student stands still in stage I
+
+    def saves(self, step: int) -> bool:
+        return step == self.last_step or step % self.run.checkpoint.every == 0
+
+    def weights(self, step: int) -> Weights:
+        """Loss weights of the step after `step` steps of the run."""
+        if self.learns_filters:
+            return Weights(ce=0.0, kl=0.0, layer=1.0)
+        loss, method = self.run.loss, self.run.method
+        fraction = (step - self.first_step) / self.steps
+        ce = weight_at(loss.ce, fraction)
+        kl = 0.0 if method == "ce" else weight_at(loss.kl, fraction)
+        layer = weight_at(loss.layer, fraction) if self.run.matches_layers else 0.0
+        return Weights(ce, kl, layer)
+
+    def name_losses(self, sums: list[float], weights: Weights) -> dict[str, float]:
+        """The guard's sums under their keys; a term that was off has no value."""
+        total, ce, kl, layer, *layers = sums
+        if self.learns_filters:
+            half = len(layers) // 2
+            sides = {"filter_t": layers[:half], "filter_s": layers[half:]}
+            return {"loss/total": total, **{f"loss/{s}/{k}": v for s, vs in sides.items() for k, v in enumerate(vs)}}
+        named = {"loss/total": total}
+        named |= {"loss/ce": ce} if weights.ce else {}
+        named |= {"loss/kl": kl} if weights.kl else {}
+        pairs = {f"loss/layer/{k}": v for k, v in enumerate(layers)}
+        return named | ({"loss/layer": layer, **pairs} if weights.layer else {})
+
+    def rate(self, step: int) -> float:
+        """Learning rate as a share of its peak."""
+        done = step - self.first_step
+        if self.learns_filters:
+            warmup = max(1, self.steps // 20)
+            return ramp(done, warmup) * cosine(max(0, done - warmup) / max(1, self.steps - warmup))
+        return rate_at(self.run.train, done)
+
+
+def stages_of(run: Run) -> list[Stage]:
+    if run.method != "ted" or run.filters.from_run:
+        return [Stage("student", 0, run.train.steps, run)]
+    return [Stage("filters", 0, run.filters.steps, run), Stage("student", run.filters.steps, run.train.steps, run)]
+
+
+def set_rates(engine, share: float, weights: Weights) -> None:
+    """Every group's learning rate; filters stand still, and give no gradient, while the layer loss is off."""
+    for group in engine.optimizer.param_groups:
+        off = group["role"] == "filters" and not weights.layer
+        group["lr"] = 0.0 if off else group["peak_lr"] * share
+    if not weights.layer and engine.module.filters_s is not None:
+        forget_gradients(engine.module.filters_s)
+
+
+def weight_at(weight: float | Schedule, fraction: float) -> float:
+    if not isinstance(weight, Schedule):
+        return float(weight)
+    if weight.off_after is not None and fraction >= weight.off_after:
+        return 0.0
+    if weight.shape == "constant" or weight.end is None:
+        return weight.start
+    progress = fraction if weight.shape == "linear" else 1 - cosine(fraction)
+    return weight.start + (weight.end - weight.start) * progress
+
+
+def rate_at(train: Train, done: int) -> float:
+    """Warm-up, then cosine to min_lr, or flat with a linear decay over the last decay_fraction (wsd), or flat."""
+    floor = train.min_lr / train.lr
+    left = (done - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    if done < train.warmup_steps or train.schedule == "constant":
+        return ramp(done, train.warmup_steps)
+    if train.schedule == "cosine":
+        return floor + (1 - floor) * cosine(left)
+    decayed = max(0.0, (done / train.steps - (1 - train.decay_fraction)) / train.decay_fraction)
+    return 1 - (1 - floor) * decayed
+
+
+def ramp(done: int, warmup: int) -> float:
+    return min(1.0, (done + 1) / warmup) if warmup else 1.0
+
+
+def cosine(fraction: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))

@@ -1,0 +1,141 @@
+"""Network, filters and losses as one module: what ZeRO-3 shards is whole only inside the forward of the engine it is in.
+
+Stage I (`learns_filters`) runs frozen bodies and trains the filters of both sides on the next token; stage II trains the
+network and its filters. One micro-batch in, one `Losses` out.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ted_scale.config import Run
+from ted_scale.filters import OutputHead
+from ted_scale.losses import filtered_ce, filtered_mse, linear_kl_ce, valid_weights
+from ted_scale.models import Anatomy, Head, Taps, head_of, run_body
+from ted_scale.zero import gathered
+
+
+class Signal(NamedTuple):
+    """What the teacher says about one micro-batch: the matched blocks' states, one a pair, and the head's input."""
+
+    layers_NE: tuple
+    last_NE: torch.Tensor
+
+
+class Weights(NamedTuple):
+    ce: float
+    kl: float
+    layer: float
+
+
+class Losses(NamedTuple):
+    """This rank's share of the step's means; only `total` has a gradient. `layers` is one value a pair (stage I: the
+    teacher's filters, then the student's)."""
+
+    total: torch.Tensor
+    ce: torch.Tensor
+    kl: torch.Tensor
+    layer: torch.Tensor
+    layers: torch.Tensor
+
+
+class Student(nn.Module):
+    def __init__(self, run: Run, network, anatomy: Anatomy, pairs, *, learns_filters, filters_s, filters_t, head_t):
+        super().__init__()
+        self.run, self.anatomy, self.learns_filters = run, anatomy, learns_filters
+        self.network = network
+        self.head = OutputHead(*output_of(network))
+        self.taps = Taps(network, anatomy, [s for s, _ in pairs])
+        self.blocks = [s for s, _ in pairs]
+        self.filters_s = filters_s
+        if learns_filters:
+            self.filters_t = filters_t
+        # What stays frozen is not this engine's: a tuple keeps it out of the module tree.
+        self.fixed = (filters_t, head_t)
+
+    def forward(self, batch, signal: Signal | None, weights: Weights, denom) -> Losses:
+        losses = self.filter_losses if self.learns_filters else self.student_losses
+        return losses(batch, signal, weights, denom)
+
+    def student_losses(self, batch, signal, weights, denom) -> Losses:
+        last_ND, states = self.run_network(batch, weights.layer != 0)
+        total, kl, ce = self.logit_losses(batch, last_ND, signal, weights, denom)
+        layers = [self.layer_loss(k, states[k], signal, batch, denom) for k in range(len(states))]
+        layers = torch.stack(layers) if layers else total.new_zeros(len(self.blocks))
+        layer = layers.mean() if len(layers) else total.new_zeros(())
+        if weights.layer:
+            total = total + weights.layer * layer
+        return Losses(total, ce.detach(), kl.detach(), layer.detach(), layers.detach())
+
+    def run_network(self, batch, wants_layers: bool):
+        """The head's input and the matched blocks' states, flattened to tokens; no graph where the body is frozen."""
+        grad = torch.is_grad_enabled() and not self.learns_filters
+        with torch.set_grad_enabled(grad), self.taps.record(wants_layers) as states:
+            last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.positions_BT)
+        return last.flatten(0, 1), [states[block].flatten(0, 1) for block in self.blocks] if wants_layers else []
+
+    def logit_losses(self, batch, last_ND, signal, weights, denom):
+        head_t = self.fixed[1] if weights.kl else None
+
+        def loss(h_s, w_s, b_s):
+            return linear_kl_ce(
+                h_s, w_s, signal.last_NE if head_t else None, head_t and head_t.weight,
+                batch.labels_BT.flatten(), batch.weights_BT.flatten(), denom=denom,
+                temperature=self.run.loss.temperature, kl_weight=weights.kl, ce_weight=weights.ce,
+                softcap_s=self.anatomy.softcap, softcap_t=head_t and head_t.softcap,
+                logit_scale_s=self.anatomy.logit_scale, logit_scale_t=head_t.logit_scale if head_t else 1.0,
+                head_bias_s=b_s, head_bias_t=head_t and head_t.bias, chunk_tokens=self.run.loss.chunk_tokens,
+            )  # fmt: skip
+
+        with gathered(head_t.projection if head_t else []):
+            return self.head(last_ND, loss)
+
+    def layer_loss(self, k: int, states_ND, signal, batch, denom):
+        filters_t = self.fixed[0]
+        mask = token_mask(batch)
+
+        def pair(h_t, w_t, b_t, *_):
+            def loss(h_s, w_s, b_s, *_):
+                settings = {"denom": denom, "kind": self.run.loss.kind, "chunk_tokens": self.run.loss.chunk_tokens}
+                return filtered_mse(h_t, w_t, b_t, h_s, w_s, b_s, mask, **settings)
+
+            return self.filters_s[k](states_ND, loss)
+
+        if filters_t is None:  # lwd: the teacher's raw states
+            return pair(signal.layers_NE[k], None, None)
+        with gathered(filters_t[k].parameters()):
+            return filters_t[k].forward(signal.layers_NE[k], pair)  # frozen: no engine's hooks
+
+    def filter_losses(self, batch, signal, weights, denom) -> Losses:
+        """Mean over pairs of the teacher's filters' next-token loss, plus the same of the student's."""
+        last_ND, states = self.run_network(batch, True)
+        own = head_of(self.network, self.anatomy)
+        sides = [
+            (self.filters_t, signal.layers_NE, self.fixed[1]),
+            (self.filters_s, states, own if self.run.filters.head == "own" else self.fixed[1]),
+        ]
+        values = [v for side in sides for v in self.side_losses(*side, batch, denom)]
+        layers = torch.stack(values)
+        total = layers.sum() / len(self.blocks)
+        zero = torch.zeros_like(total.detach())
+        return Losses(total, zero, zero, zero, layers.detach())
+
+    def side_losses(self, filters, states, head: Head, batch, denom):
+        labels, mask = batch.labels_BT.flatten(), batch.weights_BT.flatten()
+
+        def loss(h, w, b, own_head):
+            settings = {"denom": denom, "chunk_tokens": self.run.loss.chunk_tokens}
+            return filtered_ce(h, w, b, own_head or head, labels, mask, **settings)
+
+        with gathered([] if self.run.filters.head == "per_layer" else head.parameters):
+            return [filter(state, loss) for filter, state in zip(filters, states, strict=True)]
+
+
+def output_of(network):
+    output = network.get_output_embeddings()
+    return output.weight, output.bias
+
+
+def token_mask(batch):
+    return valid_weights(batch.labels_BT, batch.weights_BT).flatten()

@@ -1,0 +1,47 @@
+"""The frozen teacher: a micro-batch in, a Signal out. It has no optimizer, no graph, and never whole logits."""
+
+import torch
+
+from ted_scale.losses import linear_kl_ce
+from ted_scale.models import Anatomy, Taps, head_of, run_body
+from ted_scale.student import Signal, Weights
+from ted_scale.zero import gathered
+
+
+class TeacherBody(torch.nn.Module):
+    """What the teacher's engine runs. The output projection stays inside the network, so that it is sharded with it."""
+
+    def __init__(self, network, anatomy: Anatomy, blocks: list[int]):
+        super().__init__()
+        self.network, self.anatomy, self.blocks = network.requires_grad_(False).eval(), anatomy, blocks
+        self.taps = Taps(network, anatomy, blocks)
+
+    def forward(self, batch, wants_layers: bool) -> Signal:
+        with self.taps.record(wants_layers) as states:
+            last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.positions_BT)
+        layers = tuple(states[b].flatten(0, 1) for b in self.blocks) if wants_layers else ()
+        return Signal(layers, last.flatten(0, 1))
+
+
+class Teacher:
+    """Calls the engine (or, without DeepSpeed, the body itself) where a weight asks for it."""
+
+    def __init__(self, engine, body: TeacherBody):
+        self.engine, self.head = engine, head_of(body.network, body.anatomy)
+
+    @torch.no_grad()
+    def __call__(self, batch, weights: Weights) -> Signal | None:
+        if not (weights.kl or weights.layer):
+            return None
+        return self.engine(batch, weights.layer != 0)
+
+    @torch.no_grad()
+    def ce(self, batch, denom) -> torch.Tensor:
+        """The teacher's own next-token loss, for validation."""
+        last = self.engine(batch, False).last_NE
+        head = self.head
+        with gathered(head.projection):
+            return linear_kl_ce(
+                last, head.weight, None, None, batch.labels_BT.flatten(), batch.weights_BT.flatten(), denom=denom,
+                kl_weight=0.0, softcap_s=head.softcap, logit_scale_s=head.logit_scale, head_bias_s=head.bias,
+            )[0]  # fmt: skip

@@ -1,0 +1,32 @@
+"""The whole run, top to bottom. What happens once lives in build.py; what happens every step is all here, in order."""
+
+from ted_scale.losses import count_valid, for_engine
+from ted_scale.schedule import set_rates
+
+
+def train(stage, student, teacher, data, guard, metrics, progress, validate, save):
+    """Take `student` (a DeepSpeed engine) through the steps of `stage` that `progress` has not done."""
+    for micro_batches in metrics.timed(data, "data_wait_ms"):
+        weights = stage.weights(progress.step)
+        denom = count_valid(micro_batches)
+        set_rates(student, stage.rate(progress.step), weights)
+
+        for batch in micro_batches:
+            with metrics.clock.time("teacher_ms"):
+                signal = teacher(batch, weights)
+            losses = student(batch, signal, weights, denom)
+            student.backward(for_engine(losses.total), scale_wrt_gas=False)
+            guard.add(losses)
+            if batch is micro_batches[-1]:
+                guard.arm(progress.step + 1)
+            student.step()  # updates at the last micro-batch only, and only if the guard finds every number finite
+
+        progress = progress.advanced(stage.run.train.tokens_per_step)
+        last = progress.step == stage.last_step
+        metrics.add(progress.step, progress.tokens, guard.read(stage, weights), last=last)
+        if stage.validates(progress.step):
+            validate(student, progress)
+        if stage.saves(progress.step):
+            save(student, progress)
+        if last:
+            return progress

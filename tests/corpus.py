@@ -1,0 +1,36 @@
+"""A tiny corpus on disk, written by hand so that no test pays the import of megatron for having one."""
+
+import json
+import struct
+from types import SimpleNamespace
+
+import numpy
+
+
+def write_shard(prefix, documents, dtype=numpy.uint16, sidecar=None):
+    """A .bin/.idx pair of these documents (lists of ids), one sequence a document; returns the prefix as text."""
+    code = {numpy.uint16: 8, numpy.int32: 4}[dtype]
+    lengths = numpy.array([len(d) for d in documents], numpy.int32)
+    pointers = (numpy.cumsum(lengths, dtype=numpy.int64) - lengths) * numpy.dtype(dtype).itemsize
+    borders = numpy.arange(len(documents) + 1, dtype=numpy.int64)
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, code, len(documents), len(borders))
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    prefix.with_name(prefix.name + ".bin").write_bytes(numpy.array([t for d in documents for t in d], dtype).tobytes())
+    idx = header + lengths.tobytes() + pointers.astype(numpy.int64).tobytes() + borders.tobytes()
+    prefix.with_name(prefix.name + ".idx").write_bytes(idx)
+    if sidecar is not None:
+        prefix.with_name(prefix.name + ".json").write_text(json.dumps(sidecar))
+    return str(prefix)
+
+
+def counting_documents(lengths, first=0):
+    """Documents of the given lengths whose tokens count upwards, so that a token is its own place in the corpus."""
+    ends = numpy.cumsum(lengths) + first
+    return [list(range(end - length, end)) for end, length in zip(ends.tolist(), lengths, strict=True)]
+
+
+def data_section(*paths, seq_len=8, mask_documents=False, weights=None, validation=0.0):
+    """What the run file's data section looks like to the loader."""
+    weights = weights or [1.0] * len(paths)
+    corpora = [SimpleNamespace(path=p, weight=w, validation=validation) for p, w in zip(paths, weights, strict=True)]
+    return SimpleNamespace(corpora=corpora, seq_len=seq_len, mask_documents=mask_documents)

@@ -1,0 +1,261 @@
+"""The loader's order, blending, masking and spreading over ranks; tokens count upwards, so a token is its own place."""
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections import Counter
+
+import numpy
+import pytest
+import torch
+from corpus import counting_documents, data_section, write_shard
+
+from ted_scale import order
+from ted_scale.data import IGNORED, open_stream, steps, validation_batches
+from ted_scale.errors import UserError
+
+VOCAB = 60000
+LENGTHS = [5, 13, 1, 30, 7, 22, 9, 40, 3, 11] * 4
+
+
+@pytest.fixture(scope="module")
+def two_shards(tmp_path_factory):
+    """One corpus of two shards, tokens 0 .. 563 in order."""
+    folder = tmp_path_factory.mktemp("counting")
+    documents = counting_documents(LENGTHS)
+    write_shard(folder / "a", documents[:15])
+    write_shard(folder / "b", documents[15:])
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def big_and_small(tmp_path_factory):
+    """Two corpora told apart by their tokens: below and above 30000."""
+    folder = tmp_path_factory.mktemp("blend")
+    big = write_shard(folder / "big", counting_documents([100] * 200))
+    return big, write_shard(folder / "small", counting_documents([10] * 20, first=30000))
+
+
+def taken(stream, *, start=0, count=3, samples_per_step=8, micro_batch=1, world=1):
+    """First tokens of the windows of `count` steps, as one list over all ranks for each step."""
+    seen = []
+    iterators = [
+        steps(stream, start=start, samples_per_step=samples_per_step, micro_batch=micro_batch, rank=r, world=world,
+              device="cpu") for r in range(world)
+    ]  # fmt: skip
+    for _ in range(count):
+        # Micro-step first, then rank, then row: the order that the positions are dealt in.
+        ranks = [next(iterator) for iterator in iterators]
+        seen.append([int(t) for micros in zip(*ranks, strict=True) for m in micros for t in m.tokens_BT[:, 0]])
+    return seen
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 1025])
+def test_a_permutation_visits_every_index_once_and_differs_by_key(size):
+    images = [[order.permute(i, size, key) for i in range(size)] for key in (1, 2)]
+    assert sorted(images[0]) == sorted(images[1]) == list(range(size))
+    assert size < 7 or (images[0] != images[1] and images[0] != list(range(size)))
+
+
+@pytest.mark.parametrize(("tokens", "seq_len"), [(9, 8), (15, 8), (16, 8), (100, 8), (97, 8), (50, 1)])
+def test_an_epoch_visits_each_window_once_and_none_runs_past_the_end(tokens, seq_len):
+    count = order.windows(tokens, seq_len)
+    for epoch in range(20):
+        starts = sorted(order.window_start(epoch * count + i, tokens, seq_len, 7) for i in range(count))
+        assert starts == [starts[0] + i * seq_len for i in range(count)]
+        assert starts[0] >= 0 and starts[-1] + seq_len + 1 <= tokens
+
+
+def test_cuts_move_and_order_changes_from_epoch_to_epoch():
+    count = order.windows(1000, 8)
+    epochs = [[order.window_start(e * count + i, 1000, 8, 7) for i in range(count)] for e in range(20)]
+    assert {min(e) for e in epochs} > {0, 3, 5}
+    assert len({tuple(s - min(e) for s in e) for e in epochs}) == 20
+
+
+def test_samples_cross_shards_as_one_stream_of_tokens(two_shards):
+    stream = open_stream(data_section(two_shards), 1, VOCAB)
+    for position in range(order.windows(564, 8)):
+        tokens, starts = stream.sample(position)
+        assert tokens.tolist() == list(range(tokens[0], tokens[0] + 9))
+        document_starts = set(numpy.cumsum([0, *LENGTHS]).tolist())
+        assert starts.tolist() == [int(t) in document_starts for t in tokens]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_samples_of_a_step_do_not_depend_on_ranks_or_accumulation(two_shards, world, micro_batch):
+    stream = open_stream(data_section(two_shards), 1, VOCAB)
+    assert taken(stream, world=world, micro_batch=micro_batch) == taken(stream, micro_batch=8)
+
+
+def test_resuming_at_a_position_gives_the_rest_of_the_straight_run(two_shards, big_and_small):
+    stream = open_stream(data_section(two_shards, *big_and_small), 1, VOCAB)
+    assert taken(stream, start=16, count=4) == taken(stream, count=6)[2:]
+
+
+def test_another_seed_is_another_order(two_shards):
+    data = data_section(two_shards)
+    assert taken(open_stream(data, 1, VOCAB)) != taken(open_stream(data, 2, VOCAB))
+
+
+def test_position_a_billion_is_as_cheap_as_the_first(big_and_small):
+    stream = open_stream(data_section(*big_and_small), 1, VOCAB)
+
+    def cost(start):
+        tracemalloc.start()
+        before = time.perf_counter()
+        for position in range(start, start + 200):
+            stream.sample(position)
+        seconds, peak = time.perf_counter() - before, tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return seconds, peak
+
+    cost(0)
+    (near_s, near_bytes), (far_s, far_bytes) = cost(0), cost(10**9)
+    assert far_s < 5 * near_s + 0.05
+    assert max(near_bytes, far_bytes) < 100_000
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [1, 2], [999.9, 0.1], [1, 0]])
+def test_weights_hold_within_a_thousandth_of_every_block(big_and_small, weights):
+    stream = open_stream(data_section(*big_and_small, weights=weights), 1, VOCAB)
+    for start in (0, 5000):
+        small = sum(int(stream.sample(p)[0][0]) >= 30000 for p in range(start, start + 1000))
+        assert abs(small - 1000 * weights[1] / sum(weights)) <= 1
+
+
+def test_every_corpus_of_a_blend_is_walked_without_repeats_within_an_epoch():
+    counts = order.shares([0.7, 0.2, 0.1])
+    seen = Counter(order.pick(p, counts, 3) for p in range(5000))
+    assert set(seen) == {(c, i) for c, n in enumerate(counts) for i in range(5 * n)} and max(seen.values()) == 1
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -0.5], [float("nan"), 1.0]])
+def test_weights_that_mean_nothing_are_refused(big_and_small, weights):
+    with pytest.raises(UserError, match=r"data.corpora.weight must be zero or more and above zero for one corpus"):
+        open_stream(data_section(*big_and_small, weights=weights), 1, VOCAB)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.97])
+def test_training_and_validation_share_no_document_and_leave_none_out(two_shards, fraction):
+    data = data_section(two_shards, validation=fraction, seq_len=2)
+    train, held = (open_stream(data, 1, VOCAB, split).parts[0] for split in ("train", "validation"))
+    assert (train.start, train.stop, held.stop) == (0, held.start, 564)
+    assert held.start in numpy.cumsum(LENGTHS)
+    assert abs(held.tokens - fraction * 564) <= 20
+
+
+def test_a_single_document_cannot_be_divided(tmp_path):
+    prefix = write_shard(tmp_path / "one", counting_documents([50]))
+    with pytest.raises(UserError, match="must hold two documents or more to hold some out, but holds one"):
+        open_stream(data_section(prefix, validation=0.5), 1, VOCAB)
+
+
+def test_a_part_shorter_than_a_window_is_refused_by_name(two_shards):
+    with pytest.raises(
+        UserError, match=r"data.corpora\[0\] .* data.seq_len \+ 1 = 565 tokens or more for train, but leaves 564"
+    ):
+        open_stream(data_section(two_shards, seq_len=564), 1, VOCAB)
+    with pytest.raises(UserError, match="tokens or more for validation, but leaves"):
+        open_stream(data_section(two_shards, seq_len=100, validation=0.01), 1, VOCAB, "validation")
+
+
+def test_validation_must_be_held_out_somewhere(two_shards):
+    with pytest.raises(UserError, match=r"data.corpora.validation must be above 0 for one corpus"):
+        open_stream(data_section(two_shards), 1, VOCAB, "validation")
+
+
+def test_without_masking_every_label_is_the_next_token(two_shards):
+    stream = open_stream(data_section(two_shards), 1, VOCAB)
+    (micro,) = next(steps(stream, start=0, samples_per_step=4, micro_batch=4, rank=0, world=1, device="cpu"))
+    assert torch.equal(micro.labels_BT, micro.tokens_BT + 1)
+    assert micro.weights_BT.eq(1).all() and micro.weights_BT.dtype == torch.float32 and micro.positions_BT is None
+
+
+def test_masked_labels_never_cross_a_document_and_positions_restart(two_shards):
+    stream = open_stream(data_section(two_shards, mask_documents=True, seq_len=32), 1, VOCAB)
+    (micro,) = next(steps(stream, start=0, samples_per_step=16, micro_batch=16, rank=0, world=1, device="cpu"))
+    document_of = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    document, following = document_of[micro.tokens_BT], document_of[micro.tokens_BT + 1]
+    crosses = document != following
+    assert crosses.any() and not crosses.all()
+    assert micro.labels_BT[crosses].eq(IGNORED).all() and micro.weights_BT[crosses].eq(0).all()
+    assert (
+        torch.equal(micro.labels_BT[~crosses], micro.tokens_BT[~crosses] + 1) and micro.weights_BT[~crosses].eq(1).all()
+    )
+    for row, positions in zip(document.tolist(), micro.positions_BT.tolist(), strict=True):
+        assert positions == [row[:i].count(d) for i, d in enumerate(row)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [40, 64, 10**9])
+def test_validation_counts_each_window_once_for_any_number_of_ranks(two_shards, world, tokens):
+    stream = open_stream(data_section(two_shards, validation=0.3), 1, VOCAB, "validation")
+    ranks = [
+        list(validation_batches(stream, tokens=tokens, micro_batch=2, rank=r, world=world, device="cpu"))
+        for r in range(world)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    labels = torch.cat([b.labels_BT[b.weights_BT == 1] for batches in ranks for b in batches])
+    padding = [b for batches in ranks for b in batches if not b.weights_BT.any()]
+    assert all(b.labels_BT.eq(IGNORED).all() for b in padding)
+    windows = min(-(-tokens // 8), stream.n_samples)
+    first = stream.parts[0].start
+    assert sorted(labels.tolist()) == list(range(first + 1, first + 1 + windows * 8))
+
+
+def test_a_token_outside_the_vocabulary_is_named_with_its_corpus_and_shard(tmp_path):
+    prefix = write_shard(tmp_path / "far", [[1, 2, 300, 4, 5, 6, 7, 8, 9]])
+    stream = open_stream(data_section(prefix), 1, 300)
+    with pytest.raises(UserError) as error:
+        next(steps(stream, start=0, samples_per_step=1, micro_batch=1, rank=0, world=1, device="cpu"))
+    assert f"corpus shard {prefix} of data.corpora[0] ({prefix}) must hold token ids in 0..299" in str(error.value)
+    assert "but holds 300" in str(error.value)
+
+
+def test_a_negative_token_is_refused(tmp_path):
+    prefix = write_shard(tmp_path / "negative", [[1, 2, -3, 4, 5, 6, 7, 8, 9]], dtype=numpy.int32)
+    with pytest.raises(UserError, match="but holds -3"):
+        open_stream(data_section(prefix), 1, 300).sample(0)
+
+
+def test_samples_that_do_not_divide_over_ranks_are_refused(two_shards):
+    stream = open_stream(data_section(two_shards), 1, VOCAB)
+    with pytest.raises(UserError, match=r"must be a multiple of train.micro_batch x ranks = 6, but is 8"):
+        steps(stream, start=0, samples_per_step=8, micro_batch=2, rank=0, world=3, device="cpu")
+
+
+def prefetchers():
+    return [t for t in threading.enumerate() if t.name == "ted_scale prefetch"]
+
+
+@pytest.mark.parametrize("used", [True, False], ids=["started", "never_started"])
+def test_the_prefetch_thread_ends_with_its_iterator(two_shards, used):
+    gc.collect()
+    others = set(prefetchers())
+    stream = open_stream(data_section(two_shards), 1, VOCAB)
+    iterator = steps(stream, start=0, samples_per_step=8, micro_batch=2, rank=0, world=1, device="cpu")
+    if used:
+        next(iterator)
+    (thread,) = set(prefetchers()) - others
+    del iterator
+    gc.collect()
+    thread.join(timeout=2)
+    assert not thread.is_alive()
+
+
+def test_opening_shards_is_silent_and_a_running_prefetch_does_not_hold_the_exit(two_shards):
+    code = f"""
+import sys; sys.path.insert(0, "tests")
+from corpus import data_section
+from ted_scale.data import open_stream, steps
+stream = open_stream(data_section({two_shards!r}), 1, 60000)
+iterator = steps(stream, start=0, samples_per_step=8, micro_batch=2, rank=0, world=1, device="cpu")
+next(iterator)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

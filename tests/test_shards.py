@@ -1,0 +1,106 @@
+"""A shard that is not sound is refused with one sentence that names the file."""
+
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from corpus import write_shard
+
+from ted_scale.errors import UserError
+from ted_scale.shards import check_vocabulary, expand, read_index
+
+DOCUMENTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    return write_shard(tmp_path / "shard", DOCUMENTS)
+
+
+def patched(path, offset, new):
+    content = bytearray(Path(path).read_bytes())
+    content[offset : offset + len(new)] = new
+    Path(path).write_bytes(content)
+
+
+def cut(path, size):
+    Path(path).write_bytes(Path(path).read_bytes()[:size])
+
+
+def remove(path):
+    Path(path).unlink()
+
+
+BROKEN = {
+    "missing_idx": (lambda p: remove(p + ".idx"), ".idx must exist, but is missing"),
+    "missing_bin": (lambda p: remove(p + ".bin"), ".bin must exist, but is missing"),
+    "foreign_idx": (lambda p: patched(p + ".idx", 0, b"PK"), ".idx must be a Megatron index, but starts with"),
+    "other_version": (
+        lambda p: patched(p + ".idx", 9, b"\x02"),
+        "must be a Megatron index of version 1, but is version 2",
+    ),
+    "unknown_dtype": (lambda p: patched(p + ".idx", 17, b"\x63"), "must hold integer tokens, but has dtype code 99"),
+    "float_dtype": (lambda p: patched(p + ".idx", 17, b"\x07"), "must hold integer tokens, but has dtype code 7"),
+    "cut_in_header": (lambda p: cut(p + ".idx", 20), ".idx must hold a 34-byte header, but is truncated"),
+    "cut_idx": (lambda p: cut(p + ".idx", 60), "must have the size that its counts ask for, but is truncated"),
+    "cut_bin": (lambda p: cut(p + ".bin", 16), ".bin must hold 18 bytes as its .idx says, but is 16 long"),
+    "open_last_document": (lambda p: patched(p + ".idx", 94, struct.pack("<q", 2)), "must end its last document"),
+    "foreign_sidecar": (lambda p: Path(p + ".json").write_text("[1]"), ".json must describe its shard"),
+    "stale_sidecar": (
+        lambda p: Path(p + ".json").write_text('{"tokens": 8, "max_token_id": 9}'),
+        "counts 8 tokens where",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_shard_is_refused_with_a_sentence_naming_the_file(prefix, case):
+    harm, sentence = BROKEN[case]
+    harm(prefix)
+    with pytest.raises(UserError) as error:
+        read_index(prefix)
+    assert sentence in str(error.value) and prefix in str(error.value)
+
+
+def test_a_sound_shard_is_described_from_its_header(prefix):
+    index = read_index(prefix)
+    assert (index.sequences, index.documents, index.tokens, str(index.dtype)) == (3, 3, 9, "uint16")
+    assert index.sidecar is None
+
+
+@pytest.mark.parametrize("documents", [[], [[]]], ids=["no_documents", "only_an_empty_one"])
+def test_a_shard_without_tokens_is_refused(tmp_path, documents):
+    with pytest.raises(UserError, match="must hold tokens, but is empty"):
+        read_index(write_shard(tmp_path / "empty", documents))
+
+
+def test_a_prefix_an_ending_a_family_and_a_folder_name_the_same_shards(tmp_path):
+    both = [write_shard(tmp_path / "c" / f"text-0000{i}", DOCUMENTS) for i in (2, 1)][::-1]
+    assert expand(tmp_path / "c") == expand(tmp_path / "c" / "text") == both
+    assert expand(both[0]) == expand(both[0] + ".bin") == expand(both[0] + ".idx") == both[:1]
+
+
+def test_a_folder_with_a_shard_that_lost_its_index_is_refused(tmp_path):
+    prefixes = [write_shard(tmp_path / name, DOCUMENTS) for name in ("a", "b")]
+    remove(prefixes[1] + ".idx")
+    with pytest.raises(UserError, match=r"b\.idx must exist"):
+        [read_index(prefix) for prefix in expand(tmp_path)]
+
+
+def test_a_folder_without_shards_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"must hold .bin/.idx pairs, but holds none"):
+        expand(tmp_path)
+
+
+def test_a_sidecar_names_an_id_outside_the_vocabulary_before_anything_is_read(tmp_path):
+    prefix = write_shard(tmp_path / "shard", DOCUMENTS, sidecar={"tokens": 9, "max_token_id": 9})
+    check_vocabulary(read_index(prefix), 10)
+    with pytest.raises(UserError, match=rf"{prefix} must hold token ids in 0..8 \(vocabulary size 9\), but holds 9"):
+        check_vocabulary(read_index(prefix), 9)
+
+
+def test_checking_shards_imports_neither_torch_nor_megatron():
+    code = "import sys, ted_scale.shards; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
