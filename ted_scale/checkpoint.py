@@ -37,10 +37,10 @@ def save(engine, folder: Path, progress: Progress, *, keep: int, filters_file: P
     finally:
         writer.save = write
     agree(failures, part)
-    if dist.get_rank() == 0:
-        attempt(failures, True, files.publish, part)
-        files.prune(folder, keep)
+    attempt(failures, dist.get_rank() == 0, files.publish, part)
     agree(failures, part)
+    if dist.get_rank() == 0:
+        files.prune(folder, keep)
     return part.with_name(part.name.removesuffix(PART))
 
 
@@ -123,6 +123,7 @@ def full_precision(parameter) -> torch.Tensor:
 def write_filters(path: Path, tensors: dict, identity: dict) -> None:
     part = path.with_name(path.name + PART)
     save_file(tensors, part, metadata={"identity": json.dumps(identity)})
+    part.chmod(0o644)  # the library makes it readable to its owner only; other runs read it
     part.rename(path)
 
 

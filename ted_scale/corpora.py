@@ -107,7 +107,7 @@ def _border(shards: tuple[Shard, ...], starts: tuple[int, ...], fraction: float,
 
 
 def _open_shards(indices: list[ShardIndex]) -> tuple[Shard, ...]:
-    dataset = _indexed_dataset()
+    dataset = megatron_indexed().IndexedDataset
     _allow_descriptors(3 * len(indices))
     return tuple(Shard(index, dataset(index.prefix, mmap=True)) for index in indices)
 
@@ -121,14 +121,14 @@ def _allow_descriptors(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def _indexed_dataset():
-    """megatron's reader, imported late (it takes seconds) and without its warnings about what it does not need here."""
+def megatron_indexed():
+    """megatron's module of reader and writer, imported late (it takes seconds) and without its opening warnings."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from megatron.core.datasets.indexed_dataset import IndexedDataset
+            from megatron.core.datasets import indexed_dataset
     finally:
         logging.disable(before)
-    return IndexedDataset
+    return indexed_dataset

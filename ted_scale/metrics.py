@@ -59,9 +59,7 @@ class Clock:
 class Metrics:
     """One row every `log_every` steps. Only rank 0 writes; the others keep the same calls and stay silent."""
 
-    def __init__(
-        self, run: Run, *, writes: bool, total_steps: int, step: int, device, wandb_run
-    ):
+    def __init__(self, run: Run, *, writes: bool, total_steps: int, step: int, device, wandb_run):
         self.writes, self.wandb_run, self.device = writes, wandb_run, device
         self.flops_per_token, self.every = 0.0, run.log_every
         self.rows: list[dict[str, float]] = []

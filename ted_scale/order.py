@@ -46,7 +46,7 @@ def shares(weights: list[float]) -> tuple[int, ...]:
     """Samples of each corpus in a block: largest remainder, at least one for every weight above zero."""
     if any(not 0 <= w < float("inf") for w in weights) or not sum(weights):
         raise UserError(
-            f"data.corpora.weight must be zero or more and above zero for one corpus, but is {list(weights)}; correct"
+            f"data.corpora.weight must be zero or more and above zero for one corpus, but is {weights}; correct it"
         )
     if sum(w > 0 for w in weights) > BLOCK:
         raise UserError(f"data.corpora must be {BLOCK} at most, but is {len(weights)}; put shards into one folder")

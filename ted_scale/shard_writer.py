@@ -5,15 +5,14 @@ renamed last, so a run killed at any moment leaves nothing that loads.
 """
 
 import json
-import logging
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 
+from ted_scale.corpora import megatron_indexed
 from ted_scale.tokenizer import Tokenizer, digest
 
 
@@ -35,7 +34,8 @@ class Writer:
             "vocab_size": len(tokenizer.pieces),
             "eod_id": tokenizer.eod,
         }
-        self.builder_class, self.dtype = _megatron(len(tokenizer.pieces))
+        self.megatron = megatron_indexed()
+        self.dtype = self.megatron.DType.optimal_dtype(len(tokenizer.pieces))
         self.names: list[str] = []
         self.builder = None
         self.tokens = self.documents = self.largest = 0
@@ -55,7 +55,7 @@ class Writer:
         self.finish_shard()
         name = f"{self.out.name}-{len(self.names) + 1:05d}" if self.shard_tokens else self.out.name
         self.names.append(name)
-        self.builder = self.builder_class(str(self._temporary(name, ".bin")), dtype=self.dtype)
+        self.builder = self.megatron.IndexedDatasetBuilder(str(self._temporary(name, ".bin")), dtype=self.dtype)
         self.tokens = self.documents = self.largest = 0
 
     def finish_shard(self) -> None:
@@ -81,15 +81,6 @@ class Writer:
 
     def _temporary(self, name: str, ending: str) -> Path:
         return self.out.with_name(f".{name}{ending}.tmp")
-
-
-def _megatron(vocab_size: int):
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    logging.disable(logging.NOTSET)
-    return IndexedDatasetBuilder, DType.optimal_dtype(vocab_size)
 
 
 def _sync(path: Path) -> None:

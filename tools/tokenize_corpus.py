@@ -97,13 +97,13 @@ def _claim(out: Path, overwrite: bool):
             f"--out must be a prefix like FOLDER/NAME without ending, but is {out}; add or shorten the name"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
+    if not overwrite and any(path.suffix == ".idx" for path in existing(out)):
+        raise UserError(f"--out {out} must be a new name, but exists; choose another or pass --overwrite")
     lock = out.with_name(f".{out.name}.lock").open("w")  # held until the process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"--out {out} must be written by one run, but another one is writing it; wait for it") from None
-    if not overwrite and any(path.suffix == ".idx" for path in existing(out)):
-        raise UserError(f"--out {out} must be a new name, but exists; choose another or pass --overwrite")
     clear_temporaries(out)
     return lock
 
