@@ -9,6 +9,7 @@ import os
 import warnings
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,39 +31,40 @@ from ted_scale.validate import validate
 from ted_scale.zero import build_network, shape_of, sharded_construction
 
 log = logging.getLogger("ted_scale")
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def run_plan(plan: Plan) -> None:
-    """Build and train every stage that is not done yet."""
-    device = start_ranks()
-    progress, newest = claim_folder(plan)
-    wandb_run = metrics.open_wandb(plan.run, progress.wandb_id) if dist.get_rank() == 0 else None
-    progress = Progress(
-        progress.step, progress.tokens, wandb_run.id if wandb_run else progress.wandb_id, plan.identity()
-    )
-    if wandb_run:
-        wandb_run.config.update({"plan": as_dict(plan)}, allow_val_change=True)
-    teacher = build_teacher(plan)
-    numbers = metrics.Metrics(
-        plan.run,
-        writes=dist.get_rank() == 0,
-        total_steps=plan.total_steps,
-        step=progress.step,
-        device=device,
-        wandb_run=wandb_run,
-    )
-    for stage in plan.stages:
-        if progress.step < stage.last_step:
-            numbers.flops_per_token = flops_per_token(plan, stage)
-            resumed = newest if progress.step > stage.first_step else None
-            progress = run_stage(plan, stage, teacher, progress, resumed, numbers, device)
-    numbers.close()
-    metrics.say(
-        f"done: {plan.run.folder} holds step {progress.step}; export it with python tools/export_hf.py {plan.run.folder} OUT"
-    )
+    """A run from process group to process group's end."""
+    train_run(plan, start_ranks())
     dist.barrier()
     dist.destroy_process_group()
+
+
+def train_run(plan: Plan, device: torch.device) -> Progress:
+    """Build and train every stage that is not done yet."""
+    progress, newest = claim_folder(plan)
+    writes = dist.get_rank() == 0
+    wandb_run = metrics.open_wandb(plan.run, progress.wandb_id) if writes else None
+    if wandb_run:
+        wandb_run.config.update({"plan": as_dict(plan)}, allow_val_change=True)
+    wandb_id = wandb_run.id if wandb_run else progress.wandb_id
+    progress = Progress(progress.step, progress.tokens, wandb_id, plan.identity())
+    teacher = build_teacher(plan)
+    numbers = metrics.Metrics(
+        plan.run, writes=writes, total_steps=plan.total_steps, step=progress.step, device=device, wandb_run=wandb_run
+    )
+    try:
+        for stage in plan.stages:
+            if progress.step < stage.last_step:
+                numbers.flops_per_token = flops_per_token(plan, stage)
+                resumed = newest if progress.step > stage.first_step else None
+                progress = run_stage(plan, stage, teacher, progress, resumed, numbers, device)
+    finally:
+        numbers.close()
+    metrics.say(f"done: {plan.run.folder} is at step {progress.step}; next: python tools/export_hf.py {plan.run.folder}")
+    return progress
 
 
 def start_ranks() -> torch.device:
@@ -91,34 +93,37 @@ def start_ranks() -> torch.device:
 def claim_folder(plan: Plan):
     """Make the run's folder, see that all ranks share it, and find where the run stands."""
     folder, writes = plan.run.folder, dist.get_rank() == 0
-    token, sentence = folder / ".shared", None
-    try:
-        if writes:
-            files.checkpoints_of(folder).mkdir(parents=True, exist_ok=True)
-            files.write_durably(folder / "run.toml", to_toml(plan.run))
-            token.write_text(secret := os.urandom(8).hex(), encoding="utf-8")
-        message = [secret if writes else None]
-    except OSError as error:
-        sentence, message = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}", [None]
-    dist.broadcast_object_list(message, src=0)
-    seen = token.read_text(encoding="utf-8") if token.exists() else None
-    refuse_together(
-        sentence or None
-        if seen == message[0]
-        else f"runs must be a folder that all nodes share, but {folder} is not "
-        f"the same on rank {dist.get_rank()}; set runs to a shared file system"
-    )
+    check_shared(folder, writes)
     metrics.open_log(folder, writes)
     newest = files.newest_checkpoint(folder)
     progress = files.read_progress(newest) if newest else Progress()
-    dist.barrier()
     if writes:
-        token.unlink()
         metrics.trim_rows(folder / "metrics.jsonl", progress.step)
+        files.write_durably(folder / "run.toml", to_toml(plan.run))
         log.info(describe(plan))
         if newest:
             log.info(f"resuming from {newest}")
     return progress, newest
+
+
+def check_shared(folder: Path, writes: bool) -> None:
+    """Rank 0 leaves a secret in the folder, and every rank must find it there."""
+    token, secret, sentence = folder / ".shared", os.urandom(8).hex(), None
+    if writes:
+        try:
+            files.checkpoints_of(folder).mkdir(parents=True, exist_ok=True)
+            token.write_text(secret, encoding="utf-8")
+        except OSError as error:
+            sentence = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
+    refuse_together(sentence)
+    message = [secret]
+    dist.broadcast_object_list(message, src=0)
+    if not token.exists() or token.read_text(encoding="utf-8") != message[0]:
+        sentence = f"runs must be a folder that all nodes share, but rank {dist.get_rank()} sees another {folder}"
+        sentence += "; set runs to a folder on a shared file system"
+    refuse_together(sentence)
+    if writes:
+        token.unlink()
 
 
 def refuse_together(sentence: str | None) -> None:
@@ -164,7 +169,7 @@ def build_student(plan: Plan, stage: Stage, teacher):
     network.requires_grad_(not stage.learns_filters)
     if run.student.gradient_checkpointing and not stage.learns_filters:
         network.gradient_checkpointing_enable({"use_reentrant": False})
-    with sharded_construction(config, dtype):
+    with sharded_construction(config):
         filters_s, filters_t = build_filters(plan, stage)
     if not stage.learns_filters and filters_t is not None:
         checkpoint.load_filters(plan.filters_file, {"student": filters_s, "teacher": filters_t})

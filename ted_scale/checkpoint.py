@@ -79,9 +79,10 @@ def agree(failures: list, part: Path) -> None:
     if dist.get_rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
     rank, sentence = bad[0]
+    free = shutil.disk_usage(part.parent).free / 2**30
     raise UserError(
         f"{part.parent} must have room for a checkpoint, but rank {rank} could not write {part.name.removesuffix(PART)}: "
-        f"{sentence}; the previous checkpoint is intact: free space and start the same command again"
+        f"{sentence} ({free:.1f} GiB free); the previous checkpoint is intact: free space and start the same command again"
     )
 
 

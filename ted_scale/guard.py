@@ -12,6 +12,7 @@ from ted_scale.errors import RunStopped
 from ted_scale.schedule import Stage
 from ted_scale.student import Losses, Weights
 
+NORM = ("optim/grad_norm", "all (it is global)", "inf or nan")
 TERMS = ("loss/total", "loss/ce", "loss/kl", "loss/layer")
 
 
@@ -61,7 +62,7 @@ class Guard:
         order = [*range(1, len(ours)), 0]
         faults = ((n, r, v[i]) for n, i in zip(names, order, strict=True) for r, v in enumerate(everyone))
         name, rank, value = next(
-            (f for f in faults if f[2] - f[2] != 0), ("optim/grad_norm", "all (it is global)", "not")
+            (f for f in faults if f[2] - f[2] != 0), NORM
         )
         raise RunStopped(
             f"step {self.step}: {name} of rank {rank} must be finite, but is {value}; no weight was updated and the last "

@@ -36,7 +36,7 @@ def gathered(parameters):
 def build_network(anatomy: Anatomy, *, ds_config: dict | None, dtype, init: str = "weights", seed: int = 0):
     """The causal LM, sharded as it is made where `ds_config` is given, holding its folder's or fresh random weights."""
     config = read_config("model", anatomy.folder)
-    with sharded_construction(ds_config, dtype):
+    with sharded_construction(ds_config):
         network = empty_model(config, dtype)
     if init == "random":
         draw_weights(network, seed)
@@ -45,12 +45,13 @@ def build_network(anatomy: Anatomy, *, ds_config: dict | None, dtype, init: str 
     return network
 
 
-def sharded_construction(ds_config: dict | None, dtype):
+def sharded_construction(ds_config: dict | None):
     if ds_config is None:
         return contextlib.nullcontext()
     import deepspeed
 
-    return deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype)
+    # The type comes from the configuration: where fp16 is not supported, DeepSpeed 0.19 ignores an explicit dtype.
+    return deepspeed.zero.Init(config_dict_or_path=ds_config)
 
 
 def draw_weights(network, seed: int) -> None:

@@ -26,7 +26,7 @@ FAMILIES = {
 }
 
 
-def make_model(folder: Path, family: str, *, seed: int = 0, dtype=torch.float32, **sizes) -> Path:
+def make_model(folder: Path, family: str, *, seed: int = 0, dtype=torch.float32, max_shard_size="5GB", **sizes) -> Path:
     """Save a random model whose logits differ clearly between tokens; `sizes` are config keys of any family."""
     config_class, settings = FAMILIES[family]
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
@@ -36,7 +36,7 @@ def make_model(folder: Path, family: str, *, seed: int = 0, dtype=torch.float32,
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     transformers.logging.set_verbosity(level)
     return folder
 

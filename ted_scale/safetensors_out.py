@@ -1,0 +1,130 @@
+"""Write a Hugging Face model folder: safetensors shards, one at a time, and the small files beside them.
+
+What a tensor holds and how it is read is the caller's part: each comes as a recipe and is made when its turn comes, so
+one shard is all that is in memory. The surprise: everything is written to OUT.part, which gets its name when it is whole.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ted_scale.errors import UserError
+
+PART = ".part"
+TOKENIZER_FILES = (
+    "tokenizer*.json", "tokenizer*.model", "*.spm", "spiece.model", "sentencepiece*.model", "*.tiktoken", "vocab.json",
+    "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*", "tokenization_*.py",
+    "additional_chat_templates/*",
+)  # fmt: skip
+
+
+class Recipe(NamedTuple):
+    """A tensor to be written; `make` returns it contiguous, in this shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def size(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def saved_tensors(model) -> dict[str, torch.Tensor]:
+    """Name → parameter or buffer as a model's files hold them: tied ones once, under the first of their names."""
+    first = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first.setdefault(id(tensor), (name, tensor))
+    return dict(first.values())
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *, overwrite: bool, sources: Iterable[Path] = ()):
+    """A folder to fill, which becomes `out` if all goes well and vanishes if not."""
+    out = Path(out).resolve()
+    check_out(out, overwrite, sources)
+    part = out.with_name(out.name + PART)
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        if out.exists():
+            shutil.rmtree(out)
+        part.rename(out)
+    except OSError as error:
+        raise UserError(
+            f"{out} must be where this user can write and has room, but is not: {error}; choose another folder"
+        ) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_out(out: Path, overwrite: bool, sources: Iterable[Path]) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir() or not overwrite:
+        raise UserError(f"OUT must be a new or an empty folder, but {out} is not; choose another or pass --overwrite")
+    if not (out / "config.json").is_file():
+        raise UserError(f"--overwrite must replace a model folder, but {out} has no config.json; choose another OUT")
+    lost = next((s for s in sources if Path(s).resolve().is_relative_to(out)), None)
+    if lost:
+        raise UserError(f"OUT must not hold what is read, but {lost} is in {out}; choose another OUT")
+
+
+def write_shards(folder: Path, recipes: Iterable[Recipe], limit: float) -> int:
+    """Write the tensors in files of at most `limit` bytes (one tensor at least) and their index; returns all bytes."""
+    shards = split(recipes, limit)
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_shard(folder / name, shard)
+        places |= {recipe.name: name for recipe in shard}
+    size = sum(recipe.size for shard in shards for recipe in shard)
+    if len(shards) > 1:
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+    return size
+
+
+def split(recipes: Iterable[Recipe], limit: float) -> list[list[Recipe]]:
+    shards, filled = [[]], 0
+    for recipe in recipes:
+        if shards[-1] and filled + recipe.size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(recipe)
+        filled += recipe.size
+    return shards
+
+
+def write_shard(path: Path, shard: list[Recipe]) -> None:
+    tensors = {recipe.name: recipe.make() for recipe in shard}
+    for recipe in shard:
+        made = tensors[recipe.name]
+        assert (made.dtype, tuple(made.shape)) == (recipe.dtype, recipe.shape), f"{recipe.name} is not as its recipe says"
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    path.chmod(0o644)  # the library makes it readable to its owner only
+
+
+def write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> int:
+    """Copy what is there of `patterns`; returns how many files that is."""
+    found = {path for pattern in patterns for path in Path(source).glob(pattern) if path.is_file()}
+    for path in found:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
+    return len(found)

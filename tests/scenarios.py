@@ -1,0 +1,274 @@
+"""The scenarios of ranks.py: each is called on every rank with the folder of models and corpus, and returns plain values."""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny import make_run
+
+from ted_scale import build, checkpoint_files
+from ted_scale.errors import RunStopped, UserError
+from ted_scale.metrics import Metrics
+from ted_scale.plan import make_plan
+from ted_scale.student import Student
+from ted_scale.zero import gathered, resident_share, shape_of
+
+TEN_STEPS = {"filters": {"steps": 4}, "train": {"steps": 6}}
+TWENTY_STEPS = {"filters": {"steps": 8}, "train": {"steps": 12}, "checkpoint": {"every": 5, "keep": 100}}
+
+
+def start(folder: Path, device, **sections):
+    run = make_run(folder, **sections)
+    return build.train_run(make_plan(run, dist.get_world_size()), device)
+
+
+def rows(folder: Path, name: str) -> list[dict]:
+    text = (folder / "runs" / name / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def ten_steps(folder: Path, device):
+    """Losses of a TED run of both stages."""
+    start(folder, device, name=f"ten_{dist.get_world_size()}", **TEN_STEPS)
+
+
+def all_methods(folder: Path, device):
+    """ce, kd and lwd take the same path."""
+    for method in ("ce", "kd", "lwd"):
+        start(folder, device, name=f"{method}_{dist.get_world_size()}", method=method, **TEN_STEPS)
+
+
+def residency(folder: Path, device):
+    """Share of the parameters that this rank holds: after construction, and between steps 9 and 10."""
+    seen = {}
+    engines = {}
+
+    def watch(name, original):
+        def wrapped(*arguments, **named):
+            built = original(*arguments, **named)
+            engines[name] = built.engine.module if name == "teacher" else built.module
+            seen[f"{name} built"] = resident_share(engines[name])
+            return built
+
+        return wrapped
+
+    def add(self, step, *arguments, **named):
+        if step == 9:
+            seen.update({f"{name} at 9": resident_share(module) for name, module in engines.items()})
+        return Metrics_add(self, step, *arguments, **named)
+
+    originals = build.build_teacher, build.build_student
+    Metrics_add, Metrics.add = Metrics.add, add
+    build.build_teacher, build.build_student = watch("teacher", originals[0]), watch("student", originals[1])
+    try:
+        start(folder, device, name="residency", **TEN_STEPS)
+    finally:
+        build.build_teacher, build.build_student = originals
+        Metrics.add = Metrics_add
+    return seen
+
+
+def resumes(folder: Path, device):
+    """20 steps straight, then again from the checkpoints in stage I, at the switch, and in stage II."""
+    start(folder, device, name="straight", **TWENTY_STEPS)
+    for step in (5, 8, 15):
+        name = f"from_{step}"
+        if dist.get_rank() == 0:
+            target = folder / "runs" / name
+            shutil.copytree(folder / "runs" / "straight", target)
+            (target / "checkpoints" / "latest").write_text(checkpoint_files.checkpoint_name(step))
+            if step < 8:
+                (target / "filters.safetensors").unlink()
+        dist.barrier()
+        start(folder, device, name=name, **TWENTY_STEPS)
+
+
+def poisoned_loss(folder: Path, device):
+    """Rank 1's layer loss turns NaN in step 7: what is said, and whether a weight moved."""
+    return stopped_by(folder, device, "poisoned_loss", poison_loss)
+
+
+def poisoned_gradient(folder: Path, device):
+    """Every loss is finite, a gradient is not: DeepSpeed would skip the update and go on."""
+    return stopped_by(folder, device, "poisoned_gradient", poison_gradient)
+
+
+def poison_loss(losses, step: int):
+    if step == 7 and dist.get_rank() == 1:
+        bad = losses.layer * float("nan")
+        return losses._replace(total=losses.total + bad, layer=bad)
+    return losses
+
+
+def poison_gradient(losses, step: int):
+    if step == 7 and dist.get_rank() == 1:
+        losses.total.register_hook(lambda g: g * float("inf"))
+    return losses
+
+
+def stopped_by(folder: Path, device, name: str, poison):
+    original, engines, steps = Student.student_losses, [], [4]
+    calls = 256 // 32 // dist.get_world_size()
+
+    def losses(self, batch, signal, weights, denom):
+        result = original(self, batch, signal, weights, denom)
+        if not torch.is_grad_enabled():
+            return result
+        steps.append(steps[-1] + 1 / calls)
+        return poison(result, int(steps[-2] + 1e-6) + 1)
+
+    def remember(*arguments):
+        engines.append(build_student(*arguments))
+        return engines[-1]
+
+    build_student, build.build_student = build.build_student, remember
+    Student.student_losses = losses
+    try:
+        start(folder, device, name=name, **TEN_STEPS, checkpoint={"every": 6})
+        said = None
+    except RunStopped as error:
+        said = str(error)
+    finally:
+        Student.student_losses, build.build_student = original, build_student
+    return {"said": said, "weights": checksum(engines[-1].module), "steps": engines[-1].global_steps}
+
+
+def checksum(module) -> list[float]:
+    sums = []
+    for parameter in module.network.parameters():
+        with gathered([parameter]):
+            sums.append(parameter.double().sum().item())
+    return sums
+
+
+def undisturbed_to_six(folder: Path, device):
+    """The weights after step 6, to compare with a run that stopped in step 7."""
+    engines = []
+
+    def remember(*arguments):
+        engines.append(build_student(*arguments))
+        return engines[-1]
+
+    def add(self, step, *arguments, **named):
+        if step == 6:
+            sums.extend(checksum(engines[-1].module))
+        return Metrics_add(self, step, *arguments, **named)
+
+    sums: list[float] = []
+    build_student, build.build_student = build.build_student, remember
+    Metrics_add, Metrics.add = Metrics.add, add
+    try:
+        start(folder, device, name="undisturbed", **TEN_STEPS)
+    finally:
+        build.build_student, Metrics.add = build_student, Metrics_add
+    return sums
+
+
+def full_disk(folder: Path, device):
+    """Rank 1 may not write more than a few bytes when step 10 is saved."""
+    small = 4096
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, said = build.save, []
+
+    def save_with_little_room(plan, stage, engine, progress):
+        if progress.step == 10 and dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (small, limits[1]))
+        save(plan, stage, engine, progress)
+
+    build.save = save_with_little_room
+    try:
+        start(folder, device, name="full_disk", **TEN_STEPS, checkpoint={"every": 6})
+    except UserError as error:
+        said.append(str(error))
+    finally:
+        build.save = save
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    left = sorted(p.name for p in (folder / "runs" / "full_disk" / "checkpoints").iterdir())
+    dist.barrier()
+    start(folder, device, name="full_disk", **TEN_STEPS, checkpoint={"every": 6})
+    return {"said": said, "left": left}
+
+
+def layer_loss_ends(folder: Path, device):
+    """After the layer loss is off, filters stand still and their last gradient is forgotten."""
+    from deepspeed.utils import safe_get_local_grad
+
+    seen = []
+
+    def add(self, step, tokens, values, **named):
+        filters = list(engines[-1].module.filters_s.parameters()) if step > 4 else []
+        moved = [p.ds_tensor.double().sum().item() for p in filters]
+        left = sum(safe_get_local_grad(p).abs().sum().item() for p in filters)
+        seen.append({"step": step, "filters": moved, "left": left, "layer": "loss/layer" in values})
+        return Metrics_add(self, step, tokens, values, **named)
+
+    def remember(*arguments):
+        engines.append(build_student(*arguments))
+        return engines[-1]
+
+    engines = []
+    build_student, build.build_student = build.build_student, remember
+    Metrics_add, Metrics.add = Metrics.add, add
+    try:
+        start(folder, device, name="hint", loss={"layer": {"start": 1.0, "off_after": 0.5}}, **TEN_STEPS)
+    finally:
+        build.build_student, Metrics.add = build_student, Metrics_add
+    return seen
+
+
+def loading_memory(folder: Path, device):
+    """Peak host memory of this rank while a model of many files loads, and the sizes it is compared with."""
+    from ted_scale.models import inspect
+    from ted_scale.zero import build_network
+
+    anatomy = inspect("student.path", str(folder / "large"))
+    sizes = [f.stat().st_size for f in anatomy.folder.glob("*.safetensors")]
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    config = build.engine_config(make_plan(make_run(folder), dist.get_world_size()))
+    network = build_network(anatomy, ds_config=config, dtype=torch.float32)
+    part = sum(torch.Size(shape_of(p)).numel() for p in network.parameters()) * 4 / dist.get_world_size()
+    return {"peak": memory("VmHWM") - before, "part": part, "file": max(sizes), "whole": sum(sizes)}
+
+
+def memory(key: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def host_reads(folder: Path, device):
+    """Reads of tensor values by code of ours or of transformers, by optimizer step, where each is made."""
+    import sys
+
+    reads: list[list[str]] = [[]]
+    names = ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy")
+    originals = {name: getattr(torch.Tensor, name) for name in names}
+
+    def spy(name):
+        def read(tensor, *arguments, **named):
+            frame = sys._getframe(1)
+            path = frame.f_code.co_filename
+            if "/ted_scale/" in path or "/transformers/" in path:
+                reads[-1].append(f"{Path(path).name}:{frame.f_code.co_name}.{name}")
+            return originals[name](tensor, *arguments, **named)
+
+        return read
+
+    def add(self, *arguments, **named):
+        reads.append([])
+        return Metrics_add(self, *arguments, **named)
+
+    Metrics_add, Metrics.add = Metrics.add, add
+    for name in names:
+        setattr(torch.Tensor, name, spy(name))
+    try:
+        start(folder, device, name="reads", **TEN_STEPS, log_every=3, data={"mask_documents": True})
+    finally:
+        Metrics.add = Metrics_add
+        for name in names:
+            setattr(torch.Tensor, name, originals[name])
+    return reads

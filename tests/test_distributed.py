@@ -1,0 +1,171 @@
+"""Two real ZeRO-3 ranks on CPU: the same numbers as one rank and as plain torch, sharding, resume, and what goes wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scenarios import rows
+from tiny import make_corpus, make_model, make_run
+
+from ted_scale.plan import make_plan
+
+TWO_RANKS = (
+    "ten_steps", "all_methods", "residency", "resumes", "poisoned_loss", "poisoned_gradient", "undisturbed_to_six",
+    "full_disk", "layer_loss_ends", "loading_memory", "host_reads",
+)  # fmt: skip
+
+
+def launch(folder: Path, ranks: int, names) -> None:
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    script = str(Path(__file__).with_name("ranks.py"))
+    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(29600 + ranks), script, str(folder), ",".join(names)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The folder after both launches."""
+    folder = tmp_path_factory.mktemp("ranks")
+    make_model(folder / "teacher", "llama", num_hidden_layers=4, hidden_size=48, vocab_size=160)
+    make_model(folder / "student", "gpt2", num_hidden_layers=2, seed=1)
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 8192}
+    make_model(folder / "large", "llama", max_shard_size="40MB", **sizes)
+    make_corpus(folder / "corpus")
+    launch(folder, 2, TWO_RANKS)
+    launch(folder, 1, ("ten_steps", "all_methods"))
+    return folder
+
+
+def result(folder: Path, name: str, rank: int = 0):
+    value = json.loads((folder / f"{name}.{rank}.json").read_text())
+    assert not (isinstance(value, dict) and "traceback" in value), value["traceback"]
+    return value
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    return [row["loss/total"] for row in rows(folder, name) if "loss/total" in row]
+
+
+def plain_losses(folder: Path, **sections) -> list[float]:
+    """The same run without DeepSpeed: the module, AdamW, and a loop of ten lines a stage."""
+    from ted_scale.build import build_filters, parameter_groups
+    from ted_scale.data import open_stream, steps
+    from ted_scale.losses import count_valid
+    from ted_scale.student import Student
+    from ted_scale.teacher import Teacher, TeacherBody
+    from ted_scale.zero import build_network
+
+    run = make_run(folder, name="plain", **sections)
+    plan = make_plan(run, 1)
+    body = TeacherBody(build_network(plan.teacher, ds_config=None, dtype=torch.float32), plan.teacher, [t for _, t in plan.pairs])
+    teacher = Teacher(body, body)
+    values, learnt = [], None
+    for stage in plan.stages:
+        network = build_network(plan.student, ds_config=None, dtype=torch.float32).requires_grad_(not stage.learns_filters)
+        filters_s, filters_t = build_filters(plan, stage)
+        if learnt:
+            filters_s.load_state_dict(learnt[0])
+            filters_t.load_state_dict(learnt[1])
+            filters_t.requires_grad_(False)
+        sides = {"learns_filters": stage.learns_filters, "filters_s": filters_s, "filters_t": filters_t, "head_t": teacher.head}
+        student = Student(run, network, plan.student, plan.pairs, **sides).train()
+        optimizer = torch.optim.AdamW(parameter_groups(run, student), lr=run.train.lr, betas=run.train.betas, eps=run.train.eps)
+        stream = open_stream(run.data, run.seed, 128)
+        data = steps(stream, start=0, samples_per_step=8, micro_batch=1, rank=0, world=1, device="cpu")
+        for step, micros in zip(range(stage.first_step, stage.last_step), data, strict=False):
+            weights, denom = stage.weights(step), count_valid(micros)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * stage.rate(step)
+            totals = [student(batch, teacher(batch, weights), weights, denom).total for batch in micros]
+            sum(totals).backward()
+            torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.grad is not None], run.train.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            values.append(sum(t.item() for t in totals))
+        learnt = [f.state_dict() for f in (filters_s, filters_t)] if stage.learns_filters else None
+    return values
+
+
+def test_two_ranks_one_rank_and_plain_torch_have_the_same_losses(world):
+    two, one = losses(world, "ten_2"), losses(world, "ten_1")
+    plain = plain_losses(world, filters={"steps": 4}, train={"steps": 6})
+    assert len(two) == 10
+    assert max(abs(a - b) for a, b in zip(two, one, strict=True)) < 1e-5
+    assert max(abs(a - b) for a, b in zip(one, plain, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "lwd"])
+def test_every_method_has_the_same_losses_on_one_and_two_ranks(world, method):
+    two, one = losses(world, f"{method}_2"), losses(world, f"{method}_1")
+    assert len(two) == 6
+    assert max(abs(a - b) for a, b in zip(two, one, strict=True)) < 1e-5
+
+
+def test_all_methods_start_from_the_same_student_on_the_same_data(world):
+    first = {m: next(r for r in rows(world, f"{m}_2") if "loss/ce" in r)["loss/ce"] for m in ("ce", "kd", "lwd", "ten")}
+    assert len({round(v, 5) for v in first.values()}) == 1, first
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_rank_keeps_more_than_its_part(world, rank):
+    seen = result(world, "residency", rank)
+    assert {"teacher built", "student built", "teacher at 9", "student at 9"} <= seen.keys()
+    assert max(seen.values()) <= 1 / 2 + 0.05, seen
+
+
+@pytest.mark.parametrize("step", [5, 8, 15], ids=["stage I", "the switch", "stage II"])
+def test_a_resumed_run_has_the_losses_of_a_straight_one_to_the_last_bit(world, step):
+    result(world, "resumes")
+    straight, resumed = losses(world, "straight"), losses(world, f"from_{step}")
+    assert len(straight) == 20
+    assert resumed == straight
+
+
+def test_a_non_finite_loss_never_reaches_the_weights(world):
+    seen = [result(world, "poisoned_loss", rank) for rank in (0, 1)]
+    for each in seen:
+        assert "step 7: loss/layer of rank 1 must be finite, but is nan" in each["said"]
+        assert each["weights"] == result(world, "undisturbed_to_six")
+    assert (world / "runs/poisoned_loss/checkpoints/latest").read_text() == "step_00000006"
+
+
+def test_a_non_finite_gradient_stops_the_run_that_deepspeed_would_go_on_with(world):
+    for rank in (0, 1):
+        seen = result(world, "poisoned_gradient", rank)
+        assert "step 7: optim/grad_norm" in seen["said"]
+        assert seen["weights"] == result(world, "undisturbed_to_six")
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(world):
+    for rank in (0, 1):
+        seen = result(world, "full_disk", rank)
+        assert len(seen["said"]) == 1
+        assert "rank 1 could not write step_00000010" in seen["said"][0]
+        assert seen["left"] == ["latest", "step_00000004", "step_00000006"]
+    assert losses(world, "full_disk") == losses(world, "ten_2")
+
+
+def test_filters_stand_still_when_the_layer_loss_ends(world):
+    after = [s for s in result(world, "layer_loss_ends") if s["step"] > 4]
+    on, off = [s for s in after if s["layer"]], [s for s in after if not s["layer"]]
+    assert len(on) == len(off) == 3
+    assert on[0]["filters"] != on[-1]["filters"]
+    assert all(s["filters"] == on[-1]["filters"] and s["left"] == 0 for s in off)
+    assert on[-1]["left"] > 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_loading_needs_less_memory_than_a_rank_s_part_and_one_file(world, rank):
+    seen = result(world, "loading_memory", rank)
+    assert seen["file"] * 4 < seen["whole"]
+    assert seen["peak"] < seen["part"] + seen["file"], seen
+
+
+def test_a_step_reads_the_device_once_and_a_micro_step_never(world):
+    per_step = result(world, "host_reads")[:-1]
+    assert per_step[1:4] == [["guard.py:before_update.tolist"]] * 3, per_step  # stage I
+    assert per_step[5:10] == [["guard.py:before_update.tolist"]] * 5, per_step  # step 5 comes after a validation

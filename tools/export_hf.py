@@ -1,0 +1,160 @@
+"""A run's student as a Hugging Face folder: python tools/export_hf.py RUN_OR_CHECKPOINT [OUT]
+
+Reads DeepSpeed's shards through DeepSpeed's own converter, memory-mapped, and writes shard by shard: no GPU, no process
+group, one output shard in memory. The surprise: a bf16 run is exported in bf16, whatever the student was saved in,
+because that is the network its forward ran; --dtype fp32 gives the master weights.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import pickle
+from functools import partial
+from pathlib import Path
+
+from ted_scale import checkpoint_files as files
+from ted_scale.config import Run, load_run
+from ted_scale.errors import UserError, run_main
+
+NETWORK = "network."  # the student's name inside the trained module; filters and the loss's head stand beside it
+SHARD_FILES = ("zero_pp_rank_{}_mp_rank_00_model_states.pt", "*zero_pp_rank_{}_mp_rank_00_optim_states.pt")
+
+
+def find_checkpoint(source: Path) -> tuple[Path, Path]:
+    """(checkpoint, run folder) of a run folder or of one of its checkpoints."""
+    source = source.resolve()
+    checkpoint, folder = source, source.parent.parent
+    if (source / "run.toml").is_file():
+        checkpoint, folder = files.newest_checkpoint(source), source
+        if checkpoint is None:
+            raise UserError(f"RUN must have a checkpoint, but {source} has none yet; train it, then export it")
+    if not (checkpoint / "progress.json").is_file():
+        raise UserError(
+            f"RUN must be a run folder (it has a run.toml) or a checkpoint (it has a progress.json), but {source} is not"
+        )
+    if not (folder / "run.toml").is_file():
+        raise UserError(f"a checkpoint must stand in its run folder, but {folder} has no run.toml; copy that, too")
+    return checkpoint, folder
+
+
+def check_trained(run: Run, checkpoint: Path) -> None:
+    from ted_scale.schedule import stages_of
+
+    step, first = files.read_progress(checkpoint).step, stages_of(run)[0]
+    if first.learns_filters and step <= first.last_step:
+        raise UserError(
+            f"a checkpoint to export must be of stage II, but {checkpoint.name} is at step {step} of stage I "
+            f"({first.steps} steps), which does not train the student; go on with the run, or export a later checkpoint"
+        )
+
+
+def check_shards(checkpoint: Path) -> None:
+    """Both of its files are there for every rank that left one; how many ranks there were, only the files know."""
+    ranks = {int(path.name.split("zero_pp_rank_")[1].split("_")[0]) for path in checkpoint.glob("*zero_pp_rank_*.pt")}
+    for rank in range(max(ranks, default=0) + 1):
+        for pattern in SHARD_FILES:
+            if not any(checkpoint.glob(pattern.format(rank))):
+                name = pattern.format(rank)
+                raise UserError(f"{checkpoint} must hold every rank's shards, but {name} is missing; copy it again")
+
+
+def read_masters(checkpoint: Path) -> dict:
+    """Name → fp32 tensor of the trained module, each put together from the ranks' memory-mapped files when asked for."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    check_shards(checkpoint)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            return get_fp32_state_dict_from_zero_checkpoint(checkpoint.parent, checkpoint.name, lazy_mode=True)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        raise UserError(f"{checkpoint} must be a whole checkpoint, but is not: {reason}; copy it again") from None
+
+
+def recipes(checkpoint: Path, student: Path, dtype) -> list:
+    """The network's tensors, and nothing else of the trained module, under the names its family gives them."""
+    import torch
+
+    from ted_scale.models import empty_model, read_config
+    from ted_scale.safetensors_out import Recipe, saved_tensors
+
+    with torch.device("meta"):
+        model = empty_model(read_config("student.path", student))
+    masters, found = read_masters(checkpoint), []
+    for name, target in saved_tensors(model).items():
+        master, shape = masters.get(NETWORK + name), tuple(target.shape)
+        if master is None or tuple(master.shape) != shape:
+            has = "does not have it" if master is None else f"has {tuple(master.shape)}"
+            raise UserError(
+                f"{checkpoint} must hold {name} of shape {shape}, as {student} says, but {has}; name the folder the run "
+                "started from with --student"
+            )
+        kept = dtype if target.is_floating_point() else target.dtype
+        found.append(Recipe(name, shape, kept, partial(whole, master, kept)))
+    return found
+
+
+def whole(master, dtype):
+    return master.contiguous().to(dtype)
+
+
+def write_config(student: Path, target: Path, dtype) -> None:
+    """The student's own config.json but for the dtype: what training switched off, like dropout, stands as it was."""
+    from ted_scale.safetensors_out import write_json
+
+    values = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    for key in {"dtype", "torch_dtype"} & values.keys() or {"dtype"}:
+        values[key] = str(dtype).removeprefix("torch.")
+    write_json(target / "config.json", values)
+
+
+def copy_tokenizer(run: Run, student: Path, target: Path) -> None:
+    """The student's tokenizer; the teacher's, which is the same, for a student that came without one."""
+    from ted_scale.models import find_folder
+    from ted_scale.safetensors_out import TOKENIZER_FILES, copy_files
+
+    copy_files(student, target, ["generation_config.json"])
+    if not copy_files(student, target, TOKENIZER_FILES) and run.teacher:
+        copy_files(find_folder("teacher.path", run.teacher.path), target, TOKENIZER_FILES)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run folder, or one of its checkpoints")
+    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="default: export in the run folder")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: the run's train.precision")
+    parser.add_argument("--max-shard-gb", type=float, default=5, help="largest file, in GB")
+    parser.add_argument("--student", help="the folder the run started from; default: the run's student.path")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    arguments = parser.parse_args(argv)
+    if arguments.max_shard_gb <= 0:
+        raise UserError(f"--max-shard-gb must be above 0, but is {arguments.max_shard_gb}")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    checkpoint, folder = find_checkpoint(arguments.source)
+    run = load_run(folder / "run.toml")
+    check_trained(run, checkpoint)
+
+    import torch  # seconds of imports that a wrong folder should not cost
+
+    from ted_scale.models import find_folder
+    from ted_scale.safetensors_out import new_folder, write_shards
+
+    student = find_folder("student.path", arguments.student or run.student.path)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype or run.train.precision]
+    out = arguments.out or folder / "export"
+    with new_folder(out, overwrite=arguments.overwrite, sources=(student, folder)) as part:
+        size = write_shards(part, recipes(checkpoint, student, dtype), arguments.max_shard_gb * 1e9)
+        write_config(student, part, dtype)
+        copy_tokenizer(run, student, part)
+    print(f"{checkpoint.name} of {run.name} -> {out}, {size / 1e6:,.1f} MB in {str(dtype).removeprefix('torch.')}; load it:")
+    print("  from transformers import AutoModelForCausalLM")
+    print(f'  model = AutoModelForCausalLM.from_pretrained("{out}", dtype="auto")')
+
+
+if __name__ == "__main__":
+    run_main(main)
