@@ -74,14 +74,16 @@ class Schedule(Section):
     """A loss weight over stage II, `at` a fraction of it."""
 
     start: NonNegative
-    end: NonNegative | None = Field(None, description="default: stays at start")
+    end: NonNegative | None = Field(None, description="constant has none")
     shape: Literal["constant", "linear", "cosine"] = "constant"
     off_after: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="0 from this fraction on")
 
     @model_validator(mode="after")
-    def constant_has_no_end(self):
+    def shape_and_end_belong_together(self):
         if self.shape == "constant" and self.end not in (None, self.start):
             raise ValueError("shape must be linear or cosine when end is set, but is 'constant'")
+        if self.shape != "constant" and self.end is None:
+            raise ValueError(f"end must be set when shape is '{self.shape}', but is missing")
         return self
 
 
@@ -107,7 +109,7 @@ class Loss(Section):
     @model_validator(mode="before")
     @classmethod
     def preset_fills_what_is_not_written(cls, values):
-        return {**PRESETS.get(values.get("preset"), {}), **values} if isinstance(values, dict) else values
+        return {**PRESETS.get(str(values.get("preset")), {}), **values} if isinstance(values, dict) else values
 
 
 class Train(Section):
@@ -226,22 +228,19 @@ def put(values: dict, override: str) -> None:
 def sentence(error: ValidationError) -> str:
     """The first fault of a run file, in the project's form."""
     fault = min(error.errors(), key=how_far_from_the_cause)
-    # Choices of a union appear in pydantic's locations; the user wrote only keys and indices.
-    names = [part for part in fault["loc"] if part in known_keys(Run) or isinstance(part, int)]
-    if fault["type"] == "extra_forbidden":
-        names = [*names, fault["loc"][-1]]
+    names, section = where(fault["loc"])
     dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).lstrip(".")
     if fault["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(fault["loc"][-1], sorted(known_keys(Run)), n=1)
-        parent = dotted.rpartition(".")[0]
-        hint = f"; did you mean {f'{parent}.' if parent else ''}{close[0]}?" if close else ""
-        return f"unknown key {dotted}{hint}"
+        return unknown_key(f"{dotted}." if dotted else "", fault["loc"][-1], section)
     if fault["type"] == "missing":
         return f"{dotted} must be set, but is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    if message.startswith("Input should be "):
-        return f"{dotted} must be {message.removeprefix('Input should be ')}, but is {fault['input']!r}"
-    return f"{dotted}: {message[0].lower()}{message[1:]}" if dotted else message
+    if fault["type"] == "model_type":
+        return f"{dotted} must be a section of keys, but is {fault['input']!r}"
+    if fault["type"] == "value_error":  # ours: begins with the key, as seen from the section
+        message = fault["msg"].removeprefix("Value error, ")
+        return f"{dotted}.{message}" if dotted else message
+    wanted = fault["msg"].partition(" should ")[2].partition(" after validation")[0].replace("tuple", "list")
+    return f"{dotted} must {wanted}, but is {fault['input']!r}"
 
 
 def how_far_from_the_cause(fault) -> int:
@@ -250,15 +249,33 @@ def how_far_from_the_cause(fault) -> int:
     return {"extra_forbidden": 0, "missing": 1}.get(fault["type"], 3 if other_branch else 2)
 
 
-def known_keys(model) -> set[str]:
-    """Every key that may be written in a run file, of all sections."""
-    keys = set()
-    for name, field in model.model_fields.items():
-        keys.add(field.alias or name)
-        for part in annotation_parts(field.annotation):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                keys |= known_keys(part)
-    return keys
+def where(location) -> tuple[list, type]:
+    """The known keys and indices on pydantic's way to a fault, which also names the choices of a union; and the last
+    section on it."""
+    names, section = [], Run
+    for part in location:
+        field = keys_of(section).get(part)
+        if field is not None or isinstance(part, int):
+            names.append(part)
+        section = (field and section_in(field.annotation)) or section
+    return names, section
+
+
+def unknown_key(parent: str, key: str, section: type) -> str:
+    """Close keys of the section itself first, then a section that has this very key."""
+    close = [parent + k for k in difflib.get_close_matches(key, sorted(keys_of(section)), n=1)]
+    others = {name: section_in(field.annotation) for name, field in keys_of(Run).items()}
+    close = close or [f"{name}.{key}" for name, other in others.items() if other and key in keys_of(other)]
+    return f"unknown key {parent}{key}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+
+
+def keys_of(section: type) -> dict:
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
+def section_in(annotation) -> type | None:
+    found = (p for p in annotation_parts(annotation) if isinstance(p, type) and issubclass(p, BaseModel))
+    return next(found, None)
 
 
 def annotation_parts(annotation) -> list:
@@ -292,7 +309,8 @@ def toml_value(value) -> str:
         return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + " }"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
-    return json.dumps(value)  # TOML's strings, numbers and booleans are written as JSON's
+    # TOML's strings, numbers and booleans are written as JSON's; but it has no surrogates, and escapes DEL too.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 DS_OWNED_BY_RUN = {

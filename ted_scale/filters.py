@@ -34,6 +34,14 @@ def uniform(layers_s: int, layers_t: int) -> list[tuple[int, int]]:
     return [(k, -(-(k + 1) * layers_t // layers_s) - 1) for k in range(layers_s)]
 
 
+class Silent(nn.Linear):
+    """A linear map that starts at 0. ZeRO-3 shards its weights as soon as they are made, so that it must be born so."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class Filter(nn.Module):
     """[N, E] → [N, D]; `vocab` adds a head of the filter's own (stage I, head = "per_layer")."""
 
@@ -41,18 +49,18 @@ class Filter(nn.Module):
         self, width_in: int, width_out: int, *, mlp: int = 0, random: bool = False, vocab: int = 0, seed: int = 0
     ):
         super().__init__()
+        torch.manual_seed(seed)
         self.weight = nn.Parameter(torch.empty(width_out, width_in))
         self.bias = nn.Parameter(torch.zeros(width_out))
         self.up = nn.Linear(width_in, mlp) if mlp else None
-        self.down = nn.Linear(mlp, width_in) if mlp else None
+        self.down = Silent(mlp, width_in) if mlp else None
         self.head_weight = nn.Parameter(torch.empty(vocab, width_out)) if vocab else None
         self.head_bias = nn.Parameter(torch.zeros(vocab)) if vocab else None
         with torch.no_grad():
-            self.start(random or width_in != width_out, seed)
+            self.start(random or width_in != width_out)
 
-    def start(self, random: bool, seed: int) -> None:
+    def start(self, random: bool) -> None:
         """Written inside the constructor, while ZeRO-3 still lets every rank see the whole tensor."""
-        torch.manual_seed(seed)
         if random:
             nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
         else:

@@ -216,7 +216,7 @@ def describe(plan: Plan) -> str:
         lines.append(
             f"stage {stage.name}: {stage.steps:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, {flops:.3g} FLOPs"
         )
-    state = plan.student.parameters * (16 if train.precision == "bf16" else 16) / plan.world
+    state = plan.student.parameters * (14 if train.precision == "bf16" else 16) / plan.world
     lines.append(f"state of the student a rank (weights, fp32 master, Adam): {state / 2**30:,.3f} GiB")
     return "\n".join(lines)
 

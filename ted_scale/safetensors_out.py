@@ -1,7 +1,7 @@
 """Write a Hugging Face model folder: safetensors shards, one at a time, and the small files beside them.
 
-What a tensor holds and how it is read is the caller's part: each comes as a recipe and is made when its turn comes, so
-one shard is all that is in memory. The surprise: everything is written to OUT.part, which gets its name when it is whole.
+What a tensor holds and how it is read is the caller's part: each comes as a recipe and is made when its turn comes,
+so one shard is all that is in memory. The surprise: all is written to OUT.part, which gets its name when it is whole.
 """
 
 import contextlib
@@ -108,7 +108,7 @@ def write_shard(path: Path, shard: list[Recipe]) -> None:
     tensors = {recipe.name: recipe.make() for recipe in shard}
     for recipe in shard:
         made = tensors[recipe.name]
-        assert (made.dtype, tuple(made.shape)) == (recipe.dtype, recipe.shape), f"{recipe.name} is not as its recipe says"
+        assert (made.dtype, tuple(made.shape)) == (recipe.dtype, recipe.shape), f"not as its recipe says: {recipe.name}"
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:

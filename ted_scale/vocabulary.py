@@ -17,8 +17,8 @@ def check_same_tokenizer(student: Anatomy, teacher: Anatomy) -> None:
         return
     tokens_s, tokens_t = ({i: token for token, i in v.items()} for v in vocabularies)
     shared = min(student.vocab_size, teacher.vocab_size)
-    for i in sorted(i for i in tokens_s.keys() | tokens_t.keys() if i < shared):
-        ours, theirs = tokens_s.get(i), tokens_t.get(i)
+    for i in sorted(i for i in tokens_s.keys() & tokens_t.keys() if i < shared):
+        ours, theirs = tokens_s[i], tokens_t[i]
         if ours != theirs:
             raise UserError(
                 f"student.path must have the teacher's tokenizer, but id {i} is {ours!r} in {student.folder} and "

@@ -6,6 +6,7 @@ tools, tests and a single process without DeepSpeed have.
 """
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,7 +52,16 @@ def sharded_construction(ds_config: dict | None):
     import deepspeed
 
     # The type comes from the configuration: where fp16 is not supported, DeepSpeed 0.19 ignores an explicit dtype.
-    return deepspeed.zero.Init(config_dict_or_path=ds_config)
+    context = deepspeed.zero.Init(config_dict_or_path=ds_config)
+    context._zero_init_param = partial(shard, context)
+    return context
+
+
+def shard(context, parameter) -> None:
+    """Without DeepSpeed's broadcast of every whole tensor from rank 0: what is not read from a file afterwards is drawn
+    from the same seed on every rank. A whole tensor's memory is thus never even touched."""
+    context._convert_to_deepspeed_param(parameter)
+    parameter.partition()
 
 
 def draw_weights(network, seed: int) -> None:

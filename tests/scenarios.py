@@ -272,3 +272,17 @@ def host_reads(folder: Path, device):
         for name in names:
             setattr(torch.Tensor, name, originals[name])
     return reads
+
+
+def variants(folder: Path, device):
+    """The same run in other clothes; the test says which of them must agree with which."""
+    world = dist.get_world_size()
+    bf16 = {**TEN_STEPS, "train": {"steps": 6, "precision": "bf16"}}
+    start(folder, device, name=f"bf16_{world}", **bf16)
+    start(folder, device, name=f"recomputed_{world}", **TEN_STEPS, student={"gradient_checkpointing": True})
+    start(folder, device, name=f"borrowed_{world}", train={"steps": 6}, filters={"from": str(folder / f"runs/ten_{world}")})
+    for head in ("own", "per_layer"):
+        same_width = {"student": {"path": str(folder / "narrow")}} if head == "own" else {}
+        start(folder, device, name=f"{head}_{world}", filters={"steps": 2, "head": head}, train={"steps": 2}, **same_width)
+    start(folder, device, name=f"mlp_{world}", filters={"steps": 2, "mlp": 8}, train={"steps": 2}, loss={"kind": "cosine"})
+    start(folder, device, name=f"fresh_{world}", method="ce", train={"steps": 3}, student={"init": "random"})

@@ -14,7 +14,7 @@ from ted_scale.plan import make_plan
 
 TWO_RANKS = (
     "ten_steps", "all_methods", "residency", "resumes", "poisoned_loss", "poisoned_gradient", "undisturbed_to_six",
-    "full_disk", "layer_loss_ends", "loading_memory", "host_reads",
+    "full_disk", "layer_loss_ends", "loading_memory", "host_reads", "variants",
 )  # fmt: skip
 
 
@@ -32,11 +32,12 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     make_model(folder / "teacher", "llama", num_hidden_layers=4, hidden_size=48, vocab_size=160)
     make_model(folder / "student", "gpt2", num_hidden_layers=2, seed=1)
+    make_model(folder / "narrow", "qwen2", num_hidden_layers=2, hidden_size=48, seed=2)
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 8192}
     make_model(folder / "large", "llama", max_shard_size="40MB", **sizes)
     make_corpus(folder / "corpus")
     launch(folder, 2, TWO_RANKS)
-    launch(folder, 1, ("ten_steps", "all_methods"))
+    launch(folder, 1, ("ten_steps", "all_methods", "variants"))
     return folder
 
 
@@ -169,3 +170,23 @@ def test_a_step_reads_the_device_once_and_a_micro_step_never(world):
     per_step = result(world, "host_reads")[:-1]
     assert per_step[1:4] == [["guard.py:before_update.tolist"]] * 3, per_step  # stage I
     assert per_step[5:10] == [["guard.py:before_update.tolist"]] * 5, per_step  # step 5 comes after a validation
+
+
+def test_recomputed_activations_change_no_loss(world):
+    assert losses(world, "recomputed_2") == losses(world, "ten_2")
+
+
+def test_filters_of_another_run_give_the_same_stage_two_as_learning_them_here(world):
+    assert losses(world, "borrowed_2") == losses(world, "ten_2")[4:]
+
+
+@pytest.mark.parametrize("name", ["own", "per_layer", "mlp", "fresh"])
+def test_every_kind_of_filter_and_a_fresh_student_are_the_same_on_one_and_two_ranks(world, name):
+    two, one = losses(world, f"{name}_2"), losses(world, f"{name}_1")
+    assert len(two) in (3, 4)
+    assert max(abs(a - b) for a, b in zip(two, one, strict=True)) < 2e-5
+
+
+def test_bf16_follows_fp32(world):
+    for bf16, fp32 in zip(losses(world, "bf16_2"), losses(world, "ten_2"), strict=True):
+        assert 0 < abs(bf16 - fp32) < 0.05 * fp32

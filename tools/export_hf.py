@@ -31,7 +31,7 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
             raise UserError(f"RUN must have a checkpoint, but {source} has none yet; train it, then export it")
     if not (checkpoint / "progress.json").is_file():
         raise UserError(
-            f"RUN must be a run folder (it has a run.toml) or a checkpoint (it has a progress.json), but {source} is not"
+            f"RUN must be a run folder (with a run.toml) or a checkpoint (with a progress.json), but {source} is not"
         )
     if not (folder / "run.toml").is_file():
         raise UserError(f"a checkpoint must stand in its run folder, but {folder} has no run.toml; copy that, too")
@@ -54,13 +54,13 @@ def check_shards(checkpoint: Path) -> None:
     ranks = {int(path.name.split("zero_pp_rank_")[1].split("_")[0]) for path in checkpoint.glob("*zero_pp_rank_*.pt")}
     for rank in range(max(ranks, default=0) + 1):
         for pattern in SHARD_FILES:
-            if not any(checkpoint.glob(pattern.format(rank))):
-                name = pattern.format(rank)
+            name = pattern.format(rank)
+            if not any(checkpoint.glob(name)):
                 raise UserError(f"{checkpoint} must hold every rank's shards, but {name} is missing; copy it again")
 
 
 def read_masters(checkpoint: Path) -> dict:
-    """Name → fp32 tensor of the trained module, each put together from the ranks' memory-mapped files when asked for."""
+    """Name → fp32 tensor of the trained module, each put together from the ranks' mapped files when asked for."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     check_shards(checkpoint)
@@ -87,8 +87,8 @@ def recipes(checkpoint: Path, student: Path, dtype) -> list:
         if master is None or tuple(master.shape) != shape:
             has = "does not have it" if master is None else f"has {tuple(master.shape)}"
             raise UserError(
-                f"{checkpoint} must hold {name} of shape {shape}, as {student} says, but {has}; name the folder the run "
-                "started from with --student"
+                f"{checkpoint} must hold {name} of shape {shape}, as {student} says, but {has}; name the "
+                "folder the run started from with --student"
             )
         kept = dtype if target.is_floating_point() else target.dtype
         found.append(Recipe(name, shape, kept, partial(whole, master, kept)))
@@ -105,8 +105,12 @@ def write_config(student: Path, target: Path, dtype) -> None:
 
     values = json.loads((student / "config.json").read_text(encoding="utf-8"))
     for key in {"dtype", "torch_dtype"} & values.keys() or {"dtype"}:
-        values[key] = str(dtype).removeprefix("torch.")
+        values[key] = name_of(dtype)
     write_json(target / "config.json", values)
+
+
+def name_of(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def copy_tokenizer(run: Run, student: Path, target: Path) -> None:
@@ -121,7 +125,7 @@ def copy_tokenizer(run: Run, student: Path, target: Path) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run folder, or one of its checkpoints")
+    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run folder, or a checkpoint in one")
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="default: export in the run folder")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: the run's train.precision")
     parser.add_argument("--max-shard-gb", type=float, default=5, help="largest file, in GB")
@@ -151,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         size = write_shards(part, recipes(checkpoint, student, dtype), arguments.max_shard_gb * 1e9)
         write_config(student, part, dtype)
         copy_tokenizer(run, student, part)
-    print(f"{checkpoint.name} of {run.name} -> {out}, {size / 1e6:,.1f} MB in {str(dtype).removeprefix('torch.')}; load it:")
+    print(f"{checkpoint.name} of {run.name} -> {out}, {size / 1e6:,.1f} MB in {name_of(dtype)}; load it:")
     print("  from transformers import AutoModelForCausalLM")
     print(f'  model = AutoModelForCausalLM.from_pretrained("{out}", dtype="auto")')
 

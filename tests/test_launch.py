@@ -1,0 +1,98 @@
+"""The trainer as a user starts it: `deepspeed launch/pretrain.py` on two CPU ranks, killed, resumed, and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import make_corpus, make_model, make_run, pretrain, write_run
+
+SETTINGS = {"filters": {"steps": 4}, "train": {"steps": 10}, "checkpoint": {"every": 2}, "wandb": {"project": "tiny"}}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    make_model(folder / "teacher", "llama", hidden_size=48)
+    make_model(folder / "student", "gpt2", num_hidden_layers=2, seed=1)
+    make_corpus(folder / "corpus")
+    return folder
+
+
+def losses(run) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss/total" in row]
+    assert steps == sorted(set(steps))
+    return {row["step"]: row["loss/total"] for row in rows if "loss/total" in row}
+
+
+def kill_at_step(command, run, step: int) -> None:
+    """Start, and kill -9 launcher and ranks when `step` is in the metrics."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    metrics = run.folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_run_goes_on_by_itself_as_if_nothing_had_happened(root):
+    straight, killed = (make_run(root, name=name, **SETTINGS) for name in ("straight", "killed"))
+    done = pretrain("--config", write_run(root / "straight.toml", straight), ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    config = write_run(root / "killed.toml", killed)
+    script = str(Path(__file__).resolve().parents[1] / "launch" / "pretrain.py")
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    kill_at_step([launcher, "--num_gpus", "2", script, "--config", str(config)], killed, 9)
+    before = json.loads((killed.folder / "checkpoints" / "step_00000008" / "progress.json").read_text())
+    done = pretrain("--config", config, ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(killed) == losses(straight)
+
+    after = json.loads((killed.folder / "checkpoints" / "step_00000014" / "progress.json").read_text())
+    assert before["wandb_id"] == after["wandb_id"] is not None
+    assert len(list((killed.folder / "wandb").glob("offline-run-*"))) == 2
+    left = sorted(p.name for p in (killed.folder / "checkpoints").iterdir())
+    assert left == ["latest", "step_00000012", "step_00000014"]
+
+    again = pretrain("--config", config, "--set", "train.tokens_per_step=512", ranks=2)
+    assert again.returncode == 2
+    assert "train.tokens_per_step must be 256 to resume from" in again.stderr
+    assert "Traceback" not in again.stderr + again.stdout
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2_through_the_launcher(root):
+    done = pretrain("--config", write_run(root / "x.toml", make_run(root, name="x")), "--set", "loss.kll=1.0", ranks=2)
+    assert done.returncode == 2
+    assert (done.stderr + done.stdout).count("unknown key loss.kll; did you mean loss.kl?") == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (root / "runs" / "x").exists()
+
+
+def test_a_run_folder_that_nodes_do_not_share_is_refused_on_every_node(root, tmp_path):
+    """Two nodes on one machine: each has its own working directory, and `runs` is relative to it."""
+    config = write_run(tmp_path / "nodes.toml", make_run(root, name="nodes", runs="runs"))
+    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    script = str(Path(__file__).resolve().parents[1] / "launch" / "pretrain.py")
+    nodes = []
+    for rank in (0, 1):
+        home = tmp_path / f"node{rank}"
+        home.mkdir()
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(tmp_path / "hosts"), "--no_ssh"]
+        command += ["--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", "29733"]
+        nodes.append(
+            subprocess.Popen(
+                [*command, script, "--config", str(config)], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    said = [node.communicate(timeout=150)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 2], said
+    assert "runs must be a folder that all nodes share, but rank 1 sees another runs/nodes" in said[0]
+    assert not any("Traceback" in text for text in said)

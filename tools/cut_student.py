@@ -1,0 +1,156 @@
+"""A student of some of a teacher's blocks: python tools/cut_student.py TEACHER OUT --layers N [--keep 0,2,5]
+
+Keeps embeddings, tail and head, and by default the very blocks that the run file's `uniform` pairs name, so student
+block k starts as the teacher block it is matched with. Tensors go from file to file one shard at a time. The surprise:
+every per-layer list of the config is written out and cut, also one that the teacher's config.json leaves to a default.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ted_scale.config import Pairs
+from ted_scale.errors import UserError, run_main
+from ted_scale.filters import match_layers
+from ted_scale.models import Anatomy, empty_model, find_folder, inspect, read_config
+from ted_scale.safetensors_out import (
+    TOKENIZER_FILES,
+    Recipe,
+    copy_files,
+    new_folder,
+    saved_tensors,
+    write_json,
+    write_shards,
+)
+from ted_scale.zero import renamer
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+NO_LAYERS = ("architectures", "id2label", "label2id")  # lists whose length may equal the depth by chance, and token ids
+
+
+def choose_blocks(layers: int, count: int | None, keep: str | None) -> list[int]:
+    """The teacher's blocks of the student, in order."""
+    if keep is not None:
+        return parse_keep(layers, count, keep)
+    if count is None or not 1 <= count <= layers:
+        raise UserError(f"--layers must be 1 to {layers}, the teacher's blocks, but is {count}; or list them by --keep")
+    return [t for _, t in match_layers(Pairs(), count, layers)]
+
+
+def parse_keep(layers: int, count: int | None, keep: str) -> list[int]:
+    try:
+        blocks = [int(part) for part in keep.split(",")]
+    except ValueError:
+        raise UserError(f"--keep must list block numbers like 0,2,5, but is '{keep}'") from None
+    if any(not 0 <= b < layers for b in blocks) or blocks != sorted(set(blocks)):
+        raise UserError(f"--keep must list blocks 0 to {layers - 1} in rising order, each once, but is '{keep}'")
+    if count not in (None, len(blocks)):
+        raise UserError(f"--layers must be how many blocks --keep lists ({len(blocks)}), but is {count}; leave it out")
+    return blocks
+
+
+def cut_config(folder: Path, blocks: list[int]) -> dict:
+    """The teacher's config.json with fewer layers; keys that a class renames (gpt2's n_layer) stay as they are."""
+    config = read_config("TEACHER", folder)
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise UserError(
+            f"TEACHER must compute a block alike at any depth, but {folder} sets scale_attn_by_inverse_layer_idx"
+        )
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key, value in config.to_dict().items():
+        per_layer = isinstance(value, list) and len(value) == config.num_hidden_layers
+        if per_layer and key not in NO_LAYERS and "token" not in key:
+            values[key] = [value[b] for b in blocks]
+    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(blocks)
+    return values
+
+
+def find_tensors(anatomy: Anatomy) -> dict[str, tuple[Path, str]]:
+    """Name in the teacher → where it is read; a tied tensor stands under its first name, whatever its file calls it."""
+    with torch.device("meta"):
+        model = empty_model(read_config("TEACHER", anatomy.folder))
+    targets = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in saved_tensors(model).items()}
+    rename, places = renamer(model, targets), {}
+    for file in sorted(anatomy.folder.glob("*.safetensors")):
+        for key in opened(file, lambda tensors: list(tensors.keys())):
+            name = rename(key)
+            if name in targets:
+                places.setdefault(first[id(targets[name])], (file, key))
+    return places
+
+
+def opened(file: Path, read):
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return read(tensors)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} must be a whole safetensors file, but is not: {error}; copy it again") from None
+
+
+def recipes(teacher: Anatomy, student: Path, blocks: list[int]) -> list[Recipe]:
+    """The student's tensors: those of the blocks under their new numbers, and all that is in no block."""
+    with torch.device("meta"):
+        model = empty_model(read_config("OUT", student))
+    places = find_tensors(teacher)
+    return [
+        recipe(name, tuple(target.shape), places.get(name_in_teacher(name, teacher.blocks, blocks)), teacher.folder)
+        for name, target in saved_tensors(model).items()
+    ]
+
+
+def name_in_teacher(name: str, prefix: str, blocks: list[int]) -> str:
+    if not name.startswith(f"{prefix}."):
+        return name
+    number, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+    return f"{prefix}.{blocks[int(number)]}.{rest}"
+
+
+def recipe(name: str, shape: tuple, place: tuple[Path, str] | None, folder: Path) -> Recipe:
+    if place is None:
+        raise UserError(f"TEACHER must hold the weights its config.json describes, but {folder} has none for {name}")
+    file, key = place
+    found, dtype = opened(file, lambda tensors: facts(tensors.get_slice(key)))
+    if found != shape or dtype not in DTYPES:
+        raise UserError(f"{file}: {key} must have shape {shape} and a plain dtype, but has {found} in {dtype}")
+    return Recipe(name, shape, DTYPES[dtype], partial(opened, file, lambda tensors: tensors.get_tensor(key)))
+
+
+def facts(tensor) -> tuple[tuple, str]:
+    return tuple(tensor.get_shape()), tensor.get_dtype()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("teacher", metavar="TEACHER", help="model folder or hub id")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("--layers", type=int, metavar="N", help="the student's blocks, spread as uniform pairs are")
+    parser.add_argument("--keep", metavar="0,2,5", help="the teacher's blocks to keep, from 0")
+    parser.add_argument("--max-shard-gb", type=float, default=5, help="largest file, in GB")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    folder = find_folder("TEACHER", arguments.teacher)
+    teacher = inspect("TEACHER", str(folder))
+    blocks = choose_blocks(teacher.layers, arguments.layers, arguments.keep)
+    with new_folder(arguments.out, overwrite=arguments.overwrite, sources=[folder]) as part:
+        write_json(part / "config.json", cut_config(folder, blocks))
+        student = inspect("a cut of TEACHER", str(part), needs_weights=False)
+        size = write_shards(part, recipes(teacher, part, blocks), arguments.max_shard_gb * 1e9)
+        copy_files(folder, part, [*TOKENIZER_FILES, "generation_config.json"])
+    print(f"blocks {', '.join(map(str, blocks))} of {teacher.layers} of {folder} -> {arguments.out}")
+    print(
+        f"{student.parameters / 1e6:,.2f} M parameters, {size / 1e6:,.1f} MB; train it with student.path = {json.dumps(str(arguments.out))}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

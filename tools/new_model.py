@@ -1,0 +1,117 @@
+"""A model folder without weights: python tools/new_model.py --family llama --tokenizer FOLDER --out OUT [--set K=V ...]
+
+For `student.init = "random"` in a run file: config.json of the family's defaults and what is set on top, with the
+tokenizer's files, vocabulary and special ids. The surprise: the model is built once without weights before OUT gets its
+name, so a config that no model can be made of ends here and not on a cluster.
+"""
+
+import argparse
+import difflib
+import json
+from pathlib import Path
+
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ted_scale.errors import UserError, run_main
+from ted_scale.models import inspect
+from ted_scale.safetensors_out import TOKENIZER_FILES, copy_files, new_folder, write_json
+from ted_scale.tokenizer import load_tokenizer
+
+OWNED = {"vocab_size": "--tokenizer and --pad-vocab-to", "model_type": "--family", "architectures": "--family"}
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def default_config(family: str):
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"--family must be one that transformers {transformers.__version__} has a causal LM of, but is "
+            f"'{family}'{did_you_mean(family, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}"
+        )
+    return transformers.AutoConfig.for_model(family)
+
+
+def did_you_mean(word: str, known) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def parse_settings(default, pairs: list[str]) -> dict:
+    """`key=value` strings, the value JSON or a bare word, of keys that the family's config has."""
+    known = {*default.to_dict(), *default.attribute_map} - {"transformers_version"}
+    settings = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set must look like key=value, but is '{pair}'")
+        if key in OWNED:
+            raise UserError(f"--set must leave {key} out, but has '{pair}'; {OWNED[key]} sets it")
+        if key not in known:
+            raise UserError(f"--set must name keys of {default.model_type}'s config, but has '{key}'"
+                            f"{did_you_mean(key, known)}")  # fmt: skip
+        settings[key] = parse_value(text)
+    return settings
+
+
+def parse_value(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def make_config(family: str, tokenizer: Path, multiple: int, pairs: list[str]):
+    """The family's config for this tokenizer, with what was set."""
+    settings = parse_settings(default_config(family), pairs)
+    vocabulary = len(load_tokenizer(str(tokenizer)).pieces)
+    ids = special_ids(tokenizer)
+    padded = -(-vocabulary // multiple) * multiple
+    try:
+        return transformers.AutoConfig.for_model(family, **{**ids, **settings, "vocab_size": padded})
+    except Exception as error:  # a family's own checks raise whatever they like
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"--set must give values that a {family} config takes, but: {reason}") from None
+
+
+def special_ids(tokenizer: Path) -> dict:
+    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    return {name: getattr(loaded, name) for name in SPECIAL}
+
+
+def write_folder(folder: Path, config, tokenizer: Path) -> None:
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    write_json(folder / "config.json", {**config.to_dict(), "architectures": [architecture]})
+    ids = {name: getattr(config, name, None) for name in SPECIAL}
+    transformers.GenerationConfig(**ids).save_pretrained(folder)
+    copy_files(tokenizer, folder, TOKENIZER_FILES)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", required=True, help="transformers' name of the family: llama, qwen2, gpt2, ...")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a Hugging Face tokenizer")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--pad-vocab-to", type=int, default=1, metavar="64", help="vocab_size becomes a multiple of it")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of the config")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    arguments = parser.parse_args(argv)
+    if arguments.pad_vocab_to < 1:
+        raise UserError(f"--pad-vocab-to must be at least 1, but is {arguments.pad_vocab_to}")
+    if not arguments.tokenizer.is_dir():
+        raise UserError(f"--tokenizer must be a folder with a Hugging Face tokenizer, but {arguments.tokenizer} is not")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    config = make_config(arguments.family, arguments.tokenizer, arguments.pad_vocab_to, arguments.set)
+    with new_folder(arguments.out, overwrite=arguments.overwrite, sources=[arguments.tokenizer]) as part:
+        write_folder(part, config, arguments.tokenizer)
+        model = inspect("the new model", str(part), needs_weights=False)
+    size = f"{model.layers} blocks, width {model.width}, vocabulary {model.vocab_size:,}"
+    print(f"{model.family}: {size}, {model.parameters / 1e6:,.2f} M parameters -> {arguments.out}, without weights")
+    print(f'in a run file:\n  [student]\n  path = {json.dumps(str(arguments.out))}\n  init = "random"')
+
+
+if __name__ == "__main__":
+    run_main(main)
