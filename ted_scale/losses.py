@@ -61,7 +61,8 @@ def linear_kl_ce(
         if teacher:
             with torch.no_grad():
                 z_t = soften(linear_fp32(h_t[0], *fixed), softcap_t, logit_scale_t)
-            kl = temperature**2 * kl_per_token(z_s[:, :shared] / temperature, z_t / temperature)
+            z_s, z_t = (z if temperature == 1.0 else z / temperature for z in (z_s[:, :shared], z_t))
+            kl = temperature**2 * kl_per_token(z_s, z_t)
         return [masked_sum(ce_weight * ce + kl_weight * kl, mask), masked_sum(kl, mask), masked_sum(ce, mask)]
 
     rows = [h_s, labels, *([h_t] if teacher else [])]
@@ -81,8 +82,9 @@ class Divergence(torch.autograd.Function):
     def forward(ctx, z_s, z_t):
         log_p, log_q = torch.log_softmax(z_t, dim=-1), torch.log_softmax(z_s, dim=-1)
         p = log_p.exp()
-        ctx.save_for_backward(log_q.exp() - p if ctx.needs_input_grad[0] else None)
-        return (p * (log_p - log_q)).sum(dim=-1)
+        value = log_p.sub_(log_q).mul_(p).sum(dim=-1)  # in place: each of these is as large as the logits
+        ctx.save_for_backward(log_q.exp_().sub_(p) if ctx.needs_input_grad[0] else None)
+        return value
 
     @staticmethod
     def backward(ctx, g):

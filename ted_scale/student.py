@@ -45,14 +45,16 @@ class Student(nn.Module):
         super().__init__()
         self.run, self.anatomy, self.learns_filters = run, anatomy, learns_filters
         self.network = network
-        self.head = OutputHead(*output_of(network))
+        own = head_of(network, anatomy)
+        self.head = OutputHead(own.weight, own.bias)
         self.taps = Taps(network, anatomy, [s for s, _ in pairs])
         self.blocks = [s for s, _ in pairs]
         self.filters_s = filters_s
         if learns_filters:
             self.filters_t = filters_t
-        # What stays frozen is not this engine's: a tuple keeps it out of the module tree.
-        self.fixed = (filters_t, head_t)
+        # A tuple keeps what is not this engine's to train out of the module tree. The own head's weights are looked up
+        # here, once: DeepSpeed takes a look at a sharded weight inside a forward for its use by that module.
+        self.fixed = (filters_t, head_t, own if run.filters.head == "own" else head_t)
 
     def forward(self, batch, signal: Signal | None, weights: Weights, denom) -> Losses:
         losses = self.filter_losses if self.learns_filters else self.student_losses
@@ -109,11 +111,11 @@ class Student(nn.Module):
 
     def filter_losses(self, batch, signal, weights, denom) -> Losses:
         """Mean over pairs of the teacher's filters' next-token loss, plus the same of the student's."""
-        last_ND, states = self.run_network(batch, True)
-        own = head_of(self.network, self.anatomy)
+        _, states = self.run_network(batch, True)
+        filters_t, head_t, head_s = self.fixed
         sides = [
-            (self.filters_t, signal.layers_NE, self.fixed[1]),
-            (self.filters_s, states, own if self.run.filters.head == "own" else self.fixed[1]),
+            (filters_t, signal.layers_NE, head_t),
+            (self.filters_s, states, head_s),
         ]
         values = [v for side in sides for v in self.side_losses(*side, batch, denom)]
         layers = torch.stack(values)
@@ -130,11 +132,6 @@ class Student(nn.Module):
 
         with gathered([] if self.run.filters.head == "per_layer" else head.parameters):
             return [filter(state, loss) for filter, state in zip(filters, states, strict=True)]
-
-
-def output_of(network):
-    output = network.get_output_embeddings()
-    return output.weight, output.bias
 
 
 def token_mask(batch):

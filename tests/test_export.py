@@ -25,8 +25,7 @@ from ted_scale import checkpoint  # noqa: E402
 from ted_scale.errors import UserError  # noqa: E402
 
 TOKENS = torch.arange(3, 43).reshape(2, 20)
-BIG = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_key_value_heads": 4}
-BIG_MB = 117.0  # in fp32: of a bf16 model of it DeepSpeed's checkpoint holds three times as much
+BIG = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_key_value_heads": 4}
 
 
 def train_and_gather() -> None:
@@ -70,17 +69,17 @@ def world(tmp_path_factory):
     """A bf16 TED run on two ranks with a tied student, and an fp32 ce run on one rank with a student of some size."""
     root = tmp_path_factory.mktemp("export")
     make_model(root / "teacher", "llama")
-    (root / "teacher" / "tokenizer.json").write_text('{"of": "the teacher"}')
     make_model(root / "student", "gpt2", num_hidden_layers=2, seed=1, attn_pdrop=0.1, resid_pdrop=0.2)
     make_corpus(root / "corpus")
     sections = {"filters": {"steps": 2}, "checkpoint": {"every": 1, "keep": 9}}
     train = {"steps": 2, "precision": "bf16", "lr": 0.01}
     launch(2, "--config", write_run(root / "run.toml", make_run(root, train=train, **sections)))
     make_model(root / "big", "llama", seed=2, **BIG)
-    (root / "big" / "merges.txt").write_text("a b\n")
     train = {"steps": 1, "tokens_per_step": 32}
     run = make_run(root, name="big", method="ce", student={"path": str(root / "big")}, train=train)
     launch(1, "--config", write_run(root / "big.toml", run))
+    (root / "teacher" / "tokenizer.json").write_text("the teacher's")  # after training, which would read it
+    (root / "big" / "merges.txt").write_text("a b\n")
     return root
 
 
@@ -165,7 +164,7 @@ def test_the_config_is_the_students_but_for_the_dtype(world, exported):
 
 
 def test_a_student_without_a_tokenizer_gets_the_teachers(exported):
-    assert (exported[0] / "tokenizer.json").read_text() == '{"of": "the teacher"}'
+    assert (exported[0] / "tokenizer.json").read_text() == "the teacher's"
 
 
 def test_an_export_generates_by_the_snippet_that_is_printed(exported):
@@ -177,7 +176,7 @@ def test_an_export_generates_by_the_snippet_that_is_printed(exported):
 
 
 def peak_anonymous_mb(*arguments) -> float:
-    """Highest private memory of the tool, without pages of mapped files, which the system takes back when it needs to."""
+    """Highest private memory of the tool, without pages of mapped files, which the system takes back at need."""
     process = subprocess.Popen([sys.executable, ROOT / "tools" / "export_hf.py", *arguments], stdout=subprocess.PIPE)
     peak = 0
     while process.poll() is None:
@@ -190,9 +189,8 @@ def peak_anonymous_mb(*arguments) -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_memory_is_one_shard_and_a_few_of_the_largest_tensor(world, tmp_path):
-    sizes = {t.numel() * 4 / 1e6 for t in tensors_of(world / "big").values()}
-    total = sum(t.numel() * 4 / 1e6 for t in tensors_of(world / "big").values())
-    shard, largest = 20, max(sizes)
+    sizes = [t.numel() * 4 / 1e6 for t in tensors_of(world / "big").values()]
+    total, shard, largest = sum(sizes), 20, max(sizes)
     idle = peak_anonymous_mb(world / "runs" / "tiny", tmp_path / "tiny")
     above = peak_anonymous_mb(world / "runs" / "big", tmp_path / "big", "--max-shard-gb", "0.02") - idle
     print(f"{total:.0f} MB of weights: {above:.0f} MB above the {idle:.0f} MB of a tiny model")

@@ -147,9 +147,8 @@ def main(argv: list[str] | None = None) -> None:
         size = write_shards(part, recipes(teacher, part, blocks), arguments.max_shard_gb * 1e9)
         copy_files(folder, part, [*TOKENIZER_FILES, "generation_config.json"])
     print(f"blocks {', '.join(map(str, blocks))} of {teacher.layers} of {folder} -> {arguments.out}")
-    print(
-        f"{student.parameters / 1e6:,.2f} M parameters, {size / 1e6:,.1f} MB; train it with student.path = {json.dumps(str(arguments.out))}"
-    )
+    print(f"{student.parameters / 1e6:,.2f} M parameters, {size / 1e6:,.1f} MB; train it with:")
+    print(f"  student.path = {json.dumps(str(arguments.out))}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,358 @@
+"""Nine families: what inspect() learns, our own path through them, document masks, and loading their weights."""
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, make_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ted_scale.attention import document_mask
+from ted_scale.errors import UserError
+from ted_scale.losses import filtered_ce
+from ted_scale.models import Anatomy, Taps, head_of, inspect, run_body, soften
+from ted_scale.zero import build_network
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder with one model of each family."""
+    root = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        make_model(root / family, family)
+    return root
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, models) -> tuple[Anatomy, torch.nn.Module]:
+    return load(models / request.param)
+
+
+def load(folder: Path):
+    anatomy = inspect("student.path", str(folder))
+    return anatomy, build_network(anatomy, ds_config=None, dtype=torch.float32).eval()
+
+
+def own_model(folder: Path, **settings):
+    """The family as transformers loads and runs it."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+
+
+def tokens(batch=2, length=LENGTH) -> torch.Tensor:
+    return torch.randint(1, 128, (batch, length), generator=torch.Generator().manual_seed(5))
+
+
+def logits_of(network, anatomy, tokens_BT, positions_BT=None):
+    """body, head, soften: the path of ours."""
+    head = head_of(network, anatomy)
+    z = torch.nn.functional.linear(run_body(network, anatomy, tokens_BT, positions_BT), head.weight, head.bias)
+    return soften(z, head.softcap, head.logit_scale)
+
+
+FACTS = {  # body, blocks, tail
+    "gpt2": ("transformer", "transformer.h", ("transformer.ln_f",)),
+    "opt": ("model.decoder", "model.decoder.layers", ("model.decoder.final_layer_norm", "model.decoder.project_out")),
+    "gpt_neox": ("gpt_neox", "gpt_neox.layers", ("gpt_neox.final_layer_norm",)),
+    "phi": ("model", "model.layers", ("model.final_layernorm",)),
+}
+
+
+def test_inspect_learns_the_anatomy_without_weights(family):
+    anatomy, network = family
+    name = anatomy.family
+    assert (anatomy.body, anatomy.blocks, anatomy.tail) == FACTS.get(name, ("model", "model.layers", ("model.norm",)))
+    assert (anatomy.layers, anatomy.width, anatomy.vocab_size, anatomy.max_length) == (4, 32, 128, 128)
+    assert anatomy.head_width == (16 if name == "opt" else 32)
+    assert (anatomy.softcap, anatomy.logit_scale) == (30.0 if name == "gemma2" else None, 1.0)
+    assert anatomy.parameters == sum(p.numel() for p in network.parameters())
+
+
+def test_our_path_gives_the_family_s_own_logits(family):
+    anatomy, network = family
+    with torch.no_grad():
+        expected = own_model(anatomy.folder)(tokens()).logits
+        assert expected.std() > 0.5
+        assert (logits_of(network, anatomy, tokens()) - expected).abs().max() < 2e-5
+
+
+def test_our_path_gives_the_family_s_own_logits_where_it_scales_them(tmp_path):
+    make_model(tmp_path / "m", "gemma2", final_logit_softcapping=2.0, attn_logit_softcapping=1.0)
+    anatomy, network = load(tmp_path / "m")
+    assert anatomy.softcap == 2.0
+    with torch.no_grad():
+        expected = own_model(tmp_path / "m", attn_implementation="eager")(tokens()).logits
+        assert (logits_of(network, anatomy, tokens()) - expected).abs().max() < 2e-5
+
+
+def test_a_tapped_state_is_its_block_s_output_before_the_tail(family):
+    anatomy, network = family
+    taps, seen = Taps(network, anatomy, [0, 3]), {}
+    blocks = network.get_submodule(anatomy.blocks)
+    for k in (0, 3):
+        blocks[k].register_forward_hook(lambda m, i, output, k=k: seen.update({k: output}))
+    with torch.no_grad(), taps.record(True) as states:
+        last = run_body(network, anatomy, tokens())
+        listed = own_model(anatomy.folder)(tokens(), output_hidden_states=True).hidden_states
+    assert states.keys() == {0, 3}
+    for k, output in seen.items():
+        assert torch.equal(states[k], output[0] if isinstance(output, tuple) else output)
+    # transformers counts the embeddings as 0, and its last entry is past the final norm: that one is not block 3's.
+    assert (states[0] - listed[1]).abs().max() < 1e-5
+    assert listed[4].shape != states[3].shape or (states[3] - listed[4]).abs().max() > 1e-2
+    assert torch.equal(head_of(network, anatomy).norm(states[3]), last)
+
+
+def test_taps_keep_nothing_outside_record(family):
+    anatomy, network = family
+    taps = Taps(network, anatomy, [1])
+    with torch.no_grad():
+        run_body(network, anatomy, tokens())
+        assert taps.states == {}
+        with taps.record(False) as states:
+            run_body(network, anatomy, tokens())
+            assert states == {}
+        with taps.record(True) as states:
+            run_body(network, anatomy, tokens())
+        assert states.keys() == {1} and taps.states == {}
+
+
+def test_the_identity_filter_on_the_last_block_reads_the_model_s_own_ce(family):
+    anatomy, network = family
+    with torch.no_grad(), Taps(network, anatomy, [3]).record(True) as states:
+        run_body(network, anatomy, tokens())
+        expected = own_model(anatomy.folder)(tokens(), labels=tokens()).loss
+        labels = tokens().roll(-1, dims=1)
+        labels[:, -1] = -100
+        states, weights, count = states[3].flatten(0, 1), torch.ones(labels.numel()), (labels != -100).sum()
+        head = head_of(network, anatomy)
+        eye = torch.eye(anatomy.width)
+        ce = filtered_ce(states, eye, torch.zeros(anatomy.width), head, labels.flatten(), weights, denom=count)
+    assert ce.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def packed() -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A row of two documents, its positions, and where the second starts: both are longer than a sliding window."""
+    cut = 11
+    return tokens(1), torch.cat([torch.arange(cut), torch.arange(LENGTH - cut)])[None], cut
+
+
+def test_packed_documents_give_what_each_gives_alone(family):
+    anatomy, network = family
+    row, positions, cut = packed()
+    with torch.no_grad():
+        together = run_body(network, anatomy, row, positions)
+        alone = [run_body(network, anatomy, part) for part in (row[:, :cut], row[:, cut:])]
+        unmasked = run_body(network, anatomy, row)
+    assert (together - torch.cat(alone, dim=1)).abs().max() < 1e-5
+    assert (together - unmasked)[:, cut:].abs().max() > 1e-2  # the test would see a leak
+
+
+def test_the_document_mask_is_causal_and_ends_at_document_borders():
+    mask = document_mask(torch.tensor([[0, 1, 0, 1, 2]]))[0, 0].int().tolist()
+    assert mask == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+
+
+def states_and_gradients(network, anatomy, taps, blocks):
+    network.zero_grad()
+    counts = dict.fromkeys(blocks, 0)
+    with taps.record(True) as states:
+        kept = states.__setitem__
+
+        class Counting(dict):
+            def __setitem__(self, k, v):
+                counts[k] += 1
+                kept(k, v)
+
+        taps.states = Counting()
+        last = run_body(network, anatomy, tokens())
+    loss = last.square().mean() + sum(states[k].square().mean() * (k + 1) for k in blocks)
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+    return {k: v.detach().clone() for k, v in states.items()}, gradients, counts
+
+
+def test_gradient_checkpointing_changes_neither_states_nor_gradients_and_keeps_states_once(family):
+    anatomy, network = family
+    network.train()
+    taps = Taps(network, anatomy, [0, 2])
+    states, gradients, _ = states_and_gradients(network, anatomy, taps, [0, 2])
+    runs = []
+    blocks = network.get_submodule(anatomy.blocks)
+    blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    network.gradient_checkpointing_enable({"use_reentrant": False})
+    again, again_gradients, counts = states_and_gradients(network, anatomy, taps, [0, 2])
+    assert len(runs) == 2  # block 0 was really computed again in the backward pass
+    assert counts == {0: 1, 2: 1} and taps.states == {}
+    assert all(torch.equal(states[k], again[k]) for k in (0, 2))
+    assert gradients.keys() == again_gradients.keys() and len(gradients) > 20
+    assert max((gradients[n] - again_gradients[n]).abs().max().item() for n in gradients) < 1e-6
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a value would travel from the device to the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0]
+        assert name not in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select"), name
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_host_reads(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a tensor was read on the host")
+
+    with monkeypatch.context() as patch, NoHostReads():
+        for name in ("tolist", "item", "numpy", "__bool__", "__int__", "__float__", "cpu"):
+            patch.setattr(torch.Tensor, name, refuse)
+        yield
+
+
+def test_the_watch_for_host_reads_sees_one(monkeypatch):
+    for read in (torch.nonzero, lambda t: bool(t.all()), lambda t: t.tolist(), lambda t: t.sum().item()):
+        with pytest.raises(AssertionError), no_host_reads(monkeypatch):
+            read(torch.ones(3))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["one document", "documents"])
+def test_a_forward_reads_nothing_on_the_host(family, masked, monkeypatch):
+    anatomy, network = family
+    row, positions, _ = packed()
+    with torch.no_grad(), no_host_reads(monkeypatch):
+        run_body(network, anatomy, row, positions if masked else None)
+
+
+EXPERTS = {
+    "mixtral": transformers.MixtralConfig(num_local_experts=4),
+    "qwen3_moe": transformers.Qwen3MoeConfig(num_experts=4),
+    "deepseek_v3": transformers.DeepseekV3Config(n_routed_experts=8),
+    "olmoe": transformers.OlmoeConfig(num_experts=4),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_mixture_of_experts_is_refused(tmp_path, name):
+    EXPERTS[name].save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"student.path must be a dense model for now, but .* has \d experts"):
+        inspect("student.path", str(tmp_path), needs_weights=False)
+
+
+def test_a_model_without_causal_head_is_refused(tmp_path):
+    transformers.T5Config(num_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"teacher.path must be a decoder-only causal LM, but .*\(t5\) is not"):
+        inspect("teacher.path", str(tmp_path), needs_weights=False)
+
+
+def assert_loads_like_transformers(folder: Path) -> None:
+    _, network = load(folder)
+    expected, mine = own_model(folder).state_dict(), network.state_dict()
+    assert expected.keys() == mine.keys()
+    assert all(torch.equal(mine[name], value) for name, value in expected.items())
+
+
+def test_the_loader_gives_what_from_pretrained_gives(family):
+    assert_loads_like_transformers(family[0].folder)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_loader_reads_several_files(tmp_path, name):
+    make_model(tmp_path, name, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_loads_like_transformers(tmp_path)
+
+
+def rewrite(folder: Path, change) -> Path:
+    """Pass the folder's tensors through `change`."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+def test_the_loader_knows_gpt2_s_old_names_without_prefix(tmp_path):
+    make_model(tmp_path, "gpt2")
+    rewrite(tmp_path, lambda tensors: {k.removeprefix("transformer."): v for k, v in tensors.items()})
+    assert "wte.weight" in load_file(tmp_path / "model.safetensors")
+    assert_loads_like_transformers(tmp_path)
+
+
+def test_the_loader_knows_gpt_neox_s_old_name_of_the_head(tmp_path):
+    make_model(tmp_path, "gpt_neox")
+    rewrite(tmp_path, lambda tensors: {k.replace("lm_head.", "embed_out."): v for k, v in tensors.items()})
+    assert "embed_out.weight" in load_file(tmp_path / "model.safetensors")
+    assert_loads_like_transformers(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_a_tied_head_is_one_parameter_after_loading(models, name):
+    _, network = load(models / name)
+    assert network.get_output_embeddings().weight is network.get_input_embeddings().weight
+
+
+NORM = "model.norm.weight"
+
+
+def wrong(folder: Path, fault: str) -> None:
+    file = folder / "model.safetensors"
+    if fault == "shape":
+        rewrite(folder, lambda tensors: {**tensors, NORM: torch.ones(31)})
+    elif fault == "missing":
+        rewrite(folder, lambda tensors: {k: v for k, v in tensors.items() if "layers.2." not in k})
+    else:
+        file.write_bytes(file.read_bytes()[: {"truncated": -1000, "cut header": 100, "empty": 0}[fault]])
+
+
+FAULTS = {
+    "shape": r"model.safetensors: model.norm.weight must have shape \(32,\), but has \(31,\); the file belongs to another",
+    "missing": r"must hold the weights its config.json describes, but model.layers.2.\S+ is missing \(9 in all\)",
+    "truncated": r"model.safetensors must be a whole safetensors file, but is not: .*; copy it again",
+    "cut header": r"model.safetensors must be a whole safetensors file, but is not: .*; copy it again",
+    "empty": r"model.safetensors must be a whole safetensors file, but is not: .*; copy it again",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_weights_are_refused_in_one_sentence(tmp_path, fault):
+    make_model(tmp_path, "llama")
+    wrong(tmp_path, fault)
+    anatomy = inspect("student.path", str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        build_network(anatomy, ds_config=None, dtype=torch.float32)
+    assert re.search(FAULTS[fault], str(caught.value)) and "\n" not in str(caught.value)
+
+
+CONFIGS = {
+    "missing": None,
+    "not json": "{",
+    "unknown family": json.dumps({"model_type": "no_such_family"}),
+    "no family": json.dumps({"hidden_size": 3}),
+    "wrong type": json.dumps({"model_type": "llama", "hidden_size": "wide"}),
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS.values(), ids=CONFIGS)
+def test_an_unreadable_config_is_refused_in_one_sentence(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        inspect("student.path", str(tmp_path), needs_weights=False)
+    assert re.match(r"student.path must .*, but ", str(caught.value)) and "\n" not in str(caught.value)
+
+
+def test_random_initialization_is_the_seed_s_and_not_the_file_s(models):
+    anatomy = inspect("student.path", str(models / "llama"))
+    first, again, other = (
+        build_network(anatomy, ds_config=None, dtype=torch.float32, init="random", seed=seed).state_dict()
+        for seed in (1, 1, 2)
+    )
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not torch.equal(first[name], other[name]) and first[name].std() > 0.1
+    assert torch.equal(first[NORM], torch.ones(32))
+    assert not torch.equal(first[name], own_model(models / "llama").state_dict()[name])
