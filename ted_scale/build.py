@@ -1,7 +1,8 @@
-"""Everything that happens once: process group, teacher, and per stage the student's engine, its data and its checkpoints.
+"""Everything that happens once: process group, teacher, and per stage the student's engine, its data and its
+checkpoints.
 
-A stage is built anew, also within one process: stage II starts from the student's folder and stage I's filters file, the
-same way whether stage I ran a second ago, before a crash, or in another run.
+A stage is built anew, also within one process: stage II starts from the student's folder and stage I's filters file,
+the same way whether stage I ran a second ago, before a crash, or in another run.
 """
 
 import logging
@@ -186,7 +187,8 @@ def build_student(plan: Plan, stage: Stage, teacher):
 
 
 def build_filters(plan: Plan, stage: Stage):
-    """(student's, teacher's) filters, one a pair; lwd has none on the teacher's side and a random one on the student's."""
+    """(student's, teacher's) filters, one a pair; lwd has none on the teacher's side and a random one on the
+    student's."""
     if not plan.pairs:
         return None, None
     filters, lwd = plan.run.filters, plan.run.method == "lwd"

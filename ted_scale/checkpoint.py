@@ -1,7 +1,8 @@
 """Save and load the student's engine, every rank its own shards; the frozen teacher is never saved.
 
-A rank that cannot write must not leave the others in a collective: failures are recorded, agreed on, and only then is the
-checkpoint published or thrown away. What stands in a checkpoint's folder, and which is newest: checkpoint_files.py.
+A rank that cannot write must not leave the others in a collective: failures are recorded, agreed on, and only then is
+the checkpoint published or thrown away. What stands in a checkpoint's folder, and which is newest:
+checkpoint_files.py.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A run's checkpoints as files: names, what stands in them beside DeepSpeed's shards, which one is the newest.
 
-Needs no process group and no DeepSpeed, so that a wrong resume is refused before either starts. `latest` is moved by one
-rename after everything it names is on disk.
+Needs no process group and no DeepSpeed, so that a wrong resume is refused before either starts. `latest` is moved by
+one rename after everything it names is on disk.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ PART = ".part"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. With the shards beside it, all that a resume needs: data position and schedule follow from it."""
+    """Where a run stands. With the shards beside it, all that a resume needs: data position and schedule follow from
+    it."""
 
     step: int = 0
     tokens: int = 0

@@ -28,7 +28,8 @@ def run_main(main) -> None:
 
 
 def speak_once(sentence: str) -> None:
-    """Rank 0 speaks; the other ranks give it time to, because the launcher ends every rank when the first one leaves."""
+    """Rank 0 speaks; the other ranks give it time to, because the launcher ends every rank when the first one
+    leaves."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(sentence, file=sys.stderr, flush=True)
     else:

@@ -1,8 +1,8 @@
 """The layer pairs, and the task-aware filters that sit on them.
 
-A filter is a linear map with bias into the common width D, optionally behind a residual MLP; both start as the identity
-where they can. A filter's forward lends its weights to the loss that is passed in: fused losses read weights as tensors,
-and under ZeRO-3 a weight is whole only while its owner's forward runs.
+A filter is a linear map with bias into the common width D, optionally behind a residual MLP; both start as the
+identity where they can. A filter's forward lends its weights to the loss that is passed in: fused losses read weights
+as tensors, and under ZeRO-3 a weight is whole only while its owner's forward runs.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Every loss term, in plain torch and chunked over tokens: the definition, the CPU path, the fused kernels' oracle.
 
-All terms obey one rule, which lives here alone: a term is the sum over tokens of token weight times the token's value,
-divided by `denom`, the number of valid tokens of the whole optimizer step (over ranks and accumulation). A token is valid
-when its weight is > 0 and its label is not ignored. A denom of 0 gives 0. Sums are fp32.
+All terms obey one rule, which lives here alone: a term is the sum over tokens of token weight times the token's
+value, divided by `denom`, the number of valid tokens of the whole optimizer step (over ranks and accumulation). A
+token is valid when its weight is > 0 and its label is not ignored. A denom of 0 gives 0. Sums are fp32.
 
 Gradients are formed chunk by chunk in the forward pass and scaled in the backward pass, so neither logits nor filtered
 states are ever whole in memory, and a caller's weights are read only while the calling module holds them gathered.
@@ -75,8 +75,8 @@ def kl_per_token(z_s, z_t):
 
 
 class Divergence(torch.autograd.Function):
-    """Σ p·(log p − log q) of each row. The gradient is written out, q − p: autograd's own leaves a rounding error of the
-    sum of p where p and q are equal."""
+    """Σ p·(log p − log q) of each row. The gradient is written out, q − p: autograd's own leaves a rounding error of
+    the sum of p where p and q are equal."""
 
     @staticmethod
     def forward(ctx, z_s, z_t):
@@ -164,7 +164,8 @@ def linear_fp32(x, w, b):
 
 
 def chunked(formula: Callable, rows: list, mask, weights: list, denom, chunk_tokens: int) -> tuple[torch.Tensor, ...]:
-    """Σ over token chunks of `formula(rows, mask, weights)`, a list of sums, divided by denom; the first has a gradient.
+    """Σ over token chunks of `formula(rows, mask, weights)`, a list of sums, divided by denom; the first has a
+    gradient.
 
     `rows` are tensors [N, …] cut along N, `weights` whole tensors or None. Rows with mask 0 are read as zeros, so that
     not even a NaN in them reaches a loss or a gradient.

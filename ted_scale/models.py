@@ -1,7 +1,7 @@
 """What a Hugging Face causal LM is made of, learnt from its config alone: no weights, no process group.
 
-The model is built on the meta device and run once: the run shows which module is the body, where its blocks are, what is
-applied after the last block (the tail) and what happens to the logits. Nothing is guessed from a family's name.
+The model is built on the meta device and run once: the run shows which module is the body, where its blocks are, what
+is applied after the last block (the tail) and what happens to the logits. Nothing is guessed from a family's name.
 Block k's state is the output of block k, counted from 0, before the tail: not `hidden_states[k]`, whose last entry is
 behind the final norm in most families.
 """
@@ -164,7 +164,8 @@ def find_blocks(key: str, model, layers: int) -> str:
 
 @dataclass(frozen=True)
 class Head:
-    """Everything a model applies after its last block. Whoever reads it gathers `parameters` first (see zero.gathered)."""
+    """Everything a model applies after its last block. Whoever reads it gathers `parameters` first (see
+    zero.gathered)."""
 
     tail: tuple
     weight: torch.nn.Parameter
@@ -194,7 +195,8 @@ def head_of(network, anatomy: Anatomy) -> Head:
 
 
 class Taps:
-    """Forward hooks that keep the chosen blocks' outputs while `recording`; a recompute of a checkpointed block is not."""
+    """Forward hooks that keep the chosen blocks' outputs while `recording`; a recompute of a checkpointed block is
+    not."""
 
     def __init__(self, network, anatomy: Anatomy, indices):
         self.states: dict[int, torch.Tensor] = {}
@@ -220,7 +222,8 @@ class Taps:
 
 
 def run_body(network, anatomy: Anatomy, tokens_BT, positions_BT=None):
-    """The input of the output projection, [B, T, head_width]; documents see only themselves where positions are given."""
+    """The input of the output projection, [B, T, head_width]; documents see only themselves where positions are
+    given."""
     kwargs = {}
     if positions_BT is not None:
         kwargs = {"position_ids": positions_BT, "attention_mask": attention.document_mask(positions_BT)}

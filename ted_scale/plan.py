@@ -159,7 +159,8 @@ def check_run_folder(plan: Plan) -> None:
 
 
 def flops_per_token(plan: Plan, stage: Stage) -> float:
-    """Model FLOPs of one trained token: 2 a parameter forward, 4 backward, the teacher's forward, attention, filters."""
+    """Model FLOPs of one trained token: 2 a parameter forward, 4 backward, the teacher's forward, attention,
+    filters."""
 
     def forward(anatomy: Anatomy | None) -> float:
         return (

@@ -1,7 +1,8 @@
-"""Network, filters and losses as one module: what ZeRO-3 shards is whole only inside the forward of the engine it is in.
+"""Network, filters and losses as one module: what ZeRO-3 shards is whole only inside the forward of the engine it is
+in.
 
-Stage I (`learns_filters`) runs frozen bodies and trains the filters of both sides on the next token; stage II trains the
-network and its filters. One micro-batch in, one `Losses` out.
+Stage I (`learns_filters`) runs frozen bodies and trains the filters of both sides on the next token; stage II trains
+the network and its filters. One micro-batch in, one `Losses` out.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 """ZeRO-3's view of a parameter: build sharded, fill each rank's shard straight from safetensors, gather to read.
 
-Transformers' own loader merges all files on rank 0 first. Here every rank reads only the rows it keeps: peak host memory
-is one rank's part, whatever the size of the model. Everything works on plain (unsharded) parameters too, which is what
-tools, tests and a single process without DeepSpeed have.
+Transformers' own loader merges all files on rank 0 first. Here every rank reads only the rows it keeps: peak host
+memory is one rank's part, whatever the size of the model. Everything works on plain (unsharded) parameters too, which
+is what tools, tests and a single process without DeepSpeed have.
 """
 
 import contextlib
@@ -65,10 +65,11 @@ def shard(context, parameter) -> None:
 
 
 def draw_weights(network, seed: int) -> None:
-    """The family's own initialization, module by module, drawn on rank 0 so that it is the same on any number of ranks."""
+    """The family's own initialization, module by module, drawn on rank 0 so that it is the same on any number of
+    ranks."""
     torch.manual_seed(seed)
     for module in network.modules():
-        own = [p for p in module.parameters(recurse=False)]
+        own = list(module.parameters(recurse=False))
         if own:
             with writable(own):
                 network._init_weights(module)
@@ -85,8 +86,9 @@ def writable(parameters):
 
 def load_weights(network, folder: Path) -> None:
     """Fill `network` from the folder's safetensors; names are mapped as transformers maps them."""
-    targets = {name: tensor for name, tensor in network.named_parameters(remove_duplicate=False)}
-    targets |= {name: b for name, b in network.named_buffers() if name in network.state_dict().keys()}
+    targets = dict(network.named_parameters(remove_duplicate=False))
+    kept = network.state_dict()
+    targets |= {name: buffer for name, buffer in network.named_buffers() if name in kept}
     owners = {}  # a tied tensor stands in the file under any of its names
     for name, tensor in targets.items():
         owners.setdefault(id(tensor), name)
@@ -107,7 +109,7 @@ def load_file(file: Path, targets: dict, rename=lambda name: name) -> set[str]:
     filled = set()
     try:
         with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
                 name = rename(key)
                 if name in targets:
                     fill(targets[name], tensors.get_slice(key), f"{file}: {key}")
@@ -135,7 +137,8 @@ def renamer(network, targets):
 
 @torch.no_grad()
 def fill(parameter, source, what: str) -> None:
-    """Write `source` (a safetensors slice) into a parameter: this rank's shard of it, or the whole where it is whole."""
+    """Write `source` (a safetensors slice) into a parameter: this rank's shard of it, or the whole where it is
+    whole."""
     shape = tuple(source.get_shape())
     if shape != shape_of(parameter):
         raise UserError(

@@ -6,7 +6,8 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(action: Callable) -> int:
-    """The most that was alive at once during `action`, beyond what was alive before it; its result is kept until the end."""
+    """The most that was alive at once during `action`, beyond what was alive before it; its result is kept until the
+    end."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = action()
     del result

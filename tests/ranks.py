@@ -1,7 +1,8 @@
-"""What the distributed tests look at, run by real DeepSpeed ranks: one launch for many scenarios, because it costs 12 s.
+"""What the distributed tests look at, run by real DeepSpeed ranks: one launch for many scenarios, because it costs 12
+s.
 
-`deepspeed --num_gpus N tests/ranks.py FOLDER NAME…` runs the scenarios of scenarios.py by name; what they return on each
-rank lands in FOLDER/NAME.RANK.json, an exception as its traceback.
+`deepspeed --num_gpus N tests/ranks.py FOLDER NAME…` runs the scenarios of scenarios.py by name; what they return on
+each rank lands in FOLDER/NAME.RANK.json, an exception as its traceback.
 """
 
 import json

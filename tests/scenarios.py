@@ -1,4 +1,5 @@
-"""The scenarios of ranks.py: each is called on every rank with the folder of models and corpus, and returns plain values."""
+"""The scenarios of ranks.py: each is called on every rank with the folder of models and corpus, and returns plain
+values."""
 
 import json
 import resource

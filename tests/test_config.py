@@ -1,4 +1,5 @@
-"""The run file: what is refused and in which words, what presets and --set may change, and that it reads itself back."""
+"""The run file: what is refused and in which words, what presets and --set may change, and that it reads itself
+back."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""Two real ZeRO-3 ranks on CPU: the same numbers as one rank and as plain torch, sharding, resume, and what goes wrong."""
+"""Two real ZeRO-3 ranks on CPU: the same numbers as one rank and as plain torch, sharding, resume, and what goes
+wrong."""
 
 import json
 import subprocess

@@ -1,0 +1,86 @@
+"""The student module and its teacher over tiny models without DeepSpeed, as build.py would put them together."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tiny import make_corpus, make_model, make_run
+
+from ted_scale.build import build_filters
+from ted_scale.data import IGNORED, Batch
+from ted_scale.losses import count_valid
+from ted_scale.plan import Plan, make_plan
+from ted_scale.schedule import Stage
+from ted_scale.student import Student, Weights
+from ted_scale.teacher import Teacher, TeacherBody
+from ted_scale.zero import build_network
+
+VOCABULARY = 128
+
+
+class Parts(NamedTuple):
+    plan: Plan
+    stage: Stage
+    student: Student
+    teacher: Teacher | None
+
+
+def make_world(root: Path) -> Path:
+    """A llama teacher, wider and deeper than its gpt2 student, and a corpus."""
+    make_model(root / "teacher", "llama", hidden_size=48)
+    make_model(root / "student", "gpt2", num_hidden_layers=2, seed=1)
+    make_corpus(root / "corpus", documents=20)
+    return root
+
+
+def build(root: Path, stage: str = "student", seed: int = 0, **sections) -> Parts:
+    """The parts of a run's stage; filters are moved off their start, so that they do something."""
+    plan = make_plan(make_run(root, **sections), 1)
+    stage = next(s for s in plan.stages if s.name == stage)
+    filters_s, filters_t = build_filters(plan, stage)
+    network = build_network(plan.student, ds_config=None, dtype=torch.float32).requires_grad_(not stage.learns_filters)
+    teacher = make_teacher(plan) if plan.teacher else None
+    torch.manual_seed(seed)
+    for filters in (filters_s, filters_t):
+        for parameter in filters.parameters() if filters is not None else ():
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    if filters_t is not None and not stage.learns_filters:
+        filters_t.requires_grad_(False)
+    student = Student(
+        plan.run, network, plan.student, plan.pairs, learns_filters=stage.learns_filters, filters_s=filters_s,
+        filters_t=filters_t, head_t=teacher and teacher.head,
+    )  # fmt: skip
+    return Parts(plan, stage, student.train(), teacher)
+
+
+def make_teacher(plan: Plan) -> Teacher:
+    network = build_network(plan.teacher, ds_config=None, dtype=torch.float32)
+    body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
+    return Teacher(body, body)
+
+
+def make_batch(rows: int = 4, length: int = 16, seed: int = 0, documents: bool = False) -> Batch:
+    """Rows with unevenly many ignored labels: the last one has none that counts."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, VOCABULARY, (rows, length), generator=g)
+    labels = torch.randint(1, VOCABULARY, (rows, length), generator=g)
+    for row in range(rows):
+        labels[row, : 3 * row] = IGNORED
+    labels[-1] = IGNORED
+    positions = torch.arange(length).remainder(length // 2 + 1).repeat(rows, 1) if documents else None
+    return Batch(tokens, labels, (labels != IGNORED).float(), positions)
+
+
+def cut(batch: Batch) -> list[Batch]:
+    """The rows of a batch as micro-batches of one row."""
+    return [Batch(*(None if t is None else t[i : i + 1] for t in batch)) for i in range(len(batch.tokens_BT))]
+
+
+def run_step(parts: Parts, batches, weights: Weights | None = None) -> tuple[list, dict[str, torch.Tensor]]:
+    """One optimizer step's losses, a micro-batch each, and the sum of their gradients by parameter name."""
+    weights = weights or parts.stage.weights(parts.stage.first_step)
+    denom = count_valid(batches)
+    parts.student.zero_grad()
+    losses = [parts.student(b, parts.teacher(b, weights) if parts.teacher else None, weights, denom) for b in batches]
+    sum(loss.total for loss in losses).backward()
+    return losses, {n: p.grad.clone() for n, p in parts.student.named_parameters() if p.grad is not None}

@@ -1,0 +1,177 @@
+"""Which layers are matched, how filters start, what a filters file must fit, and that equal models do not move."""
+
+import json
+
+import pytest
+import torch
+from plain import build, make_batch, make_world, run_step
+from safetensors.torch import save_file
+from tiny import make_corpus, make_model
+
+from ted_scale.checkpoint_files import check_filters
+from ted_scale.config import Pairs
+from ted_scale.errors import UserError
+from ted_scale.filters import Filter, match_layers
+from ted_scale.student import Weights
+
+
+def official(layers_s: int, layers_t: int) -> list[tuple[int, int]]:
+    """The authors' code: a filter sits on block i of the teacher if (i + 1) is a multiple of the interval."""
+    interval = layers_t // layers_s
+    return list(enumerate(i for i in range(layers_t) if (i + 1) % interval == 0))
+
+
+@pytest.mark.parametrize(("layers_s", "layers_t"), [(6, 12), (12, 12), (4, 24), (1, 7), (16, 32)])
+def test_uniform_pairs_are_the_official_ones_where_the_depths_divide(layers_s, layers_t):
+    assert match_layers(Pairs(), layers_s, layers_t) == official(layers_s, layers_t)
+
+
+def test_twelve_blocks_onto_six_are_every_second_from_the_second():
+    assert match_layers(Pairs(), 6, 12) == [(0, 1), (1, 3), (2, 5), (3, 7), (4, 9), (5, 11)]
+
+
+@pytest.mark.parametrize(("layers_s", "layers_t"), [(7, 12), (5, 12), (9, 32), (28, 36), (11, 12)])
+def test_uniform_pairs_end_with_both_last_blocks_and_use_no_block_twice(layers_s, layers_t):
+    pairs = match_layers(Pairs(), layers_s, layers_t)
+    students, teachers = zip(*pairs, strict=True)
+    assert pairs[-1] == (layers_s - 1, layers_t - 1)
+    assert students == tuple(range(layers_s))
+    assert list(teachers) == sorted(set(teachers))
+    gaps = {b - a for a, b in zip(teachers, teachers[1:], strict=False)}
+    assert max(gaps) - min(gaps) <= 1  # evenly spread
+
+
+def test_skip_last_leaves_out_the_last_pairs_of_either_rule():
+    assert match_layers(Pairs(skip_last=2), 4, 8) == [(0, 1), (1, 3)]
+    assert match_layers(Pairs(explicit=[(0, 7), (3, 1)], skip_last=1), 4, 8) == [(0, 7)]
+
+
+def test_explicit_pairs_replace_the_rule_and_may_match_a_deeper_student():
+    assert match_layers(Pairs(explicit=[(11, 5), (3, 1)]), 12, 6) == [(11, 5), (3, 1)]
+
+
+REFUSED = {
+    "student outside": (
+        {"explicit": [(0, 0), (4, 1)]},
+        r"pairs.explicit\[1\] must name student blocks 0 to 3, but is \[4, 1\]",
+    ),
+    "teacher outside": ({"explicit": [(0, 8)]}, r"pairs.explicit\[0\] must name teacher blocks 0 to 7, but is \[0, 8\]"),
+    "negative": ({"explicit": [(-1, 0)]}, r"pairs.explicit\[0\] must name student blocks 0 to 3, but is \[-1, 0\]"),
+    "all skipped": ({"skip_last": 4}, r"pairs.skip_last must leave a pair, but is 4 of 4 pairs"),
+}
+
+
+@pytest.mark.parametrize(("values", "said"), REFUSED.values(), ids=REFUSED)
+def test_pairs_outside_a_network_are_refused(values, said):
+    with pytest.raises(UserError, match=said):
+        match_layers(Pairs(**values), 4, 8)
+
+
+def test_a_deeper_student_must_list_its_pairs():
+    with pytest.raises(UserError, match=r"pairs.explicit must list pairs where the student is deeper, .* 12 blocks over 6"):
+        match_layers(Pairs(), 12, 6)
+
+
+def apply(filter: Filter, states):
+    return filter(states, lambda h, w, b, head: h @ w.T + b)
+
+
+@pytest.mark.parametrize("mlp", [0, 24], ids=["linear", "mlp"])
+def test_a_square_filter_starts_as_exactly_the_identity(mlp):
+    states = torch.randn(5, 8)
+    assert torch.equal(apply(Filter(8, 8, mlp=mlp), states), states)
+
+
+def test_the_mlp_of_a_filter_learns_although_it_starts_silent():
+    torch.manual_seed(0)
+    filter, states, target = Filter(8, 8, mlp=24), torch.randn(64, 8), torch.randn(64, 8)
+    optimizer = torch.optim.Adam(filter.parameters(), lr=0.02)
+    values = []
+    for _ in range(30):
+        loss = (apply(filter, states) - target.relu()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < 0.7 * values[0]
+    assert filter.up.weight.grad.abs().max() > 0 and filter.down.weight.abs().max() > 0
+
+
+def test_a_filter_between_widths_keeps_the_size_of_its_states():
+    states = torch.randn(256, 64)
+    assert apply(Filter(64, 200), states).std().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_filter_s_start_is_its_seed_s_whatever_was_drawn_before():
+    torch.manual_seed(1)
+    first = Filter(8, 12, mlp=16, vocab=5, seed=7).state_dict()
+    torch.manual_seed(2)
+    again, other = (Filter(8, 12, mlp=16, vocab=5, seed=seed).state_dict() for seed in (7, 8))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(not torch.equal(first[name], other[name]) for name in ("weight", "up.weight", "head_weight"))
+
+
+IDENTITY = {"pairs": [[0, 1], [1, 3]], "filters.width": 48, "filters.mlp": 0}
+
+
+def test_a_filters_file_of_the_same_pairs_is_accepted(tmp_path):
+    file = tmp_path / "filters.safetensors"
+    save_file({"x": torch.ones(1)}, file, metadata={"identity": json.dumps(IDENTITY)})
+    check_filters(file, IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"pairs": [[0, 1]]}, r"pairs must be \[\[0, 1\], \[1, 3\]\] to resume from .*, but is \[\[0, 1\]\]"),
+        ({"filters.width": 32}, r"filters.width must be 48 to resume from .*, but is 32"),
+        ({"filters.mlp": 8}, r"filters.mlp must be 0 to resume from .*, but is 8"),
+    ],
+    ids=["pairs", "width", "mlp"],
+)
+def test_a_filters_file_of_another_shape_is_refused(tmp_path, change, said):
+    file = tmp_path / "filters.safetensors"
+    save_file({"x": torch.ones(1)}, file, metadata={"identity": json.dumps(IDENTITY)})
+    with pytest.raises(UserError, match=said):
+        check_filters(file, {**IDENTITY, **change})
+
+
+def test_a_file_that_holds_no_filters_is_refused(tmp_path):
+    file = tmp_path / "filters.safetensors"
+    with pytest.raises(UserError, match=r"filters.from must name a run folder whose stage I is done, but .* does not exist"):
+        check_filters(file, IDENTITY)
+    save_file({"x": torch.ones(1)}, file)
+    with pytest.raises(UserError, match=r"filters.from must name filters that this project wrote, but .* is not"):
+        check_filters(file, IDENTITY)
+    file.write_bytes(b"not a safetensors file")
+    with pytest.raises(UserError, match=r"filters.from must name filters that this project wrote, but .* is not"):
+        check_filters(file, IDENTITY)
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """A teacher and a student that are the same model."""
+    root = tmp_path_factory.mktemp("twins")
+    for side in ("teacher", "student"):
+        make_model(root / side, "llama", seed=4)
+    make_corpus(root / "corpus", documents=20)
+    return root
+
+
+@pytest.mark.parametrize("kind", ["nmse", "mse", "cosine"])
+@pytest.mark.parametrize("mlp", [0, 16], ids=["linear", "mlp"])
+def test_a_student_that_is_its_teacher_has_no_distance_and_no_gradient(twins, kind, mlp):
+    parts = build(twins, loss={"kind": kind}, filters={"mlp": mlp})
+    parts.student.filters_s.load_state_dict(parts.student.fixed[0].state_dict())
+    losses, gradients = run_step(parts, [make_batch(documents=True)], Weights(ce=0.0, kl=1.0, layer=1.0))
+    bound = 1e-6 if kind == "cosine" else 0.0
+    assert losses[0].kl == 0
+    assert losses[0].layers.abs().max() <= bound
+    assert len(gradients) > 20
+    assert max(g.abs().max().item() for g in gradients.values()) <= 10 * bound
+
+
+def test_the_same_test_sees_a_student_that_differs(tmp_path):
+    losses, gradients = run_step(build(make_world(tmp_path)), [make_batch()], Weights(ce=0.0, kl=1.0, layer=1.0))
+    assert losses[0].kl > 0.1 and losses[0].layers.min() > 0.1
+    assert max(g.abs().max().item() for g in gradients.values()) > 0.01
