@@ -64,7 +64,9 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
                 progress = run_stage(plan, stage, teacher, progress, resumed, numbers, device)
     finally:
         numbers.close()
-    metrics.say(f"done: {plan.run.folder} is at step {progress.step}; next: python tools/export_hf.py {plan.run.folder}")
+    metrics.say(
+        f"done: {plan.run.folder} is at step {progress.step}; next: python tools/export_hf.py {plan.run.folder}"
+    )
     return progress
 
 
@@ -83,12 +85,12 @@ def start_ranks() -> torch.device:
         "MASTER_PORT": "29511",
     }.items():
         os.environ.setdefault(key, value)
+    accelerator, local = get_accelerator(), int(os.environ["LOCAL_RANK"])
+    on_cpu = accelerator.device_name() == "cpu"
+    if not on_cpu:
+        accelerator.set_device(local)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=30))
-    if get_accelerator().device_name() == "cpu":
-        return torch.device("cpu")
-    local = int(os.environ["LOCAL_RANK"])
-    get_accelerator().set_device(local)
-    return torch.device(get_accelerator().device_name(), local)
+    return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local)
 
 
 def claim_folder(plan: Plan):
@@ -144,6 +146,7 @@ def engine_config(plan: Plan, **trained) -> dict:
         "bf16": {"enabled": plan.run.train.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on offloaded shards too, with nothing to compile
         **trained,
     }
 
@@ -180,9 +183,8 @@ def build_student(plan: Plan, stage: Stage, teacher):
         filters_t=filters_t, head_t=getattr(teacher, "head", None),
     )  # fmt: skip
     module.train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(run, module), lr=run.train.lr, betas=run.train.betas, eps=run.train.eps
-    )
+    settings = {"lr": run.train.lr, "betas": run.train.betas, "eps": run.train.eps, "fused": True}
+    optimizer = torch.optim.AdamW(parameter_groups(run, module), **settings)
     return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
 
 

@@ -86,8 +86,10 @@ def publish(part: Path) -> Path:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Only the last `keep` checkpoints stay, the one `latest` names among them."""
-    steps = sorted(p for p in checkpoints_of(folder).glob("step_*") if p.is_dir() and not p.name.endswith(PART))
+    """Only the last `keep` checkpoints up to the newest stay; what an earlier life of the run left past it is not ours."""
+    newest = (checkpoints_of(folder) / "latest").read_text(encoding="utf-8")
+    found = sorted(p for p in checkpoints_of(folder).glob("step_*") if p.is_dir() and not p.name.endswith(PART))
+    steps = [p for p in found if p.name <= newest]
     for old in steps[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 

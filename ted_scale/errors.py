@@ -28,9 +28,8 @@ def run_main(main) -> None:
 
 
 def speak_once(sentence: str) -> None:
-    """Rank 0 speaks; the other ranks give it time to, because the launcher ends every rank when the first one
-    leaves."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(sentence, file=sys.stderr, flush=True)
-    else:
+    """Rank 0 speaks at once, and the launcher then ends the others; one that is still there has its own reason to tell."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
         time.sleep(5)
+    print(sentence if rank == 0 else f"rank {rank}: {sentence}", file=sys.stderr, flush=True)

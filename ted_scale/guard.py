@@ -49,7 +49,7 @@ class Guard:
             self.stop()
         self.local = None
         norm, *sums = self.values
-        rate = max(group["lr"] for group in self.engine.optimizer.param_groups)
+        rate = self.engine.optimizer.param_groups[0]["lr"]
         return {**stage.name_losses(sums, weights), "optim/grad_norm": norm, "optim/lr": rate}
 
     def stop(self) -> None:
@@ -61,9 +61,7 @@ class Guard:
         names = [*TERMS[1:], *(f"loss/layer/{k}" for k in range(len(ours) - len(TERMS))), TERMS[0]]
         order = [*range(1, len(ours)), 0]
         faults = ((n, r, v[i]) for n, i in zip(names, order, strict=True) for r, v in enumerate(everyone))
-        name, rank, value = next(
-            (f for f in faults if f[2] - f[2] != 0), NORM
-        )
+        name, rank, value = next((f for f in faults if f[2] - f[2] != 0), NORM)
         raise RunStopped(
             f"step {self.step}: {name} of rank {rank} must be finite, but is {value}; no weight was updated and the last "
             f"checkpoint is intact: lower train.lr or look at the data of this step, then start the same command again"

@@ -63,6 +63,7 @@ class Metrics:
         self.writes, self.wandb_run, self.device = writes, wandb_run, device
         self.flops_per_token, self.every = 0.0, run.log_every
         self.rows: list[dict[str, float]] = []
+        self.waits: dict[str, float] = {}
         self.clock, self.since, self.tokens_before = Clock(device), time.perf_counter(), None
         self.file = (run.folder / "metrics.jsonl").open("a", encoding="utf-8") if writes else None
         self.bar = tqdm(
@@ -83,7 +84,8 @@ class Metrics:
 
     def performance(self, tokens: int, steps: int) -> dict[str, float]:
         elapsed = time.perf_counter() - self.since
-        spans = {f"perf/{name}": total / steps for name, total in self.clock.read().items()}
+        spans = {f"perf/{name}": total / steps for name, total in {**self.waits, **self.clock.read()}.items()}
+        self.waits = {}
         rate = (tokens - (self.tokens_before or 0)) / elapsed
         self.since, self.tokens_before = time.perf_counter(), tokens
         row = {"perf/tokens_per_s": rate, "perf/step_ms": elapsed / steps * 1e3, **spans}
@@ -96,8 +98,9 @@ class Metrics:
         """`items`, with the time spent waiting for the next one under `name`."""
         items = iter(items)
         while True:
-            with self.clock.time(name):
-                item = next(items, None)
+            start = time.perf_counter()  # the host's wait, also where the device is busy meanwhile
+            item = next(items, None)
+            self.waits[name] = self.waits.get(name, 0.0) + (time.perf_counter() - start) * 1e3
             if item is None:
                 return
             yield item
@@ -105,6 +108,7 @@ class Metrics:
     def resume_from(self, tokens: int) -> None:
         """Speed counts from here: neither start-up nor what an earlier process did."""
         self.tokens_before, self.since, self.rows = tokens, time.perf_counter(), []
+        self.waits = {}
         self.clock.read()
 
     def write(self, step: int, tokens: int, values: dict[str, float]) -> None:

@@ -280,6 +280,8 @@ def variants(folder: Path, device):
     world = dist.get_world_size()
     bf16 = {**TEN_STEPS, "train": {"steps": 6, "precision": "bf16"}}
     start(folder, device, name=f"bf16_{world}", **bf16)
+    offload = str(Path(__file__).with_name("zero3_offload.json"))
+    start(folder, device, name=f"offload_{world}", ds_config=offload, **TEN_STEPS)
     start(folder, device, name=f"recomputed_{world}", **TEN_STEPS, student={"gradient_checkpointing": True})
     start(folder, device, name=f"borrowed_{world}", train={"steps": 6}, filters={"from": str(folder / f"runs/ten_{world}")})
     for head in ("own", "per_layer"):

@@ -188,6 +188,11 @@ def test_every_kind_of_filter_and_a_fresh_student_are_the_same_on_one_and_two_ra
     assert max(abs(a - b) for a, b in zip(two, one, strict=True)) < 2e-5
 
 
+def test_an_offloaded_optimizer_gives_the_same_losses(world):
+    pairs = zip(losses(world, "offload_2"), losses(world, "ten_2"), strict=True)
+    assert max(abs(a - b) for a, b in pairs) < 1e-5
+
+
 def test_bf16_follows_fp32(world):
     for bf16, fp32 in zip(losses(world, "bf16_2"), losses(world, "ten_2"), strict=True):
         assert 0 < abs(bf16 - fp32) < 0.05 * fp32

@@ -77,6 +77,7 @@ def test_the_vocabulary_is_padded_to_a_multiple(tokenizer, tmp_path):
     "arguments, family, sentence",
     [
         ([], "lama", "--family must be .* but is 'lama'; did you mean llama"),
+        ([], "gemma3", "--family must be a text model, but is 'gemma3'; did you mean gemma3_text"),
         (["--set", "hiden_size=8"], "llama", "config, but has 'hiden_size'; did you mean hidden_size"),
         (["--set", "hidden_size"], "llama", "--set must look like key=value"),
         (["--set", "hidden_size=wide"], "llama", "expected int, got str"),

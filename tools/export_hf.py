@@ -61,11 +61,12 @@ def check_shards(checkpoint: Path) -> None:
 
 def read_masters(checkpoint: Path) -> dict:
     """Name → fp32 tensor of the trained module, each put together from the ranks' mapped files when asked for."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     check_shards(checkpoint)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        # Its import speaks of accelerators, its reader of progress: this tool's own lines are enough.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
             return get_fp32_state_dict_from_zero_checkpoint(checkpoint.parent, checkpoint.name, lazy_mode=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")

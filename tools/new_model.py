@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
 from ted_scale.errors import UserError, run_main
 from ted_scale.models import inspect
@@ -23,12 +23,16 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def default_config(family: str):
-    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if family not in KNOWN:
         raise UserError(
             f"--family must be one that transformers {transformers.__version__} has a causal LM of, but is "
-            f"'{family}'{did_you_mean(family, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}"
+            f"'{family}'{did_you_mean(family, KNOWN)}"
         )
-    return transformers.AutoConfig.for_model(family)
+    config = transformers.AutoConfig.for_model(family)
+    if not hasattr(config, "num_hidden_layers"):  # its text model stands in a config of its own
+        text = f"{family}_text"
+        raise UserError(f"--family must be a text model, but is '{family}'{did_you_mean(text, KNOWN)}")
+    return config
 
 
 def did_you_mean(word: str, known) -> str:
@@ -79,7 +83,7 @@ def special_ids(tokenizer: Path) -> dict:
 
 
 def write_folder(folder: Path, config, tokenizer: Path) -> None:
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    architecture = KNOWN[config.model_type]
     write_json(folder / "config.json", {**config.to_dict(), "architectures": [architecture]})
     ids = {name: getattr(config, name, None) for name in SPECIAL}
     transformers.GenerationConfig(**ids).save_pretrained(folder)

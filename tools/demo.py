@@ -1,0 +1,186 @@
+"""A whole life of a model on two CPU ranks, nothing downloaded: python tools/demo.py (what `make demo` runs)
+
+Text of this machine's Python library, tokenizer, shards, a teacher from scratch, a student cut from it, TED's two
+stages, export, a few generated lines, one table; all by the commands a user types, all under runs/demo. The surprise:
+a phase whose result is there is skipped, and one that runs first removes what later phases made of its old result, so
+an ended demo goes on where it was and never mixes two lives.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, and its parent is not
+
+from ted_scale import checkpoint_files as files
+from ted_scale.config import load_run
+from ted_scale.errors import RunStopped, UserError, run_main
+from tools import demo_table
+
+DEMO = Path("runs/demo")
+TEACHER, TED = Path("launch/runs/demo_teacher.toml"), Path("launch/runs/demo_ted.toml")
+TEXT, TOKENIZER, SHARDS = DEMO / "text.jsonl", DEMO / "tokenizer", DEMO / "shards"
+UNTRAINED, TEACHER_HF, CUT, STUDENT_HF = (DEMO / n for n in ("untrained", "teacher_hf", "student_cut", "student_hf"))
+SAMPLE, TABLE, LOCK = DEMO / "sample.txt", DEMO / "table.txt", DEMO / ".lock"
+RANKS = 2
+TEXT_BYTES = 8_000_000
+# Not text to learn from, or not installed everywhere; encodings are copies of each other, which would leak into validation.
+LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "encodings"}
+SHAPE = ["hidden_size=256", "num_hidden_layers=8", "num_attention_heads=4", "num_key_value_heads=4",
+         "intermediate_size=704", "max_position_embeddings=512", "tie_word_embeddings=true"]  # fmt: skip
+STUDENT_BLOCKS = 4
+PROMPTS = ['def read_file(path):\n    """', "import os\nimport ", "class Error(Exception):\n"]
+
+
+class Phase(NamedTuple):
+    title: str
+    result: Path
+    run: Callable[[], None]
+    done: Callable[[], bool]
+
+
+def phase(title: str, result: Path, run: Callable[[], None], done: Callable[[], bool] | None = None) -> Phase:
+    """Done when its result is there, for most results get their name in one rename when they are whole."""
+    return Phase(title, result, run, done or result.exists)
+
+
+def phases() -> list[Phase]:
+    return [
+        phase("text of the Python standard library", TEXT, collect_text),
+        phase("sentencepiece tokenizer", TOKENIZER, tool("train_tokenizer", "--vocab-size", 4096, "--out", TOKENIZER, TEXT)),
+        phase("token shards", SHARDS, tool("tokenize_corpus", "--tokenizer", TOKENIZER, "--out", SHARDS / "python", TEXT),
+              (SHARDS / "python.idx").exists),
+        phase("untrained teacher", UNTRAINED, tool("new_model", "--family", "llama", "--tokenizer", TOKENIZER,
+              "--out", UNTRAINED, "--set", *SHAPE)),
+        phase("teacher, pre-trained from scratch", DEMO / "teacher", trainer(TEACHER), lambda: trained(TEACHER)),
+        phase("teacher as a Hugging Face folder", TEACHER_HF, tool("export_hf", DEMO / "teacher", TEACHER_HF)),
+        phase("student cut from the teacher", CUT, tool("cut_student", TEACHER_HF, CUT, "--layers", STUDENT_BLOCKS)),
+        phase("TED: stage I learns filters, stage II distils", DEMO / "ted", trainer(TED), lambda: trained(TED)),
+        phase("student as a Hugging Face folder", STUDENT_HF, tool("export_hf", DEMO / "ted", STUDENT_HF)),
+        phase("text written by the student", SAMPLE, write_sample),
+    ]  # fmt: skip
+
+
+def tool(name: str, *arguments) -> Callable[[], None]:
+    return lambda: start(sys.executable, f"tools/{name}.py", *arguments)
+
+
+def trainer(config: Path) -> Callable[[], None]:
+    return lambda: start("deepspeed", "--num_gpus", RANKS, "launch/pretrain.py", "--config", config)
+
+
+def start(*command) -> None:
+    """Run one command in the foreground, shown as a user would type it."""
+    words = [str(word) for word in command]
+    print("$ " + " ".join("python" if w == sys.executable else w for w in words), flush=True)
+    process = subprocess.Popen(words, env=environment(), pass_fds=[lock.fileno() for lock in held])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # the terminal interrupts the whole group: the command is on its way out already
+        raise RunStopped("the demo was interrupted; `make demo` goes on from here") from None
+    if code:
+        raise RunStopped(f"the demo needs every phase, but {words[1]} ended with exit code {code}; see above")
+
+
+def environment() -> dict[str, str]:
+    """This interpreter's deepspeed and ninja first; the cores shared out to the ranks, for torch takes all in each."""
+    threads = max(1, len(os.sched_getaffinity(0)) // RANKS)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, "DS_ACCELERATOR": "cpu", "PATH": path}
+
+
+def trained(config: Path) -> bool:
+    from ted_scale.schedule import stages_of
+
+    run = load_run(config)
+    newest = files.newest_checkpoint(run.folder)
+    return newest is not None and files.read_progress(newest).step >= stages_of(run)[-1].last_step
+
+
+def collect_text() -> None:
+    """One document a source file, ordered by a hash of its name so that the held-out end is of every kind."""
+    library = Path(sysconfig.get_path("stdlib"))
+    names = [path.relative_to(library) for kind in ("py", "txt", "rst") for path in library.rglob(f"*.{kind}")]
+    names = [name for name in names if not LEFT_OUT & set(name.parts)]
+    names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+    part, size, count = TEXT.with_suffix(".part"), 0, 0
+    with part.open("w", encoding="utf-8") as file:
+        for name in names:
+            text = (library / name).read_bytes().decode("utf-8", errors="replace")
+            if size + len(text) <= TEXT_BYTES:
+                file.write(json.dumps({"text": text, "source": name.as_posix()}) + "\n")
+                size, count = size + len(text), count + 1
+    if size < TEXT_BYTES // 4:
+        raise UserError(f"the standard library must hold {TEXT_BYTES // 4:,} characters of source, but {library} "
+                        f"holds {size:,}; run the demo with another Python")  # fmt: skip
+    part.rename(TEXT)
+    print(f"{count:,} files, {size:,} characters of {library} -> {TEXT}")
+
+
+def write_sample() -> None:
+    """What the exported student writes, loaded as anyone would load it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT_HF)
+    model = AutoModelForCausalLM.from_pretrained(STUDENT_HF)
+    torch.manual_seed(0)
+    texts = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=True,
+                                 temperature=0.7, top_k=40)  # fmt: skip
+        texts.append(tokenizer.decode(written[0], skip_special_tokens=True))
+    files.write_durably(SAMPLE, "\n----\n".join(texts) + "\n")
+    print(SAMPLE.read_text(encoding="utf-8"))
+
+
+def claim_folder() -> None:
+    """One demo at a time; the commands it starts hold the lock too, so one that outlives it counts as well."""
+    DEMO.mkdir(parents=True, exist_ok=True)
+    held.append(LOCK.open("w"))
+    try:
+        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{DEMO} must be used by one demo at a time, but another is at work; wait for it") from None
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def main() -> None:
+    os.chdir(ROOT)
+    claim_folder()
+    began, todo = time.perf_counter(), phases()
+    for number, (title, result, run, done) in enumerate(todo, 1):
+        minutes, seconds = divmod(int(time.perf_counter() - began), 60)
+        skipped = done()
+        print(
+            f"\n[{number}/{len(todo)}] {minutes}:{seconds:02d} {title}" + (f": done, {result}" if skipped else ""),
+            flush=True,
+        )
+        if not skipped:
+            for path in [*(later.result for later in todo[number:]), TABLE]:
+                remove(path)
+            run()
+    table = demo_table.render(TEACHER, TED, STUDENT_HF, SAMPLE, TABLE)
+    files.write_durably(TABLE, table)
+    print(f"\n{table}")
+
+
+held: list = []
+
+if __name__ == "__main__":
+    run_main(main)
