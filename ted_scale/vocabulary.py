@@ -40,5 +40,9 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    with quiet_transformers():
-        return AutoTokenizer.from_pretrained(folder).get_vocab()
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder).get_vocab()
+    except Exception as error:  # whatever the family's own code raises over a broken file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder} must hold a readable tokenizer, but does not: {reason}; copy it again") from None

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tiny import make_corpus, make_model, make_run
+from corpus import write_shard
+from tiny import make_model, make_run
 
 from ted_scale.build import build_filters
 from ted_scale.data import IGNORED, Batch
@@ -29,8 +30,17 @@ def make_world(root: Path) -> Path:
     """A llama teacher, wider and deeper than its gpt2 student, and a corpus."""
     make_model(root / "teacher", "llama", hidden_size=48)
     make_model(root / "student", "gpt2", num_hidden_layers=2, seed=1)
-    make_corpus(root / "corpus", documents=20)
+    make_shard(root / "corpus")
     return root
+
+
+def make_shard(prefix: Path, largest: int = VOCABULARY - 1) -> list[list[int]]:
+    """20 documents of 40 to 60 tokens, with the sidecar that names the largest id."""
+    documents = [[1 + (7 * d + i) % largest for i in range(40 + d)] for d in range(20)]
+    documents[3][5] = largest
+    tokens = sum(map(len, documents))
+    write_shard(prefix, documents, sidecar={"max_token_id": largest, "tokens": tokens})
+    return documents
 
 
 def build(root: Path, stage: str = "student", seed: int = 0, **sections) -> Parts:

@@ -103,7 +103,9 @@ def test_ce_needs_no_teacher(tmp_path):
 
 
 def test_a_file_that_is_missing_or_not_toml_is_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match=r"--config must name a readable run file, but .*nowhere.toml is not: No such file"):
+    with pytest.raises(
+        UserError, match=r"--config must name a readable run file, but .*nowhere.toml is not: No such file"
+    ):
         load_run(tmp_path / "nowhere.toml")
     (tmp_path / "bad.toml").write_text("name = \n")
     with pytest.raises(UserError, match=r"bad.toml must be valid TOML, but is not: .*line 1"):
@@ -152,7 +154,12 @@ ROUND_TRIPS = {
     "presets": ["loss.preset=hint", "loss.temperature=3"],
     "pairs": ["pairs.explicit=[[0, 1], [1, 3]]", "pairs.skip_last=1"],
     "corpora": ["data.corpora=[{path='a', weight=0.3}, {path='b c', validation=0.01}]"],
-    "wandb": ["wandb.project=p", "wandb.tags=['x', 'y\"z']", "wandb.notes='Größe 😀 \\\\ tab\\u0009'", "wandb.mode=offline"],
+    "wandb": [
+        "wandb.project=p",
+        "wandb.tags=['x', 'y\"z']",
+        "wandb.notes='Größe 😀 \\\\ tab\\u0009'",
+        "wandb.mode=offline",
+    ],
     "control characters": ['wandb={project="p", notes="bell\\u0007 del\\u007f line\\n"}'],
     "filters": ["filters.from=/a/run", "filters.width=64", "filters.head=per_layer", "filters.lr=1e-9"],
     "numbers": ["train.lr=1e-30", "train.min_lr=0", "train.eps=1e-12", "loss.kl=1e22", "train.betas=[0, 0.999999]"],
@@ -178,7 +185,9 @@ def test_the_resolved_run_shows_what_presets_and_defaults_decided(tmp_path):
 def test_a_ds_config_may_not_set_what_the_run_file_owns(tmp_path, key):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, key: {}}))
-    with pytest.raises(UserError, match=f"must leave {key} to the run file, but sets it; set {DS_OWNED_BY_RUN[key]} there"):
+    with pytest.raises(
+        UserError, match=f"must leave {key} to the run file, but sets it; set {DS_OWNED_BY_RUN[key]} there"
+    ):
         load_ds_config(str(path))
 
 

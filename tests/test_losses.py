@@ -84,16 +84,16 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("sizes", [{}, {"v_s": V_T, "v_t": V_S}, {"v_t": V_S}], ids=["s wider", "t wider", "one vocabulary"])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"v_s": V_T, "v_t": V_S}, {"v_t": V_S}], ids=["s wider", "t wider", "one vocabulary"]
+)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_kl_and_ce_equal_the_naive_formula_in_value_and_every_gradient(settings, sizes):
     values = tensors(**sizes)
     mine, grads = ours(values, **settings, chunk_tokens=4)
     theirs, true_grads = ours(doubled(values), naive_kl_ce, **settings)
     off = {1: settings.get("kl_weight", 1.0) == 0, 2: settings.get("ce_weight", 1.0) == 0}
-    assert_equal(
-        [m for i, m in enumerate(mine) if not off.get(i)], [t for i, t in enumerate(theirs) if not off.get(i)]
-    )
+    assert_equal([m for i, m in enumerate(mine) if not off.get(i)], [t for i, t in enumerate(theirs) if not off.get(i)])
     assert_equal(grads, true_grads)
     assert all(mine[i] == 0 for i, is_off in off.items() if is_off)
 
@@ -151,7 +151,14 @@ def test_rows_of_a_padded_vocabulary_take_no_probability_in_the_kl():
 
 def filtered(seed=0, *, n=N, d_s=D_S, d_t=D_T, width=WIDTH) -> dict:
     g = torch.Generator().manual_seed(seed)
-    shapes = {"h_t": (n, d_t), "w_t": (width, d_t), "b_t": (width,), "h_s": (n, d_s), "w_s": (width, d_s), "b_s": (width,)}
+    shapes = {
+        "h_t": (n, d_t),
+        "w_t": (width, d_t),
+        "b_t": (width,),
+        "h_s": (n, d_s),
+        "w_s": (width, d_s),
+        "b_s": (width,),
+    }
     weights = torch.rand(n, generator=g) + 0.5
     weights[[0, 4]] = 0.0
     values = {k: torch.randn(*shape, generator=g) for k, shape in shapes.items()}
@@ -197,7 +204,11 @@ def heads(vocab=V_S, width=WIDTH, **settings) -> Head:
     return Head(**{"tail": (norm,), "weight": weight, "bias": None, "softcap": None, "logit_scale": 1.0, **settings})
 
 
-HEADS = {"norm": {}, "softcap": {"softcap": 2.0, "logit_scale": 0.5}, "bias, no tail": {"bias": torch.randn(V_S), "tail": ()}}
+HEADS = {
+    "norm": {},
+    "softcap": {"softcap": 2.0, "logit_scale": 0.5},
+    "bias, no tail": {"bias": torch.randn(V_S), "tail": ()},
+}
 
 
 @pytest.mark.parametrize("settings", HEADS.values(), ids=HEADS)
@@ -274,8 +285,12 @@ def test_a_student_with_the_teacher_s_states_and_filters_has_layer_loss_0(kind):
 def test_nmse_does_not_change_with_the_scale_of_both_sides_and_mse_does():
     values = {**filtered(), "b_t": torch.zeros(WIDTH), "b_s": torch.zeros(WIDTH)}
     scaled = {**values, "h_s": values["h_s"] * 8, "h_t": values["h_t"] * 8}
-    assert filtered_mse(**scaled, kind="nmse").item() == pytest.approx(filtered_mse(**values, kind="nmse").item(), rel=1e-4)
-    assert filtered_mse(**scaled, kind="mse").item() == pytest.approx(64 * filtered_mse(**values, kind="mse").item(), rel=1e-4)
+    assert filtered_mse(**scaled, kind="nmse").item() == pytest.approx(
+        filtered_mse(**values, kind="nmse").item(), rel=1e-4
+    )
+    assert filtered_mse(**scaled, kind="mse").item() == pytest.approx(
+        64 * filtered_mse(**values, kind="mse").item(), rel=1e-4
+    )
 
 
 def plain_bf16(h_s, w_s, h_t, w_t, labels, token_weight, denom, head_bias_s, head_bias_t):
@@ -325,10 +340,10 @@ def test_the_denominator_counts_labels_that_exist_and_weigh_something():
 def measure(loss: str, tokens: int, wide: int, *, grad=True, narrow=32, chunk=32) -> int:
     """Peak bytes of one forward and backward; `wide` is the vocabulary, or the filters' width."""
     torch.manual_seed(0)
-    h, h_t = torch.randn(tokens, narrow, requires_grad=grad), torch.randn(tokens, narrow)
-    w, w_t = torch.randn(wide, narrow, requires_grad=grad), torch.randn(wide, narrow)
+    h, h_t = torch.randn(tokens, narrow, requires_grad=True), torch.randn(tokens, narrow)
+    w, w_t = torch.randn(wide, narrow, requires_grad=True), torch.randn(wide, narrow)
     labels, ones, denom = torch.randint(0, wide, (tokens,)), torch.ones(tokens), torch.tensor(float(tokens))
-    square = torch.randn(narrow, narrow, requires_grad=grad)
+    square = torch.randn(narrow, narrow, requires_grad=True)
     settings = {"denom": denom, "chunk_tokens": chunk}
     calls = {
         "kl_ce": lambda: linear_kl_ce(h, w, h_t, w_t, labels, ones, **settings)[0],

@@ -1,6 +1,7 @@
 """Stages, learning rates and loss weights by step: what a resume computes again must be the same function."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,13 +44,13 @@ def test_each_schedule_ends_where_it_says(schedule, end):
 def test_cosine_is_half_way_down_in_the_middle_and_never_rises():
     values = rates(schedule="cosine", warmup_steps=20)
     assert values[60] == pytest.approx((1 + FLOOR) / 2)
-    assert all(a >= b for a, b in zip(values[19:], values[20:], strict=False))
+    assert all(a >= b for a, b in pairwise(values[19:]))
 
 
 def test_wsd_is_flat_and_then_falls_in_a_line():
     values = rates(schedule="wsd", warmup_steps=10, decay_fraction=0.4)
     assert values[10:61] == [1.0] * 51
-    falls = [a - b for a, b in zip(values[60:], values[61:], strict=False)]
+    falls = [a - b for a, b in pairwise(values[60:])]
     assert falls == pytest.approx([0.9 / 40] * 40)
 
 
@@ -172,7 +173,8 @@ def test_saves_and_validations_come_when_due_and_at_the_end_of_a_stage():
 def test_a_term_that_is_off_has_no_number_and_stage_one_names_both_sides():
     first, second = stages()
     sums = [9.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-    full = second.name_losses(sums, Weights(1.0, 1.0, 1.0))
-    assert full == {"loss/total": 9.0, "loss/ce": 1.0, "loss/kl": 2.0, "loss/layer": 3.0, "loss/layer/0": 4.0, "loss/layer/1": 5.0}  # fmt: skip
+    logits, layers = {"loss/ce": 1.0, "loss/kl": 2.0}, {"loss/layer": 3.0, "loss/layer/0": 4.0, "loss/layer/1": 5.0}
+    assert second.name_losses(sums, Weights(1.0, 1.0, 1.0)) == {"loss/total": 9.0, **logits, **layers}
     assert second.name_losses(sums, Weights(0.0, 1.0, 0.0)) == {"loss/total": 9.0, "loss/kl": 2.0}
-    assert first.name_losses(sums, Weights(0.0, 0.0, 1.0)) == {"loss/total": 9.0, "loss/filter_t/0": 4.0, "loss/filter_s/0": 5.0}  # fmt: skip
+    sides = {"loss/filter_t/0": 4.0, "loss/filter_s/0": 5.0}
+    assert first.name_losses(sums, Weights(0.0, 0.0, 1.0)) == {"loss/total": 9.0, **sides}

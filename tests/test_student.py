@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers
-from plain import build, cut, make_batch, make_world, run_step
-from tiny import make_corpus, make_model
+from plain import build, cut, make_batch, make_shard, make_world, run_step
+from tiny import make_model
 
 from ted_scale.data import IGNORED
 from ted_scale.losses import count_valid
@@ -24,7 +24,7 @@ def same_width(tmp_path_factory):
     root = tmp_path_factory.mktemp("same_width")
     make_model(root / "teacher", "llama")
     make_model(root / "student", "gpt2", num_hidden_layers=2, seed=1)
-    make_corpus(root / "corpus", documents=20)
+    make_shard(root / "corpus")
     return root
 
 
@@ -192,7 +192,10 @@ def stage_one_by_hand(parts, root, batch):
     student, teacher = own_student(root, batch), own_teacher(root, batch)
     reader = student if parts.plan.run.filters.head == "own" else teacher
     sides = []
-    for model, filters, read, which in ((teacher, parts.student.filters_t, teacher, 1), (student, parts.student.filters_s, reader, 0)):
+    for model, filters, read, which in (
+        (teacher, parts.student.filters_t, teacher, 1),
+        (student, parts.student.filters_s, reader, 0),
+    ):
         for k, pair in enumerate(parts.plan.pairs):
             filtered = filter_of(filters[k], model.states[pair[which]].detach())
             if parts.plan.run.filters.head == "per_layer":

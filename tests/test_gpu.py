@@ -1,0 +1,44 @@
+"""On a CUDA device: the tiny run has the losses it has on CPU, and bf16 trains."""
+
+import json
+import os
+
+import pytest
+import torch
+from tiny import make_corpus, make_model, make_run, pretrain, write_run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+SETTINGS = {"filters": {"steps": 4}, "train": {"steps": 6}}
+
+
+def trained(root, name: str, *, cpu: bool = False, **sections) -> list[float]:
+    run = make_run(root, name=name, **{**SETTINGS, **sections})
+    env = {**os.environ, "DS_ACCELERATOR": "cpu" if cpu else "cuda"}
+    done = pretrain("--config", write_run(root / f"{name}.toml", run), ranks=1, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss/total"] for row in rows if "loss/total" in row]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    make_model(folder / "teacher", "llama", hidden_size=48)
+    make_model(folder / "student", "llama", num_hidden_layers=2, seed=1)
+    make_corpus(folder / "corpus")
+    return folder
+
+
+def test_fp32_losses_on_the_device_are_those_of_the_cpu(root):
+    device, cpu = trained(root, "device"), trained(root, "cpu", cpu=True)
+    assert len(device) == 10
+    assert max(abs(a - b) for a, b in zip(device, cpu, strict=True)) < 1e-3
+
+
+def test_bf16_on_the_device_follows_fp32(root):
+    bf16 = trained(root, "bf16", train={"steps": 6, "precision": "bf16"})
+    fp32 = trained(root, "fp32")
+    assert all(abs(a - b) < 0.05 * b for a, b in zip(bf16, fp32, strict=True))

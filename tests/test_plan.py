@@ -1,0 +1,345 @@
+"""The dry run: what it prints, that it starts and writes nothing, and every mistake it can know of, one sentence each."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import tokenizers
+import torch
+from plain import make_shard, make_world
+from safetensors.torch import save_file
+from tiny import make_model, make_run, pretrain, write_run
+from transformers import PreTrainedTokenizerFast
+
+from ted_scale import checkpoint_files as files
+from ted_scale.build import build_filters
+from ted_scale.checkpoint_files import Progress
+from ted_scale.config import load_run
+from ted_scale.errors import UserError
+from ted_scale.plan import filter_parameters, make_plan
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def world(original, tmp_path):
+    """A copy that a test may break."""
+    return shutil.copytree(original, tmp_path / "world")
+
+
+def tree(root: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in root.rglob("*")}
+
+
+def refusal(root: Path, ranks: int = 1, **sections) -> str:
+    """The sentence that make_plan refuses a run with, having written nothing."""
+    run, before = make_run(root, **sections), tree(root)
+    with pytest.raises(UserError) as caught:
+        make_plan(run, ranks)
+    assert tree(root) == before
+    said = str(caught.value)
+    assert "\n" not in said
+    return said.replace(str(root), "ROOT")
+
+
+def test_a_dry_run_prints_the_resolved_run_and_its_arithmetic_and_starts_nothing(world):
+    run = make_run(world)
+    file = write_run(world / "run.toml", run)
+    before = tree(world)
+    done = pretrain("--config", file, "--dry-run", "--ranks", 2, "--set", "train.lr=0.25")
+    assert (done.returncode, done.stderr) == (0, "")
+    text, _, arithmetic = done.stdout.partition("\n\nrun tiny: ")
+    assert "pairs (student block, teacher block): (0,1) (1,3)\n" in arithmetic
+    assert "step: 256 tokens = 4 accumulation * 1 micro-batch * 2 ranks * 32 tokens\n" in arithmetic
+    assert "stage filters: 4 steps, 1,024 tokens" in arithmetic and "stage student: 6 steps" in arithmetic
+    assert tree(world) == before
+    (world / "printed.toml").write_text(text)
+    assert load_run(world / "printed.toml") == load_run(file, ["train.lr=0.25"])
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("loss.kll=1", "error: ROOT/run.toml: unknown key loss.kll; did you mean loss.kl?\n"),
+        ("pairs.explicit=[[2, 0]]", "error: pairs.explicit[0] must name student blocks 0 to 1, but is [2, 0]\n"),
+    ],
+    ids=["before torch", "after the models are read"],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(world, override, sentence):
+    file = write_run(world / "run.toml", make_run(world))
+    before = tree(world)
+    done = pretrain("--config", file, "--set", override)
+    assert (done.returncode, done.stdout, done.stderr.replace(str(world), "ROOT")) == (2, "", sentence)
+    assert tree(world) == before
+
+
+def test_the_plan_s_numbers_are_those_of_the_models_and_the_corpus(original):
+    plan = make_plan(make_run(original, filters={"mlp": 8}), 2)
+    assert (plan.accumulation, plan.samples_per_step, plan.total_steps) == (4, 8, 10)
+    assert plan.corpus_tokens == sum(40 + d for d in range(20))
+    assert (plan.pairs, plan.width) == ([(0, 1), (1, 3)], 48)
+    assert plan.teacher.parameters == sum(t.numel() for t in load_tensors(original / "teacher"))
+
+    built = [sum(p.numel() for p in side.parameters()) for side in build_filters(plan, plan.stages[1])]
+    assert list(filter_parameters(plan)) == built
+
+
+def load_tensors(folder: Path):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors").values()
+
+
+def test_a_plan_without_layer_loss_has_no_pairs_and_no_filters(original):
+    for method in ("ce", "kd"):
+        plan = make_plan(make_run(original, method=method), 1)
+        assert (plan.pairs, plan.width, plan.filters_file) == ([], 0, None)
+
+
+WRONG_RUNS = {
+    "tokens_per_step": (
+        {"train": {"tokens_per_step": 200}},
+        "train.tokens_per_step must be a multiple of micro_batch * seq_len * ranks (1 * 32 * 1 = 32), but is 200",
+    ),
+    "student missing": (
+        {"student": {"path": "/nowhere/model"}},
+        "student.path must be a local model folder or a hub id that can be reached, but is '/nowhere/model'",
+    ),
+    "teacher missing": (
+        {"teacher": {"path": "./nowhere"}},
+        "teacher.path must be a local model folder or a hub id that can be reached, but is './nowhere'",
+    ),
+    "seq_len": (
+        {"data": {"seq_len": 256}},
+        "data.seq_len must be at most the student's context (128), but is 256",
+    ),
+    "pairs": (
+        {"pairs": {"explicit": [[0, 4]]}},
+        "pairs.explicit[0] must name teacher blocks 0 to 3, but is [0, 4]",
+    ),
+    "width": (
+        {"filters": {"width": 32}},
+        "filters.width must be the teacher's (48) for filters.head = 'shared', but is 32; leave it out or use head = "
+        "'per_layer'",
+    ),
+    "own heads": (
+        {"filters": {"head": "own"}},
+        "filters.head = 'own' must have student, teacher and filters of one width, but they have 32, 48 and 48; use "
+        "'shared' or 'per_layer'",
+    ),
+    "lwd width": (
+        {"method": "lwd", "filters": {"width": 32}},
+        "filters.width must be the teacher's (48) for lwd, but is 32",
+    ),
+    "filters.from": (
+        {"filters": {"from": "/nowhere"}},
+        "filters.from must name a run folder whose stage I is done, but /nowhere/filters.safetensors does not exist",
+    ),
+    "ds_config missing": (
+        {"ds_config": "/nowhere.json"},
+        "ds_config must name a readable file, but /nowhere.json is not: No such file or directory",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("sections", "said"), WRONG_RUNS.values(), ids=WRONG_RUNS)
+def test_a_run_that_cannot_work_is_refused(original, sections, said):
+    assert refusal(original, **sections) == said
+
+
+def test_tokens_per_step_depends_on_the_ranks(original):
+    assert make_plan(make_run(original), 8).accumulation == 1
+    assert refusal(original, ranks=3).endswith("(1 * 32 * 3 = 96), but is 256")
+
+
+def test_a_hub_id_that_cannot_be_reached_is_refused(original, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network\nwhatever")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    said = refusal(original, student={"path": "nobody/no-model"})
+    assert said == "student.path must be a local model folder or a hub id that can be reached, but is 'nobody/no-model'"
+
+
+def test_a_model_without_safetensors_is_refused_unless_it_starts_random(world):
+    (world / "student" / "model.safetensors").rename(world / "student" / "pytorch_model.bin")
+    said = refusal(world)
+    assert (
+        said
+        == "student.path must hold *.safetensors weights, but ROOT/student has none; save the model with save_pretrained"
+    )
+    assert make_plan(make_run(world, student={"init": "random"}), 1)
+
+
+@pytest.mark.parametrize("key", ["optimizer", "bf16", "gradient_clipping", "train_micro_batch_size_per_gpu"])
+def test_a_ds_config_that_sets_what_the_run_file_owns_is_refused(world, key):
+    (world / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, key: 1}))
+    said = refusal(world, ds_config=str(world / "ds.json"))
+    assert said.startswith(f"ds_config ROOT/ds.json must leave {key} to the run file, but sets it; set ")
+
+
+def damage(root: Path, fault: str) -> None:
+    idx, data = root / "corpus.idx", root / "corpus.bin"
+    actions = {
+        "no index": idx.unlink,
+        "no tokens": data.unlink,
+        "short index": lambda: idx.write_bytes(idx.read_bytes()[:-9]),
+        "short tokens": lambda: data.write_bytes(data.read_bytes()[:-2]),
+        "foreign index": lambda: idx.write_bytes(b"PK\x03\x04" * 100),
+        "empty index": lambda: idx.write_bytes(b""),
+        "large ids": lambda: make_shard(root / "corpus", largest=128),
+    }
+    actions[fault]()
+
+
+CORPORA = {
+    "no index": "corpus file ROOT/corpus.idx must exist, but is missing",
+    "no tokens": "corpus file ROOT/corpus.bin must exist, but is missing",
+    "short index": "corpus file ROOT/corpus.idx must have the size that its counts ask for, but is truncated",
+    "short tokens": "corpus file ROOT/corpus.bin must hold 1980 bytes as its .idx says, but is 1978 long",
+    "foreign index": "corpus file ROOT/corpus.idx must be a Megatron index, but starts with b'PK",
+    "empty index": "corpus file ROOT/corpus.idx must be a Megatron index, but starts with b''",
+    "large ids": "corpus shard ROOT/corpus must hold token ids in 0..127 (vocabulary size 128), but holds 128",
+}
+
+
+@pytest.mark.parametrize("fault", CORPORA)
+def test_a_damaged_corpus_is_refused(world, fault):
+    damage(world, fault)
+    assert refusal(world).startswith(CORPORA[fault])
+
+
+def test_corpora_of_weight_0_alone_are_refused(original):
+    corpora = [{"path": str(original / "corpus"), "weight": 0.0}]
+    assert refusal(original, data={"corpora": corpora}) == "data.corpora must have a weight above 0, but all are 0"
+
+
+def give_tokenizer(folder: Path, tokens: list[str]) -> None:
+    model = tokenizers.models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model)).save_pretrained(folder)
+
+
+WORDS = [f"w{i}" for i in range(120)]
+
+
+def test_another_tokenizer_is_refused_with_the_first_token_that_differs(world):
+    give_tokenizer(world / "teacher", WORDS)
+    give_tokenizer(world / "student", [*WORDS[:7], "other", *WORDS[8:]])
+    said = refusal(world)
+    assert said == (
+        "student.path must have the teacher's tokenizer, but id 7 is 'other' in ROOT/student and 'w7' in ROOT/teacher; "
+        "choose a student of the same tokenizer"
+    )
+
+
+def test_the_same_tokenizer_is_accepted_whatever_the_vocabularies_are_padded_to(world):
+    make_model(world / "student", "gpt2", num_hidden_layers=2, vocab_size=192)
+    give_tokenizer(world / "teacher", WORDS)
+    give_tokenizer(world / "student", WORDS)
+    plan = make_plan(make_run(world), 1)
+    assert (plan.student.vocab_size, plan.teacher.vocab_size) == (192, 128)
+
+
+def test_tokens_that_only_one_side_has_are_accepted(world):
+    """Families add special tokens where the other's vocabulary is padding."""
+    give_tokenizer(world / "teacher", WORDS)
+    give_tokenizer(world / "student", [*WORDS, "<new>"])
+    assert make_plan(make_run(world), 1)
+
+
+def test_a_broken_tokenizer_is_refused(world):
+    for side in ("teacher", "student"):
+        give_tokenizer(world / side, WORDS)
+    (world / "student" / "tokenizer.json").write_text("{")
+    assert refusal(world).startswith("ROOT/student must hold a readable tokenizer, but does not: ")
+
+
+def leave_checkpoint(run, identity: dict, step: int = 4) -> Path:
+    part = files.checkpoints_of(run.folder) / (files.checkpoint_name(step) + files.PART)
+    part.mkdir(parents=True)
+    files.write_progress(part, Progress(step, step * 256, "wandb-id", identity))
+    return files.publish(part)
+
+
+def test_the_run_s_own_checkpoint_is_accepted(world):
+    run = make_run(world)
+    checkpoint = leave_checkpoint(run, make_plan(run, 1).identity())
+    assert make_plan(run, 1)
+    assert files.newest_checkpoint(run.folder) == checkpoint
+    assert files.read_progress(checkpoint).wandb_id == "wandb-id"
+
+
+def test_what_may_change_over_a_resume_is_accepted(world):
+    run = make_run(world)
+    leave_checkpoint(run, make_plan(run, 1).identity())
+    assert make_plan(make_run(world, train={"steps": 9, "lr": 1e-4}, log_every=5, checkpoint={"every": 7}), 1)
+
+
+CHANGES = {
+    "seed": ({"seed": 1}, "seed must be 0"),
+    "method": ({"method": "kd"}, "method must be 'ted'"),
+    "seq_len": ({"data": {"seq_len": 16}}, "data.seq_len must be 32"),
+    "tokens": ({"train": {"tokens_per_step": 512}}, "train.tokens_per_step must be 256"),
+    "precision": ({"train": {"precision": "bf16"}}, "train.precision must be 'fp32'"),
+    "pairs": ({"pairs": {"explicit": [[0, 1], [1, 2]]}}, "pairs must be [[0, 1], [1, 3]]"),
+    "mlp": ({"filters": {"mlp": 4}}, "filters.mlp must be 0"),
+    "filter steps": ({"filters": {"steps": 5}}, "filters.steps must be 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("sections", "said"), CHANGES.values(), ids=CHANGES)
+def test_a_checkpoint_of_another_run_is_refused(world, sections, said):
+    run = make_run(world)
+    leave_checkpoint(run, make_plan(run, 1).identity())
+    assert refusal(world, **sections).startswith(
+        f"{said} to resume from ROOT/runs/tiny/checkpoints/step_00000004, but is "
+    )
+
+
+def test_a_checkpoint_of_other_shapes_or_ranks_is_refused(world):
+    run = make_run(world)
+    leave_checkpoint(run, make_plan(run, 1).identity())
+    assert refusal(world, ranks=2).startswith("ranks must be 1 to resume")
+    make_model(world / "student", "gpt2", num_hidden_layers=2, hidden_size=64)
+    assert refusal(world).startswith("student.width must be 32 to resume")
+
+
+def test_a_broken_checkpoint_is_refused_by_name(world):
+    run = make_run(world)
+    checkpoint = leave_checkpoint(run, make_plan(run, 1).identity())
+    (checkpoint / "progress.json").write_text("{")
+    assert "step_00000004/progress.json must be a progress file, but is not" in refusal(world)
+    (checkpoint / "progress.json").unlink()
+    assert refusal(world).startswith("ROOT/runs/tiny/checkpoints/latest must name a checkpoint, but ROOT/runs/tiny")
+
+
+def test_a_checkpoint_that_was_not_published_does_not_count(world):
+    run = make_run(world)
+    part = files.checkpoints_of(run.folder) / (files.checkpoint_name(4) + files.PART)
+    part.mkdir(parents=True)
+    files.write_progress(part, Progress(4, 1024, None, {"seed": 99}))
+    assert files.newest_checkpoint(run.folder) is None
+    assert make_plan(run, 1)
+
+
+def test_filters_of_another_shape_are_refused(world):
+    (world / "other").mkdir()
+    identity = {**make_plan(make_run(world), 1).filters_identity(), "filters.width": 32}
+    save_file(
+        {"x": torch.ones(1)}, world / "other" / "filters.safetensors", metadata={"identity": json.dumps(identity)}
+    )
+    said = refusal(world, filters={"from": str(world / "other")})
+    assert said.startswith("filters.width must be 32 to resume from ROOT/other/filters.safetensors, but is 48")
+
+
+@pytest.mark.parametrize("file", ["runs", "runs/tiny"])
+def test_a_file_where_the_run_s_folder_must_be_is_refused(world, file):
+    (world / file).parent.mkdir(exist_ok=True)
+    (world / file).write_text("in the way")
+    said = refusal(world)
+    assert said == f"runs must be a folder this user can write, but ROOT/{file} is not; set runs or change its mode"
