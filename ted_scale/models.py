@@ -60,6 +60,8 @@ def read_config(key: str, folder: Path):
         raise UserError(
             f"{key} must hold the config.json of a known model family, but {folder} does not: {reason}"
         ) from None
+    if not hasattr(config, "num_hidden_layers"):
+        raise UserError(f"{key} must be a text-only causal LM, but {folder} ({config.model_type}) is not")
     experts = next((v for k in EXPERT_KEYS if (v := getattr(config, k, None))), 0)
     if experts > 1:
         raise UserError(f"{key} must be a dense model for now, but {folder} has {experts} experts; choose a dense one")
@@ -99,25 +101,11 @@ def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
             f"{key} must hold *.safetensors weights, but {folder} has none; save the model with save_pretrained"
         )
     config = read_config(key, folder)
-    try:
-        with torch.device("meta"):
-            model = empty_model(config)
-        order, logits = trace(model)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{key} must be a decoder-only causal LM, but {folder} ({config.model_type}) is not: {reason}"
-        ) from None
+    model, order, logits = run_once(key, folder, config)
     blocks = find_blocks(key, model, config.num_hidden_layers)
     after = order[max(i for i, name in enumerate(order) if name == f"{blocks}.{config.num_hidden_layers - 1}") + 1 :]
     body = min((n for n in order if n and blocks.startswith(f"{n}.")), key=len)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    expected = soften(PROBE_LOGITS, softcap, scale)
-    if not torch.allclose(logits.float().flatten(), expected, rtol=1e-4, atol=1e-5):
-        raise UserError(
-            f"{key} must scale and soft-cap its logits in a known way, but {config.model_type} does something else"
-        )
+    softcap, scale = logit_settings(key, config, logits)
     head = model.get_output_embeddings()
     return Anatomy(
         folder=folder,
@@ -133,6 +121,32 @@ def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
         logit_scale=scale,
         parameters=sum(p.numel() for p in model.parameters()),
         max_length=getattr(config, "max_position_embeddings", None),
+    )
+
+
+def run_once(key: str, folder: Path, config):
+    """(model without weights, what `trace` saw of it); what any family's code raises here becomes one sentence."""
+    try:
+        with torch.device("meta"):
+            model = empty_model(config)
+        return model, *trace(model)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if attention.NAME in reason:
+            reason = "its attention is not behind transformers' attention interface"
+        raise UserError(
+            f"{key} must be a decoder-only causal LM, but {folder} ({config.model_type}) is not: {reason}"
+        ) from None
+
+
+def logit_settings(key: str, config, logits: torch.Tensor) -> tuple[float | None, float]:
+    """(soft-cap, scale) from the config, if they explain what the family made of PROBE_LOGITS."""
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    if torch.allclose(logits.float().flatten(), soften(PROBE_LOGITS, softcap, scale), rtol=1e-4, atol=1e-5):
+        return softcap, scale
+    raise UserError(
+        f"{key} must scale and soft-cap its logits in a known way, but {config.model_type} does something else"
     )
 
 

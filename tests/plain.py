@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from corpus import write_shard
 from tiny import make_model, make_run
 
 from ted_scale.build import build_filters
 from ted_scale.data import IGNORED, Batch
 from ted_scale.losses import count_valid
+from ted_scale.models import inspect
 from ted_scale.plan import Plan, make_plan
 from ted_scale.schedule import Stage
 from ted_scale.student import Student, Weights
@@ -34,13 +36,12 @@ def make_world(root: Path) -> Path:
     return root
 
 
-def make_shard(prefix: Path, largest: int = VOCABULARY - 1) -> list[list[int]]:
+def make_shard(prefix: Path, largest: int = VOCABULARY - 1) -> None:
     """20 documents of 40 to 60 tokens, with the sidecar that names the largest id."""
     documents = [[1 + (7 * d + i) % largest for i in range(40 + d)] for d in range(20)]
     documents[3][5] = largest
     tokens = sum(map(len, documents))
     write_shard(prefix, documents, sidecar={"max_token_id": largest, "tokens": tokens})
-    return documents
 
 
 def build(root: Path, stage: str = "student", seed: int = 0, **sections) -> Parts:
@@ -94,3 +95,13 @@ def run_step(parts: Parts, batches, weights: Weights | None = None) -> tuple[lis
     losses = [parts.student(b, parts.teacher(b, weights) if parts.teacher else None, weights, denom) for b in batches]
     sum(loss.total for loss in losses).backward()
     return losses, {n: p.grad.clone() for n, p in parts.student.named_parameters() if p.grad is not None}
+
+
+def load_model(folder: Path):
+    anatomy = inspect("student.path", str(folder))
+    return anatomy, build_network(anatomy, ds_config=None, dtype=torch.float32).eval()
+
+
+def own_model(folder: Path, **settings):
+    """The family as transformers loads and runs it."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings).eval()

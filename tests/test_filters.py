@@ -31,6 +31,11 @@ def test_twelve_blocks_onto_six_are_every_second_from_the_second():
     assert match_layers(Pairs(), 6, 12) == [(0, 1), (1, 3), (2, 5), (3, 7), (4, 9), (5, 11)]
 
 
+def test_where_the_depths_do_not_divide_a_block_takes_the_end_of_its_share():
+    """Shares of 2.4 blocks end at 2.4, 4.8, 7.2, 9.6 and 12: in the third, fifth, eighth, tenth and twelfth block."""
+    assert match_layers(Pairs(), 5, 12) == [(0, 2), (1, 4), (2, 7), (3, 9), (4, 11)]
+
+
 @pytest.mark.parametrize(("layers_s", "layers_t"), [(7, 12), (5, 12), (9, 32), (28, 36), (11, 12)])
 def test_uniform_pairs_end_with_both_last_blocks_and_use_no_block_twice(layers_s, layers_t):
     pairs = match_layers(Pairs(), layers_s, layers_t)

@@ -7,15 +7,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import tokenizers
-import torch
 from plain import make_shard, make_world
-from safetensors.torch import save_file
 from tiny import make_model, make_run, pretrain, write_run
 from transformers import PreTrainedTokenizerFast
 
-from ted_scale import checkpoint_files as files
 from ted_scale.build import build_filters
-from ted_scale.checkpoint_files import Progress
 from ted_scale.config import load_run
 from ted_scale.errors import UserError
 from ted_scale.plan import filter_parameters, make_plan
@@ -257,84 +253,6 @@ def test_a_broken_tokenizer_is_refused(world):
         give_tokenizer(world / side, WORDS)
     (world / "student" / "tokenizer.json").write_text("{")
     assert refusal(world).startswith("ROOT/student must hold a readable tokenizer, but does not: ")
-
-
-def leave_checkpoint(run, identity: dict, step: int = 4) -> Path:
-    part = files.checkpoints_of(run.folder) / (files.checkpoint_name(step) + files.PART)
-    part.mkdir(parents=True)
-    files.write_progress(part, Progress(step, step * 256, "wandb-id", identity))
-    return files.publish(part)
-
-
-def test_the_run_s_own_checkpoint_is_accepted(world):
-    run = make_run(world)
-    checkpoint = leave_checkpoint(run, make_plan(run, 1).identity())
-    assert make_plan(run, 1)
-    assert files.newest_checkpoint(run.folder) == checkpoint
-    assert files.read_progress(checkpoint).wandb_id == "wandb-id"
-
-
-def test_what_may_change_over_a_resume_is_accepted(world):
-    run = make_run(world)
-    leave_checkpoint(run, make_plan(run, 1).identity())
-    assert make_plan(make_run(world, train={"steps": 9, "lr": 1e-4}, log_every=5, checkpoint={"every": 7}), 1)
-
-
-CHANGES = {
-    "seed": ({"seed": 1}, "seed must be 0"),
-    "method": ({"method": "kd"}, "method must be 'ted'"),
-    "seq_len": ({"data": {"seq_len": 16}}, "data.seq_len must be 32"),
-    "tokens": ({"train": {"tokens_per_step": 512}}, "train.tokens_per_step must be 256"),
-    "precision": ({"train": {"precision": "bf16"}}, "train.precision must be 'fp32'"),
-    "pairs": ({"pairs": {"explicit": [[0, 1], [1, 2]]}}, "pairs must be [[0, 1], [1, 3]]"),
-    "mlp": ({"filters": {"mlp": 4}}, "filters.mlp must be 0"),
-    "filter steps": ({"filters": {"steps": 5}}, "filters.steps must be 4"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("sections", "said"), CHANGES.values(), ids=CHANGES)
-def test_a_checkpoint_of_another_run_is_refused(world, sections, said):
-    run = make_run(world)
-    leave_checkpoint(run, make_plan(run, 1).identity())
-    assert refusal(world, **sections).startswith(
-        f"{said} to resume from ROOT/runs/tiny/checkpoints/step_00000004, but is "
-    )
-
-
-def test_a_checkpoint_of_other_shapes_or_ranks_is_refused(world):
-    run = make_run(world)
-    leave_checkpoint(run, make_plan(run, 1).identity())
-    assert refusal(world, ranks=2).startswith("ranks must be 1 to resume")
-    make_model(world / "student", "gpt2", num_hidden_layers=2, hidden_size=64)
-    assert refusal(world).startswith("student.width must be 32 to resume")
-
-
-def test_a_broken_checkpoint_is_refused_by_name(world):
-    run = make_run(world)
-    checkpoint = leave_checkpoint(run, make_plan(run, 1).identity())
-    (checkpoint / "progress.json").write_text("{")
-    assert "step_00000004/progress.json must be a progress file, but is not" in refusal(world)
-    (checkpoint / "progress.json").unlink()
-    assert refusal(world).startswith("ROOT/runs/tiny/checkpoints/latest must name a checkpoint, but ROOT/runs/tiny")
-
-
-def test_a_checkpoint_that_was_not_published_does_not_count(world):
-    run = make_run(world)
-    part = files.checkpoints_of(run.folder) / (files.checkpoint_name(4) + files.PART)
-    part.mkdir(parents=True)
-    files.write_progress(part, Progress(4, 1024, None, {"seed": 99}))
-    assert files.newest_checkpoint(run.folder) is None
-    assert make_plan(run, 1)
-
-
-def test_filters_of_another_shape_are_refused(world):
-    (world / "other").mkdir()
-    identity = {**make_plan(make_run(world), 1).filters_identity(), "filters.width": 32}
-    save_file(
-        {"x": torch.ones(1)}, world / "other" / "filters.safetensors", metadata={"identity": json.dumps(identity)}
-    )
-    said = refusal(world, filters={"from": str(world / "other")})
-    assert said.startswith("filters.width must be 32 to resume from ROOT/other/filters.safetensors, but is 48")
 
 
 @pytest.mark.parametrize("file", ["runs", "runs/tiny"])

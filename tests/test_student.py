@@ -188,7 +188,7 @@ def test_lwd_compares_with_the_teacher_s_raw_states(world):
 
 
 def stage_one_by_hand(parts, root, batch):
-    """(teacher's side, student's side): every filter's next-token loss, and the same filters' gradients."""
+    """Every filter's next-token loss, the teacher's filters first."""
     student, teacher = own_student(root, batch), own_teacher(root, batch)
     reader = student if parts.plan.run.filters.head == "own" else teacher
     sides = []

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -19,14 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, and its parent is not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is on the path, its parent is not
 
 from ted_scale import checkpoint_files as files
 from ted_scale.config import load_run
 from ted_scale.errors import RunStopped, UserError, run_main
 from tools import demo_table
 
+ROOT = Path(__file__).resolve().parents[1]
 DEMO = Path("runs/demo")
 TEACHER, TED = Path("launch/runs/demo_teacher.toml"), Path("launch/runs/demo_ted.toml")
 TEXT, TOKENIZER, SHARDS = DEMO / "text.jsonl", DEMO / "tokenizer", DEMO / "shards"
@@ -36,9 +37,9 @@ RANKS = 2
 TEXT_BYTES = 8_000_000
 # Not text to learn from, or not installed everywhere; encodings are copies of each other, which would leak into validation.
 LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "encodings"}
-SHAPE = ["hidden_size=256", "num_hidden_layers=8", "num_attention_heads=4", "num_key_value_heads=4",
-         "intermediate_size=704", "max_position_embeddings=512", "tie_word_embeddings=true"]  # fmt: skip
-STUDENT_BLOCKS = 4
+SHAPE = ["hidden_size=192", "num_hidden_layers=6", "num_attention_heads=4", "num_key_value_heads=4",
+         "intermediate_size=512", "max_position_embeddings=512", "tie_word_embeddings=true"]  # fmt: skip
+STUDENT_BLOCKS = 3
 PROMPTS = ['def read_file(path):\n    """', "import os\nimport ", "class Error(Exception):\n"]
 
 
@@ -87,7 +88,8 @@ def start(*command) -> None:
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.wait()  # the terminal interrupts the whole group: the command is on its way out already
+        process.terminate()
+        process.wait()
         raise RunStopped("the demo was interrupted; `make demo` goes on from here") from None
     if code:
         raise RunStopped(f"the demo needs every phase, but {words[1]} ended with exit code {code}; see above")
@@ -162,6 +164,7 @@ def remove(path: Path) -> None:
 
 def main() -> None:
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends the demo ends the command it waits for
     claim_folder()
     began, todo = time.perf_counter(), phases()
     for number, (title, result, run, done) in enumerate(todo, 1):
