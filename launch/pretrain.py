@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
-from ted_scale.config import load_run
 from ted_scale.errors import run_main
+from ted_scale.run_file import load_run
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
 
     plan = make_plan(run, world=arguments.ranks or int(os.environ.get("WORLD_SIZE", "1")))
     if arguments.dry_run:
-        from ted_scale.config import to_toml
+        from ted_scale.run_file import to_toml
 
         print(to_toml(run), describe(plan), sep="\n")
         return

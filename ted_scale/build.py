@@ -18,12 +18,12 @@ import torch.distributed as dist
 from ted_scale import checkpoint, metrics
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
-from ted_scale.config import to_toml
 from ted_scale.data import open_stream, steps
 from ted_scale.errors import UserError
 from ted_scale.filters import Filter
 from ted_scale.guard import Guard
 from ted_scale.plan import Plan, as_dict, describe, flops_per_token
+from ted_scale.run_file import to_toml
 from ted_scale.schedule import Stage
 from ted_scale.student import Student
 from ted_scale.teacher import Teacher, TeacherBody

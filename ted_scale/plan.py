@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ted_scale import checkpoint_files as files
-from ted_scale.config import Run, load_ds_config
+from ted_scale.config import Run
+from ted_scale.data import open_stream
 from ted_scale.errors import UserError
 from ted_scale.filters import match_layers
 from ted_scale.models import Anatomy, inspect
+from ted_scale.run_file import load_ds_config
 from ted_scale.schedule import Stage, stages_of
 from ted_scale.shards import check_vocabulary, expand, read_index
 from ted_scale.vocabulary import check_same_tokenizer
@@ -133,12 +135,16 @@ def check_length(run: Run, *models: Anatomy | None) -> None:
 
 
 def check_corpora(run: Run, vocabulary: int) -> int:
-    """Every shard is whole and fits the vocabulary; returns the tokens there are."""
+    """Every shard is whole and fits the vocabulary, and there is a window to train and one to validate on; returns the
+    tokens there are."""
     if not any(c.weight for c in run.data.corpora):
         raise UserError("data.corpora must have a weight above 0, but all are 0")
     indices = [read_index(prefix) for corpus in run.data.corpora for prefix in expand(corpus.path)]
     for index in indices:
         check_vocabulary(index, vocabulary)
+    open_stream(run.data, run.seed, vocabulary)
+    if any(corpus.validation for corpus in run.data.corpora):
+        open_stream(run.data, run.seed, vocabulary, "validation")
     return sum(index.tokens for index in indices)
 
 

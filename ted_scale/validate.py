@@ -45,4 +45,4 @@ def mean_loss(batches, summed_loss, device) -> float:
 
 
 def perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.exp(min(loss, 700.0))  # JSON has no infinity

@@ -283,9 +283,19 @@ def variants(folder: Path, device):
     offload = str(Path(__file__).with_name("zero3_offload.json"))
     start(folder, device, name=f"offload_{world}", ds_config=offload, **TEN_STEPS)
     start(folder, device, name=f"recomputed_{world}", **TEN_STEPS, student={"gradient_checkpointing": True})
-    start(folder, device, name=f"borrowed_{world}", train={"steps": 6}, filters={"from": str(folder / f"runs/ten_{world}")})
+    start(
+        folder,
+        device,
+        name=f"borrowed_{world}",
+        train={"steps": 6},
+        filters={"from": str(folder / f"runs/ten_{world}")},
+    )
     for head in ("own", "per_layer"):
         same_width = {"student": {"path": str(folder / "narrow")}} if head == "own" else {}
-        start(folder, device, name=f"{head}_{world}", filters={"steps": 2, "head": head}, train={"steps": 2}, **same_width)
-    start(folder, device, name=f"mlp_{world}", filters={"steps": 2, "mlp": 8}, train={"steps": 2}, loss={"kind": "cosine"})
+        start(
+            folder, device, name=f"{head}_{world}", filters={"steps": 2, "head": head}, train={"steps": 2}, **same_width
+        )
+    start(
+        folder, device, name=f"mlp_{world}", filters={"steps": 2, "mlp": 8}, train={"steps": 2}, loss={"kind": "cosine"}
+    )
     start(folder, device, name=f"fresh_{world}", method="ce", train={"steps": 3}, student={"init": "random"})

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from tiny import run_values
 
-from ted_scale.config import DS_OWNED_BY_RUN, Run, load_ds_config, load_run, to_toml, toml_value
+from ted_scale.config import Run
 from ted_scale.errors import UserError
+from ted_scale.run_file import DS_OWNED_BY_RUN, load_ds_config, load_run, to_toml, toml_value
 
 ROOT = Path(__file__).resolve().parents[1]
 

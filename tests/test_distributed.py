@@ -22,7 +22,16 @@ TWO_RANKS = (
 def launch(folder: Path, ranks: int, names) -> None:
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
     script = str(Path(__file__).with_name("ranks.py"))
-    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(29600 + ranks), script, str(folder), ",".join(names)]
+    command = [
+        deepspeed,
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(29600 + ranks),
+        script,
+        str(folder),
+        ",".join(names),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -63,19 +72,30 @@ def plain_losses(folder: Path, **sections) -> list[float]:
 
     run = make_run(folder, name="plain", **sections)
     plan = make_plan(run, 1)
-    body = TeacherBody(build_network(plan.teacher, ds_config=None, dtype=torch.float32), plan.teacher, [t for _, t in plan.pairs])
+    body = TeacherBody(
+        build_network(plan.teacher, ds_config=None, dtype=torch.float32), plan.teacher, [t for _, t in plan.pairs]
+    )
     teacher = Teacher(body, body)
     values, learnt = [], None
     for stage in plan.stages:
-        network = build_network(plan.student, ds_config=None, dtype=torch.float32).requires_grad_(not stage.learns_filters)
+        network = build_network(plan.student, ds_config=None, dtype=torch.float32).requires_grad_(
+            not stage.learns_filters
+        )
         filters_s, filters_t = build_filters(plan, stage)
         if learnt:
             filters_s.load_state_dict(learnt[0])
             filters_t.load_state_dict(learnt[1])
             filters_t.requires_grad_(False)
-        sides = {"learns_filters": stage.learns_filters, "filters_s": filters_s, "filters_t": filters_t, "head_t": teacher.head}
+        sides = {
+            "learns_filters": stage.learns_filters,
+            "filters_s": filters_s,
+            "filters_t": filters_t,
+            "head_t": teacher.head,
+        }
         student = Student(run, network, plan.student, plan.pairs, **sides).train()
-        optimizer = torch.optim.AdamW(parameter_groups(run, student), lr=run.train.lr, betas=run.train.betas, eps=run.train.eps)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(run, student), lr=run.train.lr, betas=run.train.betas, eps=run.train.eps
+        )
         stream = open_stream(run.data, run.seed, 128)
         data = steps(stream, start=0, samples_per_step=8, micro_batch=1, rank=0, world=1, device="cpu")
         for step, micros in zip(range(stage.first_step, stage.last_step), data, strict=False):

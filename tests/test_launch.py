@@ -89,7 +89,11 @@ def test_a_run_folder_that_nodes_do_not_share_is_refused_on_every_node(root, tmp
         command += ["--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", "29733"]
         nodes.append(
             subprocess.Popen(
-                [*command, script, "--config", str(config)], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                [*command, script, "--config", str(config)],
+                cwd=home,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
         )
     said = [node.communicate(timeout=150)[0] for node in nodes]

@@ -12,9 +12,9 @@ from tiny import make_model, make_run, pretrain, write_run
 from transformers import PreTrainedTokenizerFast
 
 from ted_scale.build import build_filters
-from ted_scale.config import load_run
 from ted_scale.errors import UserError
 from ted_scale.plan import filter_parameters, make_plan
+from ted_scale.run_file import load_run
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def make_run(root: Path, **sections) -> Run:
 
 
 def write_run(path: Path, run: Run) -> Path:
-    from ted_scale.config import to_toml
+    from ted_scale.run_file import to_toml
 
     path.write_text(to_toml(run), encoding="utf-8")
     return path
@@ -91,6 +91,8 @@ def write_run(path: Path, run: Run) -> Path:
 def pretrain(*arguments, ranks: int = 0, timeout: float = 180, env=None, cwd=None) -> subprocess.CompletedProcess:
     """`launch/pretrain.py` as a user starts it: by the launcher on `ranks` CPU ranks, or alone (0)."""
     script = Path(__file__).resolve().parents[1] / "launch" / "pretrain.py"
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)] if ranks else [sys.executable]
+    launcher = (
+        [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)] if ranks else [sys.executable]
+    )
     command = [*launcher, str(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd, check=False)

@@ -56,7 +56,9 @@ def first_step_seconds(folder: Path, ranks: int, config: str, overrides: list[st
     def stepped() -> bool:
         return any('"loss/total"' in path.read_text() for path in runs.glob("*/metrics.jsonl"))
 
-    return seconds_until(stepped, command(ranks, LAUNCH, "--config", config, *(x for s in settings for x in ("--set", s))))
+    return seconds_until(
+        stepped, command(ranks, LAUNCH, "--config", config, *(x for s in settings for x in ("--set", s)))
+    )
 
 
 def main() -> None:
@@ -76,7 +78,9 @@ def main() -> None:
         ]
     imports, first = (statistics.median(column) for column in zip(*rounds, strict=True))
     extra = statistics.median(b - a for a, b in rounds)
-    print(f"only imports {imports:.1f} s | to the first step {first:.1f} s | difference {extra:.1f} s (medians of {len(rounds)})")
+    print(
+        f"only imports {imports:.1f} s | to the first step {first:.1f} s | difference {extra:.1f} s (medians of {len(rounds)})"
+    )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import argparse
 import statistics
 import time
 
-from ted_scale.config import load_run
 from ted_scale.errors import UserError, run_main
+from ted_scale.run_file import load_run
 
 METHODS = ("kd", "ted")
 
@@ -26,7 +26,9 @@ def main() -> None:
     times = measure(run, arguments.steps)
     kd, ted = (statistics.median(times[m]) for m in METHODS)
     ratio = statistics.median(t / k for k, t in zip(times["kd"], times["ted"], strict=True))
-    print(f"kd {kd * 1e3:.0f} ms | ted {ted * 1e3:.0f} ms | ted / kd {ratio:.3f} (medians of {len(times['kd'])} steps in turn)")
+    print(
+        f"kd {kd * 1e3:.0f} ms | ted {ted * 1e3:.0f} ms | ted / kd {ratio:.3f} (medians of {len(times['kd'])} steps in turn)"
+    )
 
 
 def measure(run, steps: int) -> dict[str, list[float]]:

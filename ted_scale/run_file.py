@@ -1,0 +1,170 @@
+"""Run files read strictly and written back: one sentence for whatever is wrong, `--set section.key=value` on top.
+
+Also the DeepSpeed configuration beside them, and what it must leave to the run file.
+"""
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from ted_scale.config import Run
+from ted_scale.errors import UserError
+
+
+def load_run(path: str | Path, overrides: list[str] = ()) -> Run:
+    """Read a run file and put `section.key=value` strings on top; whatever is wrong is one UserError sentence."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config must name a readable run file, but {path} is not: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} must be valid TOML, but is not: {error}") from None
+    for override in overrides:
+        put(values, override)
+    try:
+        return Run.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {sentence(error)}") from None
+
+
+def put(values: dict, override: str) -> None:
+    """Set one `section.key=value`; the value is TOML, and a bare word is a string."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"--set must look like section.key=value, but is '{override}'")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, key = dotted.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set must name a key of a section, but {section} in '{override}' is not a section")
+    values[key] = value
+
+
+def sentence(error: ValidationError) -> str:
+    """The first fault of a run file, in the project's form."""
+    fault = min(error.errors(), key=how_far_from_the_cause)
+    names, section = where(fault["loc"])
+    dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).lstrip(".")
+    if fault["type"] == "extra_forbidden":
+        return unknown_key(f"{dotted}." if dotted else "", fault["loc"][-1], section)
+    if fault["type"] == "missing":
+        return f"{dotted} must be set, but is missing"
+    if fault["type"] == "model_type":
+        return f"{dotted} must be a section of keys, but is {fault['input']!r}"
+    if fault["type"] == "value_error":  # ours: begins with the key, as seen from the section
+        message = fault["msg"].removeprefix("Value error, ")
+        return f"{dotted}.{message}" if dotted else message
+    wanted = fault["msg"].partition(" should ")[2].partition(" after validation")[0].replace("tuple", "list")
+    return f"{dotted} must {wanted}, but is {fault['input']!r}"
+
+
+def how_far_from_the_cause(fault) -> int:
+    """Of a union's faults, the ones of the branch that the user did not write come last."""
+    other_branch = fault["type"] in ("model_type", "dict_type") or isinstance(fault["input"], dict)
+    return {"extra_forbidden": 0, "missing": 1}.get(fault["type"], 3 if other_branch else 2)
+
+
+def where(location) -> tuple[list, type]:
+    """The known keys and indices on pydantic's way to a fault, which also names the choices of a union; and the last
+    section on it."""
+    names, section = [], Run
+    for part in location:
+        field = keys_of(section).get(part)
+        if field is not None or isinstance(part, int):
+            names.append(part)
+        section = (field and section_in(field.annotation)) or section
+    return names, section
+
+
+def unknown_key(parent: str, key: str, section: type) -> str:
+    """Close keys of the section itself first, then a section that has this very key."""
+    close = [parent + k for k in difflib.get_close_matches(key, sorted(keys_of(section)), n=1)]
+    others = {name: section_in(field.annotation) for name, field in keys_of(Run).items()}
+    close = close or [f"{name}.{key}" for name, other in others.items() if other and key in keys_of(other)]
+    return f"unknown key {parent}{key}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+
+
+def keys_of(section: type) -> dict:
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
+def section_in(annotation) -> type | None:
+    found = (p for p in annotation_parts(annotation) if isinstance(p, type) and issubclass(p, BaseModel))
+    return next(found, None)
+
+
+def annotation_parts(annotation) -> list:
+    nested = [p for arg in getattr(annotation, "__args__", ()) for p in annotation_parts(arg)]
+    return [annotation, *nested]
+
+
+def to_toml(run: Run) -> str:
+    """The resolved run as TOML, readable by `load_run`; what is None stays unwritten, because TOML has no null."""
+    values = run.model_dump(by_alias=True, exclude_none=True)
+    lines: list[str] = []
+    write_table(lines, [], values)
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def write_table(lines: list[str], names: list[str], values: dict) -> None:
+    tables = {k: v for k, v in values.items() if isinstance(v, dict) and names == []}
+    arrays = {k: v for k, v in values.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+    lines += [f"{k} = {toml_value(v)}" for k, v in values.items() if k not in tables and k not in arrays]
+    for key, table in tables.items():
+        lines += ["", f"[{key}]"]
+        write_table(lines, [*names, key], table)
+    for key, rows in arrays.items():
+        for row in rows:
+            lines += ["", f"[[{'.'.join([*names, key])}]]"]
+            write_table(lines, [*names, key], row)
+
+
+def toml_value(value) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    # TOML's strings, numbers and booleans are written as JSON's; but it has no surrogates, and escapes DEL too.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+DS_OWNED_BY_RUN = {
+    "train_batch_size": "train.tokens_per_step",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.tokens_per_step",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "gradient_clipping": "train.clip",
+    "optimizer": "train.lr",
+    "scheduler": "train.schedule",
+    "wandb": "wandb.project",
+    "steps_per_print": "log_every",
+}
+
+
+def load_ds_config(path: str) -> dict:
+    """The ZeRO, offload and communication part; a file that sets what the run file owns is refused."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"ds_config must name a readable file, but {path} is not: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"ds_config {path} must be valid JSON, but is not: {error}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("zero_optimization"), dict):
+        raise UserError(f"ds_config {path} must be a JSON object with a zero_optimization section, but is not")
+    for key, home in DS_OWNED_BY_RUN.items():
+        if key in values:
+            raise UserError(f"ds_config {path} must leave {key} to the run file, but sets it; set {home} there instead")
+    if values["zero_optimization"].get("stage") != 3:
+        stage = values["zero_optimization"].get("stage")
+        raise UserError(f"ds_config {path}: zero_optimization.stage must be 3, but is {stage}")
+    return values
