@@ -23,8 +23,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is on the path, its parent is not
 
 from ted_scale import checkpoint_files as files
-from ted_scale.config import load_run
 from ted_scale.errors import RunStopped, UserError, run_main
+from ted_scale.run_file import load_run
 from tools import demo_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ TEXT_BYTES = 8_000_000
 # Not text to learn from, or not installed everywhere; encodings are copies of each other, which would leak into validation.
 LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "encodings"}
 SHAPE = ["hidden_size=192", "num_hidden_layers=6", "num_attention_heads=4", "num_key_value_heads=4",
-         "intermediate_size=512", "max_position_embeddings=512", "tie_word_embeddings=true"]  # fmt: skip
+         "intermediate_size=512", "max_position_embeddings=512", "initializer_range=0.06", "tie_word_embeddings=true"]  # fmt: skip
 STUDENT_BLOCKS = 3
 PROMPTS = ['def read_file(path):\n    """', "import os\nimport ", "class Error(Exception):\n"]
 
@@ -84,11 +84,13 @@ def start(*command) -> None:
     """Run one command in the foreground, shown as a user would type it."""
     words = [str(word) for word in command]
     print("$ " + " ".join("python" if w == sys.executable else w for w in words), flush=True)
-    process = subprocess.Popen(words, env=environment(), pass_fds=[lock.fileno() for lock in held])
+    process = subprocess.Popen(
+        words, env=environment(), pass_fds=[lock.fileno() for lock in held], start_new_session=True
+    )
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)  # its whole group: `deepspeed` passes no signal on to its ranks
         process.wait()
         raise RunStopped("the demo was interrupted; `make demo` goes on from here") from None
     if code:
@@ -134,7 +136,9 @@ def write_sample() -> None:
     """What the exported student writes, loaded as anyone would load it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(STUDENT_HF)
     model = AutoModelForCausalLM.from_pretrained(STUDENT_HF)
     torch.manual_seed(0)

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 
 from ted_scale import checkpoint_files as files
-from ted_scale.config import Run, load_run
+from ted_scale.config import Run
 from ted_scale.errors import UserError, run_main
+from ted_scale.run_file import load_run
 
 NETWORK = "network."  # the student's name inside the trained module; filters and the loss's head stand beside it
 SHARD_FILES = ("zero_pp_rank_{}_mp_rank_00_model_states.pt", "*zero_pp_rank_{}_mp_rank_00_optim_states.pt")
