@@ -6,6 +6,7 @@ a phase whose result is there is skipped, and one that runs first removes what l
 an ended demo goes on where it was and never mixes two lives.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -90,11 +91,21 @@ def start(*command) -> None:
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGTERM)  # its whole group: `deepspeed` passes no signal on to its ranks
-        process.wait()
+        end_group(process)
         raise RunStopped("the demo was interrupted; `make demo` goes on from here") from None
     if code:
         raise RunStopped(f"the demo needs every phase, but {words[1]} ended with exit code {code}; see above")
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """The command and what it started, for `deepspeed` passes no signal on to its ranks and does not outwait them."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+            process.wait()
+            for _ in range(50):
+                time.sleep(0.2)
+                os.killpg(process.pid, 0)  # raises once nobody is left
 
 
 def environment() -> dict[str, str]:
