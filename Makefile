@@ -16,6 +16,7 @@ help:
 	@echo "make lint    ruff                 make clean  .venv, caches and the demo's results go"
 
 setup: $(STAMP) $(OPS)
+	@:
 
 # Also over a .venv made by hand: pip brings it to the pinned versions. The stamp is removed first, so that an
 # installation that breaks off half-way is done again.
