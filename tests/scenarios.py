@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny import make_run
+from tiny import FAMILIES, make_run
 
 from ted_scale import build, checkpoint_files
 from ted_scale.errors import RunStopped, UserError
@@ -18,7 +18,13 @@ from ted_scale.student import Student
 from ted_scale.zero import gathered, resident_share, shape_of
 
 TEN_STEPS = {"filters": {"steps": 4}, "train": {"steps": 6}}
+THREE_STEPS = {"filters": {"steps": 1}, "train": {"steps": 2}}
 TWENTY_STEPS = {"filters": {"steps": 8}, "train": {"steps": 12}, "checkpoint": {"every": 5, "keep": 100}}
+
+
+def beside(names: list[str]) -> list[tuple[str, str]]:
+    """Each name with the one after it, the last with the first."""
+    return list(zip(names, [*names[1:], names[0]], strict=True))
 
 
 def start(folder: Path, device, **sections):
@@ -299,3 +305,10 @@ def variants(folder: Path, device):
         folder, device, name=f"mlp_{world}", filters={"steps": 2, "mlp": 8}, train={"steps": 2}, loss={"kind": "cosine"}
     )
     start(folder, device, name=f"fresh_{world}", method="ce", train={"steps": 3}, student={"init": "random"})
+
+
+def families(folder: Path, device):
+    """Every family as a student beside the next one as its teacher, three steps over both stages."""
+    for student, teacher in beside(sorted(FAMILIES)):
+        paths = {"student": {"path": str(folder / student)}, "teacher": {"path": str(folder / teacher)}}
+        start(folder, device, name=f"family_{student}", **THREE_STEPS, **paths)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from scenarios import rows
-from tiny import make_corpus, make_model, make_run
+from scenarios import THREE_STEPS, beside, rows
+from tiny import FAMILIES, make_corpus, make_model, make_run
 
 from ted_scale.plan import make_plan
 
 TWO_RANKS = (
     "ten_steps", "all_methods", "residency", "resumes", "poisoned_loss", "poisoned_gradient", "undisturbed_to_six",
-    "full_disk", "layer_loss_ends", "loading_memory", "host_reads", "variants",
+    "full_disk", "layer_loss_ends", "loading_memory", "host_reads", "variants", "families",
 )  # fmt: skip
 
 
@@ -45,6 +45,8 @@ def world(tmp_path_factory):
     make_model(folder / "narrow", "qwen2", num_hidden_layers=2, hidden_size=48, seed=2)
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 8192}
     make_model(folder / "large", "llama", max_shard_size="40MB", **sizes)
+    for number, family in enumerate(FAMILIES):
+        make_model(folder / family, family, num_hidden_layers=2, seed=number)
     make_corpus(folder / "corpus")
     launch(folder, 2, TWO_RANKS)
     launch(folder, 1, ("ten_steps", "all_methods", "variants"))
@@ -118,6 +120,15 @@ def test_two_ranks_one_rank_and_plain_torch_have_the_same_losses(world):
     assert len(two) == 10
     assert max(abs(a - b) for a, b in zip(two, one, strict=True)) < 1e-5
     assert max(abs(a - b) for a, b in zip(one, plain, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize(("student", "teacher"), beside(sorted(FAMILIES)))
+def test_every_family_has_the_losses_of_plain_torch_as_a_sharded_student_and_teacher(world, student, teacher):
+    sharded = losses(world, f"family_{student}")
+    paths = {"student": {"path": str(world / student)}, "teacher": {"path": str(world / teacher)}}
+    plain = plain_losses(world, **THREE_STEPS, **paths)
+    assert len(sharded) == 3
+    assert max(abs(a - b) for a, b in zip(sharded, plain, strict=True)) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["ce", "kd", "lwd"])
