@@ -5,6 +5,7 @@ imported late, because that takes seconds. The surprise: document borders are fo
 numpy.searchsorted would copy it whole at every call, since megatron's arrays are not aligned in the file.
 """
 
+import contextlib
 import logging
 import resource
 import warnings
@@ -109,7 +110,8 @@ def _border(shards: tuple[Shard, ...], starts: tuple[int, ...], fraction: float,
 def _open_shards(indices: list[ShardIndex]) -> tuple[Shard, ...]:
     dataset = megatron_indexed().IndexedDataset
     _allow_descriptors(3 * len(indices))
-    return tuple(Shard(index, dataset(index.prefix, mmap=True)) for index in indices)
+    with without_noise():
+        return tuple(Shard(index, dataset(index.prefix, mmap=True)) for index in indices)
 
 
 def _allow_descriptors(more: int) -> None:
@@ -122,13 +124,20 @@ def _allow_descriptors(more: int) -> None:
 
 
 def megatron_indexed():
-    """megatron's module of reader and writer, imported late (it takes seconds) and without its opening warnings."""
+    """megatron's module of reader and writer, imported late: it takes seconds."""
+    with without_noise():
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+@contextlib.contextmanager
+def without_noise():
+    """megatron warns of packages that nothing here needs, and of a rank that a process without ranks does not have."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from megatron.core.datasets import indexed_dataset
+            yield
     finally:
         logging.disable(before)
-    return indexed_dataset
