@@ -223,6 +223,8 @@ def test_every_shipped_ds_config_is_accepted():
 
 
 def test_every_shipped_run_file_loads_and_names_a_ds_config_that_does():
-    for file in sorted((ROOT / "launch" / "runs").glob("*.toml")):
+    files = sorted((ROOT / "launch" / "runs").glob("*.toml"))
+    assert files
+    for file in files:
         run = load_run(file)
         assert load_ds_config(str(ROOT / run.ds_config)), file
