@@ -103,5 +103,6 @@ def load_model(folder: Path):
 
 
 def own_model(folder: Path, **settings):
-    """The family as transformers loads and runs it."""
+    """The family as transformers loads and runs it; eager, because 5.17's SDPA leaves Gemma-2's soft-cap out in silence."""
+    settings = {"attn_implementation": "eager", **settings}
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
