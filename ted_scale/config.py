@@ -99,7 +99,11 @@ class Loss(Section):
     layer: Weight = 1.0
     temperature: Positive = 1.0
     kind: Literal["nmse", "mse", "cosine"] = "nmse"
-    chunk_tokens: PositiveInt = 1024
+    backend: Literal["auto", "triton", "torch", "compiled"] = Field("auto", description="ted_scale/kernels/README.md")
+    mode: Literal["chunked", "strict"] = Field(
+        "chunked", description="strict: no logits in memory, 1.6 times the work of the logit losses"
+    )
+    chunk_tokens: PositiveInt | None = Field(None, description="tokens a chunk; default: what the scratch budget holds")
 
     @model_validator(mode="before")
     @classmethod

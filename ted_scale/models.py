@@ -194,6 +194,14 @@ class Head:
         return states
 
     @property
+    def reading(self) -> dict:
+        """What `filtered_ce` is told of a head."""
+        return {
+            "norm": self.norm, "head_w": self.weight, "head_b": self.bias,
+            "softcap": self.softcap, "logit_scale": self.logit_scale,
+        }  # fmt: skip
+
+    @property
     def projection(self) -> list:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from ted_scale.config import Run
 from ted_scale.filters import OutputHead
-from ted_scale.losses import filtered_ce, filtered_mse, linear_kl_ce, valid_weights
+from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
+from ted_scale.losses import valid_weights
 from ted_scale.models import Anatomy, Head, Taps, head_of, run_body
 from ted_scale.zero import gathered
 
@@ -45,6 +46,7 @@ class Student(nn.Module):
     def __init__(self, run: Run, network, anatomy: Anatomy, pairs, *, learns_filters, filters_s, filters_t, head_t):
         super().__init__()
         self.run, self.anatomy, self.learns_filters = run, anatomy, learns_filters
+        self.code = {"backend": run.loss.backend, "chunk_tokens": run.loss.chunk_tokens}
         self.network = network
         own = head_of(network, anatomy)
         self.head = OutputHead(own.weight, own.bias)
@@ -88,7 +90,7 @@ class Student(nn.Module):
                 temperature=self.run.loss.temperature, kl_weight=weights.kl, ce_weight=weights.ce,
                 softcap_s=self.anatomy.softcap, softcap_t=head_t and head_t.softcap,
                 logit_scale_s=self.anatomy.logit_scale, logit_scale_t=head_t.logit_scale if head_t else 1.0,
-                head_bias_s=b_s, head_bias_t=head_t and head_t.bias, chunk_tokens=self.run.loss.chunk_tokens,
+                head_bias_s=b_s, head_bias_t=head_t and head_t.bias, mode=self.run.loss.mode, **self.code,
             )  # fmt: skip
 
         with gathered(head_t.projection if head_t else []):
@@ -100,7 +102,7 @@ class Student(nn.Module):
 
         def pair(h_t, w_t, b_t, *_):
             def loss(h_s, w_s, b_s, *_):
-                settings = {"denom": denom, "kind": self.run.loss.kind, "chunk_tokens": self.run.loss.chunk_tokens}
+                settings = {"denom": denom, "kind": self.run.loss.kind, **self.code}
                 return filtered_mse(h_t, w_t, b_t, h_s, w_s, b_s, mask, **settings)
 
             return self.filters_s[k](states_ND, loss)
@@ -128,8 +130,8 @@ class Student(nn.Module):
         labels, mask = batch.labels_BT.flatten(), batch.weights_BT.flatten()
 
         def loss(h, w, b, own_head):
-            settings = {"denom": denom, "chunk_tokens": self.run.loss.chunk_tokens}
-            return filtered_ce(h, w, b, own_head or head, labels, mask, **settings)
+            reading = (own_head or head).reading
+            return filtered_ce(h, w, b, labels=labels, token_weight=mask, denom=denom, **reading, **self.code)
 
         with gathered([] if self.run.filters.head == "per_layer" else head.parameters):
             return [filter(state, loss) for filter, state in zip(filters, states, strict=True)]

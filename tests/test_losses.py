@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ted_scale.data import IGNORED, Batch
-from ted_scale.losses import count_valid, filtered_ce, filtered_mse, linear_kl_ce
+from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
+from ted_scale.losses import count_valid
 from ted_scale.models import Head
 
 N, D_S, D_T, WIDTH, V_S, V_T = 13, 6, 9, 7, 23, 19
@@ -87,9 +88,11 @@ SETTINGS = {
     "sizes", [{}, {"v_s": V_T, "v_t": V_S}, {"v_t": V_S}], ids=["s wider", "t wider", "one vocabulary"]
 )
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_kl_and_ce_equal_the_naive_formula_in_value_and_every_gradient(settings, sizes):
+@pytest.mark.parametrize("mode", ["chunked", "strict"])
+def test_kl_and_ce_equal_the_naive_formula_in_value_and_every_gradient(mode, settings, sizes, monkeypatch):
+    monkeypatch.setattr("ted_scale.kernels.strict.SLICE", 7)
     values = tensors(**sizes)
-    mine, grads = ours(values, **settings, chunk_tokens=4)
+    mine, grads = ours(values, **settings, mode=mode, chunk_tokens=4)
     theirs, true_grads = ours(doubled(values), naive_kl_ce, **settings)
     off = {1: settings.get("kl_weight", 1.0) == 0, 2: settings.get("ce_weight", 1.0) == 0}
     assert_equal([m for i, m in enumerate(mine) if not off.get(i)], [t for i, t in enumerate(theirs) if not off.get(i)])
@@ -227,7 +230,7 @@ def test_stage_one_s_loss_equals_the_naive_formula_in_value_and_every_gradient(s
         terms = [-w * row.log_softmax(0)[y] for row, y, w in zip(z, labels, token_weight, strict=True) if y != IGNORED]
         return sum(terms) / denom
 
-    mine, grads = ours(values, filtered_ce, trained, head=head, chunk_tokens=5)
+    mine, grads = ours(values, filtered_ce, trained, **head.reading, chunk_tokens=5)
     head_grad, head.weight.grad = head.weight.grad, None
     theirs, true_grads = ours(doubled(values), naive, trained)
     assert_equal([mine, *grads, head_grad], [theirs, *true_grads, head.weight.grad])

@@ -10,7 +10,7 @@ from tiny import FAMILIES, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ted_scale.attention import document_mask
-from ted_scale.losses import filtered_ce
+from ted_scale.kernels import filtered_ce
 from ted_scale.models import Anatomy, Taps, head_of, run_body, soften
 
 LENGTH = 24
@@ -118,7 +118,15 @@ def test_the_identity_filter_on_the_last_block_reads_the_model_s_own_ce(family):
         states, weights, count = states[3].flatten(0, 1), torch.ones(labels.numel()), (labels != -100).sum()
         head = head_of(network, anatomy)
         eye = torch.eye(anatomy.width)
-        ce = filtered_ce(states, eye, torch.zeros(anatomy.width), head, labels.flatten(), weights, denom=count)
+        ce = filtered_ce(
+            states,
+            eye,
+            torch.zeros(anatomy.width),
+            labels=labels.flatten(),
+            token_weight=weights,
+            denom=count,
+            **head.reading,
+        )
     assert ce.item() == pytest.approx(expected.item(), abs=1e-5)
 
 

@@ -1,0 +1,61 @@
+"""What a loss may be called with; anything else is one sentence naming the argument, before any launch."""
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_states(name: str, states, width: int | None, rows: int | None) -> None:
+    if states.ndim != 2 or (width is not None and states.shape[1] != width) or rows not in (None, states.shape[0]):
+        expected = f"[{'N' if rows is None else rows}, {'d' if width is None else width}]"
+        raise ValueError(f"{name} must be of shape {expected}, but is {list(states.shape)}")
+
+
+def check_vector(name: str, vector, length: int) -> None:
+    if vector is not None and list(vector.shape) != [length]:
+        raise ValueError(f"{name} must be of shape [{length}], but is {list(vector.shape)}")
+
+
+def check_weight(name: str, weight, width: int, bias_name: str, bias) -> None:
+    """A projection [V, width] and its bias [V]."""
+    if weight is None:
+        if bias is not None:
+            raise ValueError(f"{bias_name} must be None where {name} is None, but is of shape {list(bias.shape)}")
+        return
+    if weight.ndim != 2 or weight.shape[1] != width:
+        raise ValueError(f"{name} must be of shape [V, {width}], but is {list(weight.shape)}")
+    check_vector(bias_name, bias, len(weight))
+
+
+def check_common(first: str, tensors: dict, fixed: tuple[str, ...] = ()) -> None:
+    """One device, known types, a side's operands of one type; nothing of the teacher's is trained."""
+    device = tensors[first].device
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device} like {first}, but is on {tensor.device}")
+        if tensor.is_floating_point() and name != "token_weight" and tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, but is {short(tensor.dtype)}")
+        if name in fixed and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient, for the teacher is fixed, but does; detach it")
+
+
+def check_type(name: str, tensor, like_name: str, like) -> None:
+    if tensor is not None and tensor.dtype != like.dtype:
+        raise ValueError(f"{name} must be {short(like.dtype)} like {like_name}, but is {short(tensor.dtype)}")
+
+
+def check_labels(labels, rows: int) -> None:
+    check_vector("labels", labels, rows)
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, but is {short(labels.dtype)}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, but is '{value}'")
+
+
+def short(dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,108 @@
+"""Stage I's loss: next-token cross-entropy read off a filtered state, over rows that are (layer, token) pairs.
+
+One chunk at a time goes through filter, norm, head and back: nothing of all tokens' filtered states is ever kept.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ted_scale.kernels import checks
+from ted_scale.kernels.backend import choose, chunks, rows_per_chunk
+from ted_scale.kernels.formed import as_scalar, attach
+from ted_scale.kernels.formulas import LogitLoss
+from ted_scale.kernels.linear_kl_ce import add_gradients, empty_gradients, row_losses
+from ted_scale.kernels.matmul import live_rows, matmul, operand, project
+from ted_scale.losses import valid_weights
+
+
+def filtered_ce(
+    h, filter_w, filter_b, norm: Callable, head_w, head_b, labels, token_weight, *, denom, softcap=None,
+    logit_scale=1.0, rows=None, backend="auto", chunk_tokens=None,
+):  # fmt: skip
+    """CE of soften(head_w·norm(filter_w·h + filter_b) + head_b), weighted, over denom.
+
+    Gradients go to h, filter_w, filter_b, head_w and head_b; `norm` is any differentiable function of rows. `rows`
+    (int64) reads those rows alone, each counting len(h)/len(rows)-fold: drawn uniformly, the estimate is unbiased.
+    """
+    check(h, filter_w, filter_b, head_w, head_b, labels, token_weight, rows)
+    weight = valid_weights(labels, token_weight)
+    trainable = (h, filter_w, filter_b, head_w, head_b)
+    wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in trainable]
+    f = LogitLoss(1.0, 0.0, 1.0, softcap or 0.0, 0.0, logit_scale, 1.0, False)
+    backend = choose(backend, h.device)
+    with torch.no_grad():
+        values, grads = filter_chunks(*trainable, norm, labels, weight, rows, f, wanted, backend, chunk_tokens)
+    if rows is not None and len(rows):
+        scale = len(h) / len(rows)
+        values, grads = values * scale, [g.mul_(scale) for g in grads]
+    trained = [t for t, wants in zip(trainable, wanted, strict=True) if wants]
+    grads = [g for g, wants in zip(grads, wanted, strict=True) if wants]
+    return attach(values, values[None], as_scalar(denom, h.device), trained, grads)[0]
+
+
+def check(h, filter_w, filter_b, head_w, head_b, labels, token_weight, rows) -> None:
+    checks.check_states("h", h, None, None)
+    checks.check_weight("filter_w", filter_w, h.shape[1], "filter_b", filter_b)
+    checks.check_weight("head_w", head_w, h.shape[1] if filter_w is None else len(filter_w), "head_b", head_b)
+    checks.check_type("filter_w", filter_w, "h", h)
+    checks.check_type("head_w", head_w, "h", h)
+    checks.check_labels(labels, len(h))
+    checks.check_vector("token_weight", token_weight, len(h))
+    tensors = {"h": h, "filter_w": filter_w, "filter_b": filter_b, "head_w": head_w, "head_b": head_b}
+    checks.check_common(
+        "h", {**tensors, "labels": labels, "token_weight": token_weight, "rows": rows}, ("token_weight",)
+    )
+
+
+def filter_chunks(h, filter_w, filter_b, head_w, head_b, norm, labels, weight, rows, f, wanted, backend, chunk_tokens):
+    """(Σ weight·CE, gradients for h, filter_w, filter_b, head_w, head_b)"""
+    dh, dw, db = empty_gradients(h, filter_w, filter_b, wanted[:3])
+    dhead_w, dhead_b = empty_gradients(h, head_w, head_b, [False, *wanted[3:]])[1:]
+    filter_w, head_w = operand(filter_w), operand(head_w)
+    count = len(h) if rows is None else len(rows)
+    bytes_a_row = len(head_w) * (4 + h.element_size())
+    total = weight.new_zeros(())
+    for at in chunks(count, rows_per_chunk(count, bytes_a_row, h.device, chunk_tokens)):
+        at = at if rows is None else rows[at]
+        states = live_rows(h[at], weight[at])
+        filtered = project(states, filter_w, filter_b).to(h.dtype)
+        y, pull = through(norm, filtered, any(wanted[:3]))
+        wants = [any(wanted[:3]), *wanted[3:]]
+        value, dy = head_chunk(y, head_w, head_b, labels[at], weight[at], dhead_w, dhead_b, list(f), wants, backend)
+        total += value
+        if wants[0]:
+            part = torch.empty_like(states) if wanted[0] else None
+            add_gradients(pull(dy), states, filter_w, wanted, part, dw, db)
+            if wanted[0]:
+                dh[at] = part
+    return total, [dh, dw, db, dhead_w, dhead_b]
+
+
+def through(norm: Callable, filtered, wants_gradient: bool):
+    """(norm(filtered), the function that takes ∂/∂norm(filtered) to ∂/∂filtered)"""
+    if not wants_gradient:
+        return norm(filtered), None
+    with torch.enable_grad():
+        leaf = filtered.detach().requires_grad_()
+        y = norm(leaf)
+    return y.detach(), lambda dy: torch.autograd.grad(y, leaf, dy.to(y.dtype))[0]
+
+
+@torch.library.custom_op("ted_scale::head_chunk", mutates_args=("dw", "db"))
+def head_chunk(
+    y: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, labels: torch.Tensor, weight: torch.Tensor,
+    dw: torch.Tensor, db: torch.Tensor, loss: Sequence[float], wanted: Sequence[bool], backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(Σ weight·CE, its gradient for y, empty where not wanted); the head's is added to dw and db where wanted."""
+    y = y.to(w.dtype)
+    _, ce, dz = row_losses(backend)(project(y, w, b), None, labels, weight, LogitLoss(*loss), any(wanted), w.dtype)
+    dy = matmul(dz, w) if wanted[0] else y.new_empty(0, dtype=torch.float32)
+    if any(wanted[1:]):
+        add_gradients(dz, y, w, [False, *wanted[1:]], None, dw, db)
+    return ce.sum(), dy
+
+
+@head_chunk.register_fake
+def _(y, w, b, labels, weight, dw, db, loss, wanted, backend):
+    return weight.new_empty(()), torch.empty(y.shape if wanted[0] else 0, dtype=torch.float32, device=y.device)

@@ -1,0 +1,137 @@
+"""The layer loss of one pair straight from both blocks' states and both filters: no filtered state is kept.
+
+With s = h_s·w_sᵀ + b_s, t likewise and d = s − t, of each token:
+    mse = ‖d‖² / D      nmse = ‖d‖² / (‖t‖² + ε)      cosine = 1 − cos(s, t)
+Everything is built on d and its sums, which are exactly 0 where both sides agree; 1 − s·t/(‖s‖‖t‖) would not be.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ted_scale.kernels import checks
+from ted_scale.kernels.backend import choose, chunks, rows_per_chunk
+from ted_scale.kernels.formed import as_scalar, attach
+from ted_scale.kernels.formulas import row_dot
+from ted_scale.kernels.linear_kl_ce import add_gradients, empty_gradients
+from ted_scale.kernels.matmul import live_rows, operand, project
+
+KINDS = ("nmse", "mse", "cosine")
+EPSILON = 1e-6  # nmse: a teacher state of norm 0 divides by this; cosine: the least norm
+
+
+class Difference(NamedTuple):
+    """d = s − t of a chunk of rows and row sums in fp32; cosine has s, too."""
+
+    d: torch.Tensor | None  # None: no gradient is wanted
+    dd: torch.Tensor
+    tt: torch.Tensor
+    s: torch.Tensor | None = None
+    ss: torch.Tensor | None = None
+    sd: torch.Tensor | None = None
+
+
+def filtered_mse(
+    h_t, w_t, b_t, h_s, w_s, b_s, token_weight, *, denom, kind="nmse", backend="auto", chunk_tokens=None
+):  # fmt: skip
+    """Σ token_weight · (the kind's value) / denom; states are [N, width], filters [D, width], or None: the identity.
+
+    Gradients go to h_s, w_s and b_s. A token counts where its weight is > 0. The teacher's state may be freed at once.
+    """
+    check(h_t, w_t, b_t, h_s, w_s, b_s, token_weight)
+    checks.check_choice("kind", kind, KINDS)
+    student = (h_s, w_s, b_s)
+    wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in student]
+    backend, weight = choose(backend, h_s.device), torch.where(token_weight > 0, token_weight, 0.0).float()
+    with torch.no_grad():
+        value, *grads = layer_chunks(h_t, w_t, b_t, *student, weight, kind, wanted, backend, chunk_tokens or 0)
+    trained = [t for t, wants in zip(student, wanted, strict=True) if wants]
+    grads = [g for g, wants in zip(grads, wanted, strict=True) if wants]
+    return attach(value, value[None], as_scalar(denom, h_s.device), trained, grads)[0]
+
+
+def check(h_t, w_t, b_t, h_s, w_s, b_s, token_weight) -> None:
+    checks.check_states("h_t", h_t, None, None)
+    checks.check_states("h_s", h_s, None, len(h_t))
+    checks.check_weight("w_t", w_t, h_t.shape[1], "b_t", b_t)
+    checks.check_weight("w_s", w_s, h_s.shape[1], "b_s", b_s)
+    width_t, width_s = (h.shape[1] if w is None else len(w) for h, w in ((h_t, w_t), (h_s, w_s)))
+    if width_t != width_s:
+        raise ValueError(
+            f"{'h_s' if w_s is None else 'w_s'} must give the teacher's {width_t} filtered dimensions, but gives {width_s}"
+        )
+    checks.check_type("w_t", w_t, "h_t", h_t)
+    checks.check_type("w_s", w_s, "h_s", h_s)
+    checks.check_vector("token_weight", token_weight, len(h_t))
+    tensors = {"h_s": h_s, "w_s": w_s, "b_s": b_s, "h_t": h_t, "w_t": w_t, "b_t": b_t, "token_weight": token_weight}
+    checks.check_common("h_s", tensors, ("h_t", "w_t", "b_t", "token_weight"))
+
+
+@torch.library.custom_op("ted_scale::layer_chunks", mutates_args=())
+def layer_chunks(
+    h_t: torch.Tensor, w_t: torch.Tensor | None, b_t: torch.Tensor | None, h_s: torch.Tensor,
+    w_s: torch.Tensor | None, b_s: torch.Tensor | None, weight: torch.Tensor, kind: str, wanted: Sequence[bool],
+    backend: str, chunk_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(Σ of the rows' values, ∂/∂h_s, ∂/∂w_s, ∂/∂b_s); a gradient not wanted is empty."""
+    difference, wants = difference_of(backend), any(wanted)
+    dh, dw, db = gradients = empty_gradients(h_s, w_s, b_s, wanted)
+    values = torch.zeros_like(weight)
+    w_t, w_s = operand(w_t), operand(w_s)
+    width = h_s.shape[1] if w_s is None else len(w_s)
+    for at in chunks(len(h_s), rows_per_chunk(len(h_s), 12 * width, h_s.device, chunk_tokens or default_rows(h_s))):
+        live, h = weight[at], live_rows(h_s[at], weight[at])
+        rows = difference(live_rows(h_t[at], live), w_t, b_t, h, w_s, b_s, live, kind, wants)
+        values[at], scale, tilt = row_values(rows, live, kind, width)
+        if wants:
+            add_gradients(scaled(rows, scale, tilt), h, w_s, wanted, dh[at], dw, db)
+    return values.sum(), *gradients
+
+
+@layer_chunks.register_fake
+def _(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind, wanted, backend, chunk_tokens):
+    return weight.new_empty(()), *empty_gradients(h_s, w_s, b_s, wanted)
+
+
+def default_rows(h) -> int | None:
+    return None if h.is_cuda else 256  # a chunk that stays in a CPU's cache
+
+
+def difference_of(backend: str):
+    if backend == "triton":
+        from ted_scale.kernels.triton_layers import launch_difference
+
+        return launch_difference
+    return difference
+
+
+def difference(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind: str, wants_gradient: bool) -> Difference:
+    s, t = project(h_s, w_s, b_s), project(h_t, w_t, b_t)
+    tt = row_dot(t, t)
+    d = torch.sub(s, t, out=t)
+    if kind != "cosine":
+        return Difference(d, row_dot(d, d), tt)
+    return Difference(d, row_dot(d, d), tt, s, row_dot(s, s), row_dot(s, d))
+
+
+def row_values(rows: Difference, weight, kind: str, width: int):
+    """(weight·value, scale, tilt) of each row: the gradient of the weighted value is scale·(d − tilt·s)."""
+    if kind == "mse":
+        return weight * rows.dd / width, weight * (2.0 / width), None
+    if kind == "nmse":
+        share = weight / (rows.tt + EPSILON)
+        return share * rows.dd, 2.0 * share, None
+    norm_s, norm_t = rows.ss.sqrt().clamp(min=EPSILON), rows.tt.sqrt().clamp(min=EPSILON)
+    # ‖s‖ − ‖t‖ = (‖s‖² − ‖t‖²) / (‖s‖ + ‖t‖) and ‖s‖² − ‖t‖² = 2 s·d − ‖d‖²
+    gap = (2 * rows.sd - rows.dd) / (norm_s + norm_t)
+    share = weight / (norm_s * norm_t)
+    return share * (rows.dd - gap * gap) / 2, share, rows.sd / (norm_s * norm_s)
+
+
+def scaled(rows: Difference, scale, tilt):
+    """scale·(d − tilt·s) in d's place and type."""
+    d = rows.d
+    if tilt is not None:
+        d = torch.sub(d, rows.s * tilt[:, None], out=d)
+    return torch.mul(d, scale[:, None], out=d)

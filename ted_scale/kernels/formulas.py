@@ -1,0 +1,168 @@
+"""The row formulas of the logit losses in plain torch: the CPU path, and the definition that the Triton kernels follow.
+
+Notation: z are raw logits, y = soften(z), T the temperature; p and q are the teacher's and the student's softmax(y/T),
+q₁ the student's softmax(y). A slice holds the columns [first, first + width) of the student's vocabulary; `u` is the
+teacher's y/T over the part of them that both vocabularies have, or None.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ted_scale.kernels.backend import chunks
+
+BLOCK_BYTES = 1 << 20
+
+
+class LogitLoss(NamedTuple):
+    """ce_weight · CE + kl_weight · T² · KL(teacher ‖ student); a softcap of 0 is none. `covers`: the teacher's vocabulary
+    holds all of the student's."""
+
+    temperature: float
+    kl_weight: float
+    ce_weight: float
+    softcap_s: float
+    softcap_t: float
+    scale_s: float
+    scale_t: float
+    covers: bool
+
+    @property
+    def one_softmax(self) -> bool:
+        """Whether the student's q and q₁ are one."""
+        return bool(self.ce_weight and self.covers) and self.temperature == 1.0
+
+
+class Statistics(NamedTuple):
+    """Of one slice of each row, [N] in fp32: the largest exponent m and Σ e^(·−m) of the teacher at T, the student at T
+    and the student at 1; `cross` = Σ e^(u − m_t)·(u − y_s/T); the label's y, 0 where the slice has it not."""
+
+    m_t: torch.Tensor
+    l_t: torch.Tensor
+    cross: torch.Tensor
+    m_s: torch.Tensor
+    l_s: torch.Tensor
+    m_1: torch.Tensor
+    l_1: torch.Tensor
+    at_label: torch.Tensor
+
+
+class Normalizers(NamedTuple):
+    """log Σ e^· of whole rows: the teacher at T, the student at T, the student at 1."""
+
+    teacher: torch.Tensor
+    student: torch.Tensor
+    student_1: torch.Tensor
+
+
+def soften_(z, softcap: float, scale: float):
+    """`models.soften` in place."""
+    z = z if scale == 1.0 else z.mul_(scale)
+    return z.div_(softcap).tanh_().mul_(softcap) if softcap else z
+
+
+def over(y, temperature: float):
+    return y if temperature == 1.0 else y / temperature
+
+
+def statistics(y_s, u, labels, first: int, f: LogitLoss) -> Statistics:
+    nothing, least = y_s.new_zeros(len(y_s)), y_s.new_full((len(y_s),), -torch.inf)
+    out = Statistics(least, nothing, nothing, least, nothing, least, nothing, nothing)
+    if f.ce_weight:
+        m_1, l_1 = exponents(y_s)
+        out = out._replace(m_1=m_1, l_1=l_1, at_label=label_logit(y_s, labels, first))
+    if u is None or u.shape[1] == 0:
+        return out
+    y_s = over(y_s[:, : u.shape[1]], f.temperature)
+    m_s, l_s = (out.m_1, out.l_1) if f.one_softmax else exponents(y_s)
+    m_t = u.amax(dim=1)
+    e = torch.sub(u, m_t[:, None]).exp_()
+    return out._replace(m_t=m_t, l_t=e.sum(dim=1), m_s=m_s, l_s=l_s, cross=row_dot(e, u - y_s))
+
+
+def exponents(y):
+    """(m, Σ e^(y − m)) with m = max y."""
+    m = y.amax(dim=1)
+    return m, torch.sub(y, m[:, None]).exp_().sum(dim=1)
+
+
+def label_logit(y, labels, first: int):
+    at, found = label_column(y, labels, first)
+    return torch.where(found, y.gather(1, at)[:, 0], 0.0)
+
+
+def label_column(y, labels, first: int):
+    """([N, 1] column of the label inside the slice, [N] whether it is there)"""
+    at = labels - first
+    return at.clamp(0, y.shape[1] - 1)[:, None], (at >= 0) & (at < y.shape[1])
+
+
+def row_dot(a, b):
+    """Σ a·b of each row without a tensor of products."""
+    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
+
+
+def merge(parts: Statistics) -> Statistics:
+    """The statistics of whole rows from those of their slices, stacked along dimension 0."""
+    (m_t, by_t), (m_s, by_s), (m_1, by_1) = (common(m) for m in (parts.m_t, parts.m_s, parts.m_1))
+    sums = ((parts.l_t, by_t), (parts.cross, by_t), (parts.l_s, by_s), (parts.l_1, by_1))
+    l_t, cross, l_s, l_1 = ((x * factor).sum(dim=0) for x, factor in sums)
+    return Statistics(m_t, l_t, cross, m_s, l_s, m_1, l_1, parts.at_label.sum(dim=0))
+
+
+def common(m):
+    """(m of all parts, the factor e^(m_part − m) of each part)"""
+    largest = m.amax(dim=0)
+    return largest, torch.where(m == -torch.inf, 0.0, (m - largest).exp())
+
+
+def finish(s: Statistics, weight, f: LogitLoss) -> tuple[torch.Tensor, torch.Tensor, Normalizers]:
+    """(weight · T² · KL, weight · CE, normalizers) of each row."""
+    n = Normalizers(s.m_t + s.l_t.log(), s.m_s + s.l_s.log(), s.m_1 + s.l_1.log())
+    zero = torch.zeros_like(weight)
+    kl = f.temperature**2 * (s.cross / s.l_t - n.teacher + n.student) if f.kl_weight else zero
+    ce = n.student_1 - s.at_label if f.ce_weight else zero
+    return torch.where(weight > 0, weight * kl, 0.0), torch.where(weight > 0, weight * ce, 0.0), n
+
+
+def gradient(y_s, u, labels, first: int, n: Normalizers, weight, f: LogitLoss):
+    """∂ Σ weight·(ce_weight·CE + kl_weight·T²·KL) / ∂z_s of one slice, in y_s; u is overwritten, too.
+
+    q − p is formed before its factor: it is exactly 0 where student and teacher agree.
+    """
+    slope = torch.div(y_s, f.softcap_s).square_().neg_().add_(1) if f.softcap_s else None
+    shared, pull = 0 if u is None else u.shape[1], None
+    if shared:
+        p = u.sub_(n.teacher[:, None]).exp_()
+    if shared and not f.one_softmax:
+        q = torch.div(y_s[:, :shared], f.temperature).sub_(n.student[:, None]).exp_()
+        pull = torch.sub(q, p, out=p)
+    if f.ce_weight:
+        q_1 = y_s.sub_(n.student_1[:, None]).exp_()
+        pull = torch.sub(q_1, p, out=p) if shared and f.one_softmax else pull
+        at, found = label_column(q_1, labels, first)
+        q_1.scatter_add_(1, at, -found.to(q_1.dtype)[:, None]).mul_((weight * f.ce_weight)[:, None])
+    else:
+        y_s.zero_()
+    if shared:
+        y_s[:, :shared].addcmul_(pull, (weight * f.kl_weight * f.temperature)[:, None])
+    out = y_s if slope is None else y_s.mul_(slope)
+    return out if f.scale_s == 1.0 else out.mul_(f.scale_s)
+
+
+def whole_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool):
+    """(weight·T²·KL, weight·CE, ∂/∂z_s or None) of rows whose raw logits are all at hand, and are overwritten."""
+    y_s = soften_(z_s, f.softcap_s, f.scale_s)
+    u = None if z_t is None else soften_(z_t, f.softcap_t, f.scale_t)
+    u = u if u is None or f.temperature == 1.0 else u.div_(f.temperature)
+    kl, ce, n = finish(statistics(y_s, u, labels, 0, f), weight, f)
+    return kl, ce, gradient(y_s, u, labels, 0, n, weight, f) if wants_gradient else None
+
+
+def blocks_of_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool):
+    """`whole_rows` on so few rows at a time that its dozen passes over them stay in the cache; ∂/∂z_s replaces z_s."""
+    kl, ce = torch.empty_like(weight), torch.empty_like(weight)
+    for at in chunks(len(weight), max(1, BLOCK_BYTES // (4 * z_s.shape[1]))):
+        z = None if z_t is None else z_t[at]
+        kl[at], ce[at], _ = whole_rows(z_s[at], z, labels[at], weight[at], f, wants_gradient)
+    return kl, ce, z_s if wants_gradient else None

@@ -1,0 +1,156 @@
+"""Logit losses straight from states and output weights: next-token cross-entropy and KL to a teacher.
+
+`chunked` holds the logits of one token chunk and forms the gradients with the loss; `strict` (strict.py) never holds
+logits and forms them in backward.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ted_scale.kernels import checks, formulas
+from ted_scale.kernels.backend import choose, chunks, rows_per_chunk
+from ted_scale.kernels.formed import as_scalar, attach
+from ted_scale.kernels.formulas import LogitLoss
+from ted_scale.kernels.matmul import add_matmul, live_rows, matmul_into, operand, project
+from ted_scale.losses import valid_weights
+
+MODES = ("chunked", "strict")
+
+
+def linear_kl_ce(
+    h_s, w_s, h_t, w_t, labels, token_weight, *, denom, temperature=1.0, kl_weight=1.0, ce_weight=1.0,
+    softcap_s=None, softcap_t=None, logit_scale_s=1.0, logit_scale_t=1.0, head_bias_s=None, head_bias_t=None,
+    mode="chunked", backend="auto", chunk_tokens=None,
+):  # fmt: skip
+    """(total, kl, ce), total = ce_weight·ce + kl_weight·kl, from states [N, d] and output weights [V, d].
+
+    kl is T²·KL(teacher ‖ student) at temperature T over the vocabulary both sides have; ce is over the student's whole
+    vocabulary. Only `total` carries a gradient: for h_s, w_s and head_bias_s. A weight of 0 skips its term's work.
+    """
+    if not kl_weight:
+        h_t = w_t = head_bias_t = None
+    check(h_s, w_s, head_bias_s, h_t, w_t, head_bias_t, labels, token_weight, bool(kl_weight))
+    checks.check_choice("mode", mode, MODES)
+    caps, scales = (softcap_s or 0.0, softcap_t or 0.0), (logit_scale_s, logit_scale_t)
+    covers = w_t is not None and len(w_t) >= len(w_s)
+    loss = LogitLoss(temperature, kl_weight, ce_weight, *caps, *scales, covers)
+    backend, denom = choose(backend, h_s.device), as_scalar(denom, h_s.device)
+    student, teacher = (h_s, w_s, head_bias_s), (h_t, w_t, head_bias_t)
+    weight, loss = valid_weights(labels, token_weight), [float(x) for x in loss]
+    if mode == "strict":
+        from ted_scale.kernels.strict import strict_kl_ce
+
+        return strict_kl_ce(student, teacher, labels, weight, denom, loss, backend, chunk_tokens or 0)
+    wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in student]
+    with torch.no_grad():
+        values, *grads = logit_chunks(*student, *teacher, labels, weight, loss, wanted, backend, chunk_tokens or 0)
+    trained = [t for t, wants in zip(student, wanted, strict=True) if wants]
+    grads = [g for g, wants in zip(grads, wanted, strict=True) if wants]
+    total, values = attach(values[0], values, denom, trained, grads)
+    return total, values[1], values[2]
+
+
+def check(h_s, w_s, b_s, h_t, w_t, b_t, labels, token_weight, teacher: bool) -> None:
+    checks.check_states("h_s", h_s, None, None)
+    rows = len(h_s)
+    checks.check_weight("w_s", w_s, h_s.shape[1], "head_bias_s", b_s)
+    checks.check_type("w_s", w_s, "h_s", h_s)
+    if teacher:
+        for name, tensor in (("h_t", h_t), ("w_t", w_t)):
+            if tensor is None:
+                raise ValueError(f"{name} must be a tensor where kl_weight is not 0, but is None")
+        checks.check_states("h_t", h_t, None, rows)
+        checks.check_weight("w_t", w_t, h_t.shape[1], "head_bias_t", b_t)
+        checks.check_type("w_t", w_t, "h_t", h_t)
+    checks.check_labels(labels, rows)
+    checks.check_vector("token_weight", token_weight, rows)
+    tensors = {"h_s": h_s, "w_s": w_s, "head_bias_s": b_s, "h_t": h_t, "w_t": w_t, "head_bias_t": b_t}
+    fixed = ("h_t", "w_t", "head_bias_t", "token_weight")
+    checks.check_common("h_s", {**tensors, "labels": labels, "token_weight": token_weight}, fixed)
+
+
+@torch.library.custom_op("ted_scale::logit_chunks", mutates_args=())
+def logit_chunks(
+    h_s: torch.Tensor, w_s: torch.Tensor, b_s: torch.Tensor | None, h_t: torch.Tensor | None,
+    w_t: torch.Tensor | None, b_t: torch.Tensor | None, labels: torch.Tensor, weight: torch.Tensor,
+    loss: Sequence[float], wanted: Sequence[bool], backend: str, chunk_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """((total, kl, ce) summed over rows, ∂total/∂h_s, /∂w_s, /∂b_s); a gradient not wanted is empty."""
+    f, rows = LogitLoss(*loss), row_losses(backend)
+    dh, dw, db = gradients = empty_gradients(h_s, w_s, b_s, wanted)
+    kl, ce = weight.new_zeros(2, len(weight)).unbind()
+    teacher = shared_operands(w_s, w_t, b_t)
+    w_s, wants = operand(w_s), any(wanted)
+    chunk = rows_of_chunk(h_s, w_s, teacher[0], chunk_tokens)
+    logits_s, logits_t = (scratch(chunk, w, weight) for w in (w_s, teacher[0]))
+    for at in chunks(len(h_s), chunk) if f.kl_weight or f.ce_weight else ():
+        live, h = weight[at], live_rows(h_s[at], weight[at])
+        z_s = project(h, w_s, b_s, logits_s[: len(h)])
+        z_t = None if h_t is None else project(live_rows(h_t[at], live), *teacher, logits_t[: len(h)])
+        kl[at], ce[at], dz = rows(z_s, z_t, labels[at], live, f, wants, h.dtype)
+        add_gradients(dz, h, w_s, wanted, dh[at], dw, db)
+    kl, ce = kl.sum(), ce.sum()
+    return torch.stack([f.ce_weight * ce + f.kl_weight * kl, kl, ce]), *gradients
+
+
+def add_gradients(dz, h, w, wanted, dh, dw, db) -> None:
+    """One chunk's, of y = h·wᵀ + b: written to dh, added to dw and db; what is not wanted is not touched."""
+    if wanted[0]:
+        dh.copy_(dz) if w is None else matmul_into(dh, dz, w)
+    if wanted[1]:
+        add_matmul(dw, dz.t(), h)
+    if wanted[2]:
+        db.add_(dz.sum(dim=0, dtype=torch.float32))
+
+
+@logit_chunks.register_fake
+def _(h_s, w_s, b_s, h_t, w_t, b_t, labels, weight, loss, wanted, backend, chunk_tokens):
+    return weight.new_empty(3), *empty_gradients(h_s, w_s, b_s, wanted)
+
+
+def empty_gradients(h, w, b, wanted):
+    """A row's gradient is written once, in its own type; a weight's is a sum over chunks, in fp32. An op cannot return
+    None: what is not wanted has no entries."""
+    dtypes = (h.dtype, torch.float32, torch.float32)
+    none = [torch.empty(0, dtype=dtype, device=h.device) for dtype in dtypes]
+    return [
+        torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format) if wants else empty
+        for t, dtype, wants, empty in zip((h, w, b), dtypes, wanted, none, strict=True)
+    ]
+
+
+def shared_operands(w_s, w_t, b_t):
+    """The teacher's output weight and bias over the vocabulary that the student has, too."""
+    shared = len(w_s)
+    return (None, None) if w_t is None else (operand(w_t[:shared]), None if b_t is None else b_t[:shared])
+
+
+def scratch(rows: int, w, like):
+    """One chunk's logits, the same memory for every chunk."""
+    return None if w is None else like.new_empty(rows, len(w))
+
+
+def rows_of_chunk(h_s, w_s, w_t, chunk_tokens: int) -> int:
+    logits = 4 * (len(w_s) + (0 if w_t is None else len(w_t)))
+    apart = h_s.element_size() * len(w_s) if h_s.is_cuda and h_s.element_size() == 2 else 0
+    return rows_per_chunk(len(h_s), logits + apart, h_s.device, chunk_tokens)
+
+
+def row_losses(backend: str):
+    """`f(z_s, z_t, labels, weight, loss, wants_gradient, dtype) -> (kl, ce, dz)`; it may overwrite z_s and z_t."""
+    if backend == "triton":
+        from ted_scale.kernels.triton_rows import launch_rows
+
+        return launch_rows
+    whole_rows = compiled_rows() if backend == "compiled" else formulas.blocks_of_rows
+    return lambda z_s, z_t, labels, weight, f, wants, dtype: whole_rows(z_s, z_t, labels, weight, f, wants)
+
+
+def compiled_rows():
+    global _compiled
+    _compiled = _compiled or torch.compile(formulas.whole_rows, dynamic=False)
+    return _compiled
+
+
+_compiled = None

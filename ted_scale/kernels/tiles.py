@@ -1,0 +1,71 @@
+"""The shapes in which each kernel is shipped, by architecture and operand type.
+
+Chosen so that nothing spills on its target: tools/bench/compile_report.py compiles every one of them and writes the
+table in README.md. Measured speed may overrule a shape here, and only here.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ted_scale.kernels.backend import architecture
+
+
+class Shape(NamedTuple):
+    """Block sizes, and how the compiler is to spread and pipeline them. `descriptors`: tiles come through Hopper's copy
+    engine, which wants rows of whole 16 bytes; where they are not, `plain` is taken."""
+
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+    plain: "Shape | None" = None
+
+    @property
+    def launch(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def tile(m: int, n: int, k: int, warps: int, stages: int, **options) -> Shape:
+    return Shape({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages, **options)
+
+
+SMALL = tile(64, 64, 32, 4, 2)  # fp32 operands: exact products, on no tensor core
+ROWS = {"any": Shape({"BLOCK": 4096}, 8, 1)}
+DIFFERENCE = {
+    "fp32": SMALL,
+    "sm_80": tile(128, 128, 64, 8, 3),
+    "sm_90": tile(128, 256, 64, 8, 3, descriptors=True, plain=tile(128, 128, 64, 8, 3)),
+    "sm_100": tile(128, 256, 64, 8, 3, descriptors=True, plain=tile(128, 128, 64, 8, 3)),
+    "gfx942": tile(128, 128, 64, 8, 2),
+}
+COSINE = {
+    "fp32": SMALL,
+    "sm_80": tile(64, 128, 64, 8, 3),
+    "sm_90": tile(128, 128, 64, 8, 3, descriptors=True, plain=tile(64, 128, 64, 8, 3)),
+    "sm_100": tile(128, 128, 64, 8, 3, descriptors=True, plain=tile(64, 128, 64, 8, 3)),
+    "gfx942": tile(64, 128, 64, 8, 2),
+}
+STATISTICS = dict(COSINE)
+SLOPES = dict(COSINE)
+TABLES = {"rows": ROWS, "difference": DIFFERENCE, "cosine": COSINE, "statistics": STATISTICS, "slopes": SLOPES}
+
+
+def pick(table: dict[str, Shape], *operands) -> Shape:
+    """The shape for these operands, on their device."""
+    exact = any(x.dtype == torch.float32 for x in operands)
+    shape = table.get("any") or table["fp32" if exact else family(architecture(operands[0].device))]
+    return shape if not shape.descriptors or all(map(aligned, operands)) else shape.plain
+
+
+def family(name: str) -> str:
+    """The architecture whose shapes `name` takes: consumer parts have sm_80's shared memory or more."""
+    if name.startswith("gfx"):
+        return "gfx942"
+    return name if name in ("sm_90", "sm_100") else {"sm_103": "sm_100"}.get(name, "sm_80")
+
+
+def aligned(tensor) -> bool:
+    """Whether the copy engine can read it."""
+    size = tensor.element_size()
+    return tensor.stride(-1) == 1 and tensor.stride(0) * size % 16 == 0 and tensor.data_ptr() % 16 == 0

@@ -1,0 +1,118 @@
+"""Logit losses of rows whose logits are at hand: one program a row, one read for the losses, one for the gradient.
+
+The formulas are formulas.py's. Everything is fp32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ted_scale.kernels.formulas import LogitLoss
+from ted_scale.kernels.tiles import ROWS, pick
+
+
+@triton.jit
+def soften(z, cap, scale, CAPPED: tl.constexpr):
+    """cap·tanh(scale·z/cap); tanh through the sigmoid, which every target has."""
+    y = z * scale
+    if CAPPED:
+        y = cap * (2.0 * tl.sigmoid(2.0 * y / cap) - 1.0)
+    return y
+
+
+@triton.jit
+def grow(m, total, y):
+    """The running (max, Σ e^(y − max)) of rows, with one more block of columns; y is −inf where a column is not."""
+    larger = tl.maximum(m, tl.max(y, axis=-1))
+    safe = tl.where(larger == float("-inf"), 0.0, larger)
+    factor = tl.exp(m - safe)
+    return larger, total * factor + tl.sum(tl.exp(y - tl.expand_dims(safe, -1)), axis=-1), factor
+
+
+@triton.jit
+def slope_of(y_s, u, norms, hit, pull_kl, pull_ce, temperature, KL: tl.constexpr, CE: tl.constexpr):
+    """∂/∂y_s: pull_kl·(q − p) + pull_ce·(q₁ − onehot); u is −inf outside the shared vocabulary, where q − p is 0."""
+    g = tl.zeros_like(y_s)
+    if KL:
+        q = tl.where(u == float("-inf"), 0.0, tl.exp(y_s / temperature - norms[1]))
+        g += pull_kl * (q - tl.exp(u - norms[0]))
+    if CE:
+        g += pull_ce * (tl.exp(y_s - norms[2]) - hit.to(tl.float32))
+    return g
+
+
+@triton.jit
+def unsoften(g, y, cap, scale, CAPPED: tl.constexpr):
+    """∂/∂y to ∂/∂z."""
+    if CAPPED:
+        g *= 1.0 - (y / cap) * (y / cap)
+    return g * scale
+
+
+@triton.jit
+def rows_kernel(
+    z_s, z_t, dz, labels, weight, kl_out, ce_out, stride_s, stride_t, stride_d, V, shared, temperature, kl_weight,
+    ce_weight, cap_s, cap_t, scale_s, scale_t, KL: tl.constexpr, CE: tl.constexpr, CAPPED_S: tl.constexpr,
+    CAPPED_T: tl.constexpr, WANTS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row's weighted T²·KL and CE, and its gradient for the raw z_s in dz, which may be z_s itself."""
+    row = tl.program_id(0).to(tl.int64)
+    z_s += row * stride_s
+    z_t += row * stride_t
+    dz += row * stride_d
+    w, label = tl.load(weight + row), tl.load(labels + row)
+    columns = tl.arange(0, BLOCK)[None, :]
+
+    m_t = tl.full((1,), float("-inf"), tl.float32)
+    l_t = tl.zeros((1,), tl.float32)
+    m_s, m_1, l_s, l_1, cross, y_label = m_t, m_t, l_t, l_t, l_t, l_t
+    for start in range(0, V, BLOCK):
+        at = start + columns
+        y = soften(tl.load(z_s + at, mask=at < V, other=0.0), cap_s, scale_s, CAPPED_S)
+        if CE:
+            m_1, l_1, _ = grow(m_1, l_1, tl.where(at < V, y, float("-inf")))
+            y_label += tl.sum(tl.where(at == label, y, 0.0), axis=1)
+        if KL:
+            u = soften(tl.load(z_t + at, mask=at < shared, other=0.0), cap_t, scale_t, CAPPED_T) / temperature
+            m_s, l_s, _ = grow(m_s, l_s, tl.where(at < shared, y / temperature, float("-inf")))
+            m_t, l_t, factor = grow(m_t, l_t, tl.where(at < shared, u, float("-inf")))
+            e = tl.where(at < shared, tl.exp(u - m_t[:, None]), 0.0)
+            cross = cross * factor + tl.sum(e * (u - y / temperature), axis=1)
+
+    n_t, n_s, n_1 = m_t + tl.log(l_t), m_s + tl.log(l_s), m_1 + tl.log(l_1)
+    only = tl.arange(0, 1)
+    if KL:
+        kl = temperature * temperature * (cross / l_t - n_t + n_s)
+        tl.store(kl_out + row + only, tl.where(w > 0, w * kl, 0.0))
+    if CE:
+        tl.store(ce_out + row + only, tl.where(w > 0, w * (n_1 - y_label), 0.0))
+
+    if WANTS_GRADIENT:
+        pull_kl, pull_ce = w * kl_weight * temperature, w * ce_weight
+        for start in range(0, V, BLOCK):
+            at = start + columns
+            y = soften(tl.load(z_s + at, mask=at < V, other=0.0), cap_s, scale_s, CAPPED_S)
+            u = y
+            if KL:
+                u = soften(tl.load(z_t + at, mask=at < shared, other=0.0), cap_t, scale_t, CAPPED_T) / temperature
+                u = tl.where(at < shared, u, float("-inf"))
+            norms = n_t[:, None], n_s[:, None], n_1[:, None]
+            g = slope_of(y, u, norms, at == label, pull_kl, pull_ce, temperature, KL, CE)
+            g = unsoften(g, y, cap_s, scale_s, CAPPED_S)
+            tl.store(dz + at, g.to(dz.dtype.element_ty), mask=at < V)
+
+
+def launch_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, dtype):
+    """(weight·T²·KL, weight·CE, ∂/∂z_s in dtype or None)"""
+    rows, vocab = z_s.shape
+    kl, ce = weight.new_zeros(2, rows).unbind()
+    dz = z_s if dtype == torch.float32 else torch.empty(rows, vocab, dtype=dtype, device=z_s.device)
+    z_t, shared = (z_s, 0) if z_t is None else (z_t, z_t.shape[1])
+    shape = pick(ROWS, z_s)
+    rows_kernel[(rows,)](
+        z_s, z_t, dz, labels, weight, kl, ce, z_s.stride(0), z_t.stride(0), dz.stride(0), vocab, shared,
+        f.temperature, f.kl_weight, f.ce_weight, f.softcap_s, f.softcap_t, f.scale_s, f.scale_t,
+        KL=bool(f.kl_weight), CE=bool(f.ce_weight), CAPPED_S=bool(f.softcap_s), CAPPED_T=bool(f.softcap_t),
+        WANTS_GRADIENT=wants_gradient, **shape.blocks, **shape.launch,
+    )  # fmt: skip
+    return kl, ce, dz if wants_gradient else None
