@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from memory import peak_bytes
 from test_losses import doubled, naive_kl_ce, ours, tensors
 
 from ted_scale.data import IGNORED
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
+from tools.bench.memory import peak_bytes
 
 
 def plain_bf16(h_s, w_s, h_t, w_t, labels, token_weight, denom, head_bias_s, head_bias_t):

@@ -22,7 +22,7 @@ def choose(backend: str, device: torch.device) -> str:
         return "triton" if runs_triton(device) else "torch"
     if backend == "triton" and not (runs_triton(device) or interprets()):
         raise ValueError(
-            f"backend must be auto, torch or compiled on {device_name(device)}, but is 'triton', which needs ROCm or CUDA from sm_80 on"
+            f"backend must be auto, torch or compiled on {device_name(device)}, but is 'triton'; it needs ROCm or CUDA sm_80"
         )
     return backend
 
@@ -33,7 +33,6 @@ def describe(backend: str, device: torch.device) -> str:
     return f"losses: {chosen} kernels on {device_name(device)}" + (" (auto)" if backend == "auto" else "")
 
 
-@functools.cache
 def runs_triton(device: torch.device) -> bool:
     if device.type != "cuda":
         return False

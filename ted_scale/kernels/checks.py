@@ -16,14 +16,14 @@ def check_vector(name: str, vector, length: int) -> None:
         raise ValueError(f"{name} must be of shape [{length}], but is {list(vector.shape)}")
 
 
-def check_weight(name: str, weight, width: int, bias_name: str, bias) -> None:
-    """A projection [V, width] and its bias [V]."""
+def check_weight(name: str, weight, width: int | None, bias_name: str, bias) -> None:
+    """A projection [V, width] and its bias [V]; a width of None is any."""
     if weight is None:
         if bias is not None:
             raise ValueError(f"{bias_name} must be None where {name} is None, but is of shape {list(bias.shape)}")
         return
-    if weight.ndim != 2 or weight.shape[1] != width:
-        raise ValueError(f"{name} must be of shape [V, {width}], but is {list(weight.shape)}")
+    if weight.ndim != 2 or width not in (None, weight.shape[1]):
+        raise ValueError(f"{name} must be of shape [V, {'d' if width is None else width}], but is {list(weight.shape)}")
     check_vector(bias_name, bias, len(weight))
 
 

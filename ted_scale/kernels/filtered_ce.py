@@ -44,7 +44,7 @@ def filtered_ce(
 def check(h, filter_w, filter_b, head_w, head_b, labels, token_weight, rows) -> None:
     checks.check_states("h", h, None, None)
     checks.check_weight("filter_w", filter_w, h.shape[1], "filter_b", filter_b)
-    checks.check_weight("head_w", head_w, h.shape[1] if filter_w is None else len(filter_w), "head_b", head_b)
+    checks.check_weight("head_w", head_w, None, "head_b", head_b)
     checks.check_type("filter_w", filter_w, "h", h)
     checks.check_type("head_w", head_w, "h", h)
     checks.check_labels(labels, len(h))
@@ -59,7 +59,7 @@ def filter_chunks(h, filter_w, filter_b, head_w, head_b, norm, labels, weight, r
     """(Σ weight·CE, gradients for h, filter_w, filter_b, head_w, head_b)"""
     dh, dw, db = empty_gradients(h, filter_w, filter_b, wanted[:3])
     dhead_w, dhead_b = empty_gradients(h, head_w, head_b, [False, *wanted[3:]])[1:]
-    filter_w, head_w = operand(filter_w), operand(head_w)
+    filter_w, head_w = operand(filter_w, backend), operand(head_w, backend)
     count = len(h) if rows is None else len(rows)
     bytes_a_row = len(head_w) * (4 + h.element_size())
     total = weight.new_zeros(())
@@ -68,6 +68,7 @@ def filter_chunks(h, filter_w, filter_b, head_w, head_b, norm, labels, weight, r
         states = live_rows(h[at], weight[at])
         filtered = project(states, filter_w, filter_b).to(h.dtype)
         y, pull = through(norm, filtered, any(wanted[:3]))
+        checks.check_states("norm's result", y, head_w.shape[1], len(filtered))  # OPT's tail changes the width
         wants = [any(wanted[:3]), *wanted[3:]]
         value, dy = head_chunk(y, head_w, head_b, labels[at], weight[at], dhead_w, dhead_b, list(f), wants, backend)
         total += value
@@ -83,6 +84,9 @@ def through(norm: Callable, filtered, wants_gradient: bool):
     """(norm(filtered), the function that takes ∂/∂norm(filtered) to ∂/∂filtered)"""
     if not wants_gradient:
         return norm(filtered), None
+    if torch.compiler.is_compiling():  # it traces vjp and not autograd.grad; vjp refuses some hand-written norms
+        y, pull = torch.func.vjp(norm, filtered)
+        return y, lambda dy: pull(dy.to(y.dtype))[0]
     with torch.enable_grad():
         leaf = filtered.detach().requires_grad_()
         y = norm(leaf)

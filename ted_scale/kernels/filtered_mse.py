@@ -78,7 +78,7 @@ def layer_chunks(
     difference, wants = difference_of(backend), any(wanted)
     dh, dw, db = gradients = empty_gradients(h_s, w_s, b_s, wanted)
     values = torch.zeros_like(weight)
-    w_t, w_s = operand(w_t), operand(w_s)
+    w_t, w_s = operand(w_t, backend), operand(w_s, backend)
     width = h_s.shape[1] if w_s is None else len(w_s)
     for at in chunks(len(h_s), rows_per_chunk(len(h_s), 12 * width, h_s.device, chunk_tokens or default_rows(h_s))):
         live, h = weight[at], live_rows(h_s[at], weight[at])
@@ -95,7 +95,7 @@ def _(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind, wanted, backend, chunk_tokens)
 
 
 def default_rows(h) -> int | None:
-    return None if h.is_cuda else 256  # a chunk that stays in a CPU's cache
+    return None if h.is_cuda else 128  # a chunk that stays in a CPU's cache
 
 
 def difference_of(backend: str):

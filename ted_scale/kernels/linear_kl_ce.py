@@ -80,8 +80,8 @@ def logit_chunks(
     f, rows = LogitLoss(*loss), row_losses(backend)
     dh, dw, db = gradients = empty_gradients(h_s, w_s, b_s, wanted)
     kl, ce = weight.new_zeros(2, len(weight)).unbind()
-    teacher = shared_operands(w_s, w_t, b_t)
-    w_s, wants = operand(w_s), any(wanted)
+    teacher = shared_operands(w_s, w_t, b_t, backend)
+    w_s, wants = operand(w_s, backend), any(wanted)
     chunk = rows_of_chunk(h_s, w_s, teacher[0], chunk_tokens)
     logits_s, logits_t = (scratch(chunk, w, weight) for w in (w_s, teacher[0]))
     for at in chunks(len(h_s), chunk) if f.kl_weight or f.ce_weight else ():
@@ -89,7 +89,8 @@ def logit_chunks(
         z_s = project(h, w_s, b_s, logits_s[: len(h)])
         z_t = None if h_t is None else project(live_rows(h_t[at], live), *teacher, logits_t[: len(h)])
         kl[at], ce[at], dz = rows(z_s, z_t, labels[at], live, f, wants, h.dtype)
-        add_gradients(dz, h, w_s, wanted, dh[at], dw, db)
+        if wants:
+            add_gradients(dz, h, w_s, wanted, dh[at], dw, db)
     kl, ce = kl.sum(), ce.sum()
     return torch.stack([f.ce_weight * ce + f.kl_weight * kl, kl, ce]), *gradients
 
@@ -120,10 +121,10 @@ def empty_gradients(h, w, b, wanted):
     ]
 
 
-def shared_operands(w_s, w_t, b_t):
+def shared_operands(w_s, w_t, b_t, backend: str):
     """The teacher's output weight and bias over the vocabulary that the student has, too."""
     shared = len(w_s)
-    return (None, None) if w_t is None else (operand(w_t[:shared]), None if b_t is None else b_t[:shared])
+    return (None, None) if w_t is None else (operand(w_t[:shared], backend), None if b_t is None else b_t[:shared])
 
 
 def scratch(rows: int, w, like):

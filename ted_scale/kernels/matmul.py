@@ -7,9 +7,9 @@ operands become fp32: exact, and slower.
 import torch
 
 
-def operand(weight):
+def operand(weight, backend: str):
     """A weight as its many products want it: on CPU one fp32 copy a call instead of one a chunk."""
-    return weight if weight is None or weight.is_cuda else weight.float()
+    return weight if weight is None or weight.is_cuda or backend == "triton" else weight.float()
 
 
 def matmul(a, b):

@@ -30,32 +30,52 @@ def tile(m: int, n: int, k: int, warps: int, stages: int, **options) -> Shape:
     return Shape({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages, **options)
 
 
-SMALL = tile(64, 64, 32, 4, 2)  # fp32 operands: exact products, on no tensor core
-ROWS = {"any": Shape({"BLOCK": 4096}, 8, 1)}
-DIFFERENCE = {
-    "fp32": SMALL,
+# fp32 operands: exact products, on no tensor core. ptxas spills a little to fit more blocks on a multiprocessor; where it
+# does so depends on the target, so that one may have a shape of its own, "fp32 <target>".
+ROWS = {"any": Shape({"BLOCK": 4096}, 16, 1)}
+DIFFERENCE = {  # `plain` also reads raw sides
+    "fp32": tile(128, 64, 32, 8, 2),
     "sm_80": tile(128, 128, 64, 8, 3),
     "sm_90": tile(128, 256, 64, 8, 3, descriptors=True, plain=tile(128, 128, 64, 8, 3)),
     "sm_100": tile(128, 256, 64, 8, 3, descriptors=True, plain=tile(128, 128, 64, 8, 3)),
-    "gfx942": tile(128, 128, 64, 8, 2),
+    "gfx942": tile(128, 256, 64, 8, 2),
 }
 COSINE = {
-    "fp32": SMALL,
-    "sm_80": tile(64, 128, 64, 8, 3),
-    "sm_90": tile(128, 128, 64, 8, 3, descriptors=True, plain=tile(64, 128, 64, 8, 3)),
-    "sm_100": tile(128, 128, 64, 8, 3, descriptors=True, plain=tile(64, 128, 64, 8, 3)),
-    "gfx942": tile(64, 128, 64, 8, 2),
+    "fp32": tile(128, 64, 32, 8, 2),
+    "sm_80": tile(128, 64, 64, 8, 3),
+    "sm_90": tile(128, 128, 64, 8, 4, descriptors=True, plain=tile(128, 128, 64, 8, 3)),
+    "sm_100": tile(128, 128, 64, 8, 4, descriptors=True, plain=tile(128, 128, 64, 8, 3)),
+    "gfx942": tile(128, 128, 64, 8, 2),
 }
-STATISTICS = dict(COSINE)
-SLOPES = dict(COSINE)
+STATISTICS = {
+    "fp32": tile(64, 64, 64, 8, 1),
+    "fp32 sm_100": tile(64, 64, 64, 8, 2),
+    "sm_80": tile(64, 128, 64, 8, 3),
+    "sm_90": tile(128, 64, 64, 8, 4, descriptors=True, plain=tile(64, 128, 64, 8, 3)),
+    "sm_100": tile(128, 64, 64, 8, 3, descriptors=True, plain=tile(128, 64, 64, 8, 3)),
+    "gfx942": tile(128, 128, 64, 8, 2),
+}
+SLOPES = {
+    "fp32": tile(64, 64, 32, 8, 2),
+    "sm_80": tile(64, 128, 64, 8, 3),
+    "sm_90": tile(128, 64, 64, 8, 4, descriptors=True, plain=tile(128, 64, 64, 8, 3)),
+    "sm_100": tile(128, 64, 64, 8, 4, descriptors=True, plain=tile(128, 64, 64, 8, 3)),
+    "gfx942": tile(128, 128, 64, 8, 2),
+}
 TABLES = {"rows": ROWS, "difference": DIFFERENCE, "cosine": COSINE, "statistics": STATISTICS, "slopes": SLOPES}
 
 
 def pick(table: dict[str, Shape], *operands) -> Shape:
     """The shape for these operands, on their device."""
     exact = any(x.dtype == torch.float32 for x in operands)
-    shape = table.get("any") or table["fp32" if exact else family(architecture(operands[0].device))]
+    shape = shape_for(table, family(architecture(operands[0].device)), exact)
     return shape if not shape.descriptors or all(map(aligned, operands)) else shape.plain
+
+
+def shape_for(table: dict[str, Shape], target: str, exact: bool) -> Shape:
+    if "any" in table:
+        return table["any"]
+    return table.get(f"fp32 {target}", table["fp32"]) if exact else table[target]
 
 
 def family(name: str) -> str:

@@ -1,0 +1,262 @@
+"""What the compiler makes of every Triton kernel in every shipped shape, for every architecture, on no GPU.
+
+Registers, spills, shared memory and matrix instructions are written into ted_scale/kernels/README.md, between its two
+markers. `--check` writes nothing and exits with 1 where a shape spills, does not fit, or uses no matrix unit.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is imported; an interpreted one cannot be compiled
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ted_scale.errors import UserError, run_main
+from ted_scale.kernels import tiles
+from ted_scale.kernels.triton_layers import difference_kernel
+from ted_scale.kernels.triton_rows import rows_kernel
+from ted_scale.kernels.triton_strict import slopes_kernel, statistics_kernel
+
+README = Path(__file__).resolve().parents[2] / "ted_scale" / "kernels" / "README.md"
+MARKERS = "<!-- compile report -->", "<!-- /compile report -->"
+COLUMNS = ["kernel", "target", "operands", "tile", "warps", "stages", "registers", "spills", "shared", "matrix"]
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # sm_80: sm_86's and sm_120's
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # the target's fastest, no other
+KERNELS = {
+    "rows": rows_kernel,
+    "difference": difference_kernel,
+    "cosine": difference_kernel,
+    "statistics": statistics_kernel,
+    "slopes": slopes_kernel,
+}
+BOTH = {"FILTERED_T": True, "FILTERED_S": True, "BIAS_T": True, "BIAS_S": True}
+LOGITS, GRADIENT = {"KL": True, "CE": True}, {"WANTS_GRADIENT": True}
+STORE, TWO = {"STORE": True}, {"TWO": True, "STORE": True}
+BIASES, CAPS = {"BIAS_S": True, "BIAS_T": True}, {"CAPPED_S": True, "CAPPED_T": True}
+CASES = {  # what a kernel is called for: the flags that are then set. The first is the usual one, all were seen to spill
+    "rows": {
+        "KL and CE": LOGITS | GRADIENT,
+        "CE": {"CE": True} | GRADIENT,
+        "KL": {"KL": True} | GRADIENT,
+        "loss only": LOGITS,
+        "soft-capped": LOGITS | CAPS | GRADIENT,
+    },
+    "difference": {"filtered": BOTH | STORE, "raw": STORE, "loss only": BOTH},
+    "cosine": {"filtered": BOTH | TWO, "raw": TWO, "raw student": {"FILTERED_T": True} | TWO},
+    "statistics": {
+        "KL and CE": LOGITS,
+        "CE": {"CE": True},
+        "KL": {"KL": True},
+        "biases": LOGITS | BIASES,
+        "soft-capped, biases": LOGITS | CAPS | BIASES,
+    },
+    "slopes": {
+        "KL and CE": LOGITS,
+        "CE": {"CE": True},
+        "soft-capped": LOGITS | CAPS,
+        "soft-capped, biases": LOGITS | CAPS | BIASES,
+    },
+}
+
+
+LEGEND = (
+    "Spills are bytes stored and loaded (AMD: registers), shared memory is of a block, `matrix` are the matrix "
+    "instructions in the code; each is the most of all cases that a kernel is called for. Compiled by"
+)
+
+
+class RefusedShape(UserError):
+    exit_code = 1
+
+
+class Job(NamedTuple):
+    """One kernel, in one of its shapes, for one of its cases and one architecture."""
+
+    kernel: str
+    arch: str
+    dtype: str
+    shape: tiles.Shape
+    case: str
+
+
+class Result(NamedTuple):
+    registers: int
+    spills: int  # bytes stored and loaded; on AMD registers
+    shared: int
+    matrix: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a shape will not do")
+    parser.add_argument("--only", choices=KERNELS, metavar="KERNEL", help=f"print one: {', '.join(KERNELS)}")
+    parser.add_argument("--arch", choices=TARGETS, metavar="ARCH", help=f"print one: {', '.join(TARGETS)}")
+    parser.add_argument(
+        "--shape", type=shape_of, metavar="MxNxK,WARPS,STAGES[,descriptors]", help="try this one, in bf16"
+    )
+    arguments = parser.parse_args()
+    kernels = [arguments.only] if arguments.only else list(KERNELS)
+    archs = [arguments.arch] if arguments.arch else list(TARGETS)
+    wanted = [job for kernel in kernels for arch in archs for job in jobs(kernel, arch, arguments.shape)]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        done = list(zip(wanted, pool.map(compile_job, wanted), strict=True))
+    if arguments.check:
+        check(done)
+    elif arguments.only or arguments.arch or arguments.shape:
+        print(report(done))
+    else:
+        write(report(done))
+
+
+def shape_of(text: str) -> tiles.Shape:
+    blocks, warps, stages, *descriptors = text.split(",")
+    sizes = [int(size) for size in blocks.split("x")]
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K") if len(sizes) > 1 else ("BLOCK",)
+    return tiles.Shape(dict(zip(names, sizes, strict=True)), int(warps), int(stages), bool(descriptors))
+
+
+def jobs(kernel: str, arch: str, other: tiles.Shape | None = None) -> list[Job]:
+    """In everything that is shipped, or in another shape."""
+    found = []
+    for dtype, shape in [("bf16", other)] if other else shapes(tiles.TABLES[kernel], arch):
+        cases = [case for case in CASES[kernel] if not (shape.descriptors and "raw" in case)]  # those take `plain`
+        found += [Job(kernel, arch, dtype, shape, case) for case in cases[: 1 if dtype == "fp16" else None]]
+    return found
+
+
+def shapes(table: dict[str, tiles.Shape], arch: str) -> list[tuple[str, tiles.Shape]]:
+    """(operand type, shape) of all that the architecture can be given; fp16 is the same code as bf16."""
+    if "any" in table:
+        return [(dtype, table["any"]) for dtype in ("bf16", "fp16", "fp32")]
+    shape = tiles.shape_for(table, arch, exact=False)
+    plain = [("bf16", shape.plain)] if shape.plain else []
+    return [("bf16", shape), ("fp16", shape), *plain, ("fp32", tiles.shape_for(table, arch, exact=True))]
+
+
+def compile_job(job: Job) -> Result:
+    kernel = KERNELS[job.kernel]
+    signature = {p.name: "constexpr" if p.is_constexpr else type_of(p.name, job) for p in kernel.params}
+    divisible = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
+    source = ASTSource(kernel, signature, flags_of(job), divisible)
+    compiled = triton.compile(source, target=TARGETS[job.arch], options=job.shape.launch)
+    registers, spills, code = (read_amd if job.arch.startswith("gfx") else read_nvidia)(compiled.asm)
+    matrix = len(re.findall(rf"\b{MATRIX[job.arch]}", code))
+    return Result(registers, spills, compiled.metadata.shared, matrix)
+
+
+def flags_of(job: Job) -> dict:
+    own = {"DESCRIPTORS": job.shape.descriptors, "PRECISION": "ieee" if job.dtype == "fp32" else "tf32"}
+    given = own | job.shape.blocks | CASES[job.kernel][job.case]
+    return {p.name: given.get(p.name, False) for p in KERNELS[job.kernel].params if p.is_constexpr}
+
+
+def type_of(name: str, job: Job) -> str:
+    """An argument's type, by its name; operands are matrices of the operand type, or descriptors of their tiles."""
+    if name in ("h_t", "w_t", "h_s", "w_s") and job.shape.descriptors:
+        m, n, k = job.shape.blocks.values()
+        return f"tensordesc<{job.dtype}[{m if name[0] == 'h' else n}, {k}]>"
+    if name in ("h_t", "w_t", "h_s", "w_s", "b_t", "b_s", "d_out", "s_out", "dz"):
+        return f"*{job.dtype}"
+    if name in ("z_s", "z_t", "weight", "norms", "sums", "out", "kl_out", "ce_out"):
+        return "*fp32"
+    if name == "labels":
+        return "*i64"
+    return "fp32" if re.match("temperature|cap_|scale_|kl_weight|ce_weight", name) else "i32"
+
+
+def read_nvidia(asm) -> tuple[int, int, str]:
+    """(registers, spilled bytes, the code)"""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = output_of(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        code = output_of(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
+    spills = sum(local_bytes(suffix) for suffix in re.findall(r"\b(?:STL|LDL)((?:\.\w+)*)", code))
+    return int(re.search(r"REG:(\d+)", usage)[1]), spills, code
+
+
+def local_bytes(suffix: str) -> int:
+    """Of one load or store of local memory, by its suffix: our kernels have none but for spilled registers."""
+    width = re.search(r"\.[US]?(8|16|64|128)\b", suffix)
+    return int(width[1]) // 8 if width else 4
+
+
+def read_amd(asm) -> tuple[int, int, str]:
+    """(registers, spilled registers, the code)"""
+    code = asm["amdgcn"]
+    registers, spills = (int(re.search(rf"\.{name}:\s*(\d+)", code)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
+    return registers, spills, code
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def check(done: list[tuple[Job, Result]]) -> None:
+    refused = [f"{described(job)} {what}" for job, result in done if (what := fault(job, result))]
+    if refused:
+        raise RefusedShape("; ".join(refused))
+    print(f"triton {triton.__version__}: {len(done)} compilations, none spills")
+
+
+def described(job: Job) -> str:
+    shape = f"{tile_of(job.shape)} in {job.shape.num_warps} warps and {job.shape.num_stages} stages"
+    return f"{job.kernel} ({job.case}) of {job.dtype} on {job.arch}, {shape},"
+
+
+def fault(job: Job, result: Result) -> str | None:
+    if result.spills:
+        return f"spills {result.spills} {'registers' if job.arch.startswith('gfx') else 'bytes'}"
+    if result.shared > SHARED[job.arch]:
+        return f"takes {result.shared} bytes of shared memory of {SHARED[job.arch]}"
+    multiplies = job.kernel != "rows" and job.case != "raw" and job.dtype != "fp32"
+    return f"has no {MATRIX[job.arch]} instruction" if multiplies and not result.matrix else None
+
+
+def tile_of(shape: tiles.Shape) -> str:
+    return "x".join(map(str, shape.blocks.values())) + (" by descriptors" if shape.descriptors else "")
+
+
+def report(done: list[tuple[Job, Result]]) -> str:
+    """A line for each kernel, target and shape: the most of its operand types and of the cases."""
+    groups: dict[tuple, list[tuple[Job, Result]]] = {}
+    for job, result in done:
+        exact = job.dtype == "fp32" and job.kernel != "rows"
+        shape = tile_of(job.shape), job.shape.num_warps, job.shape.num_stages
+        groups.setdefault((job.kernel, job.arch, exact, shape), []).append((job, result))
+    lines = [f"{LEGEND} triton {triton.__version__}:", "", row(COLUMNS), row(["---"] * len(COLUMNS))]
+    lines += [row(cells(*key, members)) for key, members in groups.items()]
+    return "\n".join(lines)
+
+
+def cells(kernel: str, arch: str, exact: bool, shape: tuple, members) -> list:
+    dtypes = ", ".join(dict.fromkeys(job.dtype for job, _ in members))
+    registers, spills, shared, matrix = (max(column) for column in zip(*(result for _, result in members), strict=True))
+    name = f"{matrix} {MATRIX[arch]}" if matrix else "none"
+    return [kernel, arch, dtypes, *shape, registers, spills, f"{shared / 1024:.1f} KiB", name]
+
+
+def row(values) -> str:
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def write(text: str) -> None:
+    readme = README.read_text() if README.exists() else f"# Kernels\n\n{MARKERS[0]}\n{MARKERS[1]}\n"
+    if any(readme.count(marker) != 1 for marker in MARKERS):
+        raise UserError(f"{README} must hold {' and '.join(MARKERS)} once each, but does not")
+    before, after = readme.split(MARKERS[0])[0], readme.split(MARKERS[1])[1]
+    README.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}")
+    print(f"written into {README}")
+
+
+if __name__ == "__main__":
+    run_main(main)
