@@ -62,6 +62,10 @@ class Filters(Section):
     mlp: Annotated[int, Field(ge=0)] = Field(0, description="hidden width of a residual MLP before the linear; 0: none")
     head: Literal["shared", "own", "per_layer"] = "shared"
     lr: Positive = 1e-3
+    sample_tokens: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of the tokens that stage I reads a step, drawn for each pair"
+    )
+    sample_pairs: PositiveInt | None = Field(None, description="pairs that stage I reads a step; default: all")
     from_run: str | None = Field(None, alias="from", description="reuse stage I of this run folder")
 
 

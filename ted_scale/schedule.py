@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 
 from ted_scale.config import Run, Schedule, Train
+from ted_scale.order import mix
+from ted_scale.sampling import drawn_pairs
 from ted_scale.student import Weights
 from ted_scale.zero import forget_gradients
 
@@ -37,7 +39,7 @@ class Stage:
     def weights(self, step: int) -> Weights:
         """Loss weights of the step after `step` steps of the run."""
         if self.learns_filters:
-            return Weights(ce=0.0, kl=0.0, layer=1.0)
+            return Weights(ce=0.0, kl=0.0, layer=1.0, draw=mix(self.run.seed, step))
         loss, method = self.run.loss, self.run.method
         fraction = (step - self.first_step) / self.steps
         ce = weight_at(loss.ce, fraction)
@@ -51,7 +53,8 @@ class Stage:
         if self.learns_filters:
             half = len(layers) // 2
             sides = {"filter_t": layers[:half], "filter_s": layers[half:]}
-            return {"loss/total": total, **{f"loss/{s}/{k}": v for s, vs in sides.items() for k, v in enumerate(vs)}}
+            pairs = drawn_pairs(self.run.filters, half, weights.draw)
+            return {"loss/total": total, **{f"loss/{s}/{k}": vs[k] for s, vs in sides.items() for k in pairs}}
         named = {"loss/total": total}
         named |= {"loss/ce": ce} if weights.ce else {}
         named |= {"loss/kl": kl} if weights.kl else {}

@@ -15,6 +15,7 @@ from ted_scale.filters import OutputHead
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.losses import valid_weights
 from ted_scale.models import Anatomy, Head, Taps, head_of, run_body
+from ted_scale.sampling import drawn_pairs, drawn_rows
 from ted_scale.zero import gathered
 
 
@@ -29,6 +30,7 @@ class Weights(NamedTuple):
     ce: float
     kl: float
     layer: float
+    draw: int = 0  # seeds the step's sub-sample of stage I
 
 
 class Losses(NamedTuple):
@@ -120,21 +122,31 @@ class Student(nn.Module):
             (filters_t, signal.layers_NE, head_t),
             (self.filters_s, states, head_s),
         ]
-        values = [v for side in sides for v in self.side_losses(*side, batch, denom)]
-        layers = torch.stack(values)
-        total = layers.sum() / len(self.blocks)
+        settings, (rows, length) = self.run.filters, batch.tokens_BT.shape
+        pairs = drawn_pairs(settings, len(self.blocks), weights.draw)
+        device = batch.tokens_BT.device
+        drawn = [drawn_rows(settings, pairs, k, weights.draw, rows, length, device) for k in range(len(self.blocks))]
+        layers = torch.stack([v for side in sides for v in self.side_losses(*side, batch, drawn, denom)])
+        total = layers.sum() / len(pairs)
         zero = torch.zeros_like(total.detach())
         return Losses(total, zero, zero, zero, layers.detach())
 
-    def side_losses(self, filters, states, head: Head, batch, denom):
+    def side_losses(self, filters, states, head: Head, batch, drawn, denom):
+        """One value a pair; a pair that is not drawn reads no token: its filter is gathered like the others, on all ranks,
+        and has a gradient of 0."""
         labels, mask = batch.labels_BT.flatten(), batch.weights_BT.flatten()
 
-        def loss(h, w, b, own_head):
-            reading = (own_head or head).reading
-            return filtered_ce(h, w, b, labels=labels, token_weight=mask, denom=denom, **reading, **self.code)
+        def loss_of(rows):
+            def loss(h, w, b, own_head):
+                reading = (own_head or head).reading
+                settings = {"labels": labels, "token_weight": mask, "denom": denom, "rows": rows}
+                return filtered_ce(h, w, b, **settings, **reading, **self.code)
+
+            return loss
 
         with gathered([] if self.run.filters.head == "per_layer" else head.parameters):
-            return [filter(state, loss) for filter, state in zip(filters, states, strict=True)]
+            sides = zip(filters, states, drawn, strict=True)
+            return [filter(state, loss_of(rows)) for filter, state, rows in sides]
 
 
 def token_mask(batch):

@@ -304,6 +304,11 @@ def variants(folder: Path, device):
     start(
         folder, device, name=f"mlp_{world}", filters={"steps": 2, "mlp": 8}, train={"steps": 2}, loss={"kind": "cosine"}
     )
+    start(
+        folder, device, name=f"sampled_{world}", filters={"steps": 2, "sample_tokens": 0.5, "sample_pairs": 1},
+        train={"steps": 2},
+    )  # fmt: skip
+    start(folder, device, name=f"strict_{world}", **TEN_STEPS, loss={"mode": "strict"})
     start(folder, device, name=f"fresh_{world}", method="ce", train={"steps": 3}, student={"init": "random"})
 
 

@@ -208,11 +208,16 @@ def test_recomputed_activations_change_no_loss(world):
     assert losses(world, "recomputed_2") == losses(world, "ten_2")
 
 
+def test_strict_mode_gathers_both_heads_again_for_backward_and_gives_the_same_losses(world):
+    pairs = zip(losses(world, "strict_2"), losses(world, "ten_2"), strict=True)
+    assert max(abs(a - b) for a, b in pairs) < 1e-5
+
+
 def test_filters_of_another_run_give_the_same_stage_two_as_learning_them_here(world):
     assert losses(world, "borrowed_2") == losses(world, "ten_2")[4:]
 
 
-@pytest.mark.parametrize("name", ["own", "per_layer", "mlp", "fresh"])
+@pytest.mark.parametrize("name", ["own", "per_layer", "mlp", "sampled", "fresh"])
 def test_every_kind_of_filter_and_a_fresh_student_are_the_same_on_one_and_two_ranks(world, name):
     two, one = losses(world, f"{name}_2"), losses(world, f"{name}_1")
     assert len(two) in (3, 4)
