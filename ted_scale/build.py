@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import checkpoint, metrics
+from ted_scale import checkpoint, kernels, metrics
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
 from ted_scale.data import open_stream, steps
@@ -38,7 +38,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def run_plan(plan: Plan) -> None:
     """A run from process group to process group's end."""
-    train_run(plan, start_ranks())
+    train_run(plan, start_ranks(plan.run.loss.backend))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -47,6 +47,8 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     """Build and train every stage that is not done yet."""
     progress, newest = claim_folder(plan)
     writes = dist.get_rank() == 0
+    if writes:
+        log.info(kernels.describe(plan.run.loss.backend, device))
     wandb_run = metrics.open_wandb(plan.run, progress.wandb_id) if writes else None
     if wandb_run:
         wandb_run.config.update({"plan": as_dict(plan)}, allow_val_change=True)
@@ -70,8 +72,9 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     return progress
 
 
-def start_ranks() -> torch.device:
-    """The process group, and this rank's device. One process without a launcher is a world of its own."""
+def start_ranks(backend: str = "auto") -> torch.device:
+    """The process group, and this rank's device, which must run the losses' `backend`. One process without a launcher is a
+    world of its own."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -89,8 +92,13 @@ def start_ranks() -> torch.device:
     on_cpu = accelerator.device_name() == "cpu"
     if not on_cpu:
         accelerator.set_device(local)
+    device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local)
+    try:
+        kernels.choose(backend, device)
+    except ValueError as error:
+        raise UserError(f"loss.{error}") from None
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=30))
-    return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local)
+    return device
 
 
 def claim_folder(plan: Plan):

@@ -6,11 +6,11 @@ import weakref
 import pytest
 import torch
 from test_losses import D_S, TRAINED, WIDTH, filtered, heads, ours, tensors
-from tools.bench.memory import peak_bytes
 
 from ted_scale.data import IGNORED
 from ted_scale.kernels import choose, describe, filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.linear_kl_ce import logit_chunks
+from tools.bench.memory import peak_bytes
 
 FILTERS = ("h_s", "w_s", "b_s")
 STAGE_ONE = ("h", "filter_w", "filter_b")
@@ -198,12 +198,13 @@ def test_liger_s_distillation_loss_agrees(mode):
     h, w = (values[k].clone().requires_grad_() for k in ("h_s", "w_s"))
     # Liger drops ignored tokens from neither term's numerator but CE's: it is shown the counted tokens alone.
     kept = values["labels"] != IGNORED
-    loss = liger.LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.3, weight_soft_loss=0.7, beta=0.0, ignore_index=IGNORED, temperature=1.0, compiled=False,
-        chunk_size=16,
-    )(h[kept], w, values["h_t"][kept], values["w_t"], values["labels"][kept], values["head_bias_s"], values["head_bias_t"])  # fmt: skip
-    (loss[0] if isinstance(loss, tuple) else loss).backward()
-    for a, b in zip([mine[0], *grads], [loss[0] if isinstance(loss, tuple) else loss, h.grad, w.grad], strict=True):
+    settings = {"weight_hard_loss": 0.3, "weight_soft_loss": 0.7, "beta": 0.0, "compiled": False, "chunk_size": 16}
+    h_t, labels = (values[k][kept] for k in ("h_t", "labels"))
+    biases = values["head_bias_s"], values["head_bias_t"]
+    loss = liger.LigerFusedLinearJSDLoss(**settings)(h[kept], w, h_t, values["w_t"], labels, *biases)
+    loss = loss[0] if isinstance(loss, tuple) else loss
+    loss.backward()
+    for a, b in zip([mine[0], *grads], [loss, h.grad, w.grad], strict=True):
         assert ((a - b).abs().max() / b.abs().max()).item() < 1e-5
 
 
@@ -237,7 +238,9 @@ def test_memory_at_a_real_size():
 
     def fused():
         pairs = zip(states, wide[1], strict=True)
-        sum(filtered_mse(wide[0][0], fixed, None, h, w, None, ones, denom=denom, kind="mse") for h, w in pairs).backward()
+        sum(
+            filtered_mse(wide[0][0], fixed, None, h, w, None, ones, denom=denom, kind="mse") for h, w in pairs
+        ).backward()
 
     returned = sum(t.numel() * 4 for t in (*states, *wide[1]))
     beyond = []

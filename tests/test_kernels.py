@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_losses import HEADS, SETTINGS, SIDES, TRAINED, doubled, filtered, heads, naive_kl_ce, naive_mse, ours, tensors
+from test_losses import HEADS, SETTINGS, SIDES, doubled, filtered, heads, naive_kl_ce, naive_mse, ours, tensors
 
 from ted_scale.data import IGNORED
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce, tiles, triton_layers, triton_strict
 from ted_scale.models import soften
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_kernels.py compiles them")
-A_UNIT = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+A_UNIT = {torch.float32: 5e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FILTER_TRAINED = ("h_s", "w_s", "b_s")
 triton_kl_ce = functools.partial(linear_kl_ce, backend="triton")
 triton_mse = functools.partial(filtered_mse, backend="triton")

@@ -76,6 +76,17 @@ def test_a_mistake_is_one_sentence_and_exit_code_2_through_the_launcher(root):
     assert not (root / "runs" / "x").exists()
 
 
+def test_a_backend_that_the_device_has_not_is_refused_and_the_chosen_one_is_in_the_log(root):
+    config = write_run(root / "backend.toml", make_run(root, name="backend", **SETTINGS))
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = pretrain("--config", config, "--set", "loss.backend='triton'", env=env)
+    assert done.returncode == 2
+    assert "loss.backend must be auto, torch or compiled on cpu, but is 'triton'" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    log = (root / "runs" / "straight" / "log.txt").read_text()
+    assert log.count("losses: torch kernels on cpu (auto)") == 1
+
+
 def test_a_run_folder_that_nodes_do_not_share_is_refused_on_every_node(root, tmp_path):
     """Two nodes on one machine: each has its own working directory, and `runs` is relative to it."""
     config = write_run(tmp_path / "nodes.toml", make_run(root, name="nodes", runs="runs"))

@@ -63,4 +63,8 @@ def test_only_drawn_pairs_have_a_logged_value(world):
     stage = build(world, "filters", filters={"steps": 4, **PART}).stage
     named = stage.name_losses([1.0, 0.0, 0.0, 0.0, 2.0, 3.0, 4.0, 5.0], stage.weights(1))
     (pair,) = drawn_pairs(stage.run.filters, 2, stage.weights(1).draw)
-    assert named == {"loss/total": 1.0, f"loss/filter_t/{pair}": [2.0, 3.0][pair], f"loss/filter_s/{pair}": [4.0, 5.0][pair]}
+    assert named == {
+        "loss/total": 1.0,
+        f"loss/filter_t/{pair}": [2.0, 3.0][pair],
+        f"loss/filter_s/{pair}": [4.0, 5.0][pair],
+    }

@@ -82,10 +82,11 @@ def layer_chunks(
     width = h_s.shape[1] if w_s is None else len(w_s)
     for at in chunks(len(h_s), rows_per_chunk(len(h_s), 12 * width, h_s.device, chunk_tokens or default_rows(h_s))):
         live, h = weight[at], live_rows(h_s[at], weight[at])
-        rows = difference(live_rows(h_t[at], live), w_t, b_t, h, w_s, b_s, live, kind, wants)
+        rows = difference(h_t[at], w_t, b_t, h, w_s, b_s, live, kind, wants)
         values[at], scale, tilt = row_values(rows, live, kind, width)
         if wants:
             add_gradients(scaled(rows, scale, tilt), h, w_s, wanted, dh[at], dw, db)
+        del h, rows  # before the next chunk's are made
     return values.sum(), *gradients
 
 
@@ -95,7 +96,7 @@ def _(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind, wanted, backend, chunk_tokens)
 
 
 def default_rows(h) -> int | None:
-    return None if h.is_cuda else 128  # a chunk that stays in a CPU's cache
+    return None if h.is_cuda else 256  # a chunk that stays in a CPU's cache
 
 
 def difference_of(backend: str):
@@ -107,12 +108,17 @@ def difference_of(backend: str):
 
 
 def difference(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind: str, wants_gradient: bool) -> Difference:
-    s, t = project(h_s, w_s, b_s), project(h_t, w_t, b_t)
-    tt = row_dot(t, t)
+    s, t = project(h_s, w_s, b_s), project(h_t, w_t, b_t).masked_fill_((weight <= 0)[:, None], 0.0)
+    tt = row_squares(t)
     d = torch.sub(s, t, out=t)
     if kind != "cosine":
-        return Difference(d, row_dot(d, d), tt)
-    return Difference(d, row_dot(d, d), tt, s, row_dot(s, s), row_dot(s, d))
+        return Difference(d, row_squares(d), tt)
+    return Difference(d, row_squares(d), tt, s, row_squares(s), row_dot(s, d))
+
+
+def row_squares(x):
+    """Σ x² of each row without a tensor of squares."""
+    return torch.linalg.vector_norm(x, dim=1).square()
 
 
 def row_values(rows: Difference, weight, kind: str, width: int):

@@ -179,7 +179,10 @@ def read_nvidia(asm) -> tuple[int, int, str]:
         file.write(asm["cubin"])
         file.flush()
         usage = output_of(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        code = output_of(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
+        worth = (
+            "STACK:0 " not in usage or "mma" in asm["ptx"]
+        )  # else there is nothing to count, and this takes its time
+        code = output_of(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name) if worth else ""
     spills = sum(local_bytes(suffix) for suffix in re.findall(r"\b(?:STL|LDL)((?:\.\w+)*)", code))
     return int(re.search(r"REG:(\d+)", usage)[1]), spills, code
 

@@ -65,6 +65,8 @@ def main() -> None:
     arguments = parse()
     size, dtype = Namespace(**vars(arguments)), getattr(torch, arguments.dtype)
     print(f"{loss_report.hardware(arguments.device)}, {arguments.dtype}, {loss_report.versions()}", flush=True)
+    if (load := loss_report.load()) > 0.25:
+        print(f"other work keeps {load:.0%} of the cores: these times are of a busy machine", flush=True)
     rows = []
     for operation in [o for o in ARMS if o.startswith(tuple(arguments.only))]:
         case = (layers_case if operation.startswith("filtered_mse") else logit_case)(
@@ -129,7 +131,7 @@ def measure(case: Case, arms: dict[str, Callable], device: str, repeats: int) ->
             print(f"{case.operation}: {name} is left out: {error}", flush=True)
             continue
         steps[name] = lambda arm=arm: forward_backward(case, arm)
-        attempt(row, lambda row=row: warm_up(case, steps[row.arm], row, reference), case, device)
+        attempt(row, lambda row=row, true=reference: warm_up(case, steps[row.arm], row, true), case, device)
         if name == "naive" and not row.failed:
             reference = row.gradient
         attempt(row, lambda row=row: weigh(case, steps[row.arm], row, device), case, device)
