@@ -88,10 +88,13 @@ def agree(failures: list, part: Path) -> None:
 
 
 def load(engine, checkpoint: Path) -> None:
-    """Weights, fp32 masters and optimizer moments of this rank's shards."""
+    """Weights, fp32 masters and optimizer moments of this rank's shards; rates and the like stay the run file's."""
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     engine.load_checkpoint(
         str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False, load_lr_scheduler_states=False
     )
+    for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(ours)  # DeepSpeed restores whole groups, so that a changed train.lr would be ignored in silence
 
 
 def filter_tensors(sides: dict) -> dict[str, torch.nn.Parameter]:

@@ -93,6 +93,26 @@ def resumes(folder: Path, device):
         start(folder, device, name=name, **TWENTY_STEPS)
 
 
+def resumes_with_other_settings(folder: Path, device):
+    """The optimizer's groups of a run that goes on with other rates, and what it writes of them."""
+    engines = []
+
+    def remember(*arguments):
+        engines.append(build_student(*arguments))
+        return engines[-1]
+
+    other = {"lr": 1e-5, "weight_decay": 0.7, "betas": [0.5, 0.6], "eps": 1e-6}
+    first = {"filters": {"steps": 1}, "train": {"steps": 1, "schedule": "constant"}}
+    then = {"filters": {"steps": 1, "lr": 0.5}, "train": {"steps": 3, "schedule": "constant", **other}}
+    build_student, build.build_student = build.build_student, remember
+    try:
+        start(folder, device, name="other_settings", **first)
+        start(folder, device, name="other_settings", **then)
+    finally:
+        build.build_student = build_student
+    return [{k: v for k, v in g.items() if k != "params"} for g in engines[-1].optimizer.param_groups]
+
+
 def poisoned_loss(folder: Path, device):
     """Rank 1's layer loss turns NaN in step 7: what is said, and whether a weight moved."""
     return stopped_by(folder, device, "poisoned_loss", poison_loss)

@@ -14,8 +14,8 @@ from tiny import FAMILIES, make_corpus, make_model, make_run
 from ted_scale.plan import make_plan
 
 TWO_RANKS = (
-    "ten_steps", "all_methods", "residency", "resumes", "poisoned_loss", "poisoned_gradient", "undisturbed_to_six",
-    "full_disk", "layer_loss_ends", "loading_memory", "host_reads", "variants", "families",
+    "ten_steps", "all_methods", "residency", "resumes", "resumes_with_other_settings", "poisoned_loss", "poisoned_gradient",
+    "undisturbed_to_six", "full_disk", "layer_loss_ends", "loading_memory", "host_reads", "variants", "families",
 )  # fmt: skip
 
 
@@ -156,6 +156,17 @@ def test_a_resumed_run_has_the_losses_of_a_straight_one_to_the_last_bit(world, s
     straight, resumed = losses(world, "straight"), losses(world, f"from_{step}")
     assert len(straight) == 20
     assert resumed == straight
+
+
+def test_a_resumed_run_takes_the_rates_of_its_run_file_and_not_the_checkpoint_s(world):
+    groups = {group["role"]: group for group in result(world, "resumes_with_other_settings")}
+    assert {r["step"]: r["optim/lr"] for r in rows(world, "other_settings") if r["step"] > 1 and "optim/lr" in r} == {
+        2: 1e-3, 3: 1e-5, 4: 1e-5
+    }  # fmt: skip
+    assert {role: (g["peak_lr"], g["weight_decay"]) for role, g in groups.items()} == {
+        "decay": (1e-5, 0.7), "plain": (1e-5, 0.0), "filters": (0.5, 0.0)
+    }  # fmt: skip
+    assert all((list(g["betas"]), g["eps"]) == ([0.5, 0.6], 1e-6) for g in groups.values())
 
 
 def test_a_non_finite_loss_never_reaches_the_weights(world):
