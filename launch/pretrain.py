@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
-from ted_scale.errors import run_main
+from ted_scale.errors import UserError, run_main
 from ted_scale.run_file import load_run
 
 
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, help="ranks to assume in a dry run; default: what the launcher says, or 1")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    check_ranks(arguments.ranks, arguments.dry_run)
     run = load_run(arguments.config, arguments.set)
 
     from ted_scale.plan import describe, make_plan  # seconds of imports that a typing mistake should not cost
@@ -40,6 +41,16 @@ def main() -> None:
     from ted_scale.build import run_plan
 
     run_plan(plan)
+
+
+def check_ranks(ranks: int | None, dry_run: bool) -> None:
+    """A real run has the ranks its launcher started; accumulation for others would train other steps than it says."""
+    if ranks is not None and not dry_run:
+        raise UserError(
+            f"--ranks must come with --dry-run, but is {ranks} without it; the launcher says how many start"
+        )
+    if ranks is not None and ranks < 1:
+        raise UserError(f"--ranks must be at least 1, but is {ranks}; leave it out for what the launcher says")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ def run_plan(plan: Plan) -> None:
 
 def train_run(plan: Plan, device: torch.device) -> Progress:
     """Build and train every stage that is not done yet."""
+    if dist.get_world_size() != plan.world:
+        raise UserError(
+            f"the plan must be made for the ranks there are ({dist.get_world_size()}), but is made for {plan.world}; "
+            "make it with the launcher's number"
+        )
     progress, newest = claim_folder(plan)
     writes = dist.get_rank() == 0
     if writes:

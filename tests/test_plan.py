@@ -7,11 +7,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import tokenizers
+import torch
 from plain import make_shard, make_world
 from tiny import make_model, make_run, pretrain, write_run
 from transformers import PreTrainedTokenizerFast
 
-from ted_scale.build import build_filters
+from ted_scale.build import build_filters, train_run
 from ted_scale.errors import UserError
 from ted_scale.plan import filter_parameters, make_plan
 from ted_scale.run_file import load_run
@@ -72,6 +73,33 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(world, override, senten
     done = pretrain("--config", file, "--set", override)
     assert (done.returncode, done.stdout, done.stderr.replace(str(world), "ROOT")) == (2, "", sentence)
     assert tree(world) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ("--ranks", 2),
+            "error: --ranks must come with --dry-run, but is 2 without it; the launcher says how many start\n",
+        ),
+        (
+            ("--dry-run", "--ranks", 0),
+            "error: --ranks must be at least 1, but is 0; leave it out for what the launcher says\n",
+        ),
+    ],
+    ids=["a real run", "none"],
+)
+def test_ranks_that_cannot_be_are_refused(world, arguments, sentence):
+    before = tree(world)
+    done = pretrain("--config", world / "run.toml", *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
+    assert tree(world) == before
+
+
+def test_a_plan_for_other_ranks_than_there_are_is_refused(world, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    with pytest.raises(UserError, match=r"^the plan must be made for the ranks there are \(1\), but is made for 2; "):
+        train_run(make_plan(make_run(world), 2), torch.device("cpu"))
 
 
 def test_the_plan_s_numbers_are_those_of_the_models_and_the_corpus(original):
