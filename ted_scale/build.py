@@ -85,13 +85,7 @@ def start_ranks(backend: str = "auto") -> torch.device:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="deepspeed|torch")
-    for key, value in {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29511",
-    }.items():
+    for key, value in ALONE.items():
         os.environ.setdefault(key, value)
     accelerator, local = get_accelerator(), int(os.environ["LOCAL_RANK"])
     on_cpu = accelerator.device_name() == "cpu"
