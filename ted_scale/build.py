@@ -5,6 +5,7 @@ A stage is built anew, also within one process: stage II starts from the student
 the same way whether stage I ran a second ago, before a crash, or in another run.
 """
 
+import fcntl
 import logging
 import os
 import warnings
@@ -33,6 +34,7 @@ from ted_scale.zero import build_network, shape_of, sharded_construction
 
 log = logging.getLogger("ted_scale")
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+held: list = []  # the run folder's lock, for the life of the process
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -117,12 +119,16 @@ def claim_folder(plan: Plan):
 
 
 def check_shared(folder: Path, writes: bool) -> None:
-    """Rank 0 leaves a secret in the folder, and every rank must find it there."""
+    """Rank 0 locks the folder against other runs and leaves a secret in it, and every rank must find it there."""
     token, secret, sentence = folder / ".shared", os.urandom(8).hex(), None
     if writes:
         try:
             files.checkpoints_of(folder).mkdir(parents=True, exist_ok=True)
-            token.write_text(secret, encoding="utf-8")
+            if lock(folder):
+                token.write_text(secret, encoding="utf-8")
+            else:
+                sentence = f"runs must be used by one process at a time, but another is at work in {folder}"
+                sentence += "; wait for it, or give this run another name"
         except OSError as error:
             sentence = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
     refuse_together(sentence)
@@ -134,6 +140,23 @@ def check_shared(folder: Path, writes: bool) -> None:
     refuse_together(sentence)
     if writes:
         token.unlink()
+
+
+def lock(folder: Path) -> bool:
+    """False where another process trains in this folder; else it is ours until this process ends, however it ends."""
+    path = folder / ".lock"
+    if any(file.name == str(path) for file in held):  # a second run of this process goes on in the folder
+        return True
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return False
+    except OSError as error:  # some shared file systems have no locks, and are no reason not to train
+        log.warning(f"{path} cannot be locked ({error.strerror}): nothing keeps a second run out of this folder")
+    held.append(file)
+    return True
 
 
 def refuse_together(sentence: str | None) -> None:

@@ -1,5 +1,6 @@
 """The trainer as a user starts it: `deepspeed launch/pretrain.py` on two CPU ranks, killed, resumed, and refused."""
 
+import fcntl
 import json
 import os
 import signal
@@ -85,6 +86,18 @@ def test_a_backend_that_the_device_has_not_is_refused_and_the_chosen_one_is_in_t
     assert "Traceback" not in done.stderr + done.stdout
     log = (root / "runs" / "straight" / "log.txt").read_text()
     assert log.count("losses: torch kernels on cpu (auto)") == 1
+
+
+def test_a_run_folder_that_another_run_is_in_is_refused_and_left_alone(root):
+    run = make_run(root, name="taken")
+    (run.folder / "checkpoints").mkdir(parents=True)
+    with (run.folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        done = pretrain("--config", write_run(root / "taken.toml", run))
+    said = f"runs must be used by one process at a time, but another is at work in {run.folder}; wait for it, or give "
+    assert done.returncode == 2
+    assert (done.stderr + done.stdout).count(f"error: {said}this run another name\n") == 1
+    assert sorted(p.name for p in run.folder.iterdir()) == [".lock", "checkpoints"]
 
 
 def test_a_run_folder_that_nodes_do_not_share_is_refused_on_every_node(root, tmp_path):
