@@ -12,7 +12,7 @@ import os
 import torch
 
 CHOICES = ("auto", "triton", "torch", "compiled")
-CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # of one chunk's scratch; fewer chunks re-read the weights less often
+CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}  # of one chunk's scratch; fewer chunks re-read the weights less often
 
 
 def choose(backend: str, device: torch.device) -> str:

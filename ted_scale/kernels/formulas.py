@@ -9,10 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from ted_scale.kernels.backend import chunks
-
-BLOCK_BYTES = 1 << 22  # smaller ones are more calls than a busy machine's threads can meet for
-
 
 class LogitLoss(NamedTuple):
     """ce_weight · CE + kl_weight · T² · KL(teacher ‖ student); a softcap of 0 is none. `covers`: the teacher's vocabulary
@@ -157,12 +153,3 @@ def whole_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool):
     u = u if u is None or f.temperature == 1.0 else u.div_(f.temperature)
     kl, ce, n = finish(statistics(y_s, u, labels, 0, f), weight, f)
     return kl, ce, gradient(y_s, u, labels, 0, n, weight, f) if wants_gradient else None
-
-
-def blocks_of_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool):
-    """`whole_rows` on so few rows at a time that its dozen passes over them stay in the cache; ∂/∂z_s replaces z_s."""
-    kl, ce = torch.empty_like(weight), torch.empty_like(weight)
-    for at in chunks(len(weight), max(1, BLOCK_BYTES // (4 * z_s.shape[1]))):
-        z = None if z_t is None else z_t[at]
-        kl[at], ce[at], _ = whole_rows(z_s[at], z, labels[at], weight[at], f, wants_gradient)
-    return kl, ce, z_s if wants_gradient else None

@@ -144,7 +144,7 @@ def row_losses(backend: str):
         from ted_scale.kernels.triton_rows import launch_rows
 
         return launch_rows
-    whole_rows = compiled_rows() if backend == "compiled" else formulas.blocks_of_rows
+    whole_rows = compiled_rows() if backend == "compiled" else formulas.whole_rows
     return lambda z_s, z_t, labels, weight, f, wants, dtype: whole_rows(z_s, z_t, labels, weight, f, wants)
 
 
