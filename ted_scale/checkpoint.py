@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ted_scale import checkpoint_files as files
@@ -127,7 +128,10 @@ def full_precision(parameter) -> torch.Tensor:
 
 def write_filters(path: Path, tensors: dict, identity: dict) -> None:
     part = path.with_name(path.name + PART)
-    save_file(tensors, part, metadata={"identity": json.dumps(identity)})
+    try:
+        save_file(tensors, part, metadata={"identity": json.dumps(identity)})
+    except SafetensorError as error:  # a full disk, as a kind that `recorded` does not know
+        raise OSError(str(error)) from None
     part.chmod(0o644)  # the library makes it readable to its owner only; other runs read it
     part.rename(path)
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from plain import make_world
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tiny import make_model, make_run
 
+from ted_scale import checkpoint
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import UserError
@@ -108,6 +110,17 @@ def test_a_checkpoint_that_was_not_published_does_not_count(world):
     files.write_progress(part, Progress(4, 1024, None, {"seed": 99}))
     assert files.newest_checkpoint(run.folder) is None
     assert make_plan(run, 1)
+
+
+def test_filters_that_find_no_room_are_a_failure_that_the_ranks_agree_on(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    failures = []
+    checkpoint.recorded(failures, checkpoint.write_filters, tmp_path / "filters.safetensors", {}, {})
+    assert [str(f) for f in failures] == ["No space left on device (os error 28)"]
+    assert isinstance(failures[0], OSError)
 
 
 def test_filters_of_another_shape_are_refused(world):
