@@ -19,7 +19,7 @@ from ted_scale.models import Anatomy, inspect
 from ted_scale.run_file import load_ds_config
 from ted_scale.schedule import Stage, stages_of
 from ted_scale.shards import check_vocabulary, expand, read_index
-from ted_scale.vocabulary import check_same_tokenizer
+from ted_scale.vocabulary import check_corpus_tokenizer, check_same_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def make_plan(run: Run, world: int) -> Plan:
     check_length(run, student, teacher)
     plan = Plan(
         run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=pairs, width=width,
-        accumulation=accumulation, stages=stages_of(run), corpus_tokens=check_corpora(run, vocabulary),
+        accumulation=accumulation, stages=stages_of(run), corpus_tokens=check_corpora(run, vocabulary, student),
     )  # fmt: skip
     check_run_folder(plan)
     if run.filters.from_run and run.method == "ted":
@@ -134,14 +134,15 @@ def check_length(run: Run, *models: Anatomy | None) -> None:
             raise UserError(f"data.seq_len must be at most the {side}'s context ({limit}), but is {run.data.seq_len}")
 
 
-def check_corpora(run: Run, vocabulary: int) -> int:
-    """Every shard is whole and fits the vocabulary, and there is a window to train and one to validate on; returns the
+def check_corpora(run: Run, vocabulary: int, student: Anatomy) -> int:
+    """Every shard is whole and fits vocabulary and tokenizer, and there is a window to train and one to validate on; returns the
     tokens there are."""
     if not any(c.weight for c in run.data.corpora):
         raise UserError("data.corpora must have a weight above 0, but all are 0")
     indices = [read_index(prefix) for corpus in run.data.corpora for prefix in expand(corpus.path)]
     for index in indices:
         check_vocabulary(index, vocabulary)
+    check_corpus_tokenizer(indices, student)
     open_stream(run.data, run.seed, vocabulary)
     if any(corpus.validation for corpus in run.data.corpora):
         open_stream(run.data, run.seed, vocabulary, "validation")

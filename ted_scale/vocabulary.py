@@ -1,9 +1,12 @@
-"""Do two models mean the same text by the same token id? Distillation on logits is noise where they do not."""
+"""Do two models, and a corpus and a model, mean the same text by the same token id? Training is noise where they do
+not."""
 
 from pathlib import Path
 
 from ted_scale.errors import UserError
 from ted_scale.models import Anatomy, quiet_transformers
+from ted_scale.shards import ShardIndex
+from ted_scale.tokenizer import digest, load_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -26,6 +29,34 @@ def check_same_tokenizer(student: Anatomy, teacher: Anatomy) -> None:
             )
 
 
+def check_corpus_tokenizer(indices: list[ShardIndex], student: Anatomy) -> None:
+    """Ids of another tokenizer are in range as well, so only the digests in the sidecars tell; who has none passes."""
+    written = {
+        i.prefix: i.sidecar["tokenizer_digest"] for i in indices if i.sidecar and "tokenizer_digest" in i.sidecar
+    }
+    if not written:
+        return
+    first, theirs = next(iter(written.items()))
+    for prefix, other in written.items():
+        if other != theirs:
+            raise UserError(
+                f"data.corpora must be written with one tokenizer, but {prefix} is written with another than {first}; "
+                "tokenize one of them again"
+            )
+    if has_tokenizer(student.folder) and digest(student_tokenizer(student.folder)) != theirs:
+        raise UserError(
+            f"data.corpora must be written with the student's tokenizer, but {first} is written with another than the "
+            f"one in {student.folder}; tokenize it again with --tokenizer {student.folder}"
+        )
+
+
+def student_tokenizer(folder: Path):
+    try:
+        return load_tokenizer(str(folder))
+    except UserError as error:
+        raise UserError(str(error).replace("--tokenizer", "student.path", 1)) from None
+
+
 def same_file(*folders: Path) -> bool:
     """A quick yes: one of the tokenizer's files is byte for byte the same."""
     for name in TOKENIZER_FILES:
@@ -35,10 +66,14 @@ def same_file(*folders: Path) -> bool:
     return False
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return None
     try:
         with quiet_transformers():

@@ -16,6 +16,7 @@ from ted_scale.build import build_filters, train_run
 from ted_scale.errors import UserError
 from ted_scale.plan import filter_parameters, make_plan
 from ted_scale.run_file import load_run
+from ted_scale.tokenizer import digest, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -243,9 +244,9 @@ def test_corpora_of_weight_0_alone_are_refused(original):
     assert refusal(original, data={"corpora": corpora}) == "data.corpora must have a weight above 0, but all are 0"
 
 
-def give_tokenizer(folder: Path, tokens: list[str]) -> None:
+def give_tokenizer(folder: Path, tokens: list[str], **special) -> None:
     model = tokenizers.models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), **special).save_pretrained(folder)
 
 
 WORDS = [f"w{i}" for i in range(120)]
@@ -281,6 +282,46 @@ def test_a_broken_tokenizer_is_refused(world):
         give_tokenizer(world / side, WORDS)
     (world / "student" / "tokenizer.json").write_text("{")
     assert refusal(world).startswith("ROOT/student must hold a readable tokenizer, but does not: ")
+
+
+def sign(prefix: Path, value: str) -> None:
+    """Write `value` into a shard's sidecar as the digest of its tokenizer."""
+    sidecar = prefix.with_name(prefix.name + ".json")
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "tokenizer_digest": value}))
+
+
+def test_a_corpus_of_another_tokenizer_than_the_student_s_is_refused(world):
+    for side in ("teacher", "student"):
+        give_tokenizer(world / side, WORDS, eos_token="w2")
+    sign(world / "corpus", digest(load_tokenizer(str(world / "student"))))
+    assert make_plan(make_run(world), 1)
+    sign(world / "corpus", "another's")
+    assert refusal(world) == (
+        "data.corpora must be written with the student's tokenizer, but ROOT/corpus is written with another than the one "
+        "in ROOT/student; tokenize it again with --tokenizer ROOT/student"
+    )
+
+
+def test_a_signed_corpus_is_accepted_where_the_student_has_no_tokenizer_and_refused_where_it_cannot_end_documents(
+    world,
+):
+    sign(world / "corpus", "some tokenizer's")
+    assert make_plan(make_run(world), 1)
+    for side in ("teacher", "student"):
+        give_tokenizer(world / side, WORDS)
+    assert refusal(world).startswith("student.path ROOT/student must have an end-of-sequence token")
+
+
+def test_corpora_of_two_tokenizers_are_refused(world):
+    make_shard(world / "other")
+    corpora = [{"path": str(world / name)} for name in ("corpus", "other")]
+    sign(world / "corpus", "one")
+    assert make_plan(make_run(world, data={"corpora": corpora}), 1)
+    sign(world / "other", "two")
+    assert refusal(world, data={"corpora": corpora}) == (
+        "data.corpora must be written with one tokenizer, but ROOT/other is written with another than ROOT/corpus; "
+        "tokenize one of them again"
+    )
 
 
 @pytest.mark.parametrize("file", ["runs", "runs/tiny"])
