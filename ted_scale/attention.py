@@ -5,11 +5,23 @@ no mask function for skips that question. What a layer adds to "causal" (a slidi
 that must not see each other) is put together here, where the layer's own arguments are known.
 """
 
+import contextlib
+from typing import NamedTuple
+
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 NAME = "ted_scale"
+# What `causal_attention` does as told, and what asks nothing of it: positions are in the states, a cache is never there.
+UNDERSTOOD = {"scaling", "dropout", "sliding_window", "softcap", "is_causal", "position_ids", "cache_position"}
+
+
+class Call(NamedTuple):
+    """What a layer asked of `causal_attention`."""
+
+    causal: bool
+    foreign: set[str]  # arguments that are set and would be ignored
 
 
 def causal_attention(module, query, key, value, attention_mask, sliding_window=None, softcap=None, **kwargs):
@@ -46,6 +58,25 @@ def document_mask(positions_BT: torch.Tensor) -> torch.Tensor:
     document_BT = (positions_BT == 0).cumsum(dim=1)
     same = document_BT[:, None, :, None] == document_BT[:, None, None, :]
     return same & band(positions_BT.shape[1], positions_BT.shape[1], positions_BT.device)
+
+
+@contextlib.contextmanager
+def watched():
+    """The calls of `causal_attention` while a model is tried; outside, nothing stands between it and the layers."""
+    calls: list[Call] = []
+
+    def note(module, *tensors, **kwargs):
+        given = {name for name, value in kwargs.items() if value is not None and value is not False}
+        asked = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if asked is None else asked
+        calls.append(Call(bool(causal), given - UNDERSTOOD))
+        return causal_attention(module, *tensors, **kwargs)
+
+    AttentionInterface.register(NAME, note)
+    try:
+        yield calls
+    finally:
+        AttentionInterface.register(NAME, causal_attention)
 
 
 AttentionInterface.register(NAME, causal_attention)

@@ -101,12 +101,14 @@ def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
             f"{key} must hold *.safetensors weights, but {folder} has none; save the model with save_pretrained"
         )
     config = read_config(key, folder)
-    model, order, logits = run_once(key, folder, config)
+    model, order, logits, calls = run_once(key, folder, config)
+    check_attention(key, config, calls)
     blocks = find_blocks(key, model, config.num_hidden_layers)
     after = order[max(i for i, name in enumerate(order) if name == f"{blocks}.{config.num_hidden_layers - 1}") + 1 :]
     body = min((n for n in order if n and blocks.startswith(f"{n}.")), key=len)
     softcap, scale = logit_settings(key, config, logits)
     head = model.get_output_embeddings()
+    check_way_to_head(key, model, order[order.index(body) + 1 :], body)
     return Anatomy(
         folder=folder,
         family=config.model_type,
@@ -125,11 +127,13 @@ def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
 
 
 def run_once(key: str, folder: Path, config):
-    """(model without weights, what `trace` saw of it); what any family's code raises here becomes one sentence."""
+    """(model without weights, what `trace` saw of it, its calls of our attention); what any family's code raises here
+    becomes one sentence."""
     try:
         with torch.device("meta"):
             model = empty_model(config)
-        return model, *trace(model)
+        with attention.watched() as calls:
+            return model, *trace(model), calls
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if attention.NAME in reason:
@@ -137,6 +141,37 @@ def run_once(key: str, folder: Path, config):
         raise UserError(
             f"{key} must be a decoder-only causal LM, but {folder} ({config.model_type}) is not: {reason}"
         ) from None
+
+
+def check_attention(key: str, config, calls: list[attention.Call]) -> None:
+    """No mask is handed to a family: whose attention is not ours, or is asked for more than ours does, runs wrongly."""
+    family = config.model_type
+    if not calls:
+        raise UserError(
+            f"{key} must be a causal LM whose attention is behind transformers' attention interface, but {family}'s is "
+            "not; choose another family"
+        )
+    if not all(call.causal for call in calls):
+        raise UserError(
+            f"{key} must be a causal LM, but {family} lets every token see the ones after it; choose a decoder"
+        )
+    foreign = set().union(*(call.foreign for call in calls))
+    if foreign:
+        raise UserError(
+            f"{key} must have attention of queries, keys and values alone, but {family}'s takes {min(foreign)}, which is "
+            "not known here; choose another family"
+        )
+
+
+def check_way_to_head(key: str, model, after: list[str], body: str) -> None:
+    """The output projection must read the body's output as it is, for only the tail is applied to filtered states."""
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    between = [n for n in after[: after.index(head)] if not body.startswith(f"{n}.")]
+    if between:
+        raise UserError(
+            f"{key} must have its output projection right after its body, but {model.config.model_type} has {between[0]} "
+            "between them; choose another family"
+        )
 
 
 def logit_settings(key: str, config, logits: torch.Tensor) -> tuple[float | None, float]:

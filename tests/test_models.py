@@ -1,6 +1,7 @@
 """Nine families: what inspect() learns, our own path through them, document masks, checkpointing, no host reads."""
 
 import contextlib
+import re
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from plain import load_model, own_model
 from tiny import FAMILIES, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CONFIG_MAPPING
 
 from ted_scale.attention import document_mask
+from ted_scale.errors import UserError
 from ted_scale.kernels import filtered_ce
-from ted_scale.models import Anatomy, Taps, head_of, run_body, soften
+from ted_scale.models import Anatomy, Taps, head_of, inspect, run_body, soften
 
 LENGTH = 24
 
@@ -57,6 +60,29 @@ def test_inspect_learns_the_anatomy_without_weights(family):
     assert anatomy.head_width == (16 if name == "opt" else 32)
     assert (anatomy.softcap, anatomy.logit_scale) == (30.0 if name == "gemma2" else None, 1.0)
     assert anatomy.parameters == sum(p.numel() for p in network.parameters())
+
+
+REFUSED = {
+    "bloom": "whose attention is behind transformers' attention interface, but bloom's is not",
+    "xglm": "whose attention is behind transformers' attention interface, but xglm's is not",
+    "gpt_neox_japanese": "whose attention is behind transformers' attention interface, but gpt_neox_japanese's is not",
+    "trocr": "whose attention is behind transformers' attention interface, but trocr's is not",
+    "bert": "must be a causal LM, but bert lets every token see the ones after it",
+    "roberta": "must be a causal LM, but roberta lets every token see the ones after it",
+    "granite_swa": "but granite_swa's takes s_aux, which is not known here",
+    "modernbert-decoder": "but modernbert-decoder has lm_head.dense between them",
+}
+
+
+@pytest.mark.parametrize(("name", "said"), REFUSED.items(), ids=REFUSED)
+def test_a_family_that_would_run_wrongly_is_refused_in_one_sentence(tmp_path, name, said):
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    tokens = {"pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
+    CONFIG_MAPPING[name](**sizes, **tokens).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        inspect("student.path", str(tmp_path), needs_weights=False)
+    assert str(caught.value).startswith("student.path must ") and "\n" not in str(caught.value)
 
 
 def test_our_path_gives_the_family_s_own_logits(family):
