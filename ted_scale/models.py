@@ -38,6 +38,7 @@ class Anatomy:
     logit_scale: float
     parameters: int
     max_length: int | None
+    attention_calls: int
 
 
 def find_folder(key: str, path: str) -> Path:
@@ -123,6 +124,7 @@ def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
         logit_scale=scale,
         parameters=sum(p.numel() for p in model.parameters()),
         max_length=getattr(config, "max_position_embeddings", None),
+        attention_calls=len(calls),
     )
 
 

@@ -86,6 +86,7 @@ def make_plan(run: Run, world: int) -> Plan:
     pairs = match_layers(run.pairs, student.layers, teacher.layers) if run.matches_layers else []
     width = filter_width(run, student, teacher) if run.matches_layers else 0
     check_length(run, student, teacher)
+    check_documents(run, student, teacher)
     plan = Plan(
         run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=pairs, width=width,
         accumulation=accumulation, stages=stages_of(run), corpus_tokens=check_corpora(run, vocabulary, student),
@@ -132,6 +133,16 @@ def check_length(run: Run, *models: Anatomy | None) -> None:
         if anatomy and anatomy.max_length and run.data.seq_len > anatomy.max_length:
             limit = anatomy.max_length
             raise UserError(f"data.seq_len must be at most the {side}'s context ({limit}), but is {run.data.seq_len}")
+
+
+def check_documents(run: Run, *models: Anatomy | None) -> None:
+    """A mask holds attention back and nothing else: a recurrent layer carries its state over a document's border."""
+    for side, anatomy in zip(("student", "teacher"), models, strict=True):
+        if run.data.mask_documents and anatomy and anatomy.attention_calls < anatomy.layers:
+            raise UserError(
+                f"data.mask_documents must be false where not all blocks are attention, but is true for a {side} of family "
+                f"{anatomy.family} with attention in {anatomy.attention_calls} of {anatomy.layers} blocks; leave it out"
+            )
 
 
 def check_corpora(run: Run, vocabulary: int, student: Anatomy) -> int:

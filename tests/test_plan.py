@@ -10,7 +10,7 @@ import tokenizers
 import torch
 from plain import make_shard, make_world
 from tiny import make_model, make_run, pretrain, write_run
-from transformers import PreTrainedTokenizerFast
+from transformers import Lfm2Config, PreTrainedTokenizerFast
 
 from ted_scale.build import build_filters, train_run
 from ted_scale.errors import UserError
@@ -175,6 +175,19 @@ WRONG_RUNS = {
 @pytest.mark.parametrize(("sections", "said"), WRONG_RUNS.values(), ids=WRONG_RUNS)
 def test_a_run_that_cannot_work_is_refused(original, sections, said):
     assert refusal(original, **sections) == said
+
+
+def test_masked_documents_are_refused_where_a_block_without_attention_would_mix_them(world):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 128, "intermediate_size": 64, "layer_types": ["conv", "full_attention"]}
+    Lfm2Config(**sizes).save_pretrained(world / "student")
+    student = {"init": "random", "path": str(world / "student")}
+    assert make_plan(make_run(world, student=student), 1)
+    assert make_plan(make_run(world, data={"mask_documents": True}, student={"path": str(world / "teacher")}), 1)
+    assert refusal(world, student=student, data={"mask_documents": True}) == (
+        "data.mask_documents must be false where not all blocks are attention, but is true for a student of family lfm2 "
+        "with attention in 1 of 2 blocks; leave it out"
+    )
 
 
 def test_tokens_per_step_depends_on_the_ranks(original):
