@@ -1,7 +1,8 @@
 """Triton's interpreter, mended: it runs kernels on numpy, where bfloat16 is a bare bit pattern.
 
 Two faults, in triton 3.6, 3.7, 3.8 and 3.9 alike: `tl.dot` multiplies the patterns as integers, and a cast from fp32
-cuts bits off where a GPU rounds to the nearest even. test_kernels.py tells when Triton has mended them.
+cuts bits off where a GPU rounds to the nearest even. test_kernels.py tells when Triton has mended them. A third, mended
+by Triton in 3.7: a loop's bound is an array of one entry, and numpy from 2.5 on makes no number of that.
 """
 
 import numpy
@@ -10,15 +11,23 @@ from triton.runtime import interpreter
 
 BUILDER = interpreter.InterpreterBuilder
 UNMENDED = {"create_dot": BUILDER.create_dot, "cast_impl": BUILDER.cast_impl}
+PATCH_TENSOR = interpreter._patch_lang_tensor
 
 
 def mend() -> None:
     BUILDER.create_dot, BUILDER.cast_impl = create_dot, cast_impl
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def unmend() -> None:
     for name, method in UNMENDED.items():
         setattr(BUILDER, name, method)
+    interpreter._patch_lang_tensor = PATCH_TENSOR
+
+
+def patch_tensor(tensor, scope):
+    PATCH_TENSOR(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 def create_dot(self, a, b, accumulator, *rest):
