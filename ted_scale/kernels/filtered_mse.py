@@ -80,9 +80,12 @@ def layer_chunks(
     values = torch.zeros_like(weight)
     w_t, w_s = operand(w_t, backend), operand(w_s, backend)
     width = h_s.shape[1] if w_s is None else len(w_s)
-    for at in chunks(len(h_s), rows_per_chunk(len(h_s), 12 * width, h_s.device, chunk_tokens or default_rows(h_s))):
+    lends = wanted[0] and dh.dtype == torch.float32 and width <= dh.shape[1]
+    chunk = rows_per_chunk(len(h_s), 12 * width, h_s.device, chunk_tokens or default_rows(weight, lends))
+    for at in chunks(len(h_s), chunk):
         live, h = weight[at], live_rows(h_s[at], weight[at])
-        rows = difference(h_t[at], w_t, b_t, h, w_s, b_s, live, kind, wants)
+        room = lent(dh[at], width) if lends else None
+        rows = difference(h_t[at], w_t, b_t, h, w_s, b_s, live, kind, wants, room)
         values[at], scale, tilt = row_values(rows, live, kind, width)
         if wants:
             add_gradients(scaled(rows, scale, tilt), h, w_s, wanted, dh[at], dw, db)
@@ -95,8 +98,17 @@ def _(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind, wanted, backend, chunk_tokens)
     return weight.new_empty(()), *empty_gradients(h_s, w_s, b_s, wanted)
 
 
-def default_rows(h) -> int | None:
-    return None if h.is_cuda else 256  # a chunk that stays in a CPU's cache
+def default_rows(weight, lends: bool) -> int | None:
+    """Few rows stay in a CPU's cache, many make products fast: 768 in all buffers of [rows, width] together, which are
+    t, s where no gradient lends its place, and copies of both states where some tokens do not count."""
+    if weight.is_cuda:
+        return None
+    return 768 // (3 if (weight <= 0).any() else 1 if lends else 2)
+
+
+def lent(gradient, width: int):
+    """The memory of a chunk's ∂/∂h_s, which is written last, as room for its s."""
+    return gradient.view(-1)[: len(gradient) * width].view(-1, width)
 
 
 def difference_of(backend: str):
@@ -107,8 +119,8 @@ def difference_of(backend: str):
     return difference
 
 
-def difference(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind: str, wants_gradient: bool) -> Difference:
-    s, t = project(h_s, w_s, b_s), project(h_t, w_t, b_t).masked_fill_((weight <= 0)[:, None], 0.0)
+def difference(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind: str, wants_gradient: bool, room=None) -> Difference:
+    t, s = project(live_rows(h_t, weight), w_t, b_t), project(h_s, w_s, b_s, room)
     tt = row_squares(t)
     d = torch.sub(s, t, out=t)
     if kind != "cosine":
@@ -139,5 +151,5 @@ def scaled(rows: Difference, scale, tilt):
     """scale·(d − tilt·s) in d's place and type."""
     d = rows.d
     if tilt is not None:
-        d = torch.sub(d, rows.s * tilt[:, None], out=d)
+        d = d.addcmul_(rows.s, tilt[:, None], value=-1)
     return torch.mul(d, scale[:, None], out=d)

@@ -57,8 +57,8 @@ def soften_(z, softcap: float, scale: float):
     return z.div_(softcap).tanh_().mul_(softcap) if softcap else z
 
 
-def over(y, temperature: float):
-    return y if temperature == 1.0 else y / temperature
+def over_(y, temperature: float):
+    return y if temperature == 1.0 else y.div_(temperature)
 
 
 def statistics(y_s, u, labels, first: int, f: LogitLoss) -> Statistics:
@@ -69,7 +69,7 @@ def statistics(y_s, u, labels, first: int, f: LogitLoss) -> Statistics:
         out = out._replace(m_1=m_1, l_1=l_1, at_label=label_logit(y_s, labels, first))
     if u is None or u.shape[1] == 0:
         return out
-    y_s = over(y_s[:, : u.shape[1]], f.temperature)
+    y_s = y_s[:, : u.shape[1]] if f.temperature == 1.0 else y_s[:, : u.shape[1]] / f.temperature
     m_s, l_s = (out.m_1, out.l_1) if f.one_softmax else exponents(y_s)
     m_t = u.amax(dim=1)
     e = torch.sub(u, m_t[:, None]).exp_()
@@ -118,38 +118,65 @@ def finish(s: Statistics, weight, f: LogitLoss) -> tuple[torch.Tensor, torch.Ten
     zero = torch.zeros_like(weight)
     kl = f.temperature**2 * (s.cross / s.l_t - n.teacher + n.student) if f.kl_weight else zero
     ce = n.student_1 - s.at_label if f.ce_weight else zero
-    return torch.where(weight > 0, weight * kl, 0.0), torch.where(weight > 0, weight * ce, 0.0), n
+    return counted(weight, kl), counted(weight, ce), n
 
 
 def gradient(y_s, u, labels, first: int, n: Normalizers, weight, f: LogitLoss):
-    """∂ Σ weight·(ce_weight·CE + kl_weight·T²·KL) / ∂z_s of one slice, in y_s; u is overwritten, too.
+    """∂ Σ weight·(ce_weight·CE + kl_weight·T²·KL) / ∂z_s of one slice, in y_s; u is overwritten, too."""
+    slope, q, p = slope_of(y_s, f), None, None
+    if u is not None and u.shape[1]:
+        p = u.sub_(n.teacher[:, None]).exp_()
+    if p is not None and not f.one_softmax:
+        q = torch.div(y_s[:, : p.shape[1]], f.temperature).sub_(n.student[:, None]).exp_()
+    q_1 = y_s.sub_(n.student_1[:, None]).exp_() if f.ce_weight else y_s.zero_()
+    return pulls(q_1, q, p, slope, labels, first, weight, f)
+
+
+def slope_of(y_s, f: LogitLoss):
+    """The softcap's ∂y/∂(scale·z) from y; None without one."""
+    return torch.div(y_s, f.softcap_s).square_().neg_().add_(1) if f.softcap_s else None
+
+
+def pulls(q_1, q, p, slope, labels, first: int, weight, f: LogitLoss):
+    """The gradient from the softmaxes, in q_1 (zeros where CE has no weight); p is overwritten, q None is q_1.
 
     q − p is formed before its factor: it is exactly 0 where student and teacher agree.
     """
-    slope = torch.div(y_s, f.softcap_s).square_().neg_().add_(1) if f.softcap_s else None
-    shared, pull = 0 if u is None else u.shape[1], None
-    if shared:
-        p = u.sub_(n.teacher[:, None]).exp_()
-    if shared and not f.one_softmax:
-        q = torch.div(y_s[:, :shared], f.temperature).sub_(n.student[:, None]).exp_()
-        pull = torch.sub(q, p, out=p)
+    shared = 0 if p is None else p.shape[1]
+    pull = torch.sub(q_1[:, :shared] if q is None else q, p, out=p) if shared else None
     if f.ce_weight:
-        q_1 = y_s.sub_(n.student_1[:, None]).exp_()
-        pull = torch.sub(q_1, p, out=p) if shared and f.one_softmax else pull
         at, found = label_column(q_1, labels, first)
         q_1.scatter_add_(1, at, -found.to(q_1.dtype)[:, None]).mul_((weight * f.ce_weight)[:, None])
-    else:
-        y_s.zero_()
     if shared:
-        y_s[:, :shared].addcmul_(pull, (weight * f.kl_weight * f.temperature)[:, None])
-    out = y_s if slope is None else y_s.mul_(slope)
+        q_1[:, :shared].addcmul_(pull, (weight * f.kl_weight * f.temperature)[:, None])
+    out = q_1 if slope is None else q_1.mul_(slope)
     return out if f.scale_s == 1.0 else out.mul_(f.scale_s)
 
 
 def whole_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool):
     """(weight·T²·KL, weight·CE, ∂/∂z_s or None) of rows whose raw logits are all at hand, and are overwritten."""
     y_s = soften_(z_s, f.softcap_s, f.scale_s)
-    u = None if z_t is None else soften_(z_t, f.softcap_t, f.scale_t)
-    u = u if u is None or f.temperature == 1.0 else u.div_(f.temperature)
-    kl, ce, n = finish(statistics(y_s, u, labels, 0, f), weight, f)
-    return kl, ce, gradient(y_s, u, labels, 0, n, weight, f) if wants_gradient else None
+    slope = slope_of(y_s, f) if wants_gradient else None
+    log_q_1 = y_s.log_softmax(dim=1) if f.ce_weight else None
+    zero = torch.zeros_like(weight)
+    ce = counted(weight, -label_logit(log_q_1, labels, 0)) if f.ce_weight else zero
+    u = None if z_t is None else over_(soften_(z_t, f.softcap_t, f.scale_t), f.temperature)
+    kl, q, p = (zero, None, None) if u is None else divergence(y_s, u, log_q_1, f)
+    kl = counted(weight, kl)
+    if not wants_gradient:
+        return kl, ce, None
+    q_1 = log_q_1.exp_() if f.ce_weight else torch.zeros_like(y_s)
+    return kl, ce, pulls(q_1, q, p, slope, labels, 0, weight, f)
+
+
+def divergence(y_s, u, log_q_1, f: LogitLoss):
+    """(T²·KL, q or None where it is q_1, p). y_s and u are overwritten: fresh memory costs a CPU more than arithmetic."""
+    log_q = log_q_1 if f.one_softmax else over_(y_s[:, : u.shape[1]], f.temperature).log_softmax(dim=1)
+    log_p = torch.log_softmax(u, dim=1, out=y_s.view(-1)[: u.numel()].view_as(u))
+    gap, p = torch.sub(log_p, log_q, out=u), log_p.exp_()
+    return f.temperature**2 * gap.mul_(p).sum(dim=1), None if f.one_softmax else log_q.exp_(), p
+
+
+def counted(weight, x):
+    """weight·x, and 0 where a token does not count, whatever x is there."""
+    return torch.where(weight > 0, weight * x, 0.0)

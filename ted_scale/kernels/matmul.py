@@ -41,10 +41,18 @@ def project(states, weight, bias, out=None):
     if out is None:
         width = states.shape[1] if weight is None else len(weight)
         out = torch.empty(len(states), width, dtype=torch.float32, device=states.device)
+    if weight is not None and bias is not None and not states.is_cuda:
+        return torch.addmm(bias.float(), states.float(), weight.float().t(), out=out)
     y = out.copy_(states) if weight is None else matmul_into(out, states, weight.t())
     return y if bias is None else y.add_(bias)
 
 
 def live_rows(states, weight):
-    """Zeros where a token does not count, so that not even a NaN in it reaches a product."""
-    return torch.where((weight > 0)[:, None], states, 0)
+    """Zeros where a token does not count, so that not even a NaN in it reaches a product.
+
+    On CPU a look at the weights spares the copy where all count; CUDA would wait for that look, and a trace cannot.
+    """
+    counts = weight > 0
+    if not states.is_cuda and not torch.compiler.is_compiling() and counts.all():
+        return states
+    return torch.where(counts[:, None], states, 0)

@@ -149,7 +149,7 @@ def logits_of(student, teacher, rows: slice, weight, at: slice, f: LogitLoss):
     if at.stop <= at.start:
         return y_s, None
     y_t = formulas.soften_(part(teacher, rows, weight, at), f.softcap_t, f.scale_t)
-    return y_s, y_t if f.temperature == 1.0 else y_t.div_(f.temperature)
+    return y_s, formulas.over_(y_t, f.temperature)
 
 
 def part(side, rows: slice, weight, at: slice):

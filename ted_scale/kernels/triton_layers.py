@@ -68,7 +68,7 @@ def difference_kernel(
         tl.store(d_out + at, d.to(d_out.dtype.element_ty), mask=inside)
 
 
-def launch_difference(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind: str, wants_gradient: bool) -> Difference:
+def launch_difference(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind: str, wants_gradient: bool, room) -> Difference:
     two, rows = kind == "cosine", len(h_s)
     width = h_s.shape[1] if w_s is None else len(w_s)
     tensors = [h_t, h_t if w_t is None else w_t, h_s, h_s if w_s is None else w_s]
