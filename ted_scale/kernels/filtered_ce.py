@@ -58,6 +58,7 @@ def check(h, filter_w, filter_b, head_w, head_b, labels, token_weight, rows) -> 
 def filter_chunks(h, filter_w, filter_b, head_w, head_b, norm, labels, weight, rows, f, wanted, backend, chunk_tokens):
     """(Σ weight·CE, gradients for h, filter_w, filter_b, head_w, head_b)"""
     dh, dw, db = empty_gradients(h, filter_w, filter_b, wanted[:3])
+    dh.zero_()  # of rows that are not drawn
     dhead_w, dhead_b = empty_gradients(h, head_w, head_b, [False, *wanted[3:]])[1:]
     filter_w, head_w = operand(filter_w, backend), operand(head_w, backend)
     count = len(h) if rows is None else len(rows)

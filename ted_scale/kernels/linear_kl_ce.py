@@ -84,6 +84,8 @@ def logit_chunks(
     w_s, wants = operand(w_s, backend), any(wanted)
     chunk = rows_of_chunk(h_s, w_s, teacher[0], chunk_tokens)
     logits_s, logits_t = (scratch(chunk, w, weight) for w in (w_s, teacher[0]))
+    if not (f.kl_weight or f.ce_weight):
+        dh.zero_()
     for at in chunks(len(h_s), chunk) if f.kl_weight or f.ce_weight else ():
         live, h = weight[at], live_rows(h_s[at], weight[at])
         z_s = project(h, w_s, b_s, logits_s[: len(h)])
@@ -111,13 +113,12 @@ def _(h_s, w_s, b_s, h_t, w_t, b_t, labels, weight, loss, wanted, backend, chunk
 
 
 def empty_gradients(h, w, b, wanted):
-    """A row's gradient is written once, in its own type; a weight's is a sum over chunks, in fp32. An op cannot return
-    None: what is not wanted has no entries."""
-    dtypes = (h.dtype, torch.float32, torch.float32)
-    none = [torch.empty(0, dtype=dtype, device=h.device) for dtype in dtypes]
+    """A row's gradient is written once, in its own type; a weight's is a sum over chunks, in fp32, from 0 on. An op cannot
+    return None: what is not wanted has no entries."""
+    makers = (torch.empty, h.dtype), (torch.zeros, torch.float32), (torch.zeros, torch.float32)
     return [
-        torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format) if wants else empty
-        for t, dtype, wants, empty in zip((h, w, b), dtypes, wanted, none, strict=True)
+        make(t.shape if wants else 0, dtype=dtype, device=h.device)
+        for t, (make, dtype), wants in zip((h, w, b), makers, wanted, strict=True)
     ]
 
 
