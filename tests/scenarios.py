@@ -12,6 +12,7 @@ from tiny import FAMILIES, make_run
 
 from ted_scale import build, checkpoint_files
 from ted_scale.errors import RunStopped, UserError
+from ted_scale.kernels.matmul import all_count
 from ted_scale.metrics import Metrics
 from ted_scale.plan import make_plan
 from ted_scale.student import Student
@@ -268,7 +269,8 @@ def memory(key: str) -> int:
 
 
 def host_reads(folder: Path, device):
-    """Reads of tensor values by code of ours or of transformers, by optimizer step, where each is made."""
+    """Reads of tensor values by code of ours or of transformers, by optimizer step, where each is made; but for the losses'
+    look at weights that stand on a CPU (test_kernel_ops.py: it looks at no other)."""
     import sys
 
     reads: list[list[str]] = [[]]
@@ -279,7 +281,7 @@ def host_reads(folder: Path, device):
         def read(tensor, *arguments, **named):
             frame = sys._getframe(1)
             path = frame.f_code.co_filename
-            if "/ted_scale/" in path or "/transformers/" in path:
+            if ("/ted_scale/" in path or "/transformers/" in path) and frame.f_code is not all_count.__code__:
                 reads[-1].append(f"{Path(path).name}:{frame.f_code.co_name}.{name}")
             return originals[name](tensor, *arguments, **named)
 

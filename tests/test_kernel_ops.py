@@ -10,6 +10,7 @@ from test_losses import D_S, TRAINED, WIDTH, filtered, heads, ours, tensors
 from ted_scale.data import IGNORED
 from ted_scale.kernels import choose, describe, filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.linear_kl_ce import logit_chunks
+from ted_scale.kernels.matmul import all_count, live_rows
 from tools.bench.memory import peak_bytes
 
 FILTERS = ("h_s", "w_s", "b_s")
@@ -34,6 +35,12 @@ CALLS = {
     "layers": (filtered, FILTERS, nmse),
     "stage one": (stage_one, STAGE_ONE, lambda **values: filtered_ce(**values, **HEAD.reading)),
 }
+
+
+def test_only_weights_on_a_cpu_are_looked_at():
+    states, weight = torch.randn(3, 2), torch.ones(3)
+    assert live_rows(states, weight) is states and all_count(weight)
+    assert not all_count(torch.tensor([1.0, 0.0])) and not all_count(weight.to("meta"))  # reading a meta tensor raises
 
 
 @pytest.mark.parametrize("name", CALLS)

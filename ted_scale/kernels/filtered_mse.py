@@ -15,7 +15,7 @@ from ted_scale.kernels.backend import choose, chunks, rows_per_chunk
 from ted_scale.kernels.formed import as_scalar, attach
 from ted_scale.kernels.formulas import row_dot
 from ted_scale.kernels.linear_kl_ce import add_gradients, empty_gradients
-from ted_scale.kernels.matmul import live_rows, operand, project
+from ted_scale.kernels.matmul import all_count, live_rows, operand, project
 
 KINDS = ("nmse", "mse", "cosine")
 EPSILON = 1e-6  # nmse: a teacher state of norm 0 divides by this; cosine: the least norm
@@ -101,9 +101,9 @@ def _(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind, wanted, backend, chunk_tokens)
 def default_rows(weight, lends: bool) -> int | None:
     """Few rows stay in a CPU's cache, many make products fast: 768 in all buffers of [rows, width] together, which are
     t, s where no gradient lends its place, and copies of both states where some tokens do not count."""
-    if weight.is_cuda:
+    if not weight.is_cpu:
         return None
-    return 768 // (3 if (weight <= 0).any() else 1 if lends else 2)
+    return 768 // (3 if not all_count(weight) else 1 if lends else 2)
 
 
 def lent(gradient, width: int):

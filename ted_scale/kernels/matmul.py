@@ -48,11 +48,10 @@ def project(states, weight, bias, out=None):
 
 
 def live_rows(states, weight):
-    """Zeros where a token does not count, so that not even a NaN in it reaches a product.
+    """Zeros where a token does not count, so that not even a NaN in it reaches a product."""
+    return states if all_count(weight) else torch.where((weight > 0)[:, None], states, 0)
 
-    On CPU a look at the weights spares the copy where all count; CUDA would wait for that look, and a trace cannot.
-    """
-    counts = weight > 0
-    if not states.is_cuda and not torch.compiler.is_compiling() and counts.all():
-        return states
-    return torch.where(counts[:, None], states, 0)
+
+def all_count(weight) -> bool:
+    """Whether every token is known to count: a look, which spares a CPU copies; a device would wait for it, a trace cannot."""
+    return weight.is_cpu and not torch.compiler.is_compiling() and bool((weight > 0).all())
