@@ -12,6 +12,7 @@ from tiny import FAMILIES, make_run
 
 from ted_scale import build, checkpoint_files
 from ted_scale.errors import RunStopped, UserError
+from ted_scale.kernels.checks import check_labels
 from ted_scale.kernels.matmul import all_count
 from ted_scale.metrics import Metrics
 from ted_scale.plan import make_plan
@@ -270,18 +271,21 @@ def memory(key: str) -> int:
 
 def host_reads(folder: Path, device):
     """Reads of tensor values by code of ours or of transformers, by optimizer step, where each is made; but for the losses'
-    look at weights that stand on a CPU (test_kernel_ops.py: it looks at no other)."""
+    looks at what stands on a CPU (test_kernel_ops.py: they look at nothing else)."""
     import sys
 
     reads: list[list[str]] = [[]]
     names = ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy")
-    originals = {name: getattr(torch.Tensor, name) for name in names}
+    originals, on_a_cpu = (
+        {name: getattr(torch.Tensor, name) for name in names},
+        (all_count.__code__, check_labels.__code__),
+    )
 
     def spy(name):
         def read(tensor, *arguments, **named):
             frame = sys._getframe(1)
             path = frame.f_code.co_filename
-            if ("/ted_scale/" in path or "/transformers/" in path) and frame.f_code is not all_count.__code__:
+            if ("/ted_scale/" in path or "/transformers/" in path) and frame.f_code not in on_a_cpu:
                 reads[-1].append(f"{Path(path).name}:{frame.f_code.co_name}.{name}")
             return originals[name](tensor, *arguments, **named)
 

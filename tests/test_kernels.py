@@ -5,6 +5,8 @@ layer loss's difference is rounded when it is stored and when it is scaled. The 
 implementation's error plus fp32's, whatever the operands are. Uninitialized memory is NaN throughout.
 """
 
+import copy
+import dataclasses
 import functools
 
 import interpreter
@@ -56,9 +58,9 @@ def errors(mine, theirs, least=0.1) -> list[float]:
     return [((a.detach().double() - b).abs().max() / b.abs().max().clamp(min=least)).item() for a, b in pairs]
 
 
-def assert_follows_the_rule(mine, plain, true, dtype):
+def assert_follows_the_rule(mine, plain, true, dtype, loss_unit=A_UNIT[torch.float32]):
     """Each is (losses, gradients). A loss is a difference of sums of size 1 and more: its error does not shrink with it."""
-    for at, (unit, least) in enumerate([(A_UNIT[torch.float32], 1.0), (A_UNIT[dtype], 0.1)]):
+    for at, (unit, least) in enumerate([(loss_unit, 1.0), (A_UNIT[dtype], 0.1)]):
         own, other = (errors(side[at], true[at], least) for side in (mine, plain))
         assert all(a <= b + unit for a, b in zip(own, other, strict=True)), (own, other)
 
@@ -224,18 +226,65 @@ def test_the_same_states_and_filters_have_layer_loss_0(kind, steps, small_tiles)
     assert all(g.abs().max() <= (0 if exact else 1e-6) for g in grads)
 
 
+def typed(head, dtype):
+    """The same values, as far as the type holds them."""
+    tail = tuple(copy.deepcopy(norm).to(dtype) for norm in head.tail)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    weight = torch.nn.Parameter(head.weight.detach().to(dtype))
+    return dataclasses.replace(head, tail=tail, weight=weight, bias=bias)
+
+
+def plain_stage_one(head, h, filter_w, filter_b, labels, token_weight, denom):
+    functional = torch.nn.functional
+    y = functional.linear(h, filter_w, filter_b)
+    for norm in head.tail:
+        y = norm(y)
+    z = soften(functional.linear(y, head.weight, head.bias), head.softcap, head.logit_scale)
+    z = z if z.dtype == torch.float64 else z.float()
+    ce = functional.cross_entropy(z, labels, ignore_index=IGNORED, reduction="none")
+    return (ce * token_weight).sum() / denom
+
+
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
-def test_stage_one_s_loss(options):
-    head, base = heads(**options), tensors()
-    values = {k: base[k] for k in ("labels", "token_weight", "denom")} | {"h": base["h_s"]}
+@pytest.mark.parametrize("dtype", A_UNIT, ids=str)
+def test_stage_one_s_loss(dtype, options):
+    base, trained = tensors(), ("h", "filter_w", "filter_b")
     g = torch.Generator().manual_seed(0)
+    values = {k: base[k] for k in ("labels", "token_weight", "denom")} | {"h": base["h_s"]}
     values |= {"filter_w": torch.randn(7, 6, generator=g), "filter_b": torch.randn(7, generator=g)}
-    trained, found = ("h", "filter_w", "filter_b"), {}
-    for backend in ("torch", "triton"):
-        head.weight.grad = None
-        loss, grads = ours(values, filtered_ce, trained, **head.reading, chunk_tokens=5, backend=backend)
-        found[backend] = [loss, *grads, head.weight.grad]
-    assert max(errors(found["triton"], [x.double() for x in found["torch"]])) < 2e-6
+    values = cast(values, dtype) | {"labels": base["labels"]}
+    head = typed(heads(**options), dtype)
+    found = []
+    for side in ("triton", "plain", "true"):
+        own = typed(head, torch.float64) if side == "true" else typed(head, dtype)
+        loss = functools.partial(plain_stage_one, own)
+        if side == "triton":
+            loss = functools.partial(filtered_ce, **own.reading, chunk_tokens=5, backend="triton")
+        value, grads = ours(doubled(values) if side == "true" else values, loss, trained)
+        found.append(([value], [*grads, own.weight.grad]))
+    assert_follows_the_rule(*found, dtype, loss_unit=A_UNIT[dtype])  # between filter and head a state is of their type
+
+
+def across(tensor):
+    """The same values, with a step in memory from one entry of a row to the next."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("mode", ["chunked", "strict"])
+def test_operands_whose_rows_are_not_dense_are_read_right(mode, small_tiles):
+    values = tensors()
+    apart = {k: across(v) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in values.items()}
+    dense, other = (linear_kl_ce(**v, mode=mode, backend="triton") for v in (values, apart))
+    assert all(torch.equal(a, b) for a, b in zip(dense, other, strict=True))
+    layers = filtered()
+    apart = {k: across(v) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in layers.items()}
+    assert torch.equal(triton_mse(**layers, kind="cosine"), triton_mse(**apart, kind="cosine"))
+
+
+@pytest.mark.parametrize("dtype", A_UNIT, ids=str)
+def test_the_gradient_of_a_cosine_holds_however_long_the_student_s_states_are(dtype, small_tiles):
+    values = filtered(n=21, d_s=37, d_t=52, width=29)
+    compare_mse(cast({**values, "w_s": values["w_s"] * 100}, dtype), dtype, "cosine")
 
 
 def test_the_interpreter_still_needs_mending():

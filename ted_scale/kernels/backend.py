@@ -2,7 +2,8 @@
 
 `triton`    Triton kernels beside the vendor's matrix products: CUDA from sm_80 on, ROCm
 `torch`     the same formulas in torch, in place, chunk by chunk: every device
-`compiled`  `torch`, its row formulas through torch.compile: fewer passes over a chunk, after a minute of compiling
+`compiled`  `torch`, with the row formulas of chunked logit losses and of stage I through torch.compile: fewer passes over
+            a chunk, after a minute of compiling
 `auto`      `triton` where the device can, else `torch`
 """
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from ted_scale.data import IGNORED
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,7 +37,7 @@ def check_common(first: str, tensors: dict, fixed: tuple[str, ...] = ()) -> None
             continue
         if tensor.device != device:
             raise ValueError(f"{name} must be on {device} like {first}, but is on {tensor.device}")
-        if tensor.is_floating_point() and name != "token_weight" and tensor.dtype not in DTYPES:
+        if name not in ("token_weight", "labels", "rows") and tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, but is {short(tensor.dtype)}")
         if name in fixed and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require a gradient, for the teacher is fixed, but does; detach it")
@@ -46,10 +48,31 @@ def check_type(name: str, tensor, like_name: str, like) -> None:
         raise ValueError(f"{name} must be {short(like.dtype)} like {like_name}, but is {short(tensor.dtype)}")
 
 
-def check_labels(labels, rows: int) -> None:
+def check_labels(labels, rows: int, vocabulary: int, token_weight) -> None:
+    """Their values only on a CPU: a device would wait for the look."""
     check_vector("labels", labels, rows)
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, but is {short(labels.dtype)}")
+    if labels.is_cpu and token_weight.is_cpu and not torch.compiler.is_compiling():
+        counted = torch.where((labels != IGNORED) & (token_weight > 0), labels, 0)
+        for label in (counted.min().item(), counted.max().item()) if rows else ():
+            if not 0 <= label < vocabulary:
+                raise ValueError(f"labels must be in 0..{vocabulary - 1} or {IGNORED}, but holds {label}")
+
+
+def check_rows(name: str, rows) -> None:
+    if rows is not None and (rows.ndim != 1 or rows.dtype != torch.int64):
+        raise ValueError(f"{name} must be int64 of shape [n], but is {short(rows.dtype)} of shape {list(rows.shape)}")
+
+
+def check_given(name: str, tensor, when: str = "") -> None:
+    if tensor is None:
+        raise ValueError(f"{name} must be a tensor{when}, but is None")
+
+
+def check_positive(name: str, value) -> None:
+    if value is not None and not value > 0:
+        raise ValueError(f"{name} must be above 0, but is {value}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

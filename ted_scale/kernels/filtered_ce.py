@@ -23,9 +23,10 @@ def filtered_ce(
     """CE of soften(head_w·norm(filter_w·h + filter_b) + head_b), weighted, over denom.
 
     Gradients go to h, filter_w, filter_b, head_w and head_b; `norm` is any differentiable function of rows. `rows`
-    (int64) reads those rows alone, each counting len(h)/len(rows)-fold: drawn uniformly, the estimate is unbiased.
+    (int64) reads those alone, each counting len(h)/len(rows)-fold: drawn uniformly, the estimate is unbiased.
     """
     check(h, filter_w, filter_b, head_w, head_b, labels, token_weight, rows)
+    checks.check_positive("chunk_tokens", chunk_tokens)
     weight = valid_weights(labels, token_weight)
     trainable = (h, filter_w, filter_b, head_w, head_b)
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in trainable]
@@ -43,12 +44,14 @@ def filtered_ce(
 
 def check(h, filter_w, filter_b, head_w, head_b, labels, token_weight, rows) -> None:
     checks.check_states("h", h, None, None)
+    checks.check_given("head_w", head_w)
     checks.check_weight("filter_w", filter_w, h.shape[1], "filter_b", filter_b)
     checks.check_weight("head_w", head_w, None, "head_b", head_b)
     checks.check_type("filter_w", filter_w, "h", h)
     checks.check_type("head_w", head_w, "h", h)
-    checks.check_labels(labels, len(h))
     checks.check_vector("token_weight", token_weight, len(h))
+    checks.check_labels(labels, len(h), len(head_w), token_weight)
+    checks.check_rows("rows", rows)
     tensors = {"h": h, "filter_w": filter_w, "filter_b": filter_b, "head_w": head_w, "head_b": head_b}
     checks.check_common(
         "h", {**tensors, "labels": labels, "token_weight": token_weight, "rows": rows}, ("token_weight",)
@@ -76,7 +79,9 @@ def filter_chunks(h, filter_w, filter_b, head_w, head_b, norm, labels, weight, r
         if wants[0]:
             part = torch.empty_like(states) if wanted[0] else None
             add_gradients(pull(dy), states, filter_w, wanted, part, dw, db)
-            if wanted[0]:
+            if wanted[0] and rows is not None:
+                dh.index_add_(0, at, part)  # a row may be drawn twice
+            elif wanted[0]:
                 dh[at] = part
     return total, [dh, dw, db, dhead_w, dhead_b]
 

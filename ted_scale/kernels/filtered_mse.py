@@ -2,7 +2,8 @@
 
 With s = h_s·w_sᵀ + b_s, t likewise and d = s − t, of each token:
     mse = ‖d‖² / D      nmse = ‖d‖² / (‖t‖² + ε)      cosine = 1 − cos(s, t)
-Everything is built on d and its sums, which are exactly 0 where both sides agree; 1 − s·t/(‖s‖‖t‖) would not be.
+Everything is built on d and its sums, which are exactly 0 where both sides agree; 1 − s·t/(‖s‖‖t‖) would not be. Where
+one side has no direction cosine is 1 and pulls nowhere.
 """
 
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ def filtered_mse(
     """
     check(h_t, w_t, b_t, h_s, w_s, b_s, token_weight)
     checks.check_choice("kind", kind, KINDS)
+    checks.check_positive("chunk_tokens", chunk_tokens)
     student = (h_s, w_s, b_s)
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in student]
     backend, weight = choose(backend, h_s.device), torch.where(token_weight > 0, token_weight, 0.0).float()
@@ -78,6 +80,7 @@ def layer_chunks(
     difference, wants = difference_of(backend), any(wanted)
     dh, dw, db = gradients = empty_gradients(h_s, w_s, b_s, wanted)
     values = torch.zeros_like(weight)
+    operand_type = h_s.dtype if backend == "triton" else torch.float32
     w_t, w_s = operand(w_t, backend), operand(w_s, backend)
     width = h_s.shape[1] if w_s is None else len(w_s)
     lends = wanted[0] and dh.dtype == torch.float32 and width <= dh.shape[1]
@@ -88,7 +91,7 @@ def layer_chunks(
         rows = difference(h_t[at], w_t, b_t, h, w_s, b_s, live, kind, wants, room)
         values[at], scale, tilt = row_values(rows, live, kind, width)
         if wants:
-            add_gradients(scaled(rows, scale, tilt), h, w_s, wanted, dh[at], dw, db)
+            add_gradients(scaled(rows, scale, tilt, operand_type), h, w_s, wanted, dh[at], dw, db)
         del h, rows  # before the next chunk's are made
     return values.sum(), *gradients
 
@@ -141,15 +144,17 @@ def row_values(rows: Difference, weight, kind: str, width: int):
         share = weight / (rows.tt + EPSILON)
         return share * rows.dd, 2.0 * share, None
     norm_s, norm_t = rows.ss.sqrt().clamp(min=EPSILON), rows.tt.sqrt().clamp(min=EPSILON)
+    has_angle = torch.minimum(rows.ss, rows.tt) > EPSILON**2
     # ‖s‖ − ‖t‖ = (‖s‖² − ‖t‖²) / (‖s‖ + ‖t‖) and ‖s‖² − ‖t‖² = 2 s·d − ‖d‖²
     gap = (2 * rows.sd - rows.dd) / (norm_s + norm_t)
-    share = weight / (norm_s * norm_t)
-    return share * (rows.dd - gap * gap) / 2, share, rows.sd / (norm_s * norm_s)
+    share = torch.where(has_angle, weight / (norm_s * norm_t), 0.0)
+    value = torch.where(has_angle, share * (rows.dd - gap * gap) / 2, weight * (rows.dd > 0))
+    return value, share, rows.sd / (norm_s * norm_s)
 
 
-def scaled(rows: Difference, scale, tilt):
-    """scale·(d − tilt·s) in d's place and type."""
+def scaled(rows: Difference, scale, tilt, dtype):
+    """scale·(d − tilt·s) in d's place, as an operand of the products that follow."""
     d = rows.d
     if tilt is not None:
         d = d.addcmul_(rows.s, tilt[:, None], value=-1)
-    return torch.mul(d, scale[:, None], out=d)
+    return torch.mul(d, scale[:, None], out=d).to(dtype)

@@ -32,12 +32,14 @@ def linear_kl_ce(
         h_t = w_t = head_bias_t = None
     check(h_s, w_s, head_bias_s, h_t, w_t, head_bias_t, labels, token_weight, bool(kl_weight))
     checks.check_choice("mode", mode, MODES)
+    checks.check_positive("temperature", temperature)
+    checks.check_positive("chunk_tokens", chunk_tokens)
     caps, scales = (softcap_s or 0.0, softcap_t or 0.0), (logit_scale_s, logit_scale_t)
-    covers = w_t is not None and len(w_t) >= len(w_s)
+    covers = 1.0 if w_t is not None and len(w_t) >= len(w_s) else 0.0  # a trace with any V has no bool to make it of
     loss = LogitLoss(temperature, kl_weight, ce_weight, *caps, *scales, covers)
     backend, denom = choose(backend, h_s.device), as_scalar(denom, h_s.device)
     student, teacher = (h_s, w_s, head_bias_s), (h_t, w_t, head_bias_t)
-    weight, loss = valid_weights(labels, token_weight), [float(x) for x in loss]
+    weight, loss = valid_weights(labels, token_weight), [float(x) for x in loss[:-1]] + [covers]
     if mode == "strict":
         from ted_scale.kernels.strict import strict_kl_ce
 
@@ -53,18 +55,18 @@ def linear_kl_ce(
 
 def check(h_s, w_s, b_s, h_t, w_t, b_t, labels, token_weight, teacher: bool) -> None:
     checks.check_states("h_s", h_s, None, None)
+    checks.check_given("w_s", w_s)
     rows = len(h_s)
     checks.check_weight("w_s", w_s, h_s.shape[1], "head_bias_s", b_s)
     checks.check_type("w_s", w_s, "h_s", h_s)
     if teacher:
         for name, tensor in (("h_t", h_t), ("w_t", w_t)):
-            if tensor is None:
-                raise ValueError(f"{name} must be a tensor where kl_weight is not 0, but is None")
+            checks.check_given(name, tensor, " where kl_weight is not 0")
         checks.check_states("h_t", h_t, None, rows)
         checks.check_weight("w_t", w_t, h_t.shape[1], "head_bias_t", b_t)
         checks.check_type("w_t", w_t, "h_t", h_t)
-    checks.check_labels(labels, rows)
     checks.check_vector("token_weight", token_weight, rows)
+    checks.check_labels(labels, rows, len(w_s), token_weight)
     tensors = {"h_s": h_s, "w_s": w_s, "head_bias_s": b_s, "h_t": h_t, "w_t": w_t, "head_bias_t": b_t}
     fixed = ("h_t", "w_t", "head_bias_t", "token_weight")
     checks.check_common("h_s", {**tensors, "labels": labels, "token_weight": token_weight}, fixed)

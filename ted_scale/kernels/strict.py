@@ -12,7 +12,7 @@ import torch
 from ted_scale.kernels import formulas
 from ted_scale.kernels.backend import chunks
 from ted_scale.kernels.formulas import LogitLoss, Normalizers, Statistics
-from ted_scale.kernels.matmul import add_matmul, live_rows, matmul_into, project
+from ted_scale.kernels.matmul import add_matmul, live_rows, matmul, project
 from ted_scale.zero import gathered
 
 SLICE = 4096  # columns of the vocabulary that backward holds for all tokens
@@ -56,7 +56,7 @@ def strict_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """((total, kl, ce) summed over rows, the normalizers [3, N])"""
     f = LogitLoss(*loss)
-    if not (f.kl_weight or f.ce_weight):
+    if not len(weight) or not (f.kl_weight or f.ce_weight):
         return weight.new_zeros(3), weight.new_zeros(3, len(weight))
     sides = (h_s, w_s, b_s), (h_t, w_t, b_t)
     kl, ce, normalizers = formulas.finish(statistics_of(backend)(*sides, labels, weight, f, chunk_tokens), weight, f)
@@ -78,7 +78,7 @@ def strict_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     f, n = LogitLoss(*loss), Normalizers(*normalizers)
     grads = [torch.zeros_like(t) if w else h_s.new_empty(0) for t, w in zip((h_s, w_s, b_s), wanted, strict=True)]
-    if not (f.kl_weight or f.ce_weight):
+    if not len(weight) or not (f.kl_weight or f.ce_weight):
         return tuple(grads)
     slopes, live = slopes_of(backend), live_rows(h_s, weight)
     dh = torch.zeros_like(h_s, dtype=torch.float32) if wanted[0] else None
@@ -87,13 +87,11 @@ def strict_gradients(
         if wanted[0]:
             add_matmul(dh, dz, w_s[at])
         if wanted[1]:
-            matmul_into(grads[1][at], dz.t(), live)
+            grads[1][at] = matmul(dz.t(), live).mul_(scale)  # before it is rounded: fp16 has no room for a sum
         if wanted[2]:
             grads[2][at] = dz.sum(dim=0, dtype=torch.float32) * scale
     if wanted[0]:
         torch.mul(dh, scale, out=grads[0]) if dh.dtype == grads[0].dtype else grads[0].copy_(dh.mul_(scale))
-    if wanted[1]:
-        grads[1] = torch.mul(grads[1], scale.reshape(1), out=grads[1])
     return tuple(grads)
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ted_scale.kernels.filtered_mse import Difference
 from ted_scale.kernels.tiles import COSINE, DIFFERENCE, pick
-from ted_scale.kernels.triton_tiles import load_tile, operand_of, precision, project_tile
+from ted_scale.kernels.triton_tiles import dense, load_tile, operand_of, precision, project_tile
 
 
 @triton.jit
@@ -70,6 +70,7 @@ def difference_kernel(
 
 def launch_difference(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind: str, wants_gradient: bool, room) -> Difference:
     two, rows = kind == "cosine", len(h_s)
+    h_t, w_t, b_t, h_s, w_s, b_s = dense(h_t, w_t, b_t, h_s, w_s, b_s)
     width = h_s.shape[1] if w_s is None else len(w_s)
     tensors = [h_t, h_t if w_t is None else w_t, h_s, h_s if w_s is None else w_s]
     shape = pick(COSINE if two else DIFFERENCE, *tensors)
@@ -78,7 +79,9 @@ def launch_difference(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind: str, wants_gra
     m, n, k = shape.blocks.values()
     tiles_n = triton.cdiv(width, n)
     sums = weight.new_empty(4 if two else 2, tiles_n, rows)
-    d = torch.empty(rows if wants_gradient else 0, width, dtype=h_s.dtype, device=h_s.device)
+    # Cosine's gradient takes a multiple of s from d, which may be far larger than what is left: in 16 bits nothing is.
+    dtype = torch.float32 if two else h_s.dtype
+    d = torch.empty(rows if wants_gradient else 0, width, dtype=dtype, device=h_s.device)
     s = torch.empty_like(d) if two else d
     blocks = [(m, n if w_t is None else k), (n, k), (m, n if w_s is None else k), (n, k)]
     h_t, w_t_, h_s, w_s_ = (operand_of(x, block, shape.descriptors) for x, block in zip(tensors, blocks, strict=True))

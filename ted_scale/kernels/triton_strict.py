@@ -11,7 +11,7 @@ import triton.language as tl
 from ted_scale.kernels.formulas import LogitLoss, Normalizers, Statistics, merge
 from ted_scale.kernels.tiles import SLOPES, STATISTICS, pick
 from ted_scale.kernels.triton_rows import grow, slope_of, soften, unsoften
-from ted_scale.kernels.triton_tiles import operand_of, precision, project_tile
+from ted_scale.kernels.triton_tiles import dense, operand_of, precision, project_tile
 
 PROGRAMS = 1024  # enough for any device, and no more partial sums than these
 
@@ -117,7 +117,7 @@ def launch_statistics(student, teacher, labels, weight, f: LogitLoss, chunk_toke
     out = weight.new_empty(8, triton.cdiv(tiles, a_program), rows)
     operands, sizes, options = arguments
     statistics_kernel[(row_tiles, out.shape[1])](
-        *operands, labels, weight, out, rows, vocab, shared, *sizes, a_program, f.temperature, f.softcap_s,
+        *operands, labels.contiguous(), weight, out, rows, vocab, shared, *sizes, a_program, f.temperature, f.softcap_s,
         f.softcap_t, f.scale_s, f.scale_t, **options,
     )  # fmt: skip
     return merge(Statistics(*out))
@@ -132,7 +132,7 @@ def launch_slopes(student, teacher, labels, weight, n: Normalizers, at: slice, f
     operands, sizes, options = arguments
     grid = (triton.cdiv(rows, shape.blocks["BLOCK_M"]), triton.cdiv(width, shape.blocks["BLOCK_N"]))
     slopes_kernel[grid](
-        *operands, labels, weight, torch.stack(n), dz, rows, at.start, width, shared, *sizes, width, f.temperature,
+        *operands, labels.contiguous(), weight, torch.stack(n), dz, rows, at.start, width, shared, *sizes, width, f.temperature,
         f.kl_weight, f.ce_weight, f.softcap_s, f.softcap_t, f.scale_s, f.scale_t, **options,
     )  # fmt: skip
     return dz
@@ -149,6 +149,7 @@ def prepare(table, student, teacher, f: LogitLoss):
     shared = min(len(student[1]), len(teacher[1])) if kl else 0
     kl = kl and shared > 0
     teacher = (teacher[0], teacher[1][:shared], teacher[2]) if kl else student
+    student, teacher = dense(*student), dense(*teacher)
     tensors = [student[0], student[1], teacher[0], teacher[1]]
     shape = pick(table, *tensors)
     m, n, k = shape.blocks.values()

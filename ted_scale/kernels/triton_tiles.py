@@ -31,6 +31,11 @@ def project_tile(
     return acc
 
 
+def dense(*tensors):
+    """As kernels read them: one step in memory from an entry of a row to the next."""
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
 def operand_of(tensor, block: tuple[int, int], descriptors: bool):
     """What a kernel takes for `tensor`: itself, or a descriptor of it in tiles of `block`."""
     if not descriptors:

@@ -164,6 +164,8 @@ def type_of(name: str, job: Job) -> str:
     if name in ("h_t", "w_t", "h_s", "w_s") and job.shape.descriptors:
         m, n, k = job.shape.blocks.values()
         return f"tensordesc<{job.dtype}[{m if name[0] == 'h' else n}, {k}]>"
+    if name in ("d_out", "s_out") and job.kernel == "cosine":
+        return "*fp32"
     if name in ("h_t", "w_t", "h_s", "w_s", "b_t", "b_s", "d_out", "s_out", "dz"):
         return f"*{job.dtype}"
     if name in ("z_s", "z_t", "weight", "norms", "sums", "out", "kl_out", "ce_out"):
