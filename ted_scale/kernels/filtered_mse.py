@@ -27,7 +27,7 @@ class Difference(NamedTuple):
 
     d: torch.Tensor | None  # None: no gradient is wanted
     dd: torch.Tensor
-    tt: torch.Tensor
+    tt: torch.Tensor | None  # mse needs none
     s: torch.Tensor | None = None
     ss: torch.Tensor | None = None
     sd: torch.Tensor | None = None
@@ -124,7 +124,7 @@ def difference_of(backend: str):
 
 def difference(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind: str, wants_gradient: bool, room=None) -> Difference:
     t, s = project(live_rows(h_t, weight), w_t, b_t), project(h_s, w_s, b_s, room)
-    tt = row_squares(t)
+    tt = None if kind == "mse" else row_squares(t)
     d = torch.sub(s, t, out=t)
     if kind != "cosine":
         return Difference(d, row_squares(d), tt)
