@@ -67,23 +67,12 @@ def main() -> None:
     print(f"{loss_report.hardware(arguments.device)}, {arguments.dtype}, {loss_report.versions()}", flush=True)
     if (load := loss_report.load()) > 0.25:
         print(f"other work keeps {load:.0%} of the cores: these times are of a busy machine", flush=True)
+    timed = [time_operation(o, size, dtype, arguments) for o in ARMS if o.startswith(tuple(arguments.only))]
     rows = []
-    for operation in [o for o in ARMS if o.startswith(tuple(arguments.only))]:
-        layers = operation.startswith("filtered_mse")
-        case = (layers_case if layers else logit_case)(
-            operation, size, dtype, arguments.device, **({"kl_weight": 0.0} if operation == "linear_ce" else {})
-        )
-        rows += (
-            found := measure(
-                case,
-                chosen(ARMS[operation], arguments),
-                arguments.device,
-                arguments.repeats or REPEATS[arguments.device][layers],
-            )
-        )
+    for case, steps, found in timed:  # after all times: the meter on CPU is torch's profiler, which leaves torch slower
+        weigh_all(case, steps, found, arguments.device)
         print(loss_report.table(found), flush=True)
-        del case
-        free(arguments.device)
+        rows += found
     errors = gradient_errors(arguments) if arguments.gradient_error else []
     if errors:
         print(loss_report.error_table(errors), flush=True)
@@ -92,6 +81,16 @@ def main() -> None:
         loss_report.append_csv(arguments.csv, errors, arguments.device, "bfloat16")
     if is_default(arguments):
         loss_report.targets(rows, arguments.device, arguments.check)
+
+
+def time_operation(operation: str, size: Namespace, dtype, arguments: Namespace):
+    layers, device = operation.startswith("filtered_mse"), arguments.device
+    make, fixed = (layers_case if layers else logit_case), ({"kl_weight": 0.0} if operation == "linear_ce" else {})
+    case = make(operation, size, dtype, device, **fixed)
+    repeats = arguments.repeats or REPEATS[device][layers]
+    steps, rows = measure(case, chosen(ARMS[operation], arguments), device, repeats)
+    free(device)
+    return case, steps, rows
 
 
 def parse() -> Namespace:
@@ -129,7 +128,8 @@ def chosen(arms_of: Callable, arguments: Namespace) -> dict[str, Callable]:
     return {name: make for name, make in arms_of(arguments.device).items() if name in (arguments.arms or [name])}
 
 
-def measure(case: Case, arms: dict[str, Callable], device: str, repeats: int) -> list[Row]:
+def measure(case: Case, arms: dict[str, Callable], device: str, repeats: int) -> tuple[dict[str, Callable], list[Row]]:
+    """(what runs each arm once, its row with loss, gradient and times)"""
     rows, steps, reference = [], {}, None
     for name, make in arms.items():
         row = Row(case.operation, name, case.sizes)
@@ -142,12 +142,11 @@ def measure(case: Case, arms: dict[str, Callable], device: str, repeats: int) ->
         attempt(row, lambda row=row, true=reference: warm_up(case, steps[row.arm], row, true), case, device)
         if name == "naive" and not row.failed:
             reference = row.gradient
-        attempt(row, lambda row=row: weigh(case, steps[row.arm], row, device), case, device)
         rows.append(row)
     for _ in range(repeats):
         for row in rows:
             attempt(row, lambda row=row: row.seconds.append(elapsed(steps[row.arm], device)), case, device)
-    return rows
+    return steps, rows
 
 
 def forward_backward(case: Case, arm: Callable):
@@ -162,6 +161,11 @@ def warm_up(case: Case, step: Callable, row: Row, reference) -> None:
     row.gradient = case.states[0].grad.float()
     if reference is not None:
         row.gradient_error = relative(row.gradient, reference)
+
+
+def weigh_all(case: Case, steps: dict[str, Callable], rows: list[Row], device: str) -> None:
+    for row in rows:
+        attempt(row, lambda row=row: weigh(case, steps[row.arm], row, device), case, device)
 
 
 def weigh(case: Case, step: Callable, row: Row, device: str) -> None:
@@ -215,7 +219,7 @@ def gradient_errors(arguments: Namespace) -> list[Row]:
     """
     case, true, kl = near_teacher(arguments.device)
     arms = {n: m for n, m in chosen(kl_ce_arms, arguments).items() if "compiled" not in n}
-    rows = measure(case._replace(sizes=f"{case.sizes} KL={kl:.4f}"), arms, arguments.device, 0)
+    _, rows = measure(case._replace(sizes=f"{case.sizes} KL={kl:.4f}"), arms, arguments.device, 0)
     for row in rows:
         row.gradient_error = None if row.failed else relative(row.gradient.double(), true)
     return rows
