@@ -1,17 +1,19 @@
-"""Time and peak memory of the fused losses beside plain torch and other libraries: forward and backward, one process.
+"""Time and peak memory of the fused losses beside plain torch and other libraries: forward and backward.
 
-Arms take turns, so that the machine's mood touches all alike; medians are printed with their ratio to naive eager.
-Memory is what one forward and backward needs beyond its inputs, measured apart from the time. `--check` holds the
-numbers against the project's targets.
+Each operation has a process of its own, in which its arms take turns, so that the machine's mood touches all alike;
+medians are printed with their ratio to naive eager. Memory is what one forward and backward needs beyond its inputs,
+measured apart from the time. `--check` holds the numbers against the project's targets.
 """
 
 import argparse
 import gc
+import multiprocessing
 import statistics
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,16 +65,13 @@ class Row:
 
 def main() -> None:
     arguments = parse()
-    size, dtype = Namespace(**vars(arguments)), getattr(torch, arguments.dtype)
     print(f"{loss_report.hardware(arguments.device)}, {arguments.dtype}, {loss_report.versions()}", flush=True)
     if (load := loss_report.load()) > 0.25:
         print(f"other work keeps {load:.0%} of the cores: these times are of a busy machine", flush=True)
-    timed = [time_operation(o, size, dtype, arguments) for o in ARMS if o.startswith(tuple(arguments.only))]
     rows = []
-    for case, steps, found in timed:  # after all times: the meter on CPU is torch's profiler, which leaves torch slower
-        weigh_all(case, steps, found, arguments.device)
+    for operation in [o for o in ARMS if o.startswith(tuple(arguments.only))]:
+        rows += (found := alone(operation_rows, operation, arguments))
         print(loss_report.table(found), flush=True)
-        rows += found
     errors = gradient_errors(arguments) if arguments.gradient_error else []
     if errors:
         print(loss_report.error_table(errors), flush=True)
@@ -83,14 +82,22 @@ def main() -> None:
         loss_report.targets(rows, arguments.device, arguments.check)
 
 
-def time_operation(operation: str, size: Namespace, dtype, arguments: Namespace):
+def alone(function: Callable, *arguments):
+    """In a process of its own: what one operation leaves of heap, caches and compilers is not another's to pay or to use."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+def operation_rows(operation: str, arguments: Namespace) -> list[Row]:
     layers, device = operation.startswith("filtered_mse"), arguments.device
     make, fixed = (layers_case if layers else logit_case), ({"kl_weight": 0.0} if operation == "linear_ce" else {})
-    case = make(operation, size, dtype, device, **fixed)
+    case = make(operation, arguments, getattr(torch, arguments.dtype), device, **fixed)
     repeats = arguments.repeats or REPEATS[device][layers]
     steps, rows = measure(case, chosen(ARMS[operation], arguments), device, repeats)
-    free(device)
-    return case, steps, rows
+    for row in rows:  # after all times: the meter on CPU is torch's profiler
+        attempt(row, lambda row=row: weigh(case, steps[row.arm], row, device), case, device)
+        row.gradient = None
+    return rows
 
 
 def parse() -> Namespace:
@@ -161,11 +168,6 @@ def warm_up(case: Case, step: Callable, row: Row, reference) -> None:
     row.gradient = case.states[0].grad.float()
     if reference is not None:
         row.gradient_error = relative(row.gradient, reference)
-
-
-def weigh_all(case: Case, steps: dict[str, Callable], rows: list[Row], device: str) -> None:
-    for row in rows:
-        attempt(row, lambda row=row: weigh(case, steps[row.arm], row, device), case, device)
 
 
 def weigh(case: Case, step: Callable, row: Row, device: str) -> None:
