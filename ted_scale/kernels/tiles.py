@@ -43,8 +43,8 @@ DIFFERENCE = {  # `plain` also reads raw sides
 COSINE = {
     "fp32": tile(128, 64, 32, 8, 2),
     "sm_80": tile(128, 64, 64, 8, 3),
-    "sm_90": tile(128, 128, 64, 8, 4, descriptors=True, plain=tile(128, 128, 64, 8, 3)),
-    "sm_100": tile(128, 128, 64, 8, 4, descriptors=True, plain=tile(128, 128, 64, 8, 3)),
+    "sm_90": tile(128, 128, 64, 8, 4, descriptors=True, plain=tile(128, 64, 64, 8, 3)),
+    "sm_100": tile(128, 128, 64, 8, 4, descriptors=True, plain=tile(128, 64, 64, 8, 3)),
     "gfx942": tile(128, 128, 64, 8, 2),
 }
 STATISTICS = {
