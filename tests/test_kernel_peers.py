@@ -85,10 +85,16 @@ LIMITS = {"linear_kl_ce": 0.75, "filtered_mse_nmse": 1.1, "filtered_mse_mse": 1.
 
 @pytest.mark.parametrize("operation", LIMITS)
 def test_on_a_cpu_the_time_beside_plain_torch(operation):
-    """At the size of tools/bench/losses.py, which has the figures: the least of some runs in turn."""
-    size = Namespace(**losses.SIZES["cpu"])
+    """At the size of tools/bench/losses.py, which has the figures: the least of some runs in turn, and of more of them where
+    the machine was busy with something else."""
+    size, seconds = Namespace(**losses.SIZES["cpu"]), {"naive": [], "ours": []}
     case = (layers_case if operation.startswith("filtered") else logit_case)(operation, size, torch.float32, "cpu")
     arms = {name: make for name, make in ARMS[operation]("cpu").items() if name in ("naive", "ours", "ours-chunked")}
-    _, (naive, own) = losses.measure(case, arms, "cpu", 2 if operation == "linear_kl_ce" else 7)
-    assert not naive.failed and not own.failed
-    assert min(own.seconds) <= LIMITS[operation] * min(naive.seconds), (own.seconds, naive.seconds)
+    for _ in range(4):
+        _, rows = losses.measure(case, arms, "cpu", 2 if operation == "linear_kl_ce" else 7)
+        assert not any(row.failed for row in rows)
+        for name, row in zip(seconds, rows, strict=True):
+            seconds[name] += row.seconds
+        if min(seconds["ours"]) <= LIMITS[operation] * min(seconds["naive"]):
+            return
+    pytest.fail(f"{operation} must take {LIMITS[operation]} of plain torch's time, but took {seconds}")
