@@ -1,8 +1,9 @@
 """Texts in: documents out of plain text, JSON lines and parquet files, also .gz and .zst, in a fixed order.
 
 What becomes of a document (tokens, a vocabulary) is the tools' business. Texts are not changed: no newline is
-translated, nothing is stripped but the line end that separates documents. The surprise: an unreadable document goes to
-`on_error`, which raises it (the default) or counts it and returns.
+translated, nothing is stripped but the line end that separates documents. A restart goes on behind a (file, line)
+without parsing what lies before. The surprise: an unreadable document goes to `on_error`, which raises it (the default)
+or counts it and returns.
 """
 
 import gzip
@@ -10,6 +11,8 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +31,11 @@ PACKED = {".gz", ".zst"}
 
 
 class Document(NamedTuple):
-    """A text, where it stands, and how many bytes of all inputs were read when it was complete."""
+    """A text, the number of its file, its line or row there (1 for a whole file), and the bytes of all inputs read so far."""
 
     text: str
-    source: str
-    line: int | None
+    file: int
+    line: int
     consumed: int
 
 
@@ -68,28 +71,42 @@ def _kind(path: Path) -> str:
 
 
 def read_documents(
-    files: list[Path], text_key: str = "text", document_per: str = "auto", on_error: Callable = stop
+    files: list[Path],
+    text_key: str = "text",
+    document_per: str = "auto",
+    on_error: Callable = stop,
+    after: tuple[int, int] = (0, 0),
 ) -> Iterator[Document]:
-    """Every document of the files in order; `document_per` file or line is about plain text, auto means file."""
+    """Every document behind `after`, a (file, line), in order; `document_per` is about plain text, auto means file."""
     before = 0
-    for path in files:
-        read = _parquet if _kind(path) == ".parquet" else _lines if _kind(path) in LINES else _text
-        for document in read(path, text_key, document_per, on_error):
-            yield document._replace(consumed=before + document.consumed)
+    for number, path in enumerate(files):
+        if number >= after[0]:
+            skip = after[1] if number == after[0] else 0
+            for line, text, consumed in _reader(path, text_key, document_per)(path, skip, on_error):
+                yield Document(text, number, line, before + consumed)
         before += path.stat().st_size
 
 
-def _text(path: Path, _text_key: str, document_per: str, on_error: Callable) -> Iterator[Document]:
-    per_line = document_per == "line"
-    for number, content, consumed in _raw_lines(path, on_error) if per_line else _raw_file(path, on_error):
+def _reader(path: Path, text_key: str, document_per: str) -> Callable:
+    """What reads (line, text, bytes so far) from a file of this kind, but for the first lines that are to be skipped."""
+    if _kind(path) == ".parquet":
+        return partial(_parquet, text_key)
+    if _kind(path) in LINES:
+        return partial(_json_lines, text_key)
+    return partial(_text, _raw_lines if document_per == "line" else _raw_file)
+
+
+def _text(raw: Callable, path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, str, int]]:
+    for number, content, consumed in raw(path, skip, on_error):
         try:
-            yield Document(content.decode(), str(path), number, consumed)
+            yield number, content.decode(), consumed
         except UnicodeDecodeError as error:
-            on_error(_unreadable(path, number, "UTF-8 text", error.reason))
+            line = None if raw is _raw_file else number
+            on_error(_unreadable(path, line, "UTF-8 text", error.reason))
 
 
-def _lines(path: Path, text_key: str, _document_per: str, on_error: Callable) -> Iterator[Document]:
-    for number, line, consumed in _raw_lines(path, on_error):
+def _json_lines(text_key: str, path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, str, int]]:
+    for number, line, consumed in _raw_lines(path, skip, on_error):
         if not line.strip():
             continue
         try:
@@ -98,12 +115,12 @@ def _lines(path: Path, text_key: str, _document_per: str, on_error: Callable) ->
             on_error(_unreadable(path, number, f'a JSON object with "{text_key}"', f"{type(error).__name__}: {error}"))
             continue
         if isinstance(text, str):
-            yield Document(text, str(path), number, consumed)
+            yield number, text, consumed
         else:
             on_error(_unreadable(path, number, f'a JSON object with text in "{text_key}"', type(text).__name__))
 
 
-def _parquet(path: Path, text_key: str, _document_per: str, on_error: Callable) -> Iterator[Document]:
+def _parquet(text_key: str, path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, str, int]]:
     pyarrow, parquet = _imported("pyarrow", path), _imported("pyarrow.parquet", path)
     size, row = path.stat().st_size, 0
     try:
@@ -113,17 +130,21 @@ def _parquet(path: Path, text_key: str, _document_per: str, on_error: Callable) 
                 f"{path} must have a column {text_key}, but has {', '.join(file.schema_arrow.names)}; set --text-key"
             )
         for rows in file.iter_batches(batch_size=1024, columns=[text_key]):
-            for text in rows.column(0).to_pylist():
+            texts = rows.column(0).slice(max(skip - row, 0))
+            row += len(rows) - len(texts)
+            for text in texts.to_pylist():
                 row += 1
                 if isinstance(text, str):
-                    yield Document(text, str(path), row, size * row // file.metadata.num_rows)
+                    yield row, text, size * row // file.metadata.num_rows
                 else:
                     on_error(_unreadable(path, row, f"a row with text in {text_key}", type(text).__name__))
     except (pyarrow.ArrowException, OSError) as error:
         on_error(_unreadable(path, None, "a whole parquet file", error))
 
 
-def _raw_file(path: Path, on_error: Callable) -> Iterator[tuple[None, bytes, int]]:
+def _raw_file(path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, bytes, int]]:
+    if skip:
+        return
     raw, stream, errors = _open(path)
     with raw:
         try:
@@ -131,15 +152,17 @@ def _raw_file(path: Path, on_error: Callable) -> Iterator[tuple[None, bytes, int
         except errors as error:
             on_error(_unreadable(path, None, f"a whole {path.suffix} file", error))
             return
-    yield None, content, path.stat().st_size
+    yield 1, content, path.stat().st_size
 
 
-def _raw_lines(path: Path, on_error: Callable) -> Iterator[tuple[int, bytes, int]]:
+def _raw_lines(path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, bytes, int]]:
     raw, stream, errors = _open(path)
-    number = 0
+    number = skip
     with raw:
         try:
-            for number, line in enumerate(stream, 1):
+            for _ in islice(stream, skip):
+                pass
+            for number, line in enumerate(stream, skip + 1):
                 yield number, line.removesuffix(b"\n").removesuffix(b"\r"), raw.tell()
         except errors as error:
             on_error(_unreadable(path, number + 1, f"a whole {path.suffix} file", error))

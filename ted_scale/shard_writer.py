@@ -1,101 +1,132 @@
-"""Shards out, all or nothing: written by megatron-core under hidden temporary names, renamed together at the end.
+"""Shards out: encoded documents to .bin and .idx in megatron's format, and a sidecar that says what a reader may expect.
 
-What is in them is the tokenizer tool's business, what a reader accepts shards.py's. The surprise: .idx files are
-renamed last, so a run killed at any moment leaves nothing that loads.
+Files end in .part until staging.py publishes them; what a reader accepts is shards.py's. The surprise: the sidecar is
+written last and at once, so a shard that has one is finished, and it says where the inputs stood: a restart begins there.
 """
 
+import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 
-from ted_scale.corpora import megatron_indexed
-from ted_scale.tokenizer import Tokenizer, digest
+from ted_scale.shards import DTYPES, HEADER, MAGIC
 
 
 class Encoded(NamedTuple):
     """Documents one after another, each with its end-of-document token."""
 
     ids: numpy.ndarray
-    lengths: list[int]
+    lengths: numpy.ndarray
+
+
+class Mark(NamedTuple):
+    """What of the inputs was read when a document was done: file and line, empty and unreadable ones up to it."""
+
+    file: int = 0
+    line: int = 0
+    empty: int = 0
+    skipped: int = 0
+
+
+def dtype_of(vocab_size: int) -> numpy.dtype:
+    return numpy.dtype("uint16" if vocab_size < 65500 else "int32")  # megatron's own rule
+
+
+def part(folder: Path, number: int, ending: str) -> Path:
+    return folder / f"{number:05d}{ending}.part"
+
+
+def finished_shards(folder: Path) -> list[dict]:
+    """The sidecars of the shards that a run finished in `folder`, in order."""
+    found = []
+    while (path := part(folder, len(found) + 1, ".json")).exists():
+        found.append(json.loads(path.read_text(encoding="utf-8")))
+    return found
 
 
 class Writer:
-    """Shards under temporary names until `publish`; one shard, or a numbered one whenever `shard_tokens` are full."""
+    """Shards behind the `finished` ones; a document that would make one larger than `shard_tokens` begins the next."""
 
-    def __init__(self, out: Path, shard_tokens: int | None, tokenizer_path: str, tokenizer: Tokenizer):
-        self.out, self.shard_tokens = out, shard_tokens
-        self.about = {
-            "tokenizer": str(tokenizer_path),
-            "tokenizer_digest": digest(tokenizer),
-            "vocab_size": len(tokenizer.pieces),
-            "eod_id": tokenizer.eod,
-        }
-        self.megatron = megatron_indexed()
-        self.dtype = self.megatron.DType.optimal_dtype(len(tokenizer.pieces))
-        self.names: list[str] = []
-        self.builder = None
-        self.tokens = self.documents = self.largest = 0
+    def __init__(self, folder: Path, about: dict, shard_tokens: int, finished: list[dict]):
+        self.folder, self.about, self.shard_tokens = folder, about, shard_tokens
+        self.dtype = dtype_of(about["vocab_size"])
+        self.sidecars = list(finished)
+        self._new_shard()
 
-    def add(self, encoded: Encoded) -> None:
-        start = 0
-        for length in encoded.lengths:
-            full = self.shard_tokens and self.tokens and self.tokens + length > self.shard_tokens
-            if self.builder is None or full:
-                self._next_shard()
-            ids = encoded.ids[start : start + length]
-            self.builder.add_document(ids, [length])
-            start, self.tokens, self.documents = start + length, self.tokens + length, self.documents + 1
-            self.largest = max(self.largest, int(ids.max()))
+    def _new_shard(self) -> None:
+        self.file, self.sha256, self.mark = None, hashlib.sha256(), Mark()
+        self.lengths: list[numpy.ndarray] = []
+        self.tokens = self.largest = 0
 
-    def _next_shard(self) -> None:
-        self.finish_shard()
-        name = f"{self.out.name}-{len(self.names) + 1:05d}" if self.shard_tokens else self.out.name
-        self.names.append(name)
-        self.builder = self.megatron.IndexedDatasetBuilder(str(self._temporary(name, ".bin")), dtype=self.dtype)
-        self.tokens = self.documents = self.largest = 0
+    def add(self, encoded: Encoded, marks: list[Mark]) -> None:
+        ends = numpy.cumsum(encoded.lengths, dtype=numpy.int64)
+        first = begin = 0
+        while first < len(ends):
+            stop = int(numpy.searchsorted(ends, begin + self.shard_tokens - self.tokens, side="right"))
+            if not self.tokens:
+                stop = max(stop, first + 1)  # a document beyond the bound gets a shard of its own
+            if stop > first:
+                self._append(encoded.ids[begin : ends[stop - 1]], encoded.lengths[first:stop], marks[stop - 1])
+                first, begin = stop, int(ends[stop - 1])
+            if stop < len(ends):
+                self.finish_shard()
+
+    def _append(self, ids: numpy.ndarray, lengths: numpy.ndarray, mark: Mark) -> None:
+        self.file = self.file or part(self.folder, len(self.sidecars) + 1, ".bin").open("wb")
+        self.file.write(ids.data)
+        self.sha256.update(ids.data)
+        self.lengths.append(lengths)
+        self.tokens, self.largest, self.mark = self.tokens + len(ids), max(self.largest, int(ids.max())), mark
 
     def finish_shard(self) -> None:
-        if self.builder is None:
+        if not self.tokens:
             return
-        name = self.names[-1]
-        self.builder.finalize(str(self._temporary(name, ".idx")))
-        counts = {"documents": self.documents, "tokens": self.tokens, "max_token_id": self.largest}
-        self._temporary(name, ".json").write_text(json.dumps({**self.about, **counts}, indent=1) + "\n")
-        for ending in (".bin", ".idx", ".json"):
-            _sync(self._temporary(name, ending))
-        self.builder = None
+        number, lengths = len(self.sidecars) + 1, numpy.concatenate(self.lengths).astype(numpy.int32)
+        index = index_bytes(lengths, self.dtype)
+        self.file.close()
+        part(self.folder, number, ".idx").write_bytes(index)
+        for ending in (".bin", ".idx"):
+            sync(part(self.folder, number, ending))
+        sidecar = {
+            **self.about,
+            "documents": len(lengths),
+            "tokens": self.tokens,
+            "max_token_id": self.largest,
+            "bin_bytes": self.tokens * self.dtype.itemsize,
+            "bin_sha256": self.sha256.hexdigest(),
+            "idx_sha256": hashlib.sha256(index).hexdigest(),
+            "read": self.mark._asdict(),
+        }
+        write_whole(part(self.folder, number, ".json"), as_text(sidecar))
+        self.sidecars.append(sidecar)
+        self._new_shard()
 
-    def publish(self) -> None:
-        """Rename everything to its name: an older output goes first, an index comes last."""
-        self.finish_shard()
-        for old in sorted(existing(self.out), key=lambda path: path.suffix != ".idx"):
-            old.unlink()
-        for ending in (".bin", ".json", ".idx"):
-            for name in self.names:
-                self._temporary(name, ending).rename(self.out.with_name(name + ending))
-        _sync(self.out.parent)
 
-    def _temporary(self, name: str, ending: str) -> Path:
-        return self.out.with_name(f".{name}{ending}.tmp")
+def index_bytes(lengths: numpy.ndarray, dtype: numpy.dtype) -> bytes:
+    """The .idx of documents of one sequence each: lengths, where they begin in the .bin, and document borders."""
+    code = next(code for code, name in DTYPES.items() if name == dtype.name)
+    header = HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1)
+    pointers = (numpy.cumsum(lengths, dtype=numpy.int64) - lengths) * dtype.itemsize
+    return b"".join((header, lengths.data, pointers.data, numpy.arange(len(lengths) + 1, dtype=numpy.int64).data))
 
 
-def _sync(path: Path) -> None:
+def as_text(content: dict) -> str:
+    return json.dumps(content, indent=1) + "\n"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is there with all of its text or not at all, whenever the machine stops."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.rename(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-def existing(out: Path, hidden: bool = False) -> list[Path]:
-    """Files of an output of this name, or (hidden) the temporaries of a run that died."""
-    start, end = (r"\.", r"\.tmp") if hidden else ("", "")
-    ours = re.compile(rf"{start}{re.escape(out.name)}(-\d{{5}})?\.(bin|idx|json){end}")
-    return [path for path in out.parent.iterdir() if ours.fullmatch(path.name)]
-
-
-def clear_temporaries(out: Path) -> None:
-    for path in existing(out, hidden=True):
-        path.unlink()

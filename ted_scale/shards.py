@@ -5,6 +5,7 @@ dry run can do it. Reading tokens is data.py's business. The surprise: the .idx 
 because it stores borders.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,9 @@ HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, docu
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 TOKENIZE = "write it with tools/tokenize_corpus.py"
 SHARD_NUMBER = re.compile(r"-\d{5}$")
+SMALL_INDEX = (
+    1 << 16
+)  # bytes hashed at every open, 40 us: ten thousand shards open in seconds; inspect_corpus hashes all
 
 
 class ShardIndex(NamedTuple):
@@ -49,6 +53,11 @@ def expand(path: str | os.PathLike) -> list[str]:
     return family or [prefix]
 
 
+def unfinished(prefix: str | os.PathLike) -> Path:
+    """Where the shards of this output stand until all are there; nothing in it has a name that loads."""
+    return Path(prefix).with_name(f".{Path(prefix).name}.unfinished")
+
+
 def _exists(prefix: str) -> bool:
     return Path(prefix + ".idx").exists() or Path(prefix + ".bin").exists()
 
@@ -64,6 +73,8 @@ def _prefixes(folder: Path) -> list[str]:
 def read_index(prefix: str | os.PathLike) -> ShardIndex:
     """Read and check the header of one shard; a UserError names the file that is wrong."""
     prefix = str(prefix)
+    if unfinished(prefix).exists() and not Path(prefix + ".idx").exists():
+        raise UserError(f"corpus {prefix} must be finished, but is not; run the command that began it again")
     for ending in (".idx", ".bin"):
         if not Path(prefix + ending).is_file():
             raise UserError(f"corpus file {prefix}{ending} must exist, but is missing; give a prefix, or {TOKENIZE}")
@@ -140,7 +151,57 @@ def _sidecar(prefix: str, tokens: int) -> dict | None:
             f"corpus file {path} must belong to its shard, but counts {sidecar['tokens']} tokens where the .idx has "
             f"{tokens}; delete it or tokenize again"
         )
+    check_recorded(prefix, sidecar, SMALL_INDEX)
     return sidecar
+
+
+def check_recorded(prefix: str, sidecar: dict, largest_index: float = float("inf")) -> None:
+    """The files are those that the sidecar was written for: the .bin's size, and the digest of an .idx up to a size."""
+    size, idx = Path(prefix + ".bin").stat().st_size, Path(prefix + ".idx")
+    if sidecar.get("bin_bytes", size) != size:
+        raise UserError(
+            f"corpus file {prefix}.bin must hold the {sidecar['bin_bytes']} bytes that {prefix}.json records, but holds "
+            f"{size}; copy it again"
+        )
+    if "idx_sha256" in sidecar and idx.stat().st_size <= largest_index:
+        check_digest(idx, sidecar["idx_sha256"])
+
+
+def check_digest(path: Path, recorded: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != recorded:
+        raise UserError(
+            f"corpus file {path} must have the digest that its .json records ({recorded[:12]}…), but has {found[:12]}…; "
+            "copy it again"
+        )
+
+
+def document_borders(index: ShardIndex) -> numpy.ndarray:
+    """Where documents begin, in tokens, and behind the last one where it ends."""
+    lengths = numpy.fromfile(index.prefix + ".idx", "<i4", index.sequences, offset=HEADER.size)
+    borders = numpy.fromfile(
+        index.prefix + ".idx", "<i8", index.documents + 1, offset=HEADER.size + 12 * index.sequences
+    )
+    ends = numpy.concatenate([[0], numpy.cumsum(lengths, dtype=numpy.int64)])
+    sound = lengths.min() >= 0 and ends[-1] == index.tokens and borders[0] == 0 and (numpy.diff(borders) >= 0).all()
+    if not sound:
+        raise UserError(
+            f"corpus file {index.prefix}.idx must hold lengths that add up and borders in order, but does not; {TOKENIZE}"
+        )
+    return ends[borders]
+
+
+def tokenizer_of(what: str, indices: list[ShardIndex]) -> tuple[str, str] | None:
+    """(shard, digest) of the one tokenizer that signed shards are written with; `what` names them where there are two."""
+    signed = [(i.prefix, i.sidecar["tokenizer_digest"]) for i in indices if "tokenizer_digest" in (i.sidecar or {})]
+    for prefix, digest in signed:
+        if digest != signed[0][1]:
+            raise UserError(
+                f"{what} must be written with one tokenizer, but {prefix} is written with another than {signed[0][0]}; "
+                "tokenize one of them again"
+            )
+    return signed[0] if signed else None
 
 
 def check_vocabulary(index: ShardIndex, vocab_size: int) -> None:

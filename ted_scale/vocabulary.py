@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ted_scale.errors import UserError
 from ted_scale.models import Anatomy, quiet_transformers
-from ted_scale.shards import ShardIndex
+from ted_scale.shards import ShardIndex, tokenizer_of
 from ted_scale.tokenizer import digest, load_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -31,18 +31,10 @@ def check_same_tokenizer(student: Anatomy, teacher: Anatomy) -> None:
 
 def check_corpus_tokenizer(indices: list[ShardIndex], student: Anatomy) -> None:
     """Ids of another tokenizer are in range as well, so only the digests in the sidecars tell; who has none passes."""
-    written = {
-        i.prefix: i.sidecar["tokenizer_digest"] for i in indices if i.sidecar and "tokenizer_digest" in i.sidecar
-    }
+    written = tokenizer_of("data.corpora", indices)
     if not written:
         return
-    first, theirs = next(iter(written.items()))
-    for prefix, other in written.items():
-        if other != theirs:
-            raise UserError(
-                f"data.corpora must be written with one tokenizer, but {prefix} is written with another than {first}; "
-                "tokenize one of them again"
-            )
+    first, theirs = written
     if has_tokenizer(student.folder) and digest(student_tokenizer(student.folder)) != theirs:
         raise UserError(
             f"data.corpora must be written with the student's tokenizer, but {first} is written with another than the "

@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.corpora import megatron_indexed  # noqa: E402
+from ted_scale.documents import find_files, read_documents  # noqa: E402
 from ted_scale.errors import UserError  # noqa: E402
-from ted_scale.shards import expand, read_index  # noqa: E402
+from ted_scale.shards import expand, read_index, unfinished  # noqa: E402
 from tools import tokenize_corpus, train_tokenizer  # noqa: E402
 
 HARSH = [
@@ -141,6 +142,26 @@ def test_every_kind_of_file_gives_the_same_shard(tmp_path, folder, texts, refere
     assert tokenize(folder, tmp_path / "out", source) == reference[1]
 
 
+@pytest.mark.parametrize("write", [as_plain, as_gzip, as_zstandard, as_parquet])
+def test_reading_goes_on_behind_any_document(tmp_path, write):
+    first = write(tmp_path / "first", ["one", "", "two\n\nlines", "three"])
+    last = write(tmp_path / "last", ["four", "five"])
+    files = find_files([str(first), str(last)])
+    documents = list(read_documents(files))
+    assert [d.text for d in documents] == ["one", "", "two\n\nlines", "three", "four", "five"]
+    for number, document in enumerate(documents, 1):
+        assert list(read_documents(files, after=(document.file, document.line))) == documents[number:]
+
+
+def test_what_cannot_be_read_is_met_again_behind_the_place_and_not_before_it(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "one"}\n[]\n\n{"text": "two"}\n{"text": 3}\n')
+    for after, expected in (((0, 0), [2, 5]), ((0, 1), [2, 5]), ((0, 4), [5])):
+        errors = []
+        list(read_documents([path], on_error=errors.append, after=after))
+        assert [int(str(e).split(":")[1].split()[0]) for e in errors] == expected
+
+
 def test_one_document_a_line_equals_json_lines(tmp_path, folder):
     (tmp_path / "lines.txt").write_bytes(b"one\n\n two \r\nthree")
     source = write_jsonl(tmp_path / "lines.jsonl", ["one", "", " two ", "three"])
@@ -208,7 +229,7 @@ def test_an_existing_output_is_replaced_only_on_demand(tmp_path, folder, referen
     tokenize(folder, tmp_path / "c", source, "--shard-tokens", 3000)
     assert "must be a new name, but exists" in refused(folder, tmp_path / "c", source)
     assert tokenize(folder, tmp_path / "c", source, "--overwrite") == expected
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.bin", "c.idx", "c.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.bin", "c.idx", "c.json", "c.manifest.json"]
 
 
 def test_a_tokenizer_without_end_token_or_that_does_not_load_is_refused(tmp_path, folder):
@@ -231,7 +252,7 @@ def test_a_special_token_in_a_text_becomes_one_only_on_demand(tmp_path, folder):
     (tmp_path / "tok" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     (tmp_path / "tok" / "tokenizer_config.json").write_text(json.dumps({**settings, "split_special_tokens": False}))
     source = write_jsonl(tmp_path / "a.jsonl", ["one</s>two"])
-    for out, flags, ends in (("text", [], 1), ("parsed", ["--parse-special"], 2)):
+    for out, flags, ends in (("text", [], 1), ("parsed", ["--parse-special"], 2), ("workers", ["--workers", 2], 1)):
         tokens = tokenize(tmp_path / "tok", tmp_path / out, source, *flags, tokenizer="")[0]
         assert numpy.frombuffer(tokens, numpy.uint16).tolist().count(2) == ends
 
@@ -257,40 +278,41 @@ def alive(pid):
 
 
 def test_a_killed_run_leaves_nothing_that_loads_no_worker_behind_and_a_second_run_succeeds(tmp_path, folder, texts):
-    source = write_jsonl(tmp_path / "long.jsonl", texts * 80)
-    temporary, out = tmp_path / "out" / ".c.bin.tmp", tmp_path / "out" / "c"
+    source, out = write_jsonl(tmp_path / "long.jsonl", texts * 80), tmp_path / "out" / "c"
+    written = unfinished(out) / "00001.bin.part"
     run = start(folder, out, source, "--workers", "2")
     deadline = time.time() + 40
-    while not (temporary.exists() and temporary.stat().st_size) and time.time() < deadline:
+    while not (written.exists() and written.stat().st_size) and time.time() < deadline:
         time.sleep(0.01)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     assert run.poll() is None and len(children) >= 2
     run.send_signal(signal.SIGKILL)
     run.communicate()
-    assert temporary.exists() and not [p for p in out.parent.iterdir() if not p.name.startswith(".")]
-    with pytest.raises(UserError, match="but is missing"):
+    assert written.exists() and not [p for p in out.parent.iterdir() if not p.name.startswith(".")]
+    with pytest.raises(UserError, match="c must be finished, but is not"):
         read_index(expand(out)[0])
     while any(alive(pid) for pid in children) and time.time() < deadline:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in children)
     tokenize(folder, out, write_jsonl(tmp_path / "short.jsonl", texts))
-    assert sorted(p.name for p in out.parent.iterdir()) == ["c.bin", "c.idx", "c.json"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["c.bin", "c.idx", "c.json", "c.manifest.json"]
     assert read_index(out).documents == len(texts)
 
 
 def test_idle_workers_end_with_a_killed_run(folder):
     code = f"""
 import multiprocessing, time
+from ted_scale.tokenizer import load_tokenizer
 from tools.tokenize_corpus import Batch, encode_all
 
 def groups():
     for _ in range(20):
-        yield Batch(["text"], 0)
+        yield Batch(["text"], [], 0)
     time.sleep(1)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(60)
 
-list(encode_all(groups(), 2, ({str(folder / "tokenizer.model")!r}, False)))
+list(encode_all(groups(), 2, load_tokenizer({str(folder / "tokenizer.model")!r})))
 """
     run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     workers = run.stdout.readline().split()

@@ -1,82 +1,89 @@
 """Text in, Megatron .bin/.idx shards out: python tools/tokenize_corpus.py --tokenizer T --out FOLDER/NAME INPUT...
 
-Reading is documents.py's part, writing shard_writer.py's. Workers tokenize, this process reads and writes in input
-order. The surprise: so the shards do not depend on the number of workers, byte for byte.
+Reading is documents.py's part, writing shard_writer.py's, going on after a kill staging.py's. Workers tokenize, this
+process reads and writes in input order. The surprise: so the shards do not depend on workers or kills, byte for byte.
 """
 
 import argparse
 import collections
-import fcntl
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 
+from ted_scale import staging
 from ted_scale.documents import find_files, read_documents, stop
 from ted_scale.errors import UserError, run_main
-from ted_scale.shard_writer import Encoded, Writer, clear_temporaries, existing
-from ted_scale.tokenizer import load_tokenizer
+from ted_scale.shard_writer import Encoded, Mark, Writer, dtype_of
+from ted_scale.shards import unfinished
+from ted_scale.tokenizer import Tokenizer, digest, load_tokenizer
 
 BATCH_CHARACTERS = 1 << 18
 BATCH_DOCUMENTS = 256
+SHARD_TOKENS = 250_000_000  # 0.5 or 1 GB: a terabyte of text becomes about a thousand shards, a kill costs minutes
 
 
 class Batch(NamedTuple):
     texts: list[str]
+    marks: list[Mark]
     consumed: int
 
 
 _worker: dict = {}
 
 
-def _start_worker(path: str, parse_special: bool) -> None:
+def _start_worker(encode, eod: int, dtype: numpy.dtype) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     if parent:
         # The parent's end is the worker's end, even by kill -9; Ctrl-C is the parent's to handle.
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker["tokenizer"] = load_tokenizer(path, parse_special)
+    _worker.update(encode=encode, eod=eod, dtype=dtype)
 
 
 def _encode(texts: list[str]) -> Encoded:
-    tokenizer = _worker["tokenizer"]
-    documents = [[*ids, tokenizer.eod] for ids in tokenizer.encode(texts)]
-    ids = numpy.fromiter((i for document in documents for i in document), numpy.int32)
-    return Encoded(ids, [len(document) for document in documents])
+    documents = _worker["encode"](texts)
+    for ids in documents:
+        ids.append(_worker["eod"])
+    lengths = numpy.fromiter(map(len, documents), numpy.int64, len(documents))
+    return Encoded(numpy.fromiter(chain.from_iterable(documents), _worker["dtype"], lengths.sum()), lengths)
 
 
 def batches(documents, counts: collections.Counter):
     """Documents grouped for a worker; empty ones are counted and left out."""
-    texts, characters, consumed = [], 0, 0
+    texts, marks, characters, consumed = [], [], 0, 0
     for document in documents:
         consumed = document.consumed
         if not document.text.strip():
             counts["empty"] += 1
             continue
         texts.append(document.text)
+        marks.append(Mark(document.file, document.line, counts["empty"], counts["skipped"]))
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS:
-            yield Batch(texts, consumed)
-            texts, characters = [], 0
+            yield Batch(texts, marks, consumed)
+            texts, marks, characters = [], [], 0
     if texts:
-        yield Batch(texts, consumed)
+        yield Batch(texts, marks, consumed)
 
 
-def encode_all(groups, workers: int, tokenizer: tuple):
+def encode_all(groups, workers: int, tokenizer: Tokenizer):
     """(batch, encoded) in the order of the batches, at most a few batches ahead of the writer."""
+    start = (tokenizer.encode, tokenizer.eod, dtype_of(len(tokenizer.pieces)))
     if workers == 1:
-        _start_worker(*tokenizer)
+        _start_worker(*start)
         yield from ((group, _encode(group.texts)) for group in groups)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=tokenizer)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=start)
     waiting = collections.deque()
     try:
         for group in groups:
@@ -90,51 +97,66 @@ def encode_all(groups, workers: int, tokenizer: tuple):
         pool.shutdown(cancel_futures=True)
 
 
-def _claim(out: Path, overwrite: bool):
-    """Lock the output name, refuse one that is taken, clear what a dead run left; the lock ends with the process."""
-    if out.is_dir() or out.name.endswith((".bin", ".idx")):
-        raise UserError(
-            f"--out must be a prefix like FOLDER/NAME without ending, but is {out}; add or shorten the name"
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not overwrite and any(path.suffix == ".idx" for path in existing(out)):
-        raise UserError(f"--out {out} must be a new name, but exists; choose another or pass --overwrite")
-    lock = out.with_name(f".{out.name}.lock").open("w")  # held until the process ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"--out {out} must be written by one run, but another one is writing it; wait for it") from None
-    clear_temporaries(out)
-    return lock
+def describe_job(args, files: list[Path], tokenizer: Tokenizer) -> dict:
+    """All that decides the output's bytes: who goes on with an unfinished one must have the same."""
+    options = ("text_key", "document_per", "parse_special", "on_error", "shard_tokens")
+    return {
+        "tokenizer": str(args.tokenizer),
+        "tokenizer_digest": digest(tokenizer),
+        "tokenizer_content": tokenizer.content,
+        "vocab_size": len(tokenizer.pieces),
+        "eod_id": tokenizer.eod,
+        "options": {name: getattr(args, name) for name in options},
+        "sources": describe_sources(files),
+    }
 
 
-def tokenize(args, files: list[Path], counts: collections.Counter) -> float:
-    """Everything from files to published shards; the seconds it took."""
-    from tqdm import tqdm
+def describe_sources(files: list[Path]) -> list[dict]:
+    stats = [path.stat() for path in files]
+    return [
+        {"path": str(p), "bytes": s.st_size, "modified_ns": s.st_mtime_ns} for p, s in zip(files, stats, strict=True)
+    ]
+
+
+def tokenize(args, files: list[Path], tokenizer: Tokenizer, job: dict) -> dict:
+    """Everything from files to finished shards and their manifest, behind the shards that are finished already."""
+    about = {key: job[key] for key in ("tokenizer", "tokenizer_digest", "vocab_size", "eod_id")}
+    finished = staging.begin(args.out, job, args.overwrite)
+    if manifest := staging.staged_manifest(args.out):
+        return manifest
+    writer = Writer(unfinished(args.out), about, args.shard_tokens, finished)
+    mark = Mark(**finished[-1]["read"]) if finished else Mark()
+    counts = collections.Counter(empty=mark.empty, skipped=mark.skipped)
 
     def skip(_error: UserError) -> None:
         counts["skipped"] += 1
 
-    writer = Writer(args.out, args.shard_tokens, args.tokenizer, load_tokenizer(args.tokenizer, args.parse_special))
-    documents = read_documents(files, args.text_key, args.document_per, skip if args.on_error == "skip" else stop)
-    size, began = sum(path.stat().st_size for path in files), time.perf_counter()
-    groups = encode_all(batches(documents, counts), args.workers, (args.tokenizer, args.parse_special))
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None, mininterval=0.5) as bar:
-        for group, encoded in groups:
-            writer.add(encoded)
-            counts["documents"] += len(encoded.lengths)
-            counts["tokens"] += len(encoded.ids)
-            rate = counts["tokens"] / (time.perf_counter() - began)
-            bar.set_postfix_str(f"{counts['documents']} documents, {rate:,.0f} tokens/s", refresh=False)
-            bar.update(group.consumed - bar.n)
-    if not counts["documents"]:
+    on_error = skip if args.on_error == "skip" else stop
+    documents = read_documents(files, args.text_key, args.document_per, on_error, mark[:2])
+    write(encode_all(batches(documents, counts), args.workers, tokenizer), writer, job["sources"])
+    if not writer.sidecars:
         raise UserError(
             f"input {' '.join(args.inputs)} must hold a document with text, but holds none "
             f"({counts['empty']} empty, {counts['skipped']} skipped); check the files and --text-key"
         )
-    writer.publish()
-    counts["shards"] = len(writer.names)
-    return time.perf_counter() - began
+    if describe_sources(files) != job["sources"]:
+        raise UserError("the input files must stay as they are while they are read, but one changed; pass --overwrite")
+    return staging.describe(args.out.name, job, writer.sidecars, dict(counts))
+
+
+def write(groups, writer: Writer, sources: list[dict]) -> None:
+    """Batches into shards, with a bar of the input's bytes."""
+    from tqdm import tqdm
+
+    tokens, began = 0, time.perf_counter()
+    with tqdm(total=sum(s["bytes"] for s in sources), unit="B", unit_scale=True, disable=None, mininterval=0.5) as bar:
+        for group, encoded in groups:
+            writer.add(encoded, group.marks)
+            tokens += len(encoded.ids)
+            rate = tokens / (time.perf_counter() - began)
+            bar.set_postfix_str(f"{rate:,.0f} tokens/s, {len(writer.sidecars)} shards", refresh=False)
+            bar.update(group.consumed - bar.n)
+    writer.finish_shard()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -144,7 +166,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", required=True, type=Path, help="prefix of the shards: FOLDER/NAME")
     parser.add_argument("--text-key", default="text", help="key or column of the text in .jsonl and .parquet")
-    parser.add_argument("--shard-tokens", type=int, help="begin NAME-00002 … before a shard grows beyond this")
+    parser.add_argument(
+        "--shard-tokens", type=int, default=SHARD_TOKENS, help="begin NAME-00002 … before a shard grows beyond this"
+    )
     parser.add_argument(
         "--workers", type=int, help="processes that tokenize; default: one a core, fewer for little text"
     )
@@ -157,7 +181,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--parse-special", action="store_true", help="special tokens spelled out in a text become tokens"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an output of this name")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an output of this name, or what another command left of it"
+    )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text, .jsonl, .parquet, also .gz/.zst; or folders")
     args = parser.parse_args(argv)
     for name in ("workers", "shard_tokens"):
@@ -167,21 +193,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, counts = parse(argv), collections.Counter()
+    args, began = parse(argv), time.perf_counter()
     files = find_files(args.inputs)
     size = sum(path.stat().st_size for path in files)
     args.workers = args.workers or min(len(os.sched_getaffinity(0)), 1 + (size >> 21))
-    lock = _claim(args.out, args.overwrite)
+    tokenizer = load_tokenizer(args.tokenizer, args.parse_special)
+    lock = staging.claim(args.out)
     try:
-        seconds = tokenize(args, files, counts)
+        manifest = tokenize(args, files, tokenizer, describe_job(args, files, tokenizer))
+        staging.publish(args.out, manifest)
     finally:
-        clear_temporaries(args.out)
-        Path(lock.name).unlink()
+        staging.leave(args.out)
         lock.close()
     print(
-        f"{counts['documents']:,} documents, {counts['tokens']:,} tokens from {size:,} bytes in {seconds:.1f} s "
-        f"({counts['tokens'] / seconds:,.0f} tokens/s) -> {args.out}, {counts['shards']} shard(s); "
-        f"{counts['empty']} empty and {counts['skipped']} unreadable left out"
+        f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens from {size:,} bytes -> {args.out}, "
+        f"{len(manifest['shards'])} shard(s), in {time.perf_counter() - began:.1f} s; "
+        f"{manifest['empty']} empty and {manifest['skipped']} unreadable left out"
     )
 
 

@@ -1,0 +1,142 @@
+"""An output in the making: the hidden folder .NAME.unfinished beside it, until its shards and manifest are published.
+
+shard_writer.py fills it. The manifest says what is true of the whole output: its job (tokenizer, options, source files),
+totals, and a digest of every shard's sidecar, which owns what is true of the shard. The surprise: a staged manifest
+means that renaming has begun, and a restart then only goes on renaming.
+"""
+
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+from ted_scale.errors import UserError
+from ted_scale.shard_writer import as_text, finished_shards, part, sync, write_whole
+from ted_scale.shards import unfinished
+
+TOTALS = ("documents", "tokens")
+
+
+def claim(out: Path):
+    """The staging folder, locked: the lock is the open file, and ends with the process."""
+    if out.is_dir() or out.name.endswith((".bin", ".idx")):
+        raise UserError(
+            f"--out must be a prefix like FOLDER/NAME without ending, but is {out}; add or shorten the name"
+        )
+    unfinished(out).mkdir(parents=True, exist_ok=True)
+    lock = (unfinished(out) / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(f"--out {out} must be written by one run, but another one is writing it; wait for it") from None
+    return lock
+
+
+def begin(out: Path, job: dict, overwrite: bool) -> list[dict]:
+    """The sidecars of the shards that stand; the same job goes on behind them, another one begins anew on demand."""
+    folder = unfinished(out)
+    finished, publishing = finished_shards(folder), bool(staged_manifest(out))
+    if not (overwrite or publishing) and any(path.suffix == ".idx" for path in existing(out)):
+        raise UserError(f"--out {out} must be a new name, but exists; choose another or pass --overwrite")
+    changes = changed(read_json(folder / "job.json"), job)
+    if changes and (finished or publishing) and not overwrite:
+        raise UserError(
+            f"--out {out} must go on with the command that began it, but {changes[0]} changed since; run that command "
+            "again, or pass --overwrite to begin anew"
+        )
+    if changes:
+        clear(folder)
+        finished = []
+    write_whole(folder / "job.json", as_text(job))
+    return finished
+
+
+def changed(begun: dict, job: dict) -> list[str]:
+    """What of a job differs, as the command line calls it. Skipping what cannot be read may begin where a run stopped."""
+    flags = {f"--{key.replace('_', '-')}": value for key, value in begun.get("options", {}).items()}
+    wanted = {f"--{key.replace('_', '-')}": value for key, value in job["options"].items()}
+    if wanted.get("--on-error") == "skip":
+        flags["--on-error"] = "skip"
+    names = {"sources": "the input files"}
+    rest = [names.get(key, "--tokenizer") for key in job if key != "options" and begun.get(key) != job[key]]
+    return rest + [flag for flag in wanted if flags.get(flag) != wanted[flag]]
+
+
+def clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != "lock":
+            path.unlink()
+
+
+def leave(out: Path) -> None:
+    """After a run that failed: what is finished stays for the next one, and nothing else does."""
+    folder = unfinished(out)
+    if folder.exists() and not finished_shards(folder) and not staged_manifest(out):
+        shutil.rmtree(folder)
+
+
+def staged_manifest(out: Path) -> dict:
+    """The manifest of a run that began to publish and did not come to its end; nothing otherwise."""
+    return read_json(unfinished(out) / "manifest.json")
+
+
+def publish(out: Path, manifest: dict) -> None:
+    """Everything to its name: an older output goes first, every .bin comes before any .idx, the manifest last."""
+    folder = unfinished(out)
+    if not staged_manifest(out):
+        write_whole(folder / "manifest.json", as_text(manifest))
+    moves = {
+        out.with_name(shard["name"] + ending): part(folder, number, ending)
+        for ending in (".bin", ".json", ".idx")
+        for number, shard in enumerate(manifest["shards"], 1)
+    }
+    done = {to for to, staged in moves.items() if not staged.exists()}
+    for old in sorted(existing(out), key=lambda path: path.suffix != ".idx"):
+        if old not in done:
+            old.unlink()
+    for to, staged in moves.items():
+        if to not in done:
+            staged.rename(to)
+    sync(out.parent)
+    (folder / "manifest.json").rename(manifest_path(out))
+    sync(out.parent)
+    shutil.rmtree(folder)
+
+
+def describe(name: str, job: dict, sidecars: list[dict], left_out: dict) -> dict:
+    """The manifest: one shard is called NAME, several NAME-00001 and so on."""
+    numbered = len(sidecars) > 1
+    names = [f"{name}-{number:05d}" if numbered else name for number in range(1, len(sidecars) + 1)]
+    digests = [hashlib.sha256(as_text(sidecar).encode()).hexdigest() for sidecar in sidecars]
+    return sealed(
+        {
+            **job,
+            **{key: sum(sidecar[key] for sidecar in sidecars) for key in TOTALS},
+            **left_out,
+            "shards": [{"name": n, "sidecar_sha256": d} for n, d in zip(names, digests, strict=True)],
+        }
+    )
+
+
+def sealed(manifest: dict) -> dict:
+    """The manifest with a digest of all the rest of it, so that an edited one is known."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return {**rest, "digest": hashlib.sha256(as_text(rest).encode()).hexdigest()}
+
+
+def manifest_path(out: str | Path) -> Path:
+    return Path(f"{out}.manifest.json")
+
+
+def read_json(path: Path) -> dict:
+    """What the file holds; nothing where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def existing(out: Path) -> list[Path]:
+    """The files of a published output of this name."""
+    ours = re.compile(rf"{re.escape(out.name)}((-\d{{5}})?\.(bin|idx|json)|\.manifest\.json)")
+    return [path for path in out.parent.iterdir() if ours.fullmatch(path.name)]
