@@ -131,6 +131,19 @@ def manifest_path(out: str | Path) -> Path:
     return Path(f"{out}.manifest.json")
 
 
+def read_manifest(out: Path) -> dict:
+    """The manifest of a published output, whole; nothing where there is none, as for shards of other tools."""
+    path = manifest_path(out)
+    try:
+        manifest = read_json(path)
+        sound = not path.exists() or sealed(manifest) == manifest
+    except (ValueError, AttributeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path} must be as it was written, but its digest is another; copy it again, or delete it")
+    return manifest
+
+
 def read_json(path: Path) -> dict:
     """What the file holds; nothing where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

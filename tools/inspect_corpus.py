@@ -1,0 +1,219 @@
+"""A corpus, looked at: python tools/inspect_corpus.py PATH [--verify] [--picture FILE.svg] [--tokenizer T]
+
+Counts, a histogram of document lengths and a few documents in words; --verify reads every byte and leaves exit code 1
+where something is damaged. PATH is what a run file takes: a prefix, a shard, or a folder. The surprise: shards of other
+tools have neither digests nor a vocabulary, so less of them can be verified, and the last line says how much was.
+"""
+
+import argparse
+import collections
+import hashlib
+import random
+import sys
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is on the path, its parent is not
+
+import numpy
+
+from ted_scale.errors import UserError, run_main
+from ted_scale.shards import (
+    SHARD_NUMBER,
+    ShardIndex,
+    check_digest,
+    check_recorded,
+    document_borders,
+    expand,
+    out_of_vocabulary,
+    read_index,
+    tokenizer_of,
+)
+from ted_scale.staging import TOTALS, manifest_path, read_manifest
+from ted_scale.tokenizer import Tokenizer, digest, load_tokenizer
+from tools.length_picture import Lengths, bins, picture, subtitle
+
+SHOWN = 400  # characters of a document
+BAR = 50
+CHUNK = 1 << 24  # tokens in memory at once
+
+
+def lengths_of(indices: list[ShardIndex]) -> Lengths:
+    """Of all documents, exactly; in memory there is one shard's index at a time."""
+    counts: collections.Counter[int] = collections.Counter()
+    for index in indices:
+        values, times = numpy.unique(numpy.diff(document_borders(index)), return_counts=True)
+        counts.update(dict(zip(values.tolist(), times.tolist(), strict=True)))
+    values = numpy.array(sorted(counts))
+    return Lengths(values, numpy.array([counts[value] for value in values.tolist()]))
+
+
+def summary(path: str, indices: list[ShardIndex], manifests: dict[str, dict]) -> str:
+    tokens, size = sum(i.tokens for i in indices), sum(Path(i.prefix + ".bin").stat().st_size for i in indices)
+    lines = [
+        f"{path}: {len(indices):,} shard(s), {sum(i.documents for i in indices):,} documents, {tokens:,} tokens, "
+        f"{size:,} bytes of {'/'.join(sorted({i.dtype.name for i in indices}))}"
+    ]
+    signed = [i.sidecar for i in indices if "tokenizer_digest" in (i.sidecar or {})]
+    if signed:
+        first = signed[0]
+        lines.append(
+            f"tokenizer {first['tokenizer']}: vocabulary {first['vocab_size']:,}, documents end with {first['eod_id']}, "
+            f"digest {first['tokenizer_digest'][:12]}"
+        )
+    for name, manifest in manifests.items():
+        lines.append(
+            f"{name} is made of {len(manifest['sources']):,} file(s), {sum(s['bytes'] for s in manifest['sources']):,} "
+            f"bytes; {manifest['empty']:,} empty and {manifest['skipped']:,} unreadable documents left out"
+        )
+    return "\n".join(lines)
+
+
+def histogram(lengths: Lengths) -> str:
+    found = bins(lengths, 1)
+    most = max(count for _, _, count in found)
+    rows = [
+        f"{begin:>13,} to {end - 1:<13,} {'#' * round(BAR * count / most):<{BAR}} {count:,}"
+        for begin, end, count in found
+    ]
+    return "\n".join([subtitle(lengths).replace(" (dashed)", ""), *rows])
+
+
+def choose_tokenizer(arguments, indices: list[ShardIndex]) -> Tokenizer | None:
+    """The one that is asked for, or for documents in words the one that the corpus names; it must be the corpus's own."""
+    written = tokenizer_of(f"corpus {arguments.path}", indices)
+    named = next((i.sidecar["tokenizer"] for i in indices if "tokenizer" in (i.sidecar or {})), None)
+    path = arguments.tokenizer or (named if arguments.documents else None)
+    if path is None:
+        if arguments.documents:
+            raise UserError(
+                f"corpus {arguments.path} must say its tokenizer to be shown in words, but does not; pass --tokenizer, or "
+                "--documents 0"
+            )
+        return None
+    tokenizer = load_tokenizer(path)
+    if written and digest(tokenizer) != written[1]:
+        raise UserError(
+            f"--tokenizer must be the one that {written[0]} is written with ({named}), but is another, {path}; name that one"
+        )
+    return tokenizer
+
+
+def show_documents(indices: list[ShardIndex], tokenizer: Tokenizer, number: int, seed: int) -> None:
+    starts = list(accumulate((i.documents for i in indices), initial=0))
+    for document in sorted(random.Random(seed).sample(range(starts[-1]), min(number, starts[-1]))):
+        shard = bisect_right(starts, document) - 1
+        index = indices[shard]
+        begin, end = document_borders(index)[document - starts[shard] :][:2].tolist()
+        ids = tokens_of(index)[begin:end].tolist()
+        print(f"\ndocument {document - starts[shard]:,} of {index.prefix}, {end - begin:,} tokens")
+        words = tokenizer.decode([i for i in ids[: 4 * SHOWN] if i != tokenizer.eod])
+        for line in (words[:SHOWN] + " …" * (len(words) > SHOWN)).splitlines():
+            print("    " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+
+
+def tokens_of(index: ShardIndex) -> numpy.ndarray:
+    return numpy.memmap(index.prefix + ".bin", index.dtype, "r", shape=(index.tokens,))
+
+
+def damages(prefixes: list[str], names: list[str], vocabulary: int | None) -> list[str]:
+    """One sentence for every shard and manifest that is not as it was written."""
+    checks = [(check_shard, (prefix, vocabulary)) for prefix in prefixes]
+    checks += [(check_manifest, (name, prefixes)) for name in names]
+    found = []
+    for check, arguments in checks:
+        try:
+            check(*arguments)
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def check_shard(prefix: str, vocabulary: int | None) -> None:
+    index = read_index(prefix)
+    sidecar = index.sidecar or {}
+    check_recorded(prefix, sidecar)
+    document_borders(index)
+    if "bin_sha256" in sidecar:
+        check_digest(Path(prefix + ".bin"), sidecar["bin_sha256"])
+    tokens, vocabulary = tokens_of(index), vocabulary or sidecar.get("vocab_size")
+    for begin in range(0, len(tokens), CHUNK):
+        chunk = tokens[begin : begin + CHUNK]
+        for token in (int(chunk.min()), int(chunk.max())):
+            if vocabulary and not 0 <= token < vocabulary:
+                raise out_of_vocabulary(prefix, token, vocabulary)
+
+
+def check_manifest(name: str, prefixes: list[str]) -> None:
+    path, folder, manifest = manifest_path(name), Path(name).parent, read_manifest(Path(name))
+    listed = [str(folder / shard["name"]) for shard in manifest["shards"]]
+    ours = [prefix for prefix in prefixes if SHARD_NUMBER.sub("", prefix) == name]
+    for prefix in sorted(set(listed) ^ set(ours)):
+        state = "is missing" if prefix in listed else "is there as well"
+        raise UserError(f"the shards of {path} must be those beside it, but {prefix} {state}; copy the corpus again")
+    for prefix, shard in zip(listed, manifest["shards"], strict=True):
+        sidecar = Path(prefix + ".json")
+        if not sidecar.exists() or hashlib.sha256(sidecar.read_bytes()).hexdigest() != shard["sidecar_sha256"]:
+            raise UserError(f"{sidecar} must have the digest that {path} records, but has another; copy it again")
+    for key in TOTALS:
+        if manifest[key] != (total := sum(getattr(read_index(prefix), key) for prefix in listed)):
+            raise UserError(f"{path} must count {total} {key} as its shards do, but counts {manifest[key]}")
+
+
+def outputs_of(prefixes: list[str]) -> list[str]:
+    """Those with a manifest and all of their shards asked for: one shard alone is not held against the whole."""
+    names = sorted({SHARD_NUMBER.sub("", prefix) for prefix in prefixes})
+    return [name for name in names if manifest_path(name).exists() and set(expand(name)) <= set(prefixes)]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Show what a corpus holds, and verify it.")
+    parser.add_argument("path", metavar="PATH", help="prefix of shards, one shard, or a folder")
+    parser.add_argument("--tokenizer", help="to decode with; default: the one that the corpus names")
+    parser.add_argument("--documents", type=int, default=3, help="random documents to print in words")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of documents")
+    parser.add_argument("--verify", action="store_true", help="check digests, sizes and ids; exit code 1 for damage")
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the distribution of document lengths")
+    arguments = parser.parse_args(argv)
+    if arguments.documents < 0:
+        raise UserError(f"--documents must be 0 or more, but is {arguments.documents}; leave it out")
+    if arguments.picture and (arguments.picture.suffix != ".svg" or not arguments.picture.parent.is_dir()):
+        raise UserError(
+            f"--picture must be an .svg file in a folder that exists, but is {arguments.picture}; rename it"
+        )
+    return arguments
+
+
+def verify(arguments, prefixes: list[str], names: list[str]) -> None:
+    vocabulary = len(load_tokenizer(arguments.tokenizer).pieces) if arguments.tokenizer else None
+    found = damages(prefixes, names, vocabulary)
+    for sentence in found:
+        print(f"damaged: {sentence}", file=sys.stderr)
+    if found:
+        sys.exit(1)
+    signed = sum(Path(prefix + ".json").exists() for prefix in prefixes)
+    print(
+        f"verified: {len(prefixes):,} shard(s), digests of {signed:,}, {len(names):,} manifest(s); nothing is damaged"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    prefixes = expand(arguments.path)
+    names = outputs_of(prefixes)
+    if arguments.verify:
+        verify(arguments, prefixes, names)
+    indices = [read_index(prefix) for prefix in prefixes]
+    tokenizer = choose_tokenizer(arguments, indices)
+    lengths = lengths_of(indices)
+    print(summary(arguments.path, indices, {name: read_manifest(Path(name)) for name in names}))
+    print(histogram(lengths))
+    if arguments.picture:
+        arguments.picture.write_text(picture(f"Document lengths of {arguments.path}", lengths), encoding="utf-8")
+    if tokenizer:
+        show_documents(indices, tokenizer, arguments.documents, arguments.seed)
+
+
+if __name__ == "__main__":
+    run_main(main)
