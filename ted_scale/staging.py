@@ -41,8 +41,9 @@ def begin(out: Path, job: dict, overwrite: bool) -> list[dict]:
     finished, publishing = finished_shards(folder), bool(staged_manifest(out))
     if not (overwrite or publishing) and any(path.suffix == ".idx" for path in existing(out)):
         raise UserError(f"--out {out} must be a new name, but exists; choose another or pass --overwrite")
-    changes = changed(read_json(folder / "job.json"), job)
-    if changes and (finished or publishing) and not overwrite:
+    begun = read_json(folder / "job.json")
+    changes = changed(begun, job)
+    if begun and changes and (finished or publishing) and not overwrite:
         raise UserError(
             f"--out {out} must go on with the command that began it, but {changes[0]} changed since; run that command "
             "again, or pass --overwrite to begin anew"
@@ -66,9 +67,10 @@ def changed(begun: dict, job: dict) -> list[str]:
 
 
 def clear(folder: Path) -> None:
-    for path in folder.iterdir():
+    """The job goes first: what stands there without one is rubbish, should this be killed half-way."""
+    for path in [folder / "job.json", *folder.iterdir()]:
         if path.name != "lock":
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def leave(out: Path) -> None:
@@ -93,7 +95,7 @@ def publish(out: Path, manifest: dict) -> None:
         for ending in (".bin", ".json", ".idx")
         for number, shard in enumerate(manifest["shards"], 1)
     }
-    done = {to for to, staged in moves.items() if not staged.exists()}
+    done = {to for to, staged in moves.items() if to.exists() and not staged.exists()}
     for old in sorted(existing(out), key=lambda path: path.suffix != ".idx"):
         if old not in done:
             old.unlink()

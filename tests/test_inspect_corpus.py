@@ -199,6 +199,7 @@ def test_every_document_is_in_one_bin_and_any_lengths_can_be_drawn(values):
     ("arguments", "sentence"),
     [
         (["nowhere"], "corpus file nowhere.idx must exist, but is missing"),
+        (["nowhere", "--verify"], "corpus file nowhere.idx must exist, but is missing"),
         (["nowhere", "--documents", "-1"], "--documents must be 0 or more, but is -1; leave it out"),
         (["nowhere", "--picture", "a.png"], "--picture must be an .svg file in a folder that exists, but is a.png"),
     ],

@@ -127,9 +127,23 @@ def test_killed_while_it_replaces_an_output_it_goes_on_to_the_same_bytes(tmp_pat
         assert run(world, out, "--overwrite") == whole, step
 
 
+def test_killed_while_it_clears_what_another_command_left_either_command_goes_on(tmp_path, world, whole):
+    other = run(world, tmp_path / "other" / "c", "--shard-tokens", 30000)
+    for step in range(12):
+        for rest, expected in (([], whole), (["--shard-tokens", 30000, "--overwrite"], other)):
+            out = tmp_path / f"{step}{len(rest)}" / "c"
+            killed(world, out, 4)
+            killed(world, out, step, "--shard-tokens", 30000, "--overwrite")
+            if rest == [] and step > 9:  # the other command has finished shards by now
+                continue
+            assert run(world, out, *rest) == expected, step
+
+
 def test_what_is_finished_is_not_tokenized_again(tmp_path, world, whole, monkeypatch):
-    killed(world, tmp_path / "c", 4)  # the job's file and three shards are done
-    finished = sum(json.loads(whole[f"c-0000{n}.json"])["documents"] for n in (1, 2, 3))
+    killed(world, tmp_path / "c", 5)
+    shards = finished_shards(unfinished(tmp_path / "c"))
+    finished = sum(shard["documents"] for shard in shards)
+    assert len(shards) == 3
     encoded, encode = [], tokenize_corpus._encode
     monkeypatch.setattr(tokenize_corpus, "_encode", lambda texts: (encoded.extend(texts), encode(texts))[1])
     assert run(world, tmp_path / "c") == whole

@@ -119,6 +119,8 @@ def tokens_of(index: ShardIndex) -> numpy.ndarray:
 
 def damages(prefixes: list[str], names: list[str], vocabulary: int | None) -> list[str]:
     """One sentence for every shard and manifest that is not as it was written."""
+    if not any(Path(prefix + ending).exists() for prefix in prefixes for ending in (".bin", ".idx")):
+        read_index(prefixes[0])  # a path without anything is a mistake and no damage
     checks = [(check_shard, (prefix, vocabulary)) for prefix in prefixes]
     checks += [(check_manifest, (name, prefixes)) for name in names]
     found = []
