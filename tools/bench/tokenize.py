@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder is on the path, its parent is not
 
 from ted_scale.documents import find_files, read_documents
-from ted_scale.errors import run_main
+from ted_scale.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +33,7 @@ def tool_seconds(tokenizer: str, inputs: list[str]) -> float:
 
 
 def alone_seconds(tokenizer: str, texts: list[str]) -> float:
-    """In a process of its own, as a command would be: words that the tokenizer met before are cached."""
+    """With a tokenizer of its own each time: words that one met before are in its cache."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
@@ -48,6 +48,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("inputs", nargs="+", metavar="INPUT")
     arguments = parser.parse_args()
+    if not (Path(arguments.tokenizer) / "tokenizer.json").is_file():
+        raise UserError(
+            f"--tokenizer must be a folder with a tokenizer.json, but is {arguments.tokenizer}; name another"
+        )
     texts = [d.text for d in read_documents(find_files(arguments.inputs), on_error=lambda _: None) if d.text.strip()]
     size = sum(len(text.encode()) for text in texts) / 1e6
     print(f"{len(texts):,} documents, {size:,.1f} MB, {len(os.sched_getaffinity(0))} cores", flush=True)
