@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import checkpoint, kernels, metrics
+from ted_scale import blend, checkpoint, kernels, metrics
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
-from ted_scale.data import open_stream, steps
+from ted_scale.data import open_stream, refuse_repetition, steps
 from ted_scale.errors import UserError
 from ted_scale.filters import Filter
 from ted_scale.guard import Guard
@@ -60,11 +61,13 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     if wandb_run:
         wandb_run.config.update({"plan": as_dict(plan)}, allow_val_change=True)
     wandb_id = wandb_run.id if wandb_run else progress.wandb_id
-    progress = Progress(progress.step, progress.tokens, wandb_id, plan.identity())
+    changed = files.harmless_changes(progress.identity, plan.identity(), progress.step)
+    progress = replace(progress, wandb_id=wandb_id, identity=plan.identity())
     teacher = build_teacher(plan)
     numbers = metrics.Metrics(
         plan.run, writes=writes, total_steps=plan.total_steps, step=progress.step, device=device, wandb_run=wandb_run
     )
+    numbers.say_changes(changed)
     try:
         for stage in plan.stages:
             if progress.step < stage.last_step:
@@ -259,19 +262,34 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
     if resumed:
         checkpoint.load(engine, resumed)
     vocabulary = min(a.vocab_size for a in (plan.student, plan.teacher) if a)
+    stream, progress = open_data(plan, stage, progress, vocabulary, numbers)
     data = steps(
-        open_stream(run.data, run.seed, vocabulary), start=(progress.step - stage.first_step) * plan.samples_per_step,
-        samples_per_step=plan.samples_per_step, micro_batch=run.train.micro_batch, rank=dist.get_rank(),
-        world=dist.get_world_size(), device=device, prefetch=run.data.prefetch,
+        stream, start=progress.samples, samples_per_step=stage.samples_per_step, micro_batch=run.train.micro_batch,
+        rank=dist.get_rank(), world=dist.get_world_size(), device=device, prefetch=run.data.prefetch,
     )  # fmt: skip
     check = partial(validate, plan, teacher, numbers, vocabulary, device)
     if progress.step == stage.first_step and not stage.learns_filters:
         check(engine, progress, with_teacher=True)
-    numbers.resume_from(progress.tokens)
+    numbers.resume_from(progress.tokens, stream)
     progress = train(stage, engine, teacher, data, Guard(engine), numbers, progress, check, partial(save, plan, stage))
     data.close()
     engine.destroy()
     return progress
+
+
+def open_data(plan: Plan, stage: Stage, progress: Progress, vocabulary: int, numbers):
+    """(the stage's stream, progress with the blend in it): from sample 0, or on from where the checkpoint stood."""
+    run, before = plan.run, None
+    if progress.step == stage.first_step:
+        progress = replace(progress, samples=0)
+    else:
+        before = blend.from_dict(progress.blend)
+    stream = open_stream(run.data, run.seed, vocabulary, before, progress.samples)
+    left = stage.last_step - progress.step
+    refuse_repetition(run.data, stream, progress.samples + left * stage.samples_per_step)
+    if before:
+        numbers.say_changes(blend.changes(before, stream.interval))
+    return stream, replace(progress, blend=blend.as_dict(stream.interval))
 
 
 def save(plan: Plan, stage: Stage, engine, progress: Progress) -> None:

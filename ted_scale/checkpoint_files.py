@@ -14,20 +14,23 @@ from pathlib import Path
 from ted_scale.errors import UserError
 
 PART = ".part"
+HARMLESS = ("data.seq_len", "train.tokens_per_step")  # the data goes on with others, see blend.py
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. With the shards beside it, all that a resume needs: data position and schedule follow from
-    it."""
+    """Where a run stands. With the shards beside it, all that a resume needs: the schedule follows from it."""
 
     step: int = 0
     tokens: int = 0
+    samples: int = 0  # of this stage's data
+    blend: dict | None = None  # blend.as_dict
     wandb_id: str | None = None
     identity: dict = dataclasses.field(default_factory=dict)
 
-    def advanced(self, tokens: int) -> "Progress":
-        return dataclasses.replace(self, step=self.step + 1, tokens=self.tokens + tokens)
+    def advanced(self, samples: int, seq_len: int) -> "Progress":
+        tokens = self.tokens + samples * seq_len
+        return dataclasses.replace(self, step=self.step + 1, tokens=tokens, samples=self.samples + samples)
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -57,7 +60,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def read_progress(checkpoint: Path) -> Progress:
     try:
-        return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+        values = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+        if missing := {field.name for field in dataclasses.fields(Progress)} - values.keys():
+            raise ValueError(f"it has no {min(missing)}")
+        return Progress(**values)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{checkpoint}/progress.json must be a progress file, but is not: {error}") from None
 
@@ -103,12 +109,22 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def check_identity(where: Path, theirs: dict, ours: dict) -> None:
     """Refuse the first thing in which a checkpoint and this run differ."""
-    for key in dict.fromkeys([*theirs, *ours]):
-        if theirs.get(key) != ours.get(key):
+    for key in differences(theirs, ours):
+        if key not in HARMLESS:
             raise UserError(
                 f"{key} must be {theirs.get(key)!r} to resume from {where}, but is {ours.get(key)!r}; "
                 "set it back, or give the run another name"
             )
+
+
+def differences(theirs: dict, ours: dict) -> list[str]:
+    return [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
+
+
+def harmless_changes(theirs: dict, ours: dict, step: int) -> list[str]:
+    """What a run must say of a run file that it goes on with, a sentence a change."""
+    changed = [key for key in differences(theirs, ours) if key in HARMLESS and key in theirs]
+    return [f"{key} is {ours[key]} instead of {theirs[key]} from step {step} on" for key in changed]
 
 
 def check_filters(path: Path, identity: dict) -> None:

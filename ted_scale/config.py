@@ -29,16 +29,47 @@ class Student(Model):
 
 
 class Corpus(Section):
+    """A domain of the blend."""
+
     path: str = Field(description="a .bin/.idx prefix, or a folder of them")
+    name: str = Field("", description="what logs and metrics call it; default: the path's last part")
     weight: NonNegative = 1.0
+    repeat: bool = Field(True, description="false: refuse a run that reads it more than once")
     validation: Fraction = Field(0.0, description="share of the corpus's tokens, whole documents at its end, held out")
+
+    @model_validator(mode="before")
+    @classmethod
+    def the_path_names_it(cls, values):
+        if isinstance(values, dict) and not values.get("name") and isinstance(values.get("path"), str):
+            return {**values, "name": Path(values["path"]).name}
+        return values
+
+
+class Blend(Section):
+    """Which share of the samples a corpus gives."""
+
+    kind: Literal["static", "temperature"] = Field("static", description="static: by data.corpora.weight")
+    temperature: Positive = Field(
+        1.0, description="share by (weight * tokens)^(1/temperature): 1 by size, more is flatter"
+    )
 
 
 class Data(Section):
     corpora: list[Corpus] = Field(min_length=1)
+    blend: Blend = Blend()
     seq_len: PositiveInt
     mask_documents: bool = Field(False, description="no attention and no label across a document boundary")
     prefetch: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def names_differ(self):
+        names = [corpus.name for corpus in self.corpora]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"data.corpora.name must be another for every corpus, but '{twice}' is there twice; set name"
+            )
+        return self
 
 
 class Pairs(Section):

@@ -1,6 +1,6 @@
 """The loader: packed windows of the corpora as micro-batches, by position.
 
-order.py says which window stands at a position, corpora.py reads it; this file masks, batches, spreads over ranks and
+blend.py says which window stands at a position, corpora.py reads it; this file masks, batches, spreads over ranks and
 reads ahead. No array grows with tokens, documents or run length. The surprise: a stream is addressed by position, so
 "resume" is nothing but another `start`, and ranks only decide who reads what.
 """
@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy
 import torch
 
-from ted_scale import order
+from ted_scale import blend, order
+from ted_scale.blend import Domain, Interval
 from ted_scale.corpora import Part, open_part
 from ted_scale.errors import UserError
 
@@ -32,49 +33,94 @@ class Batch(NamedTuple):
     positions_BT: torch.Tensor | None  # int64
 
 
-class Stream(NamedTuple):
-    """Windows of seq_len + 1 tokens by position; `counts` are samples a block of the blend, or windows held out."""
+class Window(NamedTuple):
+    """seq_len tokens, the token behind each (IGNORED: none), which begin a document or a piece, which end one."""
 
-    parts: tuple[Part, ...]
+    tokens: numpy.ndarray
+    labels: numpy.ndarray
+    begins: numpy.ndarray
+    ends: numpy.ndarray
+
+
+class Stream(NamedTuple):
+    """Windows by position: of the blend, endless, or held out, `counts` of each part in order."""
+
+    parts: dict[str, Part]
+    interval: Interval | None
     counts: tuple[int, ...]
-    seed: int
     seq_len: int
     mask_documents: bool
     vocab_size: int
-    n_samples: int | None  # None: training never ends
 
-    def sample(self, position: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """The seq_len + 1 tokens at a position, and which of them start a document."""
-        part, offset = self._shuffled(position) if self.n_samples is None else self._in_order(position)
-        return part.read(offset, self.seq_len + 1, self.vocab_size)
+    @property
+    def n_samples(self) -> int | None:
+        return sum(self.counts) if self.interval is None else None  # None: training never ends
 
-    def _shuffled(self, position: int) -> tuple[Part, int]:
-        which, sample = order.pick(position, self.counts, self.seed)
-        part = self.parts[which]
-        return part, order.window_start(sample, part.tokens, self.seq_len, order.mix(self.seed, part.number))
+    def sample(self, position: int) -> Window:
+        part, pieces = self._in_order(position) if self.interval is None else self._of_blend(position)
+        tokens, labels = numpy.zeros(self.seq_len, numpy.int64), numpy.full(self.seq_len, IGNORED, numpy.int64)
+        begins, ends, at = numpy.zeros(self.seq_len, bool), numpy.zeros(self.seq_len, bool), 0
+        for first, length in pieces:
+            read, starts = part.read(first, length + 1, self.vocab_size)
+            here = slice(at, at + length)
+            tokens[here], labels[here], begins[here], ends[here] = read[:-1], read[1:], starts[:-1], starts[1:]
+            begins[at] |= at > 0  # what stands before it is another place of the corpus
+            at += length
+        return Window(tokens, labels, begins, ends)
 
-    def _in_order(self, position: int) -> tuple[Part, int]:
+    def _of_blend(self, position: int):
+        which, cursor = self.interval.at(position)
+        return self.parts[self.interval.domains[which].name], self.interval.pieces(which, cursor)
+
+    def _in_order(self, position: int):
         ends = list(accumulate(self.counts))
         which = bisect_right(ends, position)
-        return self.parts[which], (position - ends[which] + self.counts[which]) * self.seq_len
+        start = (position - ends[which] + self.counts[which]) * self.seq_len
+        return list(self.parts.values())[which], [(start, self.seq_len)]
 
 
-def open_stream(data, seed: int, vocab_size: int, split: str = "train") -> Stream:
-    """Open a run file's data section for "train" (endless, shuffled) or "validation" (finite, in order)."""
-    training = split == "train"
-    counts = order.shares([corpus.weight for corpus in data.corpora])
-    wanted = [bool(counts[i]) if training else c.validation > 0 for i, c in enumerate(data.corpora)]
+def open_stream(data, seed: int, vocab_size: int, before: Interval | None = None, position: int = 0) -> Stream:
+    """A run file's data section to train on, endless and shuffled; from `position` of an earlier blend where one is given."""
+    order.shares([c.weight for c in data.corpora])  # refuses weights that mean nothing
+    parts = open_parts(data, vocab_size, [c.weight > 0 for c in data.corpora], training=True)
+    domains = [Domain(name, part.tokens) for name, part in parts.items()]
+    written = [c.weight for c in data.corpora if c.weight > 0]
+    kind, sizes = data.blend, [domain.tokens for domain in domains]
+    shares = order.shares(blend.weights_of(kind.kind, kind.temperature, written, sizes))
+    if before is None:
+        interval = blend.begin(domains, shares, data.seq_len, seed)
+    else:
+        interval = blend.follow(before, position, domains, shares, data.seq_len)
+    return Stream(parts, interval, (), data.seq_len, data.mask_documents, vocab_size)
+
+
+def open_held_out(data, vocab_size: int) -> Stream:
+    """The documents that validate, finite and in order."""
+    wanted = [corpus.validation > 0 for corpus in data.corpora]
     if not any(wanted):
         raise UserError("data.corpora.validation must be above 0 for one corpus to validate, but is 0 for all; set one")
-    parts = tuple(open_part(i, c, vocab_size, training) for i, c in enumerate(data.corpora) if wanted[i])
-    for part in parts:
-        _refuse_short(part, data.seq_len, split)
-    if training:
-        counts, n_samples = tuple(c for c in counts if c), None
-    else:
-        counts = tuple((part.tokens - 1) // data.seq_len for part in parts)
-        n_samples = sum(counts)
-    return Stream(parts, counts, seed, data.seq_len, data.mask_documents, vocab_size, n_samples)
+    parts = open_parts(data, vocab_size, wanted, training=False)
+    counts = tuple((part.tokens - 1) // data.seq_len for part in parts.values())
+    return Stream(parts, None, counts, data.seq_len, data.mask_documents, vocab_size)
+
+
+def open_parts(data, vocab_size: int, wanted: list[bool], training: bool) -> dict[str, Part]:
+    parts = {c.name: open_part(i, c, vocab_size, training) for i, c in enumerate(data.corpora) if wanted[i]}
+    for part in parts.values():
+        _refuse_short(part, data.seq_len, "train" if training else "validation")
+    return parts
+
+
+def refuse_repetition(data, stream: Stream, samples: int) -> None:
+    """A corpus that must not repeat lasts for all samples of a stage."""
+    cursors = dict(zip((d.name for d in stream.interval.domains), stream.interval.cursors_at(samples), strict=True))
+    for i, corpus in enumerate(data.corpora):
+        cursor = cursors.get(corpus.name)
+        if cursor and not corpus.repeat and (cursor.epoch, cursor.token) > (1, 0):
+            raise UserError(
+                f"data.corpora[{i}].repeat must be true for {samples} samples of {data.seq_len} tokens, but is false, and "
+                f"corpus {corpus.name} would be in epoch {cursor.epoch}; give more text, fewer steps or a smaller weight"
+            )
 
 
 def _refuse_short(part: Part, seq_len: int, split: str) -> None:
@@ -93,11 +139,11 @@ def batch(stream: Stream, positions: list[int | None]) -> Batch:
     for row, position in enumerate(positions):
         if position is None:
             continue
-        window, starts = stream.sample(position)
-        tokens[row], labels[row] = window[:-1], window[1:]
+        window = stream.sample(position)
+        tokens[row], labels[row] = window.tokens, window.labels
         if stream.mask_documents:
-            labels[row, starts[1:]] = IGNORED
-            restart[row] -= numpy.maximum.accumulate(numpy.where(starts[:-1], restart[row], 0))
+            labels[row, window.ends] = IGNORED
+            restart[row] -= numpy.maximum.accumulate(numpy.where(window.begins, restart[row], 0))
     weights = (labels != IGNORED).astype(numpy.float32)
     arrays = (tokens, labels, weights, restart if stream.mask_documents else None)
     return Batch(*(None if a is None else torch.from_numpy(a) for a in arrays))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ted_scale.checkpoint_files import write_durably
+from ted_scale.checkpoint_files import Progress, write_durably
 from ted_scale.config import Run
 
 log = logging.getLogger("ted_scale")
@@ -64,6 +64,7 @@ class Metrics:
         self.flops_per_token, self.every = 0.0, run.log_every
         self.rows: list[dict[str, float]] = []
         self.waits: dict[str, float] = {}
+        self.stream = None  # what is read, from resume_from on
         self.clock, self.since, self.tokens_before = Clock(device), time.perf_counter(), None
         self.file = (run.folder / "metrics.jsonl").open("a", encoding="utf-8") if writes else None
         self.bar = tqdm(
@@ -74,13 +75,33 @@ class Metrics:
             dynamic_ncols=True,
         )
 
-    def add(self, step: int, tokens: int, values: dict[str, float], *, last: bool) -> None:
+    def add(self, progress: Progress, values: dict[str, float], *, last: bool) -> None:
         """Keep a step's numbers; write the row when it is due."""
         self.rows.append(values)
         self.bar.update(1)
-        if step % self.every == 0 or last:
-            self.write(step, tokens, {**mean_rows(self.rows), **self.performance(tokens, len(self.rows))})
+        if progress.step % self.every == 0 or last:
+            row = {**mean_rows(self.rows), **self.performance(progress.tokens, len(self.rows))}
+            self.write(progress.step, progress.tokens, row | self.read_of_corpora(progress.samples))
             self.rows = []
+
+    def read_of_corpora(self, samples: int) -> dict[str, float]:
+        """Of each corpus: the epoch, the tokens read of it, and those read in all; of this stage."""
+        row = {}
+        if self.stream is None:
+            return row
+        interval = self.stream.interval
+        for domain, cursor in zip(interval.domains, interval.cursors_at(samples), strict=True):
+            values = {"epoch": cursor.epoch, "epoch_tokens": cursor.token, "tokens": cursor.seen}
+            row |= {f"data/{domain.name}/{key}": value for key, value in values.items()}
+        return row
+
+    def say_changes(self, sentences: list[str]) -> None:
+        """Of the data, at a resume: in the log and in W&B."""
+        for sentence in sentences:
+            log.info(sentence)
+        if sentences and self.wandb_run is not None:
+            said = [*self.wandb_run.config.get("data_changes", []), *sentences]
+            self.wandb_run.config.update({"data_changes": said}, allow_val_change=True)
 
     def performance(self, tokens: int, steps: int) -> dict[str, float]:
         elapsed = time.perf_counter() - self.since
@@ -105,8 +126,9 @@ class Metrics:
                 return
             yield item
 
-    def resume_from(self, tokens: int) -> None:
-        """Speed counts from here: neither start-up nor what an earlier process did."""
+    def resume_from(self, tokens: int, stream=None) -> None:
+        """Speed counts from here: neither start-up nor what an earlier process did. `stream` is what is read now."""
+        self.stream = stream
         self.tokens_before, self.since, self.rows = tokens, time.perf_counter(), []
         self.waits = {}
         self.clock.read()

@@ -1,12 +1,13 @@
-"""Which window of which corpus stands at a position of training: a pure function of (seed, position).
+"""Which corpus stands at a position of training, and how an epoch of one is cut and shuffled: pure functions of a seed.
 
 Nothing is drawn ahead and nothing is stored, so resuming at position 10^9 costs what position 0 costs and no rank count
 enters. A Feistel network shuffles, cycle walking fits it to any size. The surprise: in a blend the shares hold within
 every block of 1000 samples, so a weight below 1/1000 is rounded up to that.
 """
 
-from bisect import bisect_right
-from itertools import accumulate
+import hashlib
+from functools import lru_cache
+from typing import NamedTuple
 
 from ted_scale.errors import UserError
 
@@ -23,6 +24,11 @@ def mix(*values: int) -> int:
         state = (state ^ state >> 27) * 0x94D049BB133111EB & MASK
         state ^= state >> 31
     return state
+
+
+def name_key(seed: int, name: str) -> int:
+    """A corpus's own key: it keeps its order where others come and go."""
+    return mix(seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
 
 
 def permute(index: int, size: int, key: int) -> int:
@@ -61,28 +67,53 @@ def shares(weights: list[float]) -> tuple[int, ...]:
 
 
 def pick(position: int, counts: tuple[int, ...], seed: int) -> tuple[int, int]:
-    """(corpus, index of the sample within that corpus) at a position of the blend."""
+    """(corpus, how many samples of it came before) at a position of the blend."""
     if BLOCK in counts:
         return counts.index(BLOCK), position
     block, slot = divmod(position, BLOCK)
-    slot = permute(slot, BLOCK, mix(seed, -1, block))
-    ends = list(accumulate(counts))
-    corpus = bisect_right(ends, slot)
-    return corpus, block * counts[corpus] + slot - (ends[corpus] - counts[corpus])
+    dealt = deal(counts, mix(seed, -1, block))
+    return dealt[slot], block * counts[dealt[slot]] + dealt[:slot].count(dealt[slot])
 
 
-def windows(tokens: int, seq_len: int) -> int:
-    """Windows of seq_len + 1 tokens in an epoch, whatever its offset; 0 when not even one fits."""
-    if tokens <= seq_len:
+def taken(position: int, counts: tuple[int, ...], seed: int) -> list[int]:
+    """Samples of each corpus before a position of the blend."""
+    block, slot = divmod(position, BLOCK)
+    dealt = deal(counts, mix(seed, -1, block))[:slot] if slot else ()
+    return [block * n + dealt.count(corpus) for corpus, n in enumerate(counts)]
+
+
+@lru_cache(maxsize=4)
+def deal(counts: tuple[int, ...], key: int) -> tuple[int, ...]:
+    """One shuffled block: the corpus of each of its slots."""
+    cards = [corpus for corpus, n in enumerate(counts) for _ in range(n)]
+    return tuple(cards[permute(slot, BLOCK, key)] for slot in range(BLOCK))
+
+
+class Cut(NamedTuple):
+    """An epoch of a corpus: `count` units of `unit` tokens from `offset` on, in shuffled order."""
+
+    unit: int
+    count: int
+    offset: int
+    key: int
+
+    @property
+    def tokens(self) -> int:
+        return self.unit * self.count
+
+    def start(self, index: int) -> int:
+        """First token of the unit that stands at `index` of the epoch."""
+        return self.offset + permute(index, self.count, self.key) * self.unit
+
+
+def units(tokens: int, unit: int) -> int:
+    """Units of an epoch, with a label behind each, whatever its offset; 0 when not even one fits."""
+    if tokens <= unit:
         return 0
-    return max(1, (tokens - seq_len) // seq_len)
+    return max(1, (tokens - unit) // unit)
 
 
-def window_start(sample: int, tokens: int, seq_len: int, key: int) -> int:
-    """First token of a corpus's sample: the epoch's shuffle picks the window, the epoch's offset moves all cuts."""
-    count = windows(tokens, seq_len)
-    epoch, index = divmod(sample, count)
-    epoch_key = mix(key, epoch)
-    # Offset 0 .. seq_len-1, fewer where a lone window leaves less room.
-    offset = mix(epoch_key, -1) % min(seq_len, tokens - count * seq_len)
-    return offset + permute(index, count, epoch_key) * seq_len
+def cut(tokens: int, unit: int, key: int, epoch: int) -> Cut:
+    """The epoch's offset moves all cuts: 0 .. unit-1, fewer where a lone unit leaves less room."""
+    count, key = units(tokens, unit), mix(key, epoch)
+    return Cut(unit, count, mix(key, -1) % min(unit, tokens - count * unit), key)

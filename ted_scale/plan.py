@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ted_scale import checkpoint_files as files
 from ted_scale.config import Run
-from ted_scale.data import open_stream
+from ted_scale.data import open_held_out, open_stream, refuse_repetition
 from ted_scale.errors import UserError
 from ted_scale.filters import match_layers
 from ted_scale.models import Anatomy, inspect
@@ -36,10 +36,6 @@ class Plan:
     corpus_tokens: int
 
     @property
-    def samples_per_step(self) -> int:
-        return self.run.train.tokens_per_step // self.run.data.seq_len
-
-    @property
     def total_steps(self) -> int:
         return self.stages[-1].last_step
 
@@ -51,7 +47,7 @@ class Plan:
         return files.filters_of(Path(self.run.filters.from_run) if self.run.filters.from_run else self.run.folder)
 
     def identity(self) -> dict:
-        """What a checkpoint and the run that resumes from it must share."""
+        """What a checkpoint and the run that resumes from it must share, but for checkpoint_files.HARMLESS."""
         shapes = ("family", "layers", "width", "vocab_size", "parameters")
         sides = {"student": self.student, "teacher": self.teacher}
         run, filters = self.run, self.run.filters
@@ -154,9 +150,11 @@ def check_corpora(run: Run, vocabulary: int, student: Anatomy) -> int:
     for index in indices:
         check_vocabulary(index, vocabulary)
     check_corpus_tokenizer(indices, student)
-    open_stream(run.data, run.seed, vocabulary)
+    stream = open_stream(run.data, run.seed, vocabulary)
+    for stage in stages_of(run):
+        refuse_repetition(run.data, stream, stage.steps * stage.samples_per_step)
     if any(corpus.validation for corpus in run.data.corpora):
-        open_stream(run.data, run.seed, vocabulary, "validation")
+        open_held_out(run.data, vocabulary)
     return sum(index.tokens for index in indices)
 
 

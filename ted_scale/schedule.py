@@ -25,6 +25,10 @@ class Stage:
         return self.first_step + self.steps
 
     @property
+    def samples_per_step(self) -> int:
+        return self.run.train.tokens_per_step // self.run.data.seq_len
+
+    @property
     def learns_filters(self) -> bool:
         return self.name == "filters"
 

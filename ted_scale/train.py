@@ -21,9 +21,9 @@ def train(stage, student, teacher, data, guard, metrics, progress, validate, sav
                 guard.arm(progress.step + 1)
             student.step()  # updates at the last micro-batch only, and only if the guard finds every number finite
 
-        progress = progress.advanced(stage.run.train.tokens_per_step)
+        progress = progress.advanced(stage.samples_per_step, stage.run.data.seq_len)
         last = progress.step == stage.last_step
-        metrics.add(progress.step, progress.tokens, guard.read(stage, weights), last=last)
+        metrics.add(progress, guard.read(stage, weights), last=last)
         if stage.validates(progress.step):
             validate(student, progress)
         if stage.saves(progress.step):

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from ted_scale.data import open_stream, validation_batches
+from ted_scale.data import open_held_out, validation_batches
 from ted_scale.losses import count_valid
 from ted_scale.student import Weights
 
@@ -14,7 +14,7 @@ def validate(plan, teacher, metrics, vocabulary: int, device, student, progress,
     """Write val/loss and val/ppl of this step; a run whose corpora hold nothing out has none."""
     if not any(corpus.validation for corpus in plan.run.data.corpora):
         return
-    stream = open_stream(plan.run.data, plan.run.seed, vocabulary, "validation")
+    stream = open_held_out(plan.run.data, vocabulary)
 
     def batches():
         return validation_batches(

@@ -2,9 +2,10 @@
 
 import json
 import struct
-from types import SimpleNamespace
 
 import numpy
+
+from ted_scale.config import Data
 
 
 def write_shard(prefix, documents, dtype=numpy.uint16, sidecar=None):
@@ -29,8 +30,9 @@ def counting_documents(lengths, first=0):
     return [list(range(end - length, end)) for end, length in zip(ends.tolist(), lengths, strict=True)]
 
 
-def data_section(*paths, seq_len=8, mask_documents=False, weights=None, validation=0.0):
-    """What the run file's data section looks like to the loader."""
+def data_section(*paths, seq_len=8, mask_documents=False, weights=None, validation=0.0, blend=None):
+    """The run file's data section."""
     weights = weights or [1.0] * len(paths)
-    corpora = [SimpleNamespace(path=p, weight=w, validation=validation) for p, w in zip(paths, weights, strict=True)]
-    return SimpleNamespace(corpora=corpora, seq_len=seq_len, mask_documents=mask_documents)
+    corpora = [{"path": p, "weight": w, "validation": validation} for p, w in zip(paths, weights, strict=True)]
+    blend = {"blend": blend} if blend else {}
+    return Data.model_validate({"corpora": corpora, "seq_len": seq_len, "mask_documents": mask_documents} | blend)

@@ -14,7 +14,7 @@ import torch
 from corpus import counting_documents, data_section, write_shard
 
 from ted_scale import order
-from ted_scale.data import IGNORED, open_stream, steps, validation_batches
+from ted_scale.data import IGNORED, open_held_out, open_stream, steps, validation_batches
 from ted_scale.errors import UserError
 
 VOCAB = 60000
@@ -62,27 +62,28 @@ def test_a_permutation_visits_every_index_once_and_differs_by_key(size):
 
 @pytest.mark.parametrize(("tokens", "seq_len"), [(9, 8), (15, 8), (16, 8), (100, 8), (97, 8), (50, 1)])
 def test_an_epoch_visits_each_window_once_and_none_runs_past_the_end(tokens, seq_len):
-    count = order.windows(tokens, seq_len)
+    count = order.units(tokens, seq_len)
     for epoch in range(20):
-        starts = sorted(order.window_start(epoch * count + i, tokens, seq_len, 7) for i in range(count))
+        starts = sorted(order.cut(tokens, seq_len, 7, epoch).start(i) for i in range(count))
         assert starts == [starts[0] + i * seq_len for i in range(count)]
         assert starts[0] >= 0 and starts[-1] + seq_len + 1 <= tokens
 
 
 def test_cuts_move_and_order_changes_from_epoch_to_epoch():
-    count = order.windows(1000, 8)
-    epochs = [[order.window_start(e * count + i, 1000, 8, 7) for i in range(count)] for e in range(20)]
+    cuts = [order.cut(1000, 8, 7, epoch) for epoch in range(20)]
+    epochs = [[cut.start(i) for i in range(cut.count)] for cut in cuts]
     assert {min(e) for e in epochs} > {0, 3, 5}
     assert len({tuple(s - min(e) for s in e) for e in epochs}) == 20
 
 
 def test_samples_cross_shards_as_one_stream_of_tokens(two_shards):
     stream = open_stream(data_section(two_shards), 1, VOCAB)
-    for position in range(order.windows(564, 8)):
-        tokens, starts = stream.sample(position)
-        assert tokens.tolist() == list(range(tokens[0], tokens[0] + 9))
-        document_starts = set(numpy.cumsum([0, *LENGTHS]).tolist())
-        assert starts.tolist() == [int(t) in document_starts for t in tokens]
+    for position in range(order.units(564, 8)):
+        window = stream.sample(position)
+        first, document_starts = window.tokens[0], set(numpy.cumsum([0, *LENGTHS]).tolist())
+        assert window.tokens.tolist() == list(range(first, first + 8)) and (window.labels == window.tokens + 1).all()
+        assert window.begins.tolist() == [int(t) in document_starts for t in window.tokens]
+        assert window.ends.tolist() == [int(t) in document_starts for t in window.labels]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -124,7 +125,7 @@ def test_position_a_billion_is_as_cheap_as_the_first(big_and_small):
 def test_weights_hold_within_a_thousandth_of_every_block(big_and_small, weights):
     stream = open_stream(data_section(*big_and_small, weights=weights), 1, VOCAB)
     for start in (0, 5000):
-        small = sum(int(stream.sample(p)[0][0]) >= 30000 for p in range(start, start + 1000))
+        small = sum(int(stream.sample(p).tokens[0]) >= 30000 for p in range(start, start + 1000))
         assert abs(small - 1000 * weights[1] / sum(weights)) <= 1
 
 
@@ -135,15 +136,16 @@ def test_every_corpus_of_a_blend_is_walked_without_repeats_within_an_epoch():
 
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -0.5], [float("nan"), 1.0]])
-def test_weights_that_mean_nothing_are_refused(big_and_small, weights):
+def test_weights_that_mean_nothing_are_refused(weights):
     with pytest.raises(UserError, match=r"data.corpora.weight must be zero or more and above zero for one corpus"):
-        open_stream(data_section(*big_and_small, weights=weights), 1, VOCAB)
+        order.shares(weights)
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.97])
 def test_training_and_validation_share_no_document_and_leave_none_out(two_shards, fraction):
     data = data_section(two_shards, validation=fraction, seq_len=2)
-    train, held = (open_stream(data, 1, VOCAB, split).parts[0] for split in ("train", "validation"))
+    streams = open_stream(data, 1, VOCAB), open_held_out(data, VOCAB)
+    train, held = (next(iter(stream.parts.values())) for stream in streams)
     assert (train.start, train.stop, held.stop) == (0, held.start, 564)
     assert held.start in numpy.cumsum(LENGTHS)
     assert abs(held.tokens - fraction * 564) <= 20
@@ -161,12 +163,12 @@ def test_a_part_shorter_than_a_window_is_refused_by_name(two_shards):
     ):
         open_stream(data_section(two_shards, seq_len=564), 1, VOCAB)
     with pytest.raises(UserError, match="tokens or more for validation, but leaves"):
-        open_stream(data_section(two_shards, seq_len=100, validation=0.01), 1, VOCAB, "validation")
+        open_held_out(data_section(two_shards, seq_len=100, validation=0.01), VOCAB)
 
 
 def test_validation_must_be_held_out_somewhere(two_shards):
     with pytest.raises(UserError, match=r"data.corpora.validation must be above 0 for one corpus"):
-        open_stream(data_section(two_shards), 1, VOCAB, "validation")
+        open_held_out(data_section(two_shards), VOCAB)
 
 
 def test_without_masking_every_label_is_the_next_token(two_shards):
@@ -194,7 +196,7 @@ def test_masked_labels_never_cross_a_document_and_positions_restart(two_shards):
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("tokens", [40, 64, 10**9])
 def test_validation_counts_each_window_once_for_any_number_of_ranks(two_shards, world, tokens):
-    stream = open_stream(data_section(two_shards, validation=0.3), 1, VOCAB, "validation")
+    stream = open_held_out(data_section(two_shards, validation=0.3), VOCAB)
     ranks = [
         list(validation_batches(stream, tokens=tokens, micro_batch=2, rank=r, world=world, device="cpu"))
         for r in range(world)
@@ -204,7 +206,7 @@ def test_validation_counts_each_window_once_for_any_number_of_ranks(two_shards, 
     padding = [b for batches in ranks for b in batches if not b.weights_BT.any()]
     assert all(b.labels_BT.eq(IGNORED).all() for b in padding)
     windows = min(-(-tokens // 8), stream.n_samples)
-    first = stream.parts[0].start
+    first = next(iter(stream.parts.values())).start
     assert sorted(labels.tolist()) == list(range(first + 1, first + 1 + windows * 8))
 
 

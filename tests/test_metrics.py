@@ -9,6 +9,7 @@ import torch
 from tiny import make_run
 from wandb_file import read_config, read_records, read_rows
 
+from ted_scale.checkpoint_files import Progress
 from ted_scale.metrics import Clock, Metrics, has_key, mean_rows, open_wandb, trim_rows
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ def take_steps(numbers: Metrics, first: int, last: int, end: int = 10) -> None:
     for step in range(first, last + 1):
         with numbers.clock.time("teacher_ms"):
             pass
-        numbers.add(step, step * 256, losses(step), last=step == end)
+        numbers.add(Progress(step, step * 256), losses(step), last=step == end)
 
 
 def test_a_row_is_the_mean_of_the_steps_since_the_last_one(tmp_path):

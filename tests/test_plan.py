@@ -105,7 +105,7 @@ def test_a_plan_for_other_ranks_than_there_are_is_refused(world, monkeypatch):
 
 def test_the_plan_s_numbers_are_those_of_the_models_and_the_corpus(original):
     plan = make_plan(make_run(original, filters={"mlp": 8}), 2)
-    assert (plan.accumulation, plan.samples_per_step, plan.total_steps) == (4, 8, 10)
+    assert (plan.accumulation, plan.stages[0].samples_per_step, plan.total_steps) == (4, 8, 10)
     assert plan.corpus_tokens == sum(40 + d for d in range(20))
     assert (plan.pairs, plan.width) == ([(0, 1), (1, 3)], 48)
     assert plan.teacher.parameters == sum(t.numel() for t in load_tensors(original / "teacher"))

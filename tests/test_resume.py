@@ -47,7 +47,7 @@ def refusal(root: Path, ranks: int = 1, **sections) -> str:
 def leave_checkpoint(run, identity: dict, step: int = 4) -> Path:
     part = files.checkpoints_of(run.folder) / (files.checkpoint_name(step) + files.PART)
     part.mkdir(parents=True)
-    files.write_progress(part, Progress(step, step * 256, "wandb-id", identity))
+    files.write_progress(part, Progress(step, step * 256, wandb_id="wandb-id", identity=identity))
     return files.publish(part)
 
 
@@ -68,13 +68,17 @@ def test_what_may_change_over_a_resume_is_accepted(world):
 CHANGES = {
     "seed": ({"seed": 1}, "seed must be 0"),
     "method": ({"method": "kd"}, "method must be 'ted'"),
-    "seq_len": ({"data": {"seq_len": 16}}, "data.seq_len must be 32"),
-    "tokens": ({"train": {"tokens_per_step": 512}}, "train.tokens_per_step must be 256"),
     "precision": ({"train": {"precision": "bf16"}}, "train.precision must be 'fp32'"),
     "pairs": ({"pairs": {"explicit": [[0, 1], [1, 2]]}}, "pairs must be [[0, 1], [1, 3]]"),
     "mlp": ({"filters": {"mlp": 4}}, "filters.mlp must be 0"),
     "filter steps": ({"filters": {"steps": 5}}, "filters.steps must be 4"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("sections", [{"data": {"seq_len": 16}}, {"train": {"tokens_per_step": 512}}], ids=str)
+def test_a_checkpoint_goes_on_with_another_seq_len_or_step_size(world, sections):
+    leave_checkpoint(make_run(world), make_plan(make_run(world), 1).identity())
+    assert make_plan(make_run(world, **sections), 1)
 
 
 @pytest.mark.parametrize(("sections", "said"), CHANGES.values(), ids=CHANGES)
@@ -107,7 +111,7 @@ def test_a_checkpoint_that_was_not_published_does_not_count(world):
     run = make_run(world)
     part = files.checkpoints_of(run.folder) / (files.checkpoint_name(4) + files.PART)
     part.mkdir(parents=True)
-    files.write_progress(part, Progress(4, 1024, None, {"seed": 99}))
+    files.write_progress(part, Progress(4, 1024, identity={"seed": 99}))
     assert files.newest_checkpoint(run.folder) is None
     assert make_plan(run, 1)
 

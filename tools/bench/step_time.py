@@ -60,7 +60,7 @@ def data(plan, device):
     from ted_scale.data import open_stream, steps
 
     stream = open_stream(plan.run.data, plan.run.seed, plan.student.vocab_size)
-    settings = {"samples_per_step": plan.samples_per_step, "micro_batch": plan.run.train.micro_batch}
+    settings = {"samples_per_step": plan.stages[-1].samples_per_step, "micro_batch": plan.run.train.micro_batch}
     return steps(stream, start=0, rank=0, world=1, device=device, **settings)
 
 

@@ -1,0 +1,196 @@
+"""Where a run stands in its corpora: nothing comes twice or never, whatever changes on the way."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+from corpus import counting_documents, data_section, write_shard
+from tiny import make_run
+
+from ted_scale import blend, order
+from ted_scale.blend import Cursor, Domain
+from ted_scale.checkpoint_files import harmless_changes
+from ted_scale.data import IGNORED, open_stream, refuse_repetition, steps
+from ted_scale.errors import UserError
+from ted_scale.metrics import Metrics
+
+A, B, C = Domain("a", 1000), Domain("b", 77), Domain("c", 3000)
+VOCAB = 60000
+
+
+def read(interval, positions) -> Counter:
+    """How often each (domain, epoch, token) is read at some positions."""
+    seen = Counter()
+    for position in positions:
+        which, cursor = interval.at(position)
+        for first, length in interval.pieces(which, cursor):
+            seen.update((interval.domains[which].name, cursor.epoch, first + i) for i in range(length))
+    return seen
+
+
+def whole_epochs(seen: Counter, domain: Domain) -> list[set[int]]:
+    """The tokens of each epoch of a domain, the last left out, for it may not be over."""
+    epochs = sorted({epoch for name, epoch, _ in seen if name == domain.name})
+    return [{t for name, e, t in seen if (name, e) == (domain.name, epoch)} for epoch in epochs[:-1]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_the_lengths_on_the_way_no_token_of_an_epoch_comes_twice_or_never(seed):
+    draw = random.Random(seed)
+    interval, position, seen = blend.begin([A, B], order.shares([0.8, 0.2]), 8, seed), 0, Counter()
+    for _ in range(12):
+        count = draw.randrange(1, 120)
+        seen += read(interval, range(position, position + count))
+        position += count
+        shares = order.shares([draw.random(), draw.random()])
+        interval = blend.follow(interval, position, [A, B], shares, draw.choice([3, 8, 16, 20, 50]))
+    assert max(seen.values()) == 1
+    for domain in (A, B):
+        epochs = whole_epochs(seen, domain)
+        assert epochs and all(tokens == set(range(min(tokens), max(tokens) + 1)) for tokens in epochs)
+        assert all(
+            domain.tokens - len(tokens) < 2 * 50 for tokens in epochs
+        )  # the ends that an epoch's cut leaves over
+
+
+def test_cursors_are_what_the_samples_before_them_read():
+    interval = blend.begin([A, B, C], order.shares([0.5, 0.2, 0.3]), 8, 3)
+    interval = blend.follow(interval, 333, [A, B, C], order.shares([1, 1, 1]), 12)
+    start = Counter({d.name: c.seen for d, c in zip(interval.domains, interval.cursors, strict=True)})
+    for count in (0, 1, 7, 999, 1000, 2345):
+        read_by = start + Counter(
+            name for (name, *_), n in read(interval, range(333, 333 + count)).items() for _ in range(n)
+        )
+        cursors = interval.cursors_at(333 + count)
+        assert {d.name: c.seen for d, c in zip(interval.domains, cursors, strict=True)} == dict(read_by)
+
+
+def test_a_blend_that_did_not_change_is_the_same_interval():
+    interval = blend.begin([A, B], order.shares([1, 1]), 8, 0)
+    assert blend.follow(interval, 500, [A, B], order.shares([1, 1]), 8) is interval
+    assert blend.follow(interval, 500, [B, A], order.shares([1, 1]), 8) is interval
+    assert blend.changes(interval, interval) == []
+
+
+def test_corpora_may_come_leave_and_return():
+    first = blend.begin([A, B], order.shares([1, 1]), 8, 0)
+    at_500 = first.cursors_at(500)
+    second = blend.follow(first, 500, [A, C], order.shares([1, 1]), 8)
+    assert [d.name for d in second.domains] == ["a", "c", "b"] and second.shares == (500, 500, 0)
+    assert second.cursors == (at_500[0], Cursor(0, 8, 0, 0), at_500[1])
+    third = blend.follow(second, 700, [B], order.shares([1]), 8)
+    assert third.domains[0] == B and third.cursors[0] == at_500[1] and third.at(700)[1] == at_500[1]
+    assert blend.changes(first, second) == [
+        "from sample 500 on corpus c gives 500 of 1000 samples instead of 0",
+        "from sample 500 on corpus b gives 0 of 1000 samples instead of 500",
+    ]
+
+
+def test_a_corpus_that_grew_begins_its_next_epoch_and_says_so():
+    first = blend.begin([A], order.shares([1]), 8, 0)
+    second = blend.follow(first, 50, [Domain("a", 2000)], order.shares([1]), 8)
+    assert second.cursors == (Cursor(1, 8, 0, 400),)
+    (sentence,) = blend.changes(first, second)
+    assert sentence == (
+        "from sample 50 on corpus a holds 2000 tokens instead of 1000: its epoch 0 is left after 400 tokens and the next "
+        "one begins"
+    )
+
+
+def test_the_state_is_small_and_comes_back_from_json():
+    interval = blend.begin([A, B], order.shares([1, 3]), 8, 0)
+    interval = blend.follow(interval, 10**9, [A, B], order.shares([1, 1]), 16)
+    text = json.dumps(blend.as_dict(interval))
+    assert len(text) < 500 and blend.from_dict(json.loads(text)) == interval
+
+
+def test_weights_by_temperature():
+    assert blend.weights_of("static", 2.0, [3, 1], [10, 10]) == [3, 1]
+    assert blend.weights_of("temperature", 1.0, [1, 2, 0], [400, 100, 7]) == [400, 200, 0]
+    assert blend.weights_of("temperature", 2.0, [1, 1], [400, 100]) == [20, 10]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    big = write_shard(folder / "big", counting_documents([10] * 100))
+    return big, write_shard(folder / "small", counting_documents([5] * 40, first=30000))
+
+
+def test_a_window_of_pieces_has_every_label_right_and_begins_anew_at_a_piece(two):
+    before = open_stream(data_section(two[0], seq_len=8), 1, VOCAB).interval
+    stream = open_stream(data_section(two[0], seq_len=20), 1, VOCAB, before, 10)
+    window = stream.sample(10)
+    assert (window.labels == window.tokens + 1).all()
+    jumps = [i for i in range(1, 20) if window.tokens[i] != window.tokens[i - 1] + 1]
+    assert set(jumps) <= {8, 16} and jumps and all(window.begins[i] for i in jumps)
+
+
+def test_the_last_window_of_an_epoch_that_was_cut_otherwise_is_padded(two):
+    before = open_stream(data_section(two[0], seq_len=8), 1, VOCAB).interval  # 124 units of 8 tokens: 992
+    stream = open_stream(data_section(two[0], seq_len=100), 1, VOCAB, before, 4)
+    windows = [stream.sample(4 + i) for i in range(11)]
+    assert [int((w.labels != IGNORED).sum()) for w in windows] == [100] * 9 + [60, 100]
+    assert stream.interval.cursors_at(14)[0] == Cursor(1, 100, 0, 992)
+
+
+def hashes(two, world: int, workers_start: int, stop: int, before=None) -> list[int]:
+    stream = open_stream(data_section(*two, seq_len=8), 1, VOCAB, before, workers_start)
+    ranks = [
+        steps(stream, start=workers_start, samples_per_step=8, micro_batch=1, rank=r, world=world, device="cpu")
+        for r in range(world)
+    ]
+    seen = []
+    for _ in range((stop - workers_start) // 8):
+        step = [next(rank) for rank in ranks]
+        seen += [micro.tokens_BT[0].tolist() for micros in zip(*step, strict=True) for micro in micros]
+    return seen
+
+
+@pytest.mark.parametrize("worlds", [(1, 1), (2, 8), (4, 2), (8, 1)], ids=str)
+def test_ranks_may_change_on_the_way_and_no_sample_does(two, worlds):
+    before = blend.from_dict(blend.as_dict(open_stream(data_section(*two), 1, VOCAB).interval))
+    straight = hashes(two, 1, 0, 64)
+    assert hashes(two, worlds[0], 0, 24) + hashes(two, worlds[1], 24, 64, before) == straight
+
+
+def test_a_corpus_that_must_not_repeat_is_refused_where_it_would(two):
+    data = data_section(*two, seq_len=8)
+    corpora = [corpus.model_copy(update={"repeat": False}) for corpus in data.corpora]
+    data = data.model_copy(update={"corpora": corpora})
+    stream = open_stream(data, 1, VOCAB)  # small holds 24 units of 8 tokens and gives half of the samples
+    used_up = max(n for n in range(200) if stream.interval.cursors_at(n)[1].seen <= 192)
+    refuse_repetition(data, stream, used_up)
+    with pytest.raises(
+        UserError, match=r"data.corpora\[1\].repeat must be true for 80 samples of 8 tokens, but is false"
+    ):
+        refuse_repetition(data, stream, 80)
+
+
+def test_two_corpora_of_one_name_are_refused(two):
+    with pytest.raises(
+        ValueError, match=r"data.corpora.name must be another for every corpus, but 'big' is there twice"
+    ):
+        data_section(two[0], two[0])
+
+
+def test_metrics_count_what_was_read_of_each_corpus(two, tmp_path):
+    import torch
+
+    run = make_run(tmp_path)
+    run.folder.mkdir(parents=True)
+    numbers = Metrics(run, writes=True, total_steps=9, step=0, device=torch.device("cpu"), wandb_run=None)
+    numbers.resume_from(0, open_stream(data_section(*two, seq_len=8, weights=[0.75, 0.25]), 1, VOCAB))
+    row = numbers.read_of_corpora(1000)
+    numbers.close()
+    assert row == {
+        "data/big/epoch": 6, "data/big/epoch_tokens": 6000 - 6 * 992, "data/big/tokens": 6000,
+        "data/small/epoch": 10, "data/small/epoch_tokens": 2000 - 10 * 192, "data/small/tokens": 2000,
+    }  # fmt: skip
+
+
+def test_harmless_changes_are_said():
+    theirs, ours = {"train.tokens_per_step": 256, "seed": 1}, {"train.tokens_per_step": 512, "seed": 1}
+    assert harmless_changes(theirs, ours, 7) == ["train.tokens_per_step is 512 instead of 256 from step 7 on"]
+    assert harmless_changes({}, ours, 0) == []
