@@ -140,7 +140,7 @@ def from_dict(state: dict) -> Interval:
 
 
 def weights_of(kind: str, temperature: float, weights: list[float], tokens: list[int]) -> list[float]:
-    """static: as written. temperature: (weight · tokens)^(1/temperature), so that 1 is by size and more is flatter."""
-    if kind == "static":
+    """temperature: (weight · tokens)^(1/temperature), so that 1 is by size and more is flatter. Others: as they stand."""
+    if kind != "temperature":
         return list(weights)
     return [(w * n) ** (1 / temperature) if w else 0.0 for w, n in zip(weights, tokens, strict=True)]

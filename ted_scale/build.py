@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import blend, checkpoint, kernels, metrics
+from ted_scale import checkpoint, feed, kernels, metrics
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
-from ted_scale.data import open_stream, refuse_repetition, steps
+from ted_scale.data import steps
 from ted_scale.errors import UserError
 from ted_scale.filters import Filter
 from ted_scale.guard import Guard
@@ -41,9 +41,26 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def run_plan(plan: Plan) -> None:
     """A run from process group to process group's end."""
+    check_engine_config(plan)
     train_run(plan, start_ranks(plan.run.loss.backend))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def check_engine_config(plan: Plan) -> None:
+    """What only DeepSpeed can tell of its file, while a mistake is still one sentence."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**plan.ds_config["zero_optimization"])
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(["zero_optimization", *map(str, wrong["loc"])])
+        raise UserError(
+            f"ds_config {plan.run.ds_config}: {key} must be what DeepSpeed knows, but is {wrong['input']!r} ({wrong['msg']}); "
+            "correct it"
+        ) from None
 
 
 def train_run(plan: Plan, device: torch.device) -> Progress:
@@ -262,34 +279,32 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
     if resumed:
         checkpoint.load(engine, resumed)
     vocabulary = min(a.vocab_size for a in (plan.student, plan.teacher) if a)
-    stream, progress = open_data(plan, stage, progress, vocabulary, numbers)
-    data = steps(
-        stream, start=progress.samples, samples_per_step=stage.samples_per_step, micro_batch=run.train.micro_batch,
-        rank=dist.get_rank(), world=dist.get_world_size(), device=device, prefetch=run.data.prefetch,
-    )  # fmt: skip
+    stream, progress, changed = feed.open_feed(run, stage, progress, vocabulary)
+    numbers.say_changes(changed)
     check = partial(validate, plan, teacher, numbers, vocabulary, device)
+    keep, guard = partial(save, plan, stage), Guard(engine)
     if progress.step == stage.first_step and not stage.learns_filters:
         check(engine, progress, with_teacher=True)
-    numbers.resume_from(progress.tokens, stream)
-    progress = train(stage, engine, teacher, data, Guard(engine), numbers, progress, check, partial(save, plan, stage))
-    data.close()
+    numbers.resume_from(progress.tokens)
+    began = progress.step
+    while progress.step < stage.last_step:
+        if feed.due(stage, stream, progress):
+            stream, progress = feed.weigh(plan, teacher, numbers, vocabulary, device, engine, stream, progress)
+        try:
+            feed.refuse_short_corpora(run, stage, stream, progress)
+        except UserError:
+            if progress.step > began:
+                keep(engine, progress)
+            raise
+        numbers.reads(stream)
+        data = steps(
+            stream, start=progress.samples, stop=feed.last_sample(stage, progress), rank=dist.get_rank(),
+            samples_per_step=stage.samples_per_step, micro_batch=run.train.micro_batch, world=dist.get_world_size(),
+            device=device, prefetch=run.data.prefetch,
+        )  # fmt: skip
+        progress = train(stage, engine, teacher, data, guard, numbers, progress, check, keep)
     engine.destroy()
     return progress
-
-
-def open_data(plan: Plan, stage: Stage, progress: Progress, vocabulary: int, numbers):
-    """(the stage's stream, progress with the blend in it): from sample 0, or on from where the checkpoint stood."""
-    run, before = plan.run, None
-    if progress.step == stage.first_step:
-        progress = replace(progress, samples=0)
-    else:
-        before = blend.from_dict(progress.blend)
-    stream = open_stream(run.data, run.seed, vocabulary, before, progress.samples)
-    left = stage.last_step - progress.step
-    refuse_repetition(run.data, stream, progress.samples + left * stage.samples_per_step)
-    if before:
-        numbers.say_changes(blend.changes(before, stream.interval))
-    return stream, replace(progress, blend=blend.as_dict(stream.interval))
 
 
 def save(plan: Plan, stage: Stage, engine, progress: Progress) -> None:

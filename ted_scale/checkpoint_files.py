@@ -25,6 +25,7 @@ class Progress:
     tokens: int = 0
     samples: int = 0  # of this stage's data
     blend: dict | None = None  # blend.as_dict
+    adaptive: dict | None = None  # feed.Measured
     wandb_id: str | None = None
     identity: dict = dataclasses.field(default_factory=dict)
 

@@ -48,9 +48,15 @@ class Corpus(Section):
 class Blend(Section):
     """Which share of the samples a corpus gives."""
 
-    kind: Literal["static", "temperature"] = Field("static", description="static: by data.corpora.weight")
+    kind: Literal["static", "temperature", "adaptive"] = Field(
+        "static", description="static: by data.corpora.weight; adaptive: DDK, weight is where it starts from"
+    )
     temperature: Positive = Field(
         1.0, description="share by (weight * tokens)^(1/temperature): 1 by size, more is flatter"
+    )
+    every: PositiveInt = Field(1000, description="adaptive: steps from one measurement to the next")
+    smoothing: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="adaptive: share that follows the measurement; the rest is alike for all corpora"
     )
 
 
@@ -169,7 +175,7 @@ class Train(Section):
 
 class Validation(Section):
     every: Annotated[int, Field(ge=0)] = Field(0, description="steps; 0: only at the start and the end of a stage")
-    tokens: PositiveInt = 65536
+    tokens: PositiveInt = Field(65536, description="over all corpora that hold some out, as many of each")
 
 
 class Checkpoint(Section):
@@ -211,6 +217,26 @@ class Run(Section):
     @property
     def matches_layers(self) -> bool:
         return self.method in ("lwd", "ted")
+
+    @property
+    def adapts(self) -> bool:
+        return self.data.blend.kind == "adaptive"
+
+    @model_validator(mode="after")
+    def adaptive_blend_can_measure(self):
+        if not self.adapts:
+            return self
+        if self.method == "ce":
+            raise ValueError(
+                "data.blend.kind must be static or temperature for method = 'ce', but is 'adaptive', which asks a teacher"
+            )
+        for i, corpus in enumerate(self.data.corpora):
+            if corpus.weight and not corpus.validation:
+                raise ValueError(
+                    f"data.corpora[{i}].validation must be above 0 for data.blend.kind = 'adaptive', but is 0; hold some of "
+                    f"{corpus.name} out"
+                )
+        return self
 
     @model_validator(mode="after")
     def sections_fit_the_method(self):

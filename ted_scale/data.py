@@ -8,9 +8,8 @@ reads ahead. No array grows with tokens, documents or run length. The surprise: 
 import queue
 import threading
 import weakref
-from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import count
 from typing import NamedTuple
 
 import numpy
@@ -43,18 +42,14 @@ class Window(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Windows by position: of the blend, endless, or held out, `counts` of each part in order."""
+    """Windows by position: of the blend, endless, or what one corpus holds out, `count` of them in order."""
 
     parts: dict[str, Part]
     interval: Interval | None
-    counts: tuple[int, ...]
+    count: int | None  # None: training never ends
     seq_len: int
     mask_documents: bool
     vocab_size: int
-
-    @property
-    def n_samples(self) -> int | None:
-        return sum(self.counts) if self.interval is None else None  # None: training never ends
 
     def sample(self, position: int) -> Window:
         part, pieces = self._in_order(position) if self.interval is None else self._of_blend(position)
@@ -73,35 +68,39 @@ class Stream(NamedTuple):
         return self.parts[self.interval.domains[which].name], self.interval.pieces(which, cursor)
 
     def _in_order(self, position: int):
-        ends = list(accumulate(self.counts))
-        which = bisect_right(ends, position)
-        start = (position - ends[which] + self.counts[which]) * self.seq_len
-        return list(self.parts.values())[which], [(start, self.seq_len)]
+        return next(iter(self.parts.values())), [(position * self.seq_len, self.seq_len)]
 
 
-def open_stream(data, seed: int, vocab_size: int, before: Interval | None = None, position: int = 0) -> Stream:
-    """A run file's data section to train on, endless and shuffled; from `position` of an earlier blend where one is given."""
+def open_stream(
+    data, seed: int, vocab_size: int, before: Interval | None = None, position: int = 0, weights: dict | None = None
+) -> Stream:
+    """A run file's data section to train on, endless and shuffled; from `position` of an earlier blend where one is given,
+    with other `weights` where they were measured."""
     order.shares([c.weight for c in data.corpora])  # refuses weights that mean nothing
     parts = open_parts(data, vocab_size, [c.weight > 0 for c in data.corpora], training=True)
     domains = [Domain(name, part.tokens) for name, part in parts.items()]
-    written = [c.weight for c in data.corpora if c.weight > 0]
+    written = [(weights or {}).get(c.name, c.weight) for c in data.corpora if c.weight > 0]
     kind, sizes = data.blend, [domain.tokens for domain in domains]
     shares = order.shares(blend.weights_of(kind.kind, kind.temperature, written, sizes))
     if before is None:
         interval = blend.begin(domains, shares, data.seq_len, seed)
     else:
         interval = blend.follow(before, position, domains, shares, data.seq_len)
-    return Stream(parts, interval, (), data.seq_len, data.mask_documents, vocab_size)
+    return Stream(parts, interval, None, data.seq_len, data.mask_documents, vocab_size)
 
 
-def open_held_out(data, vocab_size: int) -> Stream:
-    """The documents that validate, finite and in order."""
+def open_held_out(data, vocab_size: int) -> dict[str, Stream]:
+    """The documents that validate, a finite stream in order for every corpus that holds some out."""
     wanted = [corpus.validation > 0 for corpus in data.corpora]
     if not any(wanted):
         raise UserError("data.corpora.validation must be above 0 for one corpus to validate, but is 0 for all; set one")
     parts = open_parts(data, vocab_size, wanted, training=False)
-    counts = tuple((part.tokens - 1) // data.seq_len for part in parts.values())
-    return Stream(parts, None, counts, data.seq_len, data.mask_documents, vocab_size)
+
+    def stream(name: str, part: Part) -> Stream:
+        windows = (part.tokens - 1) // data.seq_len
+        return Stream({name: part}, None, windows, data.seq_len, data.mask_documents, vocab_size)
+
+    return {name: stream(name, part) for name, part in parts.items()}
 
 
 def open_parts(data, vocab_size: int, wanted: list[bool], training: bool) -> dict[str, Part]:
@@ -157,6 +156,7 @@ def steps(
     stream: Stream,
     *,
     start: int,
+    stop: int | None = None,
     samples_per_step: int,
     micro_batch: int,
     rank: int,
@@ -164,13 +164,14 @@ def steps(
     device,
     prefetch: int = 2,
 ) -> Iterator[list[Batch]]:
-    """Optimizer steps from position `start` on, each the micro-batches of this rank; read ahead by a thread."""
+    """Optimizer steps from position `start` up to `stop`, each the micro-batches of this rank; read ahead by a thread, never
+    past `stop`."""
     if samples_per_step % (micro_batch * world):
         raise UserError(
             f"samples per step must be a multiple of train.micro_batch x ranks = {micro_batch * world}, but is "
             f"{samples_per_step}; change train.tokens_per_step or train.micro_batch"
         )
-    device, ready, stop = torch.device(device), queue.Queue(prefetch), threading.Event()
+    device, ready, ended = torch.device(device), queue.Queue(prefetch), threading.Event()
     micros = range(samples_per_step // (micro_batch * world))
 
     def step(position: int) -> list[Batch]:
@@ -178,12 +179,13 @@ def steps(
         made = [batch(stream, list(range(first, first + micro_batch))) for first in firsts]
         return [_pinned(micro) for micro in made] if device.type == "cuda" else made
 
-    work = (step, start, samples_per_step, ready, stop, device)
+    positions = count(start, samples_per_step) if stop is None else range(start, stop, samples_per_step)
+    work = (step, positions, ready, ended, device)
     thread = threading.Thread(target=_produce, args=work, daemon=True, name="ted_scale prefetch")
     thread.start()
-    iterator = _consume(ready, stop, device)
+    iterator = _consume(ready, ended, device)
     # An iterator that was never started runs no `finally`; and no thread may be inside torch when the interpreter ends.
-    weakref.finalize(iterator, _end, stop, thread)
+    weakref.finalize(iterator, _end, ended, thread)
     return iterator
 
 
@@ -197,13 +199,15 @@ def _pinned(micro: Batch) -> Batch:
     return Batch(*(None if t is None else t.pin_memory() for t in micro))
 
 
-def _produce(step, position: int, stride: int, ready: queue.Queue, stop: threading.Event, device: torch.device) -> None:
+def _produce(step, positions, ready: queue.Queue, stop: threading.Event, device: torch.device) -> None:
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # the current device is per thread; pinning must not open a context on GPU 0
-        while not stop.is_set():
+        for position in positions:
+            if stop.is_set():
+                return
             _put(step(position), ready, stop)
-            position += stride
+        _put(None, ready, stop)
     except BaseException as error:  # whatever it is belongs to the consumer
         _put(error, ready, stop)
 
@@ -220,6 +224,8 @@ def _consume(ready: queue.Queue, stop: threading.Event, device: torch.device) ->
     try:
         while True:
             item = ready.get()
+            if item is None:
+                return
             if isinstance(item, BaseException):
                 raise item
             yield [_to(micro, device) for micro in item]
@@ -231,8 +237,8 @@ def validation_batches(
     stream: Stream, *, tokens: int, micro_batch: int, rank: int, world: int, device
 ) -> Iterator[Batch]:
     """The first `tokens` tokens of a validation stream, each window on one rank; equally many batches on every rank."""
-    count = min(stream.n_samples, -(-tokens // stream.seq_len))
-    for micro in range(-(-count // (micro_batch * world))):
+    windows = min(stream.count, -(-tokens // stream.seq_len))
+    for micro in range(-(-windows // (micro_batch * world))):
         first = (micro * world + rank) * micro_batch
-        rows = [p if p < count else None for p in range(first, first + micro_batch)]
+        rows = [p if p < windows else None for p in range(first, first + micro_batch)]
         yield _to(batch(stream, rows), torch.device(device))

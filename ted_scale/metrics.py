@@ -64,9 +64,11 @@ class Metrics:
         self.flops_per_token, self.every = 0.0, run.log_every
         self.rows: list[dict[str, float]] = []
         self.waits: dict[str, float] = {}
-        self.stream = None  # what is read, from resume_from on
+        self.stream = None  # what is read
         self.clock, self.since, self.tokens_before = Clock(device), time.perf_counter(), None
-        self.file = (run.folder / "metrics.jsonl").open("a", encoding="utf-8") if writes else None
+        path = run.folder / "metrics.jsonl"
+        self.already = rows_at(path, step) if writes else set()
+        self.file = path.open("a", encoding="utf-8") if writes else None
         self.bar = tqdm(
             total=total_steps,
             initial=step,
@@ -126,15 +128,25 @@ class Metrics:
                 return
             yield item
 
-    def resume_from(self, tokens: int, stream=None) -> None:
-        """Speed counts from here: neither start-up nor what an earlier process did. `stream` is what is read now."""
+    def reads(self, stream) -> None:
+        """`stream` is what is trained on from here."""
         self.stream = stream
+
+    @contextlib.contextmanager
+    def aside(self):
+        """What is done here is no part of a step's time."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def resume_from(self, tokens: int) -> None:
+        """Speed counts from here: neither start-up nor what an earlier process did."""
         self.tokens_before, self.since, self.rows = tokens, time.perf_counter(), []
         self.waits = {}
         self.clock.read()
 
     def write(self, step: int, tokens: int, values: dict[str, float]) -> None:
-        if not self.writes:
+        if not self.writes or (step, *values) in self.already:
             return
         row = {"step": step, "tokens": tokens, **values}
         self.file.write(json.dumps(row) + "\n")
@@ -160,6 +172,12 @@ def trim_rows(path: Path, step: int) -> None:
     write_durably(path, "".join(f"{line}\n" for line in kept))
 
 
+def rows_at(path: Path, step: int) -> set[tuple]:
+    """What stands of the step that a run resumes from: it measures some of it again."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return {(step, *list(row)[2:]) for row in rows if row["step"] == step}
+
+
 def say(line: str) -> None:
     """A line of the log that does not tear the progress bar."""
     with tqdm.external_write_mode(file=sys.stderr):
@@ -167,8 +185,11 @@ def say(line: str) -> None:
 
 
 def shown(key: str) -> bool:
-    shown_groups = key.startswith(("loss/", "val/", "optim/")) and not key.startswith(("loss/layer/", "loss/filter"))
-    return shown_groups or key in ("perf/tokens_per_s", "perf/step_ms")
+    """On the console: no number of each pair, and of each corpus only its weight in an adaptive blend."""
+    if key.startswith("blend/"):
+        return key.endswith("/weight")
+    whole = key.startswith(("loss/", "val/", "optim/")) and key.count("/") == 1
+    return whole or key in ("perf/tokens_per_s", "perf/step_ms")
 
 
 def mean_rows(rows: list[dict[str, float]]) -> dict[str, float]:

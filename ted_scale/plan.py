@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ted_scale import checkpoint_files as files
+from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
-from ted_scale.data import open_held_out, open_stream, refuse_repetition
+from ted_scale.data import open_held_out
 from ted_scale.errors import UserError
+from ted_scale.feed import open_feed, refuse_short_corpora
 from ted_scale.filters import match_layers
+from ted_scale.metrics import has_key
 from ted_scale.models import Anatomy, inspect
 from ted_scale.run_file import load_ds_config
 from ted_scale.schedule import Stage, stages_of
@@ -81,13 +84,14 @@ def make_plan(run: Run, world: int) -> Plan:
     vocabulary = min(a.vocab_size for a in (student, teacher) if a)
     pairs = match_layers(run.pairs, student.layers, teacher.layers) if run.matches_layers else []
     width = filter_width(run, student, teacher) if run.matches_layers else 0
+    check_wandb(run)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)
     plan = Plan(
         run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=pairs, width=width,
-        accumulation=accumulation, stages=stages_of(run), corpus_tokens=check_corpora(run, vocabulary, student),
+        accumulation=accumulation, stages=stages_of(run), corpus_tokens=check_shards(run, vocabulary, student),
     )  # fmt: skip
-    check_run_folder(plan)
+    check_corpora(plan, vocabulary, check_run_folder(plan))
     if run.filters.from_run and run.method == "ted":
         files.check_filters(plan.filters_file, plan.filters_identity())
     return plan
@@ -124,6 +128,14 @@ def filter_width(run: Run, student: Anatomy, teacher: Anatomy) -> int:
     return width
 
 
+def check_wandb(run: Run) -> None:
+    if run.wandb and run.wandb.mode == "online" and not has_key():
+        raise UserError(
+            "wandb.mode must be auto or offline without an API key, but is 'online'; set WANDB_API_KEY, run `wandb login`, or "
+            "change it"
+        )
+
+
 def check_length(run: Run, *models: Anatomy | None) -> None:
     for side, anatomy in zip(("student", "teacher"), models, strict=True):
         if anatomy and anatomy.max_length and run.data.seq_len > anatomy.max_length:
@@ -141,25 +153,31 @@ def check_documents(run: Run, *models: Anatomy | None) -> None:
             )
 
 
-def check_corpora(run: Run, vocabulary: int, student: Anatomy) -> int:
-    """Every shard is whole and fits vocabulary and tokenizer, and there is a window to train and one to validate on; returns the
-    tokens there are."""
+def check_shards(run: Run, vocabulary: int, student: Anatomy) -> int:
+    """Every shard is whole and fits vocabulary and tokenizer; returns the tokens there are."""
     if not any(c.weight for c in run.data.corpora):
         raise UserError("data.corpora must have a weight above 0, but all are 0")
     indices = [read_index(prefix) for corpus in run.data.corpora for prefix in expand(corpus.path)]
     for index in indices:
         check_vocabulary(index, vocabulary)
     check_corpus_tokenizer(indices, student)
-    stream = open_stream(run.data, run.seed, vocabulary)
-    for stage in stages_of(run):
-        refuse_repetition(run.data, stream, stage.steps * stage.samples_per_step)
-    if any(corpus.validation for corpus in run.data.corpora):
-        open_held_out(run.data, vocabulary)
     return sum(index.tokens for index in indices)
 
 
-def check_run_folder(plan: Plan) -> None:
-    """Writable, and its newest checkpoint is this run's."""
+def check_corpora(plan: Plan, vocabulary: int, progress: Progress) -> None:
+    """There is a window to train and one to validate on, and what must not repeat lasts for what is left of every stage."""
+    run = plan.run
+    for stage in plan.stages:
+        if progress.step < stage.last_step:
+            at = progress if progress.step > stage.first_step else Progress(stage.first_step)
+            stream, at, _ = open_feed(run, stage, at, vocabulary)
+            refuse_short_corpora(run, stage, stream, at)
+    if any(corpus.validation for corpus in run.data.corpora):
+        open_held_out(run.data, vocabulary)
+
+
+def check_run_folder(plan: Plan) -> Progress:
+    """Writable, and its newest checkpoint is this run's; where that stands."""
     folder = plan.run.folder
     try:
         existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -170,8 +188,11 @@ def check_run_folder(plan: Plan) -> None:
             f"runs must be a folder this user can write, but {existing} is not; set runs or change its mode"
         )
     newest = files.newest_checkpoint(folder)
-    if newest:
-        files.check_identity(newest, files.read_progress(newest).identity, plan.identity())
+    if newest is None:
+        return Progress()
+    progress = files.read_progress(newest)
+    files.check_identity(newest, progress.identity, plan.identity())
+    return progress
 
 
 def flops_per_token(plan: Plan, stage: Stage) -> float:

@@ -40,6 +40,17 @@ class Stage:
     def saves(self, step: int) -> bool:
         return step == self.last_step or step % self.run.checkpoint.every == 0
 
+    @property
+    def adapts(self) -> bool:
+        return self.run.adapts and not self.learns_filters
+
+    def border(self, step: int) -> int:
+        """The step up to which the blend is settled after `step` steps of the run."""
+        if not self.adapts:
+            return self.last_step
+        every = self.run.data.blend.every
+        return min(self.last_step, step + every - (step - self.first_step) % every)
+
     def weights(self, step: int) -> Weights:
         """Loss weights of the step after `step` steps of the run."""
         if self.learns_filters:

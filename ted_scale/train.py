@@ -5,7 +5,7 @@ from ted_scale.schedule import set_rates
 
 
 def train(stage, student, teacher, data, guard, metrics, progress, validate, save):
-    """Take `student` (a DeepSpeed engine) through the steps of `stage` that `progress` has not done."""
+    """Take `student` (a DeepSpeed engine) through the steps of `stage` that `data` holds."""
     for micro_batches in metrics.timed(data, "data_wait_ms"):
         weights = stage.weights(progress.step)
         denom = count_valid(micro_batches)
@@ -22,11 +22,9 @@ def train(stage, student, teacher, data, guard, metrics, progress, validate, sav
             student.step()  # updates at the last micro-batch only, and only if the guard finds every number finite
 
         progress = progress.advanced(stage.samples_per_step, stage.run.data.seq_len)
-        last = progress.step == stage.last_step
-        metrics.add(progress, guard.read(stage, weights), last=last)
+        metrics.add(progress, guard.read(stage, weights), last=progress.step == stage.last_step)
         if stage.validates(progress.step):
             validate(student, progress)
         if stage.saves(progress.step):
             save(student, progress)
-        if last:
-            return progress
+    return progress

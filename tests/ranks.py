@@ -1,8 +1,7 @@
-"""What the distributed tests look at, run by real DeepSpeed ranks: one launch for many scenarios, because it costs 12
-s.
+"""What the distributed tests look at, run by real DeepSpeed ranks: one launch for many scenarios, because it costs 12 s.
 
-`deepspeed --num_gpus N tests/ranks.py FOLDER NAME…` runs the scenarios of scenarios.py by name; what they return on
-each rank lands in FOLDER/NAME.RANK.json, an exception as its traceback.
+`deepspeed --num_gpus N tests/ranks.py FOLDER NAME…` runs the scenarios of scenarios.py and data_scenarios.py by name;
+what they return on each rank lands in FOLDER/NAME.RANK.json, an exception as its traceback.
 """
 
 import json
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def main() -> None:
     folder, names = Path(sys.argv[-2]), sys.argv[-1].split(",")
+    import data_scenarios
     import scenarios
 
     from ted_scale.build import start_ranks
@@ -23,7 +23,8 @@ def main() -> None:
     device, rank = start_ranks(), os.environ["RANK"]
     for name in names:
         try:
-            result = getattr(scenarios, name)(folder, device)
+            scenario = getattr(scenarios, name, None) or getattr(data_scenarios, name)
+            result = scenario(folder, device)
         except Exception:
             result = {"traceback": traceback.format_exc()}
         (folder / f"{name}.{rank}.json").write_text(json.dumps(result))

@@ -181,7 +181,7 @@ def test_metrics_count_what_was_read_of_each_corpus(two, tmp_path):
     run = make_run(tmp_path)
     run.folder.mkdir(parents=True)
     numbers = Metrics(run, writes=True, total_steps=9, step=0, device=torch.device("cpu"), wandb_run=None)
-    numbers.resume_from(0, open_stream(data_section(*two, seq_len=8, weights=[0.75, 0.25]), 1, VOCAB))
+    numbers.reads(open_stream(data_section(*two, seq_len=8, weights=[0.75, 0.25]), 1, VOCAB))
     row = numbers.read_of_corpora(1000)
     numbers.close()
     assert row == {

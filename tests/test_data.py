@@ -144,7 +144,7 @@ def test_weights_that_mean_nothing_are_refused(weights):
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.97])
 def test_training_and_validation_share_no_document_and_leave_none_out(two_shards, fraction):
     data = data_section(two_shards, validation=fraction, seq_len=2)
-    streams = open_stream(data, 1, VOCAB), open_held_out(data, VOCAB)
+    streams = open_stream(data, 1, VOCAB), *open_held_out(data, VOCAB).values()
     train, held = (next(iter(stream.parts.values())) for stream in streams)
     assert (train.start, train.stop, held.stop) == (0, held.start, 564)
     assert held.start in numpy.cumsum(LENGTHS)
@@ -196,7 +196,7 @@ def test_masked_labels_never_cross_a_document_and_positions_restart(two_shards):
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("tokens", [40, 64, 10**9])
 def test_validation_counts_each_window_once_for_any_number_of_ranks(two_shards, world, tokens):
-    stream = open_held_out(data_section(two_shards, validation=0.3), VOCAB)
+    (stream,) = open_held_out(data_section(two_shards, validation=0.3), VOCAB).values()
     ranks = [
         list(validation_batches(stream, tokens=tokens, micro_batch=2, rank=r, world=world, device="cpu"))
         for r in range(world)
@@ -205,7 +205,7 @@ def test_validation_counts_each_window_once_for_any_number_of_ranks(two_shards, 
     labels = torch.cat([b.labels_BT[b.weights_BT == 1] for batches in ranks for b in batches])
     padding = [b for batches in ranks for b in batches if not b.weights_BT.any()]
     assert all(b.labels_BT.eq(IGNORED).all() for b in padding)
-    windows = min(-(-tokens // 8), stream.n_samples)
+    windows = min(-(-tokens // 8), stream.count)
     first = next(iter(stream.parts.values())).start
     assert sorted(labels.tolist()) == list(range(first + 1, first + 1 + windows * 8))
 

@@ -2,6 +2,7 @@
 wrong."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,13 @@ TWO_RANKS = (
 )  # fmt: skip
 
 
+def free_port() -> int:
+    """Of this moment: two suites may run on one machine."""
+    with socket.socket() as any_free:
+        any_free.bind(("127.0.0.1", 0))
+        return any_free.getsockname()[1]
+
+
 def launch(folder: Path, ranks: int, names) -> None:
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
     script = str(Path(__file__).with_name("ranks.py"))
@@ -27,7 +35,7 @@ def launch(folder: Path, ranks: int, names) -> None:
         "--num_gpus",
         str(ranks),
         "--master_port",
-        str(29600 + ranks),
+        str(free_port()),
         script,
         str(folder),
         ",".join(names),

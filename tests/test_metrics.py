@@ -10,7 +10,7 @@ from tiny import make_run
 from wandb_file import read_config, read_records, read_rows
 
 from ted_scale.checkpoint_files import Progress
-from ted_scale.metrics import Clock, Metrics, has_key, mean_rows, open_wandb, trim_rows
+from ted_scale.metrics import Clock, Metrics, has_key, mean_rows, open_wandb, shown, trim_rows
 
 CPU = torch.device("cpu")
 
@@ -218,3 +218,16 @@ def test_a_key_is_found_in_the_environment_or_in_netrc(tmp_path, monkeypatch):
     (tmp_path / ".netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     assert has_key()
+
+
+def test_the_console_shows_totals_and_the_weights_of_an_adaptive_blend():
+    keys = (
+        "loss/ce",
+        "loss/layer/3",
+        "loss/filter_t/0",
+        "val/loss",
+        "val/code/loss",
+        "blend/code/weight",
+        "blend/code/ppl",
+    )
+    assert [key for key in keys if shown(key)] == ["loss/ce", "val/loss", "blend/code/weight"]

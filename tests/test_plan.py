@@ -12,7 +12,7 @@ from plain import make_shard, make_world
 from tiny import make_model, make_run, pretrain, write_run
 from transformers import Lfm2Config, PreTrainedTokenizerFast
 
-from ted_scale.build import build_filters, train_run
+from ted_scale.build import build_filters, check_engine_config, train_run
 from ted_scale.errors import UserError
 from ted_scale.plan import filter_parameters, make_plan
 from ted_scale.run_file import load_run
@@ -343,3 +343,20 @@ def test_a_file_where_the_run_s_folder_must_be_is_refused(world, file):
     (world / file).write_text("in the way")
     said = refusal(world)
     assert said == f"runs must be a folder this user can write, but ROOT/{file} is not; set runs or change its mode"
+
+
+def test_weights_and_biases_online_without_a_key_is_refused_before_it_asks(world, monkeypatch):
+    monkeypatch.setenv("HOME", str(world))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    said = refusal(world, wandb={"project": "p", "mode": "online"})
+    assert said.startswith("wandb.mode must be auto or offline without an API key, but is 'online'; set WANDB_API_KEY")
+
+
+def test_a_mistake_in_the_zero_section_is_a_sentence_and_not_deepspeed_s_traceback(world):
+    config = {"zero_optimization": {"stage": 3, "overlap_com": True}}
+    (world / "ds.json").write_text(json.dumps(config))
+    plan = make_plan(make_run(world, ds_config=str(world / "ds.json")), 1)
+    with pytest.raises(
+        UserError, match=r"ds.json: zero_optimization.overlap_com must be what DeepSpeed knows, but is True"
+    ):
+        check_engine_config(plan)

@@ -1,0 +1,111 @@
+"""What a stage reads: its stream opened where the run stands, and its blend measured and set anew where it adapts.
+
+data.py reads windows, blend.py counts them, ddk.py is the rule. A stage's data comes in stretches with one set of
+shares, from one border to the next, so that nothing is read ahead of a measurement. The surprise: a measurement is not
+in the checkpoint that was written at its step; a resume takes it again, from the same weights.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from ted_scale import blend, ddk, order
+from ted_scale.checkpoint_files import Progress
+from ted_scale.data import Stream, open_held_out, open_stream, refuse_repetition
+from ted_scale.validate import perplexity, student_losses, teacher_losses, tokens_of_each
+
+
+class Measured(NamedTuple):
+    """What an adaptive blend follows, as it stands in a checkpoint: weights set at `step`, the teacher's losses, and of what
+    text they are."""
+
+    step: int
+    weights: dict[str, float]
+    teacher: dict[str, float]
+    text: dict[str, str]
+
+
+def open_feed(run, stage, progress: Progress, vocabulary: int) -> tuple[Stream, Progress, list[str]]:
+    """(stream, progress with its blend in it, what to say of changes): from sample 0, or on from where the run stood."""
+    before = None
+    if progress.step == stage.first_step:
+        progress = replace(progress, samples=0)
+    else:
+        before = blend.from_dict(progress.blend)
+    if not stage.adapts or before is None:
+        progress = replace(progress, adaptive=None)
+    weights = progress.adaptive["weights"] if progress.adaptive else {}
+    stream = open_stream(run.data, run.seed, vocabulary, before, progress.samples, weights)
+    said = blend.changes(before, stream.interval) if before else []
+    return stream, replace(progress, blend=blend.as_dict(stream.interval)), said
+
+
+def last_sample(stage, progress: Progress) -> int:
+    """The position up to which the blend is settled."""
+    return progress.samples + (stage.border(progress.step) - progress.step) * stage.samples_per_step
+
+
+def refuse_short_corpora(run, stage, stream: Stream, progress: Progress) -> None:
+    refuse_repetition(run.data, stream, last_sample(stage, progress))
+
+
+def due(stage, stream: Stream, progress: Progress) -> bool:
+    """At every border, and where corpora came or went."""
+    if not stage.adapts:
+        return False
+    known = progress.adaptive
+    at_border = (progress.step - stage.first_step) % stage.run.data.blend.every == 0
+    return known is None or set(known["weights"]) != set(stream.parts) or (at_border and known["step"] != progress.step)
+
+
+def weigh(plan, teacher, numbers, vocabulary: int, device, engine, stream: Stream, progress: Progress):
+    """(stream, progress) from here on: DDK's weights by what student and teacher make of each corpus's held-out text."""
+    with numbers.aside():
+        held_out = {n: s for n, s in open_held_out(plan.run.data, vocabulary).items() if n in stream.parts}
+        student = {name: loss.mean for name, loss in student_losses(plan, held_out, engine, device).items()}
+        known = known_of_teacher(plan, progress, held_out)
+        missing = {name: s for name, s in held_out.items() if name not in known}
+        known |= {name: loss.mean for name, loss in teacher_losses(plan, missing, teacher, device).items()}
+    weights, gaps = set_weights(plan.run.data, progress.adaptive, student, known)
+    adaptive = Measured(progress.step, weights, known, text_of(plan, held_out))._asdict()
+    row = {f"blend/{name}/weight": weight for name, weight in weights.items()}
+    row |= {f"blend/{name}/discrepancy": gap for name, gap in gaps.items()}
+    row |= {f"blend/{name}/ppl": perplexity(loss) for name, loss in student.items()}
+    row |= {f"blend/{name}/teacher_ppl": perplexity(known[name]) for name in student}
+    numbers.write(progress.step, progress.tokens, row)
+    stream = with_weights(stream, weights, progress.samples)
+    return stream, replace(progress, adaptive=adaptive, blend=blend.as_dict(stream.interval))
+
+
+def known_of_teacher(plan, progress: Progress, held_out: dict[str, Stream]) -> dict[str, float]:
+    """The teacher's losses that were measured of this very text: it stands still."""
+    if not progress.adaptive:
+        return {}
+    before, text = progress.adaptive, text_of(plan, held_out)
+    return {n: loss for n, loss in before["teacher"].items() if n in text and before["text"].get(n) == text[n]}
+
+
+def text_of(plan, held_out: dict[str, Stream]) -> dict[str, str]:
+    """What a corpus's losses were measured of."""
+    tokens, mask = tokens_of_each(plan.run), plan.run.data.mask_documents
+    read = f"{tokens} in windows of {plan.run.data.seq_len}" + (", documents apart" if mask else "")
+    return {n: f"{read} of {sum(p.tokens for p in s.parts.values())} tokens" for n, s in held_out.items()}
+
+
+def set_weights(data, before: dict | None, student: dict[str, float], teacher: dict[str, float]):
+    """(weights, discrepancies) by corpus; a corpus that is new to the blend enters with an equal share."""
+    names = list(student)
+    gaps = ddk.discrepancies([student[name] for name in names], [teacher[name] for name in names])
+    if before is None:
+        prior = {corpus.name: corpus.weight for corpus in data.corpora}
+        weights = ddk.first_weights([prior[name] for name in names], gaps)
+    else:
+        shares = [before["weights"].get(name, 1 / len(names)) for name in names]
+        weights = ddk.next_weights(shares, gaps, data.blend.smoothing)
+    return dict(zip(names, weights, strict=True)), dict(zip(names, gaps, strict=True))
+
+
+def with_weights(stream: Stream, weights: dict[str, float], position: int) -> Stream:
+    before = stream.interval
+    domains = [domain for domain in before.domains if domain.name in weights]
+    shares = order.shares([weights[domain.name] for domain in domains])
+    return stream._replace(interval=blend.follow(before, position, domains, shares, stream.seq_len))
