@@ -20,10 +20,10 @@ import torch.distributed as dist
 from ted_scale import checkpoint, feed, kernels, metrics
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
-from ted_scale.data import steps
 from ted_scale.errors import UserError
 from ted_scale.filters import Filter
 from ted_scale.guard import Guard
+from ted_scale.loader import Loader
 from ted_scale.plan import Plan, as_dict, describe, flops_per_token
 from ted_scale.run_file import to_toml
 from ted_scale.schedule import Stage
@@ -85,13 +85,18 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         plan.run, writes=writes, total_steps=plan.total_steps, step=progress.step, device=device, wandb_run=wandb_run
     )
     numbers.say_changes(changed)
+    loader = Loader(
+        workers=plan.run.data.workers, prefetch=plan.run.data.prefetch, micro_batch=plan.run.train.micro_batch,
+        rank=dist.get_rank(), world=dist.get_world_size(), device=device,
+    )  # fmt: skip
     try:
         for stage in plan.stages:
             if progress.step < stage.last_step:
                 numbers.flops_per_token = flops_per_token(plan, stage)
                 resumed = newest if progress.step > stage.first_step else None
-                progress = run_stage(plan, stage, teacher, progress, resumed, numbers, device)
+                progress = run_stage(plan, stage, teacher, progress, resumed, numbers, loader)
     finally:
+        loader.close()
         numbers.close()
     metrics.say(
         f"done: {plan.run.folder} is at step {progress.step}; next: python tools/export_hf.py {plan.run.folder}"
@@ -273,8 +278,8 @@ def parameter_groups(run, module: Student) -> list[dict]:
     return [{**g, "peak_lr": rates.get(g["role"], run.train.lr)} for g in groups if g["params"]]
 
 
-def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, numbers, device) -> Progress:
-    run = plan.run
+def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, numbers, loader) -> Progress:
+    run, device = plan.run, loader.device
     engine = build_student(plan, stage, teacher)
     if resumed:
         checkpoint.load(engine, resumed)
@@ -297,11 +302,12 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
                 keep(engine, progress)
             raise
         numbers.reads(stream)
-        data = steps(
-            stream, start=progress.samples, stop=feed.last_sample(stage, progress), rank=dist.get_rank(),
-            samples_per_step=stage.samples_per_step, micro_batch=run.train.micro_batch, world=dist.get_world_size(),
-            device=device, prefetch=run.data.prefetch,
-        )  # fmt: skip
+        data = loader.steps(
+            stream,
+            start=progress.samples,
+            stop=feed.last_sample(stage, progress),
+            samples_per_step=stage.samples_per_step,
+        )
         progress = train(stage, engine, teacher, data, guard, numbers, progress, check, keep)
     engine.destroy()
     return progress

@@ -65,7 +65,8 @@ class Data(Section):
     blend: Blend = Blend()
     seq_len: PositiveInt
     mask_documents: bool = Field(False, description="no attention and no label across a document boundary")
-    prefetch: PositiveInt = 2
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes a rank that read; 0: a thread of the rank")
+    prefetch: PositiveInt = Field(2, description="steps that are read ahead")
 
     @model_validator(mode="after")
     def names_differ(self):

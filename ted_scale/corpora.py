@@ -26,6 +26,10 @@ class Shard(NamedTuple):
     index: ShardIndex
     dataset: object
 
+    def __reduce__(self):
+        """Sent to another process, it is opened there."""
+        return open_shard, (self.index,)
+
     def read(self, start: int, stop: int) -> numpy.ndarray:
         dtype = self.index.dtype
         return self.dataset.bin_reader.read(dtype=dtype.type, count=stop - start, offset=start * dtype.itemsize)
@@ -37,9 +41,22 @@ class Shard(NamedTuple):
             return self.index.tokens
         return int(self.dataset.index.sequence_pointers[sequence]) // self.index.dtype.itemsize
 
-    def first_document(self, token: int) -> int:
-        """The first document that starts at `token` or later."""
-        return bisect_left(range(self.index.documents), token, key=self.document_start)
+    def first_document(self, token: int, least: int = 0) -> int:
+        """The first document that starts at `token` or later, and is not before document `least`."""
+        borders, pointers = self.dataset.document_indices, self.dataset.index.sequence_pointers
+        sequences, itemsize = self.index.sequences, self.index.dtype.itemsize
+
+        def pointer(document: int):  # document_start in bytes with nothing looked up twice: every window asks
+            sequence = borders[document]
+            return pointers[sequence] if sequence < sequences else self.index.tokens * itemsize
+
+        return bisect_left(range(self.index.documents), token * itemsize, lo=least, key=pointer)
+
+    def document_starts(self, low: int, high: int) -> numpy.ndarray:
+        """First tokens of the documents that start in [low, high), which ends with the shard at the latest."""
+        first = self.first_document(low)
+        sequences = self.dataset.document_indices[first : self.first_document(high, first)]
+        return self.dataset.index.sequence_pointers[sequences] // self.index.dtype.itemsize
 
 
 class Part(NamedTuple):
@@ -58,7 +75,7 @@ class Part(NamedTuple):
 
     def read(self, offset: int, count: int, vocab_size: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """`count` tokens from `offset` of this part as int64, and where among them documents start."""
-        tokens, starts = numpy.empty(count, numpy.int64), numpy.zeros(count, bool)
+        chunks, starts = [], []
         begin = self.start + offset
         end = begin + count
         for s in range(bisect_right(self.starts, begin) - 1, bisect_left(self.starts, end)):
@@ -66,15 +83,18 @@ class Part(NamedTuple):
             low, high = max(begin - base, 0), min(end - base, shard.index.tokens)
             chunk = shard.read(low, high)
             self._check(chunk, shard, vocab_size)
-            tokens[base + low - begin : base + high - begin] = chunk
-            for document in range(shard.first_document(low), shard.first_document(high)):
-                starts[base + shard.document_start(document) - begin] = True
-        return tokens, starts
+            chunks.append(chunk.astype(numpy.int64))
+            starts.append(shard.document_starts(low, high) + (base - begin))
+        return _joined(chunks), _joined(starts)
 
     def _check(self, chunk: numpy.ndarray, shard: Shard, vocab_size: int) -> None:
         for token in (int(chunk.max(initial=0)), int(chunk.min(initial=0))):
             if not 0 <= token < vocab_size:
                 raise out_of_vocabulary(f"{shard.index.prefix} of {self.name}", token, vocab_size)
+
+
+def _joined(arrays: list[numpy.ndarray]) -> numpy.ndarray:
+    return arrays[0] if len(arrays) == 1 else numpy.concatenate(arrays)
 
 
 def open_part(number: int, corpus, vocab_size: int, training: bool) -> Part:
@@ -108,10 +128,14 @@ def _border(shards: tuple[Shard, ...], starts: tuple[int, ...], fraction: float,
 
 
 def _open_shards(indices: list[ShardIndex]) -> tuple[Shard, ...]:
-    dataset = megatron_indexed().IndexedDataset
     _allow_descriptors(3 * len(indices))
+    return tuple(open_shard(index) for index in indices)
+
+
+def open_shard(index: ShardIndex) -> Shard:
+    dataset = megatron_indexed().IndexedDataset
     with without_noise():
-        return tuple(Shard(index, dataset(index.prefix, mmap=True)) for index in indices)
+        return Shard(index, dataset(index.prefix, mmap=True))
 
 
 def _allow_descriptors(more: int) -> None:

@@ -1,15 +1,11 @@
-"""The loader: packed windows of the corpora as micro-batches, by position.
+"""Packed windows of the corpora as batches, by position.
 
-blend.py says which window stands at a position, corpora.py reads it; this file masks, batches, spreads over ranks and
-reads ahead. No array grows with tokens, documents or run length. The surprise: a stream is addressed by position, so
-"resume" is nothing but another `start`, and ranks only decide who reads what.
+blend.py says which window stands at a position, corpora.py reads it; this file masks and batches; loader.py says who reads
+what and when. No array grows with tokens, documents or run length. The surprise: a stream is addressed by position, so
+"resume" is nothing but another start, and ranks only decide who reads what.
 """
 
-import queue
-import threading
-import weakref
 from collections.abc import Iterator
-from itertools import count
 from typing import NamedTuple
 
 import numpy
@@ -31,9 +27,13 @@ class Batch(NamedTuple):
     weights_BT: torch.Tensor  # float32
     positions_BT: torch.Tensor | None  # int64
 
+    def moved(self, move) -> "Batch":
+        """With `move` called on every tensor."""
+        return Batch(*(None if t is None else move(t) for t in self))
+
 
 class Window(NamedTuple):
-    """seq_len tokens, the token behind each (IGNORED: none), which begin a document or a piece, which end one."""
+    """seq_len tokens, the token behind each (IGNORED: none), where in it documents and pieces begin, where documents end."""
 
     tokens: numpy.ndarray
     labels: numpy.ndarray
@@ -54,14 +54,14 @@ class Stream(NamedTuple):
     def sample(self, position: int) -> Window:
         part, pieces = self._in_order(position) if self.interval is None else self._of_blend(position)
         tokens, labels = numpy.zeros(self.seq_len, numpy.int64), numpy.full(self.seq_len, IGNORED, numpy.int64)
-        begins, ends, at = numpy.zeros(self.seq_len, bool), numpy.zeros(self.seq_len, bool), 0
+        begins, ends, at = [], [], 0
         for first, length in pieces:
             read, starts = part.read(first, length + 1, self.vocab_size)
-            here = slice(at, at + length)
-            tokens[here], labels[here], begins[here], ends[here] = read[:-1], read[1:], starts[:-1], starts[1:]
-            begins[at] |= at > 0  # what stands before it is another place of the corpus
+            tokens[at : at + length], labels[at : at + length] = read[:-1], read[1:]
+            begins += [[at], at + starts[starts < length]]
+            ends.append(at + starts[starts > 0] - 1)
             at += length
-        return Window(tokens, labels, begins, ends)
+        return Window(tokens, labels, numpy.concatenate(begins), numpy.concatenate(ends))
 
     def _of_blend(self, position: int):
         which, cursor = self.interval.at(position)
@@ -134,103 +134,24 @@ def batch(stream: Stream, positions: list[int | None]) -> Batch:
     """The windows at some positions as one batch on the CPU; None is padding, whose labels never count."""
     shape = len(positions), stream.seq_len
     tokens, labels = numpy.zeros(shape, numpy.int64), numpy.full(shape, IGNORED, numpy.int64)
-    restart = numpy.tile(numpy.arange(stream.seq_len), (len(positions), 1))
+    begins = numpy.zeros(shape, bool)
     for row, position in enumerate(positions):
         if position is None:
             continue
         window = stream.sample(position)
         tokens[row], labels[row] = window.tokens, window.labels
         if stream.mask_documents:
-            labels[row, window.ends] = IGNORED
-            restart[row] -= numpy.maximum.accumulate(numpy.where(window.begins, restart[row], 0))
+            labels[row, window.ends], begins[row, window.begins] = IGNORED, True
     weights = (labels != IGNORED).astype(numpy.float32)
-    arrays = (tokens, labels, weights, restart if stream.mask_documents else None)
+    arrays = (tokens, labels, weights, _restarted(begins) if stream.mask_documents else None)
     return Batch(*(None if a is None else torch.from_numpy(a) for a in arrays))
 
 
-def _to(micro: Batch, device: torch.device) -> Batch:
-    return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in micro))
-
-
-def steps(
-    stream: Stream,
-    *,
-    start: int,
-    stop: int | None = None,
-    samples_per_step: int,
-    micro_batch: int,
-    rank: int,
-    world: int,
-    device,
-    prefetch: int = 2,
-) -> Iterator[list[Batch]]:
-    """Optimizer steps from position `start` up to `stop`, each the micro-batches of this rank; read ahead by a thread, never
-    past `stop`."""
-    if samples_per_step % (micro_batch * world):
-        raise UserError(
-            f"samples per step must be a multiple of train.micro_batch x ranks = {micro_batch * world}, but is "
-            f"{samples_per_step}; change train.tokens_per_step or train.micro_batch"
-        )
-    device, ready, ended = torch.device(device), queue.Queue(prefetch), threading.Event()
-    micros = range(samples_per_step // (micro_batch * world))
-
-    def step(position: int) -> list[Batch]:
-        firsts = [position + (m * world + rank) * micro_batch for m in micros]
-        made = [batch(stream, list(range(first, first + micro_batch))) for first in firsts]
-        return [_pinned(micro) for micro in made] if device.type == "cuda" else made
-
-    positions = count(start, samples_per_step) if stop is None else range(start, stop, samples_per_step)
-    work = (step, positions, ready, ended, device)
-    thread = threading.Thread(target=_produce, args=work, daemon=True, name="ted_scale prefetch")
-    thread.start()
-    iterator = _consume(ready, ended, device)
-    # An iterator that was never started runs no `finally`; and no thread may be inside torch when the interpreter ends.
-    weakref.finalize(iterator, _end, ended, thread)
-    return iterator
-
-
-def _end(stop: threading.Event, thread: threading.Thread) -> None:
-    stop.set()
-    if thread is not threading.current_thread():
-        thread.join(timeout=5)
-
-
-def _pinned(micro: Batch) -> Batch:
-    return Batch(*(None if t is None else t.pin_memory() for t in micro))
-
-
-def _produce(step, positions, ready: queue.Queue, stop: threading.Event, device: torch.device) -> None:
-    try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # the current device is per thread; pinning must not open a context on GPU 0
-        for position in positions:
-            if stop.is_set():
-                return
-            _put(step(position), ready, stop)
-        _put(None, ready, stop)
-    except BaseException as error:  # whatever it is belongs to the consumer
-        _put(error, ready, stop)
-
-
-def _put(item, ready: queue.Queue, stop: threading.Event) -> None:
-    while not stop.is_set():
-        try:
-            return ready.put(item, timeout=0.1)
-        except queue.Full:
-            continue
-
-
-def _consume(ready: queue.Queue, stop: threading.Event, device: torch.device) -> Iterator[list[Batch]]:
-    try:
-        while True:
-            item = ready.get()
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield [_to(micro, device) for micro in item]
-    finally:
-        stop.set()
+def _restarted(begins_BT: numpy.ndarray) -> numpy.ndarray:
+    """Positions that count from 0 in every row and wherever one begins."""
+    begins_BT[:, 0] = True
+    borders = numpy.append(numpy.flatnonzero(begins_BT), begins_BT.size)
+    return (numpy.arange(begins_BT.size) - numpy.repeat(borders[:-1], numpy.diff(borders))).reshape(begins_BT.shape)
 
 
 def validation_batches(
@@ -241,4 +162,4 @@ def validation_batches(
     for micro in range(-(-windows // (micro_batch * world))):
         first = (micro * world + rank) * micro_batch
         rows = [p if p < windows else None for p in range(first, first + micro_batch)]
-        yield _to(batch(stream, rows), torch.device(device))
+        yield batch(stream, rows).moved(lambda t: t.to(device))

@@ -25,6 +25,12 @@ def run_main(main) -> None:
         speak_once(f"error: {error}")
         sys.stdout.flush()
         os._exit(error.exit_code)  # no atexit: a process group or a prefetch thread must not hold the exit
+    except Exception:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            time.sleep(
+                5
+            )  # the echo of another rank's end is not worth a traceback: the launcher ends this one meanwhile
+        raise
 
 
 def speak_once(sentence: str) -> None:

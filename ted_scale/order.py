@@ -20,32 +20,38 @@ def mix(*values: int) -> int:
     """A 64-bit hash of some integers (splitmix64 finalizer, chained)."""
     state = 0x9E3779B97F4A7C15
     for value in values:
-        state = (state ^ (value & MASK)) * 0xBF58476D1CE4E5B9 & MASK
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & MASK
-        state ^= state >> 31
+        state = absorb(state, value)
     return state
 
 
+def absorb(state: int, value: int) -> int:
+    state = (state ^ (value & MASK)) * 0xBF58476D1CE4E5B9 & MASK
+    state = (state ^ state >> 27) * 0x94D049BB133111EB & MASK
+    return state ^ state >> 31
+
+
+@lru_cache(maxsize=1024)
 def name_key(seed: int, name: str) -> int:
     """A corpus's own key: it keeps its order where others come and go."""
     return mix(seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
 
 
+@lru_cache(maxsize=1024)
+def round_keys(key: int) -> tuple[int, ...]:
+    return tuple(mix(key + r) for r in range(ROUNDS))
+
+
 def permute(index: int, size: int, key: int) -> int:
     """Where a keyed permutation of range(size) sends `index`."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
+    keys, low = round_keys(key), (1 << half) - 1
     while True:
-        index = _feistel(index, half, key)
+        left, right = index >> half, index & low
+        for state in keys:
+            left, right = right, left ^ (absorb(state, right) & low)
+        index = left << half | right
         if index < size:
             return index
-
-
-def _feistel(index: int, half: int, key: int) -> int:
-    low = (1 << half) - 1
-    left, right = index >> half, index & low
-    for r in range(ROUNDS):
-        left, right = right, left ^ (mix(key + r, right) & low)
-    return left << half | right
 
 
 def shares(weights: list[float]) -> tuple[int, ...]:
@@ -113,6 +119,7 @@ def units(tokens: int, unit: int) -> int:
     return max(1, (tokens - unit) // unit)
 
 
+@lru_cache(maxsize=1024)
 def cut(tokens: int, unit: int, key: int, epoch: int) -> Cut:
     """The epoch's offset moves all cuts: 0 .. unit-1, fewer where a lone unit leaves less room."""
     count, key = units(tokens, unit), mix(key, epoch)

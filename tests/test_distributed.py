@@ -3,12 +3,14 @@ wrong."""
 
 import json
 import socket
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from corpus import steps
 from scenarios import THREE_STEPS, beside, rows
 from tiny import FAMILIES, make_corpus, make_model, make_run
 
@@ -74,7 +76,7 @@ def losses(folder: Path, name: str) -> list[float]:
 def plain_losses(folder: Path, **sections) -> list[float]:
     """The same run without DeepSpeed: the module, AdamW, and a loop of ten lines a stage."""
     from ted_scale.build import build_filters, parameter_groups
-    from ted_scale.data import open_stream, steps
+    from ted_scale.data import open_stream
     from ted_scale.losses import count_valid
     from ted_scale.student import Student
     from ted_scale.teacher import Teacher, TeacherBody
@@ -107,7 +109,7 @@ def plain_losses(folder: Path, **sections) -> list[float]:
             parameter_groups(run, student), lr=run.train.lr, betas=run.train.betas, eps=run.train.eps
         )
         stream = open_stream(run.data, run.seed, 128)
-        data = steps(stream, start=0, samples_per_step=8, micro_batch=1, rank=0, world=1, device="cpu")
+        data = steps(stream, start=0, samples_per_step=8, micro_batch=1)
         for step, micros in zip(range(stage.first_step, stage.last_step), data, strict=False):
             weights, denom = stage.weights(step), count_valid(micros)
             for group in optimizer.param_groups:
@@ -144,6 +146,11 @@ def test_every_method_has_the_same_losses_on_one_and_two_ranks(world, method):
     two, one = losses(world, f"{method}_2"), losses(world, f"{method}_1")
     assert len(two) == 6
     assert max(abs(a - b) for a, b in zip(two, one, strict=True)) < 1e-5
+
+
+def test_no_step_waits_for_its_data(world):
+    waits = [r["perf/data_wait_ms"] / r["perf/step_ms"] for r in rows(world, "straight") if "loss/total" in r]
+    assert statistics.median(waits) < 0.01
 
 
 def test_all_methods_start_from_the_same_student_on_the_same_data(world):

@@ -2,10 +2,14 @@
 
 import json
 import os
+from contextlib import closing
 
 import pytest
 import torch
 from tiny import make_corpus, make_model, make_run, pretrain, write_run
+
+from ted_scale.data import batch, open_stream
+from ted_scale.loader import Loader
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,3 +46,23 @@ def test_bf16_on_the_device_follows_fp32(root):
     bf16 = trained(root, "bf16", train={"steps": 6, "precision": "bf16"})
     fp32 = trained(root, "fp32")
     assert all(abs(a - b) < 0.05 * b for a, b in zip(bf16, fp32, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_on_the_device_are_those_of_the_cpu_while_it_is_busy(root, workers):
+    """Kernels that take long lie before every use of a batch: a copy that nobody waited for, or memory that was given back
+    too early, would show."""
+    run = make_run(root, data={"seq_len": 32, "mask_documents": True})
+    stream = open_stream(run.data, 1, 128)
+    settings = {"workers": workers, "prefetch": 3, "micro_batch": 2, "rank": 0, "world": 1}
+    stretch = {"start": 0, "stop": 400, "samples_per_step": 8}
+    with closing(Loader(**settings, device="cuda:0")) as loader:
+        seen = []
+        for micros in loader.steps(stream, **stretch):
+            torch.cuda._sleep(10_000_000)
+            seen += [micro.moved(torch.clone) for micro in micros]
+            del micros
+    assert len(seen) == 200
+    for number, micro in enumerate(seen):
+        expected = batch(stream, [2 * number, 2 * number + 1])
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(micro, expected, strict=True))

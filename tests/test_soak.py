@@ -1,4 +1,4 @@
-"""Long ones: how fast the trainer starts, and what TED costs beside logit distillation, at the demo's size."""
+"""Long ones: how fast the trainer starts and its samples come, and what TED costs beside logit distillation."""
 
 import re
 import subprocess
@@ -41,3 +41,15 @@ def test_a_step_of_ted_takes_at_most_a_quarter_longer_than_one_of_kd(tmp_path):
     assert pretrain("--config", config).returncode == 0
     said = bench("step_time.py", "--config", config, "--steps", 11)
     assert float(re.search(r"ted / kd ([\d.]+)", said)[1]) <= 1.25, said
+
+
+def test_samples_are_read_as_fast_as_by_megatron_s_own_dataset():
+    said = bench("loader.py", "--workers")
+    assert float(re.search(r"documents apart.*GPTDataset ([\d.]+) \(", said)[1]) >= 0.95, said
+
+
+def test_the_first_batch_at_a_billion_costs_what_the_first_one_costs():
+    said = bench("first_batch.py", "--rounds", 61)
+    assert 0.9 < float(re.search(r"at 0 ([\d.]+) \(", said)[1]) < 1.1, said
+    near, far = (float(x) for x in re.findall(r"([\d.]+) MiB", said))
+    assert abs(near - far) < 50, said

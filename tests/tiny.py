@@ -88,11 +88,15 @@ def write_run(path: Path, run: Run) -> Path:
     return path
 
 
-def pretrain(*arguments, ranks: int = 0, timeout: float = 180, env=None, cwd=None) -> subprocess.CompletedProcess:
+def pretrain_command(*arguments, ranks: int = 0) -> list[str]:
     """`launch/pretrain.py` as a user starts it: by the launcher on `ranks` CPU ranks, or alone (0)."""
     script = Path(__file__).resolve().parents[1] / "launch" / "pretrain.py"
     launcher = (
         [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)] if ranks else [sys.executable]
     )
-    command = [*launcher, str(script), *map(str, arguments)]
+    return [*launcher, str(script), *map(str, arguments)]
+
+
+def pretrain(*arguments, ranks: int = 0, timeout: float = 180, env=None, cwd=None) -> subprocess.CompletedProcess:
+    command = pretrain_command(*arguments, ranks=ranks)
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd, check=False)

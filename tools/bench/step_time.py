@@ -57,11 +57,19 @@ def variant(run, method: str):
 
 
 def data(plan, device):
-    from ted_scale.data import open_stream, steps
+    from ted_scale.data import open_stream
+    from ted_scale.loader import Loader
 
     stream = open_stream(plan.run.data, plan.run.seed, plan.student.vocab_size)
-    settings = {"samples_per_step": plan.stages[-1].samples_per_step, "micro_batch": plan.run.train.micro_batch}
-    return steps(stream, start=0, rank=0, world=1, device=device, **settings)
+    loader = Loader(
+        workers=0,
+        prefetch=plan.run.data.prefetch,
+        micro_batch=plan.run.train.micro_batch,
+        rank=0,
+        world=1,
+        device=device,
+    )
+    return loader.steps(stream, start=0, samples_per_step=plan.stages[-1].samples_per_step)
 
 
 def one_step(stage, engine, teacher, micro_batches) -> None:

@@ -1,0 +1,10 @@
+"""What the fork server of the loader's workers imports once for all of them: it would take each of them seconds."""
+
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no worker has business on a GPU
+
+from ted_scale import loader  # noqa: F401
+from ted_scale.corpora import megatron_indexed
+
+megatron_indexed()
