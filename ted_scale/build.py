@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import checkpoint, feed, kernels, metrics
+from ted_scale import attention, checkpoint, feed, kernels, metrics
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import UserError
@@ -74,6 +74,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     writes = dist.get_rank() == 0
     if writes:
         log.info(kernels.describe(plan.run.loss.backend, device))
+        log.info(describe_attention(plan, device))
     wandb_run = metrics.open_wandb(plan.run, progress.wandb_id) if writes else None
     if wandb_run:
         wandb_run.config.update({"plan": as_dict(plan)}, allow_val_change=True)
@@ -102,6 +103,13 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         f"done: {plan.run.folder} is at step {progress.step}; next: python tools/export_hf.py {plan.run.folder}"
     )
     return progress
+
+
+def describe_attention(plan: Plan, device: torch.device) -> str:
+    sides = {"student": plan.student, "teacher": plan.teacher}
+    layers = {side: anatomy.attention for side, anatomy in sides.items() if anatomy}
+    data, dtype = plan.run.data, DTYPES[plan.run.train.precision]
+    return attention.describe(data.attention, layers, data.seq_len, dtype, device)
 
 
 def start_ranks(backend: str = "auto") -> torch.device:

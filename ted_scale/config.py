@@ -64,7 +64,9 @@ class Data(Section):
     corpora: list[Corpus] = Field(min_length=1)
     blend: Blend = Blend()
     seq_len: PositiveInt
-    mask_documents: bool = Field(False, description="no attention and no label across a document boundary")
+    attention: Literal["causal", "document"] = Field(
+        "causal", description="document: none across a document's border, and positions restart there"
+    )
     workers: Annotated[int, Field(ge=0)] = Field(0, description="processes a rank that read; 0: a thread of the rank")
     prefetch: PositiveInt = Field(2, description="steps that are read ahead")
 

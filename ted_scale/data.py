@@ -15,21 +15,23 @@ from ted_scale import blend, order
 from ted_scale.blend import Domain, Interval
 from ted_scale.corpora import Part, open_part
 from ted_scale.errors import UserError
+from ted_scale.packing import Packing, pack
 
 IGNORED = -100
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank; weights are 1 where a label counts, positions exist when documents are masked."""
+    """One micro-batch of one rank; weights are 1 where a label counts, packing is there where documents are kept apart."""
 
     tokens_BT: torch.Tensor  # int64
     labels_BT: torch.Tensor  # int64, IGNORED where there is none
     weights_BT: torch.Tensor  # float32
-    positions_BT: torch.Tensor | None  # int64
+    packing: Packing | None
 
     def moved(self, move) -> "Batch":
         """With `move` called on every tensor."""
-        return Batch(*(None if t is None else move(t) for t in self))
+        tensors = (move(t) for t in self[:3])
+        return Batch(*tensors, self.packing and self.packing.moved(move))
 
 
 class Window(NamedTuple):
@@ -48,7 +50,7 @@ class Stream(NamedTuple):
     interval: Interval | None
     count: int | None  # None: training never ends
     seq_len: int
-    mask_documents: bool
+    attention: str
     vocab_size: int
 
     def sample(self, position: int) -> Window:
@@ -86,7 +88,7 @@ def open_stream(
         interval = blend.begin(domains, shares, data.seq_len, seed)
     else:
         interval = blend.follow(before, position, domains, shares, data.seq_len)
-    return Stream(parts, interval, None, data.seq_len, data.mask_documents, vocab_size)
+    return Stream(parts, interval, None, data.seq_len, data.attention, vocab_size)
 
 
 def open_held_out(data, vocab_size: int) -> dict[str, Stream]:
@@ -98,7 +100,7 @@ def open_held_out(data, vocab_size: int) -> dict[str, Stream]:
 
     def stream(name: str, part: Part) -> Stream:
         windows = (part.tokens - 1) // data.seq_len
-        return Stream({name: part}, None, windows, data.seq_len, data.mask_documents, vocab_size)
+        return Stream({name: part}, None, windows, data.seq_len, data.attention, vocab_size)
 
     return {name: stream(name, part) for name, part in parts.items()}
 
@@ -140,18 +142,11 @@ def batch(stream: Stream, positions: list[int | None]) -> Batch:
             continue
         window = stream.sample(position)
         tokens[row], labels[row] = window.tokens, window.labels
-        if stream.mask_documents:
-            labels[row, window.ends], begins[row, window.begins] = IGNORED, True
+        labels[row, window.ends] = IGNORED  # what another document begins with is not this one's to foresee
+        begins[row, window.begins] = True
     weights = (labels != IGNORED).astype(numpy.float32)
-    arrays = (tokens, labels, weights, _restarted(begins) if stream.mask_documents else None)
-    return Batch(*(None if a is None else torch.from_numpy(a) for a in arrays))
-
-
-def _restarted(begins_BT: numpy.ndarray) -> numpy.ndarray:
-    """Positions that count from 0 in every row and wherever one begins."""
-    begins_BT[:, 0] = True
-    borders = numpy.append(numpy.flatnonzero(begins_BT), begins_BT.size)
-    return (numpy.arange(begins_BT.size) - numpy.repeat(borders[:-1], numpy.diff(borders))).reshape(begins_BT.shape)
+    tensors = (torch.from_numpy(a) for a in (tokens, labels, weights))
+    return Batch(*tensors, pack(begins) if stream.attention == "document" else None)
 
 
 def validation_batches(

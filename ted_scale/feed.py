@@ -86,8 +86,8 @@ def known_of_teacher(plan, progress: Progress, held_out: dict[str, Stream]) -> d
 
 def text_of(plan, held_out: dict[str, Stream]) -> dict[str, str]:
     """What a corpus's losses were measured of."""
-    tokens, mask = tokens_of_each(plan.run), plan.run.data.mask_documents
-    read = f"{tokens} in windows of {plan.run.data.seq_len}" + (", documents apart" if mask else "")
+    tokens, attention = tokens_of_each(plan.run), plan.run.data.attention
+    read = f"{tokens} in windows of {plan.run.data.seq_len} by {attention} attention"
     return {n: f"{read} of {sum(p.tokens for p in s.parts.values())} tokens" for n, s in held_out.items()}
 
 

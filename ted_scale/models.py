@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ted_scale import attention
 from ted_scale.errors import UserError
+from ted_scale.packing import Packing, whole_rows
 
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PROBE_LOGITS = torch.tensor([-40.0, -3.0, -0.5, 0.0, 1.0, 7.0, 55.0])
@@ -38,7 +39,8 @@ class Anatomy:
     logit_scale: float
     parameters: int
     max_length: int | None
-    attention_calls: int
+    attention: tuple[attention.Layer, ...]
+    blocks_apart: int
 
 
 def find_folder(key: str, path: str) -> Path:
@@ -124,7 +126,8 @@ def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
         logit_scale=scale,
         parameters=sum(p.numel() for p in model.parameters()),
         max_length=getattr(config, "max_position_embeddings", None),
-        attention_calls=len(calls),
+        attention=tuple(dict.fromkeys(call.layer for call in calls)),
+        blocks_apart=blocks_apart(model, body, blocks),
     )
 
 
@@ -143,6 +146,22 @@ def run_once(key: str, folder: Path, config):
         raise UserError(
             f"{key} must be a decoder-only causal LM, but {folder} ({config.model_type}) is not: {reason}"
         ) from None
+
+
+def blocks_apart(model, body: str, blocks: str) -> int:
+    """Blocks that can keep documents apart: attention that is told of them is all that mixes tokens in them. Recurrent
+    layers carry a state over a border, and have a convolution over time; some families lose the keyword."""
+    with attention.watched() as calls, torch.no_grad(), contextlib.suppress(Exception):
+        tokens = torch.zeros(1, 4, dtype=torch.long, device="meta")
+        documents = attention.told_of(whole_rows(1, 4, tokens.device))
+        model.get_submodule(body)(input_ids=tokens, use_cache=False, **documents)
+    told = {call.module: call.packed for call in calls}
+
+    def apart(block) -> bool:
+        asked = [told[m] for m in block.modules() if m in told]
+        return bool(asked) and all(asked) and not any(isinstance(m, torch.nn.Conv1d) for m in block.modules())
+
+    return sum(apart(block) for block in model.get_submodule(blocks))
 
 
 def check_attention(key: str, config, calls: list[attention.Call]) -> None:
@@ -280,10 +299,8 @@ class Taps:
             self.recording, self.states = False, {}
 
 
-def run_body(network, anatomy: Anatomy, tokens_BT, positions_BT=None):
-    """The input of the output projection, [B, T, head_width]; documents see only themselves where positions are
-    given."""
-    kwargs = {}
-    if positions_BT is not None:
-        kwargs = {"position_ids": positions_BT, "attention_mask": attention.document_mask(positions_BT)}
-    return network.get_submodule(anatomy.body)(input_ids=tokens_BT, use_cache=False, **kwargs)[0]
+def run_body(network, anatomy: Anatomy, tokens_BT, packing: Packing | None = None):
+    """The input of the output projection, [B, T, head_width]; documents see only themselves where `packing` names
+    them."""
+    body = network.get_submodule(anatomy.body)
+    return body(input_ids=tokens_BT, use_cache=False, **attention.told_of(packing))[0]

@@ -144,12 +144,12 @@ def check_length(run: Run, *models: Anatomy | None) -> None:
 
 
 def check_documents(run: Run, *models: Anatomy | None) -> None:
-    """A mask holds attention back and nothing else: a recurrent layer carries its state over a document's border."""
+    """Attention is all that is held back: a recurrent layer carries its state over a document's border."""
     for side, anatomy in zip(("student", "teacher"), models, strict=True):
-        if run.data.mask_documents and anatomy and anatomy.attention_calls < anatomy.layers:
+        if run.data.attention == "document" and anatomy and anatomy.blocks_apart < anatomy.layers:
             raise UserError(
-                f"data.mask_documents must be false where not all blocks are attention, but is true for a {side} of family "
-                f"{anatomy.family} with attention in {anatomy.attention_calls} of {anatomy.layers} blocks; leave it out"
+                "data.attention must be 'causal' where not all blocks keep documents apart, but is 'document' for a "
+                f"{side} of family {anatomy.family}, of whose {anatomy.layers} blocks {anatomy.blocks_apart} do; leave it out"
             )
 
 

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 from ted_scale.config import Run
 from ted_scale.errors import UserError
 
+REPLACED = {"data.mask_documents": "data.attention = 'document'"}
+
 
 def load_run(path: str | Path, overrides: list[str] = ()) -> Run:
     """Read a run file and put `section.key=value` strings on top; whatever is wrong is one UserError sentence."""
@@ -84,7 +86,9 @@ def where(location) -> tuple[list, type]:
 
 
 def unknown_key(parent: str, key: str, section: type) -> str:
-    """Close keys of the section itself first, then a section that has this very key."""
+    """What took its place, else close keys of the section itself, else a section that has this very key."""
+    if (new := REPLACED.get(f"{parent}{key}")) is not None:
+        return f"unknown key {parent}{key}; write {new} instead"
     close = [parent + k for k in difflib.get_close_matches(key, sorted(keys_of(section)), n=1)]
     others = {name: section_in(field.annotation) for name, field in keys_of(Run).items()}
     close = close or [f"{name}.{key}" for name, other in others.items() if other and key in keys_of(other)]

@@ -79,7 +79,7 @@ class Student(nn.Module):
         """The head's input and the matched blocks' states, flattened to tokens; no graph where the body is frozen."""
         grad = torch.is_grad_enabled() and not self.learns_filters
         with torch.set_grad_enabled(grad), self.taps.record(wants_layers) as states:
-            last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.positions_BT)
+            last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.packing)
         return last.flatten(0, 1), [states[block].flatten(0, 1) for block in self.blocks] if wants_layers else []
 
     def logit_losses(self, batch, last_ND, signal, weights, denom):

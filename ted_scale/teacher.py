@@ -18,7 +18,7 @@ class TeacherBody(torch.nn.Module):
 
     def forward(self, batch, wants_layers: bool) -> Signal:
         with self.taps.record(wants_layers) as states:
-            last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.positions_BT)
+            last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.packing)
         layers = tuple(states[b].flatten(0, 1) for b in self.blocks) if wants_layers else ()
         return Signal(layers, last.flatten(0, 1))
 

@@ -30,12 +30,12 @@ def counting_documents(lengths, first=0):
     return [list(range(end - length, end)) for end, length in zip(ends.tolist(), lengths, strict=True)]
 
 
-def data_section(*paths, seq_len=8, mask_documents=False, weights=None, validation=0.0, blend=None):
+def data_section(*paths, seq_len=8, attention="causal", weights=None, validation=0.0, blend=None):
     """The run file's data section."""
     weights = weights or [1.0] * len(paths)
     corpora = [{"path": p, "weight": w, "validation": validation} for p, w in zip(paths, weights, strict=True)]
     blend = {"blend": blend} if blend else {}
-    return Data.model_validate({"corpora": corpora, "seq_len": seq_len, "mask_documents": mask_documents} | blend)
+    return Data.model_validate({"corpora": corpora, "seq_len": seq_len, "attention": attention} | blend)
 
 
 def steps(stream, *, start=0, stop=None, samples_per_step, micro_batch, rank=0, world=1, workers=0, prefetch=2):

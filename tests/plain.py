@@ -12,6 +12,7 @@ from ted_scale.build import build_filters
 from ted_scale.data import IGNORED, Batch
 from ted_scale.losses import count_valid
 from ted_scale.models import inspect
+from ted_scale.packing import pack
 from ted_scale.plan import Plan, make_plan
 from ted_scale.schedule import Stage
 from ted_scale.student import Student, Weights
@@ -78,13 +79,18 @@ def make_batch(rows: int = 4, length: int = 16, seed: int = 0, documents: bool =
     for row in range(rows):
         labels[row, : 3 * row] = IGNORED
     labels[-1] = IGNORED
-    positions = torch.arange(length).remainder(length // 2 + 1).repeat(rows, 1) if documents else None
-    return Batch(tokens, labels, (labels != IGNORED).float(), positions)
+    begins = torch.arange(length).remainder(length // 2 + 1).eq(0).repeat(rows, 1)
+    return Batch(tokens, labels, (labels != IGNORED).float(), pack(begins.numpy()) if documents else None)
 
 
 def cut(batch: Batch) -> list[Batch]:
     """The rows of a batch as micro-batches of one row."""
-    return [Batch(*(None if t is None else t[i : i + 1] for t in batch)) for i in range(len(batch.tokens_BT))]
+
+    def row(i: int) -> Batch:
+        begins = batch.packing and batch.packing.positions_BT[i : i + 1] == 0
+        return Batch(*(t[i : i + 1] for t in batch[:3]), None if begins is None else pack(begins.numpy()))
+
+    return [row(i) for i in range(len(batch.tokens_BT))]
 
 
 def run_step(parts: Parts, batches, weights: Weights | None = None) -> tuple[list, dict[str, torch.Tensor]]:

@@ -299,7 +299,7 @@ def host_reads(folder: Path, device):
     for name in names:
         setattr(torch.Tensor, name, spy(name))
     try:
-        start(folder, device, name="reads", **TEN_STEPS, log_every=3, data={"mask_documents": True})
+        start(folder, device, name="reads", **TEN_STEPS, log_every=3, data={"attention": "document"})
     finally:
         Metrics.add = Metrics_add
         for name in names:

@@ -45,6 +45,8 @@ UNKNOWN = {
         "unknown key data.corpora[1].wieght; did you mean data.corpora[1].weight?"
     ),
     "zzz=1": "unknown key zzz",
+    "data.mask_documents=true": "unknown key data.mask_documents; write data.attention = 'document' instead",
+    "data.attention='documents'": "data.attention must be 'causal' or 'document', but is 'documents'",
 }
 
 
@@ -117,9 +119,9 @@ def test_a_file_that_is_missing_or_not_toml_is_refused_by_name(tmp_path):
 
 
 def test_set_reads_toml_values_and_takes_a_bare_word_as_a_string(tmp_path):
-    run = load(tmp_path, "train.lr=2e-4", "name=my-run", "data.mask_documents=true", "wandb.project=ted", "loss.kl=2",
+    run = load(tmp_path, "train.lr=2e-4", "name=my-run", "data.attention=document", "wandb.project=ted", "loss.kl=2",
                "filters.from=/some/run", "wandb.tags=['a', 'b=c']", "pairs.explicit=[[0, 3]]")  # fmt: skip
-    assert (run.train.lr, run.name, run.data.mask_documents, run.loss.kl) == (2e-4, "my-run", True, 2.0)
+    assert (run.train.lr, run.name, run.data.attention, run.loss.kl) == (2e-4, "my-run", "document", 2.0)
     assert (run.wandb.project, run.wandb.tags, run.filters.from_run) == ("ted", ["a", "b=c"], "/some/run")
     assert run.pairs.explicit == [(0, 3)]
     assert run.train.steps == 6  # what --set does not name stays as the file has it

@@ -117,8 +117,8 @@ def test_position_a_billion_is_as_cheap_as_the_first(big_and_small):
         tracemalloc.stop()
         return seconds, peak
 
-    cost(0)
-    (near_s, near_bytes), (far_s, far_bytes) = cost(0), cost(10**9)
+    near, far = zip(*((cost(0), cost(10**9)) for _ in range(4)), strict=True)
+    (near_s, near_bytes), (far_s, far_bytes) = min(near), min(far)  # the least: others may be at work on this machine
     assert far_s < 5 * near_s + 0.05
     assert max(near_bytes, far_bytes) < 100_000
 
@@ -173,15 +173,9 @@ def test_validation_must_be_held_out_somewhere(two_shards):
         open_held_out(data_section(two_shards), VOCAB)
 
 
-def test_without_masking_every_label_is_the_next_token(two_shards):
-    stream = open_stream(data_section(two_shards), 1, VOCAB)
-    (micro,) = next(steps(stream, start=0, samples_per_step=4, micro_batch=4, rank=0, world=1))
-    assert torch.equal(micro.labels_BT, micro.tokens_BT + 1)
-    assert micro.weights_BT.eq(1).all() and micro.weights_BT.dtype == torch.float32 and micro.positions_BT is None
-
-
-def test_masked_labels_never_cross_a_document_and_positions_restart(two_shards):
-    stream = open_stream(data_section(two_shards, mask_documents=True, seq_len=32), 1, VOCAB)
+@pytest.mark.parametrize("attention", ["causal", "document"])
+def test_labels_never_cross_a_document_and_positions_restart_where_attention_ends(two_shards, attention):
+    stream = open_stream(data_section(two_shards, attention=attention, seq_len=32), 1, VOCAB)
     (micro,) = next(steps(stream, start=0, samples_per_step=16, micro_batch=16, rank=0, world=1))
     document_of = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     document, following = document_of[micro.tokens_BT], document_of[micro.tokens_BT + 1]
@@ -191,7 +185,11 @@ def test_masked_labels_never_cross_a_document_and_positions_restart(two_shards):
     assert (
         torch.equal(micro.labels_BT[~crosses], micro.tokens_BT[~crosses] + 1) and micro.weights_BT[~crosses].eq(1).all()
     )
-    for row, positions in zip(document.tolist(), micro.positions_BT.tolist(), strict=True):
+    assert micro.weights_BT.dtype == torch.float32
+    if attention == "causal":
+        assert micro.packing is None
+        return
+    for row, positions in zip(document.tolist(), micro.packing.positions_BT.tolist(), strict=True):
         assert positions == [row[:i].count(d) for i, d in enumerate(row)]
 
 
@@ -209,7 +207,8 @@ def test_validation_counts_each_window_once_for_any_number_of_ranks(two_shards, 
     assert all(b.labels_BT.eq(IGNORED).all() for b in padding)
     windows = min(-(-tokens // 8), stream.count)
     first = next(iter(stream.parts.values())).start
-    assert sorted(labels.tolist()) == list(range(first + 1, first + 1 + windows * 8))
+    begins = set(numpy.cumsum(LENGTHS).tolist())
+    assert sorted(labels.tolist()) == [t for t in range(first + 1, first + 1 + windows * 8) if t not in begins]
 
 
 def test_a_token_outside_the_vocabulary_is_named_with_its_corpus_and_shard(tmp_path):

@@ -52,7 +52,7 @@ def test_bf16_on_the_device_follows_fp32(root):
 def test_batches_on_the_device_are_those_of_the_cpu_while_it_is_busy(root, workers):
     """Kernels that take long lie before every use of a batch: a copy that nobody waited for, or memory that was given back
     too early, would show."""
-    run = make_run(root, data={"seq_len": 32, "mask_documents": True})
+    run = make_run(root, data={"seq_len": 32, "attention": "document"})
     stream = open_stream(run.data, 1, 128)
     settings = {"workers": workers, "prefetch": 3, "micro_batch": 2, "rank": 0, "world": 1}
     stretch = {"start": 0, "stop": 400, "samples_per_step": 8}

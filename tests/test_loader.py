@@ -36,7 +36,7 @@ def corpora(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stream(corpora):
-    return open_stream(data_section(*corpora, seq_len=16, mask_documents=True, weights=[3, 1]), 1, VOCAB)
+    return open_stream(data_section(*corpora, seq_len=16, attention="document", weights=[3, 1]), 1, VOCAB)
 
 
 def loader(**settings) -> Loader:
@@ -47,8 +47,7 @@ def digest(micros) -> str:
     """Of everything that a model is given, in order."""
     found = hashlib.sha256()
     for micro in micros:
-        for tensor in micro:
-            found.update(tensor.numpy().tobytes())
+        micro.moved(lambda tensor: found.update(tensor.numpy().tobytes()))
     return found.hexdigest()
 
 
@@ -69,7 +68,7 @@ def test_the_order_is_one_for_any_ranks_and_workers_also_when_they_change_on_the
     """From an arbitrary position on, and with a resume by what a checkpoint keeps in the middle."""
     straight = digest(batch(stream, [position]) for position in range(13, 13 + 64))
     kept = blend.from_dict(blend.as_dict(stream.interval))
-    data = data_section(*corpora, seq_len=16, mask_documents=True, weights=[3, 1])
+    data = data_section(*corpora, seq_len=16, attention="document", weights=[3, 1])
     resumed = open_stream(data, 1, VOCAB, kept, 37)
     halves = all_ranks(stream, first, workers, 13, 37) + all_ranks(resumed, then, 2 - workers, 37, 77)
     assert digest(halves) == straight

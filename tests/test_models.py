@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense_attention import packing_of
 from plain import load_model, own_model
 from tiny import FAMILIES, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING
 
-from ted_scale.attention import document_mask
 from ted_scale.errors import UserError
 from ted_scale.kernels import filtered_ce
 from ted_scale.models import Anatomy, Taps, head_of, inspect, run_body, soften
@@ -37,10 +37,10 @@ def tokens(batch=2, length=LENGTH) -> torch.Tensor:
     return torch.randint(1, 128, (batch, length), generator=torch.Generator().manual_seed(5))
 
 
-def logits_of(network, anatomy, tokens_BT, positions_BT=None):
+def logits_of(network, anatomy, tokens_BT, packing=None):
     """body, head, soften: the path of ours."""
     head = head_of(network, anatomy)
-    z = torch.nn.functional.linear(run_body(network, anatomy, tokens_BT, positions_BT), head.weight, head.bias)
+    z = torch.nn.functional.linear(run_body(network, anatomy, tokens_BT, packing), head.weight, head.bias)
     return soften(z, head.softcap, head.logit_scale)
 
 
@@ -56,6 +56,7 @@ def test_inspect_learns_the_anatomy_without_weights(family):
     anatomy, network = family
     name = anatomy.family
     assert (anatomy.body, anatomy.blocks, anatomy.tail) == FACTS.get(name, ("model", "model.layers", ("model.norm",)))
+    assert anatomy.blocks_apart == 4
     assert (anatomy.layers, anatomy.width, anatomy.vocab_size, anatomy.max_length) == (4, 32, 128, 128)
     assert anatomy.head_width == (16 if name == "opt" else 32)
     assert (anatomy.softcap, anatomy.logit_scale) == (30.0 if name == "gemma2" else None, 1.0)
@@ -156,26 +157,38 @@ def test_the_identity_filter_on_the_last_block_reads_the_model_s_own_ce(family):
     assert ce.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def packed() -> tuple[torch.Tensor, torch.Tensor, int]:
-    """A row of two documents, its positions, and where the second starts: both are longer than a sliding window."""
-    cut = 11
-    return tokens(1), torch.cat([torch.arange(cut), torch.arange(LENGTH - cut)])[None], cut
+LENGTHS = [[11, 13], [1, 20, 3]]  # of two rows' documents; some are longer than the sliding windows
+NUDGED = [[12, 12], [1, 20, 3]]  # one border a token late
 
 
-def test_packed_documents_give_what_each_gives_alone(family):
+def logits_and_gradients(network, anatomy, texts, packing=None):
+    """The logits of all tokens, one behind the other, and what a loss on them leaves in the weights."""
+    network.zero_grad()
+    logits = torch.cat([logits_of(network, anatomy, text, packing).flatten(0, 1) for text in texts])
+    pull = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    (logits * pull).sum().backward()
+    return logits.detach(), {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+
+
+def differences(network, anatomy, lengths) -> tuple[float, float]:
+    """(largest of a logit, largest of a weight's gradient beside that gradient's size) between packed documents, with
+    borders at `lengths`, and each document alone."""
+    rows = tokens(2)
+    texts = [d for row, cuts in zip(rows, LENGTHS, strict=True) for d in row[None].split(cuts, dim=1)]
+    together, slopes = logits_and_gradients(network, anatomy, [rows], packing_of(lengths, LENGTH))
+    alone, wanted = logits_and_gradients(network, anatomy, texts)
+    assert slopes.keys() == wanted.keys() and len(slopes) > 20
+    sizes = max(w.norm().item() for w in wanted.values())
+    return (together - alone).abs().max().item(), max((slopes[n] - w).norm().item() / sizes for n, w in wanted.items())
+
+
+def test_packed_documents_give_the_logits_and_gradients_that_each_gives_alone(family):
+    """fp32 sums in another order: 1e-6 of logits of size 1 and of gradients was seen, a token's leak is a hundredth."""
     anatomy, network = family
-    row, positions, cut = packed()
-    with torch.no_grad():
-        together = run_body(network, anatomy, row, positions)
-        alone = [run_body(network, anatomy, part) for part in (row[:, :cut], row[:, cut:])]
-        unmasked = run_body(network, anatomy, row)
-    assert (together - torch.cat(alone, dim=1)).abs().max() < 1e-5
-    assert (together - unmasked)[:, cut:].abs().max() > 1e-2  # the test would see a leak
-
-
-def test_the_document_mask_is_causal_and_ends_at_document_borders():
-    mask = document_mask(torch.tensor([[0, 1, 0, 1, 2]]))[0, 0].int().tolist()
-    assert mask == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    logits, gradients = differences(network, anatomy, LENGTHS)
+    assert logits < 2e-5 and gradients < 1e-5
+    logits, gradients = differences(network, anatomy, NUDGED)
+    assert logits > 1e-2 and gradients > 1e-3
 
 
 def states_and_gradients(network, anatomy, taps, blocks):
@@ -244,6 +257,6 @@ def test_the_watch_for_host_reads_sees_one(monkeypatch):
 @pytest.mark.parametrize("masked", [False, True], ids=["one document", "documents"])
 def test_a_forward_reads_nothing_on_the_host(family, masked, monkeypatch):
     anatomy, network = family
-    row, positions, _ = packed()
+    row, packing = tokens(2), packing_of(LENGTHS, LENGTH) if masked else None
     with torch.no_grad(), no_host_reads(monkeypatch):
-        run_body(network, anatomy, row, positions if masked else None)
+        run_body(network, anatomy, row, packing)

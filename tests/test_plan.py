@@ -10,7 +10,7 @@ import tokenizers
 import torch
 from plain import make_shard, make_world
 from tiny import make_model, make_run, pretrain, write_run
-from transformers import Lfm2Config, PreTrainedTokenizerFast
+from transformers import FalconH1Config, Lfm2Config, PreTrainedTokenizerFast, StableLmConfig
 
 from ted_scale.build import build_filters, check_engine_config, train_run
 from ted_scale.errors import UserError
@@ -177,16 +177,26 @@ def test_a_run_that_cannot_work_is_refused(original, sections, said):
     assert refusal(original, **sections) == said
 
 
-def test_masked_documents_are_refused_where_a_block_without_attention_would_mix_them(world):
+MIXING = {  # recurrent blocks between attention and beside it, and a family that loses what it is told of documents
+    "lfm2": (Lfm2Config, {"layer_types": ["conv", "full_attention"]}, 1),
+    "falcon_h1": (FalconH1Config, {}, 0),
+    "stablelm": (StableLmConfig, {}, 0),
+}
+
+
+@pytest.mark.parametrize("family", MIXING)
+def test_documents_are_refused_where_a_block_would_mix_them(world, family):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"vocab_size": 128, "intermediate_size": 64, "layer_types": ["conv", "full_attention"]}
-    Lfm2Config(**sizes).save_pretrained(world / "student")
-    student = {"init": "random", "path": str(world / "student")}
+    config_class, settings, apart = MIXING[family]
+    config = config_class(**sizes, vocab_size=128, intermediate_size=64, **settings)
+    config.save_pretrained(world / family)
+    student = {"init": "random", "path": str(world / family)}
     assert make_plan(make_run(world, student=student), 1)
-    assert make_plan(make_run(world, data={"mask_documents": True}, student={"path": str(world / "teacher")}), 1)
-    assert refusal(world, student=student, data={"mask_documents": True}) == (
-        "data.mask_documents must be false where not all blocks are attention, but is true for a student of family lfm2 "
-        "with attention in 1 of 2 blocks; leave it out"
+    documents = {"attention": "document"}
+    assert make_plan(make_run(world, data=documents, student={"path": str(world / "teacher")}), 1)
+    assert refusal(world, student=student, data=documents) == (
+        "data.attention must be 'causal' where not all blocks keep documents apart, but is 'document' for a student of "
+        f"family {family}, of whose 2 blocks {apart} do; leave it out"
     )
 
 

@@ -25,10 +25,19 @@ FAMILIES = {
     "phi": (transformers.PhiConfig, {"intermediate_size": 64, "max_position_embeddings": 128}),
 }
 
+# Families with something of their own about who sees whom, beside those that all tests run.
+MORE = {
+    "gemma3": (transformers.Gemma3TextConfig, {**GQA, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8,
+               "layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "cohere2": (transformers.Cohere2Config, {**GQA, "sliding_window": 8}),
+    "olmo3": (transformers.Olmo3Config, {**GQA, "sliding_window": 8}),
+    "smollm3": (transformers.SmolLM3Config, {**GQA, "no_rope_layer_interval": 2}),
+}  # fmt: skip
+
 
 def make_model(folder: Path, family: str, *, seed: int = 0, dtype=torch.float32, max_shard_size="5GB", **sizes) -> Path:
     """Save a random model whose logits differ clearly between tokens; `sizes` are config keys of any family."""
-    config_class, settings = FAMILIES[family]
+    config_class, settings = (FAMILIES | MORE)[family]
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     torch.manual_seed(seed)
     config = config_class(**{**SIZES, **settings, **tokens, "initializer_range": 0.2, **sizes})

@@ -53,8 +53,9 @@ def windows(stream) -> dict[int, int]:
     return {position: first for position, (first, _) in pieces.items()}
 
 
-def open_megatron(prefixes: list[str], seq_len: int, first_tokens: dict[int, int], documents: bool, cache: str):
+def open_megatron(prefixes: list[str], seq_len: int, first_tokens: dict[int, int], attention: str, cache: str):
     """position → sample of a GPTDataset, for the positions whose window lies within one shard."""
+    documents = attention == "document"
     with without_noise():
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
         from megatron.core.datasets.utils import Split
@@ -62,7 +63,7 @@ def open_megatron(prefixes: list[str], seq_len: int, first_tokens: dict[int, int
         config = GPTDatasetConfig(
             random_seed=1, sequence_length=seq_len, blend=(prefixes, None), split="1", path_to_cache=cache,
             tokenizer=SimpleNamespace(vocab_size=VOCABULARY, eod=END, pad=-1, unique_identifiers={}),
-            reset_position_ids=documents, reset_attention_mask=documents, eod_mask_loss=documents,
+            reset_position_ids=documents, reset_attention_mask=documents, eod_mask_loss=True,
             create_attention_mask=False, defer_npy_index_mmap=True,
         )  # fmt: skip
     places, base = {}, 0
@@ -96,8 +97,8 @@ def compare(stream, megatron, positions: list[int]) -> None:
         counts = ours.weights_BT[0] > 0
         same = torch.equal(ours.tokens_BT[0], theirs["tokens"]) and torch.equal(ours.weights_BT[0], theirs["loss_mask"])
         same = same and torch.equal(ours.labels_BT[0][counts], theirs["labels"][counts])
-        if stream.mask_documents:
-            same = same and torch.equal(ours.positions_BT[0], theirs["position_ids"])
+        if ours.packing:
+            same = same and torch.equal(ours.packing.positions_BT[0], theirs["position_ids"])
         if not same:
             raise SystemExit(f"sample {position} is not the same")
 
@@ -150,20 +151,20 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prefixes = write_corpus(Path(folder), int(arguments.tokens), arguments.shards)
-        for documents in (True, False):
-            values = {"corpora": [{"path": folder}], "seq_len": arguments.seq_len, "mask_documents": documents}
+        for attention in ("document", "causal"):
+            values = {"corpora": [{"path": folder}], "seq_len": arguments.seq_len, "attention": attention}
             stream = open_stream(Data.model_validate(values), 1, VOCABULARY)
-            megatron, positions = open_megatron(prefixes, arguments.seq_len, windows(stream), documents, folder)
+            megatron, positions = open_megatron(prefixes, arguments.seq_len, windows(stream), attention, folder)
             compare(stream, megatron, positions[:300])
             ours, theirs = (statistics.median(t) for t in measure(stream, megatron, positions, arguments))
             tokens = arguments.samples * arguments.seq_len / 1e6
             print(
-                f"{'documents apart' if documents else 'plain':15}  ours {tokens / ours:6.1f} M tokens/s | GPTDataset "
+                f"{attention:8}  ours {tokens / ours:6.1f} M tokens/s | GPTDataset "
                 f"{tokens / theirs:6.1f} | ours / GPTDataset {theirs / ours:.2f} (medians of {arguments.turns} turns)",
                 flush=True,
             )
         rates = measure_workers(stream, arguments)
-        print("whole loaders, plain: " + " | ".join(f"{n} workers {rate:.1f} M tokens/s" for n, rate in rates.items()))
+        print("whole loaders, causal: " + " | ".join(f"{n} workers {rate:.1f} M tokens/s" for n, rate in rates.items()))
 
 
 if __name__ == "__main__":

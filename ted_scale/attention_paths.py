@@ -1,0 +1,157 @@
+"""Three ways to attend to a part of the past, none of which holds a [T, T] tensor; attention.py says which is taken.
+
+A query sees the tokens of its own document up to itself, and of these the `window` newest. All ways take [B, H, T, D]
+with key heads that several query heads may share, and return [B, T, H, D].
+"""
+
+import functools
+import inspect
+from collections.abc import Iterator
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from ted_scale.packing import Packing
+
+BLOCK = 128  # of flex attention: tokens a side
+TILE = 256  # queries that `tiled` takes at a time where it needs a mask or whole scores
+# torch 2.11 takes shared key heads as they are; later ones want to be told.
+SHARED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def varlen(query, key, value, packing: Packing, window=None, scaling=None, softcap=None):
+    """Flash attention over all documents of a batch at once. It knows no soft-cap."""
+    assert softcap is None
+    rows, _, length, _ = query.shape
+    flat = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    borders, longest = packing.borders, packing.longest
+    sides = (-1 if window is None else window - 1, 0)  # tokens before and behind the query
+    out = varlen_attn(*flat, borders, borders, longest, longest, scale=scaling, window_size=sides, **SHARED_HEADS)
+    return out.unflatten(0, (rows, length))
+
+
+def flex(query, key, value, packing: Packing, window=None, scaling=None, softcap=None):
+    """Flex attention, compiled: blocks of 128 x 128 in which nobody sees anybody are never computed."""
+
+    def capped(score, *_):
+        return torch.tanh(score / softcap) * softcap
+
+    mask = block_mask(packing.positions_BT, window)
+    shared = query.shape[1] != key.shape[1]
+    score = None if softcap is None else capped
+    out = compiled_flex()(query, key, value, score, mask, scale=scaling, enable_gqa=shared)
+    return out.transpose(1, 2).contiguous()
+
+
+@functools.cache
+def compiled_flex():
+    """One compilation a shape, cap and gradient mode: two models with two kinds of layers, trained and validated, are more
+    than the 8 that dynamo allows, behind which it would run unfused, or refuse, as it is told here."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+@functools.lru_cache(maxsize=4)  # every layer of both models asks for the same one or two of a micro-batch
+def block_mask(positions_BT: torch.Tensor, window: int | None) -> BlockMask:
+    """What torch's create_block_mask would find in a [T, T] mask, from the oldest token that each query sees: in a row of
+    documents that never falls, so a block of queries sees a range of blocks, and all of those behind its last query's."""
+    length = positions_BT.shape[1]
+    token = torch.arange(length, device=positions_BT.device)
+    oldest_BT = token - positions_BT
+    if window is not None:
+        oldest_BT = torch.maximum(oldest_BT, token - (window - 1))
+    count = -(-length // BLOCK)
+    number = torch.arange(count, device=token.device)
+    first, last = number * BLOCK, (number * BLOCK + BLOCK - 1).clamp(max=length - 1)
+    nearest = (oldest_BT[:, first] // BLOCK)[:, None, :, None]
+    whole_from = ((oldest_BT[:, last] + BLOCK - 1) // BLOCK)[:, None, :, None]
+    complete = first + BLOCK <= length  # torch has it so, too: what is cut off is not whole
+    whole = (number >= whole_from) & (number < number[:, None]) & complete[:, None]
+    part = (number >= nearest) & (number <= number[:, None]) & ~whole
+
+    def visible(row, head, query, key):
+        return (key <= query) & (key >= oldest_BT[row, query])
+
+    return BlockMask.from_kv_blocks(
+        *in_order(part), *in_order(whole), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(length, length)
+    )
+
+
+def in_order(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(how many blocks a block of queries sees, their numbers first) of a bool [B, 1, blocks, blocks]."""
+    numbers = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1, dtype=torch.int32), numbers.to(torch.int32)
+
+
+def tiled(query, key, value, packing: Packing, window=None, scaling=None, softcap=None):
+    """Document by document: SDPA where all of it is seen, else tiles of queries against the keys that they see."""
+    tiles = list(tiles_of(packing, query.shape[2], window, softcap))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return Tiled.apply(query, key, value, tiles, (window, scaling, softcap)).transpose(1, 2).contiguous()
+
+
+def tiles_of(packing: Packing, row_length: int, window, softcap) -> Iterator[tuple[int, int, int, int]]:
+    """(row, first query, one past the last, first key that one of them sees)."""
+    begin = 0
+    for length in packing.lengths:
+        row, start = divmod(begin, row_length)
+        end = start + length
+        whole = softcap is None and (window is None or length <= window)
+        for first in (start,) if whole else range(start, end, TILE):
+            oldest = start if window is None else max(start, first - window + 1)
+            yield row, first, end if whole else min(first + TILE, end), oldest
+        begin += length
+
+
+class Tiled(torch.autograd.Function):
+    """Computes a tile again for its gradient, so that neither scores nor slices of it outlive it."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, tiles, settings):
+        ctx.save_for_backward(query, key, value)
+        ctx.work = tiles, settings
+        out = query.new_empty(*query.shape[:3], value.shape[-1])
+        for tile in tiles:
+            queries, keys = slices(tile)
+            out[queries] = attend(query[queries], key[keys], value[keys], *settings)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        (tiles, settings), saved = ctx.work, ctx.saved_tensors  # read once: a recomputed block allows no more
+        gradients = [torch.zeros_like(t) for t in saved]
+        for tile in tiles:
+            queries, keys = slices(tile)
+            places = queries, keys, keys
+            parts = [t[p].detach().requires_grad_() for t, p in zip(saved, places, strict=True)]
+            with torch.enable_grad():
+                out = attend(*parts, *settings)
+            for gradient, place, part in zip(
+                gradients, places, torch.autograd.grad(out, parts, slope[queries]), strict=True
+            ):
+                gradient[place] += part
+        return *gradients, None, None
+
+
+def slices(tile):
+    row, first, end, oldest = tile
+    one = slice(row, row + 1)
+    return (one, slice(None), slice(first, end)), (one, slice(None), slice(oldest, end))
+
+
+def attend(query, key, value, window, scaling, softcap):
+    """The last queries of a stretch of keys: [1, H, Q, D] against [1, G, K, D]."""
+    groups, count, total = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if softcap is None and count == total and (window is None or total <= window):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    age = torch.arange(total - count, total, device=query.device)[:, None] - torch.arange(total, device=query.device)
+    visible = (age >= 0) if window is None else (age >= 0) & (age < window)
+    if softcap is None:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, visible, scale=scaling)
+    scores = torch.tanh(query @ key.transpose(2, 3) * scaling / softcap) * softcap
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value

@@ -1,0 +1,48 @@
+"""Where the documents of a batch lie: worked out once on the host, so that no forward has to ask the device.
+
+The rows of a batch count as one line of B * T tokens; a row's start is always a border, for what stands before it is
+another sample. The surprise: a window that begins in the middle of a document, or a piece put behind another, counts
+from 0 like any document, because nothing before it can be seen.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy
+import torch
+
+
+class Packing(NamedTuple):
+    positions_BT: torch.Tensor  # int64, from 0 in every document
+    borders: torch.Tensor  # int32: the token at which each document begins, and B * T
+    lengths: tuple[int, ...]  # the distances between borders, on the host
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    def moved(self, move) -> "Packing":
+        return Packing(move(self.positions_BT), move(self.borders), self.lengths)
+
+
+def pack(begins_BT: numpy.ndarray) -> Packing:
+    """`begins_BT` is true where a document begins."""
+    rows, length = begins_BT.shape
+    begins = begins_BT.copy()
+    begins[:, 0] = True
+    borders = numpy.append(numpy.flatnonzero(begins), rows * length)
+    lengths = numpy.diff(borders)
+    positions = numpy.arange(rows * length) - numpy.repeat(borders[:-1], lengths)
+    return Packing(
+        torch.from_numpy(positions.reshape(rows, length)),
+        torch.from_numpy(borders.astype(numpy.int32)),
+        tuple(lengths.tolist()),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def whole_rows(rows: int, length: int, device: torch.device) -> Packing:
+    """Every row one document: what a layer with a window sees where documents are not kept apart."""
+    positions = torch.arange(length, device=device).expand(rows, length)
+    borders = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
+    return Packing(positions, borders, (length,) * rows)
