@@ -4,6 +4,8 @@ This is the one home of every number of a run. ds_configs/*.json say how ZeRO sh
 nothing else. What follows from a run (pairs, accumulation, parameter counts) is worked out in plan.py.
 """
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,7 +33,7 @@ class Student(Model):
 class Corpus(Section):
     """A domain of the blend."""
 
-    path: str = Field(description="a .bin/.idx prefix, or a folder of them")
+    path: str = Field(description="a .bin/.idx prefix, or a folder of them; on disk, or under s3:// or msc://")
     name: str = Field("", description="what logs and metrics call it; default: the path's last part")
     weight: NonNegative = 1.0
     repeat: bool = Field(True, description="false: refuse a run that reads it more than once")
@@ -60,9 +62,27 @@ class Blend(Section):
     )
 
 
+class Streaming(Section):
+    """How corpora under s3:// and msc:// are read; those on disk need none of it."""
+
+    folder: str = Field("", description="indices and chunks, on a disk of the node; default: in the temporary folder")
+    cache_gib: NonNegative = Field(
+        4.0, description="bound of the chunks on disk, for all processes of the node; 0: none"
+    )
+    chunk_kib: Annotated[int, Field(ge=4, multiple_of=4)] = Field(256, description="read at once; README has the cost")
+    ahead: PositiveInt = Field(64, description="windows that are being fetched before they are needed, a process")
+    requests: PositiveInt = Field(16, description="at the same time, a process")
+    patience_s: Positive = Field(300.0, description="how long a request that fails is tried again before the run ends")
+
+    @property
+    def place(self) -> Path:
+        return Path(self.folder or f"{tempfile.gettempdir()}/ted_scale-{os.getuid()}")
+
+
 class Data(Section):
     corpora: list[Corpus] = Field(min_length=1)
     blend: Blend = Blend()
+    stream: Streaming = Streaming()
     seq_len: PositiveInt
     attention: Literal["causal", "document"] = Field(
         "causal", description="document: none across a document's border, and positions restart there"

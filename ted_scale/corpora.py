@@ -1,49 +1,65 @@
 """Corpora opened for reading: the shards of one corpus as one run of tokens, cut in a training and a held-out part.
 
-shards.py says what a sound shard is, data.py asks for windows. Tokens are mapped by megatron's IndexedDataset, which is
-imported late, because that takes seconds. The surprise: document borders are found by bisection in the mapped index;
-numpy.searchsorted would copy it whole at every call, since megatron's arrays are not aligned in the file.
+shards.py says what a sound shard is, data.py asks for windows, chunks.py fetches what is in object storage. A part holds
+checked headers and nothing that is open, so that it can be sent to another process. Megatron's readers are opened when
+they are needed, OPEN_SHARDS at a time, and megatron is imported late, because that takes seconds. The surprise: a view
+of a shard that was closed is a crash and no exception, so whoever reads holds the shard and copies.
 """
 
 import contextlib
 import logging
-import resource
+import threading
 import warnings
 from bisect import bisect_left, bisect_right
+from functools import lru_cache
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 
+from ted_scale import remote_shards
+from ted_scale.chunks import chunks_of
 from ted_scale.errors import UserError
-from ted_scale.shards import ShardIndex, check_vocabulary, expand, out_of_vocabulary, read_index
+from ted_scale.object_store import is_remote
+from ted_scale.shards import Files, ShardIndex, check_vocabulary, expand, out_of_vocabulary, read_index
+
+QUIET = threading.RLock()
+OPEN_SHARDS = 128  # three descriptors and two mappings each, and 1024 descriptors are a common limit
 
 
-class Shard(NamedTuple):
-    """An open shard: its checked header and megatron's memory map."""
+class Mapped(NamedTuple):
+    """Megatron's readers of a shard; `tokens` is None where its .bin is in object storage."""
 
-    index: ShardIndex
-    dataset: object
+    borders: object
+    tokens: object
 
-    def __reduce__(self):
-        """Sent to another process, it is opened there."""
-        return open_shard, (self.index,)
 
-    def read(self, start: int, stop: int) -> numpy.ndarray:
-        dtype = self.index.dtype
-        return self.dataset.bin_reader.read(dtype=dtype.type, count=stop - start, offset=start * dtype.itemsize)
+@lru_cache(maxsize=OPEN_SHARDS)
+def mapped(files: Files) -> Mapped:
+    indexed = megatron_indexed()
+    if files.remote_bin:
+        return Mapped(indexed._IndexReader(str(files.idx), multimodal=False), None)
+    dataset = indexed.IndexedDataset(files.prefix, mmap=True)
+    return Mapped(dataset.index, dataset.bin_reader)
+
+
+class Shard:
+    """One shard while it is read: holding it keeps its mappings."""
+
+    def __init__(self, index: ShardIndex):
+        self.index, (self.borders, self.tokens) = index, mapped(index.files)
 
     def document_start(self, document: int) -> int:
         """First token of a document; the number of tokens for the one behind the last."""
-        sequence = int(self.dataset.document_indices[document])
+        sequence = int(self.borders.document_indices[document])
         if sequence == self.index.sequences:
             return self.index.tokens
-        return int(self.dataset.index.sequence_pointers[sequence]) // self.index.dtype.itemsize
+        return int(self.borders.sequence_pointers[sequence]) // self.index.dtype.itemsize
 
     def first_document(self, token: int, least: int = 0) -> int:
-        """The first document that starts at `token` or later, and is not before document `least`."""
-        borders, pointers = self.dataset.document_indices, self.dataset.index.sequence_pointers
+        """The first document that starts at `token` or later, and is not before document `least`; by bisection, because
+        numpy.searchsorted would copy the index whole at every call: megatron's arrays are not aligned in the file."""
+        borders, pointers = self.borders.document_indices, self.borders.sequence_pointers
         sequences, itemsize = self.index.sequences, self.index.dtype.itemsize
 
         def pointer(document: int):  # document_start in bytes with nothing looked up twice: every window asks
@@ -55,8 +71,8 @@ class Shard(NamedTuple):
     def document_starts(self, low: int, high: int) -> numpy.ndarray:
         """First tokens of the documents that start in [low, high), which ends with the shard at the latest."""
         first = self.first_document(low)
-        sequences = self.dataset.document_indices[first : self.first_document(high, first)]
-        return self.dataset.index.sequence_pointers[sequences] // self.index.dtype.itemsize
+        sequences = self.borders.document_indices[first : self.first_document(high, first)]
+        return self.borders.sequence_pointers[sequences] // self.index.dtype.itemsize
 
 
 class Part(NamedTuple):
@@ -64,62 +80,94 @@ class Part(NamedTuple):
 
     number: int
     name: str
-    shards: tuple[Shard, ...]
+    shards: tuple[ShardIndex, ...]
     starts: tuple[int, ...]  # first token of each shard in the corpus
     start: int
     stop: int
+    stream: object  # the run file's data.stream
 
     @property
     def tokens(self) -> int:
         return self.stop - self.start
 
-    def read(self, offset: int, count: int, vocab_size: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """`count` tokens from `offset` of this part as int64, and where among them documents start."""
-        chunks, starts = [], []
+    def _ranges(self, offset: int, count: int):
+        """(shard, its first token in the corpus, first and last+1 token in the shard) of each shard that is touched."""
         begin = self.start + offset
         end = begin + count
         for s in range(bisect_right(self.starts, begin) - 1, bisect_left(self.starts, end)):
-            shard, base = self.shards[s], self.starts[s]
-            low, high = max(begin - base, 0), min(end - base, shard.index.tokens)
-            chunk = shard.read(low, high)
-            self._check(chunk, shard, vocab_size)
+            base = self.starts[s]
+            yield self.shards[s], base, max(begin - base, 0), min(end - base, self.shards[s].tokens)
+
+    def ahead(self, offset: int, count: int) -> None:
+        """These tokens will be read soon; nothing to do for those on disk."""
+        for index, _, low, high in self._ranges(offset, count):
+            if thing := index.files.remote_bin:
+                size = index.dtype.itemsize
+                chunks_of(self.stream).ahead(thing, low * size, high * size, self.name)
+
+    def read(self, offset: int, count: int, vocab_size: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """`count` tokens from `offset` of this part as int64, and where among them documents start."""
+        begin, chunks, starts = self.start + offset, [], []
+        for index, base, low, high in self._ranges(offset, count):
+            shard = Shard(index)
+            chunk = self._read(shard, low, high)
+            self._check(chunk, index, vocab_size)
             chunks.append(chunk.astype(numpy.int64))
             starts.append(shard.document_starts(low, high) + (base - begin))
         return _joined(chunks), _joined(starts)
 
-    def _check(self, chunk: numpy.ndarray, shard: Shard, vocab_size: int) -> None:
+    def _read(self, shard: Shard, low: int, high: int) -> numpy.ndarray:
+        dtype = shard.index.dtype
+        if thing := shard.index.files.remote_bin:
+            content = chunks_of(self.stream).read(thing, low * dtype.itemsize, high * dtype.itemsize, self.name)
+            return numpy.frombuffer(content, dtype)
+        return shard.tokens.read(dtype=dtype.type, count=high - low, offset=low * dtype.itemsize)
+
+    def _check(self, chunk: numpy.ndarray, index: ShardIndex, vocab_size: int) -> None:
         for token in (int(chunk.max(initial=0)), int(chunk.min(initial=0))):
             if not 0 <= token < vocab_size:
-                raise out_of_vocabulary(f"{shard.index.prefix} of {self.name}", token, vocab_size)
+                raise out_of_vocabulary(f"{index.prefix} of {self.name}", token, vocab_size)
 
 
 def _joined(arrays: list[numpy.ndarray]) -> numpy.ndarray:
     return arrays[0] if len(arrays) == 1 else numpy.concatenate(arrays)
 
 
-def open_part(number: int, corpus, vocab_size: int, training: bool) -> Part:
+def prefixes_of(path: str, stream) -> list[str]:
+    """The shards that a corpus's path means, by name."""
+    return (
+        list(remote_shards.listing(path, remote_shards.opening_patience_s(stream))) if is_remote(path) else expand(path)
+    )
+
+
+def read_corpus(path: str, stream) -> list[ShardIndex]:
+    """Checked headers of the shards that a corpus's path means, on disk or in object storage."""
+    return remote_shards.read_corpus(path, stream) if is_remote(path) else [read_index(p) for p in expand(path)]
+
+
+def open_part(number: int, corpus, vocab_size: int, training: bool, stream) -> Part:
     """Corpus `number` of the run file, checked: the documents to train on, or the held-out ones behind them."""
     name = f"data.corpora[{number}] ({corpus.path})"
-    indices = [read_index(prefix) for prefix in expand(corpus.path)]
+    indices = read_corpus(corpus.path, stream)
     for index in indices:
         check_vocabulary(index, vocab_size)
-    shards = _open_shards(indices)
     starts = tuple(accumulate((index.tokens for index in indices), initial=0))
-    border = _border(shards, starts, corpus.validation, name)
+    border = _border(indices, starts, corpus.validation, name)
     start, stop = (0, border) if training else (border, starts[-1])
-    return Part(number, name, shards, starts[:-1], start, stop)
+    return Part(number, name, tuple(indices), starts[:-1], start, stop, stream)
 
 
-def _border(shards: tuple[Shard, ...], starts: tuple[int, ...], fraction: float, name: str) -> int:
+def _border(indices: list[ShardIndex], starts: tuple[int, ...], fraction: float, name: str) -> int:
     """The document start nearest to where the held-out fraction begins, with a document left on either side."""
     total = starts[-1]
     if not fraction:
         return total
     target = round(total * (1 - fraction))
-    s = min(bisect_right(starts, target), len(shards)) - 1
-    document = shards[s].first_document(target - starts[s])
-    near = range(max(0, document - 1), min(shards[s].index.documents, document + 1) + 1)
-    borders = {starts[s] + shards[s].document_start(d) for d in near} - {0, total}
+    s = min(bisect_right(starts, target), len(indices)) - 1
+    shard = Shard(indices[s])
+    document = shard.first_document(target - starts[s])
+    near = range(max(0, document - 1), min(shard.index.documents, document + 1) + 1)
+    borders = {starts[s] + shard.document_start(d) for d in near} - {0, total}
     if not borders:
         raise UserError(
             f"{name} must hold two documents or more to hold some out, but holds one; set its validation to 0"
@@ -127,41 +175,24 @@ def _border(shards: tuple[Shard, ...], starts: tuple[int, ...], fraction: float,
     return min(borders, key=lambda border: abs(border - target))
 
 
-def _open_shards(indices: list[ShardIndex]) -> tuple[Shard, ...]:
-    _allow_descriptors(3 * len(indices))
-    return tuple(open_shard(index) for index in indices)
-
-
-def open_shard(index: ShardIndex) -> Shard:
-    dataset = megatron_indexed().IndexedDataset
-    with without_noise():
-        return Shard(index, dataset(index.prefix, mmap=True))
-
-
-def _allow_descriptors(more: int) -> None:
-    """Raise the soft limit: an open shard keeps three descriptors, and 1024 is a common limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = len(list(Path("/dev/fd").iterdir())) + more + 512
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-
-
 def megatron_indexed():
     """megatron's module of reader and writer, imported late: it takes seconds."""
     with without_noise():
         from megatron.core.datasets import indexed_dataset
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # it has a word on every shard
+    warnings.filterwarnings("ignore", "Could not determine rank")
     return indexed_dataset
 
 
 @contextlib.contextmanager
 def without_noise():
-    """megatron warns of packages that nothing here needs, and of a rank that a process without ranks does not have."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    """megatron warns of packages that nothing here needs. What is silenced is the process's, so one thread at a time."""
+    with QUIET:
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.disable(before)

@@ -5,7 +5,8 @@ what and when. No array grows with tokens, documents or run length. The surprise
 "resume" is nothing but another start, and ranks only decide who reads what.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy
@@ -54,7 +55,7 @@ class Stream(NamedTuple):
     vocab_size: int
 
     def sample(self, position: int) -> Window:
-        part, pieces = self._in_order(position) if self.interval is None else self._of_blend(position)
+        part, pieces = self._at(position)
         tokens, labels = numpy.zeros(self.seq_len, numpy.int64), numpy.full(self.seq_len, IGNORED, numpy.int64)
         begins, ends, at = [], [], 0
         for first, length in pieces:
@@ -65,12 +66,26 @@ class Stream(NamedTuple):
             at += length
         return Window(tokens, labels, numpy.concatenate(begins), numpy.concatenate(ends))
 
-    def _of_blend(self, position: int):
+    def ahead(self, positions: list[int | None]) -> None:
+        """The windows at these positions will be read soon."""
+        for position in positions:
+            if position is not None:
+                part, pieces = self._at(position)
+                for first, length in pieces:
+                    part.ahead(first, length + 1)
+
+    @property
+    def windows_ahead(self) -> int:
+        """Windows to fetch before they are read; none of corpora on disk."""
+        remote = [p.stream.ahead for p in self.parts.values() if any(shard.files.remote_bin for shard in p.shards)]
+        return max(remote, default=0)
+
+    def _at(self, position: int):
+        """(part, pieces in it) of a window."""
+        if self.interval is None:
+            return next(iter(self.parts.values())), [(position * self.seq_len, self.seq_len)]
         which, cursor = self.interval.at(position)
         return self.parts[self.interval.domains[which].name], self.interval.pieces(which, cursor)
-
-    def _in_order(self, position: int):
-        return next(iter(self.parts.values())), [(position * self.seq_len, self.seq_len)]
 
 
 def open_stream(
@@ -106,7 +121,9 @@ def open_held_out(data, vocab_size: int) -> dict[str, Stream]:
 
 
 def open_parts(data, vocab_size: int, wanted: list[bool], training: bool) -> dict[str, Part]:
-    parts = {c.name: open_part(i, c, vocab_size, training) for i, c in enumerate(data.corpora) if wanted[i]}
+    parts = {
+        c.name: open_part(i, c, vocab_size, training, data.stream) for i, c in enumerate(data.corpora) if wanted[i]
+    }
     for part in parts.values():
         _refuse_short(part, data.seq_len, "train" if training else "validation")
     return parts
@@ -149,12 +166,27 @@ def batch(stream: Stream, positions: list[int | None]) -> Batch:
     return Batch(*tensors, pack(begins) if stream.attention == "document" else None)
 
 
+def read_ahead(batches: Iterable[list], depth: int, announce: Callable[[list], None]) -> Iterator[list]:
+    """The same positions, batch by batch, each when `depth` windows behind it were announced."""
+    coming, windows = deque(), 0
+    for positions in batches:
+        if depth:
+            announce(positions)
+        coming.append(positions)
+        windows += len(positions)
+        while windows > depth:
+            windows -= len(coming[0])
+            yield coming.popleft()
+    yield from coming
+
+
 def validation_batches(
     stream: Stream, *, tokens: int, micro_batch: int, rank: int, world: int, device
 ) -> Iterator[Batch]:
     """The first `tokens` tokens of a validation stream, each window on one rank; equally many batches on every rank."""
     windows = min(stream.count, -(-tokens // stream.seq_len))
-    for micro in range(-(-windows // (micro_batch * world))):
-        first = (micro * world + rank) * micro_batch
-        rows = [p if p < windows else None for p in range(first, first + micro_batch)]
-        yield batch(stream, rows).moved(lambda t: t.to(device))
+    micros = range(-(-windows // (micro_batch * world)))
+    firsts = ((micro * world + rank) * micro_batch for micro in micros)
+    batches = ([p if p < windows else None for p in range(first, first + micro_batch)] for first in firsts)
+    for positions in read_ahead(batches, stream.windows_ahead, stream.ahead):
+        yield batch(stream, positions).moved(lambda t: t.to(device))

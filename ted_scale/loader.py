@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import torch
 
-from ted_scale.data import Batch, Stream, batch
+from ted_scale.data import Batch, Stream, batch, read_ahead
 from ted_scale.errors import RunStopped, UserError
 
 # Not fork: by now there are threads of CUDA and gloo, and a child inherits their locks as they stand. Not spawn: every
@@ -55,8 +55,10 @@ class Loader:
         workers, ahead = self.hired.result(), deque()
         for worker in workers:
             worker.send(stream)
-        for position in positions:
-            asked = [self._ask(workers, stream, rows) for rows in self._rows(position, samples_per_step)]
+        rows = (rows for position in positions for rows in self._rows(position, samples_per_step))
+        rows = read_ahead(rows, stream.windows_ahead, self._announcer(workers, stream))
+        micros = samples_per_step // (self.micro_batch * self.world)
+        while asked := [self._ask(workers, stream, positions) for positions in islice(rows, micros)]:
             ahead.append(self.thread.submit(self._collect, asked))
             if len(ahead) > self.prefetch:
                 yield self._hand_out(ahead.popleft())
@@ -68,6 +70,13 @@ class Loader:
         first, stride = position + self.rank * self.micro_batch, self.world * self.micro_batch
         for micro in range(first, position + samples_per_step, stride):
             yield list(range(micro, micro + self.micro_batch))
+
+    def _announcer(self, workers: tuple, stream: Stream) -> Callable[[list[int]], None]:
+        """Who is told of a micro-batch whose chunks are to be fetched: the one that will read it."""
+        if not workers:
+            return stream.ahead
+        turns = count(self.turn)
+        return lambda positions: workers[next(turns) % len(workers)].send(Ahead(positions))
 
     def _ask(self, workers: tuple, stream: Stream, rows: list[int]) -> Callable[[], Batch]:
         """How to get a micro-batch: by reading it, or from the worker that is told of it now; workers take turns."""
@@ -102,6 +111,12 @@ class Loader:
         if self.hired.done() and not self.hired.cancelled():
             for worker in self.hired.result():
                 worker.process.kill()
+
+
+class Ahead(NamedTuple):
+    """What a worker is told of the windows that it will be asked for later."""
+
+    positions: list[int]
 
 
 def set_device(device: torch.device) -> None:
@@ -162,6 +177,8 @@ def serve(pipe: Connection) -> None:
             task = pipe.recv()
             if isinstance(task, Stream):
                 stream = task
+            elif isinstance(task, Ahead):
+                stream.ahead(task.positions)
             else:
                 pipe.send(read(stream, task))
     except (EOFError, OSError):

@@ -13,6 +13,7 @@ from pathlib import Path
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
+from ted_scale.corpora import read_corpus
 from ted_scale.data import open_held_out
 from ted_scale.errors import UserError
 from ted_scale.feed import open_feed, refuse_short_corpora
@@ -21,7 +22,7 @@ from ted_scale.metrics import has_key
 from ted_scale.models import Anatomy, inspect
 from ted_scale.run_file import load_ds_config
 from ted_scale.schedule import Stage, stages_of
-from ted_scale.shards import check_vocabulary, expand, read_index
+from ted_scale.shards import check_vocabulary
 from ted_scale.vocabulary import check_corpus_tokenizer, check_same_tokenizer
 
 
@@ -157,7 +158,7 @@ def check_shards(run: Run, vocabulary: int, student: Anatomy) -> int:
     """Every shard is whole and fits vocabulary and tokenizer; returns the tokens there are."""
     if not any(c.weight for c in run.data.corpora):
         raise UserError("data.corpora must have a weight above 0, but all are 0")
-    indices = [read_index(prefix) for corpus in run.data.corpora for prefix in expand(corpus.path)]
+    indices = [index for corpus in run.data.corpora for index in read_corpus(corpus.path, run.data.stream)]
     for index in indices:
         check_vocabulary(index, vocabulary)
     check_corpus_tokenizer(indices, student)

@@ -1,21 +1,24 @@
 """What a corpus is on disk: Megatron .bin/.idx pairs, and the sidecar .json that tools/tokenize_corpus.py adds.
 
 Everything is checked from headers and file sizes, in constant time per shard and without torch or megatron, so that a
-dry run can do it. Reading tokens is data.py's business. The surprise: the .idx counts one document more than there are,
-because it stores borders.
+dry run can do it. remote_shards.py finds the same files in object storage, corpora.py reads tokens. The surprise: the
+.idx counts one document more than there are, because it stores borders.
 """
 
 import hashlib
 import json
 import os
 import re
+import stat
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 
 from ted_scale.errors import UserError
+from ted_scale.object_store import Object
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
@@ -27,6 +30,17 @@ SMALL_INDEX = (
 )  # bytes hashed at every open, 0.1 ms: ten thousand shards open in seconds; inspect_corpus hashes all
 
 
+class Files(NamedTuple):
+    """Where the files of the shard called `prefix` are: a .bin may be in object storage, the others are on local disk."""
+
+    prefix: str
+    idx: Path
+    sidecar: Path | None
+    bin_bytes: int
+    remote_bin: Object | None = None
+    stamp: tuple = ()  # tells files from others that had their names before; names of fetched ones do so themselves
+
+
 class ShardIndex(NamedTuple):
     """One shard as its header describes it; `sidecar` is None for a shard written by another tool."""
 
@@ -36,6 +50,7 @@ class ShardIndex(NamedTuple):
     documents: int
     tokens: int
     sidecar: dict | None
+    files: Files
 
 
 def expand(path: str | os.PathLike) -> list[str]:
@@ -67,31 +82,56 @@ def _prefixes(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     names = (entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    return sorted({str(folder / name[:-4]) for name in names if name.endswith((".bin", ".idx"))})
+    stems = {name[:-4] for name in names if name.endswith((".bin", ".idx"))}
+    return [str(folder / stem) for stem in sorted(stems)]
 
 
 def read_index(prefix: str | os.PathLike) -> ShardIndex:
     """Read and check the header of one shard; a UserError names the file that is wrong."""
     prefix = str(prefix)
-    if unfinished(prefix).exists() and not Path(prefix + ".idx").exists():
+    paths = [Path(prefix + ending) for ending in (".idx", ".bin", ".json")]
+    idx, bin_file, sidecar = (_status(path) for path in paths)
+    if idx is None and unfinished(prefix).exists():
         raise UserError(f"corpus {prefix} must be finished, but is not; run the command that began it again")
-    for ending in (".idx", ".bin"):
-        if not Path(prefix + ending).is_file():
-            raise UserError(f"corpus file {prefix}{ending} must exist, but is missing; give a prefix, or {TOKENIZE}")
-    idx, size = prefix + ".idx", Path(prefix + ".idx").stat().st_size
-    dtype, sequences, borders = _header(idx)
-    if size < HEADER.size + 12 * sequences + 8 * borders:
-        raise UserError(f"corpus file {idx} must have the size that its counts ask for, but is truncated; {TOKENIZE}")
-    tokens = _tokens(idx, dtype, sequences)
-    _check_bin(prefix + ".bin", tokens, dtype)
-    if borders < 2 or _last_border(idx, sequences, borders) != sequences:
-        raise UserError(f"corpus file {idx} must end its last document at its last sequence, but does not; {TOKENIZE}")
-    return ShardIndex(prefix, dtype, sequences, borders - 1, tokens, _sidecar(prefix, tokens))
+    if idx is None or bin_file is None:
+        raise missing(str(paths[0 if idx is None else 1]))
+    stamp = tuple((s.st_ino, s.st_mtime_ns, s.st_size) for s in (idx, bin_file, sidecar) if s)
+    return check(Files(prefix, paths[0], paths[2] if sidecar else None, bin_file.st_size, None, stamp))
 
 
-def _header(idx: str) -> tuple[numpy.dtype, int, int]:
-    with Path(idx).open("rb") as file:
-        head = file.read(HEADER.size)
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def missing(path: str) -> UserError:
+    return UserError(f"corpus file {path} must exist, but is missing; give a prefix, or {TOKENIZE}")
+
+
+@lru_cache(maxsize=1 << 16)
+def check(files: Files) -> ShardIndex:
+    """A shard as its header, sizes and sidecar say, which must agree. Read once a process: plan, stages and every
+    validation ask again."""
+    idx = files.prefix + ".idx"
+    with files.idx.open("rb") as file:
+        dtype, sequences, borders = _header(idx, file.read(HEADER.size))
+        if os.fstat(file.fileno()).st_size < HEADER.size + 12 * sequences + 8 * borders:
+            raise UserError(
+                f"corpus file {idx} must have the size that its counts ask for, but is truncated; {TOKENIZE}"
+            )
+        tokens = _tokens(file, dtype, sequences)
+        _check_bin(files, tokens, dtype)
+        if borders < 2 or _entry(file, HEADER.size + 12 * sequences + 8 * (borders - 1), "<q") != sequences:
+            raise UserError(
+                f"corpus file {idx} must end its last document at its last sequence, but does not; {TOKENIZE}"
+            )
+    return ShardIndex(files.prefix, dtype, sequences, borders - 1, tokens, _sidecar(files, tokens), files)
+
+
+def _header(idx: str, head: bytes) -> tuple[numpy.dtype, int, int]:
     if head[: len(MAGIC)] != MAGIC:
         raise UserError(f"corpus file {idx} must be a Megatron index, but starts with {head[:9]!r}; {TOKENIZE}")
     if len(head) < HEADER.size:
@@ -106,70 +146,70 @@ def _header(idx: str) -> tuple[numpy.dtype, int, int]:
     return numpy.dtype(DTYPES[code]), sequences, borders
 
 
-def _tokens(idx: str, dtype: numpy.dtype, sequences: int) -> int:
+def _tokens(file, dtype: numpy.dtype, sequences: int) -> int:
     """Tokens up to the end of the last sequence: its pointer and its length, the only two entries read."""
     if sequences == 0:
         return 0
-    length = _entry(idx, HEADER.size + 4 * (sequences - 1), "<i")
-    pointer = _entry(idx, HEADER.size + 4 * sequences + 8 * (sequences - 1), "<q")
+    length = _entry(file, HEADER.size + 4 * (sequences - 1), "<i")
+    pointer = _entry(file, HEADER.size + 4 * sequences + 8 * (sequences - 1), "<q")
     return pointer // dtype.itemsize + length
 
 
-def _last_border(idx: str, sequences: int, borders: int) -> int:
-    return _entry(idx, HEADER.size + 12 * sequences + 8 * (borders - 1), "<q")
+def _entry(file, offset: int, form: str) -> int:
+    file.seek(offset)
+    return struct.unpack(form, file.read(struct.calcsize(form)))[0]
 
 
-def _entry(idx: str, offset: int, form: str) -> int:
-    with Path(idx).open("rb") as file:
-        file.seek(offset)
-        return struct.unpack(form, file.read(struct.calcsize(form)))[0]
-
-
-def _check_bin(path: str, tokens: int, dtype: numpy.dtype) -> None:
+def _check_bin(files: Files, tokens: int, dtype: numpy.dtype) -> None:
+    path, want = files.prefix + ".bin", tokens * dtype.itemsize
     if tokens == 0:
         raise UserError(f"corpus file {path} must hold tokens, but is empty (0 tokens); {TOKENIZE}")
-    want, have = tokens * dtype.itemsize, Path(path).stat().st_size
-    if have < want:
+    if files.bin_bytes < want:
         raise UserError(
-            f"corpus file {path} must hold {want} bytes as its .idx says, but is {have} long; copy it again"
+            f"corpus file {path} must hold {want} bytes as its .idx says, but is {files.bin_bytes} long; copy it again"
         )
 
 
-def _sidecar(prefix: str, tokens: int) -> dict | None:
-    path = Path(prefix + ".json")
-    if not path.exists():
+def _sidecar(files: Files, tokens: int) -> dict | None:
+    if files.sidecar is None:
         return None
-    try:
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
-        ok = isinstance(sidecar["max_token_id"], int) and isinstance(sidecar["tokens"], int)
-    except (ValueError, KeyError, TypeError):
-        ok = False
-    if not ok:
-        raise UserError(f"corpus file {path} must describe its shard, but is unreadable; delete it or tokenize again")
+    path = files.prefix + ".json"
+    sidecar = read_sidecar(files.sidecar, path)
     if sidecar["tokens"] != tokens:
         raise UserError(
             f"corpus file {path} must belong to its shard, but counts {sidecar['tokens']} tokens where the .idx has "
             f"{tokens}; delete it or tokenize again"
         )
-    check_recorded(prefix, sidecar, SMALL_INDEX)
+    check_recorded(files, sidecar, SMALL_INDEX)
     return sidecar
 
 
-def check_recorded(prefix: str, sidecar: dict, largest_index: float = float("inf")) -> None:
+def read_sidecar(path: Path, called: str) -> dict:
+    """What a sidecar holds; a copy of a remote one is `called` by its own name."""
+    try:
+        sidecar = json.loads(path.read_bytes())
+        ok = isinstance(sidecar["max_token_id"], int) and isinstance(sidecar["tokens"], int)
+    except (ValueError, KeyError, TypeError):
+        ok = False
+    if not ok:
+        raise UserError(f"corpus file {called} must describe its shard, but is unreadable; delete it or tokenize again")
+    return sidecar
+
+
+def check_recorded(files: Files, sidecar: dict, largest_index: float = float("inf")) -> None:
     """The files are those that the sidecar was written for: the .bin's size, and the digest of an .idx up to a size."""
-    size, idx = Path(prefix + ".bin").stat().st_size, Path(prefix + ".idx")
+    size, prefix = files.bin_bytes, files.prefix
     if sidecar.get("bin_bytes", size) != size:
         raise UserError(
             f"corpus file {prefix}.bin must hold the {sidecar['bin_bytes']} bytes that {prefix}.json records, but holds "
             f"{size}; copy it again"
         )
-    if "idx_sha256" in sidecar and idx.stat().st_size <= largest_index:
-        check_digest(idx, sidecar["idx_sha256"])
+    if "idx_sha256" in sidecar and files.idx.stat().st_size <= largest_index:
+        with files.idx.open("rb") as file:
+            check_digest(prefix + ".idx", hashlib.file_digest(file, "sha256").hexdigest(), sidecar["idx_sha256"])
 
 
-def check_digest(path: Path, recorded: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+def check_digest(path: str, found: str, recorded: str) -> None:
     if found != recorded:
         raise UserError(
             f"corpus file {path} must have the digest that its .json records ({recorded[:12]}…), but has {found[:12]}…; "
@@ -179,10 +219,8 @@ def check_digest(path: Path, recorded: str) -> None:
 
 def document_borders(index: ShardIndex) -> numpy.ndarray:
     """Where documents begin, in tokens, and behind the last one where it ends."""
-    lengths = numpy.fromfile(index.prefix + ".idx", "<i4", index.sequences, offset=HEADER.size)
-    borders = numpy.fromfile(
-        index.prefix + ".idx", "<i8", index.documents + 1, offset=HEADER.size + 12 * index.sequences
-    )
+    lengths = numpy.fromfile(index.files.idx, "<i4", index.sequences, offset=HEADER.size)
+    borders = numpy.fromfile(index.files.idx, "<i8", index.documents + 1, offset=HEADER.size + 12 * index.sequences)
     ends = numpy.concatenate([[0], numpy.cumsum(lengths, dtype=numpy.int64)])
     sound = lengths.min() >= 0 and ends[-1] == index.tokens and borders[0] == 0 and (numpy.diff(borders) >= 0).all()
     if not sound:

@@ -133,16 +133,18 @@ def manifest_path(out: str | Path) -> Path:
     return Path(f"{out}.manifest.json")
 
 
-def read_manifest(out: Path) -> dict:
-    """The manifest of a published output, whole; nothing where there is none, as for shards of other tools."""
-    path = manifest_path(out)
+def read_manifest(path: Path, called: str = "") -> dict:
+    """The manifest of a published output, whole; nothing where there is none, as for shards of other tools. A copy of a
+    remote one is `called` by its own name."""
     try:
         manifest = read_json(path)
         sound = not path.exists() or sealed(manifest) == manifest
     except (ValueError, AttributeError):
         sound = False
     if not sound:
-        raise UserError(f"{path} must be as it was written, but its digest is another; copy it again, or delete it")
+        raise UserError(
+            f"{called or path} must be as it was written, but its digest is another; copy it again, or delete it"
+        )
     return manifest
 
 

@@ -64,5 +64,7 @@ def test_batches_on_the_device_are_those_of_the_cpu_while_it_is_busy(root, worke
             del micros
     assert len(seen) == 200
     for number, micro in enumerate(seen):
-        expected = batch(stream, [2 * number, 2 * number + 1])
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(micro, expected, strict=True))
+        there, here = [], []
+        micro.moved(there.append)
+        batch(stream, [2 * number, 2 * number + 1]).moved(here.append)
+        assert len(there) == 5 and all(torch.equal(a.cpu(), b) for a, b in zip(there, here, strict=True))

@@ -1,8 +1,9 @@
 """A corpus, looked at: python tools/inspect_corpus.py PATH [--verify] [--picture FILE.svg] [--tokenizer T]
 
 Counts, a histogram of document lengths and a few documents in words; --verify reads every byte and leaves exit code 1
-where something is damaged. PATH is what a run file takes: a prefix, a shard, or a folder. The surprise: shards of other
-tools have neither digests nor a vocabulary, so less of them can be verified, and the last line says how much was.
+where something is damaged. PATH is what a run file takes: a prefix, a shard, or a folder, on disk or under s3:// or
+msc://. The surprise: shards of other tools have neither digests nor a vocabulary, so less of them can be verified, and
+the last line says how much was.
 """
 
 import argparse
@@ -18,6 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own f
 
 import numpy
 
+from ted_scale import object_store, remote_shards
+from ted_scale.config import Streaming
+from ted_scale.corpora import prefixes_of, read_corpus
 from ted_scale.errors import UserError, run_main
 from ted_scale.shards import (
     SHARD_NUMBER,
@@ -25,9 +29,7 @@ from ted_scale.shards import (
     check_digest,
     check_recorded,
     document_borders,
-    expand,
     out_of_vocabulary,
-    read_index,
     tokenizer_of,
 )
 from ted_scale.staging import TOTALS, manifest_path, read_manifest
@@ -37,6 +39,7 @@ from tools.length_picture import Lengths, bins, picture, subtitle
 SHOWN = 400  # characters of a document
 BAR = 50
 CHUNK = 1 << 24  # tokens in memory at once
+STREAM = Streaming()  # where a remote corpus's indices go
 
 
 def lengths_of(indices: list[ShardIndex]) -> Lengths:
@@ -50,7 +53,7 @@ def lengths_of(indices: list[ShardIndex]) -> Lengths:
 
 
 def summary(path: str, indices: list[ShardIndex], manifests: dict[str, dict]) -> str:
-    tokens, size = sum(i.tokens for i in indices), sum(Path(i.prefix + ".bin").stat().st_size for i in indices)
+    tokens, size = sum(i.tokens for i in indices), sum(i.files.bin_bytes for i in indices)
     lines = [
         f"{path}: {len(indices):,} shard(s), {sum(i.documents for i in indices):,} documents, {tokens:,} tokens, "
         f"{size:,} bytes of {'/'.join(sorted({i.dtype.name for i in indices}))}"
@@ -106,21 +109,32 @@ def show_documents(indices: list[ShardIndex], tokenizer: Tokenizer, number: int,
         shard = bisect_right(starts, document) - 1
         index = indices[shard]
         begin, end = document_borders(index)[document - starts[shard] :][:2].tolist()
-        ids = tokens_of(index)[begin:end].tolist()
+        ids = tokens_of(index, begin, end).tolist()
         print(f"\ndocument {document - starts[shard]:,} of {index.prefix}, {end - begin:,} tokens")
         words = tokenizer.decode([i for i in ids[: 4 * SHOWN] if i != tokenizer.eod])
         for line in (words[:SHOWN] + " …" * (len(words) > SHOWN)).splitlines():
             print("    " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
 
 
-def tokens_of(index: ShardIndex) -> numpy.ndarray:
-    return numpy.memmap(index.prefix + ".bin", index.dtype, "r", shape=(index.tokens,))
+def tokens_of(index: ShardIndex, begin: int, end: int) -> numpy.ndarray:
+    if thing := index.files.remote_bin:
+        what, size = f"corpus shard {index.prefix} must be readable", index.dtype.itemsize
+        return numpy.frombuffer(
+            object_store.read(thing, begin * size, end * size, what, STREAM.patience_s), index.dtype
+        )
+    return numpy.memmap(index.prefix + ".bin", index.dtype, "r", shape=(index.tokens,))[begin:end]
+
+
+def read_shard(prefix: str) -> ShardIndex:
+    (index,) = read_corpus(prefix, STREAM)
+    return index
 
 
 def damages(prefixes: list[str], names: list[str], vocabulary: int | None) -> list[str]:
     """One sentence for every shard and manifest that is not as it was written."""
-    if not any(Path(prefix + ending).exists() for prefix in prefixes for ending in (".bin", ".idx")):
-        read_index(prefixes[0])  # a path without anything is a mistake and no damage
+    here = (Path(prefix + ending).exists() for prefix in prefixes for ending in (".bin", ".idx"))
+    if not object_store.is_remote(prefixes[0]) and not any(here):
+        read_shard(prefixes[0])  # a path without anything is a mistake and no damage
     checks = [(check_shard, (prefix, vocabulary)) for prefix in prefixes]
     checks += [(check_manifest, (name, prefixes)) for name in names]
     found = []
@@ -133,40 +147,52 @@ def damages(prefixes: list[str], names: list[str], vocabulary: int | None) -> li
 
 
 def check_shard(prefix: str, vocabulary: int | None) -> None:
-    index = read_index(prefix)
+    index = read_shard(prefix)
     sidecar = index.sidecar or {}
-    check_recorded(prefix, sidecar)
+    check_recorded(index.files, sidecar)
     document_borders(index)
+    vocabulary, digest, outside = vocabulary or sidecar.get("vocab_size"), hashlib.sha256(), []
+    for begin in range(0, index.tokens, CHUNK):
+        chunk = tokens_of(index, begin, min(begin + CHUNK, index.tokens))
+        digest.update(chunk.data)
+        outside += [t for t in (int(chunk.min()), int(chunk.max())) if vocabulary and not 0 <= t < vocabulary]
     if "bin_sha256" in sidecar:
-        check_digest(Path(prefix + ".bin"), sidecar["bin_sha256"])
-    tokens, vocabulary = tokens_of(index), vocabulary or sidecar.get("vocab_size")
-    for begin in range(0, len(tokens), CHUNK):
-        chunk = tokens[begin : begin + CHUNK]
-        for token in (int(chunk.min()), int(chunk.max())):
-            if vocabulary and not 0 <= token < vocabulary:
-                raise out_of_vocabulary(prefix, token, vocabulary)
+        check_digest(prefix + ".bin", digest.hexdigest(), sidecar["bin_sha256"])
+    if outside:
+        raise out_of_vocabulary(prefix, outside[0], vocabulary)
+
+
+def manifest_of(name: str) -> Path | None:
+    """The manifest's file, on local disk."""
+    if object_store.is_remote(name):
+        return remote_shards.copy_of(f"{name}.manifest.json", STREAM)
+    return manifest_path(name) if manifest_path(name).exists() else None
 
 
 def check_manifest(name: str, prefixes: list[str]) -> None:
-    path, folder, manifest = manifest_path(name), Path(name).parent, read_manifest(Path(name))
-    listed = [str(folder / shard["name"]) for shard in manifest["shards"]]
+    path, folder = f"{name}.manifest.json", name[: name.rfind("/") + 1]
+    manifest = read_manifest(manifest_of(name), path)
+    listed = [folder + shard["name"] for shard in manifest["shards"]]
     ours = [prefix for prefix in prefixes if SHARD_NUMBER.sub("", prefix) == name]
     for prefix in sorted(set(listed) ^ set(ours)):
         state = "is missing" if prefix in listed else "is there as well"
         raise UserError(f"the shards of {path} must be those beside it, but {prefix} {state}; copy the corpus again")
-    for prefix, shard in zip(listed, manifest["shards"], strict=True):
-        sidecar = Path(prefix + ".json")
-        if not sidecar.exists() or hashlib.sha256(sidecar.read_bytes()).hexdigest() != shard["sidecar_sha256"]:
-            raise UserError(f"{sidecar} must have the digest that {path} records, but has another; copy it again")
+    indices = [read_shard(prefix) for prefix in listed]
+    for index, shard in zip(indices, manifest["shards"], strict=True):
+        sidecar = index.files.sidecar
+        if sidecar is None or hashlib.sha256(sidecar.read_bytes()).hexdigest() != shard["sidecar_sha256"]:
+            raise UserError(
+                f"{index.prefix}.json must have the digest that {path} records, but has another; copy it again"
+            )
     for key in TOTALS:
-        if manifest[key] != (total := sum(getattr(read_index(prefix), key) for prefix in listed)):
+        if manifest[key] != (total := sum(getattr(index, key) for index in indices)):
             raise UserError(f"{path} must count {total} {key} as its shards do, but counts {manifest[key]}")
 
 
 def outputs_of(prefixes: list[str]) -> list[str]:
     """Those with a manifest and all of their shards asked for: one shard alone is not held against the whole."""
     names = sorted({SHARD_NUMBER.sub("", prefix) for prefix in prefixes})
-    return [name for name in names if manifest_path(name).exists() and set(expand(name)) <= set(prefixes)]
+    return [name for name in names if manifest_of(name) and set(prefixes_of(name, STREAM)) <= set(prefixes)]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -194,7 +220,7 @@ def verify(arguments, prefixes: list[str], names: list[str]) -> None:
         print(f"damaged: {sentence}", file=sys.stderr)
     if found:
         sys.exit(1)
-    signed = sum(Path(prefix + ".json").exists() for prefix in prefixes)
+    signed = sum(read_shard(prefix).sidecar is not None for prefix in prefixes)
     print(
         f"verified: {len(prefixes):,} shard(s), digests of {signed:,}, {len(names):,} manifest(s); nothing is damaged"
     )
@@ -202,14 +228,14 @@ def verify(arguments, prefixes: list[str], names: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    prefixes = expand(arguments.path)
+    prefixes = prefixes_of(arguments.path, STREAM)
     names = outputs_of(prefixes)
     if arguments.verify:
         verify(arguments, prefixes, names)
-    indices = [read_index(prefix) for prefix in prefixes]
+    indices = read_corpus(arguments.path, STREAM)
     tokenizer = choose_tokenizer(arguments, indices)
     lengths = lengths_of(indices)
-    print(summary(arguments.path, indices, {name: read_manifest(Path(name)) for name in names}))
+    print(summary(arguments.path, indices, {name: read_manifest(manifest_of(name)) for name in names}))
     print(histogram(lengths))
     if arguments.picture:
         arguments.picture.write_text(picture(f"Document lengths of {arguments.path}", lengths), encoding="utf-8")

@@ -1,0 +1,183 @@
+"""Objects under s3:// and msc://: listing a folder and reading bytes, each as one request that is tried again.
+
+Bytes come through megatron-core's own readers (megatron_ranges.py), endpoint and credentials from the AWS_* environment
+or multi-storage-client's configuration. The surprise: an object is named with its version everywhere, so that neither a
+cache nor a later request can take another object of the same name for it.
+"""
+
+import importlib.util
+import os
+import random
+import time
+from functools import lru_cache
+from typing import NamedTuple
+
+from ted_scale.errors import UserError
+
+PACKAGES = {"s3": ("boto3", "boto3"), "msc": ("multistorageclient", "multi-storage-client")}  # scheme: module, package
+OPENING_S = 20  # what is wrong at the start of a run is rarely an outage
+CONNECTIONS = 64
+TIMEOUTS_S = (5, 20)  # to connect, to wait for bytes
+LONGEST_PAUSE_S = 15
+# Exceptions of botocore, multi-storage-client, urllib3 and Python by name: neither package must be there to ask.
+PASSING = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "RetryableError", "TimeoutError", "HTTPError"}
+PASSING |= {"CredentialRetrievalError", "ShortAnswer"}
+PASSING_CODES = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "InternalError"}
+LOST_KEYS = {"NoCredentialsError", "PartialCredentialsError"}
+
+
+class Object(NamedTuple):
+    url: str
+    size: int
+    version: str  # its etag; size and time where a store has none
+
+
+class ShortAnswer(Exception):
+    """Fewer bytes than were asked for."""
+
+
+def is_remote(path) -> bool:
+    return str(path).startswith(tuple(f"{scheme}://" for scheme in PACKAGES))
+
+
+def check_package(path: str) -> None:
+    scheme = path.partition("://")[0]
+    module, package = PACKAGES[scheme]
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"corpus {path} must be read with {package}, but it is not installed; pip install {package}")
+
+
+def listed(folder: str, start: str, patience_s: float) -> dict[str, Object]:
+    """The objects directly in a folder whose names begin with `start`, by name; check_package() comes first."""
+    what = f"corpus {folder}/{start} must be listed"
+    pages = _s3_pages if folder.startswith("s3://") else _msc_pages
+    return {thing.url[len(folder) + 1 :]: thing for thing in pages(folder, start, what, patience_s)}
+
+
+def _s3_pages(folder: str, start: str, what: str, patience_s: float):
+    bucket, _, key = folder.removeprefix("s3://").partition("/")
+    request = {"Bucket": bucket, "Prefix": f"{key}/{start}" if key else start, "Delimiter": "/"}
+    while True:
+        page = persist(what, lambda: s3_client().list_objects_v2(**request), patience_s)
+        for entry in page.get("Contents", ()):
+            yield Object(f"s3://{bucket}/{entry['Key']}", entry["Size"], entry["ETag"])
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _msc_pages(folder: str, start: str, what: str, patience_s: float):
+    import multistorageclient
+
+    entries = persist(what, lambda: list(multistorageclient.list(f"{folder}/", include_directories=True)), patience_s)
+    for entry in entries:
+        name = entry.key.rpartition("/")[2]
+        if entry.type == "file" and name.startswith(start):
+            version = entry.etag or f"{entry.content_length}-{entry.last_modified.timestamp()}"
+            yield Object(f"{folder}/{name}", entry.content_length, version)
+
+
+def read(thing: Object, start: int, stop: int, what: str, patience_s: float) -> bytes:
+    """Bytes [start, stop) of an object; `what` begins the sentence for the case that they cannot be had."""
+    from ted_scale import megatron_ranges
+
+    return persist(what, lambda: megatron_ranges.read(thing, start, stop), patience_s)
+
+
+@lru_cache(maxsize=1)
+def s3_client():
+    """One for all threads and shards: making one takes 10 ms, and each would keep connections of its own."""
+    import boto3
+    import botocore.session
+    from botocore.config import Config
+
+    connect_s, read_s = TIMEOUTS_S
+    once = {"mode": "standard", "total_max_attempts": 1}  # persist() tries again, and nobody else
+    config = Config(retries=once, connect_timeout=connect_s, read_timeout=read_s, max_pool_connections=CONNECTIONS)
+    session = botocore.session.get_session()
+    # Nobody asks when an object was written, and parsing that is most of what a listing of thousands costs.
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
+    return boto3.session.Session(botocore_session=session).client("s3", config=config)
+
+
+os.register_at_fork(after_in_child=s3_client.cache_clear)
+
+
+def persist(what: str, request, patience_s: float):
+    """The answer to a request, tried again with growing pauses while its failures are of the kind that pass."""
+    end, pause = time.monotonic() + patience_s, 0.05
+    while True:
+        try:
+            return request()
+        except Exception as error:
+            links = list(chain(error))
+            if not passes(links):
+                if not is_ours(links):
+                    raise  # a fault of this program, not of the store
+                raise UserError(f"{what}, but {reason(links)}") from error
+            if time.monotonic() + pause > end:
+                raise UserError(f"{what}, but was not for {patience_s:g} s: {reason(links)}") from error
+        time.sleep(random.uniform(0.5, 1) * pause)  # all ranks fail at once, and must not all come back at once
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def chain(error: BaseException | None):
+    """An exception and those that it was raised from: multi-storage-client wraps botocore's."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def names(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def answer(links) -> tuple[int, str]:
+    """(HTTP status, code) that the store answered with; (0, "") where it did not."""
+    for error in links:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict) and "Error" in response:
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return status, str(response["Error"].get("Code", status))
+    return 0, ""
+
+
+def passes(links) -> bool:
+    status, code = answer(links)
+    if status:
+        return status >= 500 or status in (408, 429) or code in PASSING_CODES
+    return any(names(error) & PASSING for error in links)
+
+
+def is_ours(links) -> bool:
+    """Does a failure come from the store or the way to it?"""
+    known = {"BotoCoreError", "OSError", "PreconditionFailedError"}
+    return bool(answer(links)[0]) or any(names(error) & known or is_of_msc(error) for error in links)
+
+
+def is_of_msc(error: BaseException) -> bool:
+    """multi-storage-client says ValueError and RuntimeError of a profile that is missing or wrong."""
+    trace, files = error.__traceback__, []
+    while trace:
+        files.append(trace.tb_frame.f_globals.get("__name__", ""))
+        trace = trace.tb_next
+    return any(name.partition(".")[0] == "multistorageclient" for name in files)
+
+
+def reason(links) -> str:
+    """The rest of the sentence: what is wrong and how out."""
+    status, code = answer(links)
+    kinds, said = set().union(*(names(error) for error in links)), " ".join(str(links[-1]).split())[:300]
+    if kinds & LOST_KEYS:
+        return "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if code == "NoSuchBucket":
+        return "its bucket does not exist; correct the path, or AWS_ENDPOINT_URL"
+    if status in (401, 403) or "PermissionError" in kinds:
+        return f"access is denied ({code or said}); check the credentials and what they allow"
+    if status == 412 or "PreconditionFailedError" in kinds:
+        return "it is another object than when this run began; start the run again"
+    if status == 404 or "FileNotFoundError" in kinds:
+        return "it is gone; check the path"
+    if {"EndpointConnectionError", "ConnectTimeoutError"} & kinds:
+        return f"its endpoint cannot be reached ({said}); check AWS_ENDPOINT_URL and the network"
+    return f"the store says {code} ({said})" if code else f"the request fails ({type(links[-1]).__name__}: {said})"

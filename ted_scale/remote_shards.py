@@ -1,0 +1,163 @@
+"""Shards in object storage: found by listing, their .idx and sidecars kept on local disk.
+
+shards.py checks them as it checks local ones. The first process of a node fetches what is missing, under a lock, and the
+others find it. The surprise: a copy's name holds the version of its object and the digest it was checked against, so
+that one that is there is right, and an object that changed is fetched anew; nothing is ever overwritten.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from ted_scale import object_store, shards
+from ted_scale.errors import UserError
+from ted_scale.object_store import Object
+from ted_scale.shards import Files, ShardIndex
+
+log = logging.getLogger("ted_scale")
+PARALLEL = 32
+PIECE = 8 << 20  # of an index, a request
+ENDINGS = (".bin", ".idx", ".json")
+
+
+class Wanted(NamedTuple):
+    """A file to have on local disk, and the sha256 that a sidecar records for it."""
+
+    thing: Object
+    sha256: str = ""
+
+    def path(self, settings) -> Path:
+        folder, _, name = self.thing.url.rpartition("/")
+        version = hashlib.sha256(f"{self.thing.version} {self.thing.size} {self.sha256}".encode()).hexdigest()[:16]
+        stem, _, ending = name.rpartition(".")
+        return (
+            settings.place / "indices" / hashlib.sha256(folder.encode()).hexdigest()[:16] / f"{stem}@{version}.{ending}"
+        )
+
+
+@lru_cache(maxsize=64)
+def listing(path: str, patience_s: float) -> dict[str, dict[str, Object]]:
+    """The shards that a path means, as shards.expand has them on disk, each with its files by ending. A process lists a
+    path once: what comes into a folder during a run is for the next one."""
+    object_store.check_package(path)
+    path = path.rstrip("/")
+    for ending in (".bin", ".idx"):
+        path = path.removesuffix(ending)
+    folder, _, name = path.rpartition("/")
+    beside = {} if folder.endswith("/") else in_folder(folder, name, patience_s)  # s3://BUCKET alone is a folder
+    if path in beside:
+        return {path: beside[path]}
+    family = {prefix: files for prefix, files in beside.items() if shards.SHARD_NUMBER.sub("", prefix) == path}
+    found = in_folder(path, "", patience_s) or family
+    if not found:
+        raise UserError(
+            f"corpus {path} must be a prefix or a folder of .bin/.idx pairs, but nothing is there; check it"
+        )
+    return found
+
+
+def in_folder(folder: str, start: str, patience_s: float) -> dict[str, dict[str, Object]]:
+    found: dict[str, dict[str, Object]] = {}
+    for name, thing in object_store.listed(folder, start, patience_s).items():
+        stem, dot, ending = name.rpartition(".")
+        if dot + ending in ENDINGS and stem and not name.startswith("."):
+            found.setdefault(f"{folder}/{stem}", {})[dot + ending] = thing
+    return {p: files for p, files in sorted(found.items()) if ".bin" in files or ".idx" in files}
+
+
+def opening_patience_s(settings) -> float:
+    return min(object_store.OPENING_S, settings.patience_s)
+
+
+def read_corpus(path: str, settings) -> list[ShardIndex]:
+    """Checked headers of the shards of one path."""
+    found = listing(path, opening_patience_s(settings))
+    for prefix, files in found.items():
+        for ending in (".idx", ".bin"):
+            if ending not in files:
+                raise shards.missing(prefix + ending)
+    sidecars = fetched({p: Wanted(files[".json"]) for p, files in found.items() if ".json" in files}, path, settings)
+    digests = {p: shards.read_sidecar(copy, f"{p}.json").get("idx_sha256", "") for p, copy in sidecars.items()}
+    indices = fetched({p: Wanted(files[".idx"], digests.get(p, "")) for p, files in found.items()}, path, settings)
+    return [
+        shards.check(Files(p, indices[p], sidecars.get(p), files[".bin"].size, files[".bin"]))
+        for p, files in found.items()
+    ]
+
+
+def copy_of(url: str, settings) -> Path | None:
+    """A local copy of one file beside the shards; None where there is none."""
+    folder, _, name = url.rpartition("/")
+    things = object_store.listed(folder, name, opening_patience_s(settings))
+    return fetched({name: Wanted(things[name])}, url, settings)[name] if name in things else None
+
+
+def fetched(wanted: dict[str, Wanted], path: str, settings) -> dict[str, Path]:
+    """Local copies of files, by the same keys; what is missing is fetched by the first process that comes."""
+    paths = {key: want.path(settings) for key, want in wanted.items()}
+
+    def absent() -> list[str]:
+        return [key for key, copy in paths.items() if not is_whole(copy, wanted[key].thing.size)]
+
+    try:
+        if absent():
+            with locked(settings.place / "indices"):
+                fetch([(wanted[key], paths[key]) for key in absent()], path, opening_patience_s(settings))
+    except OSError as error:
+        raise UserError(
+            f"data.stream.folder must be on a disk with room that this user can write, but {settings.place} is not: "
+            f"{error.strerror}; set it to another"
+        ) from None
+    return paths
+
+
+def is_whole(copy: Path, size: int) -> bool:
+    try:
+        return copy.stat().st_size == size
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def fetch(missing: list[tuple[Wanted, Path]], path: str, patience_s: float) -> None:
+    if not missing:
+        return
+    size = sum(want.thing.size for want, _ in missing)
+    log.info(f"corpus {path}: fetching {len(missing):,} indices and sidecars, {size / 2**20:,.1f} MiB")
+    for folder in {copy.parent for _, copy in missing}:
+        folder.mkdir(exist_ok=True)
+        for left in folder.glob("*.part"):  # of a process that was killed: the lock is ours now
+            left.unlink()
+    with ThreadPoolExecutor(min(PARALLEL, len(missing))) as pool:
+        tasks = [pool.submit(fetch_one, want, copy, patience_s) for want, copy in missing]
+        try:
+            for task in tasks:
+                task.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def fetch_one(want: Wanted, copy: Path, patience_s: float) -> None:
+    """There whole and as recorded, or not at all."""
+    thing, digest, staged = want.thing, hashlib.sha256(), copy.with_name(copy.name + ".part")
+    with staged.open("wb") as file:
+        for start in range(0, thing.size, PIECE):
+            stop = min(start + PIECE, thing.size)
+            piece = object_store.read(thing, start, stop, f"corpus file {thing.url} must be readable", patience_s)
+            digest.update(piece)
+            file.write(piece)
+    if want.sha256:
+        shards.check_digest(thing.url, digest.hexdigest(), want.sha256)
+    staged.rename(copy)

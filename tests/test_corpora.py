@@ -1,0 +1,117 @@
+"""A corpus of many shards: few of them are open at a time, whoever reads, and it starts within seconds."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy
+import pytest
+from corpus import counting_documents, data_section, write_shard
+
+from ted_scale import corpora
+from ted_scale.data import open_stream
+
+VOCAB = 60000
+
+
+def many_shards(folder, count):
+    """Hard links of one signed shard: as many files to open, in a second."""
+    documents = counting_documents([30] * 20)
+    one = Path(write_shard(folder / "one" / "shard", documents))
+    idx = one.with_name("shard.idx").read_bytes()
+    facts = {"tokens": 600, "max_token_id": 599, "bin_bytes": 1200, "idx_sha256": hashlib.sha256(idx).hexdigest()}
+    one.with_name("shard.json").write_text(json.dumps(facts))
+    for number in range(1, count + 1):
+        for ending in (".bin", ".idx", ".json"):
+            os.link(one.with_name("shard" + ending), folder / f"web-{number:05d}{ending}")
+    return str(folder / "web")
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """400 shards, which would take 1200 descriptors if all were open."""
+    path = many_shards(tmp_path_factory.mktemp("many"), 400)
+    return open_stream(data_section(path, seq_len=32), 1, VOCAB)
+
+
+def open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def mappings():
+    return sum("/web-" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def sound(window):
+    return (window.labels - window.tokens)[window.labels % 600 != 0] == 1
+
+
+def test_open_files_and_mappings_are_bounded_however_many_shards_there_are(stream):
+    before, most = open_files(), (0, 0)
+    for position in range(2000):
+        assert sound(stream.sample(position)).all()
+        most = max(most, (open_files(), mappings())) if position % 100 == 0 else most
+    assert most[0] <= before + 3 * corpora.OPEN_SHARDS and 0 < most[1] <= 2 * corpora.OPEN_SHARDS
+
+
+def test_threads_that_read_at_once_close_no_shard_under_another(stream, monkeypatch):
+    monkeypatch.setattr(corpora, "mapped", corpora.lru_cache(maxsize=2)(corpora.mapped.__wrapped__))
+    expected = [stream.sample(position).tokens for position in range(300)]
+    wrong = []
+
+    def read(first):
+        for position in range(first, first + 300):
+            if not numpy.array_equal(stream.sample(position % 300).tokens, expected[position % 300]):
+                wrong.append(position)
+
+    threads = [threading.Thread(target=read, args=(first,)) for first in (0, 70, 150, 220)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_stream_can_be_sent_to_another_process(stream):
+    sent = pickle.loads(pickle.dumps(stream))
+    assert all(numpy.array_equal(sent.sample(p).tokens, stream.sample(p).tokens) for p in range(20))
+
+
+def test_a_shard_written_anew_is_read_anew(tmp_path):
+    first = [
+        open_stream(data_section(write_shard(tmp_path / "a", [[low] * 100])), 1, VOCAB).sample(0) for low in (5, 7)
+    ]
+    assert [set(window.tokens) for window in first] == [{5}, {7}]
+
+
+TEN_THOUSAND = """
+import resource, sys, time; sys.path[:0] = ["tests", "."]
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+from corpus import data_section, steps
+from ted_scale.corpora import megatron_indexed
+from ted_scale.data import open_stream
+megatron_indexed()
+began = time.monotonic()
+stream = open_stream(data_section(sys.argv[1], seq_len=256, validation=0.01), 1, 60000)
+data = steps(stream, samples_per_step=512, micro_batch=64)
+next(data)
+print(f"{time.monotonic() - began:.2f} s to the first step")
+for _ in range(10):
+    next(data)
+"""
+
+
+@pytest.mark.soak
+def test_ten_thousand_shards_start_in_ten_seconds_under_a_limit_of_1024_descriptors(tmp_path):
+    path = many_shards(tmp_path, 10_000)
+    command = [sys.executable, "-c", TEN_THOUSAND, path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
+    assert float(re.match(r"[\d.]+", done.stdout)[0]) < 10
