@@ -14,7 +14,7 @@ from pathlib import Path
 from ted_scale.errors import UserError
 
 PART = ".part"
-HARMLESS = ("data.seq_len", "train.tokens_per_step")  # the data goes on with others, see blend.py
+HARMLESS = ("data.seq_len", "data.attention", "train.tokens_per_step")  # the data goes on with others, see blend.py
 
 
 @dataclass(frozen=True)

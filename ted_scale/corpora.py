@@ -8,11 +8,13 @@ of a shard that was closed is a crash and no exception, so whoever reads holds t
 
 import contextlib
 import logging
+import re
 import threading
 import warnings
 from bisect import bisect_left, bisect_right
 from functools import lru_cache
 from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy
@@ -21,7 +23,16 @@ from ted_scale import remote_shards
 from ted_scale.chunks import chunks_of
 from ted_scale.errors import UserError
 from ted_scale.object_store import is_remote
-from ted_scale.shards import Files, ShardIndex, check_vocabulary, expand, out_of_vocabulary, read_index
+from ted_scale.shards import (
+    SHARD_NUMBER,
+    Files,
+    ShardIndex,
+    check_vocabulary,
+    expand,
+    out_of_vocabulary,
+    read_index,
+)
+from ted_scale.staging import manifest_path, read_manifest
 
 QUIET = threading.RLock()
 OPEN_SHARDS = 128  # three descriptors and two mappings each, and 1024 descriptors are a common limit
@@ -140,9 +151,42 @@ def prefixes_of(path: str, stream) -> list[str]:
     )
 
 
-def read_corpus(path: str, stream) -> list[ShardIndex]:
+def read_shards(path: str, stream) -> list[ShardIndex]:
     """Checked headers of the shards that a corpus's path means, on disk or in object storage."""
     return remote_shards.read_corpus(path, stream) if is_remote(path) else [read_index(p) for p in expand(path)]
+
+
+def read_corpus(path: str, stream) -> list[ShardIndex]:
+    """The same, with no shard lost."""
+    indices = read_shards(path, stream)
+    refuse_lost_shards(path, {index.prefix for index in indices}, stream)
+    return indices
+
+
+def refuse_lost_shards(path: str, prefixes: set[str], stream) -> None:
+    """What a manifest lists is all there, unless one shard was asked for by its name."""
+    if prefixes == {re.sub(r"\.(bin|idx)$", "", path)}:
+        return
+    for name in sorted({SHARD_NUMBER.sub("", prefix) for prefix in prefixes}):
+        if lost := [prefix for prefix in listed_shards(name, stream) if prefix not in prefixes]:
+            raise UserError(
+                f"corpus {path} must hold the shards that {name}.manifest.json lists, but {lost[0]} is missing; copy it again"
+            )
+
+
+@lru_cache(maxsize=1024)
+def listed_shards(name: str, stream) -> tuple[str, ...]:
+    """The shards of an output that this project wrote; none where it was another tool's."""
+    file = manifest_file(name, stream)
+    manifest = read_manifest(file, f"{name}.manifest.json") if file else {"shards": []}
+    return tuple(name[: name.rfind("/") + 1] + shard["name"] for shard in manifest["shards"])
+
+
+def manifest_file(name: str, stream) -> Path | None:
+    """The manifest of an output, on local disk."""
+    if is_remote(name):
+        return remote_shards.copy_of(f"{name}.manifest.json", stream)
+    return manifest_path(name) if manifest_path(name).exists() else None
 
 
 def open_part(number: int, corpus, vocab_size: int, training: bool, stream) -> Part:

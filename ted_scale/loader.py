@@ -6,6 +6,7 @@ surprise: a thread collects what workers read, in the order that it was asked fo
 number of them; why they are not torch's DataLoader stands in docs/design/0015-workers-on-pipes.md.
 """
 
+import contextlib
 import multiprocessing
 import signal
 import traceback
@@ -178,7 +179,8 @@ def serve(pipe: Connection) -> None:
             if isinstance(task, Stream):
                 stream = task
             elif isinstance(task, Ahead):
-                stream.ahead(task.positions)
+                with contextlib.suppress(Exception):  # what stands in the way is told by the read that meets it
+                    stream.ahead(task.positions)
             else:
                 pipe.send(read(stream, task))
     except (EOFError, OSError):

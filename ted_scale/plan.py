@@ -59,6 +59,7 @@ class Plan:
             "method": run.method,
             "seed": run.seed,
             "data.seq_len": run.data.seq_len,
+            "data.attention": run.data.attention,
             "train.tokens_per_step": run.train.tokens_per_step,
             "train.precision": run.train.precision,
             "ranks": self.world,

@@ -64,10 +64,10 @@ def residency(folder: Path, device):
 
         return wrapped
 
-    def add(self, step, *arguments, **named):
-        if step == 9:
+    def add(self, progress, *arguments, **named):
+        if progress.step == 9:
             seen.update({f"{name} at 9": resident_share(module) for name, module in engines.items()})
-        return Metrics_add(self, step, *arguments, **named)
+        return Metrics_add(self, progress, *arguments, **named)
 
     originals = build.build_teacher, build.build_student
     Metrics_add, Metrics.add = Metrics.add, add
@@ -181,10 +181,10 @@ def undisturbed_to_six(folder: Path, device):
         engines.append(build_student(*arguments))
         return engines[-1]
 
-    def add(self, step, *arguments, **named):
-        if step == 6:
+    def add(self, progress, *arguments, **named):
+        if progress.step == 6:
             sums.extend(checksum(engines[-1].module))
-        return Metrics_add(self, step, *arguments, **named)
+        return Metrics_add(self, progress, *arguments, **named)
 
     sums: list[float] = []
     build_student, build.build_student = build.build_student, remember
@@ -228,12 +228,13 @@ def layer_loss_ends(folder: Path, device):
 
     seen = []
 
-    def add(self, step, tokens, values, **named):
+    def add(self, progress, values, **named):
+        step = progress.step
         filters = list(engines[-1].module.filters_s.parameters()) if step > 4 else []
         moved = [p.ds_tensor.double().sum().item() for p in filters]
         left = sum(safe_get_local_grad(p).abs().sum().item() for p in filters)
         seen.append({"step": step, "filters": moved, "left": left, "layer": "loss/layer" in values})
-        return Metrics_add(self, step, tokens, values, **named)
+        return Metrics_add(self, progress, values, **named)
 
     def remember(*arguments):
         engines.append(build_student(*arguments))
@@ -339,7 +340,14 @@ def variants(folder: Path, device):
 
 
 def families(folder: Path, device):
-    """Every family as a student beside the next one as its teacher, three steps over both stages."""
+    """Every family as a student beside the next one as its teacher, three steps over both stages: documents apart in both, the
+    student's activations computed again."""
     for student, teacher in beside(sorted(FAMILIES)):
-        paths = {"student": {"path": str(folder / student)}, "teacher": {"path": str(folder / teacher)}}
-        start(folder, device, name=f"family_{student}", **THREE_STEPS, **paths)
+        sections = sections_of_families(folder, student, teacher)
+        sections["student"]["gradient_checkpointing"] = True
+        start(folder, device, name=f"family_{student}", **sections)
+
+
+def sections_of_families(folder: Path, student: str, teacher: str) -> dict:
+    paths = {"student": {"path": str(folder / student)}, "teacher": {"path": str(folder / teacher)}}
+    return {**THREE_STEPS, **paths, "data": {"attention": "document"}}

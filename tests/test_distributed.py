@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from corpus import steps
-from scenarios import THREE_STEPS, beside, rows
+from scenarios import beside, rows, sections_of_families
 from tiny import FAMILIES, make_corpus, make_model, make_run
 
 from ted_scale.plan import make_plan
@@ -135,8 +135,7 @@ def test_two_ranks_one_rank_and_plain_torch_have_the_same_losses(world):
 @pytest.mark.parametrize(("student", "teacher"), beside(sorted(FAMILIES)))
 def test_every_family_has_the_losses_of_plain_torch_as_a_sharded_student_and_teacher(world, student, teacher):
     sharded = losses(world, f"family_{student}")
-    paths = {"student": {"path": str(world / student)}, "teacher": {"path": str(world / teacher)}}
-    plain = plain_losses(world, **THREE_STEPS, **paths)
+    plain = plain_losses(world, **sections_of_families(world, student, teacher))
     assert len(sharded) == 3
     assert max(abs(a - b) for a, b in zip(sharded, plain, strict=True)) < 1e-5
 

@@ -63,9 +63,9 @@ def test_a_killed_run_goes_on_by_itself_as_if_nothing_had_happened(root):
     left = sorted(p.name for p in (killed.folder / "checkpoints").iterdir())
     assert left == ["latest", "step_00000012", "step_00000014"]
 
-    again = pretrain("--config", config, "--set", "train.tokens_per_step=512", ranks=2)
+    again = pretrain("--config", config, "--set", "seed=7", ranks=2)
     assert again.returncode == 2
-    assert "train.tokens_per_step must be 256 to resume from" in again.stderr
+    assert "seed must be 0 to resume from" in again.stderr
     assert "Traceback" not in again.stderr + again.stdout
 
 

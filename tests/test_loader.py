@@ -21,7 +21,7 @@ from tiny import make_corpus, make_model, make_run, pretrain_command, write_run
 from ted_scale import blend
 from ted_scale.data import batch, open_stream
 from ted_scale.errors import RunStopped, UserError
-from ted_scale.loader import Loader
+from ted_scale.loader import Ahead, Loader
 
 VOCAB = 60000
 
@@ -128,6 +128,14 @@ def test_a_user_s_mistake_has_the_same_sentence_from_a_worker(tmp_path, workers)
 def test_a_fault_of_ours_in_a_worker_comes_with_its_traceback(stream):
     with closing(loader()) as opened, pytest.raises(RuntimeError, match=r"(?s)data\.py.*KeyError: 'big'"):
         next(opened.steps(stream._replace(parts={}), start=0, samples_per_step=8))
+
+
+def test_what_a_worker_cannot_fetch_ahead_is_told_by_the_read(stream):
+    with closing(loader()) as opened, pytest.raises(RuntimeError, match="KeyError: 'big'"):
+        worker, _ = opened.hired.result()
+        for task in (stream._replace(parts={}), Ahead([0]), [0]):
+            worker.send(task)
+        worker.answer()
 
 
 @pytest.mark.parametrize("at_work", [True, False], ids=["at_work", "before_its_first_task"])

@@ -90,10 +90,10 @@ def kill_at(monkeypatch, step):
     return done
 
 
-def steps_of_a_run(world, out):
+def steps_of_a_run(world, out, *rest):
     with pytest.MonkeyPatch.context() as monkeypatch:
         done = kill_at(monkeypatch, -1)
-        run(world, out)
+        run(world, out, *rest)
     return len(done)
 
 
@@ -117,8 +117,8 @@ def test_killed_at_any_rename_or_removal_it_goes_on_to_the_same_bytes_and_never_
 
 
 def test_killed_while_it_replaces_an_output_it_goes_on_to_the_same_bytes(tmp_path, world, whole):
-    steps = 4 * len(manifest_of(whole)["shards"])
-    for step in range(0, 2 * steps, 7):
+    run(world, tmp_path / "counted" / "c", "--shard-tokens", 30000)
+    for step in range(0, steps_of_a_run(world, tmp_path / "counted" / "c", "--overwrite"), 7):
         out = tmp_path / str(step) / "c"
         run(world, out, "--shard-tokens", 30000)
         tokens = loads(out)

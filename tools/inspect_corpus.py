@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own f
 
 import numpy
 
-from ted_scale import object_store, remote_shards
+from ted_scale import object_store
 from ted_scale.config import Streaming
-from ted_scale.corpora import prefixes_of, read_corpus
+from ted_scale.corpora import manifest_file, prefixes_of, read_shards
 from ted_scale.errors import UserError, run_main
 from ted_scale.shards import (
     SHARD_NUMBER,
@@ -32,7 +32,7 @@ from ted_scale.shards import (
     out_of_vocabulary,
     tokenizer_of,
 )
-from ted_scale.staging import TOTALS, manifest_path, read_manifest
+from ted_scale.staging import TOTALS, read_manifest
 from ted_scale.tokenizer import Tokenizer, digest, load_tokenizer
 from tools.length_picture import Lengths, bins, picture, subtitle
 
@@ -126,7 +126,7 @@ def tokens_of(index: ShardIndex, begin: int, end: int) -> numpy.ndarray:
 
 
 def read_shard(prefix: str) -> ShardIndex:
-    (index,) = read_corpus(prefix, STREAM)
+    (index,) = read_shards(prefix, STREAM)
     return index
 
 
@@ -162,16 +162,9 @@ def check_shard(prefix: str, vocabulary: int | None) -> None:
         raise out_of_vocabulary(prefix, outside[0], vocabulary)
 
 
-def manifest_of(name: str) -> Path | None:
-    """The manifest's file, on local disk."""
-    if object_store.is_remote(name):
-        return remote_shards.copy_of(f"{name}.manifest.json", STREAM)
-    return manifest_path(name) if manifest_path(name).exists() else None
-
-
 def check_manifest(name: str, prefixes: list[str]) -> None:
     path, folder = f"{name}.manifest.json", name[: name.rfind("/") + 1]
-    manifest = read_manifest(manifest_of(name), path)
+    manifest = read_manifest(manifest_file(name, STREAM), path)
     listed = [folder + shard["name"] for shard in manifest["shards"]]
     ours = [prefix for prefix in prefixes if SHARD_NUMBER.sub("", prefix) == name]
     for prefix in sorted(set(listed) ^ set(ours)):
@@ -192,7 +185,7 @@ def check_manifest(name: str, prefixes: list[str]) -> None:
 def outputs_of(prefixes: list[str]) -> list[str]:
     """Those with a manifest and all of their shards asked for: one shard alone is not held against the whole."""
     names = sorted({SHARD_NUMBER.sub("", prefix) for prefix in prefixes})
-    return [name for name in names if manifest_of(name) and set(prefixes_of(name, STREAM)) <= set(prefixes)]
+    return [name for name in names if manifest_file(name, STREAM) and set(prefixes_of(name, STREAM)) <= set(prefixes)]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -232,10 +225,10 @@ def main(argv: list[str] | None = None) -> None:
     names = outputs_of(prefixes)
     if arguments.verify:
         verify(arguments, prefixes, names)
-    indices = read_corpus(arguments.path, STREAM)
+    indices = read_shards(arguments.path, STREAM)
     tokenizer = choose_tokenizer(arguments, indices)
     lengths = lengths_of(indices)
-    print(summary(arguments.path, indices, {name: read_manifest(manifest_of(name)) for name in names}))
+    print(summary(arguments.path, indices, {name: read_manifest(manifest_file(name, STREAM)) for name in names}))
     print(histogram(lengths))
     if arguments.picture:
         arguments.picture.write_text(picture(f"Document lengths of {arguments.path}", lengths), encoding="utf-8")
