@@ -22,10 +22,11 @@ class Cursor(NamedTuple):
 
 
 class Domain(NamedTuple):
-    """What an interval needs to know of a corpus."""
+    """What an interval needs to know of a corpus; `content` tells its shards and their order from others."""
 
     name: str
     tokens: int
+    content: str = ""
 
 
 class Interval(NamedTuple):
@@ -52,6 +53,8 @@ class Interval(NamedTuple):
 
     def ahead(self, which: int, samples: int) -> Cursor:
         """A domain's cursor after some of its samples. The last window of an epoch cut for another seq_len may be short."""
+        if not samples:  # of a corpus that left there may not even be a window
+            return self.cursors[which]
         cursor, tokens = self.cursors[which], self.domains[which].tokens
         left = order.units(tokens, cursor.unit) * cursor.unit - cursor.token
         here = -(-left // self.seq_len)
@@ -101,7 +104,7 @@ def resumed(domain: Domain, before: Domain, cursor: Cursor | None, seq_len: int)
     """An epoch under way is finished as it was cut; one of a corpus that changed meanwhile cannot be."""
     if cursor is None:
         return Cursor(0, seq_len, 0, 0)
-    if cursor.token and domain.tokens == before.tokens:
+    if cursor.token and domain == before:
         return cursor
     return Cursor(cursor.epoch + bool(cursor.token), seq_len, 0, cursor.seen)
 
@@ -118,22 +121,26 @@ def changes(before: Interval, after: Interval) -> list[str]:
         was, share_before, cursor = old.get(domain.name, (domain, 0, None))
         if share != share_before:
             said.append(f"corpus {domain.name} gives {share} of {order.BLOCK} samples instead of {share_before}")
-        if domain.tokens != was.tokens:
-            left = f"epoch {cursor.epoch} is left after {cursor.token} tokens and the next one begins"
-            said.append(f"corpus {domain.name} holds {domain.tokens} tokens instead of {was.tokens}: its {left}")
+        if domain != was:
+            left = f": its epoch {cursor.epoch} is left after {cursor.token} tokens and the next one begins"
+            text = f"corpus {domain.name} holds other text, {domain.tokens} tokens instead of {was.tokens}"
+            said.append(text + (left if cursor and cursor.token else ""))
     return [f"from sample {after.start} on {sentence}" for sentence in said]
 
 
 def as_dict(interval: Interval) -> dict:
     """For a checkpoint: small whatever the position."""
     rows = zip(interval.domains, interval.shares, interval.cursors, strict=True)
-    domains = {d.name: {"tokens": d.tokens, "share": share, **cursor._asdict()} for d, share, cursor in rows}
+    domains = {
+        d.name: {"tokens": d.tokens, "content": d.content, "share": share, **cursor._asdict()}
+        for d, share, cursor in rows
+    }
     return {"start": interval.start, "seq_len": interval.seq_len, "seed": interval.seed, "domains": domains}
 
 
 def from_dict(state: dict) -> Interval:
     rows = state["domains"]
-    domains = tuple(Domain(name, row["tokens"]) for name, row in rows.items())
+    domains = tuple(Domain(name, row["tokens"], row["content"]) for name, row in rows.items())
     shares = tuple(row["share"] for row in rows.values())
     cursors = tuple(Cursor(*(row[field] for field in Cursor._fields)) for row in rows.values())
     return Interval(state["start"], state["seq_len"], shares, domains, cursors, state["seed"])
@@ -143,4 +150,5 @@ def weights_of(kind: str, temperature: float, weights: list[float], tokens: list
     """temperature: (weight · tokens)^(1/temperature), so that 1 is by size and more is flatter. Others: as they stand."""
     if kind != "temperature":
         return list(weights)
-    return [(w * n) ** (1 / temperature) if w else 0.0 for w, n in zip(weights, tokens, strict=True)]
+    sizes = [w * n for w, n in zip(weights, tokens, strict=True)]
+    return [(size / max(sizes)) ** (1 / temperature) if size else 0.0 for size in sizes]

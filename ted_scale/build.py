@@ -306,7 +306,9 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
         try:
             feed.refuse_short_corpora(run, stage, stream, progress)
         except UserError:
-            if progress.step > began:
+            if progress.step > began and not stage.saves(
+                progress.step
+            ):  # a second time would begin by removing the first
                 keep(engine, progress)
             raise
         numbers.reads(stream)

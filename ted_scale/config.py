@@ -93,6 +93,8 @@ class Data(Section):
     @model_validator(mode="after")
     def names_differ(self):
         names = [corpus.name for corpus in self.corpora]
+        if not all(names):
+            raise ValueError("data.corpora.name must be set where the path ends in none, but is ''; set name")
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(

@@ -6,12 +6,15 @@ they are needed, OPEN_SHARDS at a time, and megatron is imported late, because t
 of a shard that was closed is a crash and no exception, so whoever reads holds the shard and copies.
 """
 
+import atexit
 import contextlib
+import hashlib
 import logging
 import re
 import threading
 import warnings
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -52,6 +55,9 @@ def mapped(files: Files) -> Mapped:
         return Mapped(indexed._IndexReader(str(files.idx), multimodal=False), None)
     dataset = indexed.IndexedDataset(files.prefix, mmap=True)
     return Mapped(dataset.index, dataset.bin_reader)
+
+
+atexit.register(mapped.cache_clear)  # multi-storage-client's files complain of being closed any later
 
 
 class Shard:
@@ -100,6 +106,12 @@ class Part(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.stop - self.start
+
+    @property
+    def content(self) -> str:
+        """Tells these tokens from others, as far as indices and sizes do."""
+        made = [(i.tokens, i.files.bin_bytes, (i.sidecar or {}).get("idx_sha256")) for i in self.shards]
+        return hashlib.sha256(repr((self.start, self.stop, made)).encode()).hexdigest()[:16]
 
     def _ranges(self, offset: int, count: int):
         """(shard, its first token in the corpus, first and last+1 token in the shard) of each shard that is touched."""
@@ -167,26 +179,26 @@ def refuse_lost_shards(path: str, prefixes: set[str], stream) -> None:
     """What a manifest lists is all there, unless one shard was asked for by its name."""
     if prefixes == {re.sub(r"\.(bin|idx)$", "", path)}:
         return
-    for name in sorted({SHARD_NUMBER.sub("", prefix) for prefix in prefixes}):
-        if lost := [prefix for prefix in listed_shards(name, stream) if prefix not in prefixes]:
+    for name, file in manifest_files(path, prefixes, stream).items():
+        if lost := [p for p in listed_shards(name, file, file.stat().st_mtime_ns) if p not in prefixes]:
             raise UserError(
                 f"corpus {path} must hold the shards that {name}.manifest.json lists, but {lost[0]} is missing; copy it again"
             )
 
 
-@lru_cache(maxsize=1024)
-def listed_shards(name: str, stream) -> tuple[str, ...]:
-    """The shards of an output that this project wrote; none where it was another tool's."""
-    file = manifest_file(name, stream)
-    manifest = read_manifest(file, f"{name}.manifest.json") if file else {"shards": []}
+@lru_cache(maxsize=64)
+def listed_shards(name: str, file: Path, _written: int) -> tuple[str, ...]:
+    """The shards of an output that this project wrote; read once a process."""
+    manifest = read_manifest(file, f"{name}.manifest.json")
     return tuple(name[: name.rfind("/") + 1] + shard["name"] for shard in manifest["shards"])
 
 
-def manifest_file(name: str, stream) -> Path | None:
-    """The manifest of an output, on local disk."""
-    if is_remote(name):
-        return remote_shards.copy_of(f"{name}.manifest.json", stream)
-    return manifest_path(name) if manifest_path(name).exists() else None
+def manifest_files(path: str, prefixes: Iterable[str], stream) -> dict[str, Path]:
+    """The manifests of the outputs that `path` means, by output, on local disk; other tools write none."""
+    if is_remote(path):
+        return remote_shards.manifests(path, stream)
+    names = {SHARD_NUMBER.sub("", prefix) for prefix in prefixes}
+    return {name: manifest_path(name) for name in sorted(names) if manifest_path(name).exists()}
 
 
 def open_part(number: int, corpus, vocab_size: int, training: bool, stream) -> Part:

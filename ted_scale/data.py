@@ -95,7 +95,7 @@ def open_stream(
     with other `weights` where they were measured."""
     order.shares([c.weight for c in data.corpora])  # refuses weights that mean nothing
     parts = open_parts(data, vocab_size, [c.weight > 0 for c in data.corpora], training=True)
-    domains = [Domain(name, part.tokens) for name, part in parts.items()]
+    domains = [Domain(name, part.tokens, part.content) for name, part in parts.items()]
     written = [(weights or {}).get(c.name, c.weight) for c in data.corpora if c.weight > 0]
     kind, sizes = data.blend, [domain.tokens for domain in domains]
     shares = order.shares(blend.weights_of(kind.kind, kind.temperature, written, sizes))

@@ -5,12 +5,14 @@ shares, from one border to the next, so that nothing is read ahead of a measurem
 in the checkpoint that was written at its step; a resume takes it again, from the same weights.
 """
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
 from ted_scale import blend, ddk, order
 from ted_scale.checkpoint_files import Progress
 from ted_scale.data import Stream, open_held_out, open_stream, refuse_repetition
+from ted_scale.errors import RunStopped
 from ted_scale.validate import perplexity, student_losses, teacher_losses, tokens_of_each
 
 
@@ -65,6 +67,7 @@ def weigh(plan, teacher, numbers, vocabulary: int, device, engine, stream: Strea
         known = known_of_teacher(plan, progress, held_out)
         missing = {name: s for name, s in held_out.items() if name not in known}
         known |= {name: loss.mean for name, loss in teacher_losses(plan, missing, teacher, device).items()}
+    refuse_no_number(progress.step, {"student": student, "teacher": known})
     weights, gaps = set_weights(plan.run.data, progress.adaptive, student, known)
     adaptive = Measured(progress.step, weights, known, text_of(plan, held_out))._asdict()
     row = {f"blend/{name}/weight": weight for name, weight in weights.items()}
@@ -76,6 +79,16 @@ def weigh(plan, teacher, numbers, vocabulary: int, device, engine, stream: Strea
     return stream, replace(progress, adaptive=adaptive, blend=blend.as_dict(stream.interval))
 
 
+def refuse_no_number(step: int, losses: dict[str, dict[str, float]]) -> None:
+    for side, of_corpora in losses.items():
+        for name, loss in of_corpora.items():
+            if not math.isfinite(loss):
+                raise RunStopped(
+                    f"step {step}: the {side}'s loss on what corpus {name} holds out must be finite, but is {loss}; the last "
+                    "checkpoint is intact"
+                )
+
+
 def known_of_teacher(plan, progress: Progress, held_out: dict[str, Stream]) -> dict[str, float]:
     """The teacher's losses that were measured of this very text: it stands still."""
     if not progress.adaptive:
@@ -85,10 +98,10 @@ def known_of_teacher(plan, progress: Progress, held_out: dict[str, Stream]) -> d
 
 
 def text_of(plan, held_out: dict[str, Stream]) -> dict[str, str]:
-    """What a corpus's losses were measured of."""
+    """By whom and of what a corpus's losses were measured."""
     tokens, attention = tokens_of_each(plan.run), plan.run.data.attention
-    read = f"{tokens} in windows of {plan.run.data.seq_len} by {attention} attention"
-    return {n: f"{read} of {sum(p.tokens for p in s.parts.values())} tokens" for n, s in held_out.items()}
+    read = f"{plan.run.teacher.path} on {tokens} in windows of {plan.run.data.seq_len} by {attention} attention"
+    return {n: f"{read} of {s.parts[n].tokens} tokens, {s.parts[n].content}" for n, s in held_out.items()}
 
 
 def set_weights(data, before: dict | None, student: dict[str, float], teacher: dict[str, float]):

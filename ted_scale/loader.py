@@ -80,13 +80,14 @@ class Loader:
         return lambda positions: workers[next(turns) % len(workers)].send(Ahead(positions))
 
     def _ask(self, workers: tuple, stream: Stream, rows: list[int]) -> Callable[[], Batch]:
-        """How to get a micro-batch: by reading it, or from the worker that is told of it now; workers take turns."""
+        """How to get a micro-batch: by reading it, or from the worker that is told of it now; workers take turns. Its answer is
+        taken up at once, for a worker that cannot get rid of one reads no further task."""
         if not workers:
             return partial(batch, stream, rows)
         worker = workers[self.turn % len(workers)]
         self.turn += 1
         worker.send(rows)
-        return worker.answer
+        return self.thread.submit(worker.answer).result
 
     def _collect(self, asked: list[Callable[[], Batch]]) -> tuple[list[Batch], torch.cuda.Event | None]:
         """In the thread: a step's micro-batches on the device, or on the way to it."""

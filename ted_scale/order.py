@@ -63,7 +63,7 @@ def shares(weights: list[float]) -> tuple[int, ...]:
     if sum(w > 0 for w in weights) > BLOCK:
         raise UserError(f"data.corpora must be {BLOCK} at most, but is {len(weights)}; put shards into one folder")
     exact = [BLOCK * w / sum(weights) for w in weights]
-    counts = [max(int(e), w > 0) for e, w in zip(exact, weights, strict=True)]
+    counts = [max(int(e), int(w > 0)) for e, w in zip(exact, weights, strict=True)]
     while sum(counts) != BLOCK:
         # The one furthest below its share gains, the one furthest above loses; nobody loses its last sample.
         step = 1 if sum(counts) < BLOCK else -1

@@ -23,6 +23,7 @@ log = logging.getLogger("ted_scale")
 PARALLEL = 32
 PIECE = 8 << 20  # of an index, a request
 ENDINGS = (".bin", ".idx", ".json")
+MANIFEST = ".manifest.json"
 
 
 class Wanted(NamedTuple):
@@ -67,13 +68,20 @@ def in_folder(folder: str, start: str, patience_s: float) -> dict[str, dict[str,
         stem, dot, ending = name.rpartition(".")
         if dot + ending in ENDINGS and stem and not name.startswith("."):
             found.setdefault(f"{folder}/{stem}", {})[dot + ending] = thing
-    return {p: files for p, files in sorted(found.items()) if ".bin" in files or ".idx" in files}
+    return {p: manifested(p, found) for p, files in sorted(found.items()) if ".bin" in files or ".idx" in files}
+
+
+def manifested(prefix: str, found: dict[str, dict[str, Object]]) -> dict[str, Object]:
+    """The files of a shard, and the manifest of the output that it is of."""
+    manifest = found.get(shards.SHARD_NUMBER.sub("", prefix) + ".manifest", {})
+    return found[prefix] | ({MANIFEST: manifest[".json"]} if ".json" in manifest else {})
 
 
 def opening_patience_s(settings) -> float:
     return min(object_store.OPENING_S, settings.patience_s)
 
 
+@lru_cache(maxsize=64)
 def read_corpus(path: str, settings) -> list[ShardIndex]:
     """Checked headers of the shards of one path."""
     found = listing(path, opening_patience_s(settings))
@@ -90,11 +98,13 @@ def read_corpus(path: str, settings) -> list[ShardIndex]:
     ]
 
 
-def copy_of(url: str, settings) -> Path | None:
-    """A local copy of one file beside the shards; None where there is none."""
-    folder, _, name = url.rpartition("/")
-    things = object_store.listed(folder, name, opening_patience_s(settings))
-    return fetched({name: Wanted(things[name])}, url, settings)[name] if name in things else None
+def manifests(path: str, settings) -> dict[str, Path]:
+    """Local copies of the manifests of the outputs that a path means, by output."""
+    found = listing(path, opening_patience_s(settings))
+    wanted = {
+        shards.SHARD_NUMBER.sub("", p): Wanted(files[MANIFEST]) for p, files in found.items() if MANIFEST in files
+    }
+    return fetched(wanted, path, settings)
 
 
 def fetched(wanted: dict[str, Wanted], path: str, settings) -> dict[str, Path]:

@@ -25,8 +25,11 @@ def claim(out: Path):
         raise UserError(
             f"--out must be a prefix like FOLDER/NAME without ending, but is {out}; add or shorten the name"
         )
-    unfinished(out).mkdir(parents=True, exist_ok=True)
-    lock = (unfinished(out) / "lock").open("w")
+    try:
+        unfinished(out).mkdir(parents=True, exist_ok=True)
+        lock = (unfinished(out) / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"--out must be where files can be written, but {out} is not: {error.strerror}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -41,7 +44,14 @@ def begin(out: Path, job: dict, overwrite: bool) -> list[dict]:
     finished, publishing = finished_shards(folder), bool(staged_manifest(out))
     if not (overwrite or publishing) and any(path.suffix == ".idx" for path in existing(out)):
         raise UserError(f"--out {out} must be a new name, but exists; choose another or pass --overwrite")
-    begun = read_json(folder / "job.json")
+    try:
+        begun = read_json(folder / "job.json")
+    except ValueError:
+        if not overwrite:
+            raise UserError(
+                f"{folder}/job.json must say what was begun, but is damaged; pass --overwrite to begin anew"
+            ) from None
+        begun = {}
     changes = changed(begun, job)
     if begun and changes and (finished or publishing) and not overwrite:
         raise UserError(

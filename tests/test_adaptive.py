@@ -6,6 +6,7 @@ import pydoc_data.topics
 import sysconfig
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -16,8 +17,9 @@ from test_distributed import launch, result
 from tiny import make_model, make_run
 
 from ted_scale import blend, ddk, order
-from ted_scale.checkpoint_files import read_progress
-from ted_scale.errors import UserError
+from ted_scale.checkpoint_files import Progress, read_progress
+from ted_scale.errors import RunStopped, UserError
+from ted_scale.feed import known_of_teacher, refuse_no_number, text_of
 from ted_scale.run_file import load_run
 
 
@@ -57,6 +59,26 @@ def test_without_smoothing_a_corpus_may_fade_away_and_stays_away():
 
 def test_the_run_file_s_weights_are_where_the_first_shares_start_from():
     assert ddk.first_weights([2.0, 1.0], [1.2, 1.2]) == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_a_loss_that_is_no_number_is_told_with_its_corpus():
+    with pytest.raises(
+        RunStopped, match="step 7: the student's loss on what corpus code holds out must be finite, but is nan"
+    ):
+        refuse_no_number(7, {"student": {"prose": 1.0, "code": math.nan}, "teacher": {"prose": 1.0, "code": 1.0}})
+
+
+def test_what_another_teacher_measured_is_measured_again():
+    def known_by(path):
+        corpora = [{"path": "a", "validation": 0.1}]
+        run = make_run(Path("nowhere"), teacher={"path": path}, data={"corpora": corpora})
+        streams = {"a": SimpleNamespace(parts={"a": SimpleNamespace(tokens=100, content="c")})}
+        plan = SimpleNamespace(run=run)
+        progress = Progress(adaptive={"teacher": {"a": 3.0}, "text": text_of(SimpleNamespace(run=base), streams)})
+        return known_of_teacher(plan, progress, streams)
+
+    base = make_run(Path("nowhere"), teacher={"path": "base"}, data={"corpora": [{"path": "a", "validation": 0.1}]})
+    assert known_by("base") == {"a": 3.0} and known_by("instruct") == {}
 
 
 ADAPTIVE = {"data": {"blend": {"kind": "adaptive"}}}

@@ -93,8 +93,8 @@ def test_a_corpus_that_grew_begins_its_next_epoch_and_says_so():
     assert second.cursors == (Cursor(1, 8, 0, 400),)
     (sentence,) = blend.changes(first, second)
     assert sentence == (
-        "from sample 50 on corpus a holds 2000 tokens instead of 1000: its epoch 0 is left after 400 tokens and the next "
-        "one begins"
+        "from sample 50 on corpus a holds other text, 2000 tokens instead of 1000: its epoch 0 is left after 400 tokens and "
+        "the next one begins"
     )
 
 
@@ -107,8 +107,8 @@ def test_the_state_is_small_and_comes_back_from_json():
 
 def test_weights_by_temperature():
     assert blend.weights_of("static", 2.0, [3, 1], [10, 10]) == [3, 1]
-    assert blend.weights_of("temperature", 1.0, [1, 2, 0], [400, 100, 7]) == [400, 200, 0]
-    assert blend.weights_of("temperature", 2.0, [1, 1], [400, 100]) == [20, 10]
+    assert blend.weights_of("temperature", 1.0, [1, 2, 0], [400, 100, 7]) == [1.0, 0.5, 0.0]
+    assert blend.weights_of("temperature", 2.0, [1, 1], [400, 100]) == [1.0, 0.5]
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +193,38 @@ def test_harmless_changes_are_said():
     theirs, ours = {"train.tokens_per_step": 256, "seed": 1}, {"train.tokens_per_step": 512, "seed": 1}
     assert harmless_changes(theirs, ours, 7) == ["train.tokens_per_step is 512 instead of 256 from step 7 on"]
     assert harmless_changes({}, ours, 0) == []
+
+
+def test_a_corpus_that_left_may_be_smaller_than_a_window_of_the_new_seq_len():
+    first = blend.begin([A, B], order.shares([999, 1]), 8, 1)
+    second = blend.follow(first, 1, [A], order.shares([1]), 256)
+    assert second.cursors_at(1000)[1] == Cursor(0, 256, 0, 0)
+    third = blend.follow(second, 1000, [A, B], order.shares([1, 1]), 8)
+    assert third.cursors_at(1000)[1].seen == 0
+
+
+def test_other_shards_of_the_same_size_are_other_text(tmp_path):
+    def opened(*names, before=None):
+        folder = tmp_path / "corpus"
+        for number, name in enumerate(names):
+            write_shard(folder / name, counting_documents([100] * (3 + number)))
+        stream = open_stream(data_section(str(folder), seq_len=8), 1, VOCAB, before, 10)
+        for name in names:
+            for path in folder.glob(f"{name}.*"):
+                path.unlink()
+        return stream.interval
+
+    first = opened("x-00001", "x-00002")
+    assert opened("x-00001", "x-00002", before=first) is first
+    swapped = opened("x-00002", "x-00001", before=first)
+    assert swapped is not first and "holds other text" in blend.changes(first, swapped)[0]
+
+
+def test_a_share_is_a_number_also_where_it_is_rounded_up():
+    assert all(type(share) is int for share in order.shares([1e6, 1]))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 1e-3, 1e4])
+def test_a_temperature_may_be_extreme(temperature):
+    weights = blend.weights_of("temperature", temperature, [1.0, 0.0, 2.0], [10**12, 10**9, 10**12])
+    assert max(weights) == 1.0 and weights[1] == 0.0 and weights[0] == pytest.approx(0.5 ** (1 / temperature))

@@ -211,6 +211,11 @@ def test_validation_counts_each_window_once_for_any_number_of_ranks(two_shards, 
     assert sorted(labels.tolist()) == [t for t in range(first + 1, first + 1 + windows * 8) if t not in begins]
 
 
+def test_a_path_without_a_last_part_needs_a_name():
+    with pytest.raises(ValueError, match=r"data.corpora.name must be set where the path ends in none"):
+        data_section(".")
+
+
 def test_a_token_outside_the_vocabulary_is_named_with_its_corpus_and_shard(tmp_path):
     prefix = write_shard(tmp_path / "far", [[1, 2, 300, 4, 5, 6, 7, 8, 9]])
     stream = open_stream(data_section(prefix), 1, 300)

@@ -241,3 +241,8 @@ def test_two_ranks_wait_for_no_data_and_all_end_with_one_sentence_when_a_worker_
     assert gone([process.pid for process in everyone], 10)
     waits = [row["perf/data_wait_ms"] / row["perf/step_ms"] for row in rows(tmp_path, "tiny") if "loss/ce" in row]
     assert statistics.median(waits[5:]) < 0.01
+
+
+def test_a_step_of_more_micro_batches_than_a_pipe_holds_does_not_hang(stream):
+    drawn = loader(workers=1).steps(stream, start=0, stop=2000, samples_per_step=1000)
+    assert [len(step) for step in drawn] == [1000, 1000]

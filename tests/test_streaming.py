@@ -58,6 +58,7 @@ def endpoint(corpus):
 def fresh(endpoint):
     """As a new process: nothing is known of listings, clients and faults."""
     remote_shards.listing.cache_clear()
+    remote_shards.read_corpus.cache_clear()
     object_store.s3_client.cache_clear()
     endpoint.faults()
 
@@ -178,6 +179,7 @@ def test_a_restart_asks_for_nothing_but_the_listing(endpoint, tmp_path):
 def fresh_process(settings):
     """Without what this one has in memory."""
     remote_shards.listing.cache_clear()
+    remote_shards.read_corpus.cache_clear()
     chunks_of(settings.stream).read_before.clear()
 
 
@@ -193,6 +195,7 @@ def test_processes_of_a_node_fetch_every_index_once_and_a_forked_one_reads(endpo
         open_stream(section(S3, tmp_path / "mine", chunk_kib=64), 1, VOCAB), range(1)
     )  # threads and a client, before
     remote_shards.listing.cache_clear()
+    remote_shards.read_corpus.cache_clear()
     fork = multiprocessing.get_context("fork")
     out, ready = fork.Queue(), fork.Barrier(4)
     processes = [fork.Process(target=report_samples, args=(settings, out, ready)) for _ in range(3)]
@@ -279,6 +282,7 @@ def test_an_index_that_came_in_part_is_not_kept(endpoint, own, tmp_path):
     spoil("web-00002.idx", lambda content: flip(content, 60))(endpoint, own)
     for _ in range(2):
         remote_shards.listing.cache_clear()
+        remote_shards.read_corpus.cache_clear()
         with pytest.raises(UserError, match=r"must have the digest that its .json records"):
             open_stream(section(f"s3://{own}/web", tmp_path), 1, VOCAB)
     assert not list(tmp_path.rglob("web-00002*.idx"))
@@ -331,6 +335,7 @@ def test_inspection_reads_and_verifies_a_remote_corpus(endpoint, own, corpus, tm
     spoil("web-00003.bin", lambda content: flip(content, 1000))(endpoint, own)
     spoil("web-00004.json", lambda content: content + b" ")(endpoint, own)
     remote_shards.listing.cache_clear()
+    remote_shards.read_corpus.cache_clear()
     with pytest.raises(SystemExit):
         inspect_corpus.main(command)
     damaged = capsys.readouterr().err

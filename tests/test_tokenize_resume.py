@@ -253,3 +253,18 @@ def test_kills_at_random_moments_leave_the_same_bytes(tmp_path, world, kills):
     print(kill_at_random(world, out, kills), "shards stood when the last run began")
     tokenize_corpus.main(large_arguments(world, out))
     assert published(out) == whole
+
+
+@pytest.mark.parametrize("place", ["a.jsonl/out", "/proc/nowhere/out"])
+def test_an_output_where_nothing_can_be_written_is_a_sentence(world, place):
+    with pytest.raises(UserError, match=r"--out must be where files can be written, but .* is not"):
+        run(world, world / "text" / place)
+
+
+def test_a_damaged_job_is_not_taken_for_a_new_one(tmp_path, world):
+    folder = unfinished(tmp_path / "out")
+    folder.mkdir()
+    (folder / "job.json").write_text("{")
+    with pytest.raises(UserError, match=r"job.json must say what was begun, but is damaged; pass --overwrite"):
+        run(world, tmp_path / "out")
+    assert run(world, tmp_path / "out", "--overwrite")

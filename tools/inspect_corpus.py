@@ -21,7 +21,7 @@ import numpy
 
 from ted_scale import object_store
 from ted_scale.config import Streaming
-from ted_scale.corpora import manifest_file, prefixes_of, read_shards
+from ted_scale.corpora import manifest_files, prefixes_of, read_shards
 from ted_scale.errors import UserError, run_main
 from ted_scale.shards import (
     SHARD_NUMBER,
@@ -164,7 +164,7 @@ def check_shard(prefix: str, vocabulary: int | None) -> None:
 
 def check_manifest(name: str, prefixes: list[str]) -> None:
     path, folder = f"{name}.manifest.json", name[: name.rfind("/") + 1]
-    manifest = read_manifest(manifest_file(name, STREAM), path)
+    manifest = read_manifest(manifest_files(name, [name], STREAM)[name], path)
     listed = [folder + shard["name"] for shard in manifest["shards"]]
     ours = [prefix for prefix in prefixes if SHARD_NUMBER.sub("", prefix) == name]
     for prefix in sorted(set(listed) ^ set(ours)):
@@ -185,7 +185,11 @@ def check_manifest(name: str, prefixes: list[str]) -> None:
 def outputs_of(prefixes: list[str]) -> list[str]:
     """Those with a manifest and all of their shards asked for: one shard alone is not held against the whole."""
     names = sorted({SHARD_NUMBER.sub("", prefix) for prefix in prefixes})
-    return [name for name in names if manifest_file(name, STREAM) and set(prefixes_of(name, STREAM)) <= set(prefixes)]
+    return [
+        name
+        for name in names
+        if manifest_files(name, [name], STREAM) and set(prefixes_of(name, STREAM)) <= set(prefixes)
+    ]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -228,7 +232,11 @@ def main(argv: list[str] | None = None) -> None:
     indices = read_shards(arguments.path, STREAM)
     tokenizer = choose_tokenizer(arguments, indices)
     lengths = lengths_of(indices)
-    print(summary(arguments.path, indices, {name: read_manifest(manifest_file(name, STREAM)) for name in names}))
+    print(
+        summary(
+            arguments.path, indices, {name: read_manifest(manifest_files(name, [name], STREAM)[name]) for name in names}
+        )
+    )
     print(histogram(lengths))
     if arguments.picture:
         arguments.picture.write_text(picture(f"Document lengths of {arguments.path}", lengths), encoding="utf-8")
