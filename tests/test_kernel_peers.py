@@ -1,17 +1,10 @@
 """The losses beside others' implementations: the same values, less memory, and on a CPU no more time."""
 
-import json
 import os
-import subprocess
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it is also a script, see print_seconds
-
 from test_losses import ours, tensors
 
 from ted_scale.data import IGNORED
@@ -88,35 +81,28 @@ def test_memory_at_a_real_size():
     assert beyond[1] <= beyond[0] / 6, beyond
 
 
-# Targets are 0.75 and 1, and tools/bench/losses.py has the figures. A third of plain torch's time here is fresh memory, whose
-# price moves with the hour (0.59 and 0.72 were measured of the same code): a test has room for that.
-LIMITS = {"linear_kl_ce": 0.9, "filtered_mse_nmse": 1.15, "filtered_mse_mse": 1.15}
+# Targets are 0.75 and 1, and tools/bench/losses.py has the figures: most of what plain torch loses is fresh memory, whose price
+# moves with the hour and the version of torch (0.59 to 0.77 were measured of the same code). A test has room for that.
+LIMITS = {"linear_kl_ce": 0.85, "filtered_mse_nmse": 1.1, "filtered_mse_mse": 1.1}
 
 
 @pytest.mark.parametrize("operation", LIMITS)
 def test_on_a_cpu_the_time_beside_plain_torch(operation):
-    """As tools/bench/losses.py has it, in a process of its own: in one that held large tensors before, plain torch finds its
-    memory ready. More turns where the machine was busy with something else."""
-    both_cores = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    """In a process of its own, as the bench has it: in one that held large tensors before, plain torch finds its memory ready.
+    More turns where the machine was busy with something else."""
     for _ in range(3):
-        command = [sys.executable, __file__, operation]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=both_cores)
-        assert done.returncode == 0, done.stderr
-        naive, ours = json.loads(done.stdout)
-        if min(ours) <= LIMITS[operation] * min(naive):
+        naive, own = losses.alone(timed, operation)
+        if min(own) <= LIMITS[operation] * min(naive):
             return
-    pytest.fail(f"{operation} must take {LIMITS[operation]} of plain torch's time at most, but took {ours} and {naive}")
+    pytest.fail(f"{operation} must take {LIMITS[operation]} of plain torch's time at most, but took {own} and {naive}")
 
 
-def print_seconds(operation: str) -> None:
-    """Of plain torch and of ours, in turns."""
+def timed(operation: str) -> list[list[float]]:
+    """Seconds of plain torch and of ours, on all cores, in turns."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     size = Namespace(**losses.SIZES["cpu"])
     case = (layers_case if operation.startswith("filtered") else logit_case)(operation, size, torch.float32, "cpu")
     arms = {name: make for name, make in ARMS[operation]("cpu").items() if name in ("naive", "ours", "ours-chunked")}
     _, rows = losses.measure(case, arms, "cpu", 3 if operation == "linear_kl_ce" else 9)
     assert not any(row.failed for row in rows)
-    print(json.dumps([row.seconds for row in rows]))
-
-
-if __name__ == "__main__":
-    print_seconds(sys.argv[1])
+    return [row.seconds for row in rows]
