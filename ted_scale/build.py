@@ -5,7 +5,6 @@ A stage is built anew, also within one process: stage II starts from the student
 the same way whether stage I ran a second ago, before a crash, or in another run.
 """
 
-import fcntl
 import logging
 import os
 import warnings
@@ -20,12 +19,13 @@ import torch.distributed as dist
 from ted_scale import attention, checkpoint, feed, kernels, metrics
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
-from ted_scale.errors import UserError
+from ted_scale.errors import RunStopped, UserError
 from ted_scale.filters import Filter
 from ted_scale.guard import Guard
 from ted_scale.loader import Loader
-from ted_scale.plan import Plan, as_dict, describe, flops_per_token
-from ted_scale.run_file import to_toml
+from ted_scale.plan import Plan, as_dict, flops_per_token
+from ted_scale.run_folder import claim_folder, filters_source, refuse_together
+from ted_scale.saver import Saver
 from ted_scale.schedule import Stage
 from ted_scale.student import Student
 from ted_scale.teacher import Teacher, TeacherBody
@@ -35,7 +35,6 @@ from ted_scale.zero import build_network, shape_of, sharded_construction
 
 log = logging.getLogger("ted_scale")
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-held: list = []  # the run folder's lock, for the life of the process
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -71,6 +70,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
             "make it with the launcher's number"
         )
     progress, newest = claim_folder(plan)
+    saver = Saver(plan.run, filters_source(plan, newest))
     writes = dist.get_rank() == 0
     if writes:
         log.info(kernels.describe(plan.run.loss.backend, device))
@@ -95,7 +95,10 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
             if progress.step < stage.last_step:
                 numbers.flops_per_token = flops_per_token(plan, stage)
                 resumed = newest if progress.step > stage.first_step else None
-                progress = run_stage(plan, stage, teacher, progress, resumed, numbers, loader)
+                progress = run_stage(plan, stage, teacher, progress, resumed, numbers, loader, saver)
+    except (UserError, RunStopped):  # the checkpoint that is being written is worth the wait
+        saver.wait()
+        raise
     finally:
         loader.close()
         numbers.close()
@@ -135,72 +138,6 @@ def start_ranks(backend: str = "auto") -> torch.device:
     return device
 
 
-def claim_folder(plan: Plan):
-    """Make the run's folder, see that all ranks share it, and find where the run stands."""
-    folder, writes = plan.run.folder, dist.get_rank() == 0
-    check_shared(folder, writes)
-    metrics.open_log(folder, writes)
-    newest = files.newest_checkpoint(folder)
-    progress = files.read_progress(newest) if newest else Progress()
-    if writes:
-        metrics.trim_rows(folder / "metrics.jsonl", progress.step)
-        files.write_durably(folder / "run.toml", to_toml(plan.run))
-        log.info(describe(plan))
-        if newest:
-            log.info(f"resuming from {newest}")
-    return progress, newest
-
-
-def check_shared(folder: Path, writes: bool) -> None:
-    """Rank 0 locks the folder against other runs and leaves a secret in it, and every rank must find it there."""
-    token, secret, sentence = folder / ".shared", os.urandom(8).hex(), None
-    if writes:
-        try:
-            files.checkpoints_of(folder).mkdir(parents=True, exist_ok=True)
-            if lock(folder):
-                token.write_text(secret, encoding="utf-8")
-            else:
-                sentence = f"runs must be used by one process at a time, but another is at work in {folder}"
-                sentence += "; wait for it, or give this run another name"
-        except OSError as error:
-            sentence = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
-    refuse_together(sentence)
-    message = [secret]
-    dist.broadcast_object_list(message, src=0)
-    if not token.exists() or token.read_text(encoding="utf-8") != message[0]:
-        sentence = f"runs must be a folder that all nodes share, but rank {dist.get_rank()} sees another {folder}"
-        sentence += "; set runs to a folder on a shared file system"
-    refuse_together(sentence)
-    if writes:
-        token.unlink()
-
-
-def lock(folder: Path) -> bool:
-    """False where another process trains in this folder; else it is ours until this process ends, however it ends."""
-    path = folder / ".lock"
-    if any(file.name == str(path) for file in held):  # a second run of this process goes on in the folder
-        return True
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return False
-    except OSError as error:  # some shared file systems have no locks, and are no reason not to train
-        log.warning(f"{path} cannot be locked ({error.strerror}): nothing keeps a second run out of this folder")
-    held.append(file)
-    return True
-
-
-def refuse_together(sentence: str | None) -> None:
-    """Every rank leaves with the first sentence, so that none waits for another."""
-    sentences = [None] * dist.get_world_size()
-    dist.all_gather_object(sentences, sentence)
-    first = next((s for s in sentences if s), None)
-    if first:
-        raise UserError(first)
-
-
 def engine_config(plan: Plan, **trained) -> dict:
     """DeepSpeed's configuration: its file's part, and what the run file owns."""
     return {
@@ -226,7 +163,7 @@ def build_teacher(plan: Plan):
     return Teacher(deepspeed.initialize(model=body, config=config)[0], body)
 
 
-def build_student(plan: Plan, stage: Stage, teacher):
+def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
     """The stage's engine: what trains in it, with its optimizer."""
     import deepspeed
 
@@ -239,7 +176,7 @@ def build_student(plan: Plan, stage: Stage, teacher):
     with sharded_construction(config):
         filters_s, filters_t = build_filters(plan, stage)
     if not stage.learns_filters and filters_t is not None:
-        checkpoint.load_filters(plan.filters_file, {"student": filters_s, "teacher": filters_t})
+        checkpoint.load_filters(filters_file, {"student": filters_s, "teacher": filters_t})
         filters_t.requires_grad_(False)
     module = Student(
         run, network, plan.student, plan.pairs, learns_filters=stage.learns_filters, filters_s=filters_s,
@@ -286,16 +223,16 @@ def parameter_groups(run, module: Student) -> list[dict]:
     return [{**g, "peak_lr": rates.get(g["role"], run.train.lr)} for g in groups if g["params"]]
 
 
-def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, numbers, loader) -> Progress:
+def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, numbers, loader, saver) -> Progress:
     run, device = plan.run, loader.device
-    engine = build_student(plan, stage, teacher)
+    engine = build_student(plan, stage, teacher, saver.source)
     if resumed:
         checkpoint.load(engine, resumed)
     vocabulary = min(a.vocab_size for a in (plan.student, plan.teacher) if a)
     stream, progress, changed = feed.open_feed(run, stage, progress, vocabulary)
     numbers.say_changes(changed)
     check = partial(validate, plan, teacher, numbers, vocabulary, device)
-    keep, guard = partial(save, plan, stage), Guard(engine)
+    keep, guard = partial(save, plan, stage, numbers, saver), Guard(engine)
     if progress.step == stage.first_step and not stage.learns_filters:
         check(engine, progress, with_teacher=True)
     numbers.resume_from(progress.tokens)
@@ -319,15 +256,29 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
             samples_per_step=stage.samples_per_step,
         )
         progress = train(stage, engine, teacher, data, guard, numbers, progress, check, keep)
+    numbers.write(progress.step, progress.tokens, saver.finish())
+    saver.forget()
     engine.destroy()
     return progress
 
 
-def save(plan: Plan, stage: Stage, engine, progress: Progress) -> None:
+def save(plan: Plan, stage: Stage, numbers, saver, engine, progress: Progress) -> None:
     """A checkpoint; at the end of stage I the filters first, so that its last checkpoint is never without them."""
-    filters_file = plan.filters_file
-    if stage.learns_filters and progress.step == stage.last_step:
-        sides = {"student": engine.module.filters_s, "teacher": engine.module.filters_t}
-        checkpoint.save_filters(filters_file, sides, plan.filters_identity())
-    taken_along = None if stage.learns_filters else filters_file
-    checkpoint.save(engine, plan.run.folder, progress, keep=plan.run.checkpoint.keep, filters_file=taken_along)
+    done = progress.step == stage.last_step
+    if stage.learns_filters and done:
+        save_filters(plan, engine)
+    with_filters = plan.run.method == "ted" and (done or not stage.learns_filters)
+    numbers.write(progress.step, progress.tokens, saver.save(engine, progress, with_filters=with_filters))
+
+
+def save_filters(plan: Plan, engine) -> None:
+    """Stage I's result as one file, for this run's stage II and for other runs."""
+    sides, sentence = {"student": engine.module.filters_s, "teacher": engine.module.filters_t}, None
+    tensors = checkpoint.gather_filters(sides)
+    if dist.get_rank() == 0:
+        try:
+            checkpoint.write_filters(plan.filters_file, tensors, plan.filters_identity())
+        except OSError as error:
+            sentence = f"{plan.run.folder} must have room for {files.FILTERS}, but has not: {error.strerror}"
+            sentence += "; the last checkpoint is intact: free space and start the same command again"
+    refuse_together(sentence)

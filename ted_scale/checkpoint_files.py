@@ -1,19 +1,23 @@
-"""A run's checkpoints as files: names, what stands in them beside DeepSpeed's shards, which one is the newest.
+"""A run's checkpoints as files: names, what stands in them beside the ranks' state, which is the newest whole one, and
+which stay.
 
-Needs no process group and no DeepSpeed, so that a wrong resume is refused before either starts. `latest` is moved by
-one rename after everything it names is on disk.
+Needs no process group and no DeepSpeed, so that a wrong resume is refused before either starts. The surprise: no file
+says which checkpoint is the newest. The folder does, and each one's manifest (sealed.py) says whether it is whole.
 """
 
 import dataclasses
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from ted_scale import sealed
 from ted_scale.errors import UserError
+from ted_scale.sealed import PART, Damaged
 
-PART = ".part"
+PROGRESS = "progress.json"
+FILTERS = "filters.safetensors"
 HARMLESS = ("data.seq_len", "data.attention", "train.tokens_per_step")  # the data goes on with others, see blend.py
 
 
@@ -28,10 +32,22 @@ class Progress:
     adaptive: dict | None = None  # feed.Measured
     wandb_id: str | None = None
     identity: dict = dataclasses.field(default_factory=dict)
+    validation: float | None = None  # the student's loss, where it was measured at this very step
 
     def advanced(self, samples: int, seq_len: int) -> "Progress":
         tokens = self.tokens + samples * seq_len
-        return dataclasses.replace(self, step=self.step + 1, tokens=tokens, samples=self.samples + samples)
+        return dataclasses.replace(
+            self, step=self.step + 1, tokens=tokens, samples=self.samples + samples, validation=None
+        )
+
+
+class Standing(NamedTuple):
+    """A published checkpoint, and what is wrong with it as far as sizes tell."""
+
+    path: Path
+    step: int
+    manifest: dict | None
+    fault: str | None
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -40,72 +56,108 @@ def checkpoints_of(folder: Path) -> Path:
 
 def filters_of(folder: Path) -> Path:
     """Stage I's result."""
-    return folder / "filters.safetensors"
+    return folder / FILTERS
 
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def published(folder: Path) -> list[Standing]:
+    """Newest first. Reads manifests and sizes; `check_digests` reads everything."""
+    found = (p for p in checkpoints_of(folder).glob("step_*") if p.is_dir() and p.name[5:].isdigit())
+    return sorted(map(look_at, found), key=lambda s: s.step, reverse=True)
+
+
+def look_at(checkpoint: Path) -> Standing:
+    try:
+        return Standing(checkpoint, step_of(checkpoint), sealed.check(checkpoint), None)
+    except Damaged as damage:
+        return Standing(checkpoint, step_of(checkpoint), None, str(damage))
+
+
+def check_digests(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with the bytes of a checkpoint's files; of each `share[1]` files the one at `share[0]`."""
+    try:
+        files = sealed.check(checkpoint)["files"]
+        for name in list(files)[share[0] :: share[1]]:
+            sealed.check_file(checkpoint, name, files[name])
+    except Damaged as damage:
+        return str(damage)
+    return None
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
-    pointer = checkpoints_of(folder) / "latest"
-    if not pointer.exists():
-        return None
-    checkpoint = checkpoints_of(folder) / pointer.read_text(encoding="utf-8").strip()
-    if not (checkpoint / "progress.json").is_file():
-        raise UserError(
-            f"{pointer} must name a checkpoint, but {checkpoint} is not one; write the name of a whole one into it"
-        )
-    return checkpoint
+    """The newest one that is whole. A run whose checkpoints are all damaged must not begin anew in silence."""
+    standings = published(folder)
+    whole = next((s.path for s in standings if s.fault is None), None)
+    if standings and whole is None:
+        raise none_is_whole(folder, [(s.path, s.fault) for s in standings])
+    return whole
+
+
+def none_is_whole(folder: Path, damaged: list[tuple[Path, str]]) -> UserError:
+    said = "; ".join(f"{path.name}: {fault}" for path, fault in damaged[:3])
+    return UserError(
+        f"{checkpoints_of(folder)} must hold a whole checkpoint, but none of {len(damaged)} is ({said}); copy one back, or move "
+        "them away to begin anew"
+    )
+
+
+def skipped(path: Path | str, fault: str) -> str:
+    return f"checkpoint {path} is damaged and skipped: {fault}"
 
 
 def read_progress(checkpoint: Path) -> Progress:
+    path = checkpoint / PROGRESS
     try:
-        values = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        if missing := {field.name for field in dataclasses.fields(Progress)} - values.keys():
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} must be a progress file, but is not: {error}") from None
+    return parse_progress(text, str(path))
+
+
+def parse_progress(text: str, where: str) -> Progress:
+    try:
+        values = json.loads(text)
+        if missing := {"step", "tokens", "samples"} - values.keys():
             raise ValueError(f"it has no {min(missing)}")
         return Progress(**values)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint}/progress.json must be a progress file, but is not: {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where} must be a progress file, but is not: {error}") from None
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Whole or not at all, also over a power cut."""
-    temporary = path.with_name(path.name + PART)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+def progress_as_bytes(progress: Progress) -> bytes:
+    return json.dumps(dataclasses.asdict(progress), indent=1).encode()
 
 
-def write_progress(checkpoint: Path, progress: Progress) -> None:
-    write_durably(checkpoint / "progress.json", json.dumps(dataclasses.asdict(progress), indent=1))
+def clear_unfinished(folder: Path) -> None:
+    """What earlier lives of the run left half-way."""
+    for part in checkpoints_of(folder).glob(f"*{PART}"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def publish(part: Path) -> Path:
-    """Give a finished checkpoint its name, then move `latest` to it."""
-    checkpoint = part.with_name(part.name.removesuffix(PART))
-    shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier life of this run, past where it was resumed
-    part.rename(checkpoint)
-    write_durably(checkpoint.parent / "latest", checkpoint.name)
-    return checkpoint
+def kept(whole: list[tuple[int, float | None]], last: int, every: int, best: bool) -> set[int]:
+    """Of (step, validation loss), the steps that stay: the last ones, every so many for ever, the best."""
+    steps = sorted(step for step, _ in whole)
+    stays = set(steps[-last:]) | {step for step in steps if every and step % every == 0}
+    measured = [(loss, step) for step, loss in whole if loss is not None]
+    return stays | ({min(measured)[1]} if best and measured else set())
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Only the last `keep` checkpoints up to the newest stay; what an earlier life of the run left past it is not ours."""
-    newest = (checkpoints_of(folder) / "latest").read_text(encoding="utf-8")
-    found = sorted(p for p in checkpoints_of(folder).glob("step_*") if p.is_dir() and not p.name.endswith(PART))
-    steps = [p for p in found if p.name <= newest]
-    for old in steps[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def prune(folder: Path, settings) -> list[Path]:
+    """Remove what need not stay of the whole ones; damaged ones are for tools/checkpoints.py to remove."""
+    whole = [s for s in published(folder) if s.fault is None]
+    losses = [(s.step, s.manifest.get("validation")) for s in whole]
+    stays = kept(losses, settings.keep, settings.keep_every, settings.keep_best)
+    gone = [s.path for s in whole if s.step not in stays]
+    for path in gone:
+        sealed.remove(path)
+    return gone
 
 
 def check_identity(where: Path, theirs: dict, ours: dict) -> None:

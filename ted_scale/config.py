@@ -204,8 +204,17 @@ class Validation(Section):
 
 
 class Checkpoint(Section):
-    every: PositiveInt = 1000
-    keep: PositiveInt = 2
+    every: PositiveInt = Field(1000, description="steps")
+    keep: PositiveInt = Field(2, description="the last ones")
+    keep_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="those of every so many steps stay for ever; 0: none"
+    )
+    keep_best: bool = Field(False, description="the one with the lowest validation loss of its step stays")
+    background: bool = Field(True, description="false: a step waits until its checkpoint is on disk")
+    copy_to: Annotated[str, Field(pattern=r"^(s3://[^/]+.*)?$")] = Field(
+        "",
+        description="s3://BUCKET/PREFIX that has every checkpoint, too, and that a run without its folder goes on from",
+    )
 
 
 class Wandb(Section):

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ted_scale.checkpoint_files import Progress, write_durably
+from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
+from ted_scale.sealed import write_durably
 
 log = logging.getLogger("ted_scale")
 
@@ -146,14 +147,15 @@ class Metrics:
         self.clock.read()
 
     def write(self, step: int, tokens: int, values: dict[str, float]) -> None:
-        if not self.writes or (step, *values) in self.already:
+        if not self.writes or not values or (step, *values) in self.already:
             return
         row = {"step": step, "tokens": tokens, **values}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.wandb_run is not None:
             self.wandb_run.log(row)
-        say(f"step {step:>6}  " + "  ".join(f"{k.split('/', 1)[1]} {v:.4g}" for k, v in values.items() if shown(k)))
+        if told := [f"{k.split('/', 1)[1]} {v:.4g}" for k, v in values.items() if shown(k)]:
+            say(f"step {step:>6}  " + "  ".join(told))
 
     def close(self) -> None:
         self.bar.close()
@@ -165,16 +167,23 @@ class Metrics:
 
 def trim_rows(path: Path, step: int) -> None:
     """Forget the rows past the checkpoint that a run resumes from: it will write them again."""
-    if not path.exists():
-        return
-    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    kept = [line for line in rows if json.loads(line)["step"] <= step]
-    write_durably(path, "".join(f"{line}\n" for line in kept))
+    if path.exists():
+        kept = [json.dumps(row) for row in read_rows(path) if row["step"] <= step]
+        write_durably(path, "".join(f"{line}\n" for line in kept))
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Those that are whole: a crash may have torn the last one, and a disk any."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            rows += [row] if isinstance(row := json.loads(line), dict) and isinstance(row.get("step"), int) else []
+    return rows
 
 
 def rows_at(path: Path, step: int) -> set[tuple]:
     """What stands of the step that a run resumes from: it measures some of it again."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = read_rows(path) if path.exists() else []
     return {(step, *list(row)[2:]) for row in rows if row["step"] == step}
 
 

@@ -10,6 +10,7 @@ import os
 import random
 import time
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale.errors import UserError
@@ -40,11 +41,11 @@ def is_remote(path) -> bool:
     return str(path).startswith(tuple(f"{scheme}://" for scheme in PACKAGES))
 
 
-def check_package(path: str) -> None:
+def check_package(path: str, what: str = "corpus") -> None:
     scheme = path.partition("://")[0]
     module, package = PACKAGES[scheme]
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"corpus {path} must be read with {package}, but it is not installed; pip install {package}")
+        raise UserError(f"{what} {path} must be reached with {package}, but it is not installed; pip install {package}")
 
 
 def listed(folder: str, start: str, patience_s: float) -> dict[str, Object]:
@@ -55,7 +56,7 @@ def listed(folder: str, start: str, patience_s: float) -> dict[str, Object]:
 
 
 def _s3_pages(folder: str, start: str, what: str, patience_s: float):
-    bucket, _, key = folder.removeprefix("s3://").partition("/")
+    bucket, key = split(folder)
     request = {"Bucket": bucket, "Prefix": f"{key}/{start}" if key else start, "Delimiter": "/"}
     while True:
         page = persist(what, lambda: s3_client().list_objects_v2(**request), patience_s)
@@ -82,6 +83,54 @@ def read(thing: Object, start: int, stop: int, what: str, patience_s: float) -> 
     from ted_scale import megatron_ranges
 
     return persist(what, lambda: megatron_ranges.read(thing, start, stop), patience_s)
+
+
+def split(url: str) -> tuple[str, str]:
+    """(bucket, key) of an s3:// address."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def folders(url: str, what: str, patience_s: float) -> list[str]:
+    """The names of the folders in a folder."""
+    bucket, key = split(url)
+    request, found = {"Bucket": bucket, "Prefix": f"{key}/", "Delimiter": "/"}, []
+    while True:
+        page = persist(what, lambda: s3_client().list_objects_v2(**request), patience_s)
+        found += [entry["Prefix"][len(key) + 1 : -1] for entry in page.get("CommonPrefixes", ())]
+        if not page.get("IsTruncated"):
+            return found
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def text(url: str, what: str, patience_s: float) -> str | None:
+    """A small object's text; None where there is no such object."""
+    bucket, key = split(url)
+
+    def request():
+        try:
+            return s3_client().get_object(Bucket=bucket, Key=key)["Body"].read().decode("utf-8", "replace")
+        except Exception as error:
+            if answer(chain(error)) == (404, "NoSuchKey"):
+                return None
+            raise
+
+    return persist(what, request, patience_s)
+
+
+def upload(source: Path, url: str, what: str, patience_s: float) -> None:
+    bucket, key = split(url)
+    persist(what, lambda: s3_client().upload_file(str(source), bucket, key), patience_s)
+
+
+def download(url: str, target: Path, what: str, patience_s: float) -> None:
+    bucket, key = split(url)
+    persist(what, lambda: s3_client().download_file(bucket, key, str(target)), patience_s)
+
+
+def delete(url: str, what: str, patience_s: float) -> None:
+    bucket, key = split(url)
+    persist(what, lambda: s3_client().delete_object(Bucket=bucket, Key=key), patience_s)
 
 
 @lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
@@ -20,6 +21,7 @@ from ted_scale.feed import open_feed, refuse_short_corpora
 from ted_scale.filters import match_layers
 from ted_scale.metrics import has_key
 from ted_scale.models import Anatomy, inspect
+from ted_scale.object_store import check_package
 from ted_scale.run_file import load_ds_config
 from ted_scale.schedule import Stage, stages_of
 from ted_scale.shards import check_vocabulary
@@ -62,7 +64,6 @@ class Plan:
             "data.attention": run.data.attention,
             "train.tokens_per_step": run.train.tokens_per_step,
             "train.precision": run.train.precision,
-            "ranks": self.world,
             **{f"{s}.{k}": getattr(a, k) for s, a in sides.items() if a for k in shapes},
             **self.filters_identity(),
             **({"filters.steps": filters.steps} if len(self.stages) > 1 else {}),
@@ -189,12 +190,25 @@ def check_run_folder(plan: Plan) -> Progress:
         raise UserError(
             f"runs must be a folder this user can write, but {existing} is not; set runs or change its mode"
         )
-    newest = files.newest_checkpoint(folder)
-    if newest is None:
-        return Progress()
-    progress = files.read_progress(newest)
-    files.check_identity(newest, progress.identity, plan.identity())
+    where, progress = newest_progress(plan.run)
+    if where:
+        files.check_identity(where, progress.identity, plan.identity())
     return progress
+
+
+def newest_progress(run: Run) -> tuple[str, Progress]:
+    """Where the newest checkpoint is, in the run's folder or among its copies, and where it stands."""
+    standings = files.published(run.folder)
+    local = next((s for s in standings if s.fault is None), None)
+    if place := copies.place_of(run):
+        check_package(place, "checkpoint.copy_to")
+        newer = (step for step in copies.steps(place) if local is None or step > local.step)
+        copy = next((step for step in newer if copies.manifest_of(place, step)), None)
+        if copy is not None:
+            return f"{place}/{files.checkpoint_name(copy)}", copies.progress_of(place, copy)
+    if standings and local is None:
+        raise files.none_is_whole(run.folder, [(s.path, s.fault) for s in standings])
+    return (str(local.path), files.read_progress(local.path)) if local else ("", Progress())
 
 
 def flops_per_token(plan: Plan, stage: Stage) -> float:

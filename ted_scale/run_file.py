@@ -171,4 +171,12 @@ def load_ds_config(path: str) -> dict:
     if values["zero_optimization"].get("stage") != 3:
         stage = values["zero_optimization"].get("stage")
         raise UserError(f"ds_config {path}: zero_optimization.stage must be 3, but is {stage}")
+    for part in ("offload_optimizer", "offload_param"):
+        offload = values["zero_optimization"].get(part)
+        device = offload.get("device", "none") if isinstance(offload, dict) else "none"
+        if device not in ("cpu", "none"):
+            raise UserError(
+                f"ds_config {path}: zero_optimization.{part}.device must be cpu or none, but is {device!r}: checkpoints do not "
+                "read state on other devices"
+            )
     return values

@@ -24,7 +24,7 @@ def train(stage, student, teacher, data, guard, metrics, progress, validate, sav
         progress = progress.advanced(stage.samples_per_step, stage.run.data.seq_len)
         metrics.add(progress, guard.read(stage, weights), last=progress.step == stage.last_step)
         if stage.validates(progress.step):
-            validate(student, progress)
+            progress = validate(student, progress)
         if stage.saves(progress.step):
             save(student, progress)
     return progress

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,16 +24,18 @@ class Loss(NamedTuple):
         return self.total / self.tokens
 
 
-def validate(plan, teacher, metrics, vocabulary: int, device, student, progress, *, with_teacher: bool = False) -> None:
-    """Write val/loss and val/ppl of this step, over all and of each corpus; a run that holds nothing out has none."""
+def validate(plan, teacher, metrics, vocabulary: int, device, student, progress, *, with_teacher: bool = False):
+    """Write val/loss and val/ppl of this step, over all and of each corpus; a run that holds nothing out has none. Returns
+    the progress, which knows the loss then."""
     if not any(corpus.validation for corpus in plan.run.data.corpora):
-        return
+        return progress
     with metrics.aside():
         streams = open_held_out(plan.run.data, vocabulary)
         row = as_row("", student_losses(plan, streams, student, device))
         if with_teacher and plan.teacher:
             row |= as_row("teacher_", teacher_losses(plan, streams, teacher, device))
         metrics.write(progress.step, progress.tokens, row)
+    return replace(progress, validation=row["val/loss"])
 
 
 def student_losses(plan, streams: dict[str, Stream], student, device) -> dict[str, Loss]:

@@ -39,6 +39,13 @@ def rows(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def put_back(run: Path, step: int) -> None:
+    """As if the run had been killed when its checkpoint of `step` was the newest."""
+    for standing in checkpoint_files.published(run):
+        if standing.step > step:
+            shutil.rmtree(standing.path)
+
+
 def ten_steps(folder: Path, device):
     """Losses of a TED run of both stages."""
     start(folder, device, name=f"ten_{dist.get_world_size()}", **TEN_STEPS)
@@ -88,7 +95,7 @@ def resumes(folder: Path, device):
         if dist.get_rank() == 0:
             target = folder / "runs" / name
             shutil.copytree(folder / "runs" / "straight", target)
-            (target / "checkpoints" / "latest").write_text(checkpoint_files.checkpoint_name(step))
+            put_back(target, step)
             if step < 8:
                 (target / "filters.safetensors").unlink()
         dist.barrier()
@@ -202,10 +209,11 @@ def full_disk(folder: Path, device):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     save, said = build.save, []
 
-    def save_with_little_room(plan, stage, engine, progress):
+    def save_with_little_room(plan, stage, numbers, saver, engine, progress):
         if progress.step == 10 and dist.get_rank() == 1:
+            saver.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (small, limits[1]))
-        save(plan, stage, engine, progress)
+        save(plan, stage, numbers, saver, engine, progress)
 
     build.save = save_with_little_room
     try:

@@ -1,0 +1,74 @@
+"""A run's checkpoints under s3://: copied as they are published, fetched where the run's folder has none as new.
+
+Requests, credentials and their sentences are object_store.py's. The surprise: a copy's manifest is its last object, so
+that one without is not there, and a fetched one is held against it like any other.
+"""
+
+from pathlib import Path
+
+from ted_scale import checkpoint_files as files
+from ted_scale import object_store, sealed
+from ted_scale.errors import UserError
+from ted_scale.sealed import MANIFEST, Damaged
+
+PATIENCE_S = 600
+
+
+def place_of(run) -> str:
+    return f"{run.checkpoint.copy_to.rstrip('/')}/{run.name}/checkpoints" if run.checkpoint.copy_to else ""
+
+
+def send(checkpoint: Path, place: str, names: list[str]) -> None:
+    for name in names:
+        url = f"{place}/{checkpoint.name}/{name}"
+        object_store.upload(checkpoint / name, url, f"checkpoint {url} must be written", PATIENCE_S)
+
+
+def remove(place: str, name: str) -> None:
+    """The manifest first: what breaks off in between is no checkpoint."""
+    folder = f"{place}/{name}"
+    found = object_store.listed(folder, "", PATIENCE_S)
+    for thing in sorted(found, key=lambda name: name != MANIFEST):
+        object_store.delete(f"{folder}/{thing}", f"checkpoint {folder} must be removed", PATIENCE_S)
+
+
+def steps(place: str) -> list[int]:
+    """Newest first; one whose manifest is not there yet may be among them."""
+    what = f"checkpoint.copy_to {place} must be listed"
+    names = object_store.folders(place, what, object_store.OPENING_S)
+    found = (int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit())
+    return sorted(found, reverse=True)
+
+
+def manifest_of(place: str, step: int) -> dict | None:
+    """None where the copy is not whole."""
+    url = f"{place}/{files.checkpoint_name(step)}/{MANIFEST}"
+    text = object_store.text(url, f"checkpoint {url} must be read", PATIENCE_S)
+    try:
+        return sealed.parse_manifest(text or "")
+    except Damaged:
+        return None
+
+
+def progress_of(place: str, step: int) -> files.Progress:
+    url = f"{place}/{files.checkpoint_name(step)}/{files.PROGRESS}"
+    text = object_store.text(url, f"checkpoint {url} must be read", PATIENCE_S)
+    return files.parse_progress(text or "", url)
+
+
+def fetch(place: str, part: Path, manifest: dict, names: list[str]) -> str | None:
+    """Files of a copy, as its manifest says they are; what is wrong with them."""
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in names:
+            take(place, part, name)
+            sealed.check_file(part, name, manifest["files"][name])
+    except (Damaged, UserError) as damage:
+        return str(damage)
+    return None
+
+
+def take(place: str, part: Path, name: str) -> None:
+    url = f"{place}/{part.name.removesuffix(sealed.PART)}/{name}"
+    object_store.download(url, part / name, f"checkpoint {url} must be read", PATIENCE_S)
+    sealed.sync(part / name)

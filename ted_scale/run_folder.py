@@ -1,0 +1,156 @@
+"""The run's folder, as all ranks see it: claimed for this process, shared by all nodes, and the checkpoint that it goes on
+from.
+
+What stands in the folder is checkpoint_files.py's. The surprise: every rank reads its share of the bytes of a checkpoint
+before one is trusted, and the verdict is all ranks'.
+"""
+
+import fcntl
+import logging
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ted_scale import checkpoint_copies as copies
+from ted_scale import checkpoint_files as files
+from ted_scale import metrics
+from ted_scale.checkpoint_files import Progress
+from ted_scale.errors import UserError
+from ted_scale.plan import Plan, describe
+from ted_scale.run_file import to_toml
+from ted_scale.sealed import MANIFEST, PART, publish, write_durably
+
+log = logging.getLogger("ted_scale")
+held: list = []  # the run folder's lock, for the life of the process
+
+
+def claim_folder(plan: Plan):
+    """Make the run's folder, see that all ranks share it, and find where the run stands."""
+    folder, writes = plan.run.folder, dist.get_rank() == 0
+    check_shared(folder, writes)
+    metrics.open_log(folder, writes)
+    if writes:
+        files.clear_unfinished(folder)
+    dist.barrier()
+    newest = resume_point(plan.run)
+    progress = files.read_progress(newest) if newest else Progress()
+    files.check_identity(newest, progress.identity or plan.identity(), plan.identity())
+    if writes:
+        metrics.trim_rows(folder / "metrics.jsonl", progress.step)
+        write_durably(folder / "run.toml", to_toml(plan.run))
+        log.info(describe(plan))
+        if newest:
+            log.info(f"resuming from {newest}")
+    return progress, newest
+
+
+def check_shared(folder: Path, writes: bool) -> None:
+    """Rank 0 locks the folder against other runs and leaves a secret in it, and every rank must find it there."""
+    token, secret, sentence = folder / ".shared", os.urandom(8).hex(), None
+    if writes:
+        try:
+            files.checkpoints_of(folder).mkdir(parents=True, exist_ok=True)
+            if lock(folder):
+                token.write_text(secret, encoding="utf-8")
+            else:
+                sentence = f"runs must be used by one process at a time, but another is at work in {folder}"
+                sentence += "; wait for it, or give this run another name"
+        except OSError as error:
+            sentence = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
+    refuse_together(sentence)
+    message = [secret]
+    dist.broadcast_object_list(message, src=0)
+    if not token.exists() or token.read_text(encoding="utf-8") != message[0]:
+        sentence = f"runs must be a folder that all nodes share, but rank {dist.get_rank()} sees another {folder}"
+        sentence += "; set runs to a folder on a shared file system"
+    refuse_together(sentence)
+    if writes:
+        token.unlink()
+
+
+def lock(folder: Path) -> bool:
+    """False where another process trains in this folder; else it is ours until this process ends, however it ends."""
+    path = folder / ".lock"
+    if any(file.name == str(path) for file in held):  # a second run of this process goes on in the folder
+        return True
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return False
+    except OSError as error:  # some shared file systems have no locks, and are no reason not to train
+        log.warning(f"{path} cannot be locked ({error.strerror}): nothing keeps a second run out of this folder")
+    held.append(file)
+    return True
+
+
+def resume_point(run) -> Path | None:
+    """The newest checkpoint whose every byte is as it was written, here or among the copies in object storage; damaged ones
+    are named."""
+    place, writes, damaged = copies.place_of(run), dist.get_rank() == 0, []
+    here = broadcast({s.step for s in files.published(run.folder)} if writes else None)
+    there = broadcast(set(copies.steps(place)) if writes and place else set())
+    for step in sorted(here | there, reverse=True):
+        checkpoint = files.checkpoints_of(run.folder) / files.checkpoint_name(step)
+        if step in here:
+            fault = first_of_all(files.check_digests(checkpoint, share()))
+            if fault is None:
+                return checkpoint
+            damaged.append((checkpoint, fault))
+            if writes:
+                log.error(files.skipped(checkpoint, fault))
+        if step in there and fetch(place, checkpoint):
+            return checkpoint
+    if damaged:
+        raise files.none_is_whole(run.folder, damaged)
+    return None
+
+
+def fetch(place: str, checkpoint: Path) -> bool:
+    """Bring a copy here, every rank its share of the files; False where it is not whole."""
+    part, writes = checkpoint.with_name(checkpoint.name + PART), dist.get_rank() == 0
+    manifest = broadcast(copies.manifest_of(place, files.step_of(checkpoint)) if writes else None)
+    if manifest is None:
+        return False
+    first, each = share()
+    fault = first_of_all(copies.fetch(place, part, manifest, list(manifest["files"])[first::each]))
+    if writes and fault:
+        log.error(files.skipped(f"{place}/{checkpoint.name}", fault))
+    elif writes:
+        copies.take(place, part, MANIFEST)
+        publish(part)
+        log.info(f"{checkpoint} is there again, from {place}")
+    dist.barrier()
+    return not fault
+
+
+def share() -> tuple[int, int]:
+    return dist.get_rank(), dist.get_world_size()
+
+
+def filters_source(plan: Plan, newest: Path | None) -> Path | None:
+    """Where stage II finds the filters: the checkpoint has its own, so that it needs nothing beside it."""
+    own = newest and newest / files.FILTERS
+    return own if own and own.is_file() else plan.filters_file
+
+
+def refuse_together(sentence: str | None) -> None:
+    """Every rank leaves with the first sentence, so that none waits for another."""
+    if first := first_of_all(sentence):
+        raise UserError(first)
+
+
+def first_of_all(sentence: str | None) -> str | None:
+    """The first sentence that any rank has, on all of them."""
+    sentences = [None] * dist.get_world_size()
+    dist.all_gather_object(sentences, sentence)
+    return next((s for s in sentences if s), None)
+
+
+def broadcast(value):
+    """Rank 0's, for a shared file system may show each node another moment."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

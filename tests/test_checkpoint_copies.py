@@ -1,0 +1,115 @@
+"""Checkpoints in object storage: what is published here is there, and a run whose folder is gone goes on from it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from test_saver import Run, content, one_rank, write  # noqa: F401 - a fixture of this module, too
+
+from ted_scale import checkpoint_copies as copies
+from ted_scale import checkpoint_files as files
+from ted_scale import object_store, sealed
+from ted_scale.errors import UserError
+from ted_scale.run_folder import resume_point
+from ted_scale.saver import Saver
+from tools.bench.object_server import serving
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    with serving() as running:
+        running.client().create_bucket(Bucket="bucket")
+        yield running
+
+
+@pytest.fixture
+def run(endpoint, tmp_path):
+    object_store.s3_client.cache_clear()
+    endpoint.faults()
+    (tmp_path / "filters").write_bytes(b"filters")
+    return Run(tmp_path / f"run_{tmp_path.name}", copy_to="s3://bucket/runs/")
+
+
+def saver_of(run, filters: Path) -> Saver:
+    saver = Saver(run, filters / "filters")
+    saver.settings = saver.settings.model_copy(update={"keep": 2})
+    return saver
+
+
+def copied(endpoint, run) -> dict[str, set[str]]:
+    """Object names by checkpoint."""
+    found = {}
+    prefix = copies.place_of(run).removeprefix("s3://bucket/") + "/"
+    for entry in endpoint.client().list_objects_v2(Bucket="bucket", Prefix=prefix).get("Contents", ()):
+        step, name = entry["Key"].removeprefix(prefix).split("/")
+        found.setdefault(step, set()).add(name)
+    return found
+
+
+def test_what_is_published_and_kept_here_is_there(endpoint, run, tmp_path):
+    saver = saver_of(run, tmp_path)
+    endpoint.faults(fail=0.2)
+    for step in (4, 8, 12):
+        assert write(saver, step) is None
+        assert saver.outcome.not_copied is None
+    endpoint.faults()
+    names = {"rank_00000.safetensors", files.PROGRESS, files.FILTERS, sealed.MANIFEST}
+    assert copied(endpoint, run) == {"step_00000008": names, "step_00000012": names}
+
+
+def test_a_run_without_its_folder_goes_on_from_the_newest_whole_copy(endpoint, run, tmp_path):
+    saver = saver_of(run, tmp_path)
+    for step in (4, 8):
+        assert write(saver, step) is None
+    shutil.rmtree(run.folder)
+    files.checkpoints_of(run.folder).mkdir(parents=True)
+    newest = resume_point(run)
+    assert newest == files.checkpoints_of(run.folder) / "step_00000008"
+    assert content(newest) == 8
+
+    shutil.rmtree(run.folder)
+    files.checkpoints_of(run.folder).mkdir(parents=True)
+    key = f"{copies.place_of(run).removeprefix('s3://bucket/')}/step_00000008/rank_00000.safetensors"
+    endpoint.client().put_object(Bucket="bucket", Key=key, Body=b"of another world")
+    assert content(resume_point(run)) == 4
+
+
+def test_a_damaged_checkpoint_here_is_replaced_by_its_copy(endpoint, run, tmp_path, caplog):
+    saver = saver_of(run, tmp_path)
+    for step in (4, 8):
+        assert write(saver, step) is None
+    rank_0 = files.checkpoints_of(run.folder) / "step_00000008" / "rank_00000.safetensors"
+    data = bytearray(rank_0.read_bytes())
+    data[-1] ^= 1
+    rank_0.write_bytes(data)
+    assert content(resume_point(run)) == 8
+    assert "step_00000008 is damaged and skipped: rank_00000.safetensors is not as it was written" in caplog.text
+
+
+def test_a_copy_without_its_manifest_is_not_there(endpoint, run, tmp_path):
+    saver = saver_of(run, tmp_path)
+    for step in (4, 8):
+        assert write(saver, step) is None
+    shutil.rmtree(run.folder)
+    files.checkpoints_of(run.folder).mkdir(parents=True)
+    key = f"{copies.place_of(run).removeprefix('s3://bucket/')}/step_00000008/{sealed.MANIFEST}"
+    endpoint.client().delete_object(Bucket="bucket", Key=key)
+    assert content(resume_point(run)) == 4
+
+
+def test_a_copy_that_cannot_be_made_is_said_and_costs_neither_run_nor_checkpoint(run, tmp_path, caplog):
+    saver = saver_of(run, tmp_path)
+    saver.copies = "s3://no-such-bucket/runs/x/checkpoints"
+    assert write(saver, 4) is None
+    assert "its bucket does not exist" in saver.outcome.not_copied
+    assert "step_00000004 has no copy; the run goes on: " in caplog.text
+    assert content(files.newest_checkpoint(run.folder)) == 4
+
+
+def test_a_place_that_is_not_there_is_one_sentence_before_anything_starts(run):
+    run.checkpoint = run.checkpoint.model_copy(update={"copy_to": "s3://no-such-bucket"})
+    with pytest.raises(UserError, match="its bucket does not exist") as caught:
+        resume_point(run)
+    assert "\n" not in str(caught.value)
+    assert dist.is_initialized()

@@ -1,0 +1,147 @@
+"""What clusters do to a run, done to real ranks: killed at any moment, started again on other numbers of ranks.
+
+The full counts run under `make soak`. The surprise: ranks are started without the launcher here, which is a third of the time
+of a start; what the launcher does is in test_launch.py.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_corpus, make_model, make_run, write_run
+
+from ted_scale import checkpoint_files as files
+from ted_scale import sealed
+from ted_scale.state_files import KINDS, State
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {
+    "filters": {"steps": 3},
+    "train": {"steps": 9, "tokens_per_step": 384, "schedule": "constant", "precision": "bf16"},
+    "checkpoint": {"every": 1, "keep": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    make_model(folder / "teacher", "llama", hidden_size=48, num_hidden_layers=2)
+    make_model(folder / "student", "gpt2", num_hidden_layers=2, seed=1)
+    make_corpus(folder / "corpus")
+    return folder
+
+
+def begin(config: Path, ranks: int, *arguments) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--config", str(config), *arguments]
+    said = config.with_suffix(".out").open("a")
+    return [
+        subprocess.Popen(
+            command, env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=said, stderr=said
+        )
+        for rank in range(ranks)
+    ]
+
+
+def end(processes, config: Path, codes=(0,)) -> None:
+    deadline = time.monotonic() + 240
+    while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+    assert all(p.wait() in codes for p in processes), config.with_suffix(".out").read_text()[-3000:]
+
+
+def kill(processes, victim: int) -> None:
+    """-9 to one rank; what a launcher does to the others a moment later."""
+    processes[victim].send_signal(signal.SIGKILL)
+    time.sleep(0.2)
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def train(root: Path, name: str, ranks: int, **sections):
+    run = make_run(root, name=name, **{**SETTINGS, **sections})
+    config = write_run(root / f"{name}.toml", run)
+    end(begin(config, ranks), config)
+    return run
+
+
+def newest_step(run) -> int:
+    whole = [s.step for s in files.published(run.folder) if not (s.fault or files.check_digests(s.path))]
+    return max(whole, default=0)
+
+
+def final_state(run) -> dict[str, torch.Tensor]:
+    newest = files.newest_checkpoint(run.folder)
+    state = State(newest, sealed.read_manifest(newest))
+    return {f"{kind} {name}": state.whole(name, kind) for name in state.shapes for kind in KINDS}
+
+
+def losses(run) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss/total"] for row in rows if "loss/total" in row}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root):
+    return train(root, "undisturbed", 2)
+
+
+def killed_often(root: Path, name: str, kills: int, rng, last_step: int = 12) -> tuple:
+    """A run that is killed `kills` times at moments of its life drawn alike, start-up and saves included, and then ends."""
+    run = make_run(root, name=name, **SETTINGS)
+    config, seen = write_run(root / f"{name}.toml", run), []
+    for _ in range(kills):
+        before, moment = newest_step(run), rng.random()
+        processes = begin(config, 2)
+        goal, patience = before + moment * (last_step - before), time.monotonic() + 120
+        while newest_step(run) < goal and all(p.poll() is None for p in processes) and time.monotonic() < patience:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        unfinished = bool(list(files.checkpoints_of(run.folder).glob(f"*{sealed.PART}")))
+        kill(processes, rng.randrange(2))
+        seen.append({"before": before, "after": newest_step(run), "in a save": unfinished})
+        assert seen[-1]["after"] >= before, seen
+    end(begin(config, 2), config)
+    return run, seen
+
+
+def test_a_run_killed_three_times_ends_with_the_weights_of_an_undisturbed_one(root, undisturbed):
+    run, seen = killed_often(root, "killed", 3, random.Random(3))
+    print(seen)
+    ours, theirs = final_state(run), final_state(undisturbed)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert losses(run) == losses(undisturbed)
+
+
+def resized(root: Path, name: str, ranks: list[int]):
+    """One run in as many parts as there are entries, each on that number of ranks."""
+    for part, count in enumerate(ranks, start=1):
+        steps = part * SETTINGS["train"]["steps"] // len(ranks)
+        run = train(root, name, count, train={**SETTINGS["train"], "steps": steps})
+    return run
+
+
+def largest_difference(ours: dict, theirs: dict) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(abs(ours[step] / theirs[step] - 1) for step in theirs)
+
+
+def test_a_run_goes_on_with_the_losses_of_an_undisturbed_one_on_4_then_2_then_3_ranks(root, undisturbed):
+    run = resized(root, "resized", [4, 2, 3])
+    assert largest_difference(losses(run), losses(undisturbed)) < 1e-4
+    assert len(losses(run)) == 12

@@ -1,0 +1,150 @@
+"""A save beside training: what fails is said and never leaves a run unable to go on, whichever call fails."""
+
+import errno
+import itertools
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ted_scale import checkpoint_files as files
+from ted_scale import saver as saving
+from ted_scale import sealed
+from ted_scale.checkpoint import Snapshot
+from ted_scale.checkpoint_files import Progress
+from ted_scale.config import Checkpoint
+from ted_scale.errors import UserError
+from ted_scale.saver import Saver
+from ted_scale.state_files import State, key_of
+
+WRITES = ("open", "write", "fsync", "rename", "mkdir", "link", "unlink", "rmdir")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Run:
+    def __init__(self, folder: Path, **settings):
+        self.folder, self.name, self.checkpoint = folder, folder.name, Checkpoint(keep=1, **settings)
+
+
+def state(step: int) -> Snapshot:
+    tensors = {key_of(kind, "w"): torch.full((50,), float(step)) for kind in ("fp32", "exp_avg", "exp_avg_sq")}
+    return Snapshot(tensors, {"ranks": 1, "updates": step, "shapes": {"w": [5, 10]}})
+
+
+def write(saver: Saver, step: int) -> str | None:
+    place = files.checkpoints_of(saver.folder) / files.checkpoint_name(step)
+    saver.write(place, state(step), Progress(step, step, step), True)
+    return saver.outcome.failure
+
+
+def content(checkpoint: Path) -> float:
+    assert files.check_digests(checkpoint) is None
+    return State(checkpoint, sealed.read_manifest(checkpoint)).whole("w").unique().item()
+
+
+def failing(monkeypatch, number: int, code: int, for_good: bool):
+    """The `number`-th call that changes the disk fails, and all later ones if `for_good`; counts them."""
+    calls = itertools.count(1)
+
+    def wrapped(original):
+        def call(*arguments, **named):
+            if original is os.open and not arguments[1] & os.O_CREAT:
+                return original(*arguments, **named)
+            mine = next(calls)
+            if mine == number or (for_good and mine > number):
+                raise OSError(code, os.strerror(code))
+            return original(*arguments, **named)
+
+        return call
+
+    for name in WRITES:
+        monkeypatch.setattr(os, name, wrapped(getattr(os, name)))
+    return calls
+
+
+@pytest.mark.parametrize("for_good", [False, True], ids=["once", "from then on"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
+def test_whichever_write_fails_a_whole_checkpoint_is_left_and_the_next_save_works(
+    tmp_path, monkeypatch, code, for_good
+):
+    monkeypatch.setattr(saving, "PAUSES_S", (0, 0))
+    filters = tmp_path / "filters.safetensors"
+    filters.write_bytes(b"filters")
+    failed = published = 0
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        saver = Saver(Run(folder), filters)
+        assert write(saver, 4) is None
+        with monkeypatch.context() as patch:
+            calls = failing(patch, number, code, for_good)
+            failure = write(saver, 8)
+        made = next(calls) - 1
+        found = {s.step: content(s.path) for s in files.published(folder) if s.fault is None}
+        assert found, f"call {number}: nothing is left to go on from"
+        assert all(step == value for step, value in found.items())
+        assert failure or 8 in found
+        failed, published = failed + bool(failure), published + (8 in found)
+        files.clear_unfinished(folder)  # as a restart does
+        assert write(saver, 12) is None
+        assert [s.step for s in files.published(folder)] == [12]
+        shutil.rmtree(folder)
+        if made < number:
+            break
+    assert number > 15
+    assert published > 1
+    assert failed > 5 or not (for_good or code == errno.ENOSPC)  # one hiccup is outlived
+
+
+def test_a_failed_save_does_not_end_the_run_but_the_last_one_must_not_fail(tmp_path, monkeypatch, caplog):
+    saver = Saver(Run(tmp_path), tmp_path / "filters")
+    (tmp_path / "filters").write_bytes(b"filters")
+    with monkeypatch.context() as patch:
+        failing(patch, 1, errno.ENOSPC, True)
+        assert write(saver, 4)
+    assert "rank 0 could not write step_00000004: No space left on device" in caplog.text
+    assert caplog.text.rstrip().endswith("; the run goes on")
+    with pytest.raises(UserError, match="could not write step_00000004"):
+        saver.finish()
+    assert write(saver, 8) is None
+    assert saver.finish() == {}
+
+
+def test_filters_stand_in_two_files_at_least_and_not_in_one_a_checkpoint(tmp_path):
+    """One bad block must not be in every checkpoint; nor must each hold another gigabyte."""
+    (tmp_path / "filters").write_bytes(b"filters")
+    saver = Saver(Run(tmp_path, keep_every=1), tmp_path / "filters")
+    for step in (1, 2, 3):
+        assert write(saver, step) is None
+    inodes = [(s.path / files.FILTERS).stat().st_ino for s in files.published(tmp_path)]
+    assert len(set(inodes)) == 1
+    assert inodes[0] != (tmp_path / "filters").stat().st_ino
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 3), (3, 4), (1, 5), (5, 1), (2, 2)])
+def test_any_ranks_read_what_any_ranks_wrote(tmp_path, before, after):
+    """Every stretch that one of `after` ranks holds, of tensors larger and smaller than the ranks that wrote them."""
+    from ted_scale.state_files import as_bytes, cut, rank_file
+
+    shapes = {"large": [7, 11], "small": [2], "one": [1]}
+    whole = {name: torch.randn(shape) for name, shape in shapes.items()}
+    for rank in range(before):
+        stretches = {name: cut(tensor.numel(), before, rank) for name, tensor in whole.items()}
+        pieces = {key_of("fp32", n): whole[n].flatten()[a:b] for n, (a, b) in stretches.items() if b > a}
+        sealed.write_file(tmp_path / rank_file(rank), as_bytes(pieces))
+    read = State(tmp_path, {"ranks": before, "shapes": shapes})
+    for name, tensor in whole.items():
+        assert torch.equal(read.whole(name), tensor)
+        for rank in range(after):
+            first, last = cut(tensor.numel(), after, rank)
+            if last > first:
+                assert torch.equal(read.stretch("fp32", name, first, last), tensor.flatten()[first:last])

@@ -1,0 +1,162 @@
+"""A checkpoint is whole or passed over: whatever a power cut or a disk makes of its files is noticed before a byte of it is
+used."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ted_scale import checkpoint_files as files
+from ted_scale import sealed
+from ted_scale.errors import UserError
+
+CASES = 200
+
+
+def leave(run: Path, step: int, validation: float | None = None) -> Path:
+    """A published checkpoint of a few small files."""
+    rng = random.Random(step)
+    part = files.checkpoints_of(run) / (files.checkpoint_name(step) + sealed.PART)
+    part.mkdir(parents=True)
+    progress = files.progress_as_bytes(files.Progress(step, step * 256, step * 8))
+    entries = {files.PROGRESS: sealed.write_file(part / files.PROGRESS, [progress])}
+    for rank in range(2):
+        name = f"rank_{rank:05d}.safetensors"
+        entries[name] = sealed.write_file(part / name, [rng.randbytes(300), b"", rng.randbytes(77)])
+    sealed.seal(part, entries, {"step": step, "ranks": 2, "validation": validation})
+    return sealed.publish(part)
+
+
+def cut_off(path: Path, rng) -> None:
+    path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+
+
+def flip(path: Path, rng) -> None:
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def blank(path: Path, rng) -> None:
+    """What journaling file systems leave of a file whose data never arrived: its length, in zeros."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def lose(path: Path, rng) -> None:
+    path.unlink()
+
+
+def grow(path: Path, rng) -> None:
+    with path.open("ab") as file:
+        file.write(rng.randbytes(1 + rng.randrange(9)))
+
+
+def mix_up(path: Path, rng) -> None:
+    """The file of the same name of another checkpoint."""
+    shutil.copyfile(path.parents[1] / "step_00000008" / path.name, path)
+
+
+DAMAGES = [cut_off, flip, blank, lose, grow, mix_up]
+
+
+def newest_whole(run: Path) -> Path | None:
+    """As a resume finds it: sizes and manifests first, then every byte."""
+    return next((s.path for s in files.published(run) if not (s.fault or files.check_digests(s.path))), None)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    for step in (4, 8, 12):
+        leave(run, step)
+    return run
+
+
+def test_200_damages_are_all_noticed_and_the_checkpoint_before_is_used(original, tmp_path):
+    seen = set()
+    for case in range(CASES):
+        run, rng = tmp_path / str(case), random.Random(case)
+        shutil.copytree(original, run)
+        newest = files.checkpoints_of(run) / "step_00000012"
+        victim, damage = rng.choice(sorted(newest.iterdir())), DAMAGES[case % len(DAMAGES)]
+        damage(victim, rng)
+        seen.add((damage.__name__, victim.name))
+        fault = files.check_digests(newest)
+        assert fault and "\n" not in fault, (case, damage, victim)
+        assert newest_whole(run).name == "step_00000008", (case, damage, victim)
+        shutil.rmtree(run)
+    assert len(seen) == len(DAMAGES) * 4  # every kind of damage to every file
+
+
+@pytest.mark.parametrize("pointer", [None, "step_00000099", "", "../../etc"])
+def test_a_pointer_to_the_newest_is_neither_needed_nor_believed(original, tmp_path, pointer):
+    run = shutil.copytree(original, tmp_path / "run")
+    if pointer is not None:
+        (files.checkpoints_of(run) / "latest").write_text(pointer)
+    assert newest_whole(run).name == "step_00000012"
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "..", "", "a/b"])
+def test_a_manifest_names_files_of_its_own_folder_only(original, tmp_path, name):
+    run = shutil.copytree(original, tmp_path / "run")
+    path = files.checkpoints_of(run) / "step_00000012" / sealed.MANIFEST
+    content = json.loads(path.read_text())["content"]
+    content["files"][name] = [1, "0"]
+    path.write_text(json.dumps({"content": content, "sha256": sealed.digest_of_content(content)}))
+    with pytest.raises(sealed.Damaged, match="which is no file in it"):
+        sealed.read_manifest(path.parent)
+
+
+def test_all_damaged_is_one_sentence_and_never_a_new_beginning(original, tmp_path):
+    run = shutil.copytree(original, tmp_path / "run")
+    for checkpoint in files.checkpoints_of(run).iterdir():
+        (checkpoint / sealed.MANIFEST).unlink()
+    with pytest.raises(UserError, match="must hold a whole checkpoint, but none of 3 is") as caught:
+        files.newest_checkpoint(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_last_ones_every_so_many_and_the_best_stay(tmp_path):
+    class Settings:
+        keep, keep_every, keep_best = 2, 6, True
+
+    for step, loss in ((2, 5.0), (4, 3.0), (6, None), (8, 4.0), (10, 3.5), (12, 3.1), (14, 9.0)):
+        leave(tmp_path, step, loss)
+    (files.checkpoints_of(tmp_path) / "step_00000008" / sealed.MANIFEST).unlink()
+    gone = files.prune(tmp_path, Settings)
+    left = sorted(p.name for p in files.checkpoints_of(tmp_path).iterdir())
+    assert left == [files.checkpoint_name(step) for step in (4, 6, 8, 12, 14)]  # 8 is damaged: not ours to remove
+    assert sorted(p.name for p in gone) == [files.checkpoint_name(step) for step in (2, 10)]
+
+
+def test_publishing_over_a_damaged_one_of_the_same_step_replaces_it(original, tmp_path):
+    run = shutil.copytree(original, tmp_path / "run")
+    (files.checkpoints_of(run) / "step_00000012" / files.PROGRESS).unlink()
+    leave(run, 12)
+    assert newest_whole(run).name == "step_00000012"
+    assert not list(files.checkpoints_of(run).glob(f"*{sealed.PART}"))
+
+
+def test_the_tool_lists_verifies_and_prunes(original, tmp_path, capsys):
+    from tools.checkpoints import main
+
+    run = shutil.copytree(original, tmp_path / "run")
+    rank_1 = files.checkpoints_of(run) / "step_00000008" / "rank_00001.safetensors"
+    flip(rank_1, random.Random(0))
+    (files.checkpoints_of(run) / "step_00000016.part").mkdir()
+    main([str(run), "list"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == [*(f"step_{s:08d}" for s in (12, 8, 4)), "step_00000016.part"]
+    assert all(line.endswith("whole") for line in said[:3])
+    with pytest.raises(SystemExit) as code:
+        main([str(run), "verify"])
+    said = capsys.readouterr().out.splitlines()
+    assert code.value.code == 1
+    assert said[1].endswith("DAMAGED: rank_00001.safetensors is not as it was written")
+    rank_1.unlink()
+    main([str(run), "prune", "--keep", "1"])
+    assert "nothing was removed" in capsys.readouterr().out
+    main([str(run), "prune", "--keep", "1", "--yes"])
+    assert [p.name for p in files.checkpoints_of(run).iterdir()] == ["step_00000012"]
