@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import soak_report
 import torch
 from tiny import make_corpus, make_model, make_run, write_run
 
@@ -128,11 +129,10 @@ def test_a_run_killed_three_times_ends_with_the_weights_of_an_undisturbed_one(ro
     assert losses(run) == losses(undisturbed)
 
 
-def resized(root: Path, name: str, ranks: list[int]):
+def resized(root: Path, name: str, ranks: list[int], steps: int = SETTINGS["train"]["steps"]):
     """One run in as many parts as there are entries, each on that number of ranks."""
     for part, count in enumerate(ranks, start=1):
-        steps = part * SETTINGS["train"]["steps"] // len(ranks)
-        run = train(root, name, count, train={**SETTINGS["train"], "steps": steps})
+        run = train(root, name, count, train={**SETTINGS["train"], "steps": part * steps // len(ranks)})
     return run
 
 
@@ -145,3 +145,31 @@ def test_a_run_goes_on_with_the_losses_of_an_undisturbed_one_on_4_then_2_then_3_
     run = resized(root, "resized", [4, 2, 3])
     assert largest_difference(losses(run), losses(undisturbed)) < 1e-4
     assert len(losses(run)) == 12
+
+
+@pytest.mark.soak
+def test_a_hundred_kills_lose_nothing_that_was_published(root, undisturbed):
+    """Ten kills a run, and each run ends with the weights of the undisturbed one."""
+    theirs, before = final_state(undisturbed), soak_report.done("kill -9")
+    for number in range(10):
+        if f"{number}" in before:
+            continue
+        run, seen = killed_often(root, f"killed_{number}", 10, random.Random(number))
+        ours = final_state(run)
+        same = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        in_saves = sum(kill["in a save"] for kill in seen)
+        steps = [kill["after"] for kill in seen]
+        soak_report.note("kill -9", number, kills=len(seen), in_saves=in_saves, steps=steps, same_weights=same)
+        assert same, seen
+    assert sum(result["kills"] for result in soak_report.done("kill -9").values()) == 100
+
+
+@pytest.mark.soak
+def test_a_run_goes_on_with_the_losses_of_an_undisturbed_one_on_4_2_1_3_and_4_ranks(root):
+    sizes = [4, 2, 1, 3, 4]
+    settings = {"train": {**SETTINGS["train"], "steps": 15}}
+    straight = train(root, "straight", 4, **settings)
+    run = resized(root, "resized_often", sizes, steps=15)
+    worst = largest_difference(losses(run), losses(straight))
+    soak_report.note("ranks", "-".join(map(str, sizes)), worst_relative_difference=worst)
+    assert worst < 1e-4
