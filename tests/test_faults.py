@@ -101,17 +101,17 @@ def undisturbed(root):
     return train(root, "undisturbed", 2)
 
 
-def killed_often(root: Path, name: str, kills: int, rng, last_step: int = 12) -> tuple:
-    """A run that is killed `kills` times at moments of its life drawn alike, start-up and saves included, and then ends."""
+def killed_often(root: Path, name: str, kills: int, rng, stride: int) -> tuple:
+    """A run that is killed `kills` times, each time some steps (0 to `stride`) further or while it starts, and then ends."""
     run = make_run(root, name=name, **SETTINGS)
     config, seen = write_run(root / f"{name}.toml", run), []
     for _ in range(kills):
-        before, moment = newest_step(run), rng.random()
-        processes = begin(config, 2)
-        goal, patience = before + moment * (last_step - before), time.monotonic() + 120
-        while newest_step(run) < goal and all(p.poll() is None for p in processes) and time.monotonic() < patience:
+        before, further = newest_step(run), rng.randint(0, stride)
+        processes, patience = begin(config, 2), time.monotonic() + 120
+        while newest_step(run) < before + further and all(p.poll() is None for p in processes):
+            assert time.monotonic() < patience
             time.sleep(0.01)
-        time.sleep(rng.random() * 0.3)
+        time.sleep(rng.random() * (0.3 if further else 10))
         unfinished = bool(list(files.checkpoints_of(run.folder).glob(f"*{sealed.PART}")))
         kill(processes, rng.randrange(2))
         seen.append({"before": before, "after": newest_step(run), "in a save": unfinished})
@@ -121,7 +121,7 @@ def killed_often(root: Path, name: str, kills: int, rng, last_step: int = 12) ->
 
 
 def test_a_run_killed_three_times_ends_with_the_weights_of_an_undisturbed_one(root, undisturbed):
-    run, seen = killed_often(root, "killed", 3, random.Random(3))
+    run, seen = killed_often(root, "killed", 3, random.Random(3), stride=6)
     print(seen)
     ours, theirs = final_state(run), final_state(undisturbed)
     assert ours.keys() == theirs.keys()
@@ -154,7 +154,7 @@ def test_a_hundred_kills_lose_nothing_that_was_published(root, undisturbed):
     for number in range(10):
         if f"{number}" in before:
             continue
-        run, seen = killed_often(root, f"killed_{number}", 10, random.Random(number))
+        run, seen = killed_often(root, f"killed_{number}", 10, random.Random(number), stride=2)
         ours = final_state(run)
         same = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
         in_saves = sum(kill["in a save"] for kill in seen)
