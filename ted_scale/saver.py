@@ -6,6 +6,7 @@ checkpoint is intact and the next save comes, but `finish`, at the end of a stag
 threads talk over a process group of their own, because the trainer's collectives go on meanwhile.
 """
 
+import contextlib
 import errno
 import logging
 import shutil
@@ -173,8 +174,9 @@ def seal_and_publish(part: Path, entries: dict[str, Entry], about: dict) -> None
 
 
 def sentence(place: Path, rank: int, said: str) -> str:
-    free = shutil.disk_usage(place.parent).free / 2**30
+    with contextlib.suppress(OSError):
+        said += f" ({shutil.disk_usage(place.parent).free / 2**30:.1f} GiB free)"
     return (
-        f"{place.parent} must have room for a checkpoint, but rank {rank} could not write {place.name}: {said} ({free:.1f} GiB "
-        "free); the previous checkpoint is intact: free space and start the same command again"
+        f"{place.parent} must have room for a checkpoint, but rank {rank} could not write {place.name}: {said}; the previous "
+        "checkpoint is intact: free space and start the same command again"
     )
