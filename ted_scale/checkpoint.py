@@ -42,10 +42,19 @@ def groups_of(engine) -> list[Group]:
         for parameter in parameters:
             members.append((names[parameter.ds_id], begin, parameter))
             begin += parameter.ds_tensor.ds_numel
-        state = optimizer.optimizer.state[masters]
+        state = moments_of(optimizer.optimizer, masters)
         tensors = {"fp32": masters.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
         found.append(Group(tensors, members, state["step"]))
     return found
+
+
+def moments_of(adamw, masters: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """AdamW's state of a flat group, which it makes at its first step, as it makes it."""
+    state = adamw.state[masters]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=masters.device)
+        state |= {kind: torch.zeros_like(masters.detach()) for kind in KINDS[1:]}
+    return state
 
 
 def held(parameter) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from ted_scale.state_files import KINDS, State
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
     "filters": {"steps": 3},
-    "train": {"steps": 9, "tokens_per_step": 384, "schedule": "constant", "precision": "bf16"},
+    "train": {"steps": 9, "tokens_per_step": 384, "schedule": "constant", "precision": "bf16", "lr": 1e-4},
     "checkpoint": {"every": 1, "keep": 3},
 }
 
@@ -102,27 +102,34 @@ def undisturbed(root):
 
 
 def killed_often(root: Path, name: str, kills: int, rng, stride: int) -> tuple:
-    """A run that is killed `kills` times, each time some steps (0 to `stride`) further or while it starts, and then ends."""
+    """A run that is killed `kills` times, each time some steps (0 to `stride`) further or while it starts, and then ends. Every
+    other kill waits for a save."""
     run = make_run(root, name=name, **SETTINGS)
     config, seen = write_run(root / f"{name}.toml", run), []
-    for _ in range(kills):
+    for number in range(kills):
         before, further = newest_step(run), rng.randint(0, stride)
         processes, patience = begin(config, 2), time.monotonic() + 120
         while newest_step(run) < before + further and all(p.poll() is None for p in processes):
             assert time.monotonic() < patience
             time.sleep(0.01)
         time.sleep(rng.random() * (0.3 if further else 10))
-        unfinished = bool(list(files.checkpoints_of(run.folder).glob(f"*{sealed.PART}")))
+        while number % 2 and further and not unfinished(run) and all(p.poll() is None for p in processes):
+            time.sleep(0.0002)
+        in_a_save = unfinished(run)
         kill(processes, rng.randrange(2))
-        seen.append({"before": before, "after": newest_step(run), "in a save": unfinished})
+        seen.append({"before": before, "after": newest_step(run), "in a save": in_a_save})
         assert seen[-1]["after"] >= before, seen
     end(begin(config, 2), config)
     return run, seen
 
 
+def unfinished(run) -> bool:
+    return any(name.endswith(sealed.PART) for name in os.listdir(files.checkpoints_of(run.folder)))
+
+
 def test_a_run_killed_three_times_ends_with_the_weights_of_an_undisturbed_one(root, undisturbed):
     run, seen = killed_often(root, "killed", 3, random.Random(3), stride=6)
-    print(seen)
+    assert any(kill["in a save"] for kill in seen), seen
     ours, theirs = final_state(run), final_state(undisturbed)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
