@@ -141,6 +141,7 @@ def start_ranks(backend: str = "auto") -> torch.device:
 def engine_config(plan: Plan, **trained) -> dict:
     """DeepSpeed's configuration: its file's part, and what the run file owns."""
     return {
+        "communication_data_type": "fp32",  # bf16 sums over ranks lose more digits the more ranks there are; ds_config may say bf16
         **plan.ds_config,
         "train_micro_batch_size_per_gpu": plan.run.train.micro_batch,
         "bf16": {"enabled": plan.run.train.precision == "bf16"},

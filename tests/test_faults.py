@@ -124,7 +124,7 @@ def killed_often(root: Path, name: str, kills: int, rng, stride: int) -> tuple:
 
 
 def unfinished(run) -> bool:
-    return any(name.endswith(sealed.PART) for name in os.listdir(files.checkpoints_of(run.folder)))
+    return any(path.name.endswith(sealed.PART) for path in files.checkpoints_of(run.folder).iterdir())
 
 
 def test_a_run_killed_three_times_ends_with_the_weights_of_an_undisturbed_one(root, undisturbed):
