@@ -11,10 +11,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from ted_scale import progress_form, resume
 from ted_scale.errors import UserError
+from ted_scale.parsing import parse_json
+from ted_scale.paths import inside
 
 PART = ".part"
-HARMLESS = ("data.seq_len", "data.attention", "train.tokens_per_step")  # the data goes on with others, see blend.py
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Progress:
     blend: dict | None = None  # blend.as_dict
     adaptive: dict | None = None  # feed.Measured
     wandb_id: str | None = None
-    identity: dict = dataclasses.field(default_factory=dict)
+    identity: dict = dataclasses.field(default_factory=dict)  # plan.identity
+    run: dict | None = None  # the whole run file, resolved; earlier versions wrote none
 
     def advanced(self, samples: int, seq_len: int) -> "Progress":
         tokens = self.tokens + samples * seq_len
@@ -51,7 +54,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     pointer = checkpoints_of(folder) / "latest"
     if not pointer.exists():
         return None
-    checkpoint = checkpoints_of(folder) / pointer.read_text(encoding="utf-8").strip()
+    checkpoint = inside(checkpoints_of(folder), pointer.read_text(encoding="utf-8", errors="replace").strip(), pointer)
     if not (checkpoint / "progress.json").is_file():
         raise UserError(
             f"{pointer} must name a checkpoint, but {checkpoint} is not one; write the name of a whole one into it"
@@ -61,10 +64,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def read_progress(checkpoint: Path) -> Progress:
     try:
-        values = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        if missing := {field.name for field in dataclasses.fields(Progress)} - values.keys():
-            raise ValueError(f"it has no {min(missing)}")
-        return Progress(**values)
+        values = parse_json((checkpoint / "progress.json").read_text(encoding="utf-8"))
+        return Progress(**progress_form.checked(values))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{checkpoint}/progress.json must be a progress file, but is not: {error}") from None
 
@@ -108,26 +109,6 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def check_identity(where: Path, theirs: dict, ours: dict) -> None:
-    """Refuse the first thing in which a checkpoint and this run differ."""
-    for key in differences(theirs, ours):
-        if key not in HARMLESS:
-            raise UserError(
-                f"{key} must be {theirs.get(key)!r} to resume from {where}, but is {ours.get(key)!r}; "
-                "set it back, or give the run another name"
-            )
-
-
-def differences(theirs: dict, ours: dict) -> list[str]:
-    return [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
-
-
-def harmless_changes(theirs: dict, ours: dict, step: int) -> list[str]:
-    """What a run must say of a run file that it goes on with, a sentence a change."""
-    changed = [key for key in differences(theirs, ours) if key in HARMLESS and key in theirs]
-    return [f"{key} is {ours[key]} instead of {theirs[key]} from step {step} on" for key in changed]
-
-
 def check_filters(path: Path, identity: dict) -> None:
     """`filters.from` names a run whose stage I is done and fits this one."""
     from safetensors import SafetensorError, safe_open
@@ -136,7 +117,7 @@ def check_filters(path: Path, identity: dict) -> None:
         raise UserError(f"filters.from must name a run folder whose stage I is done, but {path} does not exist")
     try:
         with safe_open(path, framework="pt") as tensors:
-            written = json.loads(tensors.metadata()["identity"])
+            written = dict(parse_json(tensors.metadata()["identity"]))
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"filters.from must name filters that this project wrote, but {path} is not: {error}") from None
-    check_identity(path, written, identity)
+    resume.refuse_other_filters(path, written, identity)

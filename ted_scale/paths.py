@@ -5,6 +5,8 @@ manifest, a listing or a pointer may be anybody's. The surprise: a link inside t
 the folder as well, so that a name cannot leave it by way of a link that came with it.
 """
 
+import os
+import stat
 import unicodedata
 from pathlib import Path
 
@@ -32,6 +34,15 @@ def checked_name(name: str, source: str | Path) -> str:
     if any(part in ("", ".", "..") or len(part.encode()) > LONGEST for part in name.split("/")):
         raise outside(name, source)
     return name
+
+
+def own_folder(folder: Path, key: str) -> None:
+    """Make a folder in one that all users write, where another user may have put something of this name before."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise UserError(f"{key} must be set where its default is another user's, but is not, and {folder} is; set it")
+    folder.chmod(0o700)
 
 
 def outside(name, source: str | Path) -> UserError:

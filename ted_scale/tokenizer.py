@@ -1,16 +1,21 @@
 """One face for both kinds of tokenizer that a corpus is written with: sentencepiece models and Hugging Face ones.
 
 Training one is tools/train_tokenizer.py's part. The surprise: a special token spelled out in a text stays text, in both
-kinds, unless asked otherwise; a web page that says </s> must not end a document.
+kinds, unless asked otherwise; a web page that says </s> must not end a document. No tokenizer brings code, see design
+note 16.
 """
 
+import contextlib
 import hashlib
 import json
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale.errors import UserError
+from ted_scale.parsing import parse_json
 
+MOST_PIECES = 1 << 24  # a list of a vocabulary's pieces is made, by id
 NO_EOD = "must have an end-of-sequence token to end documents with, but has none; set one in the tokenizer"
 
 
@@ -48,23 +53,55 @@ def _sentencepiece(path: str) -> Tokenizer:
 
 
 def _hugging_face(path: str, parse_special: bool) -> Tokenizer:
+    model, vocabulary = hugging_face(path, f"--tokenizer {path} must be a .model file or a Hugging Face tokenizer")
+    if model.eos_token_id is None:
+        raise UserError(f"--tokenizer {path} {NO_EOD}")
+    size = max([len(model), *(i + 1 for i in vocabulary.values())])
+    encode, content = (_fast if model.is_fast else _slow)(model, parse_special)
+    decode = partial(model.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return Tokenizer(encode, decode, model.convert_ids_to_tokens(range(size)), model.eos_token_id, content)
+
+
+def hugging_face(path, must: str):
+    """(tokenizer of a folder or name, its vocabulary), of transformers' own classes alone; `must` begins the sentence where
+    there is none."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     try:
-        model = transformers.AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # from_pretrained raises whatever the folder's content makes it raise
-        reason = str(error).strip().split("\n")[0]
+        check_class(transformers, path)
+        model = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        vocabulary = model.get_vocab()
+        ids = [*vocabulary.values(), *(i for i in model.all_special_ids if i is not None)]
+        if max(ids, default=0) >= MOST_PIECES:
+            raise ValueError(f"its ids reach beyond {MOST_PIECES:,}")
+    except BaseException as error:  # whatever the folder's content makes it raise; what panics in Rust is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        if "trust_remote_code" in reason:
+            reason = "it needs code of its own, which is not run; save it as a tokenizer.json where you trust that code"
         raise UserError(
-            f"--tokenizer {path} must be a .model file or a Hugging Face tokenizer, but does not load ({reason}); "
-            "name a local folder or run where the hub can be reached"
+            f"{must}, but does not load ({reason}); name a local folder or run where the hub can be reached"
         ) from None
-    if model.eos_token_id is None:
-        raise UserError(f"--tokenizer {path} {NO_EOD}")
-    size = max([len(model), *(i + 1 for i in model.get_vocab().values())])
-    encode, content = (_fast if model.is_fast else _slow)(model, parse_special)
-    decode = partial(model.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return Tokenizer(encode, decode, model.convert_ids_to_tokens(range(size)), model.eos_token_id, content)
+    return model, vocabulary
+
+
+def check_class(transformers, path) -> None:
+    """transformers takes any class of its own by the name that stands here, models and loaders of code too."""
+    for file in ("tokenizer_config.json", "config.json"):
+        found = transformers.utils.cached_file(path, file, _raise_exceptions_for_missing_entries=False)
+        values = parse_json(Path(found).read_bytes()) if found else {}
+        name = values.get("tokenizer_class") if isinstance(values, dict) else None
+        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        if kind is not None and not is_tokenizer(transformers, kind):
+            raise ValueError(f"{file} says tokenizer_class {name}, which is no tokenizer")
+
+
+def is_tokenizer(transformers, kind) -> bool:
+    """Or what stands for one whose package is not installed, and says so."""
+    base = transformers.PreTrainedTokenizerBase
+    return isinstance(kind, type) and (issubclass(kind, base) or ".dummy_" in kind.__module__)
 
 
 def _fast(model, parse_special: bool) -> tuple:
@@ -77,7 +114,8 @@ def _fast(model, parse_special: bool) -> tuple:
 
 def _encode_fast(backend, parse_special: bool, texts: list[str]) -> list[list[int]]:
     backend.encode_special_tokens = not parse_special  # set here, because a pickled backend forgets it
-    return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    with said_of_tokenizer():
+        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _slow(model, parse_special: bool) -> tuple:
@@ -87,7 +125,19 @@ def _slow(model, parse_special: bool) -> tuple:
 
 def _encode_slow(model, parse_special: bool, texts: list[str]) -> list[list[int]]:
     options = {"add_special_tokens": False, "split_special_tokens": not parse_special, "verbose": False}
-    return model(texts, **options)["input_ids"]
+    with said_of_tokenizer():
+        return model(texts, **options)["input_ids"]
+
+
+@contextlib.contextmanager
+def said_of_tokenizer():
+    """Some only find out at a text that they cannot encode: a vocabulary without the token for what it does not hold."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer must encode every text, but cannot: {error}; correct it or take another"
+        ) from None
 
 
 def digest(tokenizer: Tokenizer) -> str:
