@@ -12,7 +12,7 @@ import traceback
 
 from ted_scale import redact
 
-LONGEST = 200  # characters of a value in a sentence
+LONGEST_VALUE, LONGEST_SENTENCE = 200, 4000  # characters
 
 
 class UserError(Exception):
@@ -35,7 +35,7 @@ class RunStopped(Exception):
 
 def clean(sentence: str) -> str:
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
-    return redact.redact("".join(escaped))
+    return shortened(redact.redact("".join(escaped)), LONGEST_SENTENCE)
 
 
 def shown(value) -> str:
@@ -44,7 +44,11 @@ def shown(value) -> str:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deeply; an integer of more digits than Python writes
         return f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
+    return shortened(text, LONGEST_VALUE)
+
+
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most] + "…"
 
 
 @contextlib.contextmanager

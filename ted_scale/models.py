@@ -3,7 +3,7 @@
 The model is built on the meta device and run once: the run shows which module is the body, where its blocks are, what
 is applied after the last block (the tail) and what happens to the logits. Nothing is guessed from a family's name.
 Block k's state is the output of block k, counted from 0, before the tail: not `hidden_states[k]`, whose last entry is
-behind the final norm in most families. No code that comes with a model is run, see design note 16.
+behind the final norm in most families. No code that comes with a model is run (docs/security.md).
 """
 
 import contextlib

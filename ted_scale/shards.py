@@ -27,6 +27,7 @@ SIDECAR = {"max_token_id": int, "tokens": int}
 SIGNED = {"bin_bytes": int, "bin_sha256": str, "idx_sha256": str, "documents": int, "read": dict} | {
     "tokenizer": str, "tokenizer_digest": str, "vocab_size": int, "eod_id": int
 }  # fmt: skip
+LARGEST_SIDECAR = 1 << 20  # bytes; a thousandth is usual
 TOKENIZE = "write it with tools/tokenize_corpus.py"
 SHARD_NUMBER = re.compile(r"-\d{5}$")
 SMALL_INDEX = (
@@ -193,7 +194,7 @@ def _sidecar(files: Files, tokens: int) -> dict | None:
 def read_sidecar(path: Path, called: str) -> dict:
     """What a sidecar holds; a copy of a remote one is `called` by its own name."""
     try:
-        sidecar = parse_json(path.read_bytes())
+        sidecar = parse_json(path.read_bytes()) if path.stat().st_size <= LARGEST_SIDECAR else None
     except (ValueError, OSError):
         sidecar = None
     if not fits(sidecar, SIDECAR, SIGNED):

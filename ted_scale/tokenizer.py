@@ -1,8 +1,8 @@
 """One face for both kinds of tokenizer that a corpus is written with: sentencepiece models and Hugging Face ones.
 
 Training one is tools/train_tokenizer.py's part. The surprise: a special token spelled out in a text stays text, in both
-kinds, unless asked otherwise; a web page that says </s> must not end a document. No tokenizer brings code, see design
-note 16.
+kinds, unless asked otherwise; a web page that says </s> must not end a document. No tokenizer brings code
+(docs/security.md).
 """
 
 import contextlib

@@ -40,7 +40,8 @@ TEXTS = {  # a text and what of it must not be left
 }  # fmt: skip
 PLAIN = [
     "s3://bucket/corpora/web", "s3://bucket/a@b:c", "msc://profile/web", "http://localhost:9000/a@b", "http://h/x?page=2",
-    "runs/secret-sauce", "step 5 loss/kl 1.25", "the tokenizer must have a token for it", "/data/risk-free-corpus-of-the-world-2026",
+    "runs/secret-sauce", "step 5 loss/kl 1.25", "the tokenizer must have a token for it",
+    "/data/risk-free-corpus-of-the-world-2026",
     "models/Qwen--Qwen3-0.6B", "tokens_per_step = 2097152", "2f9a8f1c2b0d4e6f8a1b3c5d7e9f0a2b4c6d8e0f",
 ]  # fmt: skip
 
