@@ -55,7 +55,7 @@ class Plan:
         """What decides the result: a checkpoint and the run that resumes from it share it, but for what resume.allow names."""
         sides = {"student": self.student, "teacher": self.teacher}
         run, train, loss = self.run, self.run.train, self.run.loss
-        filters = {"filters.steps": 0}
+        filters = {"filters.steps": 0} if run.method == "ted" else {}
         if len(self.stages) > 1:
             filters = {"filters.steps": run.filters.steps, "filters.head": run.filters.head}
         return {

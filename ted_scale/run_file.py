@@ -51,7 +51,7 @@ def put(values: dict, override: str) -> None:
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UserError(f"--set must name a key of a section, but {shown(section)} in {shown(override)} is not one")
+            raise UserError(f"--set must name a key of a section, but {section} in {shown(override)} is not a section")
     values[key] = value
 
 

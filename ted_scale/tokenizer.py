@@ -79,7 +79,7 @@ def hugging_face(path, must: str):
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which is not run; save it as a tokenizer.json where you trust that code"
         raise UserError(
             f"{must}, but does not load ({reason}); name a local folder or run where the hub can be reached"

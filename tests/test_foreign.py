@@ -136,7 +136,7 @@ def test_a_manifest_names_shards_of_its_own_folder(world, name):
 
 
 @pytest.mark.parametrize(
-    "key", ["corpora/../../etc/x.bin", "corpora/a/b.bin", "corpora/a\0.idx", "corpora/a\n.json", "other/a.bin"]
+    "key", ["corpora/a/../../../etc/x.bin", "corpora/a/b.bin", "corpora/a\0.idx", "corpora/a\n.json", "other/a.bin"]
 )
 def test_a_listing_names_objects_of_its_own_folder(monkeypatch, key):
     pages = [Object(f"s3://bucket/{key}", 10, "v")]

@@ -148,7 +148,7 @@ def progress(data, at: Place) -> Callable:
     """progress.json, and the place in the data that it names."""
     run = make_run(at.world, method="kd", data={"corpora": [{"path": str(at.world / "corpus"), "validation": 0.1}]})
     (stage,) = plan.stages_of(run)
-    stream, stands, _ = feed.open_feed(run, stage, Progress(), VOCABULARY)
+    _, stands, _ = feed.open_feed(run, stage, Progress(), VOCABULARY)
     adaptive = feed.Measured(2, {"corpus": 1.0}, {"corpus": 2.5}, {"corpus": "text"})._asdict()
     tree = {
         "step": 4, "tokens": 1024, "samples": 32, "blend": stands.blend, "adaptive": adaptive, "wandb_id": "abc",

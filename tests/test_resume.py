@@ -15,7 +15,9 @@ from ted_scale import checkpoint, resume
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import UserError
+from ted_scale.feed import open_feed
 from ted_scale.plan import make_plan
+from ted_scale.schedule import stages_of
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +46,15 @@ def refusal(root: Path, ranks: int = 1, **sections) -> str:
     return said.replace(str(root), "ROOT")
 
 
+def blend_of(run) -> dict:
+    """Where the data of a run stand in its checkpoints."""
+    return open_feed(run, stages_of(run)[0], Progress(), 128)[1].blend
+
+
 def leave_checkpoint(run, identity: dict, step: int = 4) -> Path:
     part = files.checkpoints_of(run.folder) / (files.checkpoint_name(step) + files.PART)
     part.mkdir(parents=True)
-    files.write_progress(part, Progress(step, step * 256, wandb_id="wandb-id", identity=identity))
+    files.write_progress(part, Progress(step, step * 256, blend=blend_of(run), wandb_id="wandb-id", identity=identity))
     return files.publish(part)
 
 
@@ -170,6 +177,7 @@ def test_what_changed_is_said_key_by_key(world):
             "log_every is 5 instead of 1",
             "wandb.project is None instead of 'p'",
             "wandb.mode is None instead of 'auto'",
+            "wandb.tags is None instead of []",
             "loss.kl.start is 1.0 instead of None",
             "loss.kl.end is 0.0 instead of None",
             "loss.kl.shape is 'linear' instead of None",
