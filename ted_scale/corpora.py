@@ -86,7 +86,10 @@ class Shard:
             sequence = borders[document]
             return pointers[sequence] if sequence < sequences else self.index.tokens * itemsize
 
-        return bisect_left(range(self.index.documents), token * itemsize, lo=least, key=pointer)
+        try:
+            return bisect_left(range(self.index.documents), token * itemsize, lo=least, key=pointer)
+        except IndexError:
+            raise out_of_order(self.index.prefix + ".idx") from None
 
     def document_starts(self, low: int, high: int) -> numpy.ndarray:
         """First tokens of the documents that start in [low, high), which ends with the shard at the latest."""

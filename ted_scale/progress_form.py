@@ -62,15 +62,19 @@ def checked(values) -> dict:
         fault = error.errors(include_url=False, include_context=False)[0]
         raise ValueError(f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}") from None
     if values["blend"]:
-        check_blend(values["blend"])
+        check_blend(values["blend"], values["samples"])
     return values
 
 
-def check_blend(blend: dict) -> None:
-    """Shares of a block, and cursors that stand in an epoch which holds a window."""
+def check_blend(blend: dict, samples: int) -> None:
+    """Shares of a block, and of every corpus that gives some an epoch which holds a window, and a place in it."""
+    if blend["start"] > samples:
+        raise ValueError(f"blend.start must be at most samples ({samples})")
     rows = blend["domains"].values()
     if sum(row["share"] for row in rows) != order.BLOCK:
         raise ValueError(f"blend.domains.share must add up to {order.BLOCK}")
     for name, row in blend["domains"].items():
+        if row["share"] and not order.units(row["tokens"], blend["seq_len"]):
+            raise ValueError(f"blend.domains.{name}.tokens must hold a window of {blend['seq_len']}")
         if row["token"] > order.units(row["tokens"], row["unit"]) * row["unit"]:
             raise ValueError(f"blend.domains.{name}.token must be within its epoch")

@@ -5,7 +5,6 @@ kinds, unless asked otherwise; a web page that says </s> must not end a document
 (docs/security.md).
 """
 
-import contextlib
 import hashlib
 import json
 from functools import partial
@@ -41,15 +40,17 @@ def _sentencepiece(path: str) -> Tokenizer:
 
     try:
         model = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError):
+        pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    except (OSError, RuntimeError, ValueError):  # the last for pieces that are no text
         raise UserError(
             f"--tokenizer {path} must be a sentencepiece model, but does not load; check the file"
         ) from None
     if model.eos_id() < 0:
         raise UserError(f"--tokenizer {path} {NO_EOD}")
-    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
     content = _sha256(model.serialized_model_proto())
-    return Tokenizer(partial(model.encode, num_threads=1), model.decode, pieces, model.eos_id(), content)
+    return Tokenizer(
+        partial(model.encode, num_threads=1), partial(_said, model.decode), pieces, model.eos_id(), content
+    )
 
 
 def _hugging_face(path: str, parse_special: bool) -> Tokenizer:
@@ -58,7 +59,7 @@ def _hugging_face(path: str, parse_special: bool) -> Tokenizer:
         raise UserError(f"--tokenizer {path} {NO_EOD}")
     size = max([len(model), *(i + 1 for i in vocabulary.values())])
     encode, content = (_fast if model.is_fast else _slow)(model, parse_special)
-    decode = partial(model.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    decode = partial(_said, model.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return Tokenizer(encode, decode, model.convert_ids_to_tokens(range(size)), model.eos_token_id, content)
 
 
@@ -114,8 +115,7 @@ def _fast(model, parse_special: bool) -> tuple:
 
 def _encode_fast(backend, parse_special: bool, texts: list[str]) -> list[list[int]]:
     backend.encode_special_tokens = not parse_special  # set here, because a pickled backend forgets it
-    with said_of_tokenizer():
-        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return [e.ids for e in _said(backend.encode_batch_fast, texts, add_special_tokens=False)]
 
 
 def _slow(model, parse_special: bool) -> tuple:
@@ -125,18 +125,16 @@ def _slow(model, parse_special: bool) -> tuple:
 
 def _encode_slow(model, parse_special: bool, texts: list[str]) -> list[list[int]]:
     options = {"add_special_tokens": False, "split_special_tokens": not parse_special, "verbose": False}
-    with said_of_tokenizer():
-        return model(texts, **options)["input_ids"]
+    return _said(model, texts, **options)["input_ids"]
 
 
-@contextlib.contextmanager
-def said_of_tokenizer():
-    """Some only find out at a text that they cannot encode: a vocabulary without the token for what it does not hold."""
+def _said(action, *arguments, **named):
+    """Some only find out at a text what they cannot do, like one without the token for what it does not hold."""
     try:
-        yield
+        return action(*arguments, **named)
     except Exception as error:
         raise UserError(
-            f"the tokenizer must encode every text, but cannot: {error}; correct it or take another"
+            f"the tokenizer must take every text, but cannot: {error}; correct it or take another"
         ) from None
 
 

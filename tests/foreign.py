@@ -1,5 +1,6 @@
 """Files that somebody else may have written: programs where data should be, and ways to damage what is sound."""
 
+import copy
 import json
 import pickle
 import struct
@@ -57,6 +58,10 @@ KEYS = (
 NUMBERS = (0, 1, 255, 2**15, 2**31 - 1, 2**31, 2**32, 2**40, 2**60, 2**63 - 1, 2**63, 2**64 - 1)
 
 
+def junk():
+    return st.sampled_from(range(len(JUNK))).map(lambda i: copy.deepcopy(JUNK[i]))
+
+
 @st.composite
 def damaged_tree(draw, tree):
     """A tree of tables, lists and values with one to three of its places changed."""
@@ -65,15 +70,15 @@ def damaged_tree(draw, tree):
         parent, key = draw(st.sampled_from(places(tree)))
         how = draw(st.sampled_from(("replace", "replace", "remove", "add", "copy")))
         if how == "replace":
-            parent[key] = draw(st.sampled_from(JUNK) | st.integers() | st.text(max_size=20))
+            parent[key] = draw(junk() | st.integers() | st.text(max_size=20))
         elif how == "remove":
             del parent[key]
-        elif isinstance(parent, dict):
-            parent[draw(st.sampled_from(KEYS) | st.text(max_size=10))] = (
-                draw(st.sampled_from(JUNK)) if how == "add" else parent[key]
-            )
         else:
-            parent.append(draw(st.sampled_from(JUNK)) if how == "add" else parent[key])
+            new = draw(junk()) if how == "add" else copy.deepcopy(parent[key])
+            if isinstance(parent, dict):
+                parent[draw(st.sampled_from(KEYS) | st.text(max_size=10))] = new
+            else:
+                parent.append(new)
     return tree
 
 

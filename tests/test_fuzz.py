@@ -37,7 +37,7 @@ from ted_scale.config import Streaming
 from ted_scale.corpora import mapped, read_corpus
 from ted_scale.data import batch, open_held_out, open_stream
 from ted_scale.documents import read_documents
-from ted_scale.errors import UserError
+from ted_scale.errors import UserError, files_at
 from ted_scale.filters import Filter
 from ted_scale.models import inspect
 from ted_scale.plan import describe, make_plan
@@ -220,7 +220,9 @@ def sidecar(data, at: Place) -> Callable:
 
     def read():
         read_all(prefix)
-        print(inspect_corpus.summary(str(prefix), [read_index(prefix)], {}))
+        index = read_index(prefix)
+        print(inspect_corpus.summary(str(prefix), [index], {}))
+        inspect_corpus.damages([str(prefix)], [], None)
 
     return read
 
@@ -245,7 +247,8 @@ def manifest(data, at: Place) -> Callable:
 
     def read():
         if staged:
-            staging.publish(prefix, {})
+            with files_at(prefix):
+                staging.publish(prefix, staging.staged_manifest(prefix))
             return
         indices = read_corpus(str(prefix.parent), Streaming())
         print(inspect_corpus.summary(str(prefix), indices, {str(prefix): staging.read_manifest(path)}))
