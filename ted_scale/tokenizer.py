@@ -63,9 +63,9 @@ def _hugging_face(path: str, parse_special: bool) -> Tokenizer:
     return Tokenizer(encode, decode, model.convert_ids_to_tokens(range(size)), model.eos_token_id, content)
 
 
-def hugging_face(path, must: str):
+def hugging_face(path, must: str, out: str = "name a local folder or run where the hub can be reached"):
     """(tokenizer of a folder or name, its vocabulary), of transformers' own classes alone; `must` begins the sentence where
-    there is none."""
+    there is none, `out` ends it."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -82,9 +82,7 @@ def hugging_face(path, must: str):
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which is not run; save it as a tokenizer.json where you trust that code"
-        raise UserError(
-            f"{must}, but does not load ({reason}); name a local folder or run where the hub can be reached"
-        ) from None
+        raise UserError(f"{must}, but does not load ({reason}); {out}") from None
     return model, vocabulary
 
 

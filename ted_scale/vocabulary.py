@@ -69,4 +69,4 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
     if not has_tokenizer(folder):
         return None
     with quiet_transformers():
-        return hugging_face(folder, f"{folder} must hold a readable tokenizer")[1]
+        return hugging_face(folder, f"{folder} must hold a readable tokenizer", "copy it again")[1]
