@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import attention, checkpoint, feed, kernels, metrics
+from ted_scale import attention, checkpoint, feed, kernels, metrics, redact, resume
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import RunStopped, UserError
@@ -48,6 +48,7 @@ def run_plan(plan: Plan) -> None:
 
 def check_engine_config(plan: Plan) -> None:
     """What only DeepSpeed can tell of its file, while a mistake is still one sentence."""
+    from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -59,6 +60,13 @@ def check_engine_config(plan: Plan) -> None:
         raise UserError(
             f"ds_config {plan.run.ds_config}: {key} must be what DeepSpeed knows, but is {wrong['input']!r} ({wrong['msg']}); "
             "correct it"
+        ) from None
+    try:
+        DeepSpeedConfig(engine_config(plan))
+    except Exception as error:  # its sections have checks of their own, with exceptions of every kind
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        raise UserError(
+            f"ds_config {plan.run.ds_config} must be what DeepSpeed takes, but is not: {reason}; correct it"
         ) from None
 
 
@@ -77,10 +85,11 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         log.info(describe_attention(plan, device))
     wandb_run = metrics.open_wandb(plan.run, progress.wandb_id) if writes else None
     if wandb_run:
-        wandb_run.config.update({"plan": as_dict(plan)}, allow_val_change=True)
+        wandb_run.config.update({"plan": redact.cleaned(as_dict(plan))}, allow_val_change=True)
     wandb_id = wandb_run.id if wandb_run else progress.wandb_id
-    changed = files.harmless_changes(progress.identity, plan.identity(), progress.step)
-    progress = replace(progress, wandb_id=wandb_id, identity=plan.identity())
+    written, identity = resume.as_written(plan.run), plan.identity()
+    changed = resume.changes(progress.identity, identity, progress.run, written, progress.step) if newest else []
+    progress = replace(progress, wandb_id=wandb_id, identity=identity, run=written)
     teacher = build_teacher(plan)
     numbers = metrics.Metrics(
         plan.run, writes=writes, total_steps=plan.total_steps, step=progress.step, device=device, wandb_run=wandb_run

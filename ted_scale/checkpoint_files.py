@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale import sealed
+from ted_scale import progress_form, resume, sealed
 from ted_scale.errors import UserError
+from ted_scale.parsing import parse_json
 from ted_scale.sealed import PART, Damaged
 
 PROGRESS = "progress.json"
 FILTERS = "filters.safetensors"
-HARMLESS = ("data.seq_len", "data.attention", "train.tokens_per_step")  # the data goes on with others, see blend.py
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Progress:
     blend: dict | None = None  # blend.as_dict
     adaptive: dict | None = None  # feed.Measured
     wandb_id: str | None = None
-    identity: dict = dataclasses.field(default_factory=dict)
+    identity: dict = dataclasses.field(default_factory=dict)  # plan.identity
+    run: dict | None = None  # the whole run file, resolved; earlier versions wrote none
     validation: float | None = None  # the student's loss, where it was measured at this very step
 
     def advanced(self, samples: int, seq_len: int) -> "Progress":
@@ -123,11 +124,8 @@ def read_progress(checkpoint: Path) -> Progress:
 
 def parse_progress(text: str, where: str) -> Progress:
     try:
-        values = json.loads(text)
-        if missing := {"step", "tokens", "samples"} - values.keys():
-            raise ValueError(f"it has no {min(missing)}")
-        return Progress(**values)
-    except (ValueError, TypeError, AttributeError) as error:
+        return Progress(**progress_form.checked(parse_json(text)))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{where} must be a progress file, but is not: {error}") from None
 
 
@@ -160,26 +158,6 @@ def prune(folder: Path, settings) -> list[Path]:
     return gone
 
 
-def check_identity(where: Path, theirs: dict, ours: dict) -> None:
-    """Refuse the first thing in which a checkpoint and this run differ."""
-    for key in differences(theirs, ours):
-        if key not in HARMLESS:
-            raise UserError(
-                f"{key} must be {theirs.get(key)!r} to resume from {where}, but is {ours.get(key)!r}; "
-                "set it back, or give the run another name"
-            )
-
-
-def differences(theirs: dict, ours: dict) -> list[str]:
-    return [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
-
-
-def harmless_changes(theirs: dict, ours: dict, step: int) -> list[str]:
-    """What a run must say of a run file that it goes on with, a sentence a change."""
-    changed = [key for key in differences(theirs, ours) if key in HARMLESS and key in theirs]
-    return [f"{key} is {ours[key]} instead of {theirs[key]} from step {step} on" for key in changed]
-
-
 def check_filters(path: Path, identity: dict) -> None:
     """`filters.from` names a run whose stage I is done and fits this one."""
     from safetensors import SafetensorError, safe_open
@@ -188,7 +166,7 @@ def check_filters(path: Path, identity: dict) -> None:
         raise UserError(f"filters.from must name a run folder whose stage I is done, but {path} does not exist")
     try:
         with safe_open(path, framework="pt") as tensors:
-            written = json.loads(tensors.metadata()["identity"])
+            written = dict(parse_json(tensors.metadata()["identity"]))
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"filters.from must name filters that this project wrote, but {path} is not: {error}") from None
-    check_identity(path, written, identity)
+    resume.refuse_other_filters(path, written, identity)

@@ -9,8 +9,13 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ted_scale import redact, resume
+from ted_scale.parsing import COUNT_LIMIT
+
+Count = Annotated[int, Field(ge=0, lt=COUNT_LIMIT)]
+PositiveInt = Annotated[int, Field(gt=0, lt=COUNT_LIMIT)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -87,7 +92,9 @@ class Data(Section):
     attention: Literal["causal", "document"] = Field(
         "causal", description="document: none across a document's border, and positions restart there"
     )
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes a rank that read; 0: a thread of the rank")
+    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0, description="processes a rank that read; 0: a thread of the rank"
+    )
     prefetch: PositiveInt = Field(2, description="steps that are read ahead")
 
     @model_validator(mode="after")
@@ -106,7 +113,7 @@ class Data(Section):
 class Pairs(Section):
     rule: Literal["uniform"] = "uniform"
     explicit: list[tuple[int, int]] = Field([], description="(student block, teacher block), from 0; replaces the rule")
-    skip_last: Annotated[int, Field(ge=0)] = 0
+    skip_last: Count = 0
 
     @field_validator("explicit", mode="before")
     @classmethod
@@ -121,7 +128,7 @@ class Filters(Section):
     width: PositiveInt | None = Field(
         None, description="common width D of both filtered states; default: the teacher's"
     )
-    mlp: Annotated[int, Field(ge=0)] = Field(0, description="hidden width of a residual MLP before the linear; 0: none")
+    mlp: Count = Field(0, description="hidden width of a residual MLP before the linear; 0: none")
     head: Literal["shared", "own", "per_layer"] = "shared"
     lr: Positive = 1e-3
     sample_tokens: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -185,7 +192,7 @@ class Train(Section):
     lr: Positive
     min_lr: NonNegative = Field(0.0, description="learning rate at the end of the schedule")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Count = 0
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="wsd: the last part, which decays")
     clip: NonNegative = Field(1.0, description="largest gradient norm; 0: no clipping")
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -199,7 +206,7 @@ class Train(Section):
 
 
 class Validation(Section):
-    every: Annotated[int, Field(ge=0)] = Field(0, description="steps; 0: only at the start and the end of a stage")
+    every: Count = Field(0, description="steps; 0: only at the start and the end of a stage")
     tokens: PositiveInt = Field(65536, description="over all corpora that hold some out, as many of each")
 
 
@@ -217,19 +224,32 @@ class Checkpoint(Section):
     )
 
 
+class Resume(Section):
+    """What a run goes on with from a checkpoint that was written with another run file."""
+
+    allow: list[str] = Field([], description="keys that may differ although they decide the result, see resume.py")
+
+    @model_validator(mode="after")
+    def names_are_known(self):
+        for name in self.allow:
+            if (hint := resume.unknown_name(name)) is not None:
+                raise ValueError(f"allow must name keys that decide the result, but has '{name}'; {hint}")
+        return self
+
+
 class Wandb(Section):
-    project: str
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
     mode: Literal["auto", "online", "offline"] = Field("auto", description="auto: online with an API key, else offline")
     entity: str | None = None
     group: str | None = None
-    tags: list[str] = []
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
     notes: str | None = None
 
 
 class Run(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     method: Method
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Count = 0
     runs: str = Field("runs", description="the folder in which the run's folder NAME is made; shared by all nodes")
     ds_config: str = "ds_configs/zero3.json"
     student: Student
@@ -241,6 +261,7 @@ class Run(Section):
     train: Train
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
+    resume: Resume = Resume()
     log_every: PositiveInt = 10
     wandb: Wandb | None = None
 
@@ -255,6 +276,16 @@ class Run(Section):
     @property
     def adapts(self) -> bool:
         return self.data.blend.kind == "adaptive"
+
+    @model_validator(mode="before")
+    @classmethod
+    def holds_no_secret(cls, values):
+        if (name := redact.where_secret(values)) is not None:
+            raise ValueError(
+                f"{redact.redact(name)} must hold no credentials, but does; they belong into the environment (AWS_ACCESS_KEY_ID "
+                "and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, HF_TOKEN, WANDB_API_KEY)"
+            )
+        return values
 
     @model_validator(mode="after")
     def adaptive_blend_can_measure(self):

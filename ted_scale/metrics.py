@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,8 +17,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ted_scale import redact
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
+from ted_scale.parsing import fits, parse_json
 from ted_scale.sealed import write_durably
 
 log = logging.getLogger("ted_scale")
@@ -99,12 +102,12 @@ class Metrics:
         return row
 
     def say_changes(self, sentences: list[str]) -> None:
-        """Of the data, at a resume: in the log and in W&B."""
+        """Of the run file and the data, at a resume: in the log and in W&B."""
         for sentence in sentences:
             log.info(sentence)
         if sentences and self.wandb_run is not None:
-            said = [*self.wandb_run.config.get("data_changes", []), *sentences]
-            self.wandb_run.config.update({"data_changes": said}, allow_val_change=True)
+            said = [*self.wandb_run.config.get("changes", []), *redact.cleaned(sentences)]
+            self.wandb_run.config.update({"changes": said}, allow_val_change=True)
 
     def performance(self, tokens: int, steps: int) -> dict[str, float]:
         elapsed = time.perf_counter() - self.since
@@ -167,23 +170,25 @@ class Metrics:
 
 def trim_rows(path: Path, step: int) -> None:
     """Forget the rows past the checkpoint that a run resumes from: it will write them again."""
-    if path.exists():
-        kept = [json.dumps(row) for row in read_rows(path) if row["step"] <= step]
-        write_durably(path, "".join(f"{line}\n" for line in kept))
+    if not path.exists():
+        return
+    kept = [row for row in rows_in(path) if row["step"] <= step]
+    write_durably(path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Those that are whole: a crash may have torn the last one, and a disk any."""
+def rows_in(path: Path) -> list[dict]:
+    """The rows that are whole: the machine may have stopped in the middle of one, and a disk may tear any."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError):
-            rows += [row] if isinstance(row := json.loads(line), dict) and isinstance(row.get("step"), int) else []
+            row = parse_json(line)
+            rows += [row] if fits(row, {"step": int}) else []
     return rows
 
 
 def rows_at(path: Path, step: int) -> set[tuple]:
     """What stands of the step that a run resumes from: it measures some of it again."""
-    rows = read_rows(path) if path.exists() else []
+    rows = rows_in(path) if path.exists() else []
     return {(step, *list(row)[2:]) for row in rows if row["step"] == step}
 
 
@@ -230,6 +235,7 @@ def open_log(folder: Path, writes: bool) -> None:
         handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    redact.watch_logs()
     log.handlers, log.propagate = handlers, False
     log.setLevel(logging.INFO if writes else logging.WARNING)
 
@@ -242,12 +248,13 @@ def open_wandb(run: Run, run_id: str | None):
 
     settings = run.wandb
     online = settings.mode == "online" or (settings.mode == "auto" and has_key())
-    wandb_run = wandb.init(
-        project=settings.project, entity=settings.entity, group=settings.group, name=run.name, id=run_id,
-        tags=settings.tags, notes=settings.notes, dir=str(run.folder), config=run.model_dump(by_alias=True),
-        mode="online" if online else "offline", resume="allow",
-        settings=wandb.Settings(silent=True, console="off"),
-    )  # fmt: skip
+    with redact.out_of_the_environment("SLURM"):  # W&B keeps every variable of Slurm's, and SLURM_JWT is a key
+        wandb_run = wandb.init(
+            project=settings.project, entity=settings.entity, group=settings.group, name=run.name, id=run_id,
+            tags=settings.tags, notes=settings.notes, dir=str(run.folder), config=run.model_dump(by_alias=True),
+            mode="online" if online else "offline", resume="allow",
+            settings=wandb.Settings(silent=True, console="off", **git_facts()),
+        )  # fmt: skip
     for axis in ("step", "tokens"):
         wandb_run.define_metric(axis)
     wandb_run.define_metric("*", step_metric="step")
@@ -256,6 +263,21 @@ def open_wandb(run: Run, run_id: str | None):
             f"W&B is offline; look with `wandb leet {run.folder}/wandb`, upload with `wandb sync {run.folder}/wandb/offline-run-*`"
         )
     return wandb_run
+
+
+def git_facts() -> dict[str, str]:
+    """Commit and remote of the code for W&B, which by itself keeps a user's name in the remote; GitHub lets that be a
+    token."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    facts = {}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        facts["git_commit"] = git("rev-parse", "HEAD")
+        facts["git_remote_url"] = redact.redact(git("config", "--get", "remote.origin.url"))
+    return facts or {"disable_git": True}
 
 
 def has_key() -> bool:

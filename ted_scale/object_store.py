@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale.errors import UserError
+from ted_scale.redact import holds_secret
 
 PACKAGES = {"s3": ("boto3", "boto3"), "msc": ("multistorageclient", "multi-storage-client")}  # scheme: module, package
 OPENING_S = 20  # what is wrong at the start of a run is rarely an outage
@@ -42,6 +43,11 @@ def is_remote(path) -> bool:
 
 
 def check_package(path: str, what: str = "corpus") -> None:
+    if holds_secret(path):
+        raise UserError(
+            f"{what} {path} must hold no credentials, but does; they belong into the environment (AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+        )
     scheme = path.partition("://")[0]
     module, package = PACKAGES[scheme]
     if importlib.util.find_spec(module) is None:
@@ -52,7 +58,7 @@ def listed(folder: str, start: str, patience_s: float) -> dict[str, Object]:
     """The objects directly in a folder whose names begin with `start`, by name; check_package() comes first."""
     what = f"corpus {folder}/{start} must be listed"
     pages = _s3_pages if folder.startswith("s3://") else _msc_pages
-    return {thing.url[len(folder) + 1 :]: thing for thing in pages(folder, start, what, patience_s)}
+    return {thing.url.removeprefix(f"{folder}/"): thing for thing in pages(folder, start, what, patience_s)}
 
 
 def _s3_pages(folder: str, start: str, what: str, patience_s: float):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
+from ted_scale import resume
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
 from ted_scale.corpora import read_corpus
@@ -53,20 +54,20 @@ class Plan:
         return files.filters_of(Path(self.run.filters.from_run) if self.run.filters.from_run else self.run.folder)
 
     def identity(self) -> dict:
-        """What a checkpoint and the run that resumes from it must share, but for checkpoint_files.HARMLESS."""
-        shapes = ("family", "layers", "width", "vocab_size", "parameters")
+        """What decides the result: a checkpoint and the run that resumes from it share it, but for what resume.allow names."""
         sides = {"student": self.student, "teacher": self.teacher}
-        run, filters = self.run, self.run.filters
+        run, train, loss = self.run, self.run.train, self.run.loss
+        filters = {"filters.steps": 0} if run.method == "ted" else {}
+        if len(self.stages) > 1:
+            filters = {"filters.steps": run.filters.steps, "filters.head": run.filters.head}
         return {
             "method": run.method,
             "seed": run.seed,
-            "data.seq_len": run.data.seq_len,
-            "data.attention": run.data.attention,
-            "train.tokens_per_step": run.train.tokens_per_step,
-            "train.precision": run.train.precision,
-            **{f"{s}.{k}": getattr(a, k) for s, a in sides.items() if a for k in shapes},
+            **{f"loss.{k}": resume.plain(getattr(loss, k)) for k in ("ce", "kl", "layer", "temperature", "kind")},
+            **{f"train.{k}": resume.plain(getattr(train, k)) for k in ("precision", "betas", "eps", "weight_decay")},
+            **{f"{s}.{k}": getattr(a, k) for s, a in sides.items() if a for k in resume.SHAPE},
             **self.filters_identity(),
-            **({"filters.steps": filters.steps} if len(self.stages) > 1 else {}),
+            **filters,
         }
 
     def filters_identity(self) -> dict:
@@ -192,7 +193,7 @@ def check_run_folder(plan: Plan) -> Progress:
         )
     where, progress = newest_progress(plan.run)
     if where:
-        files.check_identity(where, progress.identity, plan.identity())
+        resume.refuse_another_run(where, progress.identity, plan.identity(), plan.run.resume.allow, progress.step)
     return progress
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
-from ted_scale import metrics
+from ted_scale import metrics, resume
 from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import UserError
 from ted_scale.plan import Plan, describe
@@ -35,7 +35,8 @@ def claim_folder(plan: Plan):
     dist.barrier()
     newest = resume_point(plan.run)
     progress = files.read_progress(newest) if newest else Progress()
-    files.check_identity(newest, progress.identity or plan.identity(), plan.identity())
+    if newest:
+        resume.refuse_another_run(newest, progress.identity, plan.identity(), plan.run.resume.allow, progress.step)
     if writes:
         metrics.trim_rows(folder / "metrics.jsonl", progress.step)
         write_durably(folder / "run.toml", to_toml(plan.run))

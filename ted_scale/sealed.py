@@ -13,6 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ted_scale.errors import UserError, shown
+from ted_scale.parsing import is_count, parse_json
+from ted_scale.paths import checked_name
+
 MANIFEST = "manifest.json"
 PART = ".part"
 PIECE = 16 * 2**20
@@ -132,18 +136,22 @@ def read_manifest(folder: Path) -> dict:
 
 def parse_manifest(text: str) -> dict:
     try:
-        outer = json.loads(text)
+        outer = parse_json(text)
         content, digest = outer["content"], outer["sha256"]
         if digest != digest_of_content(content):
             raise Damaged(f"its {MANIFEST} is not as it was written")
         files = {name: Entry(*entry) for name, entry in content["files"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise Damaged(f"its {MANIFEST} is not one") from None
     if content.get("format") != FORMAT:
         raise Damaged(f"its format is {content.get('format')} and this version reads {FORMAT}")
-    for name in files:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise Damaged(f"its {MANIFEST} names {name!r}, which is no file in it")
+    for name, entry in files.items():
+        if "/" in name or not is_count(entry.bytes) or not isinstance(entry.sha256, str):
+            raise Damaged(f"its {MANIFEST} names {shown(name)}, which is no file in it")
+        try:
+            checked_name(name, MANIFEST)
+        except UserError as error:
+            raise Damaged(str(error)) from None
     return {**content, "files": files}
 
 

@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ted_scale.errors import UserError
+from ted_scale.parsing import fits, is_count
+from ted_scale.sealed import MANIFEST
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")  # the master weight and AdamW's moments, all in fp32
 BYTES = 4
@@ -48,10 +50,17 @@ def as_bytes(tensors: dict[str, torch.Tensor], about: dict[str, str] | None = No
             yield memoryview(tensor.flatten().numpy())
 
 
+def sound(manifest: dict) -> bool:
+    shapes = manifest["shapes"].values()
+    return manifest["ranks"] > 0 and all(isinstance(shape, list) and all(map(is_count, shape)) for shape in shapes)
+
+
 class State:
     """A checkpoint's tensors, memory-mapped; each file is opened when it is first needed."""
 
     def __init__(self, checkpoint: Path, manifest: dict):
+        if not fits(manifest, {"ranks": int, "updates": int, "shapes": dict}) or not sound(manifest):
+            raise UserError(f"{checkpoint / MANIFEST} must say ranks, updates and shapes, but does not; copy it again")
         self.checkpoint, self.ranks, self.shapes = checkpoint, manifest["ranks"], manifest["shapes"]
         self.opened = lru_cache(maxsize=64)(lambda rank: safe_open(checkpoint / rank_file(rank), framework="pt"))
 

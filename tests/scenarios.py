@@ -113,6 +113,7 @@ def resumes_with_other_settings(folder: Path, device):
     other = {"lr": 1e-5, "weight_decay": 0.7, "betas": [0.5, 0.6], "eps": 1e-6}
     first = {"filters": {"steps": 1}, "train": {"steps": 1, "schedule": "constant"}}
     then = {"filters": {"steps": 1, "lr": 0.5}, "train": {"steps": 3, "schedule": "constant", **other}}
+    then["resume"] = {"allow": ["train.betas", "train.eps", "train.weight_decay"]}
     build_student, build.build_student = build.build_student, remember
     try:
         start(folder, device, name="other_settings", **first)

@@ -132,7 +132,9 @@ def test_ten_thousand_shards_start_in_ten_seconds_under_a_limit_of_1024_descript
 def test_a_family_that_lost_a_whole_shard_is_refused_by_its_manifest_and_one_shard_alone_is_not(tmp_path):
     for number in (1, 2, 3):
         write_shard(tmp_path / f"web-{number:05d}", [[1, 2, 3] * 30])
-    manifest = sealed({"shards": [{"name": f"web-{number:05d}"} for number in (1, 2, 3)]})
+    totals = {"documents": 3, "tokens": 270, "empty": 0, "skipped": 0, "sources": []}
+    shards = [{"name": f"web-{number:05d}", "sidecar_sha256": ""} for number in (1, 2, 3)]
+    manifest = sealed({**totals, "shards": shards})
     (tmp_path / "web.manifest.json").write_text(json.dumps(manifest))
     assert open_stream(data_section(str(tmp_path / "web")), 1, VOCAB).sample(0)
     for ending in (".bin", ".idx"):

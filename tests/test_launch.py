@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on_by_itself_as_if_nothing_had_happened(root):
 
     again = pretrain("--config", config, "--set", "seed=7", ranks=2)
     assert again.returncode == 2
-    assert "seed must be 0 to resume from" in again.stderr
+    assert "step_00000014, seed must be 0, but is 7; " in again.stderr
     assert "Traceback" not in again.stderr + again.stdout
 
 

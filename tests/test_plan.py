@@ -304,7 +304,7 @@ def test_a_broken_tokenizer_is_refused(world):
     for side in ("teacher", "student"):
         give_tokenizer(world / side, WORDS)
     (world / "student" / "tokenizer.json").write_text("{")
-    assert refusal(world).startswith("ROOT/student must hold a readable tokenizer, but does not: ")
+    assert refusal(world).startswith("ROOT/student must hold a readable tokenizer, but does not load (")
 
 
 def sign(prefix: Path, value: str) -> None:

@@ -141,7 +141,7 @@ def test_any_ranks_read_what_any_ranks_wrote(tmp_path, before, after):
         stretches = {name: cut(tensor.numel(), before, rank) for name, tensor in whole.items()}
         pieces = {key_of("fp32", n): whole[n].flatten()[a:b] for n, (a, b) in stretches.items() if b > a}
         sealed.write_file(tmp_path / rank_file(rank), as_bytes(pieces))
-    read = State(tmp_path, {"ranks": before, "shapes": shapes})
+    read = State(tmp_path, {"ranks": before, "updates": 0, "shapes": shapes})
     for name, tensor in whole.items():
         assert torch.equal(read.whole(name), tensor)
         for rank in range(after):
