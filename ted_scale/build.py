@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import attention, checkpoint, feed, kernels, metrics
+from ted_scale import attention, checkpoint, feed, health, kernels, metrics, replicas
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import UserError
@@ -25,6 +25,7 @@ from ted_scale.filters import Filter
 from ted_scale.guard import Guard
 from ted_scale.loader import Loader
 from ted_scale.plan import Plan, as_dict, describe, flops_per_token
+from ted_scale.rewind import Rewind, gone_back
 from ted_scale.run_file import to_toml
 from ted_scale.schedule import Stage
 from ted_scale.student import Student
@@ -223,7 +224,10 @@ def build_teacher(plan: Plan):
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
     network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision])
     body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
-    return Teacher(deepspeed.initialize(model=body, config=config)[0], body)
+    teacher = Teacher(deepspeed.initialize(model=body, config=config)[0], body)
+    if plan.run.health.replicas_every:
+        teacher.at_load = replicas.digests(replicas.shards_of(body), teacher.engine.device)
+    return teacher
 
 
 def build_student(plan: Plan, stage: Stage, teacher):
@@ -294,8 +298,10 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
     vocabulary = min(a.vocab_size for a in (plan.student, plan.teacher) if a)
     stream, progress, changed = feed.open_feed(run, stage, progress, vocabulary)
     numbers.say_changes(changed)
+    progress = health.begin(progress, stage)
     check = partial(validate, plan, teacher, numbers, vocabulary, device)
-    keep, guard = partial(save, plan, stage), Guard(engine)
+    keep, guard = partial(save, plan, stage), Guard(engine, stage, numbers.alert)
+    verify = partial(replicas.verify, teacher)
     if progress.step == stage.first_step and not stage.learns_filters:
         check(engine, progress, with_teacher=True)
     numbers.resume_from(progress.tokens)
@@ -318,9 +324,21 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
             stop=feed.last_sample(stage, progress),
             samples_per_step=stage.samples_per_step,
         )
-        progress = train(stage, engine, teacher, data, guard, numbers, progress, check, keep)
+        try:
+            progress = train(stage, engine, teacher, data, guard, numbers, progress, verify, check, keep)
+        except Rewind as rewind:
+            progress = go_back(stage, engine, rewind, numbers)
+            began = progress.step
     engine.destroy()
     return progress
+
+
+def go_back(stage: Stage, engine, rewind: Rewind, numbers) -> Progress:
+    """Into the engine there is: DeepSpeed keeps every module that it was ever given, so that another would need its room."""
+    progress = gone_back(files.read_progress(rewind.checkpoint), rewind.progress)
+    checkpoint.load(engine, rewind.checkpoint)
+    numbers.go_back(progress)
+    return health.begin(progress, stage)
 
 
 def save(plan: Plan, stage: Stage, engine, progress: Progress) -> None:

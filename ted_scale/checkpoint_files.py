@@ -26,6 +26,8 @@ class Progress:
     samples: int = 0  # of this stage's data
     blend: dict | None = None  # blend.as_dict
     adaptive: dict | None = None  # feed.Measured
+    skipped: int = 0  # steps whose update was dropped
+    health: dict | None = None  # health.State
     wandb_id: str | None = None
     identity: dict = dataclasses.field(default_factory=dict)
 
@@ -57,6 +59,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
             f"{pointer} must name a checkpoint, but {checkpoint} is not one; write the name of a whole one into it"
         )
     return checkpoint
+
+
+def checkpoints_up_to_newest(folder: Path) -> list[Path]:
+    """The oldest first; what an earlier life of the run left past the newest is no part of it."""
+    newest = newest_checkpoint(folder)
+    found = sorted(p for p in checkpoints_of(folder).glob("step_*") if (p / "progress.json").is_file())
+    return [p for p in found if newest and p.name <= newest.name and not p.name.endswith(PART)]
 
 
 def read_progress(checkpoint: Path) -> Progress:
