@@ -10,11 +10,11 @@ rank to the last bit, as a decision that follows from them must be, and tells wh
 import math
 
 import torch
-import torch.distributed as dist
 
 from ted_scale import health
 from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import RunStopped
+from ted_scale.gather import of_all_ranks
 from ted_scale.report import Event, write_report
 from ted_scale.rewind import Rewind, way_back
 from ted_scale.schedule import Stage
@@ -122,12 +122,3 @@ class Guard:
         if not self.finite:
             return rate
         return {**self.stage.name_losses(self.sums, weights), "optim/grad_norm": self.norm, **rate}
-
-
-def of_all_ranks(vector: torch.Tensor) -> torch.Tensor:
-    """[ranks, terms]"""
-    if not dist.is_initialized():
-        return vector[None]
-    rows = vector.new_empty(dist.get_world_size(), len(vector))
-    dist.all_gather_into_tensor(rows, vector)
-    return rows

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ted_scale.errors import RunStopped
+from ted_scale.gather import of_all_ranks
 from ted_scale.zero import is_sharded, own_part
 
 AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -74,17 +75,10 @@ def verify(teacher, student, progress) -> None:
     ours = digests(copies, student.device)
     if frozen:
         ours = torch.cat([(digests(frozen, student.device) != at_load).long(), ours])
-    rows = everyones(ours).tolist()
+    rows = of_all_ranks(ours).tolist()
     fault = first_changed(list(frozen), rows) or first_alone(list(copies), [row[len(frozen) :] for row in rows])
     if fault:
         stop(progress.step, fault)
-
-
-def everyones(ours: torch.Tensor) -> torch.Tensor:
-    rows = ours.new_empty(dist.get_world_size(), len(ours))
-    if len(ours):
-        dist.all_gather_into_tensor(rows, ours)
-    return rows
 
 
 def first_changed(names: list[str], rows: list[list[int]]) -> Fault | None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ted_scale.checkpoint_files import Progress, checkpoint_name, write_durably
+from ted_scale.gather import of_all_ranks
 from ted_scale.health import state_of
 from ted_scale.schedule import Stage
 from ted_scale.zero import own_part
@@ -73,11 +74,7 @@ def look(engine) -> tuple[list[str], list[str], torch.Tensor]:
     role_of = {id(p): zero.param_groups[group]["role"] for group, params in groups for p in params}
     named = [(name, p) for name, p in engine.module.named_parameters() if id(p) in role_of]
     ours = torch.stack([look_at(p) for _, p in named])
-    everyone = ours[None]
-    if dist.is_initialized():
-        everyone = ours.new_empty(dist.get_world_size(), *ours.shape)
-        dist.all_gather_into_tensor(everyone, ours)
-    return [name for name, _ in named], [role_of[id(p)] for _, p in named], everyone.cpu()
+    return [name for name, _ in named], [role_of[id(p)] for _, p in named], of_all_ranks(ours).cpu()
 
 
 def look_at(parameter) -> torch.Tensor:

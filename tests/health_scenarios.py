@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from data_scenarios import again_from
-from scenarios import TEN_STEPS, start
+from scenarios import start
 from tiny import make_run
 
 from ted_scale import build
@@ -22,10 +22,15 @@ from ted_scale.student import Student
 NAN, INF = float("nan"), float("inf")
 
 
+def quick(folder, steps: int = 6) -> dict:
+    """Nothing is validated."""
+    return {"train": {"steps": steps}, "data": {"corpora": [{"path": str(folder / "corpus")}]}}
+
+
 @contextlib.contextmanager
 def reading(folder, changes: dict):
     """`changes`: (stage I?, position) → what becomes of the losses, by (module, losses), where that sample is trained on."""
-    run = make_run(folder)
+    run = make_run(folder, **quick(folder))
     stream = open_stream(run.data, run.seed, 128)
     by_text = {(one, tuple(stream.sample(p).tokens.tolist())): change for (one, p), change in changes.items()}
     forward = Student.forward
@@ -72,12 +77,13 @@ def watching(look):
 
 def no_number(module, losses):
     """A term is not finite, but the gradient is: DeepSpeed would update."""
-    return losses._replace(layer=losses.layer * NAN)
+    return losses._replace(kl=losses.kl * NAN)
 
 
 def steep(module, losses):
     """Every loss is finite, but the gradient of one tensor is not."""
-    hooks.append(module.network.transformer.ln_f.bias.register_hook(lambda gradient: gradient * INF))
+    bias = dict(module.named_parameters())["network.transformer.ln_f.bias"]  # as an attribute it would be gathered
+    hooks.append(bias.register_hook(lambda gradient: gradient * INF))
     return losses
 
 
@@ -106,7 +112,7 @@ def as_trained(engine) -> dict:
 
 
 def skips(folder, device):
-    """Step 7 has a NaN among its losses, step 8 a gradient that is not finite, both on rank 1; several sub-groups, on the
+    """Step 3 has a NaN among its losses, step 4 a gradient that is not finite, both on rank 1; several sub-groups, on the
     device and offloaded."""
     seen = {}
     for name, offload in (("skips", {}), ("skips_offloaded", {"offload_optimizer": {"device": "cpu"}})):
@@ -118,15 +124,17 @@ def skips(folder, device):
         def look(step, engine, _, states=states):
             states[step] = as_trained(engine)
 
-        sections = {**TEN_STEPS, "health": {"on_nonfinite": "skip", "max_skipped": 2}, "ds_config": str(config)}
+        health = {"on_nonfinite": "skip", "max_skipped": 2}
         with reading(folder, {(False, 17): no_number, (False, 25): steep}), watching(look):
-            progress = start(folder, device, name=name, **sections)
+            progress = start(
+                folder, device, name=name, method="kd", health=health, ds_config=str(config), **quick(folder)
+            )
         seen[f"{name} counted"] = progress.skipped
     return seen
 
 
 REWINDS = {
-    "filters": {"steps": 4}, "train": {"steps": 12}, "checkpoint": {"every": 2, "keep": 100},
+    "filters": {"steps": 4}, "checkpoint": {"every": 2, "keep": 100},
     "health": {"on_spike": "rewind", "spike_window": 4, "spike_factor": 2.0},
 }  # fmt: skip
 # Of stage I step 4; of stage II step 6, where it has no checkpoint yet, then step 9, and again what is read there instead.
@@ -138,8 +146,8 @@ class Killed(BaseException):
 
 
 def rewinds(folder, device):
-    """A run that meets four spikes; the same killed after it went back twice and before it saved again; and what its last
-    stretch must be: on from the checkpoint of step 6 with sample 48."""
+    """A run that meets four spikes; the same from its checkpoint of step 6 on, killed after it went back twice and before it
+    saved again; and what its last stretch must be: on from the checkpoint of step 6 with sample 48."""
     visited = []
 
     def look(step, engine, _):
@@ -147,29 +155,30 @@ def rewinds(folder, device):
         if killing and visited[-2:] == [8, 7]:
             raise Killed
 
-    killing = False
+    killing, sections = False, {**REWINDS, **quick(folder, steps=8)}
     with reading(folder, SPIKES), watching(look):
-        start(folder, device, name="rewinds", **REWINDS)
+        start(folder, device, name="rewinds", **sections)
         straight, killing = visited.copy(), True
+        again_from(folder, "rewinds", 6, "rewinds_killed")
         with contextlib.suppress(Killed):
-            start(folder, device, name="rewinds_killed", **REWINDS)
+            start(folder, device, name="rewinds_killed", **sections)
         killing = False
-        start(folder, device, name="rewinds_killed", **REWINDS)
+        start(folder, device, name="rewinds_killed", **sections)
     again_from(folder, "rewinds", 6, "rewinds_beside")
     read_progress = build.files.read_progress
     build.files.read_progress = lambda checkpoint: replace(read_progress(checkpoint), samples=48)
     try:
-        start(folder, device, name="rewinds_beside", **REWINDS | {"health": {"on_spike": "off"}})
+        start(folder, device, name="rewinds_beside", **sections | {"health": {"on_spike": "off"}})
     finally:
         build.files.read_progress = read_progress
-    return straight
+    return {"straight": straight, "killed": visited[len(straight) :]}
 
 
 WHOLE = str(Path(__file__).parents[1] / "ds_configs" / "zero3.json")  # small tensors stay whole
 
 
 def flips(folder, device):
-    """One bit of one rank's memory after step 6: of a teacher's shard, of a small teacher's tensor, of the student's."""
+    """One bit of one rank's memory after step 2: of a teacher's shard, of a small teacher's tensor, of the student's."""
 
     def flip(tensor) -> None:
         tensor.view(-1).view(torch.int32)[3] ^= 1
@@ -187,19 +196,13 @@ def flips(folder, device):
     for what in (shard, teachers, students):
 
         def look(step, student, teacher, what=what):
-            if step == 6 and dist.get_rank() == 1:
+            if step == 2 and dist.get_rank() == 1:
                 what(student, teacher)
 
+        checked = {"ds_config": WHOLE, "health": {"replicas_every": 1}}
         try:
             with watching(look):
-                start(
-                    folder,
-                    device,
-                    name=f"flips_{what.__name__}",
-                    ds_config=WHOLE,
-                    health={"replicas_every": 1},
-                    **TEN_STEPS,
-                )
+                start(folder, device, name=f"flips_{what.__name__}", method="kd", **checked, **quick(folder, steps=3))
         except RunStopped as error:
             said[what.__name__] = str(error)
     return said
