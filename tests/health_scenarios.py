@@ -114,15 +114,18 @@ def as_trained(engine) -> dict:
 def skips(folder, device):
     """Step 3 has a NaN among its losses, step 4 a gradient that is not finite, both on rank 1; several sub-groups, on the
     device and offloaded."""
+    from deepspeed.utils import safe_get_local_grad
+
     seen = {}
     for name, offload in (("skips", {}), ("skips_offloaded", {"offload_optimizer": {"device": "cpu"}})):
-        config = folder / f"{name}.{dist.get_rank()}.json"
+        config = folder / f"zero3_{name}_{dist.get_rank()}.json"
         sharded = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 3000}
         config.write_text(json.dumps({"zero_optimization": {**sharded, **offload}}))
-        states = seen[name] = {}
+        states, left = seen[name], seen[f"{name} left"] = {}, {}
 
-        def look(step, engine, _, states=states):
+        def look(step, engine, _, states=states, left=left):
             states[step] = as_trained(engine)
+            left[step] = sum(safe_get_local_grad(p).abs().sum().item() for p in engine.module.parameters())
 
         health = {"on_nonfinite": "skip", "max_skipped": 2}
         with reading(folder, {(False, 17): no_number, (False, 25): steep}), watching(look):

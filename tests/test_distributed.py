@@ -230,6 +230,7 @@ def test_a_skipped_step_changes_no_weight_no_moment_and_no_count_of_steps(world,
     assert len({states[step]["bits"] for step in ("1", "2", "5", "6")}) == 4
     assert set(states["2"]["steps"]) == {2} and set(states["6"]["steps"]) == {4}
     assert seen[f"{name} counted"] == 2
+    assert [value > 0 for value in seen[f"{name} left"].values()] == [True, True, False, False, True, True]
 
 
 @pytest.mark.parametrize("name", ["skips", "skips_offloaded"])

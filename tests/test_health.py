@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import make_run
 
+from ted_scale import build, health, replicas, report
 from ted_scale import guard as guards
-from ted_scale import health, replicas, report
 from ted_scale.checkpoint_files import PART, Progress, checkpoints_of, checkpoints_up_to_newest, write_progress
 from ted_scale.errors import RunStopped, UserError
 from ted_scale.guard import Guard
@@ -19,6 +19,7 @@ from ted_scale.plan import check_replicas
 from ted_scale.rewind import Rewind, choose, gone_back
 from ted_scale.schedule import stages_of
 from ted_scale.student import Losses, Weights
+from ted_scale.zero import own_part
 
 NAN, INF = math.nan, math.inf
 ALL_ON = Weights(1.0, 1.0, 1.0)
@@ -211,6 +212,22 @@ def test_a_blend_goes_on_and_is_measured_again_at_the_next_border():
     assert back.adaptive == {"step": 6, "weights": {"a": 1.0}}
 
 
+def test_a_way_back_leads_into_the_same_engine_and_judges_by_the_run_file_of_now(world, tmp_path, monkeypatch):
+    at, told = world(on_spike="rewind", spike_window=4), []
+    losses_until(at, [1.0, 1.0])
+    (tmp_path / "there").mkdir()
+    write_progress(tmp_path / "there", at.progress)
+    monkeypatch.setattr(build.checkpoint, "load", lambda engine, checkpoint: told.append((engine, checkpoint)))
+    numbers = SimpleNamespace(go_back=told.append)
+    way = Rewind(tmp_path / "there", at.progress.advanced(8, 32))
+    back = build.go_back(at.stage, "engine", way, numbers)
+    assert told == [("engine", way.checkpoint), back]
+    assert (back.step, back.samples, health.state_of(back).losses) == (at.progress.step, 24, [1.0, 1.0])
+    other = stages_of(make_run(tmp_path, loss={"kl": 4.0}))[-1]
+    back = health.state_of(build.go_back(other, "engine", way, numbers))
+    assert (back.losses, back.rewinds) == ((), 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
 def test_a_digest_knows_every_bit_and_its_place(dtype, monkeypatch):
     values = torch.arange(37).to(dtype)
@@ -255,6 +272,26 @@ def test_weights_on_nvme_are_not_compared(tmp_path):
     check_replicas(make_run(tmp_path), config)
     with pytest.raises(UserError, match=r"health.replicas_every must be 0 where .* keeps weights on NVMe, but is 5"):
         check_replicas(make_run(tmp_path, health={"replicas_every": 5}), config)
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(0, 3), (1, 2), (2, 0)])
+def test_what_pads_a_shard_is_no_part_of_it(monkeypatch, rank, kept):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: rank)
+    parameter = SimpleNamespace(ds_tensor=torch.zeros(3), ds_numel=5, ds_process_group=None)
+    assert own_part(parameter, torch.tensor([1.0, 1.0, NAN])).tolist()[:2] == [1.0, 1.0][:kept]
+    assert len(own_part(parameter, torch.zeros(3))) == kept
+
+
+def test_an_optimizer_on_nvme_is_left_alone(tmp_path):
+    run = make_run(tmp_path)
+    run.folder.mkdir(parents=True)
+    engine = SimpleNamespace(optimizer=SimpleNamespace(swap_optimizer=True))
+    event = report.Event(Progress(6), stages_of(run)[-1], "said", INF, ["loss/total"], torch.tensor([[NAN]]))
+    said = report.write_report(engine, event)
+    path = run.folder / "reports" / "step_00000007.json"
+    told = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert said == f"report: {path}"
+    assert (told["groups"], told["losses"], told["grad_norm"]) == ({}, [{"rank": 0, "loss/total": "nan"}], "inf")
 
 
 def test_what_is_not_finite_is_counted_and_left_out_of_norm_and_max(monkeypatch):
