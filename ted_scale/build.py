@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import attention, checkpoint, feed, kernels, metrics, redact, resume
+from ted_scale import attention, checkpoint, feed, health, kernels, metrics, redact, replicas, resume
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import RunStopped, UserError
@@ -24,7 +24,8 @@ from ted_scale.filters import Filter
 from ted_scale.guard import Guard
 from ted_scale.loader import Loader
 from ted_scale.plan import Plan, as_dict, flops_per_token
-from ted_scale.run_folder import claim_folder, filters_source, refuse_together
+from ted_scale.rewind import Rewind, gone_back
+from ted_scale.run_folder import claim_folder, filters_source, first_of_all, refuse_together, share
 from ted_scale.saver import Saver
 from ted_scale.schedule import Stage
 from ted_scale.student import Student
@@ -78,7 +79,6 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
             "make it with the launcher's number"
         )
     progress, newest = claim_folder(plan)
-    saver = Saver(plan.run, filters_source(plan, newest))
     writes = dist.get_rank() == 0
     if writes:
         log.info(kernels.describe(plan.run.loss.backend, device))
@@ -95,6 +95,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         plan.run, writes=writes, total_steps=plan.total_steps, step=progress.step, device=device, wandb_run=wandb_run
     )
     numbers.say_changes(changed)
+    saver = Saver(plan.run, filters_source(plan, newest), numbers.alert)
     loader = Loader(
         workers=plan.run.data.workers, prefetch=plan.run.data.prefetch, micro_batch=plan.run.train.micro_batch,
         rank=dist.get_rank(), world=dist.get_world_size(), device=device,
@@ -170,7 +171,10 @@ def build_teacher(plan: Plan):
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
     network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision])
     body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
-    return Teacher(deepspeed.initialize(model=body, config=config)[0], body)
+    teacher = Teacher(deepspeed.initialize(model=body, config=config)[0], body)
+    if plan.run.health.replicas_every:
+        teacher.at_load = replicas.digests(replicas.shards_of(body), teacher.engine.device)
+    return teacher
 
 
 def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
@@ -241,8 +245,10 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
     vocabulary = min(a.vocab_size for a in (plan.student, plan.teacher) if a)
     stream, progress, changed = feed.open_feed(run, stage, progress, vocabulary)
     numbers.say_changes(changed)
+    progress = health.begin(progress, stage)
     check = partial(validate, plan, teacher, numbers, vocabulary, device)
-    keep, guard = partial(save, plan, stage, numbers, saver), Guard(engine)
+    keep, guard = partial(save, plan, stage, numbers, saver), Guard(engine, stage, numbers.alert, saver.wait)
+    verify = partial(replicas.verify, teacher)
     if progress.step == stage.first_step and not stage.learns_filters:
         check(engine, progress, with_teacher=True)
     numbers.resume_from(progress.tokens)
@@ -265,11 +271,27 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
             stop=feed.last_sample(stage, progress),
             samples_per_step=stage.samples_per_step,
         )
-        progress = train(stage, engine, teacher, data, guard, numbers, progress, check, keep)
+        try:
+            progress = train(stage, engine, teacher, data, guard, numbers, progress, verify, check, keep)
+        except Rewind as rewind:
+            progress = go_back(stage, engine, rewind, numbers)
+            began = progress.step
     numbers.write(progress.step, progress.tokens, saver.finish())
     saver.forget()
     engine.destroy()
     return progress
+
+
+def go_back(stage: Stage, engine, rewind: Rewind, numbers) -> Progress:
+    """Into the engine there is: DeepSpeed keeps every module that it was ever given, so that another would need its room."""
+    if fault := first_of_all(files.check_digests(rewind.checkpoint, share())):
+        raise RunStopped(
+            f"{files.skipped(rewind.checkpoint, fault)}; start the same command again to go on from an earlier one"
+        )
+    progress = gone_back(files.read_progress(rewind.checkpoint), rewind.progress)
+    checkpoint.load(engine, rewind.checkpoint)
+    numbers.go_back(progress)
+    return health.begin(progress, stage)
 
 
 def save(plan: Plan, stage: Stage, numbers, saver, engine, progress: Progress) -> None:

@@ -30,6 +30,8 @@ class Progress:
     samples: int = 0  # of this stage's data
     blend: dict | None = None  # blend.as_dict
     adaptive: dict | None = None  # feed.Measured
+    skipped: int = 0  # steps whose update was dropped
+    health: dict | None = None  # health.State
     wandb_id: str | None = None
     identity: dict = dataclasses.field(default_factory=dict)  # plan.identity
     run: dict | None = None  # the whole run file, resolved; earlier versions wrote none

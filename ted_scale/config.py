@@ -237,6 +237,28 @@ class Resume(Section):
         return self
 
 
+class Health(Section):
+    """What a run does where its numbers go wrong; docs/health.md."""
+
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="a loss or gradient that is not finite; skip: drop the step's update, count it and go on"
+    )
+    max_skipped: PositiveInt = Field(10, description="steps in a row that may be dropped; the next one stops the run")
+    on_spike: Literal["alert", "rewind", "off"] = Field(
+        "alert", description="rewind: back to the last good checkpoint, and on with samples not yet read"
+    )
+    spike_factor: Annotated[float, Field(gt=1)] = Field(
+        1.5, description="a spike is a loss/total above this many medians of the steps before it"
+    )
+    spike_window: Annotated[int, Field(ge=4)] = Field(
+        128, description="steps of that median; a spike is looked for once a quarter of them is there"
+    )
+    max_rewinds: PositiveInt = Field(3, description="without a step past the spike; the next one stops the run")
+    replicas_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps after which ranks compare the bits that must be alike, as before each save; 0: never"
+    )
+
+
 class Wandb(Section):
     project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
     mode: Literal["auto", "online", "offline"] = Field("auto", description="auto: online with an API key, else offline")
@@ -262,6 +284,7 @@ class Run(Section):
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     resume: Resume = Resume()
+    health: Health = Health()
     log_every: PositiveInt = 10
     wandb: Wandb | None = None
 

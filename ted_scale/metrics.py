@@ -70,9 +70,8 @@ class Metrics:
         self.waits: dict[str, float] = {}
         self.stream = None  # what is read
         self.clock, self.since, self.tokens_before = Clock(device), time.perf_counter(), None
-        path = run.folder / "metrics.jsonl"
-        self.already = rows_at(path, step) if writes else set()
-        self.file = path.open("a", encoding="utf-8") if writes else None
+        self.path, self.already, self.file = run.folder / "metrics.jsonl", set(), None
+        self.open(step)
         self.bar = tqdm(
             total=total_steps,
             initial=step,
@@ -81,12 +80,28 @@ class Metrics:
             dynamic_ncols=True,
         )
 
+    def open(self, step: int) -> None:
+        """Rows are written behind those of `step`, where the run stands."""
+        if self.writes:
+            self.already = rows_at(self.path, step)
+            self.file = self.path.open("a", encoding="utf-8")
+
+    def go_back(self, progress: Progress) -> None:
+        """Forget the rows past an earlier step, as a resume from there does."""
+        if self.writes:
+            self.file.close()
+            trim_rows(self.path, progress.step)
+        self.open(progress.step)
+        self.bar.update(progress.step - self.bar.n)
+        self.resume_from(progress.tokens)
+
     def add(self, progress: Progress, values: dict[str, float], *, last: bool) -> None:
         """Keep a step's numbers; write the row when it is due."""
         self.rows.append(values)
         self.bar.update(1)
         if progress.step % self.every == 0 or last:
             row = {**mean_rows(self.rows), **self.performance(progress.tokens, len(self.rows))}
+            row |= {"optim/skipped": progress.skipped} if progress.skipped else {}
             self.write(progress.step, progress.tokens, row | self.read_of_corpora(progress.samples))
             self.rows = []
 
@@ -108,6 +123,13 @@ class Metrics:
         if sentences and self.wandb_run is not None:
             said = [*self.wandb_run.config.get("changes", []), *redact.cleaned(sentences)]
             self.wandb_run.config.update({"changes": said}, allow_val_change=True)
+
+    def alert(self, title: str, text: str) -> None:
+        """In the log, and to whoever watches the run in W&B, which leaves out what comes twice a minute."""
+        if self.writes:
+            say(text)
+        if self.wandb_run is not None:
+            self.wandb_run.alert(title, text, level="WARN")
 
     def performance(self, tokens: int, steps: int) -> dict[str, float]:
         elapsed = time.perf_counter() - self.since
@@ -153,7 +175,7 @@ class Metrics:
         if not self.writes or not values or (step, *values) in self.already:
             return
         row = {"step": step, "tokens": tokens, **values}
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n")
         self.file.flush()
         if self.wandb_run is not None:
             self.wandb_run.log(row)

@@ -43,6 +43,14 @@ class AdaptiveForm(Form):
     text: dict[str, str]
 
 
+class HealthForm(Form):
+    in_a_row: Count
+    rewinds: Count
+    rewound_from: Count
+    ground: str
+    losses: list[Annotated[float, Field(allow_inf_nan=False)]]
+
+
 class ProgressForm(Form):
     step: Count
     tokens: Count
@@ -52,6 +60,8 @@ class ProgressForm(Form):
     wandb_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,128}$")] | None  # becomes a folder's name
     identity: dict[str, Any]
     run: dict[str, Any] | None = None
+    skipped: Count = 0
+    health: HealthForm | None = None
     validation: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 

@@ -42,7 +42,10 @@ class Outcome(NamedTuple):
 
 
 class Saver:
-    def __init__(self, run, filters_file: Path | None):
+    """`alert(title, text)` tells the user."""
+
+    def __init__(self, run, filters_file: Path | None, alert):
+        self.alert = alert
         self.folder, self.settings, self.copies = run.folder, run.checkpoint, copies.place_of(run)
         self.source, self.filters_entry = filters_file, None  # from where the next checkpoint has its filters
         self.peers = dist.new_group(backend="gloo", timeout=LONGEST_WRITE)
@@ -137,11 +140,12 @@ class Saver:
     def conclude(self, part: Path) -> None:
         """Rank 0: what must be said, and what need not stay."""
         if self.outcome.failure:
-            log.error(f"{self.outcome.failure}; the run goes on")
+            self.alert("a checkpoint was not written", f"{self.outcome.failure}; the run goes on")
             shutil.rmtree(part, ignore_errors=True)
             return
         if self.outcome.not_copied:
-            log.error(f"{self.outcome.place.name} has no copy; the run goes on: {self.outcome.not_copied}")
+            said = f"{self.outcome.place.name} has no copy; the run goes on: {self.outcome.not_copied}"
+            self.alert("a checkpoint was not copied", said)
         failure, gone = attempt(files.prune, self.folder, self.settings)
         for path in gone or () if self.copies and not self.outcome.not_copied else ():
             failure = attempt(copies.remove, self.copies, path.name)[0] or failure

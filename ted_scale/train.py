@@ -4,7 +4,7 @@ from ted_scale.losses import count_valid, for_engine
 from ted_scale.schedule import set_rates
 
 
-def train(stage, student, teacher, data, guard, metrics, progress, validate, save):
+def train(stage, student, teacher, data, guard, metrics, progress, verify, validate, save):
     """Take `student` (a DeepSpeed engine) through the steps of `stage` that `data` holds."""
     for micro_batches in metrics.timed(data, "data_wait_ms"):
         weights = stage.weights(progress.step)
@@ -18,11 +18,14 @@ def train(stage, student, teacher, data, guard, metrics, progress, validate, sav
             student.backward(for_engine(losses.total), scale_wrt_gas=False)
             guard.add(losses)
             if batch is micro_batches[-1]:
-                guard.arm(progress.step + 1)
+                guard.arm(progress)
             student.step()  # updates at the last micro-batch only, and only if the guard finds every number finite
 
-        progress = progress.advanced(stage.samples_per_step, stage.run.data.seq_len)
-        metrics.add(progress, guard.read(stage, weights), last=progress.step == stage.last_step)
+        # Where a number went wrong, the run ends here or goes back to a checkpoint, unless it may go on.
+        progress = guard.settle(progress.advanced(stage.samples_per_step, stage.run.data.seq_len))
+        metrics.add(progress, guard.read(weights), last=progress.step == stage.last_step)
+        if stage.verifies(progress.step):
+            verify(student, progress)
         if stage.validates(progress.step):
             progress = validate(student, progress)
         if stage.saves(progress.step):

@@ -1,7 +1,7 @@
 """What the distributed tests look at, run by real DeepSpeed ranks: one launch for many scenarios, because it costs 12 s.
 
-`deepspeed --num_gpus N tests/ranks.py FOLDER NAME…` runs the scenarios of scenarios.py and data_scenarios.py by name;
-what they return on each rank lands in FOLDER/NAME.RANK.json, an exception as its traceback.
+`deepspeed --num_gpus N tests/ranks.py FOLDER NAME…` runs the scenarios of scenarios.py and its neighbours by name; what
+they return on each rank lands in FOLDER/NAME.RANK.json, an exception as its traceback.
 """
 
 import json
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 def main() -> None:
     folder, names = Path(sys.argv[-2]), sys.argv[-1].split(",")
     import data_scenarios
+    import health_scenarios
     import scenarios
 
     from ted_scale.build import start_ranks
@@ -23,7 +24,8 @@ def main() -> None:
     device, rank = start_ranks(), os.environ["RANK"]
     for name in names:
         try:
-            scenario = getattr(scenarios, name, None) or getattr(data_scenarios, name)
+            homes = (scenarios, data_scenarios, health_scenarios)
+            scenario = next(getattr(home, name) for home in homes if hasattr(home, name))
             result = scenario(folder, device)
         except Exception:
             result = {"traceback": traceback.format_exc()}

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import test_saver
 import torch.distributed as dist
 from test_saver import Run, content, one_rank, write  # noqa: F401 - a fixture of this module, too
 
@@ -32,7 +33,7 @@ def run(endpoint, tmp_path):
 
 
 def saver_of(run, filters: Path) -> Saver:
-    saver = Saver(run, filters / "filters")
+    saver = test_saver.saver_of(run, filters / "filters")
     saver.settings = saver.settings.model_copy(update={"keep": 2})
     return saver
 

@@ -62,6 +62,43 @@ def test_a_term_that_was_on_for_part_of_a_row_is_averaged_where_it_was_on():
     assert mean_rows([{"a": 1.0, "b": 5.0}, {"a": 3.0}]) == {"a": 2.0, "b": 5.0}
 
 
+def test_a_step_without_numbers_spoils_no_mean_and_skipped_steps_are_counted(tmp_path):
+    run = make_run(tmp_path, log_every=2)
+    numbers = metrics(run)
+    steps = [(losses(1), 0), ({"optim/lr": 0.3}, 1), ({"optim/lr": 0.1}, 2), ({"optim/lr": 0.1}, 3)]
+    for step, (values, skipped) in enumerate(steps, 1):
+        numbers.add(Progress(step, step * 256, skipped=skipped), values, last=False)
+    numbers.close()
+    first, second = rows_of(run)
+    assert (first["loss/total"], first["optim/lr"], first["optim/skipped"]) == (1.0, 0.2, 1)
+    assert "loss/total" not in second and second["optim/skipped"] == 3
+
+
+def test_a_number_that_json_has_no_word_for_is_null(tmp_path):
+    run = make_run(tmp_path)
+    numbers = metrics(run)
+    numbers.write(1, 256, {"val/loss": math.nan, "val/ppl": math.inf, "optim/lr": 0.1})
+    numbers.close()
+    (line,) = (run.folder / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=pytest.fail)
+    assert row == {"step": 1, "tokens": 256, "val/loss": None, "val/ppl": None, "optim/lr": 0.1}
+
+
+def test_a_run_that_goes_back_forgets_the_rows_past_its_checkpoint_and_writes_them_again(tmp_path):
+    run = make_run(tmp_path, log_every=2)
+    numbers = metrics(run)
+    take_steps(numbers, 1, 5)
+    numbers.write(4, 1024, {"val/loss": 1.5})
+    numbers.go_back(Progress(4, 1024))
+    numbers.write(4, 1024, {"val/loss": 1.5})
+    take_steps(numbers, 5, 6)
+    numbers.close()
+    rows = rows_of(run)
+    assert [row["step"] for row in rows] == [2, 4, 4, 6]
+    assert rows[-1]["loss/total"] == 5.5
+    assert numbers.bar.n in (0, 6)  # it counts where there is a terminal
+
+
 def test_speed_counts_the_tokens_and_the_time_since_the_last_row(tmp_path):
     run = make_run(tmp_path, log_every=2)
     numbers = metrics(run)
@@ -164,6 +201,7 @@ def offline(tmp_path_factory):
             numbers = metrics(run, step=first - 1, wandb_run=wandb_run)
             take_steps(numbers, first, last)
             numbers.write(last, last * 256, {"val/loss": 1.5})
+            numbers.alert("loss spike", f"step {last}: loss/total is 9")
             numbers.close()
             time.sleep(1.1)  # W&B names its folders by the second
     files = sorted((run.folder / "wandb").glob("offline-run-*/*.wandb"))
@@ -194,6 +232,14 @@ def test_wandb_gets_the_rows_of_the_file(offline):
     assert told == rows_of(run)
     assert [row["step"] for row in told] == [2, 4, 6, 6, 8, 10, 10]
     assert {"val/loss": 1.5, "step": 6, "tokens": 1536} in told
+
+
+def test_whoever_watches_is_told_of_a_spike(offline):
+    _, _, lives = offline
+    alerts = [[r.alert for r in records if r.WhichOneof("record_type") == "alert"] for records in lives]
+    assert [[(a.title, a.text, a.level) for a in life] for life in alerts] == [
+        [("loss spike", f"step {step}: loss/total is 9", "WARN")] for step in (6, 10)
+    ]
 
 
 def test_wandb_draws_everything_over_steps_and_can_over_tokens(offline):

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from ted_scale.errors import UserError
 from ted_scale.saver import Saver
 from ted_scale.state_files import State, key_of
 
+log = logging.getLogger("ted_scale")
 WRITES = ("open", "write", "fsync", "rename", "mkdir", "link", "unlink", "rmdir")
 
 
@@ -34,6 +36,10 @@ def one_rank(tmp_path_factory):
 class Run:
     def __init__(self, folder: Path, **settings):
         self.folder, self.name, self.checkpoint = folder, folder.name, Checkpoint(keep=1, **settings)
+
+
+def saver_of(run: Run, filters: Path) -> Saver:
+    return Saver(run, filters, lambda title, text: log.error(text))
 
 
 def state(step: int) -> Snapshot:
@@ -83,7 +89,7 @@ def test_whichever_write_fails_a_whole_checkpoint_is_left_and_the_next_save_work
     failed = published = 0
     for number in itertools.count(1):
         folder = tmp_path / str(number)
-        saver = Saver(Run(folder), filters)
+        saver = saver_of(Run(folder), filters)
         assert write(saver, 4) is None
         with monkeypatch.context() as patch:
             calls = failing(patch, number, code, for_good)
@@ -106,7 +112,7 @@ def test_whichever_write_fails_a_whole_checkpoint_is_left_and_the_next_save_work
 
 
 def test_a_failed_save_does_not_end_the_run_but_the_last_one_must_not_fail(tmp_path, monkeypatch, caplog):
-    saver = Saver(Run(tmp_path), tmp_path / "filters")
+    saver = saver_of(Run(tmp_path), tmp_path / "filters")
     (tmp_path / "filters").write_bytes(b"filters")
     with monkeypatch.context() as patch:
         failing(patch, 1, errno.ENOSPC, True)
@@ -122,7 +128,7 @@ def test_a_failed_save_does_not_end_the_run_but_the_last_one_must_not_fail(tmp_p
 def test_filters_stand_in_two_files_at_least_and_not_in_one_a_checkpoint(tmp_path):
     """One bad block must not be in every checkpoint; nor must each hold another gigabyte."""
     (tmp_path / "filters").write_bytes(b"filters")
-    saver = Saver(Run(tmp_path, keep_every=1), tmp_path / "filters")
+    saver = saver_of(Run(tmp_path, keep_every=1), tmp_path / "filters")
     for step in (1, 2, 3):
         assert write(saver, step) is None
     inodes = [(s.path / files.FILTERS).stat().st_ino for s in files.published(tmp_path)]

@@ -58,7 +58,7 @@ def measure(folder: Path, parameters: int, rounds: int) -> list[tuple[float, flo
     from ted_scale.checkpoint_files import Progress
     from ted_scale.saver import Saver
 
-    engine, saver, times = make_engine(parameters), Saver(Run(folder), None), []
+    engine, saver, times = make_engine(parameters), Saver(Run(folder), None, print), []
     for number in range(rounds + 1):
         pair = []
         for background in (True, False):
