@@ -8,6 +8,7 @@ the hook then never ran, which is how we notice.
 import torch
 import torch.distributed as dist
 
+from ted_scale import stop
 from ted_scale.errors import RunStopped
 from ted_scale.schedule import Stage
 from ted_scale.student import Losses, Weights
@@ -21,6 +22,7 @@ class Guard:
 
     def __init__(self, engine):
         self.engine, self.local, self.sums, self.values, self.reading = engine, None, None, None, False
+        self.stopping = False
         engine.optimizer.optimizer.register_step_pre_hook(self.before_update)
 
     def add(self, losses: Losses) -> None:
@@ -30,7 +32,8 @@ class Guard:
     def arm(self, step: int) -> None:
         """Call before the engine step that updates: everything of this step is in `add` by now."""
         self.step, self.values, self.reading = step, None, True
-        self.sums = self.local.clone()
+        asked = self.local.new_full((1,), float(stop.asked.is_set()))  # filled on the device: nobody waits for a copy
+        self.sums = torch.cat([self.local, asked])
         if dist.is_initialized():
             dist.all_reduce(self.sums)
 
@@ -48,7 +51,8 @@ class Guard:
         if self.reading:
             self.stop()
         self.local = None
-        norm, *sums = self.values
+        norm, *sums, asked = self.values
+        self.stopping = asked > 0  # on any rank: all leave after the same step
         rate = self.engine.optimizer.param_groups[0]["lr"]
         return {**stage.name_losses(sums, weights), "optim/grad_norm": norm, "optim/lr": rate}
 

@@ -139,6 +139,10 @@ class Metrics:
         yield
         self.since += time.perf_counter() - start
 
+    def stands_already(self, key: str) -> bool:
+        """On rank 0: whether the step that a run resumes from has this number."""
+        return any(key in row for row in self.already)
+
     def resume_from(self, tokens: int) -> None:
         """Speed counts from here: neither start-up nor what an earlier process did."""
         self.tokens_before, self.since, self.rows = tokens, time.perf_counter(), []

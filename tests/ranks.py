@@ -1,7 +1,7 @@
 """What the distributed tests look at, run by real DeepSpeed ranks: one launch for many scenarios, because it costs 12 s.
 
-`deepspeed --num_gpus N tests/ranks.py FOLDER NAME…` runs the scenarios of scenarios.py and data_scenarios.py by name;
-what they return on each rank lands in FOLDER/NAME.RANK.json, an exception as its traceback.
+`deepspeed --num_gpus N tests/ranks.py FOLDER NAME…` runs the scenarios of scenarios.py, data_scenarios.py and
+stop_scenarios.py by name; what they return on each rank lands in FOLDER/NAME.RANK.json, an exception as its traceback.
 """
 
 import json
@@ -17,13 +17,15 @@ def main() -> None:
     folder, names = Path(sys.argv[-2]), sys.argv[-1].split(",")
     import data_scenarios
     import scenarios
+    import stop_scenarios
 
     from ted_scale.build import start_ranks
 
     device, rank = start_ranks(), os.environ["RANK"]
     for name in names:
         try:
-            scenario = getattr(scenarios, name, None) or getattr(data_scenarios, name)
+            modules = (scenarios, data_scenarios, stop_scenarios)
+            scenario = next(found for module in modules if (found := getattr(module, name, None)))
             result = scenario(folder, device)
         except Exception:
             result = {"traceback": traceback.format_exc()}

@@ -19,6 +19,7 @@ from ted_scale.plan import make_plan
 TWO_RANKS = (
     "ten_steps", "all_methods", "residency", "resumes", "resumes_with_other_settings", "poisoned_loss", "poisoned_gradient",
     "undisturbed_to_six", "full_disk", "layer_loss_ends", "loading_memory", "host_reads", "variants", "families",
+    "stopped_by_signals",
 )  # fmt: skip
 
 
@@ -205,6 +206,26 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(wor
         assert "rank 1 could not write step_00000010" in seen["said"][0]
         assert seen["left"] == ["latest", "step_00000004", "step_00000006"]
     assert losses(world, "full_disk") == losses(world, "ten_2")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_both_after_the_same_step_wherever_it_comes(world, rank):
+    seen = result(world, "stopped_by_signals", rank)
+    assert seen == {
+        "step": [True, 4], "save": [True, 6], "weigh": [True, 7], "validate": [True, 8], "last": [True, 10],
+        "done": [False, 10],
+    }  # fmt: skip
+
+
+def test_a_run_that_was_stopped_five_times_has_every_number_of_one_that_was_not(world):
+    result(world, "stopped_by_signals")
+    straight, stopped = ([without_clocks(row) for row in rows(world, name)] for name in ("unsignalled", "signalled"))
+    assert len(straight) > 10
+    assert stopped == straight
+
+
+def without_clocks(row: dict) -> dict:
+    return {key: value for key, value in row.items() if not key.startswith(("perf/", "memory/"))}
 
 
 def test_filters_stand_still_when_the_layer_loss_ends(world):
