@@ -20,7 +20,7 @@ from tiny import make_corpus, make_model, make_run, pretrain_command, write_run
 
 from ted_scale import blend
 from ted_scale.data import batch, open_stream
-from ted_scale.errors import RunStopped, UserError
+from ted_scale.errors import Gone, UserError
 from ted_scale.loader import Ahead, Loader
 
 VOCAB = 60000
@@ -146,7 +146,7 @@ def test_a_worker_that_is_killed_is_named_and_ends_the_run(stream, at_work):
             next(drawn)
         victim = opened.hired.result()[1].process
         os.kill(victim.pid, signal.SIGKILL)
-        with pytest.raises(RunStopped) as error:
+        with pytest.raises(Gone) as error:
             for _ in range(20):
                 next(drawn)
     said = (

@@ -17,7 +17,7 @@ from ted_scale.chunks import chunks_of
 from ted_scale.config import Streaming
 from ted_scale.corpora import read_corpus
 from ted_scale.data import open_held_out, open_stream, validation_batches
-from ted_scale.errors import UserError
+from ted_scale.errors import Gone, UserError
 from ted_scale.staging import as_text, sealed
 from tools import inspect_corpus
 from tools.bench.object_server import serving
@@ -357,7 +357,7 @@ def test_a_shard_that_cannot_be_read_for_long_ends_the_run_with_its_name(endpoin
     stream = open_stream(section(S3, tmp_path, patience_s=1.0), 1, VOCAB)
     endpoint.faults(fail=1.0)
     data = steps(stream, start=0, samples_per_step=8, micro_batch=8)
-    with pytest.raises(UserError, match=rf"corpus shard {S3}-0000\d of data.corpora\[0\] .* but was not for 1 s"):
+    with pytest.raises(Gone, match=rf"corpus shard {S3}-0000\d of data.corpora\[0\] .* but was not for 1 s"):
         next(data)
 
 
