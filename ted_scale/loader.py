@@ -6,6 +6,7 @@ surprise: a thread collects what workers read, in the order that it was asked fo
 number of them; why they are not torch's DataLoader stands in docs/design/0015-workers-on-pipes.md.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import signal
@@ -114,6 +115,7 @@ class Loader:
         if self.hired.done() and not self.hired.cancelled():
             for worker in self.hired.result():
                 worker.process.kill()
+                atexit.unregister(worker.process.kill)
 
 
 class Ahead(NamedTuple):
@@ -167,6 +169,7 @@ def start_worker(number: int, rank: int) -> Worker:
     ours, theirs = PROCESSES.Pipe()
     process = PROCESSES.Process(target=serve, args=(theirs,), name=f"ted_scale worker {number}", daemon=True)
     process.start()
+    atexit.register(process.kill)  # before multiprocessing's own, which sends a SIGTERM and waits
     theirs.close()  # the worker's end is the worker's alone, so that its death is an end of file
     return Worker(number, rank, process, ours)
 
