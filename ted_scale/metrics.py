@@ -155,16 +155,24 @@ class Metrics:
         row = {"step": step, "tokens": tokens, **values}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        if self.wandb_run is not None:
-            self.wandb_run.log(row)
+        self.tell_wandb(lambda run: run.log(row))
         say(f"step {step:>6}  " + "  ".join(f"{k.split('/', 1)[1]} {v:.4g}" for k, v in values.items() if shown(k)))
 
     def close(self) -> None:
         self.bar.close()
         if self.file:
             self.file.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        self.tell_wandb(lambda run: run.finish())
+
+    def tell_wandb(self, action) -> None:
+        """Its process may have been ended, by a signal to all of a rank's children or by itself: no reason to stop training."""
+        if self.wandb_run is None:
+            return
+        try:
+            action(self.wandb_run)
+        except Exception as error:
+            self.wandb_run = None
+            say(f"W&B is lost until the next start ({type(error).__name__}: {error}); metrics.jsonl has every number")
 
 
 def trim_rows(path: Path, step: int) -> None:

@@ -2,7 +2,7 @@
 
 Two daemon threads and the store that the ranks meet in; train.py only says where it is (pulse.py). There is one way to
 end: a rank claims the end, the others note that they have seen it and where they were, the claimant speaks, all leave with
-its code. Why heartbeats over the store: docs/design/0016-heartbeats-over-the-store.md. The surprise: the main thread may
+its code. Why heartbeats over the store: docs/design/0021-heartbeats-over-the-store.md. The surprise: the main thread may
 be stuck anywhere, with Python's lock in its hand, so the kernel's alarm ends a process whose threads do not run at all.
 """
 
