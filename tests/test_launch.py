@@ -61,7 +61,12 @@ def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal_as_i
     assert done.returncode == 0, done.stderr[-2000:]
 
     config = write_run(root / "unlucky.toml", unlucky)
-    supervise = [sys.executable, str(Path(__file__).resolve().parents[1] / "launch" / "supervise.py"), "--pause-s", "0.1"]
+    supervise = [
+        sys.executable,
+        str(Path(__file__).resolve().parents[1] / "launch" / "supervise.py"),
+        "--pause-s",
+        "0.1",
+    ]
     with (root / "said").open("w") as said:
         command = [*supervise, "--", *pretrain_command("--config", config, ranks=2)]
         process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)

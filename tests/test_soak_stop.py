@@ -6,8 +6,8 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,15 +15,18 @@ import pytest
 from tiny import make_corpus, make_model, make_run, pretrain_command, write_run
 
 from ted_scale import checkpoint_files as files
-from ted_scale.processes import ranks_below
+from ted_scale.processes import descendants_of, parent_of, ranks_below, words_of
 
 pytestmark = pytest.mark.soak
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "runs" / "soak_stop"  # outlives a soak that is broken off; git ignores it
 REPORT = ROOT / "docs" / "soak_stop.md"
-SIGNALS, LONGEST_S = 20, 25.0
+SIGNALS, LONGEST_S, STEPS = 20, 30.0, 1000
+WHOM = ("a rank", "both ranks", "launch.py", "a rank", "deepspeed")
+EXPECTED = {"a rank": (75,), "both ranks": (75,), "launch.py": (1, 75), "deepspeed": (-signal.SIGTERM,)}
 SETTINGS = {
-    "filters": {"steps": 60}, "train": {"steps": 2000, "tokens_per_step": 1024}, "validation": {"every": 10, "tokens": 2048},
+    "filters": {"steps": 60}, "train": {"steps": STEPS - 60, "tokens_per_step": 1024},
+    "validation": {"every": 10, "tokens": 2048},
     "checkpoint": {"every": 7, "keep": 3}, "wandb": {"project": "soak"},
 }  # fmt: skip
 
@@ -66,48 +69,60 @@ def saved_step(folder: Path) -> int:
 
 
 def signalled_life(command: list[str], folder: Path, number: int) -> dict:
-    """Start, signal some of the ranks at a random moment, and see what is left."""
+    """Start, signal somebody at a random moment after the ranks were started, and see what is left."""
     chance = random.Random(f"{commit()} {number}")
-    moment, everyone = chance.uniform(0, LONGEST_S), chance.random() < 0.5
+    moment, whom = chance.uniform(0, LONGEST_S), WHOM[number % len(WHOM)]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True
     )
-    began = time.monotonic()
     ranks: list[int] = []
-    while len(ranks) < 2 or time.monotonic() - began < moment:  # there is nobody to signal before
+    while len(ranks) < 2:
         time.sleep(0.01)
         ranks = ranks_below(process.pid)
         assert process.poll() is None, process.stderr.read()[-2000:]
-    told = ranks if everyone else [chance.choice(ranks)]
+    time.sleep(moment)
+    launcher = [pid for pid in descendants_of(process.pid) if any("launcher.launch" in word for word in words_of(pid))]
+    told = {"a rank": [chance.choice(ranks)], "both ranks": ranks, "launch.py": launcher, "deepspeed": [process.pid]}[
+        whom
+    ]
     before, sent = last_step(folder), time.monotonic()
     for pid in told:
         os.kill(pid, signal.SIGTERM)
-    said = process.communicate(timeout=120)[1]
+    while any(parent_of(pid) is not None for pid in ranks):
+        assert time.monotonic() < sent + 120
+        time.sleep(0.01)
+    took = time.monotonic() - sent
+    said = process.communicate(timeout=60)[1]
     return {
-        "signal": number, "after_s": round(sent - began, 2), "ranks_told": len(told), "exit_code": process.returncode,
-        "exit_took_s": round(time.monotonic() - sent, 2), "step_before": before, "last_step": last_step(folder),
-        "saved": saved_step(folder), "words": said.count("asked to stop"), "tracebacks": said.count("Traceback"),
+        "signal": number + 1, "to": whom, "after_s": round(moment, 1), "ranks_took_s": round(took, 1),
+        "exit_code": process.returncode, "step_before": before, "last_step": last_step(folder), "saved": saved_step(folder),
+        "step_ms": round(median_step_ms(folder)), "tracebacks": said.count("Traceback"),
     }  # fmt: skip
+
+
+def median_step_ms(folder: Path) -> float:
+    return statistics.median([row["perf/step_ms"] for row in rows(folder) if "perf/step_ms" in row] or [0.0])
 
 
 def test_twenty_signals_at_random_moments_lose_no_step_and_change_no_number(place):
     results = place / "results.jsonl"
     straight, stopped = (make_run(place, name=name, **SETTINGS) for name in ("straight", "stopped"))
-    if saved_step(straight.folder) < 2060:
-        subprocess.run(pretrain_command("--config", write_run(place / "s.toml", straight), ranks=2), check=True)
+    if saved_step(straight.folder) < STEPS:
+        subprocess.run(pretrain_command("--config", write_run(place / "straight.toml", straight), ranks=2), check=True)
     command = pretrain_command("--config", write_run(place / "stopped.toml", stopped), ranks=2)
-    for number in range(sum(1 for _ in results.open()) if results.exists() else 0, SIGNALS):
-        life = signalled_life(command, stopped.folder, number)
+    lives = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    for number in range(len(lives), SIGNALS):
+        assert saved_step(stopped.folder) < STEPS, "more steps are needed"
+        lives.append(signalled_life(command, stopped.folder, number))
         with results.open("a") as file:
-            file.write(json.dumps(life) + "\n")
-    lives = [json.loads(line) for line in results.read_text().splitlines()]
+            file.write(json.dumps(lives[-1]) + "\n")
     for life in lives:
-        assert life["exit_code"] in (75, 241), life  # 241: Python itself was still starting
-        assert life["saved"] == life["last_step"] and life["last_step"] - life["step_before"] <= 2, life
-        assert life["tracebacks"] == 0, life
+        assert life["exit_code"] in EXPECTED[life["to"]], life
+        assert life["saved"] == life["last_step"] <= life["step_before"] + 2, life
+        assert life["tracebacks"] == 0 and life["ranks_took_s"] < 30, life
     subprocess.run(command, check=True)
     same = [numbers(straight.folder), numbers(stopped.folder)]
-    assert len(same[0]) > 2060 and same[0] == same[1]
+    assert len(same[0]) > STEPS and same[0] == same[1]
     write_report(lives)
 
 
@@ -120,16 +135,16 @@ def write_report(lives: list[dict]) -> None:
     head = list(lives[0])
     lines = ["| " + " | ".join(head) + " |", "|" + " ---: |" * len(head)]
     lines += ["| " + " | ".join(str(life[key]) for key in head) + " |" for life in lives]
-    good = sum(life["exit_code"] == 75 for life in lives)
     text = f"""# SIGTERM at {SIGNALS} random moments of one run
 
-`make soak` (tests/test_soak_stop.py) at {commit()}: 2 CPU ranks of a tiny TED run, stage I 60 steps, stage II 2,000; a checkpoint
-every 7 steps, validation every 10. Each row is a life of the run: SIGTERM to one rank or both, `after_s` after the launcher was started;
-`step_before` is the last step in the metrics then, `last_step` the last one when all was over, `saved` the newest checkpoint's.
-`exit_took_s` holds the rest of the step, the checkpoint, W&B's closing, and up to 3 s of the ranks' and the launcher's own looks.
+`make soak` (tests/test_soak_stop.py) at {commit()}: 2 CPU ranks of a tiny TED run of {STEPS} steps, a checkpoint every 7 steps,
+validation every 10. Each row is a life of the run: SIGTERM to whom, `after_s` after the ranks were started. `step_before` is
+the last step in the metrics then, `last_step` the last one when all was over, `saved` the newest checkpoint's. `ranks_took_s`
+holds the rest of the step, the checkpoint, W&B's closing, and a second or two in which the ranks agree on who speaks; before
+the first step of a life it is that alone. DeepSpeed's launch.py leaves with 1 when signalled, its command dies of the signal.
 
-{good} of {len(lives)} left with 75; every finished step was in the checkpoint, and after the last restart all rows of the metrics but
-times and memory were those of an undisturbed run, bit for bit.
+In all {len(lives)} lives every finished step was in the checkpoint, no traceback was shown, and after the last restart all rows
+of the metrics but times and memory were those of an undisturbed run, bit for bit.
 
 """
     REPORT.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
@@ -158,4 +173,3 @@ def test_a_fault_in_the_real_trainer_ends_both_ranks_and_says_why(tmp_path, kind
     if kind == "die":
         assert done.returncode in (5, 247) and "error: rank 1 must give a sign" in ours[-1]
     assert files.read_progress(files.newest_checkpoint(run.folder)).step == 6
-    assert sys.executable in command[0] or "deepspeed" in command[0]
