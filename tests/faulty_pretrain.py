@@ -14,8 +14,6 @@ spec = importlib.util.spec_from_file_location("pretrain", ROOT / "launch" / "pre
 pretrain = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pretrain)
 
-from ted_scale.guard import Guard
-
 
 def fall_over(kind: str) -> None:
     if kind == "hang":
@@ -26,6 +24,8 @@ def fall_over(kind: str) -> None:
 
 
 def put_fault_in(kind: str, rank: str, step: str) -> None:
+    from ted_scale.guard import Guard
+
     arm = Guard.arm
 
     def armed(self, number):
