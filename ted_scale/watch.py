@@ -61,7 +61,7 @@ def open_store(rank: int, world: int):
         if rank:
             raise Gone(f"rank 0 must be at {host}:{port} within {MEETING_S:g} s, but is not: {error}") from None
         raise UserError(
-            f"the port of MASTER_PORT must be free on rank 0's node, but {port} is not; give the launcher another --master_port"
+            f"the port of MASTER_PORT must be free on rank 0's node, but {port} is not: set another, or --master_port"
         ) from None
     return dist.PrefixStore("ted_scale/watch", store)
 
@@ -157,7 +157,7 @@ class Watch:
         """End this rank and all others with `code`; `words` are the last ones, unless another rank was first or has died."""
         in_main = threading.current_thread() is threading.main_thread()
         if self.rank and in_main and code != FAULT:
-            time.sleep(BEAT_S)  # what all ranks have to say is rank 0's to say
+            time.sleep(3 * BEAT_S)  # what all ranks have to say is rank 0's to say
         claim = json.dumps({"rank": self.rank, "code": code})
         try:
             if self.store.compare_set("claim", "", claim) == claim.encode():

@@ -50,7 +50,8 @@ def fault(name: str, folder: Path) -> None:
 def rank_of(name: str, folder: Path) -> None:
     stop.listen()
     rank, faulty = dist_rank(), 0 if name == "die0" else 1
-    watch.start(Limits(step_s=4.0 if name == "hang" else 30.0, start_s=30.0, silence_s=4.0), folder / name)
+    step_s, silence_s = 4.0 if name == "hang" else 40.0, 4.0 if name in ("die", "die0", "lock") else 20.0
+    watch.start(Limits(step_s=step_s, start_s=40.0, silence_s=silence_s), folder / name)
     dist.init_process_group("gloo")
     if name == "early" and rank == faulty:
         (folder / f"{name}.at").write_text(str(time.time()))
