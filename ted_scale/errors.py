@@ -83,7 +83,7 @@ def last_words(words: str, code: int) -> None:
 
 def speak(words: str) -> None:
     with contextlib.suppress(OSError):  # whoever read it may be gone
-        print(words, file=sys.stderr, flush=True)
+        print(words.rstrip("\n"), file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> None:

@@ -35,8 +35,9 @@ def start(limits, folder: Path) -> None:
     """Before the process group, so that its making is watched too. The ranks' environment says where the store is."""
     global current
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    current = Watch(open_store(rank, world), rank, world, limits, folder)
-    current.begin()
+    watch = Watch(open_store(rank, world, folder), rank, world, limits, folder)
+    watch.begin()
+    current = watch  # not before: it would speak over another run's store
     stop.watched.set()
 
 
@@ -48,7 +49,7 @@ def close() -> None:
     current = None
 
 
-def open_store(rank: int, world: int):
+def open_store(rank: int, world: int, folder: Path):
     """A connection of our own to the store at the ranks' meeting place: the group's is locked while somebody waits in it.
     Rank 0 is its server, which torch then finds and uses as well."""
     import torch.distributed as dist
@@ -60,10 +61,12 @@ def open_store(rank: int, world: int):
     except RuntimeError as error:
         if rank:
             raise Gone(f"rank 0 must be at {host}:{port} within {MEETING_S:g} s, but is not: {error}") from None
-        raise UserError(
-            f"the port of MASTER_PORT must be free on rank 0's node, but {port} is not: set another, or --master_port"
-        ) from None
-    return dist.PrefixStore("ted_scale/watch", store)
+        raise taken(port) from None
+    return dist.PrefixStore(f"ted_scale/{world}/{folder}", store)
+
+
+def taken(port) -> UserError:
+    return UserError(f"MASTER_PORT must be free on rank 0's node, but {port} is not: set another, or --master_port")
 
 
 class Watch:
@@ -77,7 +80,10 @@ class Watch:
         self.threads = [threading.Thread(target=loop, daemon=True) for loop in (self.meet, self.tend)]
 
     def begin(self) -> None:
-        self.store.set(f"beat/{self.rank}", "0")
+        """Where another run stands at this port, a rank must not speak for one of its ranks."""
+        mine = f"{socket.gethostname()} {os.getpid()}"
+        if self.store.compare_set(f"beat/{self.rank}", "", mine) != mine.encode():
+            raise taken(os.environ.get("MASTER_PORT"))
         for thread in self.threads:
             thread.start()
 

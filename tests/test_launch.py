@@ -92,7 +92,7 @@ def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal_as_i
     left = sorted(p.name for p in (unlucky.folder / "checkpoints").iterdir())
     assert left == ["latest", "step_00000012", "step_00000014"]
 
-    again = pretrain("--config", config, "--set", "seed=7", ranks=2)
+    again = pretrain("--config", config, "--set", "seed=7")
     assert again.returncode == 2
     assert "seed must be 0 to resume from" in again.stderr
     assert "Traceback" not in again.stderr + again.stdout

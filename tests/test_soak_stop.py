@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import time
@@ -100,6 +101,15 @@ def signalled_life(command: list[str], folder: Path, number: int) -> dict:
     }  # fmt: skip
 
 
+def command_of(config: Path) -> list[str]:
+    """At a port of its own: a machine may have other runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher, *words = pretrain_command("--config", config, ranks=2)
+    return [launcher, "--master_port", port, *words]
+
+
 def median_step_ms(folder: Path) -> float:
     return statistics.median([row["perf/step_ms"] for row in rows(folder) if "perf/step_ms" in row] or [0.0])
 
@@ -108,8 +118,8 @@ def test_twenty_signals_at_random_moments_lose_no_step_and_change_no_number(plac
     results = place / "results.jsonl"
     straight, stopped = (make_run(place, name=name, **SETTINGS) for name in ("straight", "stopped"))
     if saved_step(straight.folder) < STEPS:
-        subprocess.run(pretrain_command("--config", write_run(place / "straight.toml", straight), ranks=2), check=True)
-    command = pretrain_command("--config", write_run(place / "stopped.toml", stopped), ranks=2)
+        subprocess.run(command_of(write_run(place / "straight.toml", straight)), check=True)
+    command = command_of(write_run(place / "stopped.toml", stopped))
     lives = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     for number in range(len(lives), SIGNALS):
         assert saved_step(stopped.folder) < STEPS, "more steps are needed"
@@ -156,7 +166,7 @@ def test_a_fault_in_the_real_trainer_ends_both_ranks_and_says_why(tmp_path, kind
     make_model(tmp_path / "student", "gpt2", num_hidden_layers=2, seed=1)
     make_corpus(tmp_path / "corpus")
     run = make_run(tmp_path, limits={"step_s": 10.0, "silence_s": 10.0}, checkpoint={"every": 2})
-    command = pretrain_command("--config", write_run(tmp_path / "run.toml", run), ranks=2)
+    command = command_of(write_run(tmp_path / "run.toml", run))
     command = [word.replace("launch/pretrain.py", "tests/faulty_pretrain.py") for word in command]
     env = {**os.environ, "FAULT": f"{kind}:1:7"}
     began = time.monotonic()

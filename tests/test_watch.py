@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ted_scale import pulse, stop, watch
 from ted_scale.config import Limits
-from ted_scale.errors import FAULT, GONE, HUNG, MISTAKE, RESUME, Preempted
+from ted_scale.errors import FAULT, GONE, HUNG, MISTAKE, RESUME, Preempted, UserError
 
 SCRIPT = Path(__file__).with_name("watched_ranks.py")
 
@@ -177,6 +177,14 @@ def test_a_failure_beside_a_dead_rank_is_told_as_its_echo(pair):
         watches[0].end("Traceback (most recent call last):\n  ...\nRuntimeError: Connection closed by peer\n", FAULT)
     assert left == {0: GONE}
     assert said[0].startswith("rank 0 met: RuntimeError: Connection closed by peer\nerror: rank 1 must give a sign")
+
+
+def test_a_rank_of_another_run_at_this_port_does_not_speak_for_one_of_ours(pair):
+    watches, left, said, _ = pair
+    watches[1].store.set("beat/1", "another host 17")
+    with pytest.raises(UserError, match="MASTER_PORT must be free on rank 0's node"):
+        watches[1].begin()
+    assert watches[0].store.get("beat/1") == b"another host 17" and not left and not said
 
 
 def test_the_first_claim_wins_and_the_other_rank_is_silent(pair):
