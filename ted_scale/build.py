@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import attention, checkpoint, feed, health, kernels, metrics, redact, replicas, resume
+from ted_scale import attention, checkpoint, feed, health, kernels, metrics, pulse, redact, replicas, resume, watch
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
-from ted_scale.errors import RunStopped, UserError
+from ted_scale.config import Run
+from ted_scale.errors import Preempted, RunStopped, UserError
 from ted_scale.filters import Filter
 from ted_scale.guard import Guard
 from ted_scale.loader import Loader
@@ -31,7 +32,7 @@ from ted_scale.schedule import Stage
 from ted_scale.student import Student
 from ted_scale.teacher import Teacher, TeacherBody
 from ted_scale.train import train
-from ted_scale.validate import validate
+from ted_scale.validate import holds_out, validate
 from ted_scale.zero import build_network, shape_of, sharded_construction
 
 log = logging.getLogger("ted_scale")
@@ -42,8 +43,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def run_plan(plan: Plan) -> None:
     """A run from process group to process group's end."""
     check_engine_config(plan)
-    train_run(plan, start_ranks(plan.run.loss.backend))
+    try:
+        train_run(plan, start_ranks(plan.run))
+    except Preempted:
+        dist.barrier()  # rank 0 has closed its logs: the first rank that leaves has its launcher end the others
+        raise
     dist.barrier()
+    watch.close()
     dist.destroy_process_group()
 
 
@@ -102,10 +108,13 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     )  # fmt: skip
     try:
         for stage in plan.stages:
-            if progress.step < stage.last_step:
+            if progress.step < stage.last_step or validation_is_owed(plan, stage, progress, numbers):
                 numbers.flops_per_token = flops_per_token(plan, stage)
                 resumed = newest if progress.step > stage.first_step else None
                 progress = run_stage(plan, stage, teacher, progress, resumed, numbers, loader, saver)
+    except Preempted:
+        saver.finish()
+        raise
     except (UserError, RunStopped):  # the checkpoint that is being written is worth the wait
         saver.wait()
         raise
@@ -125,9 +134,16 @@ def describe_attention(plan: Plan, device: torch.device) -> str:
     return attention.describe(data.attention, layers, data.seq_len, dtype, device)
 
 
-def start_ranks(backend: str = "auto") -> torch.device:
-    """The process group, and this rank's device, which must run the losses' `backend`. One process without a launcher is a
-    world of its own."""
+def validation_is_owed(plan: Plan, stage: Stage, progress: Progress, numbers) -> bool:
+    """Whether a signal cut short the validation of the very step that the run goes on from."""
+    owed = [stage.validates(progress.step) and holds_out(plan.run) and not numbers.stands_already("val/loss")]
+    dist.broadcast_object_list(owed, src=0)
+    return owed[0]
+
+
+def start_ranks(run: Run | None = None) -> torch.device:
+    """The process group, and this rank's device, which must run the losses' backend. One process without a launcher is a
+    world of its own. With a run, its ranks watch each other from here on."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -141,10 +157,13 @@ def start_ranks(backend: str = "auto") -> torch.device:
         accelerator.set_device(local)
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local)
     try:
-        kernels.choose(backend, device)
+        kernels.choose(run.loss.backend if run else "auto", device)
     except ValueError as error:
         raise UserError(f"loss.{error}") from None
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=30))
+    if run:
+        watch.start(run.limits, run.folder)
+    patience_s = run.limits.longest_s + 300 if run else 1800  # a step's limit comes first: it has every rank's stack
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=patience_s))
     return device
 
 
@@ -239,6 +258,7 @@ def parameter_groups(run, module: Student) -> list[dict]:
 
 def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, numbers, loader, saver) -> Progress:
     run, device = plan.run, loader.device
+    pulse.building(f"the build of stage {stage.name}")
     engine = build_student(plan, stage, teacher, saver.source)
     if resumed:
         checkpoint.load(engine, resumed)
@@ -249,20 +269,29 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
     check = partial(validate, plan, teacher, numbers, vocabulary, device)
     keep, guard = partial(save, plan, stage, numbers, saver), Guard(engine, stage, numbers.alert, saver.wait)
     verify = partial(replicas.verify, teacher)
-    if progress.step == stage.first_step and not stage.learns_filters:
-        check(engine, progress, with_teacher=True)
+    fresh = progress.step == stage.first_step and not stage.learns_filters
+    if fresh or (resumed and validation_is_owed(plan, stage, progress, numbers)):
+        progress, cut_short = check(engine, progress, with_teacher=fresh)
+        if cut_short:
+            raise Preempted  # before a step: the next start validates anew
     numbers.resume_from(progress.tokens)
     began = progress.step
+
+    def keep_what_is_not() -> None:  # a second time would begin by removing the first
+        if progress.step > began and not stage.saves(progress.step):
+            keep(engine, progress)
+
     while progress.step < stage.last_step:
         if feed.due(stage, stream, progress):
-            stream, progress = feed.weigh(plan, teacher, numbers, vocabulary, device, engine, stream, progress)
+            try:
+                stream, progress = feed.weigh(plan, teacher, numbers, vocabulary, device, engine, stream, progress)
+            except Preempted:
+                keep_what_is_not()
+                raise
         try:
             feed.refuse_short_corpora(run, stage, stream, progress)
         except UserError:
-            if progress.step > began and not stage.saves(
-                progress.step
-            ):  # a second time would begin by removing the first
-                keep(engine, progress)
+            keep_what_is_not()
             raise
         numbers.reads(stream)
         data = loader.steps(
@@ -277,6 +306,7 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
             progress = go_back(stage, engine, rewind, numbers)
             began = progress.step
     numbers.write(progress.step, progress.tokens, saver.finish())
+    pulse.building(f"the end of stage {stage.name}")
     saver.forget()
     engine.destroy()
     return progress
@@ -288,6 +318,7 @@ def go_back(stage: Stage, engine, rewind: Rewind, numbers) -> Progress:
         raise RunStopped(
             f"{files.skipped(rewind.checkpoint, fault)}; start the same command again to go on from an earlier one"
         )
+    pulse.beat(f"the way back to {rewind.checkpoint.name}")
     progress = gone_back(files.read_progress(rewind.checkpoint), rewind.progress)
     checkpoint.load(engine, rewind.checkpoint)
     numbers.go_back(progress)
@@ -296,6 +327,7 @@ def go_back(stage: Stage, engine, rewind: Rewind, numbers) -> Progress:
 
 def save(plan: Plan, stage: Stage, numbers, saver, engine, progress: Progress) -> None:
     """A checkpoint; at the end of stage I the filters first, so that its last checkpoint is never without them."""
+    pulse.beat(f"the checkpoint of step {progress.step}")
     done = progress.step == stage.last_step
     if stage.learns_filters and done:
         save_filters(plan, engine)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ted_scale import checkpoint_files as files
 from ted_scale import object_store, sealed
-from ted_scale.errors import UserError
+from ted_scale.errors import SENTENCES
 from ted_scale.sealed import MANIFEST, Damaged
 
 PATIENCE_S = 600
@@ -63,7 +63,7 @@ def fetch(place: str, part: Path, manifest: dict, names: list[str]) -> str | Non
         for name in names:
             take(place, part, name)
             sealed.check_file(part, name, manifest["files"][name])
-    except (Damaged, UserError) as damage:
+    except (Damaged, *SENTENCES) as damage:
         return str(damage)
     return None
 

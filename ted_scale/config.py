@@ -259,6 +259,18 @@ class Health(Section):
     )
 
 
+class Limits(Section):
+    """What takes longer ends the run with a reason, for nobody watches a cluster at night."""
+
+    step_s: Positive = Field(1800.0, description="a step, a batch of validation, a checkpoint")
+    start_s: Positive = Field(3600.0, description="start-up and a stage's first step, which compiles; at least step_s")
+    silence_s: Positive = Field(20.0, description="no sign of a rank: it is taken for dead")
+
+    @property
+    def longest_s(self) -> float:
+        return max(self.step_s, self.start_s)
+
+
 class Wandb(Section):
     project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
     mode: Literal["auto", "online", "offline"] = Field("auto", description="auto: online with an API key, else offline")
@@ -285,6 +297,7 @@ class Run(Section):
     checkpoint: Checkpoint = Checkpoint()
     resume: Resume = Resume()
     health: Health = Health()
+    limits: Limits = Limits()
     log_every: PositiveInt = 10
     wandb: Wandb | None = None
 

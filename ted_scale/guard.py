@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from ted_scale import health
+from ted_scale import health, stop
 from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import RunStopped
 from ted_scale.gather import of_all_ranks
@@ -28,7 +28,7 @@ class Guard:
 
     def __init__(self, engine, stage: Stage, alert, saved):
         self.engine, self.stage, self.alert, self.saved, self.settings = engine, stage, alert, saved, stage.run.health
-        self.local, self.reading, self.finite = None, False, True
+        self.local, self.reading, self.finite, self.stopping = None, False, True, False
         zero = engine.optimizer
         self.clip, self.update = zero.unscale_and_clip_grads, zero._optimizer_step
         zero.unscale_and_clip_grads, zero._optimizer_step = self.before_update, self.update_unless_dropped
@@ -40,7 +40,9 @@ class Guard:
     def arm(self, progress: Progress) -> None:
         """Call before the engine step that updates: everything of this step is in `add` by now."""
         self.before, self.reading = progress, True
-        self.shares, self.local = of_all_ranks(self.local), None
+        asked = self.local.new_full((1,), float(stop.asked.is_set()))  # filled on the device: nobody waits for a copy
+        everyone = of_all_ranks(torch.cat([self.local, asked]))
+        self.shares, self.asked, self.local = everyone[:, :-1], everyone[:, -1], None
 
     def before_update(self, sub_group: int, norm) -> None:
         if self.reading:  # once for each sub-group: nothing is clipped before the first
@@ -55,7 +57,8 @@ class Guard:
         """Read the step's numbers; write down what they were where they are no good."""
         self.reading = False
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self.shares.device)
-        self.norm, *self.sums = torch.cat([norm[None], self.shares.sum(0)]).tolist()
+        self.norm, asked, *self.sums = torch.cat([norm[None], self.asked.sum()[None], self.shares.sum(0)]).tolist()
+        self.stopping = asked > 0  # on any rank: all leave after the same step
         self.finite = all(v - v == 0 for v in (self.norm, *self.sums))
         self.median = health.spiked_over(health.state_of(self.before), self.settings, self.sums[0])
         if not self.finite or self.median is not None:

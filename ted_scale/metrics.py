@@ -165,6 +165,10 @@ class Metrics:
         yield
         self.since += time.perf_counter() - start
 
+    def stands_already(self, key: str) -> bool:
+        """On rank 0: whether the step that a run resumes from has this number."""
+        return any(key in row for row in self.already)
+
     def resume_from(self, tokens: int) -> None:
         """Speed counts from here: neither start-up nor what an earlier process did."""
         self.tokens_before, self.since, self.rows = tokens, time.perf_counter(), []
@@ -177,8 +181,7 @@ class Metrics:
         row = {"step": step, "tokens": tokens, **values}
         self.file.write(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n")
         self.file.flush()
-        if self.wandb_run is not None:
-            self.wandb_run.log(row)
+        self.tell_wandb(lambda run: run.log(row))
         if told := [f"{k.split('/', 1)[1]} {v:.4g}" for k, v in values.items() if shown(k)]:
             say(f"step {step:>6}  " + "  ".join(told))
 
@@ -186,8 +189,17 @@ class Metrics:
         self.bar.close()
         if self.file:
             self.file.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        self.tell_wandb(lambda run: run.finish())
+
+    def tell_wandb(self, action) -> None:
+        """Its process may have been ended, by a signal to all of a rank's children or by itself: no reason to stop training."""
+        if self.wandb_run is None:
+            return
+        try:
+            action(self.wandb_run)
+        except Exception as error:
+            self.wandb_run = None
+            say(f"W&B is lost until the next start ({type(error).__name__}: {error}); metrics.jsonl has every number")
 
 
 def trim_rows(path: Path, step: int) -> None:

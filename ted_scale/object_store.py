@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.errors import UserError
+from ted_scale.errors import Gone, UserError
 from ted_scale.redact import holds_secret
 
 PACKAGES = {"s3": ("boto3", "boto3"), "msc": ("multistorageclient", "multi-storage-client")}  # scheme: module, package
@@ -171,7 +171,7 @@ def persist(what: str, request, patience_s: float):
                     raise  # a fault of this program, not of the store
                 raise UserError(f"{what}, but {reason(links)}") from error
             if time.monotonic() + pause > end:
-                raise UserError(f"{what}, but was not for {patience_s:g} s: {reason(links)}") from error
+                raise Gone(f"{what}, but was not for {patience_s:g} s: {reason(links)}") from error
         time.sleep(random.uniform(0.5, 1) * pause)  # all ranks fail at once, and must not all come back at once
         pause = min(2 * pause, LONGEST_PAUSE_S)
 

@@ -22,7 +22,7 @@ from ted_scale import checkpoint, sealed
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import FILTERS, PROGRESS, Progress
-from ted_scale.errors import UserError
+from ted_scale.errors import SENTENCES, UserError
 from ted_scale.sealed import MANIFEST, PART, Entry
 from ted_scale.state_files import as_bytes, rank_file
 
@@ -159,7 +159,7 @@ def attempt(action, *arguments):
         try:
             return None, action(*arguments)
         except Exception as error:
-            reason = getattr(error, "strerror", None) or (str(error) if isinstance(error, UserError) else repr(error))
+            reason = getattr(error, "strerror", None) or (str(error) if isinstance(error, SENTENCES) else repr(error))
             if pause is None or not isinstance(error, OSError) or error.errno in NO_ROOM:
                 return reason, None
             log.warning(f"writing a checkpoint failed ({reason}); trying again in {pause} s")

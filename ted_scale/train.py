@@ -1,5 +1,7 @@
 """The whole run, top to bottom. What happens once lives in build.py; what happens every step is all here, in order."""
 
+from ted_scale import pulse, stop
+from ted_scale.errors import Preempted
 from ted_scale.losses import count_valid, for_engine
 from ted_scale.schedule import set_rates
 
@@ -7,6 +9,7 @@ from ted_scale.schedule import set_rates
 def train(stage, student, teacher, data, guard, metrics, progress, verify, validate, save):
     """Take `student` (a DeepSpeed engine) through the steps of `stage` that `data` holds."""
     for micro_batches in metrics.timed(data, "data_wait_ms"):
+        pulse.step(progress.step + 1)
         weights = stage.weights(progress.step)
         denom = count_valid(micro_batches)
         set_rates(student, stage.rate(progress.step), weights)
@@ -24,10 +27,14 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
         # Where a number went wrong, the run ends here or goes back to a checkpoint, unless it may go on.
         progress = guard.settle(progress.advanced(stage.samples_per_step, stage.run.data.seq_len))
         metrics.add(progress, guard.read(weights), last=progress.step == stage.last_step)
+        stopping = guard.stopping
         if stage.verifies(progress.step):
             verify(student, progress)
-        if stage.validates(progress.step):
-            progress = validate(student, progress)
-        if stage.saves(progress.step):
+        if stage.validates(progress.step) and not stopping:
+            progress, stopping = validate(student, progress)
+        if stage.saves(progress.step) or stopping:
             save(student, progress)
+            stopping = stop.anywhere(student.device)  # also a signal that came while it was saved
+        if stopping:
+            raise Preempted
     return progress

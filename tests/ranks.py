@@ -18,13 +18,14 @@ def main() -> None:
     import data_scenarios
     import health_scenarios
     import scenarios
+    import stop_scenarios
 
     from ted_scale.build import start_ranks
 
     device, rank = start_ranks(), os.environ["RANK"]
     for name in names:
         try:
-            homes = (scenarios, data_scenarios, health_scenarios)
+            homes = (scenarios, data_scenarios, health_scenarios, stop_scenarios)
             scenario = next(getattr(home, name) for home in homes if hasattr(home, name))
             result = scenario(folder, device)
         except Exception:

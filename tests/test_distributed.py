@@ -20,7 +20,7 @@ from ted_scale.plan import make_plan
 TWO_RANKS = (
     "ten_steps", "all_methods", "residency", "resumes", "resumes_with_other_settings", "poisoned_loss", "poisoned_gradient",
     "undisturbed_to_six", "full_disk", "layer_loss_ends", "loading_memory", "host_reads", "variants", "families",
-    "skips", "rewinds", "flips",
+    "skips", "rewinds", "flips", "stopped_by_signals",
 )  # fmt: skip
 
 
@@ -263,11 +263,11 @@ def test_the_report_s_gradient_is_the_one_before_clipping(world, name):
     assert sum(n * n for n in norms) ** 0.5 == pytest.approx(told["grad_norm"], rel=1e-5)
 
 
-def without_times(folder: Path, name: str) -> list[dict]:
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("perf/", "memory/", "checkpoint/"))}
-        for row in rows(folder, name)
-    ]
+def without_clocks(folder: Path, name: str) -> list[dict]:
+    """What a run wrote but for what took how long, and for rows of nothing else."""
+    clocks = ("perf/", "memory/", "checkpoint/")
+    told = [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows(folder, name)]
+    return [row for row in told if row.keys() - {"step", "tokens"}]
 
 
 def test_a_loss_spike_sends_the_run_back_and_past_the_samples(world):
@@ -294,7 +294,7 @@ def test_after_it_went_back_a_run_is_the_checkpoint_s_on_other_samples(world):
 
 def test_a_run_killed_after_it_went_back_comes_to_the_same_end(world):
     assert result(world, "rewinds")["killed"] == [7, 8, 7, 7, 8, 9, 10, 11, 12]
-    assert without_times(world, "rewinds_killed") == without_times(world, "rewinds")
+    assert without_clocks(world, "rewinds_killed") == without_clocks(world, "rewinds")
 
 
 @pytest.mark.parametrize(
@@ -320,6 +320,22 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(wor
         assert "rank 1 could not write step_00000010" in seen["said"][0]
         assert seen["left"] == ["step_00000004", "step_00000006"]
     assert losses(world, "full_disk") == losses(world, "ten_2")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_both_after_the_same_step_wherever_it_comes(world, rank):
+    seen = result(world, "stopped_by_signals", rank)
+    assert seen == {
+        "step": [True, 4], "save": [True, 6], "weigh": [True, 7], "validate": [True, 8], "last": [True, 10],
+        "done": [False, 10],
+    }  # fmt: skip
+
+
+def test_a_run_that_was_stopped_five_times_has_every_number_of_one_that_was_not(world):
+    result(world, "stopped_by_signals")
+    straight, stopped = (without_clocks(world, name) for name in ("unsignalled", "signalled"))
+    assert len(straight) > 10
+    assert stopped == straight
 
 
 def test_filters_stand_still_when_the_layer_loss_ends(world):

@@ -277,3 +277,24 @@ def test_the_console_shows_totals_and_the_weights_of_an_adaptive_blend():
         "blend/code/ppl",
     )
     assert [key for key in keys if shown(key)] == ["loss/ce", "val/loss", "blend/code/weight"]
+
+
+class Lost:
+    """What a W&B run is when its process has been ended."""
+
+    def log(self, row):
+        raise ConnectionResetError("Connection lost")
+
+    finish = log
+
+
+def test_a_run_whose_wandb_process_is_ended_keeps_its_numbers_and_says_so_once(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("ted_scale.metrics.say", said.append)
+    run = make_run(tmp_path, log_every=1)
+    numbers = metrics(run, wandb_run=Lost())
+    take_steps(numbers, 1, 4)
+    numbers.close()
+    assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4]
+    lost = "W&B is lost until the next start (ConnectionResetError: Connection lost); metrics.jsonl has every number"
+    assert said.count(lost) == 1
