@@ -7,6 +7,7 @@ the same way whether stage I ran a second ago, before a crash, or in another run
 
 import logging
 import os
+import socket
 import warnings
 from dataclasses import replace
 from datetime import timedelta
@@ -36,7 +37,7 @@ from ted_scale.validate import holds_out, validate
 from ted_scale.zero import build_network, shape_of, sharded_construction
 
 log = logging.getLogger("ted_scale")
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -149,7 +150,7 @@ def start_ranks(run: Run | None = None) -> torch.device:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="deepspeed|torch")
-    for key, value in ALONE.items():
+    for key, value in {**ALONE, "MASTER_PORT": free_port()}.items():
         os.environ.setdefault(key, value)
     accelerator, local = get_accelerator(), int(os.environ["LOCAL_RANK"])
     on_cpu = accelerator.device_name() == "cpu"
@@ -165,6 +166,13 @@ def start_ranks(run: Run | None = None) -> torch.device:
     patience_s = run.limits.longest_s + 300 if run else 1800  # a step's limit comes first: it has every rank's stack
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=patience_s))
     return device
+
+
+def free_port() -> str:
+    """For a process alone, beside which another may run."""
+    with socket.socket() as any_free:
+        any_free.bind(("127.0.0.1", 0))
+        return str(any_free.getsockname()[1])
 
 
 def engine_config(plan: Plan, **trained) -> dict:

@@ -51,7 +51,7 @@ def check_package(path: str, what: str = "corpus") -> None:
     scheme = path.partition("://")[0]
     module, package = PACKAGES[scheme]
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"{what} {path} must be reached with {package}, but it is not installed; pip install {package}")
+        raise UserError(f"{what} {path} must be read with {package}, but it is not installed; pip install {package}")
 
 
 def listed(folder: str, start: str, patience_s: float) -> dict[str, Object]:
