@@ -60,7 +60,7 @@ class Saver:
         place = files.checkpoints_of(self.folder) / files.checkpoint_name(progress.step)
         arguments = (place, checkpoint.snapshot(engine, self.buffers), progress, with_filters)
         self.outcome = Outcome(place, f"{place.name} must be written, but its thread broke off", None, 0.0)
-        self.thread = threading.Thread(target=self.write, args=arguments, daemon=True, name="checkpoint")
+        self.thread = threading.Thread(target=self.write_quietly, args=arguments, daemon=True, name="checkpoint")
         self.thread.start()
         if not self.settings.background:
             row |= self.wait()
@@ -84,6 +84,13 @@ class Saver:
     def forget(self) -> None:
         """Let go of an engine that is done with, and of the memory kept for it."""
         self.engine = self.buffers = None
+
+    def write_quietly(self, place: Path, *arguments) -> None:
+        """A rank that died breaks the talk of all threads, which is no news: watch.py tells of it."""
+        try:
+            self.write(place, *arguments)
+        except Exception as error:
+            self.outcome = self.outcome._replace(failure=f"{place.name} must be written, but was not: {error!r}")
 
     def write(self, place: Path, snapshot, progress: Progress, with_filters: bool) -> None:
         """The thread's part; every rank ends with the same outcome."""

@@ -24,7 +24,11 @@ from ted_scale import sealed
 from ted_scale.state_files import KINDS, State
 
 ROOT = Path(__file__).resolve().parents[1]
+SHARDED, PERSISTENT, OFFLOADED = (
+    str(ROOT / path) for path in ("tests/zero3_all_sharded.json", "ds_configs/zero3.json", "tests/zero3_offload.json")
+)
 SETTINGS = {
+    "ds_config": PERSISTENT,  # small tensors, all there are here, stay whole on every rank
     "filters": {"steps": 3},
     "train": {"steps": 9, "tokens_per_step": 384, "schedule": "constant", "precision": "bf16", "lr": 1e-4},
     "checkpoint": {"every": 1, "keep": 3},
@@ -137,9 +141,11 @@ def test_a_run_killed_three_times_ends_with_the_weights_of_an_undisturbed_one(ro
 
 
 def resized(root: Path, name: str, ranks: list[int], steps: int = SETTINGS["train"]["steps"]):
-    """One run in as many parts as there are entries, each on that number of ranks."""
+    """One run in as many parts as there are entries, each on that number of ranks, and ZeRO-3 each time another."""
     for part, count in enumerate(ranks, start=1):
-        run = train(root, name, count, train={**SETTINGS["train"], "steps": part * steps // len(ranks)})
+        ds_config = (PERSISTENT, OFFLOADED, SHARDED)[part % 3]
+        train_to = {**SETTINGS["train"], "steps": part * steps // len(ranks)}
+        run = train(root, name, count, train=train_to, ds_config=ds_config)
     return run
 
 
