@@ -83,7 +83,11 @@ def test_a_step_without_a_number_updates_no_sub_group_and_the_next_one_all(world
 
 
 @pytest.mark.parametrize(
-    ("numbers", "what"), [({"ce": NAN}, "loss/ce of rank 0"), ({"norm": INF}, "optim/grad_norm of all")]
+    ("numbers", "what"),
+    [
+        ({"ce": NAN}, "loss/ce of rank 0"),
+        ({"norm": INF}, "optim/grad_norm of all ranks together must be finite"),
+    ],
 )
 def test_a_run_stops_there_unless_it_may_skip(world, numbers, what):
     at = world()
@@ -103,6 +107,13 @@ def test_so_many_steps_in_a_row_may_be_dropped_and_no_more(world):
     assert at.progress.skipped == 6
     with pytest.raises(RunStopped, match=r"health.max_skipped = 2 steps before it were dropped as well"):
         at.step(NAN)
+
+
+def test_losses_that_are_too_large_together_are_told_as_such(world, monkeypatch):
+    at = world()
+    monkeypatch.setattr(guards, "of_all_ranks", lambda ours: torch.stack([ours, ours]))
+    with pytest.raises(RunStopped, match="loss/total of all ranks together must be finite, but is inf"):
+        at.step(3e38)
 
 
 def losses_until(at: World, values) -> None:
