@@ -136,7 +136,8 @@ def progress_as_bytes(progress: Progress) -> bytes:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """What earlier lives of the run left half-way."""
+    """What earlier lives of the run left half-way goes, once what was only on its way has its name."""
+    sealed.put_back(checkpoints_of(folder))
     for part in checkpoints_of(folder).glob(f"*{PART}"):
         shutil.rmtree(part, ignore_errors=True)
 

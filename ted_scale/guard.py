@@ -77,7 +77,9 @@ class Guard:
             for rank, row in enumerate(rows):
                 if not math.isfinite(row[i]):
                     return f"{names[i]} of rank {rank} must be finite, but is {row[i]}"
-        return "optim/grad_norm of all ranks must be finite, but is inf or nan"
+        together = {**dict(zip(names, self.sums, strict=True)), "optim/grad_norm": "inf or nan"}
+        name, value = next((n, v) for n, v in together.items() if isinstance(v, str) or not math.isfinite(v))
+        return f"{name} of all ranks together must be finite, but is {value}"
 
     def settle(self, progress: Progress) -> Progress:
         """What the numbers of the step just taken mean for the run, which stands at `progress` by now."""
@@ -104,13 +106,13 @@ class Guard:
     def settle_spike(self, progress: Progress) -> None:
         rewinds, limit = health.state_of(progress).rewinds, self.settings.max_rewinds
         if self.settings.on_spike == "alert":
-            return self.alert("loss spike", self.said)
+            self.alert("loss spike", self.said)
+            return
         self.saved()  # else it would be chance which one is the newest
         checkpoint = way_back(self.stage.run.folder, self.stage.first_step, rewinds)
         if checkpoint is None:
-            return self.alert(
-                "loss spike", f"{self.said}; the run goes on: this stage has no checkpoint to go back to yet"
-            )
+            self.alert("loss spike", f"{self.said}; the run goes on: this stage has no checkpoint to go back to yet")
+            return
         if rewinds == limit:
             raise self.stopped(f"health.max_rewinds = {limit} ways back led to no step past it: lower train.lr")
         onwards = f"back to {checkpoint.name} and on with sample {progress.samples}, rewind {rewinds + 1} of {limit}"

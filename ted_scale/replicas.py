@@ -18,8 +18,8 @@ from ted_scale.gather import of_all_ranks
 from ted_scale.zero import is_sharded, own_part
 
 AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK = 1 << 22  # entries that are widened to int64 together
-ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # of splitmix64, as signed numbers
+GOLDEN = -7046029254386353131  # 2^64 over the golden ratio, as a signed number: places are far apart
+ROUNDS = ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1))  # splitmix64's
 
 
 class Fault(NamedTuple):
@@ -32,19 +32,18 @@ def digest(values: torch.Tensor) -> torch.Tensor:
     """64 bits of a tensor's bits and their places. One entry that differs always shows; more hide with a chance of 2^-64."""
     bits = values.detach().flatten().view(AS_INTEGERS[values.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for start in range(0, len(bits), CHUNK):
-        part = bits[start : start + CHUNK].long()
-        place = torch.arange(start, start + len(part), device=bits.device)
-        total += mixed(part + mixed(place + 1)).sum()
+    chunk = 1 << (15 if bits.device.type == "cpu" else 22)  # what stays in a CPU's cache; what keeps a GPU busy
+    for start in range(0, len(bits), chunk):
+        total += mixed(bits[start : start + chunk], start).sum()
     return total
 
 
-def mixed(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64's last steps: a permutation of 64 bits. int64 wraps, and its shift must be kept from copying the sign."""
-    x = x * ODD[0]
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * ODD[1]
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * ODD[2]
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
+def mixed(bits: torch.Tensor, start: int) -> torch.Tensor:
+    """A permutation of 64 bits of each entry plus its place. int64 wraps, and its shift is kept from copying the sign."""
+    x = torch.arange(start + 1, start + 1 + len(bits), device=bits.device).mul_(GOLDEN).add_(bits)
+    for shift, odd in ROUNDS:
+        x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(odd)
+    return x
 
 
 def shards_of(module) -> dict[str, torch.Tensor]:

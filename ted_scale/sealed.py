@@ -19,6 +19,7 @@ from ted_scale.paths import checked_name
 
 MANIFEST = "manifest.json"
 PART = ".part"
+ASIDE = f".old{PART}"
 PIECE = 16 * 2**20
 FORMAT = 1
 
@@ -101,9 +102,10 @@ def digest_of_content(content: dict) -> str:
 
 
 def publish(part: Path) -> Path:
-    """One rename gives a sealed folder its name; one that had it stands aside meanwhile. May be done again."""
+    """One rename gives a sealed folder its name; one that had it stands aside meanwhile, where `put_back` finds it. May be
+    done again."""
     place = part.with_name(part.name.removesuffix(PART))
-    aside = place.with_name(place.name + ".old" + PART)
+    aside = place.with_name(place.name + ASIDE)
     if part.exists():
         if place.exists():
             shutil.rmtree(aside, ignore_errors=True)
@@ -114,9 +116,17 @@ def publish(part: Path) -> Path:
     return place
 
 
+def put_back(folder: Path) -> None:
+    """What stood aside in `folder` when a crash came between two renames has its name again."""
+    for aside in folder.glob(f"*{ASIDE}"):
+        place = aside.with_name(aside.name.removesuffix(ASIDE))
+        if not place.exists():
+            aside.rename(place)
+
+
 def remove(folder: Path) -> None:
     """Not there first, deleted second: what breaks off in between is a .part, not a torn folder with a good name."""
-    doomed = folder.with_name(folder.name + ".old" + PART)
+    doomed = folder.with_name(folder.name + ".gone" + PART)
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

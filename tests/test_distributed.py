@@ -239,7 +239,7 @@ def test_a_skipped_step_spoils_no_number_and_is_counted(world, name):
     text = (world / f"runs/{name}/metrics.jsonl").read_text()
     told = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
     assert [row["step"] for row in told if "loss/total" in row] == [1, 2, 5, 6]
-    assert [row.get("optim/skipped") for row in told] == [None, None, 1, 2, 2, 2]
+    assert [row.get("optim/skipped") for row in told if "optim/lr" in row] == [None, None, 1, 2, 2, 2]
     said = (world / f"runs/{name}/log.txt").read_text()
     assert "step 3: loss/kl of rank 1 must be finite, but is nan; " in said
     assert "its update is dropped, 2 in a row, 2 in all" in said

@@ -111,6 +111,26 @@ def test_whichever_write_fails_a_whole_checkpoint_is_left_and_the_next_save_work
     assert failed > 5 or not (for_good or code == errno.ENOSPC)  # one hiccup is outlived
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
+def test_whichever_write_fails_a_step_that_is_saved_again_is_never_lost(tmp_path, monkeypatch, code):
+    """As after a way back: the step has a whole checkpoint already, and gets another."""
+    monkeypatch.setattr(saving, "PAUSES_S", (0, 0))
+    (tmp_path / "filters").write_bytes(b"filters")
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        saver = saver_of(Run(folder), tmp_path / "filters")
+        assert write(saver, 8) is None
+        with monkeypatch.context() as patch:
+            calls = failing(patch, number, code, True)
+            write(saver, 8)
+        made = next(calls) - 1
+        files.clear_unfinished(folder)
+        assert [(s.step, content(s.path)) for s in files.published(folder)] == [(8, 8)], f"call {number}"
+        if made < number:
+            break
+    assert number > 15
+
+
 def test_a_failed_save_does_not_end_the_run_but_the_last_one_must_not_fail(tmp_path, monkeypatch, caplog):
     saver = saver_of(Run(tmp_path), tmp_path / "filters")
     (tmp_path / "filters").write_bytes(b"filters")
