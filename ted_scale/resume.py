@@ -21,6 +21,13 @@ DECISIVE = (
     *(f"student.{key}" for key in SHAPE), *(f"teacher.{key}" for key in SHAPE),
 )  # fmt: skip
 
+NEVER = (
+    "filters.width",
+    "filters.mlp",
+    "ranks",
+    "train.precision",
+)  # the last two: DeepSpeed's shards are cut and named by them
+
 
 def unknown_name(name: str) -> str | None:
     """The rest of a sentence about a name that resume.allow does not know."""
@@ -77,7 +84,7 @@ def cannot_load(key: str, theirs: dict, ours: dict, step: int) -> bool:
         return "per_layer" in (old, new) and step < ours["filters.steps"]
     if key == "teacher.width":
         return "pairs" in ours
-    return key in ("ranks", "filters.width", "filters.mlp") or key.startswith("student.")
+    return key in NEVER or key.startswith("student.")
 
 
 def changes(theirs: dict, ours: dict, written: dict | None, run: dict, step: int) -> list[str]:
