@@ -138,7 +138,7 @@ def _parquet(text_key: str, path: Path, skip: int, on_error: Callable) -> Iterat
                     yield row, text, size * row // file.metadata.num_rows
                 else:
                     on_error(_unreadable(path, row, f"a row with text in {text_key}", type(text).__name__))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # the last for names and texts that are no UTF-8
         on_error(_unreadable(path, None, "a whole parquet file", error))
 
 

@@ -21,6 +21,8 @@ DECISIVE = (
     *(f"student.{key}" for key in SHAPE), *(f"teacher.{key}" for key in SHAPE),
 )  # fmt: skip
 
+NEVER = ("filters.width", "filters.mlp")
+
 
 def unknown_name(name: str) -> str | None:
     """The rest of a sentence about a name that resume.allow does not know."""
@@ -77,7 +79,7 @@ def cannot_load(key: str, theirs: dict, ours: dict, step: int) -> bool:
         return "per_layer" in (old, new) and step < ours["filters.steps"]
     if key == "teacher.width":
         return "pairs" in ours
-    return key in ("filters.width", "filters.mlp") or key.startswith("student.")
+    return key in NEVER or key.startswith("student.")
 
 
 def changes(theirs: dict, ours: dict, written: dict | None, run: dict, step: int) -> list[str]:

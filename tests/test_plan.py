@@ -370,3 +370,14 @@ def test_a_mistake_in_the_zero_section_is_a_sentence_and_not_deepspeed_s_traceba
         UserError, match=r"ds.json: zero_optimization.overlap_com must be what DeepSpeed knows, but is True"
     ):
         check_engine_config(plan)
+
+
+@pytest.mark.parametrize(
+    "section", [{"communication_data_type": "fp99"}, {"comms_logger": {"enabled": "x"}}, {"flops_profiler": 5}]
+)
+def test_a_mistake_in_another_section_of_a_ds_config_is_a_sentence_too(world, section):
+    (world / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, **section}))
+    plan = make_plan(make_run(world, ds_config=str(world / "ds.json")), 1)
+    with pytest.raises(UserError, match=r"ds.json must be what DeepSpeed takes, but is not: .*; correct it") as caught:
+        check_engine_config(plan)
+    assert "\n" not in str(caught.value)
