@@ -22,12 +22,12 @@ pytestmark = pytest.mark.soak
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "runs" / "soak_stop"  # outlives a soak that is broken off; git ignores it
 REPORT = ROOT / "docs" / "soak_stop.md"
-SIGNALS, LONGEST_S, STEPS = 20, 30.0, 500
+SIGNALS, LONGEST_S, STEPS = 20, 25.0, 500
 WHOM = ("a rank", "both ranks", "launch.py", "a rank", "deepspeed")
 EXPECTED = {"a rank": (75,), "both ranks": (75,), "launch.py": (1, 75), "deepspeed": (-signal.SIGTERM,)}
 SETTINGS = {
-    "filters": {"steps": 60}, "train": {"steps": STEPS - 60, "tokens_per_step": 1024},
-    "validation": {"every": 10, "tokens": 2048},
+    "filters": {"steps": 60}, "train": {"steps": STEPS - 60},
+    "validation": {"every": 10, "tokens": 1024},
     "checkpoint": {"every": 7, "keep": 3}, "wandb": {"project": "soak"},
 }  # fmt: skip
 
