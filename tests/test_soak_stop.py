@@ -152,9 +152,10 @@ def write_report(lives: list[dict]) -> None:
 
 `make soak` (tests/test_soak_stop.py) at {commit()}: 2 CPU ranks of a tiny TED run of {STEPS} steps, a checkpoint every 7 steps,
 validation every 10. Each row is a life of the run: SIGTERM to whom, `after_s` after its ranks were started (start-up) or after
-its first step (steps), which are the uniformly random moments. `step_before` is the last step in the metrics then, `last_step` the last one when all was over, `saved` the newest checkpoint's. `ranks_took_s`
-holds the rest of the step, the checkpoint, W&B's closing, and a second or two in which the ranks agree on who speaks; before
-the first step of a life it is that alone. DeepSpeed's launch.py leaves with 1 when signalled, its command dies of the signal.
+its first step (steps); those moments are drawn uniformly. `step_before` is the last step in the metrics then, `last_step` the
+last one when all was over, `saved` the newest checkpoint's. `ranks_took_s` holds the rest of the step, the checkpoint, W&B's
+closing, and a second or two in which the ranks agree on who speaks; before the first step of a life it is that alone.
+DeepSpeed's launch.py leaves with 1 when signalled, its command dies of the signal.
 
 In all {len(lives)} lives every finished step was in the checkpoint, no traceback was shown, and after the last restart all rows
 of the metrics but times and memory were those of an undisturbed run, bit for bit.
