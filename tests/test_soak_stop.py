@@ -21,13 +21,14 @@ from ted_scale.processes import descendants_of, parent_of, ranks_below, words_of
 pytestmark = pytest.mark.soak
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "runs" / "soak_stop"  # outlives a soak that is broken off; git ignores it
+SAID = PLACE / "said"
 REPORT = ROOT / "docs" / "soak_stop.md"
-SIGNALS, LONGEST_S, STEPS = 20, 30.0, 500
+SIGNALS, LONGEST_S, STEPS = 20, 8.0, 500
 WHOM = ("a rank", "both ranks", "launch.py", "a rank", "deepspeed")
 EXPECTED = {"a rank": (75,), "both ranks": (75,), "launch.py": (1, 75), "deepspeed": (-signal.SIGTERM,)}
 SETTINGS = {
-    "filters": {"steps": 60}, "train": {"steps": STEPS - 60, "tokens_per_step": 1024},
-    "validation": {"every": 10, "tokens": 2048},
+    "filters": {"steps": 60}, "train": {"steps": STEPS - 60},
+    "validation": {"every": 10, "tokens": 1024},
     "checkpoint": {"every": 7, "keep": 3}, "wandb": {"project": "soak"},
 }  # fmt: skip
 
@@ -70,34 +71,36 @@ def saved_step(folder: Path) -> int:
 
 
 def signalled_life(command: list[str], folder: Path, number: int) -> dict:
-    """Start, signal somebody at a random moment after the ranks were started, and see what is left."""
+    """Start, signal somebody at a random moment, and see what is left. A quarter of the moments are in start-up, the others
+    after the life's first step."""
     chance = random.Random(f"{commit()} {number}")
     moment, whom = chance.uniform(0, LONGEST_S), WHOM[number % len(WHOM)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True
-    )
+    with SAID.open("w") as said:  # not a pipe: nobody reads while this test waits
+        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
     ranks: list[int] = []
     while len(ranks) < 2:
         time.sleep(0.01)
         ranks = ranks_below(process.pid)
-        assert process.poll() is None, process.stderr.read()[-2000:]
+        assert process.poll() is None, SAID.read_text()[-2000:]
+    first, in_startup = last_step(folder), number % 4 == 3
+    while not in_startup and last_step(folder) <= max(first, saved_step(folder)):
+        assert process.poll() is None, SAID.read_text()[-2000:]
+        time.sleep(0.01)
     time.sleep(moment)
     launcher = [pid for pid in descendants_of(process.pid) if any("launcher.launch" in word for word in words_of(pid))]
-    told = {"a rank": [chance.choice(ranks)], "both ranks": ranks, "launch.py": launcher, "deepspeed": [process.pid]}[
-        whom
-    ]
+    of = {"a rank": [chance.choice(ranks)], "both ranks": ranks, "launch.py": launcher, "deepspeed": [process.pid]}
     before, sent = last_step(folder), time.monotonic()
-    for pid in told:
+    for pid in of[whom]:
         os.kill(pid, signal.SIGTERM)
     while any(parent_of(pid) is not None for pid in ranks):
         assert time.monotonic() < sent + 120
         time.sleep(0.01)
     took = time.monotonic() - sent
-    said = process.communicate(timeout=60)[1]
+    process.wait(60)
     return {
-        "signal": number + 1, "to": whom, "after_s": round(moment, 1), "ranks_took_s": round(took, 1),
-        "exit_code": process.returncode, "step_before": before, "last_step": last_step(folder), "saved": saved_step(folder),
-        "step_ms": round(median_step_ms(folder)), "tracebacks": said.count("Traceback"),
+        "signal": number + 1, "to": whom, "in": "start-up" if in_startup else "steps", "after_s": round(moment, 1),
+        "ranks_took_s": round(took, 1), "exit_code": process.returncode, "step_before": before, "last_step": last_step(folder),
+        "saved": saved_step(folder), "step_ms": round(median_step_ms(folder)), "tracebacks": SAID.read_text().count("Traceback"),
     }  # fmt: skip
 
 
@@ -148,10 +151,11 @@ def write_report(lives: list[dict]) -> None:
     text = f"""# SIGTERM at {SIGNALS} random moments of one run
 
 `make soak` (tests/test_soak_stop.py) at {commit()}: 2 CPU ranks of a tiny TED run of {STEPS} steps, a checkpoint every 7 steps,
-validation every 10. Each row is a life of the run: SIGTERM to whom, `after_s` after the ranks were started. `step_before` is
-the last step in the metrics then, `last_step` the last one when all was over, `saved` the newest checkpoint's. `ranks_took_s`
-holds the rest of the step, the checkpoint, W&B's closing, and a second or two in which the ranks agree on who speaks; before
-the first step of a life it is that alone. DeepSpeed's launch.py leaves with 1 when signalled, its command dies of the signal.
+validation every 10. Each row is a life of the run: SIGTERM to whom, `after_s` after its ranks were started (start-up) or after
+its first step (steps); those moments are drawn uniformly. `step_before` is the last step in the metrics then, `last_step` the
+last one when all was over, `saved` the newest checkpoint's. `ranks_took_s` holds the rest of the step, the checkpoint, W&B's
+closing, and a second or two in which the ranks agree on who speaks; before the first step of a life it is that alone.
+DeepSpeed's launch.py leaves with 1 when signalled, its command dies of the signal.
 
 In all {len(lives)} lives every finished step was in the checkpoint, no traceback was shown, and after the last restart all rows
 of the metrics but times and memory were those of an undisturbed run, bit for bit.

@@ -11,7 +11,7 @@ import pytest
 from tiny import make_run, write_run
 
 from launch.supervise import Standing, pause_after, run_file_of
-from ted_scale.errors import UserError
+from ted_scale.errors import MEANINGS, UserError
 
 SCRIPT = Path(__file__).with_name("supervised.py")
 SETTINGS = argparse.Namespace(attempts=5, pause_s=10.0, longest_pause_s=600.0)
@@ -121,6 +121,12 @@ def test_pauses_double_up_to_the_longest_and_are_spread():
     assert [pause_after(1, ends, SETTINGS, 0.5) for ends in (1, 2, 3, 9)] == [10, 20, 40, 600]
     assert (pause_after(5, 1, SETTINGS, 0.0), pause_after(5, 1, SETTINGS, 1.0)) == (7.5, 12.5)
     assert pause_after(75, 4, SETTINGS, 0.5) == 0
+
+
+def test_every_exit_code_stands_in_the_docs_with_its_meaning():
+    table = (SCRIPT.parents[1] / "docs" / "operations.md").read_text()
+    for code, meaning in MEANINGS.items():
+        assert f"| {code} | {meaning} |" in table
 
 
 def test_ends_are_counted_at_a_step():
