@@ -20,12 +20,12 @@ from ted_scale.data import open_held_out
 from ted_scale.errors import UserError
 from ted_scale.feed import open_feed, refuse_short_corpora
 from ted_scale.filters import match_layers
-from ted_scale.metrics import has_key
 from ted_scale.models import Anatomy, inspect
 from ted_scale.object_store import check_package
 from ted_scale.run_file import load_ds_config
 from ted_scale.schedule import Stage, stages_of
 from ted_scale.shards import check_vocabulary
+from ted_scale.tracking import has_key
 from ted_scale.vocabulary import check_corpus_tokenizer, check_same_tokenizer
 
 

@@ -20,7 +20,7 @@ def main() -> None:
     import scenarios
     import stop_scenarios
 
-    from ted_scale.build import start_ranks
+    from ted_scale.ranks import start_ranks
 
     device, rank = start_ranks(), os.environ["RANK"]
     for name in names:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from tiny import FAMILIES, make_run
 
-from ted_scale import build, checkpoint_files
+from ted_scale import build, checkpoint_files, engines
 from ted_scale.errors import RunStopped, UserError
 from ted_scale.kernels.checks import check_labels
 from ted_scale.kernels.matmul import all_count
@@ -268,7 +268,7 @@ def loading_memory(folder: Path, device):
     sizes = [f.stat().st_size for f in anatomy.folder.glob("*.safetensors")]
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    config = build.engine_config(make_plan(make_run(folder), dist.get_world_size()))
+    config = engines.engine_config(make_plan(make_run(folder), dist.get_world_size()))
     network = build_network(anatomy, ds_config=config, dtype=torch.float32)
     part = sum(torch.Size(shape_of(p)).numel() for p in network.parameters()) * 4 / dist.get_world_size()
     return {"peak": memory("VmHWM") - before, "part": part, "file": max(sizes), "whole": sum(sizes)}

@@ -10,7 +10,8 @@ from tiny import make_run
 from wandb_file import read_config, read_records, read_rows
 
 from ted_scale.checkpoint_files import Progress
-from ted_scale.metrics import Clock, Metrics, has_key, mean_rows, open_wandb, shown, trim_rows
+from ted_scale.metrics import Clock, Metrics, mean_rows, shown, trim_rows
+from ted_scale.tracking import has_key, open_wandb
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,8 @@ from plain import make_shard, make_world
 from tiny import make_model, make_run, pretrain, write_run
 from transformers import FalconH1Config, Lfm2Config, PreTrainedTokenizerFast, StableLmConfig
 
-from ted_scale.build import build_filters, check_engine_config, train_run
+from ted_scale.build import train_run
+from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.errors import UserError
 from ted_scale.plan import filter_parameters, make_plan
 from ted_scale.run_file import load_run

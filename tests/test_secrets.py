@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import make_corpus, make_model, make_run, run_values, write_run
 
-from ted_scale import metrics, object_store, redact
+from ted_scale import object_store, redact, tracking
 from ted_scale.errors import RunStopped, UserError
 from ted_scale.run_file import load_run, toml_value
 
@@ -167,11 +167,11 @@ def test_the_code_s_remote_is_told_without_its_user(tmp_path, monkeypatch):
     repository = tmp_path / "repository"
     (repository / "ted_scale").mkdir(parents=True)
     make_repository(repository, f"https://{GIT}:x-oauth-basic@github.com/a/b.git")
-    monkeypatch.setattr(metrics, "__file__", str(repository / "ted_scale" / "metrics.py"))
-    facts = metrics.git_facts()
+    monkeypatch.setattr(tracking, "__file__", str(repository / "ted_scale" / "metrics.py"))
+    facts = tracking.git_facts()
     assert facts["git_remote_url"] == "https://***@github.com/a/b.git" and len(facts["git_commit"]) == 40
-    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "metrics.py"))
-    assert metrics.git_facts() == {"disable_git": True}
+    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "metrics.py"))
+    assert tracking.git_facts() == {"disable_git": True}
 
 
 def leaks(folder: Path, secrets) -> list[str]:
