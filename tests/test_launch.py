@@ -75,7 +75,7 @@ def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal_as_i
     assert gone(first, 60)
     before = json.loads((unlucky.folder / "checkpoints" / "step_00000008" / "progress.json").read_text())
     os.kill(at_step(process, unlucky, 11)[1], signal.SIGUSR1)
-    assert process.wait(120) == 0
+    assert process.wait(300) == 0
     assert losses(unlucky) == losses(straight)
 
     said = (root / "said").read_text()
