@@ -264,7 +264,7 @@ class Limits(Section):
 
     step_s: Positive = Field(1800.0, description="a step, a batch of validation, a checkpoint")
     start_s: Positive = Field(3600.0, description="start-up and a stage's first step, which compiles; at least step_s")
-    silence_s: Positive = Field(20.0, description="no sign of a rank: it is taken for dead")
+    silence_s: Positive = Field(30.0, description="no sign of a rank: it is taken for dead")
 
     @property
     def longest_s(self) -> float:
