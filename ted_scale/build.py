@@ -22,7 +22,7 @@ from ted_scale.loader import Loader
 from ted_scale.plan import Plan, as_dict, flops_per_token
 from ted_scale.ranks import start_ranks
 from ted_scale.rewind import Rewind, gone_back
-from ted_scale.run_folder import claim_folder, filters_source, first_of_all, refuse_together, share
+from ted_scale.run_folder import claim_folder, filters_files, first_of_all, refuse_together, share
 from ted_scale.saver import Saver
 from ted_scale.schedule import Stage
 from ted_scale.tracking import open_wandb
@@ -69,7 +69,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         plan.run, writes=writes, total_steps=plan.total_steps, step=progress.step, device=device, wandb_run=wandb_run
     )
     numbers.say_changes(changed)
-    saver = Saver(plan.run, filters_source(plan, newest), numbers.alert)
+    saver = Saver(plan.run, filters_files(plan, newest), numbers.alert)
     loader = Loader(
         workers=plan.run.data.workers, prefetch=plan.run.data.prefetch, micro_batch=plan.run.train.micro_batch,
         rank=dist.get_rank(), world=dist.get_world_size(), device=device,
@@ -81,7 +81,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
                 resumed = newest if progress.step > stage.first_step else None
                 progress = run_stage(plan, stage, teacher, progress, resumed, numbers, loader, saver)
     except Preempted:
-        saver.finish()
+        saver.finish(copied=False)
         raise
     except (UserError, RunStopped):  # the checkpoint that is being written is worth the wait
         saver.wait()
@@ -112,7 +112,7 @@ def validation_is_owed(plan: Plan, stage: Stage, progress: Progress, numbers) ->
 def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, numbers, loader, saver) -> Progress:
     run, device = plan.run, loader.device
     pulse.building(f"the build of stage {stage.name}")
-    engine = build_student(plan, stage, teacher, saver.source)
+    engine = build_student(plan, stage, teacher, saver.filters_file)
     if resumed:
         checkpoint.load(engine, resumed)
     vocabulary = min(a.vocab_size for a in (plan.student, plan.teacher) if a)
@@ -167,15 +167,15 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
 
 def go_back(stage: Stage, engine, rewind: Rewind, numbers) -> Progress:
     """Into the engine there is: DeepSpeed keeps every module that it was ever given, so that another would need its room."""
-    if fault := first_of_all(files.check_digests(rewind.checkpoint, share())):
-        raise RunStopped(
-            f"{files.skipped(rewind.checkpoint, fault)}; start the same command again to go on from an earlier one"
-        )
-    pulse.beat(f"the way back to {rewind.checkpoint.name}")
-    progress = gone_back(files.read_progress(rewind.checkpoint), rewind.progress)
-    checkpoint.load(engine, rewind.checkpoint)
-    numbers.go_back(progress)
-    return health.begin(progress, stage)
+    for place in rewind.checkpoints:
+        pulse.beat(f"the way back to {place.name}")
+        if (fault := first_of_all(files.check_digests(place, share()))) is None:
+            progress = gone_back(files.read_progress(place), rewind.progress)
+            checkpoint.load(engine, place)
+            numbers.go_back(progress)
+            return health.begin(progress, stage)
+        numbers.alert("a damaged checkpoint", files.skipped(place, fault))
+    raise RunStopped(f"{stage.run.folder} must hold a whole checkpoint to go back to, but all there are are damaged")
 
 
 def save(plan: Plan, stage: Stage, numbers, saver, engine, progress: Progress) -> None:

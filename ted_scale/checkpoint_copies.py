@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ted_scale import checkpoint_files as files
 from ted_scale import object_store, sealed
-from ted_scale.errors import SENTENCES
+from ted_scale.errors import files_at
 from ted_scale.sealed import MANIFEST, Damaged
 
 PATIENCE_S = 600
@@ -32,17 +32,16 @@ def remove(place: str, name: str) -> None:
         object_store.delete(f"{folder}/{thing}", f"checkpoint {folder} must be removed", PATIENCE_S)
 
 
-def steps(place: str) -> list[int]:
+def names(place: str) -> list[str]:
     """Newest first; one whose manifest is not there yet may be among them."""
     what = f"checkpoint.copy_to {place} must be listed"
-    names = object_store.folders(place, what, object_store.OPENING_S)
-    found = (int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit())
-    return sorted(found, reverse=True)
+    found = object_store.folders(place, what, object_store.OPENING_S)
+    return sorted(filter(files.key_of, found), key=files.key_of, reverse=True)
 
 
-def manifest_of(place: str, step: int) -> dict | None:
+def manifest_of(place: str, name: str) -> dict | None:
     """None where the copy is not whole."""
-    url = f"{place}/{files.checkpoint_name(step)}/{MANIFEST}"
+    url = f"{place}/{name}/{MANIFEST}"
     text = object_store.text(url, f"checkpoint {url} must be read", PATIENCE_S)
     try:
         return sealed.parse_manifest(text or "")
@@ -50,20 +49,33 @@ def manifest_of(place: str, step: int) -> dict | None:
         return None
 
 
-def progress_of(place: str, step: int) -> files.Progress:
-    url = f"{place}/{files.checkpoint_name(step)}/{files.PROGRESS}"
+def progress_of(place: str, name: str) -> files.Progress:
+    url = f"{place}/{name}/{files.PROGRESS}"
     text = object_store.text(url, f"checkpoint {url} must be read", PATIENCE_S)
     return files.parse_progress(text or "", url)
 
 
+def prune(place: str, known: dict[str, dict], settings) -> None:
+    """As `files.prune`, there; `known` keeps the manifests that were read."""
+    there = names(place)
+    for name in set(there) - known.keys():
+        if (manifest := manifest_of(place, name)) is not None:
+            known[name] = manifest
+    whole = {name: known[name] for name in there if name in known}
+    for name in whole.keys() - files.kept(whole, settings):
+        remove(place, name)
+
+
 def fetch(place: str, part: Path, manifest: dict, names: list[str]) -> str | None:
-    """Files of a copy, as its manifest says they are; what is wrong with them."""
-    part.mkdir(parents=True, exist_ok=True)
-    try:
+    """Files of a copy, as its manifest says they are; what is wrong with them. A store that fails is no damage: it raises."""
+    with files_at(part):
+        part.mkdir(parents=True, exist_ok=True)
         for name in names:
             take(place, part, name)
+    try:
+        for name in names:
             sealed.check_file(part, name, manifest["files"][name])
-    except (Damaged, *SENTENCES) as damage:
+    except Damaged as damage:
         return str(damage)
     return None
 

@@ -1,12 +1,15 @@
 """A run's checkpoints as files: names, what stands in them beside the ranks' state, which is the newest whole one, and
 which stay.
 
-Needs no process group and no DeepSpeed, so that a wrong resume is refused before either starts. The surprise: no file
-says which checkpoint is the newest. The folder does, and each one's manifest (sealed.py) says whether it is whole.
+Needs no process group and no DeepSpeed, so that a wrong resume is refused before either starts. No file says which checkpoint
+is the newest: the folder does, and each one's manifest (sealed.py) says whether it is whole. The surprise: the newest is not
+the one of the highest step. A run that went back, after a loss spike or past a damaged checkpoint, goes on in a line of its
+own, whose number is in the name: step_00000007_1 is newer than step_00000008.
 """
 
 import dataclasses
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +39,7 @@ class Progress:
     identity: dict = dataclasses.field(default_factory=dict)  # plan.identity
     run: dict | None = None  # the whole run file, resolved; earlier versions wrote none
     validation: float | None = None  # the student's loss, where it was measured at this very step
+    forks: tuple[int, ...] = ()  # the step that each line of the run but the first began behind
 
     def advanced(self, samples: int, seq_len: int) -> "Progress":
         tokens = self.tokens + samples * seq_len
@@ -48,9 +52,12 @@ class Standing(NamedTuple):
     """A published checkpoint, and what is wrong with it as far as sizes tell."""
 
     path: Path
-    step: int
     manifest: dict | None
     fault: str | None
+
+    @property
+    def step(self) -> int:
+        return key_of(self.path.name)[1]
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -62,25 +69,34 @@ def filters_of(folder: Path) -> Path:
     return folder / FILTERS
 
 
-def checkpoint_name(step: int) -> str:
-    return f"step_{step:08d}"
+def checkpoint_name(step: int, line: int = 0) -> str:
+    return f"step_{step:08d}" + (f"_{line}" if line else "")
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
+def key_of(name: str) -> tuple[int, int] | None:
+    """(line, step) of a checkpoint's name, by which they are ordered; None of another name."""
+    found = re.fullmatch(r"step_([0-9]{8,15})(?:_([1-9][0-9]{0,8}))?", name)
+    return found and (int(found[2] or 0), int(found[1]))
 
 
 def published(folder: Path) -> list[Standing]:
     """Newest first. Reads manifests and sizes; `check_digests` reads everything."""
-    found = (p for p in checkpoints_of(folder).glob("step_*") if p.is_dir() and p.name[5:].isdigit())
-    return sorted(map(look_at, found), key=lambda s: s.step, reverse=True)
+    found = (p for p in checkpoints_of(folder).glob("step_*") if p.is_dir() and key_of(p.name))
+    return sorted(map(look_at, found), key=lambda standing: key_of(standing.path.name), reverse=True)
 
 
 def look_at(checkpoint: Path) -> Standing:
     try:
-        return Standing(checkpoint, step_of(checkpoint), sealed.check(checkpoint), None)
+        return Standing(checkpoint, sealed.check(checkpoint), None)
     except Damaged as damage:
-        return Standing(checkpoint, step_of(checkpoint), None, str(damage))
+        return Standing(checkpoint, None, str(damage))
+
+
+def history(whole: dict[str, dict]) -> list[str]:
+    """Of whole checkpoints, manifest by name, the newest and those that it came from; newest first."""
+    names = sorted(whole, key=key_of, reverse=True)
+    forks = whole[names[0]].get("forks", []) if names else []
+    return [name for name in names if key_of(name)[1] <= min(forks[key_of(name)[0] :], default=key_of(name)[1])]
 
 
 def check_digests(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
@@ -126,7 +142,8 @@ def read_progress(checkpoint: Path) -> Progress:
 
 def parse_progress(text: str, where: str) -> Progress:
     try:
-        return Progress(**progress_form.checked(parse_json(text)))
+        values = progress_form.checked(parse_json(text))
+        return Progress(**{**values, "forks": tuple(values.get("forks", ()))})
     except (ValueError, TypeError) as error:
         raise UserError(f"{where} must be a progress file, but is not: {error}") from None
 
@@ -142,23 +159,23 @@ def clear_unfinished(folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def kept(whole: list[tuple[int, float | None]], last: int, every: int, best: bool) -> set[int]:
-    """Of (step, validation loss), the steps that stay: the last ones, every so many for ever, the best."""
-    steps = sorted(step for step, _ in whole)
-    stays = set(steps[-last:]) | {step for step in steps if every and step % every == 0}
-    measured = [(loss, step) for step, loss in whole if loss is not None]
-    return stays | ({min(measured)[1]} if best and measured else set())
+def kept(whole: dict[str, dict], settings) -> set[str]:
+    """Of whole checkpoints, manifest by name, those that stay: of the newest one's history the last ones, every so many steps
+    for ever, and the best. What a run left to go back from is not in it."""
+    names = history(whole)
+    steps = {name: key_of(name)[1] for name in names}
+    stays = set(names[: settings.keep])
+    stays |= {name for name in names if settings.keep_every and steps[name] % settings.keep_every == 0}
+    measured = [(whole[name].get("validation"), steps[name], name) for name in names]
+    measured = [row for row in measured if row[0] is not None]
+    return stays | ({min(measured)[2]} if settings.keep_best and measured else set())
 
 
-def prune(folder: Path, settings) -> list[Path]:
+def prune(folder: Path, settings) -> None:
     """Remove what need not stay of the whole ones; damaged ones are for tools/checkpoints.py to remove."""
-    whole = [s for s in published(folder) if s.fault is None]
-    losses = [(s.step, s.manifest.get("validation")) for s in whole]
-    stays = kept(losses, settings.keep, settings.keep_every, settings.keep_best)
-    gone = [s.path for s in whole if s.step not in stays]
-    for path in gone:
-        sealed.remove(path)
-    return gone
+    whole = {s.path.name: s.manifest for s in published(folder) if s.fault is None}
+    for name in whole.keys() - kept(whole, settings):
+        sealed.remove(checkpoints_of(folder) / name)
 
 
 def check_filters(path: Path, identity: dict) -> None:

@@ -218,6 +218,7 @@ class Checkpoint(Section):
     )
     keep_best: bool = Field(False, description="the one with the lowest validation loss of its step stays")
     background: bool = Field(True, description="false: a step waits until its checkpoint is on disk")
+    max_failed: PositiveInt = Field(3, description="saves in a row that may fail; the next one ends the run")
     copy_to: Annotated[str, Field(pattern=r"^(s3://[^/]+.*)?$")] = Field(
         "",
         description="s3://BUCKET/PREFIX that has every checkpoint, too, and that a run without its folder goes on from",

@@ -16,7 +16,7 @@ from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import RunStopped
 from ted_scale.gather import of_all_ranks
 from ted_scale.report import Event, write_report
-from ted_scale.rewind import Rewind, way_back
+from ted_scale.rewind import Rewind, ways_back
 from ted_scale.schedule import Stage
 from ted_scale.student import Losses, Weights
 from ted_scale.zero import forget_gradients
@@ -109,15 +109,17 @@ class Guard:
             self.alert("loss spike", self.said)
             return
         self.saved()  # else it would be chance which one is the newest
-        checkpoint = way_back(self.stage.run.folder, self.stage.first_step, rewinds)
-        if checkpoint is None:
+        checkpoints = ways_back(self.stage.run.folder, self.stage.first_step, rewinds)
+        if not checkpoints:
             self.alert("loss spike", f"{self.said}; the run goes on: this stage has no checkpoint to go back to yet")
             return
         if rewinds == limit:
             raise self.stopped(f"health.max_rewinds = {limit} ways back led to no step past it: lower train.lr")
-        onwards = f"back to {checkpoint.name} and on with sample {progress.samples}, rewind {rewinds + 1} of {limit}"
+        onwards = (
+            f"back to {checkpoints[0].name} and on with sample {progress.samples}, rewind {rewinds + 1} of {limit}"
+        )
         self.alert("loss spike, going back", f"{self.said}; {onwards}")
-        raise Rewind(checkpoint, progress)
+        raise Rewind(checkpoints, progress)
 
     def stopped(self, way_out: str) -> RunStopped:
         kept = "" if self.finite else "no weight was updated and "

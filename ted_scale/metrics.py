@@ -68,6 +68,7 @@ class Metrics:
         self.waits: dict[str, float] = {}
         self.stream = None  # what is read
         self.clock, self.since, self.tokens_before = Clock(device), time.perf_counter(), None
+        self.lost = False
         self.path, self.already, self.file = run.folder / "metrics.jsonl", set(), None
         self.open(step)
         self.bar = tqdm(
@@ -87,8 +88,9 @@ class Metrics:
     def go_back(self, progress: Progress) -> None:
         """Forget the rows past an earlier step, as a resume from there does."""
         if self.writes:
-            self.file.close()
-            trim_rows(self.path, progress.step)
+            with contextlib.suppress(OSError):
+                self.file.close()
+                trim_rows(self.path, progress.step)
         self.open(progress.step)
         self.bar.update(progress.step - self.bar.n)
         self.resume_from(progress.tokens)
@@ -126,8 +128,7 @@ class Metrics:
         """In the log, and to whoever watches the run in W&B, which leaves out what comes twice a minute."""
         if self.writes:
             say(text)
-        if self.wandb_run is not None:
-            self.wandb_run.alert(title, text, level="WARN")
+        self.tell_wandb(lambda run: run.alert(title, text, level="WARN"))
 
     def performance(self, tokens: int, steps: int) -> dict[str, float]:
         elapsed = time.perf_counter() - self.since
@@ -177,11 +178,21 @@ class Metrics:
         if not self.writes or not values or (step, *values) in self.already:
             return
         row = {"step": step, "tokens": tokens, **values}
-        self.file.write(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n")
-        self.file.flush()
+        self.keep(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}))
         self.tell_wandb(lambda run: run.log(row))
         if told := [f"{k.split('/', 1)[1]} {v:.4g}" for k, v in values.items() if shown(k)]:
             say(f"step {step:>6}  " + "  ".join(told))
+
+    def keep(self, line: str) -> None:
+        """A full disk costs rows, said once, and no step."""
+        try:
+            self.file.write(line + "\n")
+            self.file.flush()
+            self.lost = False
+        except OSError as error:
+            if not self.lost:
+                say(f"{self.path} must be writable, but is not ({error.strerror}): rows are lost until it is")
+            self.lost = True
 
     def close(self) -> None:
         self.bar.close()

@@ -210,16 +210,17 @@ def check_run_folder(plan: Plan) -> Progress:
 def newest_progress(run: Run) -> tuple[str, Progress]:
     """Where the newest checkpoint is, in the run's folder or among its copies, and where it stands."""
     standings = files.published(run.folder)
-    local = next((s for s in standings if s.fault is None), None)
+    local = next((s.path for s in standings if s.fault is None), None)
     if place := copies.place_of(run):
         check_package(place, "checkpoint.copy_to")
-        newer = (step for step in copies.steps(place) if local is None or step > local.step)
-        copy = next((step for step in newer if copies.manifest_of(place, step)), None)
+        names = copies.names(place)
+        newer = (name for name in names if local is None or files.key_of(name) > files.key_of(local.name))
+        copy = next((name for name in newer if copies.manifest_of(place, name)), None)
         if copy is not None:
-            return f"{place}/{files.checkpoint_name(copy)}", copies.progress_of(place, copy)
+            return f"{place}/{copy}", copies.progress_of(place, copy)
     if standings and local is None:
         raise files.none_is_whole(run.folder, [(s.path, s.fault) for s in standings])
-    return (str(local.path), files.read_progress(local.path)) if local else ("", Progress())
+    return (str(local), files.read_progress(local)) if local else ("", Progress())
 
 
 def flops_per_token(plan: Plan, stage: Stage) -> float:

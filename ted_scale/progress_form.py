@@ -60,6 +60,7 @@ class ProgressForm(Form):
     wandb_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,128}$")] | None  # becomes a folder's name
     identity: dict[str, Any]
     run: dict[str, Any] | None = None
+    forks: list[Count] = []
     skipped: Count = 0
     health: HealthForm | None = None
     validation: Annotated[float, Field(allow_inf_nan=False)] | None = None

@@ -16,24 +16,27 @@ from ted_scale.health import state_of
 
 
 class Rewind(Exception):
-    """All ranks leave the loop at the same step: `progress` is where the run stood behind the spike."""
+    """All ranks leave the loop at the same step: `progress` is where the run stood behind the spike, `checkpoints` where it
+    may go back to, the first that is whole to the last byte."""
 
-    def __init__(self, checkpoint: Path, progress: Progress):
-        super().__init__(f"back to {checkpoint}")
-        self.checkpoint, self.progress = checkpoint, progress
+    def __init__(self, checkpoints: list[Path], progress: Progress):
+        super().__init__(f"back to {checkpoints[0]}")
+        self.checkpoints, self.progress = checkpoints, progress
 
 
-def way_back(folder: Path, first_step: int, rewinds: int) -> Path | None:
-    """The newest whole checkpoint of a stage; after every rewind that did not help, the one before it. Rank 0 looks."""
-    whole = [standing.path for standing in reversed(files.published(folder)) if standing.fault is None]
-    found = [choose(whole, first_step, rewinds) if dist.get_rank() == 0 else None]
+def ways_back(folder: Path, first_step: int, rewinds: int) -> list[Path]:
+    """The newest whole checkpoint of a stage and those before it; after every rewind that did not help, without the newest
+    of them. Rank 0 looks."""
+    whole = {s.path.name: s.manifest for s in files.published(folder) if s.fault is None}
+    found = [choose(files.history(whole), first_step, rewinds) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
-    return found[0]
+    return [files.checkpoints_of(folder) / name for name in found[0]]
 
 
-def choose(checkpoints: list[Path], first_step: int, rewinds: int) -> Path | None:
-    of_stage = [path for path in checkpoints if path.name > files.checkpoint_name(first_step)]
-    return of_stage[max(0, len(of_stage) - 1 - rewinds)] if of_stage else None
+def choose(history: list[str], first_step: int, rewinds: int) -> list[str]:
+    """`history` is newest first; the oldest of the stage is always left."""
+    of_stage = [name for name in history if files.key_of(name)[1] > first_step]
+    return of_stage[min(rewinds, len(of_stage) - 1) :] if of_stage else []
 
 
 def gone_back(before: Progress, now: Progress) -> Progress:
@@ -41,4 +44,5 @@ def gone_back(before: Progress, now: Progress) -> Progress:
     past, state = state_of(before), state_of(now)
     past = past._replace(rewinds=state.rewinds + 1, rewound_from=max(state.rewound_from, now.step))
     adaptive = now.adaptive and {**now.adaptive, "step": before.step}  # the next border measures these weights again
-    return replace(now, step=before.step, tokens=before.tokens, adaptive=adaptive, health=past._asdict())
+    forks = (*now.forks, before.step)
+    return replace(now, step=before.step, tokens=before.tokens, adaptive=adaptive, health=past._asdict(), forks=forks)

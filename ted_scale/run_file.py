@@ -180,6 +180,11 @@ def load_ds_config(path: str) -> dict:
     for part in ("offload_optimizer", "offload_param"):
         offload = values["zero_optimization"].get(part)
         device = offload.get("device", "none") if isinstance(offload, dict) else "none"
+        if isinstance(offload, dict) and offload.get("ratio", 1) != 1:
+            raise UserError(
+                f"ds_config {path}: zero_optimization.{part}.ratio must be 1, but is {offload['ratio']!r}: only DeepSpeed's own "
+                "Adam runs in parts; leave it out"
+            )
         if device not in ("cpu", "none"):
             raise UserError(
                 f"ds_config {path}: zero_optimization.{part}.device must be cpu or none, but is {device!r}: checkpoints do not "

@@ -8,6 +8,7 @@ before one is trusted, and the verdict is all ranks'.
 import fcntl
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,10 +17,10 @@ from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
 from ted_scale import metrics, resume
 from ted_scale.checkpoint_files import Progress
-from ted_scale.errors import UserError
+from ted_scale.errors import UserError, files_at
 from ted_scale.plan import Plan, describe
 from ted_scale.run_file import to_toml
-from ted_scale.sealed import MANIFEST, PART, publish, write_durably
+from ted_scale.sealed import MANIFEST, PART, publish, sync, write_durably
 
 log = logging.getLogger("ted_scale")
 held: list = []  # the run folder's lock, for the life of the process
@@ -33,13 +34,15 @@ def claim_folder(plan: Plan):
     if writes:
         files.clear_unfinished(folder)
     dist.barrier()
-    newest = resume_point(plan.run)
+    newest, line = resume_point(plan.run)
     progress = files.read_progress(newest) if newest else Progress()
+    progress = replace(progress, forks=progress.forks + (progress.step,) * (line - len(progress.forks)))
     if newest:
         resume.refuse_another_run(newest, progress.identity, plan.identity(), plan.run.resume.allow, progress.step)
     if writes:
-        metrics.trim_rows(folder / "metrics.jsonl", progress.step)
-        write_durably(folder / "run.toml", to_toml(plan.run))
+        with files_at(folder):
+            metrics.trim_rows(folder / "metrics.jsonl", progress.step)
+            write_durably(folder / "run.toml", to_toml(plan.run))
         log.info(describe(plan))
         if newest:
             log.info(f"resuming from {newest}")
@@ -87,54 +90,55 @@ def lock(folder: Path) -> bool:
     return True
 
 
-def resume_point(run) -> Path | None:
-    """The newest checkpoint whose every byte is as it was written, here or among the copies in object storage; damaged ones
-    are named."""
+def resume_point(run) -> tuple[Path | None, int]:
+    """The newest checkpoint whose every byte is as it was written, here or among the copies in object storage, and the line
+    that the run goes on in: another one where damaged ones, which are named, were passed over."""
     place, writes, damaged = copies.place_of(run), dist.get_rank() == 0, []
-    here = broadcast({s.step for s in files.published(run.folder)} if writes else None)
-    there = broadcast(set(copies.steps(place)) if writes and place else set())
-    for step in sorted(here | there, reverse=True):
-        checkpoint = files.checkpoints_of(run.folder) / files.checkpoint_name(step)
-        if step in here:
-            fault = first_of_all(files.check_digests(checkpoint, share()))
-            if fault is None:
-                return checkpoint
+    here = broadcast([s.path.name for s in files.published(run.folder)] if writes else None)
+    there = broadcast(copies.names(place) if writes and place else [])
+    for name in sorted({*here, *there}, key=files.key_of, reverse=True):
+        checkpoint = files.checkpoints_of(run.folder) / name
+        faults = [first_of_all(files.check_digests(checkpoint, share()))] if name in here else []
+        if name in there and None not in faults:
+            faults.append(fetch(place, checkpoint))
+        for fault in filter(None, faults):
             damaged.append((checkpoint, fault))
             if writes:
                 log.error(files.skipped(checkpoint, fault))
-        if step in there and fetch(place, checkpoint):
-            return checkpoint
+        if None in faults:
+            passed = [path.name for path, _ in damaged if path.name != name]
+            return checkpoint, files.key_of(passed[0])[0] + 1 if passed else files.key_of(name)[0]
     if damaged:
         raise files.none_is_whole(run.folder, damaged)
-    return None
+    return None, 0
 
 
-def fetch(place: str, checkpoint: Path) -> bool:
-    """Bring a copy here, every rank its share of the files; False where it is not whole."""
+def fetch(place: str, checkpoint: Path) -> str | None:
+    """Bring a copy here, every rank its share of the files; what is wrong with it. "" where no whole one ever was."""
     part, writes = checkpoint.with_name(checkpoint.name + PART), dist.get_rank() == 0
-    manifest = broadcast(copies.manifest_of(place, files.step_of(checkpoint)) if writes else None)
+    manifest = broadcast(copies.manifest_of(place, checkpoint.name) if writes else None)
     if manifest is None:
-        return False
+        return ""
     first, each = share()
     fault = first_of_all(copies.fetch(place, part, manifest, list(manifest["files"])[first::each]))
-    if writes and fault:
-        log.error(files.skipped(f"{place}/{checkpoint.name}", fault))
-    elif writes:
-        copies.take(place, part, MANIFEST)
-        publish(part)
+    if writes and not fault:
+        with files_at(checkpoint):
+            copies.take(place, part, MANIFEST)
+            sync(part)
+            publish(part)
         log.info(f"{checkpoint} is there again, from {place}")
     dist.barrier()
-    return not fault
+    return fault and f"its copy: {fault}"
 
 
 def share() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def filters_source(plan: Plan, newest: Path | None) -> Path | None:
+def filters_files(plan: Plan, newest: Path | None) -> list[Path]:
     """Where stage II finds the filters: the checkpoint has its own, so that it needs nothing beside it."""
-    own = newest and newest / files.FILTERS
-    return own if own and own.is_file() else plan.filters_file
+    own = [newest / files.FILTERS] if newest and (newest / files.FILTERS).is_file() else []
+    return [*own, *([plan.filters_file] if plan.filters_file else [])]
 
 
 def refuse_together(sentence: str | None) -> None:

@@ -20,7 +20,7 @@ from ted_scale.paths import checked_name
 MANIFEST = "manifest.json"
 PART = ".part"
 ASIDE = f".old{PART}"
-PIECE = 16 * 2**20
+PIECE = 4 * 2**20
 FORMAT = 1
 
 
@@ -34,8 +34,9 @@ class Damaged(Exception):
 
 
 def write_file(path: Path, pieces: Iterable) -> Entry:
-    """Bytes to disk for good; what stood there goes first."""
+    """Bytes to disk for good. What stood there goes first, for it may be a second name of another folder's file."""
     digest, size = hashlib.sha256(), 0
+    path.unlink(missing_ok=True)
     target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
         for piece in pieces:
@@ -83,6 +84,7 @@ def digest_of(path: Path) -> Entry:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """A second name where the file system has them; the same bytes, and durable, in either case."""
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:

@@ -72,7 +72,12 @@ class State:
             begin, end = cut(numel, self.ranks, rank)
             part = self.read(rank, key_of(kind, name))
             parts.append(part[max(first, begin) - begin : min(last, end) - begin])
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        found = torch.cat(parts) if len(parts) != 1 else parts[0]
+        if len(found) != last - first:
+            raise UserError(
+                f"{self.checkpoint} must hold {numel} numbers of {kind} of {name}, but does not; copy it again"
+            )
+        return found
 
     def read(self, rank: int, key: str):
         try:

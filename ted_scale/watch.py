@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from ted_scale import pulse, stop
-from ted_scale.errors import FAULT, GONE, HUNG, RESUME, Gone, Preempted, UserError, leave, speak
+from ted_scale.errors import FAULT, GONE, HUNG, RESUME, Gone, Preempted, leave, speak
 
 BEAT_S = 1.0
 ROUNDS_A_LOOK = 5  # rank 0 reads everyone's beat every so many of its own
@@ -35,10 +35,27 @@ def start(limits, folder: Path) -> None:
     """Before the process group, so that its making is watched too. The ranks' environment says where the store is."""
     global current
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    watch = Watch(open_store(rank, world, folder), rank, world, limits, folder)
-    watch.begin()
+    watch = patiently(lambda: begun(rank, world, limits, folder), 2 * limits.silence_s + 2 * GRACE_S)
     current = watch  # not before: it would speak over another run's store
     stop.watched.set()
+
+
+def begun(rank: int, world: int, limits, folder: Path) -> "Watch":
+    watch = Watch(open_store(rank, world, folder), rank, world, limits, folder)
+    watch.begin()
+    return watch
+
+
+def patiently(action, patience_s: float):
+    """A node that starts again at once finds its last life's store until the others have noticed the end, too."""
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            return action()
+        except Gone:
+            if time.monotonic() > until:
+                raise
+            time.sleep(BEAT_S)
 
 
 def close() -> None:
@@ -65,8 +82,9 @@ def open_store(rank: int, world: int, folder: Path):
     return dist.PrefixStore(f"ted_scale/{world}/{folder}", store)
 
 
-def taken(port) -> UserError:
-    return UserError(f"MASTER_PORT must be free on rank 0's node, but {port} is not: set another, or --master_port")
+def taken(port) -> Gone:
+    """Often by this run's last life, which is about to notice that it has ended."""
+    return Gone(f"MASTER_PORT must be free on rank 0's node, but {port} is not: wait, or set another, or --master_port")
 
 
 class Watch:

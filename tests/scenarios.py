@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from tiny import FAMILIES, make_run
 
-from ted_scale import build, checkpoint_files, engines
+from ted_scale import build, checkpoint_files, engines, saver
 from ted_scale.errors import RunStopped, UserError
 from ted_scale.kernels.checks import check_labels
 from ted_scale.kernels.matmul import all_count
@@ -210,19 +210,19 @@ def full_disk(folder: Path, device):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     save, said = build.save, []
 
-    def save_with_little_room(plan, stage, numbers, saver, engine, progress):
-        if progress.step == 10 and dist.get_rank() == 1:
-            saver.wait()
+    def save_with_little_room(*arguments):
+        if arguments[-1].step == 10 and dist.get_rank() == 1:
+            arguments[3].wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (small, limits[1]))
-        save(plan, stage, numbers, saver, engine, progress)
+        save(*arguments)
 
-    build.save = save_with_little_room
+    build.save, pauses, saver.LAST_PAUSES_S = save_with_little_room, saver.LAST_PAUSES_S, ()
     try:
         start(folder, device, name="full_disk", **TEN_STEPS, checkpoint={"every": 6})
     except UserError as error:
         said.append(str(error))
     finally:
-        build.save = save
+        build.save, saver.LAST_PAUSES_S = save, pauses
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     dist.barrier()
     left = sorted(p.name for p in (folder / "runs" / "full_disk" / "checkpoints").iterdir())

@@ -13,7 +13,7 @@ import pytest
 from corpus import write_shard
 from data_scenarios import DOMAINS
 from scenarios import rows
-from test_distributed import launch, result
+from test_distributed import launch, result, without_clocks
 from tiny import make_model, make_run
 
 from ted_scale import blend, ddk, order
@@ -166,10 +166,7 @@ def test_what_is_read_has_the_measured_shares_from_the_measured_sample_on(world)
 
 @pytest.mark.parametrize("step", [6, 8], ids=["where it is measured", "between two measurements"])
 def test_a_killed_run_goes_on_with_the_same_weights_and_samples(world, step):
-    straight, resumed = (
-        [{k: v for k, v in row.items() if not k.startswith(("perf/", "memory/"))} for row in rows(world, name)]
-        for name in ("adaptive", f"adaptive_from_{step}")
-    )
+    straight, resumed = (without_clocks(world, name) for name in ("adaptive", f"adaptive_from_{step}"))
     assert resumed == straight
 
 

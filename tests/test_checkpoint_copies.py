@@ -1,5 +1,6 @@
 """Checkpoints in object storage: what is published here is there, and a run whose folder is gone goes on from it."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from test_saver import Run, content, one_rank, write  # noqa: F401 - a fixture o
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
 from ted_scale import object_store, sealed
-from ted_scale.errors import UserError
+from ted_scale.errors import SENTENCES, UserError
 from ted_scale.run_folder import resume_point
 from ted_scale.saver import Saver
 from tools.bench.object_server import serving
@@ -53,7 +54,7 @@ def test_what_is_published_and_kept_here_is_there(endpoint, run, tmp_path):
     endpoint.faults(fail=0.2)
     for step in (4, 8, 12):
         assert write(saver, step) is None
-        assert saver.outcome.not_copied is None
+        assert saver.outcome.not_copied is None, saver.outcome
     endpoint.faults()
     names = {"rank_00000.safetensors", files.PROGRESS, files.FILTERS, sealed.MANIFEST}
     assert copied(endpoint, run) == {"step_00000008": names, "step_00000012": names}
@@ -65,7 +66,8 @@ def test_a_run_without_its_folder_goes_on_from_the_newest_whole_copy(endpoint, r
         assert write(saver, step) is None
     shutil.rmtree(run.folder)
     files.checkpoints_of(run.folder).mkdir(parents=True)
-    newest = resume_point(run)
+    newest, line = resume_point(run)
+    assert line == 0
     assert newest == files.checkpoints_of(run.folder) / "step_00000008"
     assert content(newest) == 8
 
@@ -73,7 +75,7 @@ def test_a_run_without_its_folder_goes_on_from_the_newest_whole_copy(endpoint, r
     files.checkpoints_of(run.folder).mkdir(parents=True)
     key = f"{copies.place_of(run).removeprefix('s3://bucket/')}/step_00000008/rank_00000.safetensors"
     endpoint.client().put_object(Bucket="bucket", Key=key, Body=b"of another world")
-    assert content(resume_point(run)) == 4
+    assert content(resume_point(run)[0]) == 4
 
 
 def test_a_damaged_checkpoint_here_is_replaced_by_its_copy(endpoint, run, tmp_path, caplog):
@@ -84,7 +86,7 @@ def test_a_damaged_checkpoint_here_is_replaced_by_its_copy(endpoint, run, tmp_pa
     data = bytearray(rank_0.read_bytes())
     data[-1] ^= 1
     rank_0.write_bytes(data)
-    assert content(resume_point(run)) == 8
+    assert content(resume_point(run)[0]) == 8
     assert "step_00000008 is damaged and skipped: rank_00000.safetensors is not as it was written" in caplog.text
 
 
@@ -96,14 +98,14 @@ def test_a_copy_without_its_manifest_is_not_there(endpoint, run, tmp_path):
     files.checkpoints_of(run.folder).mkdir(parents=True)
     key = f"{copies.place_of(run).removeprefix('s3://bucket/')}/step_00000008/{sealed.MANIFEST}"
     endpoint.client().delete_object(Bucket="bucket", Key=key)
-    assert content(resume_point(run)) == 4
+    assert content(resume_point(run)[0]) == 4
 
 
 def test_a_copy_that_cannot_be_made_is_said_and_costs_neither_run_nor_checkpoint(run, tmp_path, caplog):
     saver = saver_of(run, tmp_path)
     saver.copies = "s3://no-such-bucket/runs/x/checkpoints"
     assert write(saver, 4) is None
-    assert "its bucket does not exist" in saver.outcome.not_copied
+    assert "its bucket does not exist" in saver.outcome.not_copied.said
     assert "step_00000004 has no copy; the run goes on: " in caplog.text
     assert content(files.newest_checkpoint(run.folder)) == 4
 
@@ -114,3 +116,45 @@ def test_a_place_that_is_not_there_is_one_sentence_before_anything_starts(run):
         resume_point(run)
     assert "\n" not in str(caught.value)
     assert dist.is_initialized()
+
+
+def test_an_outage_or_a_full_disk_never_lets_a_run_begin_anew(endpoint, run, tmp_path, monkeypatch):
+    """Its folder is gone, and what is in the bucket cannot be had right now."""
+    assert write(saver_of(run, tmp_path), 4) is None
+    shutil.rmtree(run.folder)
+    files.checkpoints_of(run.folder).mkdir(parents=True)
+    monkeypatch.setattr(copies, "PATIENCE_S", 0.2)
+    endpoint.faults(fail=1.0)
+    with pytest.raises(SENTENCES):
+        resume_point(run)
+    endpoint.faults()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="on a disk with room, but is not"):
+        patch.setattr(object_store, "download", full)
+        resume_point(run)
+    assert content(resume_point(run)[0]) == 4
+
+
+def test_a_run_that_passes_over_a_newer_checkpoint_goes_on_in_a_line_of_its_own(run, tmp_path):
+    saver = saver_of(run, tmp_path)
+    for step in (4, 8):
+        assert write(saver, step) is None
+    saver.copies = ""
+    assert write(saver, 12) is None
+    rank_0 = files.checkpoints_of(run.folder) / "step_00000012" / "rank_00000.safetensors"
+    rank_0.write_bytes(bytes(rank_0.stat().st_size))
+    newest, line = resume_point(run)
+    assert (newest.name, line) == ("step_00000008", 1)
+
+
+def test_copies_that_need_not_stay_go_also_where_an_earlier_start_left_them(endpoint, run, tmp_path):
+    for step in (4, 8):
+        assert write(saver_of(run, tmp_path), step) is None
+    shutil.rmtree(run.folder)
+    saver = saver_of(run, tmp_path)
+    for step in (12, 16):
+        assert write(saver, step) is None
+    assert copied(endpoint, run).keys() == {"step_00000012", "step_00000016"}

@@ -278,8 +278,8 @@ def test_a_loss_spike_sends_the_run_back_and_past_the_samples(world):
     for sentence in (
         "back to step_00000002 and on with sample 32, rewind 1 of 3",
         "the run goes on: this stage has no checkpoint to go back to yet",
-        "back to step_00000008 and on with sample 40, rewind 1 of 3",
-        "back to step_00000006 and on with sample 48, rewind 2 of 3",
+        "back to step_00000008_1 and on with sample 40, rewind 1 of 3",
+        "back to step_00000006_1 and on with sample 48, rewind 2 of 3",
     ):
         assert sentence in said
     reports = sorted(path.name for path in (world / "runs/rewinds/reports").iterdir())

@@ -7,6 +7,7 @@ of a start; what the launcher does is in test_launch.py.
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -119,12 +120,18 @@ def killed_often(root: Path, name: str, kills: int, rng, stride: int) -> tuple:
         time.sleep(rng.random() * (0.3 if further else 10))
         while number % 2 and further and not unfinished(run) and all(p.poll() is None for p in processes):
             time.sleep(0.0002)
-        in_a_save = unfinished(run)
+        in_a_save, published = unfinished(run), newest_step(run)
         kill(processes, rng.randrange(2))
         seen.append({"before": before, "after": newest_step(run), "in a save": in_a_save})
-        assert seen[-1]["after"] >= before, seen
+        assert seen[-1]["after"] >= published, seen
     end(begin(config, 2), config)
+    assert resumed_from(run)[-1] == seen[-1]["after"]
     return run, seen
+
+
+def resumed_from(run) -> list[int]:
+    """The steps that the run's lives went on from."""
+    return [int(step) for step in re.findall(r"resuming from .*step_(\d+)", (run.folder / "log.txt").read_text())]
 
 
 def unfinished(run) -> bool:
@@ -146,6 +153,7 @@ def resized(root: Path, name: str, ranks: list[int], steps: int = SETTINGS["trai
         ds_config = (PERSISTENT, OFFLOADED, SHARDED)[part % 3]
         train_to = {**SETTINGS["train"], "steps": part * steps // len(ranks)}
         run = train(root, name, count, train=train_to, ds_config=ds_config)
+        assert len(resumed_from(run)) == part - 1
     return run
 
 
@@ -158,6 +166,7 @@ def test_a_run_goes_on_with_the_losses_of_an_undisturbed_one_on_4_then_2_then_3_
     run = resized(root, "resized", [4, 2, 3])
     assert largest_difference(losses(run), losses(undisturbed)) < 1e-4
     assert len(losses(run)) == 12
+    assert resumed_from(run) == [3, 6]
 
 
 @pytest.mark.soak

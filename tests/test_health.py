@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,10 +50,15 @@ class World:
 
     def __init__(self, root: Path, monkeypatch, **settings):
         self.run = make_run(root, health=settings)
-        self.stage, self.zero, self.alerts, self.checkpoint = stages_of(self.run)[-1], Zero(), [], Path("step_00000004")
+        self.stage, self.zero, self.alerts, self.checkpoints = (
+            stages_of(self.run)[-1],
+            Zero(),
+            [],
+            [Path("step_00000004")],
+        )
         monkeypatch.setattr(guards, "write_report", lambda engine, event: "report: there")
         monkeypatch.setattr(guards, "forget_gradients", lambda module: None)
-        monkeypatch.setattr(guards, "way_back", lambda folder, first, rewinds: self.checkpoint)
+        monkeypatch.setattr(guards, "ways_back", lambda folder, first, rewinds: self.checkpoints)
         engine = SimpleNamespace(optimizer=self.zero, module=None)
         self.guard = Guard(engine, self.stage, lambda title, text: self.alerts.append(text), lambda: None)
         self.progress = health.begin(Progress(self.stage.first_step), self.stage)
@@ -173,7 +179,7 @@ def test_a_spike_sends_the_run_back_so_often_without_a_step_past_it(world):
     for samples in (40, 56):
         with pytest.raises(Rewind) as caught:
             at.step(9.0)
-        assert (caught.value.checkpoint, caught.value.progress.samples) == (at.checkpoint, samples)
+        assert (caught.value.checkpoints, caught.value.progress.samples) == (at.checkpoints, samples)
         at.progress = gone_back(before, caught.value.progress)
         assert (at.progress.step, at.progress.tokens, at.progress.samples) == (before.step, before.tokens, samples)
         at.step()
@@ -194,16 +200,17 @@ def test_a_run_that_came_past_its_spike_may_go_back_as_often_again(world):
 
 def test_without_a_checkpoint_of_the_stage_a_spike_is_told_and_the_run_goes_on(world):
     at = world(on_spike="rewind", spike_window=4)
-    at.checkpoint = None
+    at.checkpoints = []
     losses_until(at, [1.0, 9.0])
     assert "the run goes on: this stage has no checkpoint to go back to yet" in at.alerts[0]
     assert at.zero.updated == [0, 1, 2]
 
 
 def test_every_further_rewind_goes_back_one_checkpoint_more_within_the_stage():
-    checkpoints = [Path(f"step_{step:08d}") for step in (2, 4, 6, 8)]
-    assert [choose(checkpoints, 4, rewinds) for rewinds in range(4)] == [Path(f"step_0000000{k}") for k in (8, 6, 6, 6)]
-    assert choose(checkpoints, 8, 0) is None
+    names = [f"step_{step:08d}" for step in (8, 6, 4, 2)]
+    ways = [choose(names, 4, rewinds) for rewinds in range(4)]
+    assert [[int(name[5:]) for name in way] for way in ways] == [[8, 6], [6], [6], [6]]
+    assert choose(names, 8, 0) == []
 
 
 def test_a_blend_goes_on_and_is_measured_again_at_the_next_border():
@@ -223,17 +230,23 @@ def test_a_way_back_leads_into_the_same_engine_and_judges_by_the_run_file_of_now
     monkeypatch.setattr(build, "first_of_all", lambda fault: fault)
     monkeypatch.setattr(build, "share", lambda: (0, 1))
     monkeypatch.setattr(build.checkpoint, "load", lambda engine, checkpoint: told.append((engine, checkpoint)))
-    numbers = SimpleNamespace(go_back=told.append)
-    way = Rewind(there, at.progress.advanced(8, 32))
+    alerts = []
+    numbers = SimpleNamespace(go_back=told.append, alert=lambda title, text: alerts.append(text))
+    way = Rewind([there], at.progress.advanced(8, 32))
     back = build.go_back(at.stage, "engine", way, numbers)
-    assert told == [("engine", way.checkpoint), back]
+    assert told == [("engine", way.checkpoints[0]), back]
     assert (back.step, back.samples, health.state_of(back).losses) == (at.progress.step, 24, [1.0, 1.0])
     other = stages_of(make_run(tmp_path, loss={"kl": 4.0}))[-1]
     back = health.state_of(build.go_back(other, "engine", way, numbers))
     assert (back.losses, back.rewinds) == ((), 1)
-    sealed.write_file(there / PROGRESS, [b" " * entry.bytes])
-    with pytest.raises(RunStopped, match=r"is damaged and skipped: progress.json is not as it was written"):
-        build.go_back(at.stage, "engine", way, numbers)
+    newer = tmp_path / "step_00000004"
+    shutil.copytree(there, newer)
+    sealed.write_file(newer / PROGRESS, [b" " * entry.bytes])
+    back = build.go_back(at.stage, "engine", Rewind([newer, there], at.progress), numbers)
+    assert (back.step, back.forks) == (at.progress.step, (at.progress.step,))
+    assert alerts == [f"checkpoint {newer} is damaged and skipped: progress.json is not as it was written"]
+    with pytest.raises(RunStopped, match=r"must hold a whole checkpoint to go back to"):
+        build.go_back(at.stage, "engine", Rewind([newer], at.progress), numbers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)

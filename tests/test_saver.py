@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from ted_scale import sealed
 from ted_scale.checkpoint import Snapshot
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Checkpoint
-from ted_scale.errors import UserError
+from ted_scale.errors import Gone, UserError
 from ted_scale.saver import Saver
 from ted_scale.state_files import State, key_of
 
@@ -39,7 +40,7 @@ class Run:
 
 
 def saver_of(run: Run, filters: Path) -> Saver:
-    return Saver(run, filters, lambda title, text: log.error(text))
+    return Saver(run, [filters], lambda title, text: log.error(text))
 
 
 def state(step: int) -> Snapshot:
@@ -49,8 +50,9 @@ def state(step: int) -> Snapshot:
 
 def write(saver: Saver, step: int) -> str | None:
     place = files.checkpoints_of(saver.folder) / files.checkpoint_name(step)
-    saver.write(place, state(step), Progress(step, step, step), True)
-    return saver.outcome.failure
+    saver.begin((place, state(step), Progress(step, step, step), True))
+    saver.wait()
+    return saver.outcome.failure and saver.outcome.failure.said
 
 
 def content(checkpoint: Path) -> float:
@@ -138,22 +140,80 @@ def test_a_failed_save_does_not_end_the_run_but_the_last_one_must_not_fail(tmp_p
         failing(patch, 1, errno.ENOSPC, True)
         assert write(saver, 4)
     assert "rank 0 could not write step_00000004: No space left on device" in caplog.text
-    assert caplog.text.rstrip().endswith("; the run goes on")
-    with pytest.raises(UserError, match="could not write step_00000004"):
+    assert "; the run ends after more than 3 such in a row" in caplog.text
+    monkeypatch.setattr(saving, "LAST_PAUSES_S", (0, 0))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="could not write step_00000004"):
+        failing(patch, 1, errno.ENOSPC, True)
         saver.finish()
-    assert write(saver, 8) is None
-    assert saver.finish() == {}
+    saver.finish()  # there is room again
+    assert content(files.newest_checkpoint(tmp_path)) == 4
+    with monkeypatch.context() as patch:
+        failing(patch, 1, errno.EIO, True)
+        monkeypatch.setattr(saving, "PAUSES_S", ())
+        assert write(saver, 8)
+        with pytest.raises(
+            Gone, match="must be a folder that all ranks can write, but rank 0 could not write step_00000008"
+        ):
+            saver.finish()
 
 
-def test_filters_stand_in_two_files_at_least_and_not_in_one_a_checkpoint(tmp_path):
-    """One bad block must not be in every checkpoint; nor must each hold another gigabyte."""
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_two_checkpoints_never_share_a_file_and_not_each_has_one(tmp_path, keep):
+    """One bad block must not be in all there are; nor must each hold another gigabyte of filters."""
+    (tmp_path / "filters").write_bytes(b"filters")
+    saver = saver_of(Run(tmp_path), tmp_path / "filters")
+    saver.settings = saver.settings.model_copy(update={"keep": keep})
+    for step in range(1, 7):
+        assert write(saver, step) is None
+        inodes = [(s.path / files.FILTERS).stat().st_ino for s in files.published(tmp_path)]
+        assert len(inodes) == min(step, keep)
+        assert len(set(inodes)) == min(len(inodes), 2)
+        assert (tmp_path / "filters").stat().st_ino not in inodes
+
+
+def test_a_name_that_outlives_its_checkpoint_is_not_written_through(tmp_path):
+    (tmp_path / "filters").write_bytes(b"filters")
+    saver = saver_of(Run(tmp_path), tmp_path / "filters")
+    assert write(saver, 1) is None
+    stale = files.checkpoints_of(tmp_path) / "step_00000002.part"
+    stale.mkdir()
+    os.link(files.checkpoints_of(tmp_path) / "step_00000001" / files.FILTERS, stale / files.FILTERS)
+    saver.settings = saver.settings.model_copy(update={"keep": 5})
+    assert write(saver, 2) is None
+    assert [content(s.path) for s in files.published(tmp_path)] == [2, 1]
+
+
+def test_checkpoints_that_a_user_removed_are_not_needed_for_the_next(tmp_path):
     (tmp_path / "filters").write_bytes(b"filters")
     saver = saver_of(Run(tmp_path, keep_every=1), tmp_path / "filters")
     for step in (1, 2, 3):
         assert write(saver, step) is None
-    inodes = [(s.path / files.FILTERS).stat().st_ino for s in files.published(tmp_path)]
-    assert len(set(inodes)) == 1
-    assert inodes[0] != (tmp_path / "filters").stat().st_ino
+    shutil.rmtree(files.checkpoints_of(tmp_path))
+    assert write(saver, 4) is None
+    assert content(files.newest_checkpoint(tmp_path)) == 4
+
+
+def test_a_step_waits_for_the_copy_alone_and_the_next_save_for_the_first(tmp_path, monkeypatch):
+    """A disk that takes its time."""
+    (tmp_path / "filters").write_bytes(b"filters")
+    saver, free = saver_of(Run(tmp_path), tmp_path / "filters"), threading.Event()
+    write_file = sealed.write_file
+
+    def slowly(*arguments):
+        assert free.wait(20)
+        return write_file(*arguments)
+
+    monkeypatch.setattr(sealed, "write_file", slowly)
+    monkeypatch.setattr(saving.checkpoint, "kept_buffers", lambda engine: None)
+    monkeypatch.setattr(saving.checkpoint, "snapshot", lambda engine, buffers: state(4))
+    row = saver.save("engine", Progress(4, 4, 4), with_filters=True)
+    assert not files.published(tmp_path) and row.keys() == {"checkpoint/stall_ms"} and row["checkpoint/stall_ms"] < 5000
+    timer = threading.Timer(0.2, free.set)
+    timer.start()
+    row = saver.save("engine", Progress(8, 8, 8), with_filters=True)
+    assert row["checkpoint/write_ms"] > 150 and row["checkpoint/stall_ms"] > 150 and row["checkpoint/failed"] == 0
+    saver.finish()
+    assert [s.step for s in files.published(tmp_path)] == [8]
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 3), (3, 4), (1, 5), (5, 1), (2, 2)])

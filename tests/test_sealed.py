@@ -15,17 +15,17 @@ from ted_scale.errors import UserError
 CASES = 200
 
 
-def leave(run: Path, step: int, validation: float | None = None) -> Path:
+def leave(run: Path, step: int, validation: float | None = None, forks: tuple[int, ...] = ()) -> Path:
     """A published checkpoint of a few small files."""
     rng = random.Random(step)
-    part = files.checkpoints_of(run) / (files.checkpoint_name(step) + sealed.PART)
+    part = files.checkpoints_of(run) / (files.checkpoint_name(step, len(forks)) + sealed.PART)
     part.mkdir(parents=True)
     progress = files.progress_as_bytes(files.Progress(step, step * 256, step * 8))
     entries = {files.PROGRESS: sealed.write_file(part / files.PROGRESS, [progress])}
     for rank in range(2):
         name = f"rank_{rank:05d}.safetensors"
         entries[name] = sealed.write_file(part / name, [rng.randbytes(300), b"", rng.randbytes(77)])
-    sealed.seal(part, entries, {"step": step, "ranks": 2, "validation": validation})
+    sealed.seal(part, entries, {"step": step, "forks": forks, "ranks": 2, "validation": validation})
     return sealed.publish(part)
 
 
@@ -125,10 +125,40 @@ def test_the_last_ones_every_so_many_and_the_best_stay(tmp_path):
     for step, loss in ((2, 5.0), (4, 3.0), (6, None), (8, 4.0), (10, 3.5), (12, 3.1), (14, 9.0)):
         leave(tmp_path, step, loss)
     (files.checkpoints_of(tmp_path) / "step_00000008" / sealed.MANIFEST).unlink()
-    gone = files.prune(tmp_path, Settings)
+    files.prune(tmp_path, Settings)
     left = sorted(p.name for p in files.checkpoints_of(tmp_path).iterdir())
     assert left == [files.checkpoint_name(step) for step in (4, 6, 8, 12, 14)]  # 8 is damaged: not ours to remove
-    assert sorted(p.name for p in gone) == [files.checkpoint_name(step) for step in (2, 10)]
+
+
+def test_a_run_that_went_back_keeps_what_it_writes_and_goes_on_from_that(tmp_path):
+    """From 8 back to 6, and on with 7: the newest is 7, its history 6 and 4, and 8 belongs to nobody."""
+
+    class Settings:
+        keep, keep_every, keep_best = 2, 4, True
+
+    for step in (2, 4, 6, 8):
+        leave(tmp_path, step, 1.0 / step)
+    leave(tmp_path, 7, 0.9, forks=(6,))
+    assert [s.path.name[5:] for s in files.published(tmp_path)][:2] == ["00000007_1", "00000008"]
+    assert newest_whole(tmp_path).name == "step_00000007_1"
+    whole = {s.path.name: s.manifest for s in files.published(tmp_path)}
+    assert [files.key_of(name) for name in files.history(whole)] == [(1, 7), (0, 6), (0, 4), (0, 2)]
+    files.prune(tmp_path, Settings)
+    assert sorted(p.name[5:] for p in files.checkpoints_of(tmp_path).iterdir()) == [
+        "00000004",
+        "00000006",
+        "00000007_1",
+    ]
+    leave(tmp_path, 8, None, forks=(6, 4))
+    whole = {s.path.name: s.manifest for s in files.published(tmp_path)}
+    assert [files.key_of(name) for name in files.history(whole)] == [(2, 8), (0, 4)]
+
+
+@pytest.mark.parametrize(
+    "name", ["step_²", "step_0000000²", "step_4", "step_00000004_0", "step_00000004.part", "step_00000004_x"]
+)
+def test_other_names_are_no_checkpoints(name):
+    assert files.key_of(name) is None
 
 
 def test_publishing_over_a_damaged_one_of_the_same_step_replaces_it(original, tmp_path):

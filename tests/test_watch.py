@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ted_scale import pulse, stop, watch
 from ted_scale.config import Limits
-from ted_scale.errors import FAULT, GONE, HUNG, MISTAKE, RESUME, Preempted, UserError
+from ted_scale.errors import FAULT, GONE, HUNG, MISTAKE, RESUME, Gone, Preempted
 
 SCRIPT = Path(__file__).with_name("watched_ranks.py")
 
@@ -182,8 +182,8 @@ def test_a_failure_beside_a_dead_rank_is_told_as_its_echo(pair):
 def test_a_rank_of_another_run_at_this_port_does_not_speak_for_one_of_ours(pair):
     watches, left, said, _ = pair
     watches[1].store.set("beat/1", "another host 17")
-    with pytest.raises(UserError, match="MASTER_PORT must be free on rank 0's node"):
-        watches[1].begin()
+    with pytest.raises(Gone, match="MASTER_PORT must be free on rank 0's node"):
+        watch.patiently(watches[1].begin, 0.1)
     assert watches[0].store.get("beat/1") == b"another host 17" and not left and not said
 
 

@@ -59,31 +59,30 @@ def settings_of(arguments) -> Checkpoint:
 
 def to_remove(folder: Path, settings: Checkpoint) -> list[Path]:
     standings = files.published(folder)
-    whole = [s for s in standings if s.fault is None]
+    whole = {s.path.name: s.manifest for s in standings if s.fault is None}
     if standings and not whole:
         raise files.none_is_whole(folder, [(s.path, s.fault) for s in standings])
-    losses = [(s.step, s.manifest.get("validation")) for s in whole]
-    stays = files.kept(losses, settings.keep, settings.keep_every, settings.keep_best)
-    gone = [s.path for s in standings if s.fault or s.step not in stays]
-    return gone + sorted(files.checkpoints_of(folder).glob(f"*{sealed.PART}"))
+    stays = files.kept(whole, settings)
+    parts = sorted(files.checkpoints_of(folder).glob(f"*{sealed.PART}"))
+    return [s.path for s in standings if s.path.name not in stays] + parts
 
 
 def prune(arguments) -> None:
     from ted_scale.run_folder import lock
 
-    doomed = to_remove(arguments.run, settings_of(arguments))
-    for path in doomed:
-        print(f"{'removing' if arguments.yes else 'would remove'} {path}")
-    if doomed and not arguments.yes:
-        print("nothing was removed; add --yes to do it")
-    if not arguments.yes:
-        return
-    if not lock(arguments.run):
+    if arguments.yes and not lock(arguments.run):
         raise UserError(
             f"RUN must not be at work when it is pruned, but a process trains in {arguments.run}; wait for it"
         )
+    if arguments.yes:
+        sealed.put_back(files.checkpoints_of(arguments.run))
+    doomed = to_remove(arguments.run, settings_of(arguments))
     for path in doomed:
-        shutil.rmtree(path) if path.name.endswith(sealed.PART) else sealed.remove(path)
+        print(f"{'removing' if arguments.yes else 'would remove'} {path}")
+        if arguments.yes:
+            shutil.rmtree(path) if path.name.endswith(sealed.PART) else sealed.remove(path)
+    if doomed and not arguments.yes:
+        print("nothing was removed; add --yes to do it")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,7 +27,7 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
     if (source / "run.toml").is_file():
         checkpoint, folder = files.newest_checkpoint(source), source
         for standing in files.published(source):
-            if checkpoint and standing.step > files.step_of(checkpoint):
+            if checkpoint and files.key_of(standing.path.name) > files.key_of(checkpoint.name):
                 print(files.skipped(standing.path, standing.fault), file=sys.stderr)
         if checkpoint is None:
             raise UserError(f"RUN must have a checkpoint, but {source} has none yet; train it, then export it")
