@@ -245,6 +245,7 @@ class Health(Section):
         "stop", description="a loss or gradient that is not finite; skip: drop the step's update, count it and go on"
     )
     max_skipped: PositiveInt = Field(10, description="steps in a row that may be dropped; the next one stops the run")
+    max_skipped_all: PositiveInt = Field(100, description="steps of the whole run that may be dropped")
     on_spike: Literal["alert", "rewind", "off"] = Field(
         "alert", description="rewind: back to the last good checkpoint, and on with samples not yet read"
     )

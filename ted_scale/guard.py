@@ -97,6 +97,10 @@ class Guard:
             raise self.stopped("lower train.lr or look at the data of this step, then start the same command again")
         if state.in_a_row == limit:
             raise self.stopped(f"health.max_skipped = {limit} steps before it were dropped as well: lower train.lr")
+        if progress.skipped == (limit := self.settings.max_skipped_all):
+            raise self.stopped(
+                f"health.max_skipped_all = {limit} steps of the run were dropped before it: lower train.lr"
+            )
         forget_gradients(self.engine.module)  # a parameter that gets no new one would bring this one to the next step
         progress = health.dropped(progress)
         row = f"{state.in_a_row + 1} in a row, {progress.skipped} in all"

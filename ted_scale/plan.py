@@ -89,7 +89,6 @@ def make_plan(run: Run, world: int) -> Plan:
     pairs = match_layers(run.pairs, student.layers, teacher.layers) if run.matches_layers else []
     width = filter_width(run, student, teacher) if run.matches_layers else 0
     check_wandb(run)
-    check_replicas(run, ds_config)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)
     plan = Plan(
@@ -138,15 +137,6 @@ def check_wandb(run: Run) -> None:
         raise UserError(
             "wandb.mode must be auto or offline without an API key, but is 'online'; set WANDB_API_KEY, run `wandb login`, or "
             "change it"
-        )
-
-
-def check_replicas(run: Run, ds_config: dict) -> None:
-    offload = ds_config["zero_optimization"].get("offload_param")
-    if run.health.replicas_every and isinstance(offload, dict) and offload.get("device") == "nvme":
-        raise UserError(
-            f"health.replicas_every must be 0 where {run.ds_config} keeps weights on NVMe, but is {run.health.replicas_every}; "
-            "leave it out: shards are compared in memory"
         )
 
 

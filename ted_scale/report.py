@@ -69,8 +69,6 @@ def place(event: Event) -> Path:
 def look(engine) -> tuple[list[str], list[str], torch.Tensor]:
     """(names, roles, [ranks, tensors, gradient and weight, squares and max and nonfinite]) of what is trained."""
     zero = engine.optimizer
-    if zero.swap_optimizer:  # on NVMe, under way in both directions at this point of the step
-        return [], [], torch.zeros(1, 0, 2, 3)
     groups = zip(zero.sub_group_to_group_id.values(), zero.fp16_groups, strict=True)
     role_of = {id(p): zero.param_groups[group]["role"] for group, params in groups for p in params}
     named = [(name, p) for name, p in engine.module.named_parameters() if id(p) in role_of]

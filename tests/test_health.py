@@ -14,9 +14,8 @@ from tiny import make_run
 from ted_scale import build, health, replicas, report, sealed
 from ted_scale import guard as guards
 from ted_scale.checkpoint_files import PROGRESS, Progress, progress_as_bytes
-from ted_scale.errors import RunStopped, UserError
+from ted_scale.errors import RunStopped
 from ted_scale.guard import Guard
-from ted_scale.plan import check_replicas
 from ted_scale.rewind import Rewind, choose, gone_back
 from ted_scale.schedule import stages_of
 from ted_scale.student import Losses, Weights
@@ -288,31 +287,12 @@ def test_bits_are_compared_every_so_many_steps_and_before_every_save(tmp_path):
     assert not any(never.verifies(step) for step in range(20))
 
 
-def test_weights_on_nvme_are_not_compared(tmp_path):
-    config = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
-    check_replicas(make_run(tmp_path), config)
-    with pytest.raises(UserError, match=r"health.replicas_every must be 0 where .* keeps weights on NVMe, but is 5"):
-        check_replicas(make_run(tmp_path, health={"replicas_every": 5}), config)
-
-
 @pytest.mark.parametrize(("rank", "kept"), [(0, 3), (1, 2), (2, 0)])
 def test_what_pads_a_shard_is_no_part_of_it(monkeypatch, rank, kept):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: rank)
     parameter = SimpleNamespace(ds_tensor=torch.zeros(3), ds_numel=5, ds_process_group=None)
     assert own_part(parameter, torch.tensor([1.0, 1.0, NAN])).tolist()[:2] == [1.0, 1.0][:kept]
     assert len(own_part(parameter, torch.zeros(3))) == kept
-
-
-def test_an_optimizer_on_nvme_is_left_alone(tmp_path):
-    run = make_run(tmp_path)
-    run.folder.mkdir(parents=True)
-    engine = SimpleNamespace(optimizer=SimpleNamespace(swap_optimizer=True))
-    event = report.Event(Progress(6), stages_of(run)[-1], "said", INF, ["loss/total"], torch.tensor([[NAN]]))
-    said = report.write_report(engine, event)
-    path = run.folder / "reports" / "step_00000007.json"
-    told = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert said == f"report: {path}"
-    assert (told["groups"], told["losses"], told["grad_norm"]) == ({}, [{"rank": 0, "loss/total": "nan"}], "inf")
 
 
 def test_what_is_not_finite_is_counted_and_left_out_of_norm_and_max(monkeypatch):
