@@ -50,27 +50,27 @@ def claim_folder(plan: Plan):
 
 
 def check_shared(folder: Path, writes: bool) -> None:
-    """Rank 0 locks the folder against other runs and leaves a secret in it, and every rank must find it there."""
-    token, secret, sentence = folder / ".shared", os.urandom(8).hex(), None
+    """Rank 0 locks the folder against other runs and leaves a file in it, and every rank must find it there. Its name is new
+    each time: of one that they have looked for before, NFS clients remember for a while that it is not there."""
+    token, sentence = broadcast(f".shared_{os.urandom(8).hex()}"), None
     if writes:
         try:
             files.checkpoints_of(folder).mkdir(parents=True, exist_ok=True)
             if lock(folder):
-                token.write_text(secret, encoding="utf-8")
+                (folder / token).touch()
             else:
                 sentence = f"runs must be used by one process at a time, but another is at work in {folder}"
                 sentence += "; wait for it, or give this run another name"
         except OSError as error:
             sentence = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
     refuse_together(sentence)
-    message = [secret]
-    dist.broadcast_object_list(message, src=0)
-    if not token.exists() or token.read_text(encoding="utf-8") != message[0]:
+    if not (folder / token).exists():
         sentence = f"runs must be a folder that all nodes share, but rank {dist.get_rank()} sees another {folder}"
         sentence += "; set runs to a folder on a shared file system"
     refuse_together(sentence)
     if writes:
-        token.unlink()
+        for left in folder.glob(".shared_*"):
+            left.unlink(missing_ok=True)
 
 
 def lock(folder: Path) -> bool:
