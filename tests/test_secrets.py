@@ -216,7 +216,7 @@ def test_a_whole_run_writes_no_secret_anywhere(tmp_path):
     make_corpus(tmp_path / "corpus")
     wandb = {"project": "p", "mode": "offline"}
     config = write_run(
-        tmp_path / "run.toml", make_run(tmp_path, method="ce", train={"steps": 2}, wandb=wandb, teacher=None)
+        tmp_path / "run.toml", make_run(tmp_path, method="ce", train={"steps": 40}, wandb=wandb, teacher=None)
     )
     env = {"WANDB_CACHE_DIR": str(home), "WANDB_CONFIG_DIR": str(home), "WANDB_DATA_DIR": str(home)}
     env |= {**os.environ, **PLANTED, "SLURM_JOB_ID": "jobnumber77", "PYTHONPATH": str(checkout)}
