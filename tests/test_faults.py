@@ -135,7 +135,7 @@ def resumed_from(run) -> list[int]:
 
 
 def unfinished(run) -> bool:
-    return any(path.name.endswith(sealed.PART) for path in files.checkpoints_of(run.folder).iterdir())
+    return any(files.checkpoints_of(run.folder).glob(f"*{sealed.PART}"))
 
 
 def test_a_run_killed_three_times_ends_with_the_weights_of_an_undisturbed_one(root, undisturbed):
