@@ -12,7 +12,7 @@ from ted_scale.errors import UserError
 DOMAINS = ("prose", "code", "reference")
 ADAPTIVE = {
     "filters": {"steps": 2}, "train": {"steps": 10}, "checkpoint": {"every": 1, "keep": 100},
-    "validation": {"tokens": 6144},
+    "validation": {"tokens": 1536},
 }  # fmt: skip
 
 

@@ -56,7 +56,8 @@ def launch(ranks: int, *arguments) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port), __file__, *map(str, arguments)]
+    launcher = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port)] if ranks > 1 else [sys.executable]
+    command = [*launcher, __file__, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
