@@ -1,6 +1,8 @@
 """What inspect_corpus says of a corpus is what stands in it, and damage of any kind is found and named."""
 
 import json
+import keyword
+import random
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -18,13 +20,27 @@ from tools import inspect_corpus, tokenize_corpus, train_tokenizer
 from tools.length_picture import Lengths, bins, picture
 
 ROOT = Path(__file__).resolve().parent.parent
+WORDS = [
+    *keyword.kwlist,
+    "teacher",
+    "student",
+    "filter",
+    "layer",
+    "token",
+    "corpus",
+    "shard",
+    "index",
+    "digest",
+    "step",
+]
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     """Two tokenizer folders of different vocabularies, and the text that they learnt."""
     base = tmp_path_factory.mktemp("tokenizers")
-    texts = [path.read_text() for path in sorted(ROOT.glob("ted_scale/*.py"))]
+    rng = random.Random(0)
+    texts = ["\n".join(" ".join(rng.choices(WORDS, k=9)) for _ in range(rng.randint(20, 90))) for _ in range(90)]
     (base / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     for name, size in (("one", "600"), ("other", "500")):
         train_tokenizer.main(["--vocab-size", size, "--out", str(base / name), str(base / "text.jsonl")])
