@@ -22,8 +22,8 @@ from ted_scale.loader import Loader
 from ted_scale.plan import Plan, as_dict, flops_per_token
 from ted_scale.ranks import start_ranks
 from ted_scale.rewind import Rewind, gone_back
-from ted_scale.run_folder import claim_folder, filters_files, first_of_all, refuse_together, share
-from ted_scale.saver import Saver
+from ted_scale.run_folder import broadcast, claim_folder, filters_files, first_of_all, share
+from ted_scale.saver import Saver, attempt, give_up, sentence
 from ted_scale.schedule import Stage
 from ted_scale.tracking import open_wandb
 from ted_scale.train import train
@@ -190,12 +190,9 @@ def save(plan: Plan, stage: Stage, numbers, saver, engine, progress: Progress) -
 
 def save_filters(plan: Plan, engine) -> None:
     """Stage I's result as one file, for this run's stage II and for other runs."""
-    sides, sentence = {"student": engine.module.filters_s, "teacher": engine.module.filters_t}, None
+    sides, failure = {"student": engine.module.filters_s, "teacher": engine.module.filters_t}, None
     tensors = checkpoint.gather_filters(sides)
     if dist.get_rank() == 0:
-        try:
-            checkpoint.write_filters(plan.filters_file, tensors, plan.filters_identity())
-        except OSError as error:
-            sentence = f"{plan.run.folder} must have room for {files.FILTERS}, but has not: {error.strerror}"
-            sentence += "; the last checkpoint is intact: free space and start the same command again"
-    refuse_together(sentence)
+        failure, _ = attempt(checkpoint.write_filters, plan.filters_file, tensors, plan.filters_identity())
+    if failure := broadcast(failure):
+        give_up(sentence(plan.filters_file, 0, failure))

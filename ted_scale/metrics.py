@@ -87,9 +87,9 @@ class Metrics:
 
     def go_back(self, progress: Progress) -> None:
         """Forget the rows past an earlier step, as a resume from there does."""
+        self.shut()
         if self.writes:
             with contextlib.suppress(OSError):
-                self.file.close()
                 trim_rows(self.path, progress.step)
         self.open(progress.step)
         self.bar.update(progress.step - self.bar.n)
@@ -194,10 +194,15 @@ class Metrics:
                 say(f"{self.path} must be writable, but is not ({error.strerror}): rows are lost until it is")
             self.lost = True
 
+    def shut(self) -> None:
+        """A row that a full disk would not take is still on its way, and fails again."""
+        if self.file:
+            with contextlib.suppress(OSError):
+                self.file.close()
+
     def close(self) -> None:
         self.bar.close()
-        if self.file:
-            self.file.close()
+        self.shut()
         self.tell_wandb(lambda run: run.finish())
 
     def tell_wandb(self, action) -> None:

@@ -14,7 +14,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
@@ -102,12 +102,8 @@ class Saver:
             self.begin(self.what)
             row = self.wait(copied=copied)
         if self.failed:
-            self.give_up()
+            give_up(self.outcome.failure)
         return row
-
-    def give_up(self) -> None:
-        failure = self.outcome.failure
-        raise (UserError if failure.no_room else Gone)(failure.said)
 
     def forget(self) -> None:
         """Let go of an engine that is done with, and of the memory kept for it."""
@@ -225,6 +221,10 @@ def first_failure(failures) -> tuple[int, Failure | None]:
     return next(((rank, failure) for rank, failure in enumerate(failures) if failure), (0, None))
 
 
+def give_up(failure: Failure) -> NoReturn:
+    raise (UserError if failure.no_room else Gone)(failure.said)
+
+
 def seal_and_publish(part: Path, entries: dict[str, Entry], about: dict) -> None:
     if part.exists():  # it has its name already where only the last sync had to be tried again
         sealed.seal(part, entries, about)
@@ -234,10 +234,10 @@ def seal_and_publish(part: Path, entries: dict[str, Entry], about: dict) -> None
 def sentence(place: Path, rank: int, failure: Failure) -> Failure:
     said, must, out = failure.said, "be a folder that all ranks can write", "look at its file system"
     if failure.no_room:
-        must, out = "have room for a checkpoint", "free space"
+        must, out = "have room", "free space"
         with contextlib.suppress(OSError):
             said += f" ({shutil.disk_usage(place.parent).free / 2**30:.1f} GiB free)"
     return failure._replace(
-        said=f"{place.parent} must {must}, but rank {rank} could not write {place.name}: {said}; the previous checkpoint is "
+        said=f"{place.parent} must {must}, but rank {rank} could not write {place.name}: {said}; what was saved before is "
         f"intact: {out} and start the same command again"
     )

@@ -150,6 +150,36 @@ def test_what_was_waited_for_before_a_stage_does_not_count_in_it(tmp_path):
     assert "perf/data_wait_ms" not in rows_of(run)[0]
 
 
+def test_a_full_disk_costs_rows_said_once_and_neither_a_step_nor_the_end(tmp_path, caplog):
+    caplog.set_level("INFO", logger="ted_scale")
+    run = make_run(tmp_path)
+    numbers = metrics(run)
+    take_steps(numbers, 1, 1)
+    numbers.file = open("/dev/full", "a")
+    take_steps(numbers, 2, 4)
+    numbers.close()
+    assert [row["step"] for row in rows_of(run)] == [1]
+    numbers = metrics(run, step=4)
+    take_steps(numbers, 5, 5)
+    assert [row["step"] for row in rows_of(run)] == [1, 5]
+    said = [record.message for record in caplog.records if "rows are lost" in record.message]
+    assert said == [f"{numbers.path} must be writable, but is not (No space left on device): rows are lost until it is"]
+
+
+def test_an_alert_reaches_the_log_also_when_wandb_is_gone(tmp_path, caplog):
+    class Gone:
+        def alert(self, *arguments, **named):
+            raise BrokenPipeError("its process has ended")
+
+    caplog.set_level("INFO", logger="ted_scale")
+    numbers = metrics(make_run(tmp_path), wandb_run=Gone())
+    numbers.alert("a spike", "a loss spiked")
+    numbers.alert("a spike", "another loss spiked")
+    said = [record.message for record in caplog.records]
+    assert said[0] == "a loss spiked" and said[2:] == ["another loss spiked"]
+    assert said[1].startswith("W&B is lost until the next start (BrokenPipeError: its process has ended)")
+
+
 def test_other_ranks_write_nothing(tmp_path):
     run = make_run(tmp_path)
     numbers = metrics(run, writes=False)

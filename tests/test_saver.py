@@ -4,17 +4,20 @@ import errno
 import itertools
 import logging
 import os
+import random
 import shutil
 import threading
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from damages import DAMAGES, copy_run, mix_up
 
+from ted_scale import build, sealed
 from ted_scale import checkpoint_files as files
 from ted_scale import saver as saving
-from ted_scale import sealed
 from ted_scale.checkpoint import Snapshot
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Checkpoint
@@ -53,6 +56,11 @@ def write(saver: Saver, step: int) -> str | None:
     saver.begin((place, state(step), Progress(step, step, step), True))
     saver.wait()
     return saver.outcome.failure and saver.outcome.failure.said
+
+
+def newest_whole(run: Path) -> Path | None:
+    """As a resume finds it: sizes and manifests first, then every byte."""
+    return next((s.path for s in files.published(run) if not (s.fault or files.check_digests(s.path))), None)
 
 
 def content(checkpoint: Path) -> float:
@@ -155,6 +163,48 @@ def test_a_failed_save_does_not_end_the_run_but_the_last_one_must_not_fail(tmp_p
             Gone, match="must be a folder that all ranks can write, but rank 0 could not write step_00000008"
         ):
             saver.finish()
+
+
+def test_200_damages_are_all_noticed_and_the_checkpoint_before_is_used(tmp_path):
+    """Of checkpoints whose filters have two names: the third's are the first's."""
+    (tmp_path / "filters").write_bytes(random.Random(0).randbytes(500))
+    saver, seen = saver_of(Run(tmp_path / "original", keep_every=1), tmp_path / "filters"), set()
+    for step in (4, 8, 12):
+        assert write(saver, step) is None
+    for case in range(200):
+        run, rng = copy_run(tmp_path / "original", tmp_path / str(case)), random.Random(case)
+        newest = files.checkpoints_of(run) / "step_00000012"
+        damage = DAMAGES[case % len(DAMAGES)]
+        same_in_all = files.FILTERS if damage is mix_up else None
+        victim = rng.choice(sorted(p for p in newest.iterdir() if p.name != same_in_all))
+        damage(victim, rng)
+        seen.add((damage.__name__, victim.name))
+        fault = files.check_digests(newest)
+        assert fault and "\n" not in fault, (case, damage, victim)
+        assert newest_whole(run).name == "step_00000008", (case, damage, victim)
+    assert len(seen) == len(DAMAGES) * 4 - 1
+
+
+@pytest.mark.parametrize(("code", "error"), [(errno.ENOSPC, UserError), (errno.EIO, Gone)], ids=["full", "broken"])
+def test_stage_i_s_filters_that_cannot_be_written_are_one_sentence_and_leave_the_earlier_ones(
+    tmp_path, monkeypatch, code, error
+):
+    class Plan:
+        filters_file, filters_identity = tmp_path / files.FILTERS, dict
+
+    class Engine:
+        module = types.SimpleNamespace(filters_s=None, filters_t=None)
+
+    monkeypatch.setattr(saving, "PAUSES_S", (0, 0))
+    monkeypatch.setattr(build.checkpoint, "gather_filters", lambda sides: {"w": torch.ones(3)})
+    build.save_filters(Plan, Engine)
+    before = Plan.filters_file.read_bytes()
+    for number in range(1, 6):
+        with monkeypatch.context() as patch, pytest.raises(error, match=r"0 could not write filters\.safetensors"):
+            failing(patch, number, code, True)
+            build.save_filters(Plan, Engine)
+        assert Plan.filters_file.read_bytes() == before
+    build.save_filters(Plan, Engine)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
