@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from soak_report import commit
 from tiny import make_corpus, make_model, make_run, pretrain_command, write_run
 
 from ted_scale import checkpoint_files as files
@@ -31,14 +32,6 @@ SETTINGS = {
     "validation": {"every": 10, "tokens": 1024},
     "checkpoint": {"every": 7, "keep": 3}, "wandb": {"project": "soak"},
 }  # fmt: skip
-
-
-def commit() -> str:
-    """What the results are of: other code begins anew."""
-    shown = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return shown.stdout.strip()
 
 
 @pytest.fixture(scope="module")
