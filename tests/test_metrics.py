@@ -156,7 +156,7 @@ def test_a_full_disk_costs_rows_said_once_and_neither_a_step_nor_the_end(tmp_pat
     run = make_run(tmp_path)
     numbers = metrics(run)
     take_steps(numbers, 1, 1)
-    numbers.file = Path("/dev/full").open("a")
+    numbers.file = Path("/dev/full").open("a")  # noqa: SIM115
     take_steps(numbers, 2, 4)
     numbers.close()
     assert [row["step"] for row in rows_of(run)] == [1]
