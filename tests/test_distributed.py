@@ -19,7 +19,8 @@ from ted_scale.plan import make_plan
 
 TWO_RANKS = (
     "ten_steps", "all_methods", "residency", "resumes", "resumes_with_other_settings", "poisoned_loss", "poisoned_gradient",
-    "undisturbed_to_six", "full_disk", "layer_loss_ends", "loading_memory", "host_reads", "variants", "families",
+    "undisturbed_to_six", "full_disk", "layer_loss_ends", "loading_memory", "host_reads", "variants", "kinds_of_filters",
+    "families",
     "skips", "rewinds", "flips", "stopped_by_signals",
 )  # fmt: skip
 
@@ -61,7 +62,7 @@ def world(tmp_path_factory):
         make_model(folder / family, family, num_hidden_layers=2, seed=number)
     make_corpus(folder / "corpus")
     launch(folder, 2, TWO_RANKS)
-    launch(folder, 1, ("ten_steps", "all_methods", "variants"))
+    launch(folder, 1, ("ten_steps", "all_methods", "kinds_of_filters"))
     return folder
 
 

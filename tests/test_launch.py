@@ -28,11 +28,9 @@ def root(tmp_path_factory):
     return folder
 
 
-def losses(run) -> dict[int, float]:
+def steps_of(run) -> list[int]:
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [row["step"] for row in rows if "loss/total" in row]
-    assert steps == sorted(set(steps))
-    return {row["step"]: row["loss/total"] for row in rows if "loss/total" in row}
+    return [row["step"] for row in rows if "loss/total" in row]
 
 
 def at_step(process, run, step: int) -> list[int]:
@@ -53,13 +51,10 @@ def gone(pids, seconds: float) -> bool:
     return True
 
 
-def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal_as_if_nothing_had_happened(root):
-    """One rank is killed -9 in the first life, one is told to stop in the second, the third comes to the end."""
-    straight = make_run(root, name="straight", **SETTINGS)
+def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal(root):
+    """One rank is killed -9 in the first life, one is told to stop in the second, the third comes to the end. That all numbers
+    are those of an undisturbed run is in test_faults.py and test_distributed.py."""
     unlucky = make_run(root, name="unlucky", **SETTINGS, limits={"silence_s": 6.0})
-    done = pretrain("--config", write_run(root / "straight.toml", straight), ranks=2)
-    assert done.returncode == 0, done.stderr[-2000:]
-
     config = write_run(root / "unlucky.toml", unlucky)
     supervise = [
         sys.executable,
@@ -76,7 +71,7 @@ def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal_as_i
     before = json.loads((unlucky.folder / "checkpoints" / "step_00000008" / "progress.json").read_text())
     os.kill(at_step(process, unlucky, 11)[1], signal.SIGUSR1)
     assert process.wait(300) == 0
-    assert losses(unlucky) == losses(straight)
+    assert steps_of(unlucky) == list(range(1, 15))
 
     said = (root / "said").read_text()
     assert "error: rank 1 must give a sign at least every limits.silence_s (6 s)" in said
@@ -113,8 +108,8 @@ def test_a_backend_that_the_device_has_not_is_refused_and_the_chosen_one_is_in_t
     assert done.returncode == 2
     assert "loss.backend must be auto, torch or compiled on cpu, but is 'triton'" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
-    log = (root / "runs" / "straight" / "log.txt").read_text()
-    assert log.count("losses: torch kernels on cpu (auto)") == 1
+    log = (root / "runs" / "unlucky" / "log.txt").read_text()
+    assert log.count("losses: torch kernels on cpu (auto)") == 3  # lives
 
 
 def test_a_run_folder_that_another_run_is_in_is_refused_and_left_alone(root):

@@ -185,15 +185,26 @@ def leaks(folder: Path, secrets) -> list[str]:
 
 
 SPEAKS = """
-import logging, os, runpy, sys
+import logging, os, runpy, sys, time
+from pathlib import Path
 sys.path.insert(0, os.getcwd())
 from ted_scale import build
+from ted_scale.metrics import Metrics
 claim = build.claim_folder
 def claim_and_speak(plan):
     found = claim(plan)
     logging.getLogger("ted_scale").warning("said with " + os.environ["HF_TOKEN"])
     return found
 build.claim_folder = claim_and_speak
+close = Metrics.close
+def close_when_told(self):  # W&B looks at the machine beside the run, may not be done at its end, and writes whole blocks
+    deadline = time.monotonic() + 30
+    (file,) = self.path.parent.glob("wandb/offline-run-*/*.wandb")
+    while b"jobnumber77" not in file.read_bytes() and time.monotonic() < deadline:
+        self.wandb_run.log({"filling": "-" * 32768})
+        time.sleep(0.2)
+    close(self)
+Metrics.close = close_when_told
 runpy.run_path("launch/pretrain.py", run_name="__main__")
 """
 
@@ -216,7 +227,7 @@ def test_a_whole_run_writes_no_secret_anywhere(tmp_path):
     make_corpus(tmp_path / "corpus")
     wandb = {"project": "p", "mode": "offline"}
     config = write_run(
-        tmp_path / "run.toml", make_run(tmp_path, method="ce", train={"steps": 40}, wandb=wandb, teacher=None)
+        tmp_path / "run.toml", make_run(tmp_path, method="ce", train={"steps": 4}, wandb=wandb, teacher=None)
     )
     env = {"WANDB_CACHE_DIR": str(home), "WANDB_CONFIG_DIR": str(home), "WANDB_DATA_DIR": str(home)}
     env |= {**os.environ, **PLANTED, "SLURM_JOB_ID": "jobnumber77", "PYTHONPATH": str(checkout)}
