@@ -72,9 +72,11 @@ class Shard:
         sequence = int(self.borders.document_indices[document])
         if sequence == self.index.sequences:
             return self.index.tokens
-        if not 0 <= sequence < self.index.sequences:
+        inside = 0 <= sequence < self.index.sequences
+        start = int(self.borders.sequence_pointers[sequence]) // self.index.dtype.itemsize if inside else -1
+        if not 0 <= start <= self.index.tokens:
             raise out_of_order(self.index.prefix + ".idx")
-        return int(self.borders.sequence_pointers[sequence]) // self.index.dtype.itemsize
+        return start
 
     def first_document(self, token: int, least: int = 0) -> int:
         """The first document that starts at `token` or later, and is not before document `least`; by bisection, because

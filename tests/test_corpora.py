@@ -93,6 +93,18 @@ def test_a_stream_can_be_sent_to_another_process(stream):
     assert all(numpy.array_equal(sent.sample(p).tokens, stream.sample(p).tokens) for p in range(20))
 
 
+@pytest.mark.parametrize("place", [-2, 900, 1 << 40])
+def test_a_document_that_begins_outside_its_shard_holds_out_nothing(tmp_path, place):
+    """A flipped bit in a pointer was a border between text to train on and text held out."""
+    prefix = write_shard(tmp_path / "shard", counting_documents([30] * 20))
+    index, pointers = tmp_path / "shard.idx", 34 + 4 * 20  # behind the header and the lengths
+    content = bytearray(index.read_bytes())
+    content[pointers + 8 * 10 : pointers + 8 * 11] = (2 * place).to_bytes(8, "little", signed=True)
+    index.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard\.idx must hold lengths that add up and borders in order"):
+        open_stream(data_section(prefix, validation=0.5), 1, VOCAB)
+
+
 def test_a_shard_written_anew_is_read_anew(tmp_path):
     first = [
         open_stream(data_section(write_shard(tmp_path / "a", [[low] * 100])), 1, VOCAB).sample(0) for low in (5, 7)
