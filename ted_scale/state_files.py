@@ -7,6 +7,7 @@ their shapes, the manifest says (sealed.py). The surprise: a piece that is all p
 """
 
 import json
+import math
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -52,7 +53,8 @@ def as_bytes(tensors: dict[str, torch.Tensor], about: dict[str, str] | None = No
 
 def sound(manifest: dict) -> bool:
     shapes = manifest["shapes"].values()
-    return manifest["ranks"] > 0 and all(isinstance(shape, list) and all(map(is_count, shape)) for shape in shapes)
+    sizes = [math.prod(shape) if isinstance(shape, list) and all(map(is_count, shape)) else 0 for shape in shapes]
+    return manifest["ranks"] > 0 and all(size > 0 and is_count(size) for size in sizes)
 
 
 class State:
