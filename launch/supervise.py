@@ -32,6 +32,7 @@ from ted_scale.run_file import load_run
 PR_SET_CHILD_SUBREAPER = 36
 FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1, signal.SIGINT: signal.SIGTERM}
 LOOK_S = 0.3
+KILLED_S = 60  # a process that waits for a device or a file system does not hear SIGKILL
 received: list[int] = []
 
 
@@ -131,7 +132,7 @@ def is_done(run) -> bool:
 def run_once(command: list[str], patience_s: float) -> int:
     """The command's exit code, or that of ranks that outlived it, when nothing of it is left."""
     main_pid, code = spawn(command), None
-    passed_on, end, orphans, left = len(received), None, set(), []
+    passed_on, end, orphans, left = 0, None, set(), []
     while code is None or orphans:
         for pid, status in reap().items():
             if pid == main_pid:
@@ -178,12 +179,15 @@ def pass_on(number: int, main_pid: int) -> None:
 
 
 def kill_what_is_left() -> None:
-    while alive := descendants_of(os.getpid()):
+    end = time.monotonic() + KILLED_S
+    while (alive := descendants_of(os.getpid())) and time.monotonic() < end:
         for pid in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(LOOK_S / 3)
         reap()
+    if alive:
+        say(f"processes {alive} cannot be killed: a device or a file system holds them")
 
 
 def asked_within(seconds: float) -> bool:

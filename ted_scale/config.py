@@ -19,6 +19,7 @@ PositiveInt = Annotated[int, Field(gt=0, lt=COUNT_LIMIT)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=1e6)]
 Method = Literal["ce", "kd", "lwd", "ted"]
 
 
@@ -264,9 +265,12 @@ class Health(Section):
 class Limits(Section):
     """What takes longer ends the run with a reason, for nobody watches a cluster at night."""
 
-    step_s: Positive = Field(1800.0, description="a step, a batch of validation, a checkpoint")
-    start_s: Positive = Field(3600.0, description="start-up and a stage's first step, which compiles; at least step_s")
-    silence_s: Positive = Field(30.0, description="no sign of a rank: it is taken for dead")
+    step_s: Seconds = Field(1800.0, description="a step, a batch of validation, a checkpoint")
+    start_s: Seconds = Field(3600.0, description="start-up and a stage's first step, which compiles; at least step_s")
+    silence_s: Annotated[Seconds, Field(ge=3)] = Field(
+        20.0,
+        description="no sign of a rank: it is taken for dead, before DeepSpeed's launcher kills the others after 30 s",
+    )
 
     @property
     def longest_s(self) -> float:

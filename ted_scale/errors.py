@@ -8,6 +8,7 @@ file or a library: what is not printable is escaped, so that it is one line and 
 import contextlib
 import os
 import sys
+import threading
 import time
 import traceback
 
@@ -69,7 +70,8 @@ SENTENCES = (UserError, RunStopped, Gone, Preempted)
 
 
 def clean(sentence: str) -> str:
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
+    said = sentence[: 10 * LONGEST_SENTENCE]  # more than is shown: half a secret at its end is not
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
     return shortened(redact.redact("".join(escaped)), LONGEST_SENTENCE)
 
 
@@ -104,6 +106,7 @@ def run_main(main) -> None:
     """Run `main()`; our own exceptions become their sentence on stderr and their exit code, others their traceback."""
     redact.watch_logs()
     sys.excepthook = show_traceback
+    threading.excepthook = lambda raised: show_traceback(*raised[:3])
     try:
         main()
     except KeyboardInterrupt:

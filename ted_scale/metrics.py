@@ -128,7 +128,7 @@ class Metrics:
         """In the log, and to whoever watches the run in W&B, which leaves out what comes twice a minute."""
         if self.writes:
             say(text)
-        self.tell_wandb(lambda run: run.alert(title, text, level="WARN"))
+        self.tell_wandb(lambda run: run.alert(title, redact.redact(text), level="WARN"))
 
     def performance(self, tokens: int, steps: int) -> dict[str, float]:
         elapsed = time.perf_counter() - self.since

@@ -8,7 +8,8 @@ PROC = Path("/proc")
 def parent_of(pid: int) -> int | None:
     """None where there is no such process, or nothing but its entry is left."""
     try:
-        state, parent = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[:2]
+        stat = (PROC / str(pid) / "stat").read_bytes()  # a process's name is any bytes
+        state, parent = stat.rpartition(b")")[2].decode().split()[:2]
     except OSError:
         return None
     return None if state in "ZX" else int(parent)

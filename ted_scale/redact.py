@@ -20,12 +20,12 @@ NAMES = re.compile(
 )
 PLACES = re.compile(r"_(FILE|PATH|DIR|URI|URL|NAME)S?$", re.IGNORECASE)  # where a secret is, and not the secret
 
-# Each with the part to be hidden as its group 1.
+# Each with the part to be hidden as its group 1. What is looked for from every place is bounded: texts come from others.
 SHAPES = [
     re.compile(pattern)
     for pattern in (
-        r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/@:'\"]*:(?!\d+/)[^\s@'\"]+)@",  # user:password, and AWS keys hold slashes
-        r"[A-Za-z][A-Za-z0-9+.-]*://([^\s/@:'\"]+)@",
+        r"[A-Za-z][A-Za-z0-9+.-]{0,30}://([^\s/@:'\"]{0,500}:(?!\d{1,5}/)[^\s@'\"]{1,500})@",  # AWS keys hold slashes
+        r"[A-Za-z][A-Za-z0-9+.-]{0,30}://([^\s/@:'\"]{1,500})@",
         r"(?i)[?&;](?:x-(?:amz|goog)-(?:signature|credential|security-token)|awsaccesskeyid|signature|sig|access_token|"
         r"token|api_?key|key|password|secret)=([^&\s'\"]+)",
         r"(?i)\bauthorization['\"]?\s*[:=]\s*['\"]?((?:bearer|basic|aws4-hmac-sha256)\s+[^\s'\"]+)",
@@ -34,7 +34,7 @@ SHAPES = [
         r"\b((?:AKIA|ASIA)[0-9A-Z]{16})\b",
         r"\b(hf_[A-Za-z0-9]{20,}|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|wandb_v\d+_\w{20,})",
         r"\b(sk-(?:proj-|ant-)?[A-Za-z0-9_]{24,}|xox[abprs]-[\w-]{10,}|AIza[\w-]{35})",
-        r"\b(eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})",
+        r"\b(eyJ[\w-]{8,2000}\.[\w-]{8,2000}\.[\w-]{8,})",
         r"(-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z))",
     )
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
 from ted_scale import metrics, resume
 from ted_scale.checkpoint_files import Progress
-from ted_scale.errors import UserError, files_at
+from ted_scale.errors import Gone, UserError, files_at
 from ted_scale.plan import Plan, describe
 from ted_scale.run_file import to_toml
 from ted_scale.sealed import MANIFEST, PART, publish, sync, write_durably
@@ -52,18 +52,19 @@ def claim_folder(plan: Plan):
 def check_shared(folder: Path, writes: bool) -> None:
     """Rank 0 locks the folder against other runs and leaves a file in it, and every rank must find it there. Its name is new
     each time: of one that they have looked for before, NFS clients remember for a while that it is not there."""
-    token, sentence = broadcast(f".shared_{os.urandom(8).hex()}"), None
+    token, sentence, busy = broadcast(f".shared_{os.urandom(8).hex()}"), None, None
     if writes:
         try:
             files.checkpoints_of(folder).mkdir(parents=True, exist_ok=True)
             if lock(folder):
                 (folder / token).touch()
             else:
-                sentence = f"runs must be used by one process at a time, but another is at work in {folder}"
-                sentence += "; wait for it, or give this run another name"
+                busy = f"runs must be used by one process at a time, but another is at work in {folder}"
+                busy += "; wait for it, or give this run another name"
         except OSError as error:
             sentence = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
     refuse_together(sentence)
+    refuse_together(busy, Gone)  # also a lost node's lock, which a file server keeps for a while
     if not (folder / token).exists():
         sentence = f"runs must be a folder that all nodes share, but rank {dist.get_rank()} sees another {folder}"
         sentence += "; set runs to a folder on a shared file system"
@@ -141,10 +142,10 @@ def filters_files(plan: Plan, newest: Path | None) -> list[Path]:
     return [*own, *([plan.filters_file] if plan.filters_file else [])]
 
 
-def refuse_together(sentence: str | None) -> None:
+def refuse_together(sentence: str | None, kind=UserError) -> None:
     """Every rank leaves with the first sentence, so that none waits for another."""
     if first := first_of_all(sentence):
-        raise UserError(first)
+        raise kind(first)
 
 
 def first_of_all(sentence: str | None) -> str | None:

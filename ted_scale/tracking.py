@@ -10,6 +10,8 @@ from ted_scale import redact
 from ted_scale.config import Run
 
 log = logging.getLogger("ted_scale")
+# A run's end, and a fault's last words, do not wait for ever for a network; what is not uploaded stays for `wandb sync`.
+LAST_UPLOAD = {"finish_timeout": 30, "finish_timeout_raises": True}
 
 
 def open_wandb(run: Run, run_id: str | None):
@@ -25,7 +27,7 @@ def open_wandb(run: Run, run_id: str | None):
             project=settings.project, entity=settings.entity, group=settings.group, name=run.name, id=run_id,
             tags=settings.tags, notes=settings.notes, dir=str(run.folder), config=run.model_dump(by_alias=True),
             mode="online" if online else "offline", resume="allow",
-            settings=wandb.Settings(silent=True, console="off", **git_facts()),
+            settings=wandb.Settings(silent=True, console="off", **LAST_UPLOAD, **git_facts()),
         )  # fmt: skip
     for axis in ("step", "tokens"):
         wandb_run.define_metric(axis)

@@ -19,7 +19,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from ted_scale import pulse, stop
+from ted_scale import pulse, redact, stop
 from ted_scale.errors import FAULT, GONE, HUNG, RESUME, Gone, Preempted, leave, speak
 
 BEAT_S = 1.0
@@ -179,10 +179,10 @@ class Watch:
 
     def end(self, words: str, code: int, silent=()) -> None:
         """End this rank and all others with `code`; `words` are the last ones, unless another rank was first or has died."""
-        in_main = threading.current_thread() is threading.main_thread()
+        in_main, words = threading.current_thread() is threading.main_thread(), redact.redact(words)
         if self.rank and in_main and code != FAULT:
             time.sleep(3 * BEAT_S)  # what all ranks have to say is rank 0's to say
-        claim = json.dumps({"rank": self.rank, "code": code})
+        claim = json.dumps({"rank": self.rank, "code": code, "thread": threading.get_ident()})  # one of two has it
         try:
             if self.store.compare_set("claim", "", claim) == claim.encode():
                 self.wind_up(words, code, silent)
@@ -196,14 +196,15 @@ class Watch:
     def wind_up(self, words: str, code: int, silent) -> None:
         """The claimant's part. Of a failure nobody knows yet whether it is the cause or the echo of a rank that died."""
         others = [r for r in range(self.world) if r != self.rank and r not in silent]
-        came = [r for r in others if self.store.check([f"beat/{r}"])]
+        came = [r for r in others if self.store.check([f"beat/{r}"]) and not self.store.check([f"left/{r}"])]
         if code == HUNG:
             self.write_stacks()
-        unseen = self.unset("seen", came, self.limits.silence_s if code == FAULT else GRACE_S)
+        may_be_an_echo = code in (FAULT, RESUME)  # the launcher, too, signals the others when a rank has died
+        unseen = self.unset("seen", came, self.limits.silence_s if may_be_an_echo else GRACE_S)
         if code == HUNG:
             where = self.where_they_were(set(came) - set(unseen))
             words = f"{words}: {where}; every stack is above and in {self.folder}/stacks"
-        elif code == FAULT and unseen:
+        elif may_be_an_echo and unseen:
             met = words.rstrip().rpartition("\n")[2]
             words, code = f"rank {self.rank} met: {met}\n{self.silence_of(unseen)}", GONE
         elif code == FAULT or (self.rank and code != GONE):

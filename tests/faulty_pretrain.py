@@ -28,10 +28,10 @@ def put_fault_in(kind: str, rank: str, step: str) -> None:
 
     arm = Guard.arm
 
-    def armed(self, number):
-        if (os.environ["RANK"], str(number)) == (rank, step):
+    def armed(self, progress):
+        if (os.environ["RANK"], str(progress.step + 1)) == (rank, step):
             fall_over(kind)
-        arm(self, number)
+        arm(self, progress)
 
     Guard.arm = armed
 

@@ -48,6 +48,7 @@ DEEP = json.loads("[" * 200 + "]" * 200)
 JUNK = (
     None, True, False, 0, -1, 1, 2**31, 2**60, 2**63, 2**70, -(2**63), 0.5, -0.0, 1e308, 1e-320, float("nan"), float("inf"),
     "", " ", "x", "\0", "a\nb", "\x1b[2J", "é😀", "\ud800", "../../etc/passwd", "/etc/passwd", "..\\x", "x" * 5000, "[" * 5000,
+    "x" * 200_000, "a://b:" * 20_000, "-eyJabcdefgh" * 10_000,
     "__import__('os').system('true')", "s3://key:secret@bucket/x", "None", [], {}, [[]], [None], {"": None}, DEEP,
     [1] * 1000, {"path": "/"}, AUTO_MAP,
 )  # fmt: skip

@@ -167,6 +167,18 @@ def test_a_full_disk_costs_rows_said_once_and_neither_a_step_nor_the_end(tmp_pat
     assert said == [f"{numbers.path} must be writable, but is not (No space left on device): rows are lost until it is"]
 
 
+def test_an_alert_tells_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "planted-in-an-alert")
+    told = []
+
+    class Run:
+        def alert(self, title, text, level):
+            told.append(text)
+
+    metrics(make_run(tmp_path), wandb_run=Run()).alert("a spike", "denied for planted-in-an-alert")
+    assert told == ["denied for ***"]
+
+
 def test_an_alert_reaches_the_log_also_when_wandb_is_gone(tmp_path, caplog):
     class Gone:
         def alert(self, *arguments, **named):

@@ -58,7 +58,7 @@ def test_every_rank_finds_its_place_and_the_meeting_point(slurm, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("code", [75, 4, 5, 137])
+@pytest.mark.parametrize("code", [75, 1, 4, 5, 137])
 def test_what_a_new_start_helps_goes_back_into_the_queue(slurm, tmp_path, code):
     assert slurm(code)[0] == 0
     assert (tmp_path / "requeued").read_text() == "31234\n"

@@ -1,6 +1,7 @@
 """launch/supervise.py: what it starts again, when, how often, whom it tells of a signal, and that nothing is left."""
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 from tiny import make_run, write_run
 
+from launch import supervise
 from launch.supervise import Standing, pause_after, run_file_of
+from ted_scale import processes
 from ted_scale.errors import MEANINGS, UserError
 
 SCRIPT = Path(__file__).with_name("supervised.py")
@@ -113,8 +116,33 @@ def test_a_signal_in_a_pause_ends_it(tmp_path):
     time.sleep(0.6)
     process.send_signal(signal.SIGTERM)
     finished(process)
-    assert process.returncode in (1, 75)
+    assert process.returncode == 75
     assert (tmp_path / "started").read_text().count("\n") == 1
+
+
+def test_a_signal_that_comes_while_the_command_starts_is_passed_on(monkeypatch):
+    def spawn(command):
+        supervise.received.append(signal.SIGTERM)
+        return os.posix_spawn(command[0], command, os.environ)
+
+    monkeypatch.setattr(supervise, "spawn", spawn)
+    monkeypatch.setattr(supervise, "received", [])
+    began = time.monotonic()
+    assert supervise.run_once(["/bin/sleep", "30"], 60) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 10
+
+
+def test_a_process_whose_name_is_no_text_is_a_process():
+    code = "import time; open('/proc/self/comm', 'wb').write(b'caf\\xc3 (x) y'); print(flush=True); time.sleep(30)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        child.stdout.readline()
+        assert b"caf\xc3 (x) y" in Path(f"/proc/{child.pid}/stat").read_bytes()
+        assert processes.parent_of(child.pid) == os.getpid()
+        assert child.pid in processes.descendants_of(os.getpid())
+    finally:
+        child.kill()
+        child.communicate()
 
 
 def test_pauses_double_up_to_the_longest_and_are_spread():

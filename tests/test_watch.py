@@ -1,7 +1,10 @@
 """How ranks end together: real pairs of ranks, each with another fault, and the rules between two watches of one process."""
 
 import contextlib
+import inspect
 import json
+import logging
+import re
 import subprocess
 import sys
 import threading
@@ -128,7 +131,7 @@ def pair(tmp_path, monkeypatch):
         client = dist.TCPStore(
             "127.0.0.1", server.port, 2, False, timeout=timedelta(seconds=10), wait_for_workers=False
         )
-        limits = Limits(step_s=30.0, start_s=60.0, silence_s=0.6)
+        limits = Limits.model_construct(step_s=30.0, start_s=60.0, silence_s=0.6)
         made = watch.Watch(client, rank, 2, limits, tmp_path, leave=leaver(rank), speak=said.append)
         made.store.set(f"beat/{rank}", "0")
         watches.append(made)
@@ -195,6 +198,50 @@ def test_the_first_claim_wins_and_the_other_rank_is_silent(pair):
     other.join(5)
     assert left == {0: FAULT, 1: FAULT}
     assert said == ["rank 1: Traceback ...\nValueError: first\n"]
+
+
+def test_a_signal_that_is_the_echo_of_a_rank_that_died_names_the_rank(pair):
+    """DeepSpeed's launcher sends SIGTERM to all when one has died, and while nothing is unsaved they would leave at once."""
+    watches, left, said, _ = pair
+    pulse.building("the build of stage student")
+    stop.asked.set()
+    watched(watches[0])
+    assert left == {0: GONE}
+    assert said[0].startswith(f"rank 0 met: stopped: {Preempted.SENTENCE}\nerror: rank 1 must give a sign")
+
+
+def test_a_reason_is_said_before_deepspeed_s_launcher_kills_the_others():
+    from deepspeed.launcher.launch import terminate_process_tree
+
+    kills_after_s = float(re.search(r"timeout=(\d+)", inspect.getsource(terminate_process_tree))[1])
+    assert Limits().silence_s + watch.ROUNDS_A_LOOK * watch.BEAT_S + 3 * watch.BEAT_S < kills_after_s
+
+
+def test_a_secret_in_a_traceback_reaches_no_log(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "planted-in-a-traceback")
+    watches, _, said, _ = pair
+    handler = logging.FileHandler(tmp_path / "log.txt")
+    monkeypatch.setattr(logging.getLogger("ted_scale"), "handlers", [handler])
+    other = meeting(watches[0])
+    with pytest.raises(Left):
+        watches[1].end("Traceback ...\nValueError: denied for planted-in-a-traceback\n", FAULT)
+    other.join(5)
+    handler.close()
+    assert said == ["rank 1: Traceback ...\nValueError: denied for ***\n"]
+    assert (tmp_path / "log.txt").read_text().count("denied for ***") == 1
+
+
+def test_two_threads_of_a_rank_that_end_it_at_once_say_one_thing(pair):
+    watches, left, said, _ = pair
+    watches[1].close()
+    stop.asked.set()
+    pulse.building("stage II")
+    with pytest.raises(Left):
+        watches[0].end(f"stopped: {Preempted.SENTENCE}", RESUME)
+    other = threading.Thread(target=watches[0].round)
+    other.start()
+    other.join(10)
+    assert left == {0: RESUME} and len(said) == 1
 
 
 @pytest.mark.parametrize(("first", "key"), [(False, "limits.step_s (30 s)"), (True, "limits.start_s (60 s)")])
