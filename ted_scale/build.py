@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ted_scale import attention, checkpoint, feed, health, kernels, metrics, pulse, redact, replicas, resume, watch
 from ted_scale import checkpoint_files as files
+from ted_scale.attempts import attempt
 from ted_scale.checkpoint_files import Progress
 from ted_scale.engines import DTYPES, build_student, build_teacher, check_engine_config
 from ted_scale.errors import Preempted, RunStopped, UserError
@@ -23,7 +24,7 @@ from ted_scale.plan import Plan, as_dict, flops_per_token
 from ted_scale.ranks import start_ranks
 from ted_scale.rewind import Rewind, gone_back
 from ted_scale.run_folder import broadcast, claim_folder, filters_files, first_of_all, share
-from ted_scale.saver import Saver, attempt, give_up, sentence
+from ted_scale.saver import Saver, give_up, sentence
 from ted_scale.schedule import Stage
 from ted_scale.tracking import open_wandb
 from ted_scale.train import train
@@ -81,10 +82,10 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
                 resumed = newest if progress.step > stage.first_step else None
                 progress = run_stage(plan, stage, teacher, progress, resumed, numbers, loader, saver)
     except Preempted:
-        saver.finish(copied=False)
+        saver.finish(leaving=True)
         raise
     except (UserError, RunStopped):  # the checkpoint that is being written is worth the wait
-        saver.wait()
+        saver.wait(leaving=True)
         raise
     finally:
         loader.close()
@@ -115,6 +116,7 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
     engine = build_student(plan, stage, teacher, saver.filters_file)
     if resumed:
         checkpoint.load(engine, resumed)
+    saver.prepare(engine)
     vocabulary = min(a.vocab_size for a in (plan.student, plan.teacher) if a)
     stream, progress, changed = feed.open_feed(run, stage, progress, vocabulary)
     numbers.say_changes(changed)
@@ -153,6 +155,7 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
             progress = go_back(stage, engine, rewind, numbers)
             began = progress.step
     numbers.write(progress.step, progress.tokens, saver.finish())
+    saver.copier.finish()
     pulse.building(f"the end of stage {stage.name}")
     saver.forget()
     engine.destroy()
@@ -178,6 +181,7 @@ def save(plan: Plan, stage: Stage, numbers, saver, engine, progress: Progress) -
     done = progress.step == stage.last_step
     if stage.learns_filters and done:
         save_filters(plan, engine)
+        saver.take_filters_from(plan.filters_file)
     with_filters = plan.run.method == "ted" and (done or not stage.learns_filters)
     numbers.write(progress.step, progress.tokens, saver.save(engine, progress, with_filters=with_filters))
 

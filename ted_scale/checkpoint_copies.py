@@ -4,6 +4,7 @@ Requests, credentials and their sentences are object_store.py's. The surprise: a
 that one without is not there, and a fetched one is held against it like any other.
 """
 
+import contextlib
 from pathlib import Path
 
 from ted_scale import checkpoint_files as files
@@ -40,13 +41,10 @@ def names(place: str) -> list[str]:
 
 
 def manifest_of(place: str, name: str) -> dict | None:
-    """None where the copy is not whole."""
+    """None where the copy was never whole; Damaged where its manifest is no longer one."""
     url = f"{place}/{name}/{MANIFEST}"
     text = object_store.text(url, f"checkpoint {url} must be read", PATIENCE_S)
-    try:
-        return sealed.parse_manifest(text or "")
-    except Damaged:
-        return None
+    return None if text is None else files.checked(sealed.parse_manifest(text), name)
 
 
 def progress_of(place: str, name: str) -> files.Progress:
@@ -57,12 +55,17 @@ def progress_of(place: str, name: str) -> files.Progress:
 
 def prune(place: str, known: dict[str, dict], settings) -> None:
     """As `files.prune`, there; `known` keeps the manifests that were read."""
-    there = names(place)
+    there, torn = names(place), []
     for name in set(there) - known.keys():
-        if (manifest := manifest_of(place, name)) is not None:
-            known[name] = manifest
+        with contextlib.suppress(Damaged):  # to be looked at, and perhaps of a later version
+            if (manifest := manifest_of(place, name)) is None:
+                torn.append(name)
+            else:
+                known[name] = manifest
     whole = {name: known[name] for name in there if name in known}
-    for name in whole.keys() - files.kept(whole, settings):
+    newest = max(map(files.key_of, whole), default=(0, 0))
+    doomed = {name for name in torn if files.key_of(name) < newest}  # what a run that left did not wait for
+    for name in doomed | (whole.keys() - files.kept(whole, settings)):
         remove(place, name)
 
 

@@ -9,15 +9,17 @@ own, whose number is in the name: step_00000007_1 is newer than step_00000008.
 
 import dataclasses
 import json
+import math
 import re
 import shutil
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale import progress_form, resume, sealed
 from ted_scale.errors import UserError
-from ted_scale.parsing import parse_json
+from ted_scale.parsing import is_count, parse_json
 from ted_scale.sealed import PART, Damaged
 
 PROGRESS = "progress.json"
@@ -87,9 +89,18 @@ def published(folder: Path) -> list[Standing]:
 
 def look_at(checkpoint: Path) -> Standing:
     try:
-        return Standing(checkpoint, sealed.check(checkpoint), None)
+        return Standing(checkpoint, checked(sealed.check(checkpoint), checkpoint.name), None)
     except Damaged as damage:
         return Standing(checkpoint, None, str(damage))
+
+
+def checked(manifest: dict, name: str) -> dict:
+    """It is of a checkpoint, and of the one that has this name."""
+    (line, step), forks, loss = key_of(name), manifest.get("forks"), manifest.get("validation")
+    lines = isinstance(forks, list) and len(forks) == line and all(map(is_count, forks))
+    if not (lines and manifest.get("step") == step and (loss is None or isinstance(loss, float))):
+        raise Damaged(f"its {sealed.MANIFEST} is not of {name}")
+    return manifest
 
 
 def history(whole: dict[str, dict]) -> list[str]:
@@ -102,7 +113,7 @@ def history(whole: dict[str, dict]) -> list[str]:
 def check_digests(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with the bytes of a checkpoint's files; of each `share[1]` files the one at `share[0]`."""
     try:
-        files = sealed.check(checkpoint)["files"]
+        files = checked(sealed.check(checkpoint), checkpoint.name)["files"]
         for name in list(files)[share[0] :: share[1]]:
             sealed.check_file(checkpoint, name, files[name])
     except Damaged as damage:
@@ -167,14 +178,14 @@ def kept(whole: dict[str, dict], settings) -> set[str]:
     stays = set(names[: settings.keep])
     stays |= {name for name in names if settings.keep_every and steps[name] % settings.keep_every == 0}
     measured = [(whole[name].get("validation"), steps[name], name) for name in names]
-    measured = [row for row in measured if row[0] is not None]
+    measured = [row for row in measured if row[0] is not None and math.isfinite(row[0])]
     return stays | ({min(measured)[2]} if settings.keep_best and measured else set())
 
 
-def prune(folder: Path, settings) -> None:
+def prune(folder: Path, settings, spared: Set[str] = frozenset()) -> None:
     """Remove what need not stay of the whole ones; damaged ones are for tools/checkpoints.py to remove."""
     whole = {s.path.name: s.manifest for s in published(folder) if s.fault is None}
-    for name in whole.keys() - kept(whole, settings):
+    for name in whole.keys() - kept(whole, settings) - spared:
         sealed.remove(checkpoints_of(folder) / name)
 
 

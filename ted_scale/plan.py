@@ -24,6 +24,7 @@ from ted_scale.models import Anatomy, inspect
 from ted_scale.object_store import check_package
 from ted_scale.run_file import load_ds_config
 from ted_scale.schedule import Stage, stages_of
+from ted_scale.sealed import Damaged
 from ted_scale.shards import check_vocabulary
 from ted_scale.tracking import has_key
 from ted_scale.vocabulary import check_corpus_tokenizer, check_same_tokenizer
@@ -201,15 +202,18 @@ def newest_progress(run: Run) -> tuple[str, Progress]:
     """Where the newest checkpoint is, in the run's folder or among its copies, and where it stands."""
     standings = files.published(run.folder)
     local = next((s.path for s in standings if s.fault is None), None)
+    damaged = [(s.path, s.fault) for s in standings if s.fault]
     if place := copies.place_of(run):
         check_package(place, "checkpoint.copy_to")
         names = copies.names(place)
-        newer = (name for name in names if local is None or files.key_of(name) > files.key_of(local.name))
-        copy = next((name for name in newer if copies.manifest_of(place, name)), None)
-        if copy is not None:
-            return f"{place}/{copy}", copies.progress_of(place, copy)
-    if standings and local is None:
-        raise files.none_is_whole(run.folder, [(s.path, s.fault) for s in standings])
+        for name in (name for name in names if local is None or files.key_of(name) > files.key_of(local.name)):
+            try:
+                if copies.manifest_of(place, name):
+                    return f"{place}/{name}", copies.progress_of(place, name)
+            except Damaged as damage:
+                damaged.append((Path(f"{place}/{name}"), f"its copy: {damage}"))
+    if damaged and local is None:
+        raise files.none_is_whole(run.folder, damaged)
     return (str(local), files.read_progress(local)) if local else ("", Progress())
 
 

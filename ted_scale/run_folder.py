@@ -20,7 +20,7 @@ from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import Gone, UserError, files_at
 from ted_scale.plan import Plan, describe
 from ted_scale.run_file import to_toml
-from ted_scale.sealed import MANIFEST, PART, publish, sync, write_durably
+from ted_scale.sealed import MANIFEST, PART, Damaged, publish, sync, write_durably
 
 log = logging.getLogger("ted_scale")
 held: list = []  # the run folder's lock, for the life of the process
@@ -117,9 +117,9 @@ def resume_point(run) -> tuple[Path | None, int]:
 def fetch(place: str, checkpoint: Path) -> str | None:
     """Bring a copy here, every rank its share of the files; what is wrong with it. "" where no whole one ever was."""
     part, writes = checkpoint.with_name(checkpoint.name + PART), dist.get_rank() == 0
-    manifest = broadcast(copies.manifest_of(place, checkpoint.name) if writes else None)
+    manifest, fault = broadcast(manifest_there(place, checkpoint.name) if writes else None)
     if manifest is None:
-        return ""
+        return fault
     first, each = share()
     fault = first_of_all(copies.fetch(place, part, manifest, list(manifest["files"])[first::each]))
     if writes and not fault:
@@ -130,6 +130,14 @@ def fetch(place: str, checkpoint: Path) -> str | None:
         log.info(f"{checkpoint} is there again, from {place}")
     dist.barrier()
     return fault and f"its copy: {fault}"
+
+
+def manifest_there(place: str, name: str) -> tuple[dict | None, str]:
+    """(of a copy, what is wrong with it)"""
+    try:
+        return copies.manifest_of(place, name), ""
+    except Damaged as damage:
+        return None, f"its copy: {damage}"
 
 
 def share() -> tuple[int, int]:

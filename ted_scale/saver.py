@@ -1,41 +1,31 @@
 """Saving off the critical path: a step waits for the copy to host memory, a thread writes, all ranks agree, rank 0
 publishes.
 
-One save at a time; the next one waits for it. A save that fails is said at once and does not end the run: the last
-checkpoint is intact and the next save comes, but `finish`, at the end of a stage, insists. The surprise: the ranks'
-threads talk over a process group of their own, because the trainer's collectives go on meanwhile.
+One save at a time; the next one waits for it, but not for its copy to object storage. A save that fails is said at once and
+does not end the run: the last checkpoint is intact and the next save comes, but `finish`, at the end of a stage, insists.
+The surprise: the ranks' threads talk over process groups of their own, because the trainer's collectives go on meanwhile.
 """
 
 import contextlib
 import errno
-import logging
 import shutil
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
 from ted_scale import checkpoint, sealed
-from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
+from ted_scale.attempts import Failure, attempt, first_failure, gather, new_group, warn_of_old_ones
 from ted_scale.checkpoint_files import FILTERS, PROGRESS, Progress
-from ted_scale.errors import SENTENCES, Gone, UserError
-from ted_scale.sealed import MANIFEST, PART, Entry
+from ted_scale.copier import Copier
+from ted_scale.errors import Gone, UserError
+from ted_scale.sealed import PART, Entry
 from ted_scale.state_files import as_bytes, rank_file
 
-log = logging.getLogger("ted_scale")
-PAUSES_S = (1, 5)  # before a write is tried again: a shared file system hiccups
 LAST_PAUSES_S = (5, 15, 45)  # before the last save is
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LONGEST_WRITE = timedelta(hours=12)
-
-
-class Failure(NamedTuple):
-    said: str
-    no_room: bool = False  # a mistake to correct, where others may pass by themselves
 
 
 class Outcome(NamedTuple):
@@ -43,8 +33,8 @@ class Outcome(NamedTuple):
 
     place: Path
     failure: Failure | None
-    not_copied: Failure | None
-    write_ms: float
+    copying: bool = False  # an earlier one, on some rank
+    write_ms: float = 0.0
 
 
 class Saver:
@@ -52,19 +42,17 @@ class Saver:
 
     def __init__(self, run, filters_files: list[Path], alert):
         self.alert = alert
-        self.folder, self.settings, self.copies = run.folder, run.checkpoint, copies.place_of(run)
+        self.folder, self.settings, self.copier = run.folder, run.checkpoint, Copier(run, alert)
         self.origins, self.taken, self.filters_entry = filters_files, [], None  # `taken` are the last checkpoints'
-        self.peers = dist.new_group(backend="gloo", timeout=LONGEST_WRITE)
+        self.group, self.settled, self.failed = new_group(), threading.Event(), 0
         self.engine = self.buffers = self.thread = self.outcome = None
-        self.settled, self.failed, self.manifests = threading.Event(), 0, {}
 
     def save(self, engine, progress: Progress, *, with_filters: bool) -> dict[str, float]:
         """Begin to write a checkpoint of this step; what it cost the step, and what the one before took."""
         began = time.perf_counter()
         row = self.wait()
         insists = self.failed >= self.settings.max_failed
-        if self.engine is not engine:
-            self.engine, self.buffers = engine, checkpoint.kept_buffers(engine)
+        self.prepare(engine)
         place = files.checkpoints_of(self.folder) / files.checkpoint_name(progress.step, len(progress.forks))
         self.begin((place, checkpoint.snapshot(engine, self.buffers), progress, with_filters))
         if insists:
@@ -73,37 +61,47 @@ class Saver:
             row |= self.wait()
         return row | {"checkpoint/stall_ms": (time.perf_counter() - began) * 1e3}
 
+    def prepare(self, engine) -> None:
+        """Memory for its copies, before a step would wait for it."""
+        if self.engine is not engine:
+            self.engine, self.buffers = engine, checkpoint.kept_buffers(engine)
+
     def begin(self, what: tuple) -> None:
         self.what, place = what, what[0]
         self.settled.clear()
-        self.outcome = Outcome(place, Failure("its thread broke off"), None, 0.0)
+        self.outcome = Outcome(place, Failure("its thread broke off"))
         self.thread = threading.Thread(target=self.write_quietly, args=what, daemon=True, name="checkpoint")
         self.thread.start()
 
-    def wait(self, *, copied: bool = True) -> dict[str, float]:
-        """Until no save is under way, but for its copy where that does not matter: what it took, if that was not told yet."""
+    def wait(self, *, leaving: bool = False) -> dict[str, float]:
+        """Until no save is under way, and what it took, if that was not told yet. Who leaves does not wait until old ones are
+        removed."""
         if self.thread is None:
             return {}
-        if copied:
+        self.settled.wait()
+        if not leaving:
             self.thread.join()
             self.thread = None
-        self.settled.wait()
         self.failed = self.failed + 1 if self.outcome.failure else 0
-        failed = bool(self.outcome.failure) + bool(self.outcome.not_copied)
+        failed, self.copier.failed = bool(self.outcome.failure) + self.copier.failed, 0
         return {"checkpoint/write_ms": self.outcome.write_ms, "checkpoint/failed": float(failed)}
 
-    def finish(self, *, copied: bool = True) -> dict[str, float]:
+    def finish(self, *, leaving: bool = False) -> dict[str, float]:
         """The last save must succeed: what it holds stands nowhere else."""
-        row = self.wait(copied=copied)
+        row = self.wait(leaving=leaving)
         for pause in LAST_PAUSES_S:
             if not self.failed:
                 return row
             time.sleep(pause)
             self.begin(self.what)
-            row = self.wait(copied=copied)
+            row = self.wait(leaving=leaving)
         if self.failed:
             give_up(self.outcome.failure)
         return row
+
+    def take_filters_from(self, path: Path) -> None:
+        """Stage I has learnt them, perhaps for longer than those in an earlier checkpoint."""
+        self.origins, self.taken, self.filters_entry = [path], [], None
 
     def forget(self) -> None:
         """Let go of an engine that is done with, and of the memory kept for it."""
@@ -125,18 +123,20 @@ class Saver:
         """The thread's part; every rank ends with the same outcome. Returns the files that this rank wrote."""
         began, part = time.perf_counter(), place.with_name(place.name + PART)
         failure, mine = attempt(self.write_files, part, snapshot, progress, with_filters)
-        everyone = self.gather((failure, mine))
-        rank, failure = first_failure(failure for failure, _ in everyone)
+        everyone = gather((failure, mine, self.copier.is_at_work()), self.group)
+        rank, failure = first_failure(failure for failure, _, _ in everyone)
         if not failure and dist.get_rank() == 0:
-            entries = {name: entry for _, theirs in everyone for name, entry in theirs.items()}
+            entries = {name: entry for _, theirs, _ in everyone for name, entry in theirs.items()}
             about = {"step": progress.step, "forks": list(progress.forks), "validation": progress.validation}
             failure, _ = attempt(seal_and_publish, part, entries, {**about, **snapshot.about})
-        _, failure = first_failure(self.gather(failure and sentence(place, rank, failure)))
-        self.outcome = Outcome(place, failure, None, (time.perf_counter() - began) * 1e3)
+        if failure and dist.get_rank() == 0:  # while the others wait: they may begin to write it again
+            shutil.rmtree(part, ignore_errors=True)
+        _, failure = first_failure(gather(failure and sentence(place, rank, failure), self.group))
+        copying = any(copying for _, _, copying in everyone)
+        self.outcome = Outcome(place, failure, copying, (time.perf_counter() - began) * 1e3)
         if with_filters and not failure:
             self.taken = [place / FILTERS, *self.taken[:1]]
         if failure and dist.get_rank() == 0:
-            shutil.rmtree(part, ignore_errors=True)
             most = self.settings.max_failed
             self.alert(
                 "a checkpoint was not written", f"{failure.said}; the run ends after more than {most} such in a row"
@@ -144,32 +144,15 @@ class Saver:
         return list(mine or ())
 
     def after(self, place: Path, names: list[str]) -> None:
-        """What a published checkpoint does not wait for: its copy, and the end of those that need not stay."""
-        not_copied = self.copy(place, names) if self.copies else None
-        self.outcome = self.outcome._replace(not_copied=not_copied)
-        if dist.get_rank():
-            return
-        failure, _ = attempt(files.prune, self.folder, self.settings)
-        if self.copies and not not_copied:
-            failure = attempt(copies.prune, self.copies, self.manifests, self.settings)[0] or failure
-        if not_copied:
-            said = f"{place.name} has no copy; the run goes on: {not_copied.said}"
-            self.alert("a checkpoint was not copied", said)
-        if failure:
-            log.warning(f"old checkpoints of {self.folder} must be removable, but are not: {failure.said}")
-
-    def gather(self, mine) -> list:
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine, group=self.peers)
-        return everyone
-
-    def copy(self, place: Path, names: list[str]) -> Failure | None:
-        """To object storage, the manifest last; what kept it from there."""
-        failure, _ = attempt(copies.send, place, self.copies, names)
-        _, failure = first_failure(self.gather(failure))
-        if not failure and dist.get_rank() == 0:
-            failure, _ = attempt(copies.send, place, self.copies, [MANIFEST])
-        return failure
+        """What a published checkpoint does not wait for: the end of those that need not stay, and its copy."""
+        if dist.get_rank() == 0:
+            spared = {self.copier.name} if self.outcome.copying else set()
+            failure, _ = attempt(files.prune, self.folder, self.settings, spared)
+            warn_of_old_ones(self.folder, failure)
+        if self.copier.place and self.outcome.copying:
+            self.copier.say(place, Failure(f"the copy of {self.copier.name} is still on its way"))
+        elif self.copier.place:
+            self.copier.begin(place, names)
 
     def write_files(self, part: Path, snapshot, progress: Progress, with_filters: bool) -> dict[str, Entry]:
         """This rank's file; rank 0 writes what is one for all."""
@@ -189,36 +172,18 @@ class Saver:
         if len(taken) == 2:
             sealed.link_or_copy(taken[1], target)
             return self.filters_entry
-        source = next((path for path in (*taken, *self.origins) if path.exists()), self.origins[-1])
-        entry = sealed.write_file(target, sealed.read_pieces(source))
-        if self.filters_entry not in (None, entry):
-            raise OSError(errno.EIO, f"{source} is not as it was read before")
-        self.filters_entry = entry
-        return entry
+        sources = [path for path in (*taken, *self.origins) if path.exists()]
+        for source in sources:
+            entry = sealed.write_file(target, sealed.read_pieces(source))
+            self.filters_entry = self.filters_entry or entry
+            if entry == self.filters_entry:
+                return entry
+        raise OSError(errno.EIO, f"none of {', '.join(map(str, sources or self.origins))} is as it was read before")
 
     @property
     def filters_file(self) -> Path | None:
         """For a stage that is built now."""
         return next(iter((*self.taken, *self.origins)), None)
-
-
-def attempt(action, *arguments):
-    """(what went wrong, what came of it); tried again where a failure may pass."""
-    for pause in (*PAUSES_S, None):
-        try:
-            return None, action(*arguments)
-        except Exception as error:
-            said = getattr(error, "strerror", None) or (str(error) if isinstance(error, SENTENCES) else repr(error))
-            failure = Failure(said, getattr(error, "errno", None) in NO_ROOM)
-            if pause is None or not isinstance(error, OSError) or failure.no_room:
-                return failure, None
-            log.warning(f"writing a checkpoint failed ({said}); trying again in {pause} s")
-            time.sleep(pause)
-
-
-def first_failure(failures) -> tuple[int, Failure | None]:
-    """(rank, what it says) of the first rank that has a failure."""
-    return next(((rank, failure) for rank, failure in enumerate(failures) if failure), (0, None))
 
 
 def give_up(failure: Failure) -> NoReturn:
@@ -228,6 +193,7 @@ def give_up(failure: Failure) -> NoReturn:
 def seal_and_publish(part: Path, entries: dict[str, Entry], about: dict) -> None:
     if part.exists():  # it has its name already where only the last sync had to be tried again
         sealed.seal(part, entries, about)
+        sealed.check(part)
     sealed.publish(part)
 
 

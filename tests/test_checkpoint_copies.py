@@ -2,17 +2,19 @@
 
 import errno
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import test_saver
 import torch.distributed as dist
-from test_saver import Run, content, one_rank, write  # noqa: F401 - a fixture of this module, too
+from test_saver import Run, content, one_rank  # noqa: F401 - a fixture of this module, too
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
 from ted_scale import object_store, sealed
 from ted_scale.errors import SENTENCES, UserError
+from ted_scale.plan import newest_progress
 from ted_scale.run_folder import resume_point
 from ted_scale.saver import Saver
 from tools.bench.object_server import serving
@@ -30,13 +32,18 @@ def run(endpoint, tmp_path):
     object_store.s3_client.cache_clear()
     endpoint.faults()
     (tmp_path / "filters").write_bytes(b"filters")
-    return Run(tmp_path / f"run_{tmp_path.name}", copy_to="s3://bucket/runs/")
+    return Run(tmp_path / f"run_{tmp_path.name}", keep=2, copy_to="s3://bucket/runs/")
 
 
 def saver_of(run, filters: Path) -> Saver:
-    saver = test_saver.saver_of(run, filters / "filters")
-    saver.settings = saver.settings.model_copy(update={"keep": 2})
-    return saver
+    return test_saver.saver_of(run, filters / "filters")
+
+
+def write(saver: Saver, step: int) -> str | None:
+    """With its copy."""
+    failure = test_saver.write(saver, step)
+    saver.copier.finish()
+    return failure
 
 
 def copied(endpoint, run) -> dict[str, set[str]]:
@@ -54,7 +61,6 @@ def test_what_is_published_and_kept_here_is_there(endpoint, run, tmp_path):
     endpoint.faults(fail=0.2)
     for step in (4, 8, 12):
         assert write(saver, step) is None
-        assert saver.outcome.not_copied is None, saver.outcome
     endpoint.faults()
     names = {"rank_00000.safetensors", files.PROGRESS, files.FILTERS, sealed.MANIFEST}
     assert copied(endpoint, run) == {"step_00000008": names, "step_00000012": names}
@@ -101,12 +107,63 @@ def test_a_copy_without_its_manifest_is_not_there(endpoint, run, tmp_path):
     assert content(resume_point(run)[0]) == 4
 
 
+def test_copies_that_are_all_damaged_are_named_and_never_a_new_beginning(endpoint, run, tmp_path, caplog):
+    saver, client = saver_of(run, tmp_path), endpoint.client()
+    for step in (4, 8):
+        assert write(saver, step) is None
+        key = f"{copies.place_of(run).removeprefix('s3://bucket/')}/step_{step:08d}/{sealed.MANIFEST}"
+        manifest = client.get_object(Bucket="bucket", Key=key)["Body"].read()
+        client.put_object(Bucket="bucket", Key=key, Body=manifest[:-9])
+    shutil.rmtree(run.folder)
+    files.checkpoints_of(run.folder).mkdir(parents=True)
+    for resumes in (resume_point, newest_progress):
+        with pytest.raises(
+            UserError, match=r"must hold a whole checkpoint, but none of 2 is .*its copy: its manifest\.json"
+        ):
+            resumes(run)
+    assert len([said for said in caplog.messages if "is damaged and skipped: its copy: " in said]) == 2
+
+
+def test_what_a_run_that_left_did_not_wait_for_goes(endpoint, run, tmp_path):
+    saver = saver_of(run, tmp_path)
+    for step in (4, 8):
+        assert write(saver, step) is None
+    prefix = copies.place_of(run).removeprefix("s3://bucket/")
+    endpoint.client().delete_object(Bucket="bucket", Key=f"{prefix}/step_00000004/{sealed.MANIFEST}")
+    assert write(saver, 12) is None
+    assert copied(endpoint, run).keys() == {"step_00000008", "step_00000012"}
+
+
+def test_a_save_does_not_wait_for_the_copy_of_the_one_before_which_stays_until_it_is_there(
+    endpoint, run, tmp_path, monkeypatch, caplog
+):
+    """A slow network: checkpoints meanwhile have no copy, which is said, and the one on its way is not removed."""
+    saver, free, send = saver_of(run, tmp_path), threading.Event(), copies.send
+
+    def slowly(*arguments):
+        assert free.wait(60)
+        send(*arguments)
+
+    monkeypatch.setattr(copies, "send", slowly)
+    for step in (4, 8, 12, 16):
+        assert test_saver.write(saver, step) is None
+    left = sorted(s.step for s in files.published(run.folder))
+    assert left == [4, 12, 16]
+    assert caplog.text.count("has no copy; the run goes on: the copy of step_00000004 is still on its way") == 3
+    free.set()
+    saver.copier.finish()
+    assert copied(endpoint, run).keys() == {"step_00000004"}
+    assert write(saver, 20) is None
+    assert sorted(s.step for s in files.published(run.folder)) == [16, 20]
+    assert copied(endpoint, run).keys() == {"step_00000004", "step_00000020"}
+
+
 def test_a_copy_that_cannot_be_made_is_said_and_costs_neither_run_nor_checkpoint(run, tmp_path, caplog):
     saver = saver_of(run, tmp_path)
-    saver.copies = "s3://no-such-bucket/runs/x/checkpoints"
+    saver.copier.place = "s3://no-such-bucket/runs/x/checkpoints"
     assert write(saver, 4) is None
-    assert "its bucket does not exist" in saver.outcome.not_copied.said
-    assert "step_00000004 has no copy; the run goes on: " in caplog.text
+    assert saver.copier.failed == 1
+    assert "step_00000004 has no copy; the run goes on: " in caplog.text and "its bucket does not exist" in caplog.text
     assert content(files.newest_checkpoint(run.folder)) == 4
 
 
@@ -142,7 +199,7 @@ def test_a_run_that_passes_over_a_newer_checkpoint_goes_on_in_a_line_of_its_own(
     saver = saver_of(run, tmp_path)
     for step in (4, 8):
         assert write(saver, step) is None
-    saver.copies = ""
+    saver.copier.place = ""
     assert write(saver, 12) is None
     rank_0 = files.checkpoints_of(run.folder) / "step_00000012" / "rank_00000.safetensors"
     rank_0.write_bytes(bytes(rank_0.stat().st_size))

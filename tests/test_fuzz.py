@@ -34,7 +34,7 @@ from tiny import make_run, run_values
 from ted_scale import checkpoint, feed, metrics, models, plan, resume, sealed, staging
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
-from ted_scale.config import Streaming
+from ted_scale.config import Checkpoint, Streaming
 from ted_scale.corpora import mapped, read_corpus
 from ted_scale.data import batch, open_held_out, open_stream
 from ted_scale.documents import read_documents
@@ -179,7 +179,9 @@ def sealed_folder(data, at: Place) -> Callable:
     forged = data.draw(st.sampled_from(("state", "manifest", "nothing")))
     state = data.draw(damaged_bytes(state, at.mark)) if forged == "state" else state
     entries = {rank_file(0): sealed.write_file(folder / rank_file(0), [state])}
-    sealed.seal(folder, entries, {"step": 4, "ranks": 1, "updates": 4, "validation": 1.0, "shapes": {"w": [2, 3]}})
+    sealed.seal(
+        folder, entries, {"step": 4, "forks": [], "ranks": 1, "updates": 4, "validation": 1.0, "shapes": {"w": [2, 3]}}
+    )
     outer = json.loads((folder / sealed.MANIFEST).read_text())
     if forged == "manifest":
         content = data.draw(damaged_tree(outer["content"]))
@@ -191,6 +193,7 @@ def sealed_folder(data, at: Place) -> Callable:
 
     def read():
         files.newest_checkpoint(at.folder)
+        files.kept({s.path.name: s.manifest for s in files.published(at.folder)}, Checkpoint(keep_best=True))
         if files.check_digests(folder) is None:
             found = State(folder, sealed.read_manifest(folder))
             assert all(found.whole(name).numel() < 100 for name in found.shapes)

@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from damages import DAMAGES, copy_run, mix_up
 
-from ted_scale import build, sealed
+from ted_scale import attempts, build, sealed
 from ted_scale import checkpoint_files as files
 from ted_scale import saver as saving
 from ted_scale.checkpoint import Snapshot
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Checkpoint
 from ted_scale.errors import Gone, UserError
+from ted_scale.run_folder import resume_point
 from ted_scale.saver import Saver
 from ted_scale.state_files import State, key_of
 
@@ -39,7 +40,7 @@ def one_rank(tmp_path_factory):
 
 class Run:
     def __init__(self, folder: Path, **settings):
-        self.folder, self.name, self.checkpoint = folder, folder.name, Checkpoint(keep=1, **settings)
+        self.folder, self.name, self.checkpoint = folder, folder.name, Checkpoint(**{"keep": 1, **settings})
 
 
 def saver_of(run: Run, filters: Path) -> Saver:
@@ -56,11 +57,6 @@ def write(saver: Saver, step: int) -> str | None:
     saver.begin((place, state(step), Progress(step, step, step), True))
     saver.wait()
     return saver.outcome.failure and saver.outcome.failure.said
-
-
-def newest_whole(run: Path) -> Path | None:
-    """As a resume finds it: sizes and manifests first, then every byte."""
-    return next((s.path for s in files.published(run) if not (s.fault or files.check_digests(s.path))), None)
 
 
 def content(checkpoint: Path) -> float:
@@ -93,7 +89,7 @@ def failing(monkeypatch, number: int, code: int, for_good: bool):
 def test_whichever_write_fails_a_whole_checkpoint_is_left_and_the_next_save_works(
     tmp_path, monkeypatch, code, for_good
 ):
-    monkeypatch.setattr(saving, "PAUSES_S", (0, 0))
+    monkeypatch.setattr(attempts, "PAUSES_S", (0, 0))
     filters = tmp_path / "filters.safetensors"
     filters.write_bytes(b"filters")
     failed = published = 0
@@ -124,7 +120,7 @@ def test_whichever_write_fails_a_whole_checkpoint_is_left_and_the_next_save_work
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
 def test_whichever_write_fails_a_step_that_is_saved_again_is_never_lost(tmp_path, monkeypatch, code):
     """As after a way back: the step has a whole checkpoint already, and gets another."""
-    monkeypatch.setattr(saving, "PAUSES_S", (0, 0))
+    monkeypatch.setattr(attempts, "PAUSES_S", (0, 0))
     (tmp_path / "filters").write_bytes(b"filters")
     for number in itertools.count(1):
         folder = tmp_path / str(number)
@@ -157,7 +153,7 @@ def test_a_failed_save_does_not_end_the_run_but_the_last_one_must_not_fail(tmp_p
     assert content(files.newest_checkpoint(tmp_path)) == 4
     with monkeypatch.context() as patch:
         failing(patch, 1, errno.EIO, True)
-        monkeypatch.setattr(saving, "PAUSES_S", ())
+        monkeypatch.setattr(attempts, "PAUSES_S", ())
         assert write(saver, 8)
         with pytest.raises(
             Gone, match="must be a folder that all ranks can write, but rank 0 could not write step_00000008"
@@ -165,24 +161,60 @@ def test_a_failed_save_does_not_end_the_run_but_the_last_one_must_not_fail(tmp_p
             saver.finish()
 
 
-def test_200_damages_are_all_noticed_and_the_checkpoint_before_is_used(tmp_path):
-    """Of checkpoints whose filters have two names: the third's are the first's."""
+def test_200_damages_are_all_noticed_and_the_checkpoint_before_is_used(tmp_path, caplog):
+    """By what a run resumes by. Of checkpoints whose filters have two names: the third's are the first's."""
     (tmp_path / "filters").write_bytes(random.Random(0).randbytes(500))
     saver, seen = saver_of(Run(tmp_path / "original", keep_every=1), tmp_path / "filters"), set()
     for step in (4, 8, 12):
         assert write(saver, step) is None
     for case in range(200):
-        run, rng = copy_run(tmp_path / "original", tmp_path / str(case)), random.Random(case)
-        newest = files.checkpoints_of(run) / "step_00000012"
+        run, rng = Run(copy_run(tmp_path / "original", tmp_path / str(case))), random.Random(case)
+        newest = files.checkpoints_of(run.folder) / "step_00000012"
         damage = DAMAGES[case % len(DAMAGES)]
         same_in_all = files.FILTERS if damage is mix_up else None
         victim = rng.choice(sorted(p for p in newest.iterdir() if p.name != same_in_all))
         damage(victim, rng)
         seen.add((damage.__name__, victim.name))
-        fault = files.check_digests(newest)
-        assert fault and "\n" not in fault, (case, damage, victim)
-        assert newest_whole(run).name == "step_00000008", (case, damage, victim)
+        caplog.clear()
+        found, line = resume_point(run)
+        assert (found.name, line) == ("step_00000008", 1), (case, damage, victim)
+        assert len(caplog.messages) == 1 and caplog.messages[0].startswith(
+            f"checkpoint {newest} is damaged and skipped: "
+        )
     assert len(seen) == len(DAMAGES) * 4 - 1
+
+
+def test_a_file_that_vanished_between_its_writing_and_the_manifest_is_not_published_over(tmp_path):
+    part = files.checkpoints_of(tmp_path) / "step_00000004.part"
+    part.mkdir(parents=True)
+    entries = {name: sealed.write_file(part / name, [b"1234"]) for name in ("a", "b")}
+    (part / "b").unlink()
+    with pytest.raises(sealed.Damaged, match="b is missing"):
+        saving.seal_and_publish(part, entries, {"step": 4})
+    assert not files.published(tmp_path)
+
+
+def test_filters_that_stage_i_has_learnt_anew_are_in_every_checkpoint_from_then_on(tmp_path):
+    """A run that goes on with a longer stage I resumes from a checkpoint that holds the shorter one's."""
+    (tmp_path / "old").write_bytes(b"old filters")
+    (tmp_path / "new").write_bytes(b"new filters")
+    saver = saver_of(Run(tmp_path, keep_every=1), tmp_path / "old")
+    assert write(saver, 4) is None
+    saver.take_filters_from(tmp_path / "new")
+    for step in (8, 9, 10):
+        assert write(saver, step) is None
+    held = [(s.path / files.FILTERS).read_bytes() for s in files.published(tmp_path)]
+    assert held == [b"new filters"] * 3 + [b"old filters"]
+    assert saver.filters_file.read_bytes() == b"new filters"
+
+
+def test_filters_that_rot_in_the_last_checkpoint_are_taken_from_elsewhere(tmp_path):
+    (tmp_path / "filters").write_bytes(b"filters")
+    saver = saver_of(Run(tmp_path), tmp_path / "filters")
+    assert write(saver, 1) is None
+    (files.checkpoints_of(tmp_path) / "step_00000001" / files.FILTERS).write_bytes(b"flitres")
+    assert write(saver, 2) is None
+    assert (files.newest_checkpoint(tmp_path) / files.FILTERS).read_bytes() == b"filters"
 
 
 @pytest.mark.parametrize(("code", "error"), [(errno.ENOSPC, UserError), (errno.EIO, Gone)], ids=["full", "broken"])
@@ -195,7 +227,7 @@ def test_stage_i_s_filters_that_cannot_be_written_are_one_sentence_and_leave_the
     class Engine:
         module = types.SimpleNamespace(filters_s=None, filters_t=None)
 
-    monkeypatch.setattr(saving, "PAUSES_S", (0, 0))
+    monkeypatch.setattr(attempts, "PAUSES_S", (0, 0))
     monkeypatch.setattr(build.checkpoint, "gather_filters", lambda sides: {"w": torch.ones(3)})
     build.save_filters(Plan, Engine)
     before = Plan.filters_file.read_bytes()

@@ -136,8 +136,36 @@ def test_the_tool_lists_verifies_and_prunes(original, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert code.value.code == 1
     assert said[1].endswith("DAMAGED: rank_00001.safetensors is not as it was written")
-    rank_1.unlink()
-    main([str(run), "prune", "--keep", "1"])
+    main([str(run), "prune", "--keep", "2"])
     assert "nothing was removed" in capsys.readouterr().out
-    main([str(run), "prune", "--keep", "1", "--yes"])
-    assert [p.name for p in files.checkpoints_of(run).iterdir()] == ["step_00000012"]
+    main([str(run), "prune", "--keep", "2", "--yes"])
+    assert sorted(p.name for p in files.checkpoints_of(run).iterdir()) == ["step_00000004", "step_00000012"]
+
+
+def test_the_tool_goes_on_where_a_run_at_work_removes_a_checkpoint_under_it(original, tmp_path, capsys, monkeypatch):
+    from tools.checkpoints import main
+
+    run = shutil.copytree(original, tmp_path / "run")
+    check = files.check_digests
+
+    def check_and_lose(checkpoint):
+        if checkpoint.name == "step_00000008":
+            shutil.rmtree(checkpoint)
+        return check(checkpoint)
+
+    monkeypatch.setattr(files, "check_digests", check_and_lose)
+    main([str(run), "verify"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "step_00000008  removed meanwhile" and said[2].endswith("whole")
+
+
+@pytest.mark.parametrize(
+    "forged", [{"forks": "abc"}, {"forks": [None]}, {"forks": [3]}, {"validation": "x"}, {"step": 13}]
+)
+def test_a_manifest_of_something_else_is_damage_also_where_its_digest_is_right(original, tmp_path, forged):
+    run = shutil.copytree(original, tmp_path / "run")
+    path = files.checkpoints_of(run) / "step_00000012" / sealed.MANIFEST
+    content = {**json.loads(path.read_text())["content"], **forged}
+    path.write_text(json.dumps({"content": content, "sha256": sealed.digest_of_content(content)}))
+    assert files.published(run)[0].fault == "its manifest.json is not of step_00000012"
+    assert newest_whole(run).name == "step_00000008"

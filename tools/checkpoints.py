@@ -58,12 +58,13 @@ def settings_of(arguments) -> Checkpoint:
 
 
 def to_remove(folder: Path, settings: Checkpoint) -> list[Path]:
-    standings = files.published(folder)
+    """Every byte is read before: one that is damaged inside must not stay in place of a whole one."""
+    standings = [s._replace(fault=s.fault or files.check_digests(s.path)) for s in files.published(folder)]
     whole = {s.path.name: s.manifest for s in standings if s.fault is None}
     if standings and not whole:
         raise files.none_is_whole(folder, [(s.path, s.fault) for s in standings])
     stays = files.kept(whole, settings)
-    parts = sorted(files.checkpoints_of(folder).glob(f"*{sealed.PART}"))
+    parts = sorted(p for p in files.checkpoints_of(folder).glob(f"*{sealed.PART}") if not p.name.endswith(sealed.ASIDE))
     return [s.path for s in standings if s.path.name not in stays] + parts
 
 
@@ -93,8 +94,11 @@ def main(argv: list[str] | None = None) -> None:
     damaged = 0
     for standing in files.published(arguments.run):
         fault = standing.fault or (files.check_digests(standing.path) if arguments.action == "verify" else None)
-        print(describe(standing, fault), flush=True)
-        damaged += bool(fault)
+        try:
+            print(describe(standing, fault), flush=True)
+            damaged += bool(fault)
+        except FileNotFoundError:  # a run at work keeps the last ones only
+            print(f"{standing.path.name}  removed meanwhile", flush=True)
     for part in sorted(files.checkpoints_of(arguments.run).glob(f"*{sealed.PART}")):
         print(f"{part.name}  unfinished")
     if damaged and arguments.action == "verify":

@@ -56,7 +56,9 @@ def open_state(checkpoint: Path):
     from ted_scale.state_files import State
 
     if fault := files.check_digests(checkpoint):
-        raise UserError(f"{checkpoint} must be a whole checkpoint, but is not: {fault}; copy it again")
+        raise UserError(
+            f"{checkpoint} must be a whole checkpoint, but is not: {fault}; copy it again, or name an earlier one"
+        )
     return State(checkpoint, sealed.read_manifest(checkpoint))
 
 
