@@ -1,21 +1,25 @@
 """The scenarios of ranks.py: each is called on every rank with the folder of models and corpus, and returns plain
 values."""
 
+import errno
 import json
 import resource
 import shutil
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tiny import FAMILIES, make_run
 
-from ted_scale import build, checkpoint_files, engines, saver
+from ted_scale import attempts, build, checkpoint_files, engines, saver, sealed
+from ted_scale.checkpoint import Snapshot
 from ted_scale.errors import RunStopped, UserError
 from ted_scale.kernels.checks import check_labels
 from ted_scale.kernels.matmul import all_count
 from ted_scale.metrics import Metrics
 from ted_scale.plan import make_plan
+from ted_scale.state_files import KINDS, key_of
 from ted_scale.student import Student
 from ted_scale.zero import gathered, resident_share, shape_of
 
@@ -229,6 +233,34 @@ def full_disk(folder: Path, device):
     dist.barrier()
     start(folder, device, name="full_disk", **TEN_STEPS, checkpoint={"every": 6})
     return {"said": said, "left": left}
+
+
+def retried_save(folder: Path, device):
+    """Rank 1's disk fails a save and is well again for the next try; rank 0's is slow to remove what is left of the first."""
+    run, write_file, rmtree = make_run(folder, name="retried"), sealed.write_file, shutil.rmtree
+    tensors = {key_of(kind, "w"): torch.full((50,), 4.0) for kind in KINDS}
+    snapshot = Snapshot(tensors, {"ranks": 2, "updates": 4, "shapes": {"w": [100]}})
+    made = saver.Saver(run, [], lambda title, text: None)
+
+    def broken(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def slowly(path, **named):
+        time.sleep(1 if path.exists() else 0)
+        rmtree(path, **named)
+
+    pauses = attempts.PAUSES_S, saver.LAST_PAUSES_S
+    attempts.PAUSES_S, saver.LAST_PAUSES_S, shutil.rmtree = (), (0.1, 0.1), slowly
+    sealed.write_file = broken if dist.get_rank() == 1 else write_file
+    try:
+        place = checkpoint_files.checkpoints_of(run.folder) / checkpoint_files.checkpoint_name(4)
+        made.begin((place, snapshot, checkpoint_files.Progress(4, 4, 4), False))
+        failed = made.wait()["checkpoint/failed"]
+        sealed.write_file = write_file
+        return {"failed": [failed, made.finish()["checkpoint/failed"]], "fault": checkpoint_files.check_digests(place)}
+    finally:
+        attempts.PAUSES_S, saver.LAST_PAUSES_S = pauses
+        sealed.write_file, shutil.rmtree = write_file, rmtree
 
 
 def layer_loss_ends(folder: Path, device):

@@ -19,9 +19,8 @@ from ted_scale.plan import make_plan
 
 TWO_RANKS = (
     "ten_steps", "all_methods", "residency", "resumes", "resumes_with_other_settings", "poisoned_loss", "poisoned_gradient",
-    "undisturbed_to_six", "full_disk", "layer_loss_ends", "loading_memory", "host_reads", "variants", "kinds_of_filters",
-    "families",
-    "skips", "rewinds", "flips", "stopped_by_signals",
+    "undisturbed_to_six", "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
+    "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals",
 )  # fmt: skip
 
 
@@ -321,6 +320,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(wor
         assert "rank 1 could not write step_00000010" in seen["said"][0]
         assert seen["left"] == ["step_00000004", "step_00000006"]
     assert losses(world, "full_disk") == losses(world, "ten_2")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_that_is_tried_again_is_whole_before_it_is_called_done(world, rank):
+    assert result(world, "retried_save", rank) == {"failed": [1.0, 0.0], "fault": None}
 
 
 @pytest.mark.parametrize("rank", [0, 1])

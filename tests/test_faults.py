@@ -96,6 +96,13 @@ def final_state(run) -> dict[str, torch.Tensor]:
     return {f"{kind} {name}": state.whole(name, kind) for name in state.shapes for kind in KINDS}
 
 
+def what_was_read(run) -> list[dict]:
+    """Where the run stood in its corpus at every step."""
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    found = [{key: value for key, value in row.items() if key.startswith(("step", "tokens", "data/"))} for row in rows]
+    return [row for row in found if len(row) > 2]
+
+
 def losses(run) -> dict[int, float]:
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss/total"] for row in rows if "loss/total" in row}
@@ -112,7 +119,7 @@ def killed_often(root: Path, name: str, kills: int, rng, stride: int) -> tuple:
     run = make_run(root, name=name, **SETTINGS)
     config, seen = write_run(root / f"{name}.toml", run), []
     for number in range(kills):
-        before, further = newest_step(run), rng.randint(0, stride)
+        before, further, lives = newest_step(run), rng.randint(0, stride), len(resumed_from(run))
         processes, patience = begin(config, 2), time.monotonic() + 120
         while newest_step(run) < before + further and all(p.poll() is None for p in processes):
             assert time.monotonic() < patience
@@ -124,6 +131,7 @@ def killed_often(root: Path, name: str, kills: int, rng, stride: int) -> tuple:
         kill(processes, rng.randrange(2))
         seen.append({"before": before, "after": newest_step(run), "in a save": in_a_save})
         assert seen[-1]["after"] >= published, seen
+        assert resumed_from(run)[lives:] in ([], [before])  # [] where it was killed before it had looked
     end(begin(config, 2), config)
     assert resumed_from(run)[-1] == seen[-1]["after"]
     return run, seen
@@ -131,7 +139,8 @@ def killed_often(root: Path, name: str, kills: int, rng, stride: int) -> tuple:
 
 def resumed_from(run) -> list[int]:
     """The steps that the run's lives went on from."""
-    return [int(step) for step in re.findall(r"resuming from .*step_(\d+)", (run.folder / "log.txt").read_text())]
+    path = run.folder / "log.txt"
+    return [int(step) for step in re.findall(r"resuming from .*step_(\d+)", path.read_text())] if path.exists() else []
 
 
 def unfinished(run) -> bool:
@@ -165,6 +174,7 @@ def largest_difference(ours: dict, theirs: dict) -> float:
 def test_a_run_goes_on_with_the_losses_of_an_undisturbed_one_on_4_then_2_then_3_ranks(root, undisturbed):
     run = resized(root, "resized", [4, 2, 3])
     assert largest_difference(losses(run), losses(undisturbed)) < 1e-4
+    assert what_was_read(run) == what_was_read(undisturbed)
     assert len(losses(run)) == 12
     assert resumed_from(run) == [6, 9]
 
@@ -193,5 +203,18 @@ def test_a_run_goes_on_with_the_losses_of_an_undisturbed_one_on_4_2_1_3_and_4_ra
     straight = train(root, "straight", 4, **settings)
     run = resized(root, "resized_often", sizes, steps=15)
     worst = largest_difference(losses(run), losses(straight))
+    assert what_was_read(run) == what_was_read(straight)
     soak_report.note("ranks", "-".join(map(str, sizes)), worst_relative_difference=worst)
     assert worst < 1e-4
+
+
+@pytest.mark.soak
+def test_a_step_waits_a_tenth_of_the_time_of_a_save_that_is_waited_for(tmp_path):
+    """500 MB of state a rank, on two ranks."""
+    script, launcher = str(ROOT / "tools" / "bench" / "saving.py"), str(Path(sys.executable).with_name("deepspeed"))
+    command = [launcher, "--num_gpus", "2", script, "--megabytes", "500", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    found = re.search(r"ratio\s+([0-9.]+)", done.stdout)
+    assert found, done.stdout + done.stderr[-2000:]
+    soak_report.note("stall", "500 MB a rank", ratio=float(found[1]))
+    assert float(found[1]) <= 0.1
