@@ -106,7 +106,7 @@ def checked(manifest: dict, name: str) -> dict:
 def history(whole: dict[str, dict]) -> list[str]:
     """Of whole checkpoints, manifest by name, the newest and those that it came from; newest first."""
     names = sorted(whole, key=key_of, reverse=True)
-    forks = whole[names[0]].get("forks", []) if names else []
+    forks = whole[names[0]]["forks"] if names else []
     return [name for name in names if key_of(name)[1] <= min(forks[key_of(name)[0] :], default=key_of(name)[1])]
 
 

@@ -225,7 +225,7 @@ def test_a_way_back_leads_into_the_same_engine_and_judges_by_the_run_file_of_now
     there = tmp_path / "step_00000002"
     there.mkdir()
     entry = sealed.write_file(there / PROGRESS, [progress_as_bytes(at.progress)])
-    sealed.seal(there, {PROGRESS: entry}, {"step": 2})
+    sealed.seal(there, {PROGRESS: entry}, {"step": 2, "forks": []})
     monkeypatch.setattr(build, "first_of_all", lambda fault: fault)
     monkeypatch.setattr(build, "share", lambda: (0, 1))
     monkeypatch.setattr(build.checkpoint, "load", lambda engine, checkpoint: told.append((engine, checkpoint)))
@@ -240,6 +240,7 @@ def test_a_way_back_leads_into_the_same_engine_and_judges_by_the_run_file_of_now
     assert (back.losses, back.rewinds) == ((), 1)
     newer = tmp_path / "step_00000004"
     shutil.copytree(there, newer)
+    sealed.seal(newer, {PROGRESS: entry}, {"step": 4, "forks": []})
     sealed.write_file(newer / PROGRESS, [b" " * entry.bytes])
     back = build.go_back(at.stage, "engine", Rewind([newer, there], at.progress), numbers)
     assert (back.step, back.forks) == (at.progress.step, (at.progress.step,))

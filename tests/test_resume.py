@@ -55,7 +55,7 @@ def leave_checkpoint(run, identity: dict, step: int = 4) -> Path:
     part.mkdir(parents=True)
     at = Progress(step, step * 256, blend=blend_of(run), wandb_id="wandb-id", identity=identity)
     entry = sealed.write_file(part / files.PROGRESS, [files.progress_as_bytes(at)])
-    sealed.seal(part, {files.PROGRESS: entry}, {"step": step})
+    sealed.seal(part, {files.PROGRESS: entry}, {"step": step, "forks": []})
     return sealed.publish(part)
 
 
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_an_earlier_version_knows_fewer_keys_and_resumes(world):
     values = json.loads((checkpoint / files.PROGRESS).read_text())
     del values["run"]
     entry = sealed.write_file(checkpoint / files.PROGRESS, [json.dumps(values).encode()])
-    sealed.seal(checkpoint, {files.PROGRESS: entry}, {"step": 4})
+    sealed.seal(checkpoint, {files.PROGRESS: entry}, {"step": 4, "forks": []})
     assert make_plan(run, 1)
     assert "seed must be 0, but is 1" in refusal(world, seed=1)
 
