@@ -270,6 +270,13 @@ def test_wandb_is_told_what_the_run_file_says(offline):
     assert config["filters"]["from"] is None and config["method"] == "ted"
 
 
+def test_the_end_of_a_run_waits_for_wandb_only_so_long(offline):
+    """Its own record of the settings in use."""
+    for records in offline[2]:
+        features = [r.telemetry.feature for r in records if r.WhichOneof("record_type") == "telemetry"]
+        assert any(f.finish_timeout for f in features) and any(f.finish_timeout_raises for f in features)
+
+
 def test_wandb_gets_the_rows_of_the_file(offline):
     run, _, lives = offline
     told = [{k: v for k, v in row.items() if not k.startswith("_")} for records in lives for row in read_rows(records)]
