@@ -41,7 +41,8 @@ def slurm(tmp_path):
         (tmp_path / name).chmod(stat.S_IRWXU)
 
     def run(code: int, **environment) -> tuple[int, str]:
-        own = {k: v for k, v in os.environ.items() if not k.startswith("SLURM") and k != "OMP_NUM_THREADS"}
+        ours = ("OMP_NUM_THREADS", "PYTHON")  # rank.sh reads them
+        own = {k: v for k, v in os.environ.items() if not k.startswith("SLURM") and k not in ours}
         job = {"SLURM_JOB_ID": "31234", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_SUBMIT_DIR": str(ROOT)}
         env = {**own, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TRIAL": str(tmp_path), "CODE": str(code)}
         command = ["bash", str(SCRIPTS / "pretrain.sbatch"), "--config", "a b.toml"]
