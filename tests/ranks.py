@@ -1,7 +1,7 @@
-"""What the distributed tests look at, run by real DeepSpeed ranks: one launch for many scenarios, because it costs 12 s.
+"""What the distributed tests look at, run by real DeepSpeed ranks: one start for many scenarios, because it takes seconds.
 
-`deepspeed --num_gpus N tests/ranks.py FOLDER NAME…` runs the scenarios of scenarios.py and its neighbours by name; what
-they return on each rank lands in FOLDER/NAME.RANK.json, an exception as its traceback.
+`tests/ranks.py FOLDER NAME…`, started once a rank (launching.py), runs the scenarios of scenarios.py and its neighbours by
+name; what they return on each rank lands in FOLDER/NAME.RANK.json, an exception as its traceback.
 """
 
 import json

@@ -2,15 +2,13 @@
 wrong."""
 
 import json
-import socket
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from corpus import steps
+from launching import run_ranks
 from scenarios import beside, rows, sections_of_families
 from tiny import FAMILIES, make_corpus, make_model, make_run
 
@@ -24,28 +22,8 @@ TWO_RANKS = (
 )  # fmt: skip
 
 
-def free_port() -> int:
-    """Of this moment: two suites may run on one machine."""
-    with socket.socket() as any_free:
-        any_free.bind(("127.0.0.1", 0))
-        return any_free.getsockname()[1]
-
-
 def launch(folder: Path, ranks: int, names) -> None:
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    script = str(Path(__file__).with_name("ranks.py"))
-    command = [
-        deepspeed,
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-        script,
-        str(folder),
-        ",".join(names),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(ranks, Path(__file__).with_name("ranks.py"), folder, ",".join(names))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import json
 import os
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import run_ranks
 from tiny import make_corpus, make_model, make_run, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,20 +52,20 @@ def train_and_gather() -> None:
 
 
 def launch(ranks: int, *arguments) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    launcher = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port)] if ranks > 1 else [sys.executable]
-    command = [*launcher, __file__, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(ranks, __file__, *arguments)
 
 
 def export(*arguments) -> subprocess.CompletedProcess:
     """The tool as a user starts it, from anywhere."""
     command = [sys.executable, str(ROOT / "tools" / "export_hf.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/", check=False)
+
+
+def export_here(*arguments) -> None:
+    """Without the seconds of a start."""
+    from tools.export_hf import main
+
+    main([str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_every_tensor_is_the_gathered_one_and_stands_once(world, exported):
 
 def test_fp32_of_a_bf16_run_is_its_masters(world, tmp_path):
     run = world / "runs" / "tiny"
-    assert export(run, tmp_path / "out", "--dtype", "fp32").returncode == 0
+    export_here(run, tmp_path / "out", "--dtype", "fp32")
     masters = gathered_tensors(run, 4)
     for name, tensor in tensors_of(tmp_path / "out").items():
         assert tensor.dtype == torch.float32
@@ -153,7 +153,7 @@ def test_fp32_of_a_bf16_run_is_its_masters(world, tmp_path):
 
 def test_an_earlier_checkpoint_can_be_named(world, tmp_path):
     run = world / "runs" / "tiny"
-    assert export(run / "checkpoints" / "step_00000003", tmp_path / "out").returncode == 0
+    export_here(run / "checkpoints" / "step_00000003", tmp_path / "out")
     third, fourth = gathered_weights(run, 3), gathered_weights(run, 4)
     name = "transformer.h.0.mlp.c_fc.weight"
     assert torch.equal(tensors_of(tmp_path / "out")[name], third[name])
@@ -205,7 +205,7 @@ def test_memory_is_one_shard_and_a_few_of_the_largest_tensor(world, tmp_path):
 
 
 def test_an_fp32_run_of_one_rank_exports_its_weights_in_shards(world, tmp_path):
-    assert export(world / "runs" / "big", tmp_path / "out", "--max-shard-gb", "0.02").returncode == 0
+    export_here(world / "runs" / "big", tmp_path / "out", "--max-shard-gb", "0.02")
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3
     assert all((tmp_path / "out" / name).stat().st_size < 20.1e6 for name in files)
@@ -264,9 +264,10 @@ def test_a_flipped_bit_is_refused_and_a_cut_off_file_is_passed_over_for_the_one_
     shard.write_bytes(whole[:-200] + bytes([whole[-200] ^ 4]) + whole[-199:])
     assert "rank_00001.safetensors is not as it was written" in refused(copy, tmp_path / "out")
     shard.write_bytes(whole[:-200])
-    done = export(copy, tmp_path / "out")
-    assert (done.returncode, "step_00000003 of tiny" in done.stdout) == (0, True)
-    assert "step_00000004 is damaged and skipped: rank_00001.safetensors has" in done.stderr
+    export_here(copy, tmp_path / "out")
+    said = capsys.readouterr()
+    assert "step_00000003 of tiny" in said.out
+    assert "step_00000004 is damaged and skipped: rank_00001.safetensors has" in said.err
 
 
 def test_another_students_folder_is_refused(world, copy, tmp_path):
@@ -279,8 +280,7 @@ def test_another_students_folder_is_refused(world, copy, tmp_path):
 def test_an_existing_folder_stays_unless_overwritten(world, tmp_path):
     out = make_model(tmp_path / "out", "llama")
     assert "OUT must be a new or an empty folder" in refused(world / "runs" / "tiny", out)
-    done = export(world / "runs" / "tiny", out, "--overwrite")
-    assert done.returncode == 0
+    export_here(world / "runs" / "tiny", out, "--overwrite")
     assert loaded(out).config.model_type == "gpt2"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 

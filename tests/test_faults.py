@@ -1,15 +1,12 @@
 """What clusters do to a run, done to real ranks: killed at any moment, started again on other numbers of ranks.
 
-The full counts run under `make soak`. The surprise: ranks are started without the launcher here, which is a third of the time
-of a start; what the launcher does is in test_launch.py.
+The full counts run under `make soak`. The surprise: ranks are started without the launcher here (launching.py).
 """
 
 import json
-import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +15,7 @@ from pathlib import Path
 import pytest
 import soak_report
 import torch
+from launching import ended, start_ranks
 from tiny import make_corpus, make_model, make_run, write_run
 
 from ted_scale import checkpoint_files as files
@@ -45,28 +43,13 @@ def root(tmp_path_factory):
     return folder
 
 
-def begin(config: Path, ranks: int, *arguments) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--config", str(config), *arguments]
-    said = config.with_suffix(".out").open("a")
-    return [
-        subprocess.Popen(
-            command, env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=said, stderr=said
-        )
-        for rank in range(ranks)
-    ]
+def begin(config: Path, ranks: int) -> list[subprocess.Popen]:
+    with config.with_suffix(".out").open("a") as said:
+        return start_ranks(ranks, said, ROOT / "launch" / "pretrain.py", "--config", config)
 
 
-def end(processes, config: Path, codes=(0,)) -> None:
-    deadline = time.monotonic() + 240
-    while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for process in processes:
-        process.kill()
-    assert all(p.wait() in codes for p in processes), config.with_suffix(".out").read_text()[-3000:]
+def end(processes, config: Path) -> None:
+    assert not any(ended(processes, 240)), config.with_suffix(".out").read_text()[-3000:]
 
 
 def kill(processes, victim: int) -> None:
