@@ -35,7 +35,7 @@ def ended(processes: list[subprocess.Popen], seconds: float) -> list[int]:
     return [process.wait() for process in processes]
 
 
-def run_ranks(ranks: int, *words, seconds: float = 400) -> None:
+def run_ranks(ranks: int, *words, seconds: float = 900) -> None:
     """From start to a good end."""
     with tempfile.TemporaryFile("w+") as said:
         codes = ended(start_ranks(ranks, said, *words), seconds)
