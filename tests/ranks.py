@@ -4,6 +4,7 @@
 name; what they return on each rank lands in FOLDER/NAME.RANK.json, an exception as its traceback.
 """
 
+import gc
 import json
 import os
 import sys
@@ -24,6 +25,8 @@ def main() -> None:
 
     device, rank = start_ranks(), os.environ["RANK"]
     for name in names:
+        gc.collect()
+        gc.freeze()  # DeepSpeed looks for garbage at every engine's start; what is imported, and what it keeps, is none
         try:
             homes = (scenarios, data_scenarios, health_scenarios, stop_scenarios)
             scenario = next(getattr(home, name) for home in homes if hasattr(home, name))
