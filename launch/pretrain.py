@@ -10,11 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
+from ted_scale import stop
 from ted_scale.errors import UserError, run_main
 from ted_scale.run_file import load_run
 
 
 def main() -> None:
+    stop.listen()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="the run file, TOML")
     parser.add_argument(

@@ -1,66 +1,49 @@
-"""Everything that happens once: process group, teacher, and per stage the student's engine, its data and its
+"""Everything that happens once, in order: ranks, run folder, teacher, and per stage the student's engine, its data and its
 checkpoints.
 
 A stage is built anew, also within one process: stage II starts from the student's folder and stage I's filters file,
 the same way whether stage I ran a second ago, before a crash, or in another run.
 """
 
-import fcntl
 import logging
-import os
-import warnings
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from ted_scale import attention, checkpoint, feed, kernels, metrics
+from ted_scale import attention, checkpoint, feed, health, kernels, metrics, pulse, redact, replicas, resume, watch
 from ted_scale import checkpoint_files as files
+from ted_scale.attempts import attempt
 from ted_scale.checkpoint_files import Progress
-from ted_scale.errors import UserError
-from ted_scale.filters import Filter
+from ted_scale.engines import DTYPES, build_student, build_teacher, check_engine_config
+from ted_scale.errors import Preempted, RunStopped, UserError
 from ted_scale.guard import Guard
 from ted_scale.loader import Loader
-from ted_scale.plan import Plan, as_dict, describe, flops_per_token
-from ted_scale.run_file import to_toml
+from ted_scale.plan import Plan, as_dict, flops_per_token
+from ted_scale.ranks import start_ranks
+from ted_scale.rewind import Rewind, gone_back
+from ted_scale.run_folder import broadcast, claim_folder, filters_files, first_of_all, share
+from ted_scale.saver import Saver, give_up, sentence
 from ted_scale.schedule import Stage
-from ted_scale.student import Student
-from ted_scale.teacher import Teacher, TeacherBody
+from ted_scale.tracking import open_wandb
 from ted_scale.train import train
-from ted_scale.validate import validate
-from ted_scale.zero import build_network, shape_of, sharded_construction
+from ted_scale.validate import holds_out, validate
 
 log = logging.getLogger("ted_scale")
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-held: list = []  # the run folder's lock, for the life of the process
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def run_plan(plan: Plan) -> None:
     """A run from process group to process group's end."""
     check_engine_config(plan)
-    train_run(plan, start_ranks(plan.run.loss.backend))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def check_engine_config(plan: Plan) -> None:
-    """What only DeepSpeed can tell of its file, while a mistake is still one sentence."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
-
     try:
-        DeepSpeedZeroConfig(**plan.ds_config["zero_optimization"])
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        key = ".".join(["zero_optimization", *map(str, wrong["loc"])])
-        raise UserError(
-            f"ds_config {plan.run.ds_config}: {key} must be what DeepSpeed knows, but is {wrong['input']!r} ({wrong['msg']}); "
-            "correct it"
-        ) from None
+        train_run(plan, start_ranks(plan.run))
+    except Preempted:
+        dist.barrier()  # rank 0 has closed its logs: the first rank that leaves has its launcher end the others
+        raise
+    dist.barrier()
+    watch.close()
+    dist.destroy_process_group()
 
 
 def train_run(plan: Plan, device: torch.device) -> Progress:
@@ -75,27 +58,35 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     if writes:
         log.info(kernels.describe(plan.run.loss.backend, device))
         log.info(describe_attention(plan, device))
-    wandb_run = metrics.open_wandb(plan.run, progress.wandb_id) if writes else None
+    wandb_run = open_wandb(plan.run, progress.wandb_id) if writes else None
     if wandb_run:
-        wandb_run.config.update({"plan": as_dict(plan)}, allow_val_change=True)
+        wandb_run.config.update({"plan": redact.cleaned(as_dict(plan))}, allow_val_change=True)
     wandb_id = wandb_run.id if wandb_run else progress.wandb_id
-    changed = files.harmless_changes(progress.identity, plan.identity(), progress.step)
-    progress = replace(progress, wandb_id=wandb_id, identity=plan.identity())
+    written, identity = resume.as_written(plan.run), plan.identity()
+    changed = resume.changes(progress.identity, identity, progress.run, written, progress.step) if newest else []
+    progress = replace(progress, wandb_id=wandb_id, identity=identity, run=written)
     teacher = build_teacher(plan)
     numbers = metrics.Metrics(
         plan.run, writes=writes, total_steps=plan.total_steps, step=progress.step, device=device, wandb_run=wandb_run
     )
     numbers.say_changes(changed)
+    saver = Saver(plan.run, filters_files(plan, newest), numbers.alert)
     loader = Loader(
         workers=plan.run.data.workers, prefetch=plan.run.data.prefetch, micro_batch=plan.run.train.micro_batch,
         rank=dist.get_rank(), world=dist.get_world_size(), device=device,
     )  # fmt: skip
     try:
         for stage in plan.stages:
-            if progress.step < stage.last_step:
+            if progress.step < stage.last_step or validation_is_owed(plan, stage, progress, numbers):
                 numbers.flops_per_token = flops_per_token(plan, stage)
                 resumed = newest if progress.step > stage.first_step else None
-                progress = run_stage(plan, stage, teacher, progress, resumed, numbers, loader)
+                progress = run_stage(plan, stage, teacher, progress, resumed, numbers, loader, saver)
+    except Preempted:
+        saver.finish(leaving=True)
+        raise
+    except (UserError, RunStopped):  # the checkpoint that is being written is worth the wait
+        saver.wait(leaving=True)
+        raise
     finally:
         loader.close()
         numbers.close()
@@ -112,203 +103,43 @@ def describe_attention(plan: Plan, device: torch.device) -> str:
     return attention.describe(data.attention, layers, data.seq_len, dtype, device)
 
 
-def start_ranks(backend: str = "auto") -> torch.device:
-    """The process group, and this rank's device, which must run the losses' `backend`. One process without a launcher is a
-    world of its own."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="deepspeed|torch")
-    for key, value in ALONE.items():
-        os.environ.setdefault(key, value)
-    accelerator, local = get_accelerator(), int(os.environ["LOCAL_RANK"])
-    on_cpu = accelerator.device_name() == "cpu"
-    if not on_cpu:
-        accelerator.set_device(local)
-    device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local)
-    try:
-        kernels.choose(backend, device)
-    except ValueError as error:
-        raise UserError(f"loss.{error}") from None
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=30))
-    return device
+def validation_is_owed(plan: Plan, stage: Stage, progress: Progress, numbers) -> bool:
+    """Whether a signal cut short the validation of the very step that the run goes on from."""
+    owed = [stage.validates(progress.step) and holds_out(plan.run) and not numbers.stands_already("val/loss")]
+    dist.broadcast_object_list(owed, src=0)
+    return owed[0]
 
 
-def claim_folder(plan: Plan):
-    """Make the run's folder, see that all ranks share it, and find where the run stands."""
-    folder, writes = plan.run.folder, dist.get_rank() == 0
-    check_shared(folder, writes)
-    metrics.open_log(folder, writes)
-    newest = files.newest_checkpoint(folder)
-    progress = files.read_progress(newest) if newest else Progress()
-    if writes:
-        metrics.trim_rows(folder / "metrics.jsonl", progress.step)
-        files.write_durably(folder / "run.toml", to_toml(plan.run))
-        log.info(describe(plan))
-        if newest:
-            log.info(f"resuming from {newest}")
-    return progress, newest
-
-
-def check_shared(folder: Path, writes: bool) -> None:
-    """Rank 0 locks the folder against other runs and leaves a secret in it, and every rank must find it there."""
-    token, secret, sentence = folder / ".shared", os.urandom(8).hex(), None
-    if writes:
-        try:
-            files.checkpoints_of(folder).mkdir(parents=True, exist_ok=True)
-            if lock(folder):
-                token.write_text(secret, encoding="utf-8")
-            else:
-                sentence = f"runs must be used by one process at a time, but another is at work in {folder}"
-                sentence += "; wait for it, or give this run another name"
-        except OSError as error:
-            sentence = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
-    refuse_together(sentence)
-    message = [secret]
-    dist.broadcast_object_list(message, src=0)
-    if not token.exists() or token.read_text(encoding="utf-8") != message[0]:
-        sentence = f"runs must be a folder that all nodes share, but rank {dist.get_rank()} sees another {folder}"
-        sentence += "; set runs to a folder on a shared file system"
-    refuse_together(sentence)
-    if writes:
-        token.unlink()
-
-
-def lock(folder: Path) -> bool:
-    """False where another process trains in this folder; else it is ours until this process ends, however it ends."""
-    path = folder / ".lock"
-    if any(file.name == str(path) for file in held):  # a second run of this process goes on in the folder
-        return True
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return False
-    except OSError as error:  # some shared file systems have no locks, and are no reason not to train
-        log.warning(f"{path} cannot be locked ({error.strerror}): nothing keeps a second run out of this folder")
-    held.append(file)
-    return True
-
-
-def refuse_together(sentence: str | None) -> None:
-    """Every rank leaves with the first sentence, so that none waits for another."""
-    sentences = [None] * dist.get_world_size()
-    dist.all_gather_object(sentences, sentence)
-    first = next((s for s in sentences if s), None)
-    if first:
-        raise UserError(first)
-
-
-def engine_config(plan: Plan, **trained) -> dict:
-    """DeepSpeed's configuration: its file's part, and what the run file owns."""
-    return {
-        **plan.ds_config,
-        "train_micro_batch_size_per_gpu": plan.run.train.micro_batch,
-        "bf16": {"enabled": plan.run.train.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": 2**31,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on offloaded shards too, with nothing to compile
-        **trained,
-    }
-
-
-def build_teacher(plan: Plan):
-    if plan.teacher is None:
-        return lambda batch, weights: None
-    import deepspeed
-
-    config = engine_config(plan)
-    config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
-    network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision])
-    body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
-    return Teacher(deepspeed.initialize(model=body, config=config)[0], body)
-
-
-def build_student(plan: Plan, stage: Stage, teacher):
-    """The stage's engine: what trains in it, with its optimizer."""
-    import deepspeed
-
-    run, dtype = plan.run, DTYPES[plan.run.train.precision]
-    config = engine_config(plan, gradient_accumulation_steps=plan.accumulation, gradient_clipping=run.train.clip)
-    network = build_network(plan.student, ds_config=config, dtype=dtype, init=run.student.init, seed=run.seed)
-    network.requires_grad_(not stage.learns_filters)
-    if run.student.gradient_checkpointing and not stage.learns_filters:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-    with sharded_construction(config):
-        filters_s, filters_t = build_filters(plan, stage)
-    if not stage.learns_filters and filters_t is not None:
-        checkpoint.load_filters(plan.filters_file, {"student": filters_s, "teacher": filters_t})
-        filters_t.requires_grad_(False)
-    module = Student(
-        run, network, plan.student, plan.pairs, learns_filters=stage.learns_filters, filters_s=filters_s,
-        filters_t=filters_t, head_t=getattr(teacher, "head", None),
-    )  # fmt: skip
-    module.train()
-    settings = {"lr": run.train.lr, "betas": run.train.betas, "eps": run.train.eps, "fused": True}
-    optimizer = torch.optim.AdamW(parameter_groups(run, module), **settings)
-    return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
-
-
-def build_filters(plan: Plan, stage: Stage):
-    """(student's, teacher's) filters, one a pair; lwd has none on the teacher's side and a random one on the
-    student's."""
-    if not plan.pairs:
-        return None, None
-    filters, lwd = plan.run.filters, plan.run.method == "lwd"
-    heads = filters.head == "per_layer" and stage.learns_filters
-
-    def side(anatomy, offset: int):
-        seeds = [plan.run.seed * 1000 + 2 * k + offset for k in range(len(plan.pairs))]
-        vocab = anatomy.vocab_size if heads else 0
-        settings = {"mlp": filters.mlp, "random": lwd, "vocab": vocab}
-        return torch.nn.ModuleList(Filter(anatomy.width, plan.width, seed=seed, **settings) for seed in seeds)
-
-    return side(plan.student, 0), None if lwd else side(plan.teacher, 1)
-
-
-def parameter_groups(run, module: Student) -> list[dict]:
-    """Matrices with weight decay, the rest without, and the filters with a rate of their own."""
-    trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    filters = [p for n, p in trained if n.startswith("filters_")]
-    network = [p for n, p in trained if not n.startswith("filters_")]
-    groups = [
-        {
-            "role": "decay",
-            "params": [p for p in network if len(shape_of(p)) > 1],
-            "weight_decay": run.train.weight_decay,
-        },
-        {"role": "plain", "params": [p for p in network if len(shape_of(p)) <= 1], "weight_decay": 0.0},
-        {"role": "filters", "params": filters, "weight_decay": 0.0},
-    ]
-    rates = {"filters": run.filters.lr}
-    return [{**g, "peak_lr": rates.get(g["role"], run.train.lr)} for g in groups if g["params"]]
-
-
-def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, numbers, loader) -> Progress:
+def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, numbers, loader, saver) -> Progress:
     run, device = plan.run, loader.device
-    engine = build_student(plan, stage, teacher)
+    pulse.building(f"the build of stage {stage.name}")
+    engine = build_student(plan, stage, teacher, saver.filters_file)
     if resumed:
         checkpoint.load(engine, resumed)
+    saver.prepare(engine)
     vocabulary = min(a.vocab_size for a in (plan.student, plan.teacher) if a)
     stream, progress, changed = feed.open_feed(run, stage, progress, vocabulary)
     numbers.say_changes(changed)
+    progress = health.begin(progress, stage)
     check = partial(validate, plan, teacher, numbers, vocabulary, device)
-    keep, guard = partial(save, plan, stage), Guard(engine)
-    if progress.step == stage.first_step and not stage.learns_filters:
-        check(engine, progress, with_teacher=True)
+    keep, guard = partial(save, plan, stage, numbers, saver), Guard(engine, stage, numbers.alert, saver.wait)
+    verify = partial(replicas.verify, teacher)
+    fresh = progress.step == stage.first_step and not stage.learns_filters
+    if fresh or (resumed and validation_is_owed(plan, stage, progress, numbers)):
+        progress, cut_short = check(engine, progress, with_teacher=fresh)
+        if cut_short:
+            raise Preempted  # before a step: the next start validates anew
     numbers.resume_from(progress.tokens)
     began = progress.step
     while progress.step < stage.last_step:
-        if feed.due(stage, stream, progress):
-            stream, progress = feed.weigh(plan, teacher, numbers, vocabulary, device, engine, stream, progress)
         try:
+            if feed.due(stage, stream, progress):
+                stream, progress = feed.weigh(plan, teacher, numbers, vocabulary, device, engine, stream, progress)
             feed.refuse_short_corpora(run, stage, stream, progress)
-        except UserError:
+        except (Preempted, UserError):
             if progress.step > began and not stage.saves(
                 progress.step
-            ):  # a second time would begin by removing the first
+            ):  # a second save would begin by removing the first
                 keep(engine, progress)
             raise
         numbers.reads(stream)
@@ -318,16 +149,48 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
             stop=feed.last_sample(stage, progress),
             samples_per_step=stage.samples_per_step,
         )
-        progress = train(stage, engine, teacher, data, guard, numbers, progress, check, keep)
+        try:
+            progress = train(stage, engine, teacher, data, guard, numbers, progress, verify, check, keep)
+        except Rewind as rewind:
+            progress = go_back(stage, engine, rewind, numbers)
+            began = progress.step
+    numbers.write(progress.step, progress.tokens, saver.finish())
+    saver.copier.finish()
+    pulse.building(f"the end of stage {stage.name}")
+    saver.forget()
     engine.destroy()
     return progress
 
 
-def save(plan: Plan, stage: Stage, engine, progress: Progress) -> None:
+def go_back(stage: Stage, engine, rewind: Rewind, numbers) -> Progress:
+    """Into the engine there is: DeepSpeed keeps every module that it was ever given, so that another would need its room."""
+    for place in rewind.checkpoints:
+        pulse.beat(f"the way back to {place.name}")
+        if (fault := first_of_all(files.check_digests(place, share()))) is None:
+            progress = gone_back(files.read_progress(place), rewind.progress)
+            checkpoint.load(engine, place)
+            numbers.go_back(progress)
+            return health.begin(progress, stage)
+        numbers.alert("a damaged checkpoint", files.skipped(place, fault))
+    raise RunStopped(f"{stage.run.folder} must hold a whole checkpoint to go back to, but all there are are damaged")
+
+
+def save(plan: Plan, stage: Stage, numbers, saver, engine, progress: Progress) -> None:
     """A checkpoint; at the end of stage I the filters first, so that its last checkpoint is never without them."""
-    filters_file = plan.filters_file
-    if stage.learns_filters and progress.step == stage.last_step:
-        sides = {"student": engine.module.filters_s, "teacher": engine.module.filters_t}
-        checkpoint.save_filters(filters_file, sides, plan.filters_identity())
-    taken_along = None if stage.learns_filters else filters_file
-    checkpoint.save(engine, plan.run.folder, progress, keep=plan.run.checkpoint.keep, filters_file=taken_along)
+    pulse.beat(f"the checkpoint of step {progress.step}")
+    done = progress.step == stage.last_step
+    if stage.learns_filters and done:
+        save_filters(plan, engine)
+        saver.take_filters_from(plan.filters_file)
+    with_filters = plan.run.method == "ted" and (done or not stage.learns_filters)
+    numbers.write(progress.step, progress.tokens, saver.save(engine, progress, with_filters=with_filters))
+
+
+def save_filters(plan: Plan, engine) -> None:
+    """Stage I's result as one file, for this run's stage II and for other runs."""
+    sides, failure = {"student": engine.module.filters_s, "teacher": engine.module.filters_t}, None
+    tensors = checkpoint.gather_filters(sides)
+    if dist.get_rank() == 0:
+        failure, _ = attempt(checkpoint.write_filters, plan.filters_file, tensors, plan.filters_identity())
+    if failure := broadcast(failure):
+        give_up(sentence(plan.filters_file, 0, failure))

@@ -1,101 +1,125 @@
-"""Save and load the student's engine, every rank its own shards; the frozen teacher is never saved.
+"""The engine's state to host memory and back: every rank its own pieces; the frozen teacher is never saved.
 
-A rank that cannot write must not leave the others in a collective: failures are recorded, agreed on, and only then is
-the checkpoint published or thrown away. What stands in a checkpoint's folder, and which is newest:
-checkpoint_files.py.
+Where the pieces lie is DeepSpeed's: flat groups of fp32 masters, each with AdamW's moments. How they become files:
+state_files.py; when, and by whom: saver.py; what stands beside them: checkpoint_files.py. The surprise: DeepSpeed's own
+save and load are not used (design note 16): they pickle, tie files to the number of ranks, and restore rates that a run
+file has changed.
 """
 
 import json
-import logging
-import shutil
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from ted_scale import checkpoint_files as files
-from ted_scale.checkpoint_files import PART, Progress
+from ted_scale import sealed
 from ted_scale.errors import UserError
-from ted_scale.zero import gathered, load_file
-
-log = logging.getLogger("ted_scale")
-
-
-def save(engine, folder: Path, progress: Progress, *, keep: int, filters_file: Path | None) -> Path:
-    """Write a checkpoint of this step; `latest` names it only when all of it is on disk."""
-    part = files.checkpoints_of(folder) / (files.checkpoint_name(progress.step) + PART)
-    failures: list[Exception] = []
-    writer = engine.checkpoint_engine
-    write = writer.save
-    writer.save = partial(recorded, failures, write)
-    engine._copy_recovery_script = lambda *_: None  # a script beside the shards, and one more way to fail
-    try:
-        attempt(failures, dist.get_rank() == 0, start_part, part)
-        engine.save_checkpoint(str(part.parent), tag=part.name, save_latest=False, exclude_frozen_parameters=True)
-        attempt(failures, dist.get_rank() == 0, finish_part, part, progress, filters_file)
-    finally:
-        writer.save = write
-    agree(failures, part)
-    attempt(failures, dist.get_rank() == 0, files.publish, part)
-    agree(failures, part)
-    if dist.get_rank() == 0:
-        files.prune(folder, keep)
-    return part.with_name(part.name.removesuffix(PART))
+from ted_scale.state_files import KINDS, State, as_bytes, cut, key_of
+from ted_scale.zero import gathered, load_file, shape_of
 
 
-def recorded(failures: list, action, *arguments, **named) -> None:
-    try:
-        action(*arguments, **named)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        failures.append(error)
+class Snapshot(NamedTuple):
+    """This rank's part of a checkpoint, in host memory that nobody else writes to."""
+
+    tensors: dict[str, torch.Tensor]
+    about: dict  # what the manifest says of all ranks' parts
 
 
-def attempt(failures: list, mine: bool, action, *arguments) -> None:
-    """Run `action` where it is this rank's to run, unless something failed before; nobody passes before it is done."""
-    if mine and not failures:
-        recorded(failures, action, *arguments)
-    dist.barrier()
+class Group(NamedTuple):
+    """One of the engine's flat stretches of memory: parameters one after another, each with this rank's piece of it."""
+
+    tensors: dict[str, torch.Tensor]  # by kind; flat
+    members: list[tuple[str, int, torch.nn.Parameter]]  # name, where it begins, parameter
+    step: torch.Tensor  # updates that were made
 
 
-def start_part(part: Path) -> None:
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+def groups_of(engine) -> list[Group]:
+    optimizer, names = engine.optimizer, {p.ds_id: name for name, p in engine.module.named_parameters()}
+    found = []
+    for masters, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+        members, begin = [], 0
+        for parameter in parameters:
+            members.append((names[parameter.ds_id], begin, parameter))
+            begin += parameter.ds_tensor.ds_numel
+        state = moments_of(optimizer.optimizer, masters)
+        tensors = {"fp32": masters.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
+        found.append(Group(tensors, members, state["step"]))
+    return found
 
 
-def finish_part(part: Path, progress: Progress, filters_file: Path | None) -> None:
-    if filters_file and filters_file.exists():
-        files.link_or_copy(filters_file, part / filters_file.name)
-    files.write_progress(part, progress)
+def moments_of(adamw, masters: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """AdamW's state of a flat group, which it makes at its first step, as it makes it."""
+    state = adamw.state[masters]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=masters.device)
+        state |= {kind: torch.zeros_like(masters.detach()) for kind in KINDS[1:]}
+    return state
 
 
-def agree(failures: list, part: Path) -> None:
-    """All ranks go on, or all leave with the first rank's sentence and without the unfinished checkpoint."""
-    sentences = [None] * dist.get_world_size()
-    dist.all_gather_object(sentences, str(failures[0]).splitlines()[0] if failures else None)
-    bad = [(rank, sentence) for rank, sentence in enumerate(sentences) if sentence]
-    if not bad:
-        return
-    if dist.get_rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-    rank, sentence = bad[0]
-    free = shutil.disk_usage(part.parent).free / 2**30
-    raise UserError(
-        f"{part.parent} must have room for a checkpoint, but rank {rank} could not write {part.name.removesuffix(PART)}: "
-        f"{sentence} ({free:.1f} GiB free); the previous checkpoint is intact: free space and start the same command again"
-    )
+def held(parameter) -> tuple[int, int]:
+    return cut(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
+
+
+def kept_buffers(engine) -> list[dict[str, torch.Tensor]]:
+    """Host memory for a copy of the state, touched once so that no save waits for it."""
+
+    def like(tensor):
+        pinned = tensor.device.type == "cuda"
+        return torch.zeros(len(tensor), dtype=torch.float32, pin_memory=pinned).fill_(0)
+
+    return [{kind: like(tensor) for kind, tensor in group.tensors.items()} for group in groups_of(engine)]
+
+
+def snapshot(engine, buffers: list[dict[str, torch.Tensor]]) -> Snapshot:
+    """Copy the state into `buffers`: all that a training step waits for."""
+    tensors, shapes, updates = {}, {}, set()
+    for group, kept in zip(groups_of(engine), buffers, strict=True):
+        for kind, tensor in group.tensors.items():
+            kept[kind].copy_(tensor, non_blocking=True)
+        for name, begin, parameter in group.members:
+            shapes[name] = list(shape_of(parameter))
+            first, last = held(parameter)
+            parts = {key_of(kind, name): kept[kind][begin : begin + last - first] for kind in KINDS}
+            tensors |= parts if last > first else {}
+        updates.add(int(group.step))
+    if engine.device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
+    if len(updates) != 1:
+        raise RuntimeError(f"every group must have made as many updates, but they made {sorted(updates)}")
+    return Snapshot(tensors, {"ranks": dist.get_world_size(), "updates": updates.pop(), "shapes": shapes})
 
 
 def load(engine, checkpoint: Path) -> None:
-    """Weights, fp32 masters and optimizer moments of this rank's shards; rates and the like stay the run file's."""
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
-    engine.load_checkpoint(
-        str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False, load_lr_scheduler_states=False
-    )
-    for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
-        group.update(ours)  # DeepSpeed restores whole groups, so that a changed train.lr would be ignored in silence
+    """Masters, moments and the weights that follow from them, whatever ranks wrote them; rates stay the run file's."""
+    manifest = sealed.read_manifest(checkpoint)
+    state, optimizer = State(checkpoint, manifest), engine.optimizer
+    for number, group in enumerate(groups_of(engine)):
+        for name, begin, parameter in group.members:
+            check_shape(state, name, parameter)
+            first, last = held(parameter)
+            for kind, tensor in group.tensors.items():
+                piece = tensor[begin : begin + parameter.ds_tensor.ds_numel]
+                piece[last - first :] = 0
+                if last > first:
+                    piece[: last - first].copy_(state.stretch(kind, name, first, last))
+        group.step.fill_(manifest["updates"])
+        optimizer._reassign_or_swap_out_partitioned_parameters(
+            number
+        )  # the weights in their own precision, as in a step
+    if optimizer.persistent_parameters:  # the small ones that every rank has whole are gathered anew
+        optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+    optimizer._post_step(())
+
+
+def check_shape(state: State, name: str, parameter) -> None:
+    shape, theirs = shape_of(parameter), state.shapes.get(name)
+    if theirs is None or tuple(theirs) != shape:
+        has = "does not have it" if theirs is None else f"has shape {tuple(theirs)}"
+        raise UserError(
+            f"{state.checkpoint} must hold {name} of shape {shape}, but {has}; set the model and the filters back, or give "
+            "the run another name"
+        )
 
 
 def filter_tensors(sides: dict) -> dict[str, torch.nn.Parameter]:
@@ -104,16 +128,14 @@ def filter_tensors(sides: dict) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in named.items() if not name.rpartition(".")[2].startswith("head_")}
 
 
-def save_filters(path: Path, sides: dict, identity: dict) -> None:
-    """Stage I's result as one safetensors file in fp32; every rank takes part, rank 0 writes."""
+def gather_filters(sides: dict) -> dict[str, torch.Tensor]:
+    """Stage I's result in fp32, on rank 0; every rank takes part."""
     tensors = {}
     for name, parameter in filter_tensors(sides).items():
         value = full_precision(parameter)
         if dist.get_rank() == 0:
             tensors[name] = value.to("cpu", copy=True).contiguous()
-    failures: list[Exception] = []
-    attempt(failures, dist.get_rank() == 0, write_filters, path, tensors, identity)
-    agree(failures, path)
+    return tensors
 
 
 def full_precision(parameter) -> torch.Tensor:
@@ -127,13 +149,10 @@ def full_precision(parameter) -> torch.Tensor:
 
 
 def write_filters(path: Path, tensors: dict, identity: dict) -> None:
-    part = path.with_name(path.name + PART)
-    try:
-        save_file(tensors, part, metadata={"identity": json.dumps(identity)})
-    except SafetensorError as error:  # a full disk, as a kind that `recorded` does not know
-        raise OSError(str(error)) from None
-    part.chmod(0o644)  # the library makes it readable to its owner only; other runs read it
+    part = path.with_name(path.name + sealed.PART)
+    sealed.write_file(part, as_bytes(tensors, {"identity": json.dumps(identity)}))
     part.rename(path)
+    sealed.sync(path.parent)
 
 
 def load_filters(path: Path, sides: dict) -> None:

@@ -1,20 +1,29 @@
-"""A run's checkpoints as files: names, what stands in them beside DeepSpeed's shards, which one is the newest.
+"""A run's checkpoints as files: names, what stands in them beside the ranks' state, which is the newest whole one, and
+which stay.
 
-Needs no process group and no DeepSpeed, so that a wrong resume is refused before either starts. `latest` is moved by
-one rename after everything it names is on disk.
+Needs no process group and no DeepSpeed, so that a wrong resume is refused before either starts. No file says which checkpoint
+is the newest: the folder does, and each one's manifest (sealed.py) says whether it is whole. The surprise: the newest is not
+the one of the highest step. A run that went back, after a loss spike or past a damaged checkpoint, goes on in a line of its
+own, whose number is in the name: step_00000007_1 is newer than step_00000008.
 """
 
 import dataclasses
 import json
-import os
+import math
+import re
 import shutil
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from ted_scale import progress_form, resume, sealed
 from ted_scale.errors import UserError
+from ted_scale.parsing import is_count, parse_json
+from ted_scale.sealed import PART, Damaged
 
-PART = ".part"
-HARMLESS = ("data.seq_len", "data.attention", "train.tokens_per_step")  # the data goes on with others, see blend.py
+PROGRESS = "progress.json"
+FILTERS = "filters.safetensors"
 
 
 @dataclass(frozen=True)
@@ -26,12 +35,31 @@ class Progress:
     samples: int = 0  # of this stage's data
     blend: dict | None = None  # blend.as_dict
     adaptive: dict | None = None  # feed.Measured
+    skipped: int = 0  # steps whose update was dropped
+    health: dict | None = None  # health.State
     wandb_id: str | None = None
-    identity: dict = dataclasses.field(default_factory=dict)
+    identity: dict = dataclasses.field(default_factory=dict)  # plan.identity
+    run: dict | None = None  # the whole run file, resolved; earlier versions wrote none
+    validation: float | None = None  # the student's loss, where it was measured at this very step
+    forks: tuple[int, ...] = ()  # the step that each line of the run but the first began behind
 
     def advanced(self, samples: int, seq_len: int) -> "Progress":
         tokens = self.tokens + samples * seq_len
-        return dataclasses.replace(self, step=self.step + 1, tokens=tokens, samples=self.samples + samples)
+        return dataclasses.replace(
+            self, step=self.step + 1, tokens=tokens, samples=self.samples + samples, validation=None
+        )
+
+
+class Standing(NamedTuple):
+    """A published checkpoint, and what is wrong with it as far as sizes tell."""
+
+    path: Path
+    manifest: dict | None
+    fault: str | None
+
+    @property
+    def step(self) -> int:
+        return key_of(self.path.name)[1]
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -40,92 +68,125 @@ def checkpoints_of(folder: Path) -> Path:
 
 def filters_of(folder: Path) -> Path:
     """Stage I's result."""
-    return folder / "filters.safetensors"
+    return folder / FILTERS
 
 
-def checkpoint_name(step: int) -> str:
-    return f"step_{step:08d}"
+def checkpoint_name(step: int, line: int = 0) -> str:
+    return f"step_{step:08d}" + (f"_{line}" if line else "")
+
+
+def key_of(name: str) -> tuple[int, int] | None:
+    """(line, step) of a checkpoint's name, by which they are ordered; None of another name."""
+    found = re.fullmatch(r"step_([0-9]{8,15})(?:_([1-9][0-9]{0,8}))?", name)
+    return found and (int(found[2] or 0), int(found[1]))
+
+
+def published(folder: Path) -> list[Standing]:
+    """Newest first. Reads manifests and sizes; `check_digests` reads everything."""
+    found = (p for p in checkpoints_of(folder).glob("step_*") if p.is_dir() and key_of(p.name))
+    return sorted(map(look_at, found), key=lambda standing: key_of(standing.path.name), reverse=True)
+
+
+def look_at(checkpoint: Path) -> Standing:
+    try:
+        return Standing(checkpoint, checked(sealed.check(checkpoint), checkpoint.name), None)
+    except Damaged as damage:
+        return Standing(checkpoint, None, str(damage))
+
+
+def checked(manifest: dict, name: str) -> dict:
+    """It is of a checkpoint, and of the one that has this name."""
+    (line, step), forks, loss = key_of(name), manifest.get("forks"), manifest.get("validation")
+    lines = isinstance(forks, list) and len(forks) == line and all(map(is_count, forks))
+    if not (lines and manifest.get("step") == step and (loss is None or isinstance(loss, float))):
+        raise Damaged(f"its {sealed.MANIFEST} is not of {name}")
+    return manifest
+
+
+def history(whole: dict[str, dict]) -> list[str]:
+    """Of whole checkpoints, manifest by name, the newest and those that it came from; newest first."""
+    names = sorted(whole, key=key_of, reverse=True)
+    forks = whole[names[0]]["forks"] if names else []
+    return [name for name in names if key_of(name)[1] <= min(forks[key_of(name)[0] :], default=key_of(name)[1])]
+
+
+def check_digests(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with the bytes of a checkpoint's files; of each `share[1]` files the one at `share[0]`."""
+    try:
+        files = checked(sealed.check(checkpoint), checkpoint.name)["files"]
+        for name in list(files)[share[0] :: share[1]]:
+            sealed.check_file(checkpoint, name, files[name])
+    except Damaged as damage:
+        return str(damage)
+    return None
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    pointer = checkpoints_of(folder) / "latest"
-    if not pointer.exists():
-        return None
-    checkpoint = checkpoints_of(folder) / pointer.read_text(encoding="utf-8").strip()
-    if not (checkpoint / "progress.json").is_file():
-        raise UserError(
-            f"{pointer} must name a checkpoint, but {checkpoint} is not one; write the name of a whole one into it"
-        )
-    return checkpoint
+    """The newest one that is whole. A run whose checkpoints are all damaged must not begin anew in silence."""
+    standings = published(folder)
+    whole = next((s.path for s in standings if s.fault is None), None)
+    if standings and whole is None:
+        raise none_is_whole(folder, [(s.path, s.fault) for s in standings])
+    return whole
+
+
+def none_is_whole(folder: Path, damaged: list[tuple[Path, str]]) -> UserError:
+    said = "; ".join(f"{path.name}: {fault}" for path, fault in damaged[:3])
+    return UserError(
+        f"{checkpoints_of(folder)} must hold a whole checkpoint, but none of {len(damaged)} is ({said}); copy one back, or move "
+        "them away to begin anew"
+    )
+
+
+def skipped(path: Path | str, fault: str) -> str:
+    return f"checkpoint {path} is damaged and skipped: {fault}"
 
 
 def read_progress(checkpoint: Path) -> Progress:
+    path = checkpoint / PROGRESS
     try:
-        values = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        if missing := {field.name for field in dataclasses.fields(Progress)} - values.keys():
-            raise ValueError(f"it has no {min(missing)}")
-        return Progress(**values)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint}/progress.json must be a progress file, but is not: {error}") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} must be a progress file, but is not: {error}") from None
+    return parse_progress(text, str(path))
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Whole or not at all, also over a power cut."""
-    temporary = path.with_name(path.name + PART)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def write_progress(checkpoint: Path, progress: Progress) -> None:
-    write_durably(checkpoint / "progress.json", json.dumps(dataclasses.asdict(progress), indent=1))
-
-
-def publish(part: Path) -> Path:
-    """Give a finished checkpoint its name, then move `latest` to it."""
-    checkpoint = part.with_name(part.name.removesuffix(PART))
-    shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier life of this run, past where it was resumed
-    part.rename(checkpoint)
-    write_durably(checkpoint.parent / "latest", checkpoint.name)
-    return checkpoint
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Only the last `keep` checkpoints up to the newest stay; what an earlier life of the run left past it is not ours."""
-    newest = (checkpoints_of(folder) / "latest").read_text(encoding="utf-8")
-    found = sorted(p for p in checkpoints_of(folder).glob("step_*") if p.is_dir() and not p.name.endswith(PART))
-    steps = [p for p in found if p.name <= newest]
-    for old in steps[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
+def parse_progress(text: str, where: str) -> Progress:
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        values = progress_form.checked(parse_json(text))
+        return Progress(**{**values, "forks": tuple(values.get("forks", ()))})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where} must be a progress file, but is not: {error}") from None
 
 
-def check_identity(where: Path, theirs: dict, ours: dict) -> None:
-    """Refuse the first thing in which a checkpoint and this run differ."""
-    for key in differences(theirs, ours):
-        if key not in HARMLESS:
-            raise UserError(
-                f"{key} must be {theirs.get(key)!r} to resume from {where}, but is {ours.get(key)!r}; "
-                "set it back, or give the run another name"
-            )
+def progress_as_bytes(progress: Progress) -> bytes:
+    return json.dumps(dataclasses.asdict(progress), indent=1).encode()
 
 
-def differences(theirs: dict, ours: dict) -> list[str]:
-    return [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
+def clear_unfinished(folder: Path) -> None:
+    """What earlier lives of the run left half-way goes, once what was only on its way has its name."""
+    sealed.put_back(checkpoints_of(folder))
+    for part in checkpoints_of(folder).glob(f"*{PART}"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def harmless_changes(theirs: dict, ours: dict, step: int) -> list[str]:
-    """What a run must say of a run file that it goes on with, a sentence a change."""
-    changed = [key for key in differences(theirs, ours) if key in HARMLESS and key in theirs]
-    return [f"{key} is {ours[key]} instead of {theirs[key]} from step {step} on" for key in changed]
+def kept(whole: dict[str, dict], settings) -> set[str]:
+    """Of whole checkpoints, manifest by name, those that stay: of the newest one's history the last ones, every so many steps
+    for ever, and the best. What a run left to go back from is not in it."""
+    names = history(whole)
+    steps = {name: key_of(name)[1] for name in names}
+    stays = set(names[: settings.keep])
+    stays |= {name for name in names if settings.keep_every and steps[name] % settings.keep_every == 0}
+    measured = [(whole[name].get("validation"), steps[name], name) for name in names]
+    measured = [row for row in measured if row[0] is not None and math.isfinite(row[0])]
+    return stays | ({min(measured)[2]} if settings.keep_best and measured else set())
+
+
+def prune(folder: Path, settings, spared: Set[str] = frozenset()) -> None:
+    """Remove what need not stay of the whole ones; damaged ones are for tools/checkpoints.py to remove."""
+    whole = {s.path.name: s.manifest for s in published(folder) if s.fault is None}
+    for name in whole.keys() - kept(whole, settings) - spared:
+        sealed.remove(checkpoints_of(folder) / name)
 
 
 def check_filters(path: Path, identity: dict) -> None:
@@ -136,7 +197,7 @@ def check_filters(path: Path, identity: dict) -> None:
         raise UserError(f"filters.from must name a run folder whose stage I is done, but {path} does not exist")
     try:
         with safe_open(path, framework="pt") as tensors:
-            written = json.loads(tensors.metadata()["identity"])
+            written = dict(parse_json(tensors.metadata()["identity"]))
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"filters.from must name filters that this project wrote, but {path} is not: {error}") from None
-    check_identity(path, written, identity)
+    resume.refuse_other_filters(path, written, identity)

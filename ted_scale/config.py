@@ -9,11 +9,17 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ted_scale import redact, resume
+from ted_scale.parsing import COUNT_LIMIT
+
+Count = Annotated[int, Field(ge=0, lt=COUNT_LIMIT)]
+PositiveInt = Annotated[int, Field(gt=0, lt=COUNT_LIMIT)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=1e6)]
 Method = Literal["ce", "kd", "lwd", "ted"]
 
 
@@ -87,7 +93,9 @@ class Data(Section):
     attention: Literal["causal", "document"] = Field(
         "causal", description="document: none across a document's border, and positions restart there"
     )
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes a rank that read; 0: a thread of the rank")
+    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0, description="processes a rank that read; 0: a thread of the rank"
+    )
     prefetch: PositiveInt = Field(2, description="steps that are read ahead")
 
     @model_validator(mode="after")
@@ -106,7 +114,7 @@ class Data(Section):
 class Pairs(Section):
     rule: Literal["uniform"] = "uniform"
     explicit: list[tuple[int, int]] = Field([], description="(student block, teacher block), from 0; replaces the rule")
-    skip_last: Annotated[int, Field(ge=0)] = 0
+    skip_last: Count = 0
 
     @field_validator("explicit", mode="before")
     @classmethod
@@ -121,7 +129,7 @@ class Filters(Section):
     width: PositiveInt | None = Field(
         None, description="common width D of both filtered states; default: the teacher's"
     )
-    mlp: Annotated[int, Field(ge=0)] = Field(0, description="hidden width of a residual MLP before the linear; 0: none")
+    mlp: Count = Field(0, description="hidden width of a residual MLP before the linear; 0: none")
     head: Literal["shared", "own", "per_layer"] = "shared"
     lr: Positive = 1e-3
     sample_tokens: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -185,7 +193,7 @@ class Train(Section):
     lr: Positive
     min_lr: NonNegative = Field(0.0, description="learning rate at the end of the schedule")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Count = 0
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="wsd: the last part, which decays")
     clip: NonNegative = Field(1.0, description="largest gradient norm; 0: no clipping")
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -199,28 +207,89 @@ class Train(Section):
 
 
 class Validation(Section):
-    every: Annotated[int, Field(ge=0)] = Field(0, description="steps; 0: only at the start and the end of a stage")
+    every: Count = Field(0, description="steps; 0: only at the start and the end of a stage")
     tokens: PositiveInt = Field(65536, description="over all corpora that hold some out, as many of each")
 
 
 class Checkpoint(Section):
-    every: PositiveInt = 1000
-    keep: PositiveInt = 2
+    every: PositiveInt = Field(1000, description="steps")
+    keep: PositiveInt = Field(2, description="the last ones")
+    keep_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="those of every so many steps stay for ever; 0: none"
+    )
+    keep_best: bool = Field(False, description="the one with the lowest validation loss of its step stays")
+    background: bool = Field(True, description="false: a step waits until its checkpoint is on disk")
+    max_failed: PositiveInt = Field(3, description="saves in a row that may fail; the next one ends the run")
+    copy_to: Annotated[str, Field(pattern=r"^(s3://[^/]+.*)?$")] = Field(
+        "",
+        description="s3://BUCKET/PREFIX that has every checkpoint, too, and that a run without its folder goes on from",
+    )
+
+
+class Resume(Section):
+    """What a run goes on with from a checkpoint that was written with another run file."""
+
+    allow: list[str] = Field([], description="keys that may differ although they decide the result, see resume.py")
+
+    @model_validator(mode="after")
+    def names_are_known(self):
+        for name in self.allow:
+            if (hint := resume.unknown_name(name)) is not None:
+                raise ValueError(f"allow must name keys that decide the result, but has '{name}'; {hint}")
+        return self
+
+
+class Health(Section):
+    """What a run does where its numbers go wrong; docs/health.md."""
+
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="a loss or gradient that is not finite; skip: drop the step's update, count it and go on"
+    )
+    max_skipped: PositiveInt = Field(10, description="steps in a row that may be dropped; the next one stops the run")
+    max_skipped_all: PositiveInt = Field(100, description="steps of the whole run that may be dropped")
+    on_spike: Literal["alert", "rewind", "off"] = Field(
+        "alert", description="rewind: back to the last good checkpoint, and on with samples not yet read"
+    )
+    spike_factor: Annotated[float, Field(gt=1)] = Field(
+        1.5, description="a spike is a loss/total above this many medians of the steps before it"
+    )
+    spike_window: Annotated[int, Field(ge=4)] = Field(
+        128, description="steps of that median; a spike is looked for once a quarter of them is there"
+    )
+    max_rewinds: PositiveInt = Field(3, description="without a step past the spike; the next one stops the run")
+    replicas_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps after which ranks compare the bits that must be alike, as before each save; 0: never"
+    )
+
+
+class Limits(Section):
+    """What takes longer ends the run with a reason, for nobody watches a cluster at night."""
+
+    step_s: Seconds = Field(1800.0, description="a step, a batch of validation, a checkpoint")
+    start_s: Seconds = Field(3600.0, description="start-up and a stage's first step, which compiles; at least step_s")
+    silence_s: Annotated[Seconds, Field(ge=3)] = Field(
+        20.0,
+        description="no sign of a rank: it is taken for dead, before DeepSpeed's launcher kills the others after 30 s",
+    )
+
+    @property
+    def longest_s(self) -> float:
+        return max(self.step_s, self.start_s)
 
 
 class Wandb(Section):
-    project: str
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
     mode: Literal["auto", "online", "offline"] = Field("auto", description="auto: online with an API key, else offline")
     entity: str | None = None
     group: str | None = None
-    tags: list[str] = []
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
     notes: str | None = None
 
 
 class Run(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     method: Method
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Count = 0
     runs: str = Field("runs", description="the folder in which the run's folder NAME is made; shared by all nodes")
     ds_config: str = "ds_configs/zero3.json"
     student: Student
@@ -232,6 +301,9 @@ class Run(Section):
     train: Train
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
+    resume: Resume = Resume()
+    health: Health = Health()
+    limits: Limits = Limits()
     log_every: PositiveInt = 10
     wandb: Wandb | None = None
 
@@ -246,6 +318,16 @@ class Run(Section):
     @property
     def adapts(self) -> bool:
         return self.data.blend.kind == "adaptive"
+
+    @model_validator(mode="before")
+    @classmethod
+    def holds_no_secret(cls, values):
+        if (name := redact.where_secret(values)) is not None:
+            raise ValueError(
+                f"{redact.redact(name)} must hold no credentials, but does; they belong into the environment (AWS_ACCESS_KEY_ID "
+                "and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, HF_TOKEN, WANDB_API_KEY)"
+            )
+        return values
 
     @model_validator(mode="after")
     def adaptive_blend_can_measure(self):

@@ -32,6 +32,7 @@ from ted_scale.shards import (
     ShardIndex,
     check_vocabulary,
     expand,
+    out_of_order,
     out_of_vocabulary,
     read_index,
 )
@@ -71,7 +72,11 @@ class Shard:
         sequence = int(self.borders.document_indices[document])
         if sequence == self.index.sequences:
             return self.index.tokens
-        return int(self.borders.sequence_pointers[sequence]) // self.index.dtype.itemsize
+        inside = 0 <= sequence < self.index.sequences
+        start = int(self.borders.sequence_pointers[sequence]) // self.index.dtype.itemsize if inside else -1
+        if not 0 <= start <= self.index.tokens:
+            raise out_of_order(self.index.prefix + ".idx")
+        return start
 
     def first_document(self, token: int, least: int = 0) -> int:
         """The first document that starts at `token` or later, and is not before document `least`; by bisection, because
@@ -83,13 +88,22 @@ class Shard:
             sequence = borders[document]
             return pointers[sequence] if sequence < sequences else self.index.tokens * itemsize
 
-        return bisect_left(range(self.index.documents), token * itemsize, lo=least, key=pointer)
+        try:
+            return bisect_left(range(self.index.documents), token * itemsize, lo=least, key=pointer)
+        except IndexError:
+            raise out_of_order(self.index.prefix + ".idx") from None
 
     def document_starts(self, low: int, high: int) -> numpy.ndarray:
         """First tokens of the documents that start in [low, high), which ends with the shard at the latest."""
         first = self.first_document(low)
         sequences = self.borders.document_indices[first : self.first_document(high, first)]
-        return self.borders.sequence_pointers[sequences] // self.index.dtype.itemsize
+        try:
+            starts = self.borders.sequence_pointers[sequences] // self.index.dtype.itemsize
+        except IndexError:
+            raise out_of_order(self.index.prefix + ".idx") from None
+        if len(starts) and not low <= starts.min() <= starts.max() < high:
+            raise out_of_order(self.index.prefix + ".idx")
+        return starts
 
 
 class Part(NamedTuple):

@@ -8,7 +8,6 @@ or counts it and returns.
 
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale.errors import UserError
+from ted_scale.parsing import parse_json
 
 # fmt: off
 TEXT = {
@@ -110,7 +110,7 @@ def _json_lines(text_key: str, path: Path, skip: int, on_error: Callable) -> Ite
         if not line.strip():
             continue
         try:
-            text = json.loads(line)[text_key]
+            text = parse_json(line)[text_key]
         except (ValueError, KeyError, TypeError, IndexError) as error:
             on_error(_unreadable(path, number, f'a JSON object with "{text_key}"', f"{type(error).__name__}: {error}"))
             continue
@@ -138,7 +138,7 @@ def _parquet(text_key: str, path: Path, skip: int, on_error: Callable) -> Iterat
                     yield row, text, size * row // file.metadata.num_rows
                 else:
                     on_error(_unreadable(path, row, f"a row with text in {text_key}", type(text).__name__))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # the last for names and texts that are no UTF-8
         on_error(_unreadable(path, None, "a whole parquet file", error))
 
 

@@ -1,41 +1,149 @@
-"""The sentences a user reads when a run cannot start or cannot go on, and the way they leave the process."""
+"""The sentences a user reads when a run cannot start or cannot go on, and the exit codes it leaves with.
 
+Which of many ranks has the cause, and that it is the last thing on the screen, is watch.py's; what is left here is a process
+alone, or one that has not met the others yet. The surprise: a sentence is cleaned when it is made, because it may quote a
+file or a library: what is not printable is escaped, so that it is one line and moves no cursor, and what is secret is hidden.
+"""
+
+import contextlib
 import os
 import sys
+import threading
 import time
+import traceback
+
+from ted_scale import redact
+
+LONGEST_VALUE, LONGEST_SENTENCE = 200, 4000  # characters
+
+# The one list of what a run's exit code means; docs/operations.md shows it, launch/supervise.py acts on it.
+DONE, FAULT, MISTAKE, NUMBERS, HUNG, GONE, RESUME = 0, 1, 2, 3, 4, 5, 75
+MEANINGS = {
+    DONE: "done",
+    FAULT: "a fault of the program; its traceback is the last thing written",
+    MISTAKE: "a mistake to correct, in one sentence",
+    NUMBERS: "the run stopped itself over its numbers",
+    HUNG: "a step took longer than its limit; every rank's stack is in the log",
+    GONE: "a rank, or something it cannot do without, has gone",
+    RESUME: "asked to stop, every step saved; the same command goes on",  # EX_TEMPFAIL of sysexits.h
+}
 
 
 class UserError(Exception):
-    """One sentence: what (its dotted name) must be what, but is what; how out. Exit code 2."""
+    """One sentence: what (its dotted name) must be what, but is what; how out."""
 
-    exit_code = 2
+    exit_code = MISTAKE
+
+    def __init__(self, sentence: str):
+        super().__init__(clean(sentence))
 
 
 class RunStopped(Exception):
-    """One sentence on why a run that was going ended itself: the step, the rank, the term. Exit code 3."""
+    """One sentence on why a run that was going ended itself: the step, the rank, the term."""
 
-    exit_code = 3
+    exit_code = NUMBERS
+
+    def __init__(self, sentence: str):
+        super().__init__(clean(sentence))
+
+
+class Gone(Exception):
+    """One sentence on what the run could not do without and lost: the same command may find it again."""
+
+    exit_code = GONE
+
+    def __init__(self, sentence: str):
+        super().__init__(clean(sentence))
+
+
+class Preempted(Exception):
+    """A signal asked the run to stop, and nothing of it is lost."""
+
+    exit_code = RESUME
+    SENTENCE = "asked to stop by a signal: every step so far is saved, start the same command again"
+
+    def __init__(self):
+        super().__init__(self.SENTENCE)
+
+
+SENTENCES = (UserError, RunStopped, Gone, Preempted)
+
+
+def clean(sentence: str) -> str:
+    said = sentence[: 10 * LONGEST_SENTENCE]  # more than is shown: half a secret at its end is not
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
+    return shortened(redact.redact("".join(escaped)), LONGEST_SENTENCE)
+
+
+def shown(value) -> str:
+    """A value in a sentence: one line, and not a page of it."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; an integer of more digits than Python writes
+        return f"a {type(value).__name__} that cannot be shown"
+    return shortened(text, LONGEST_VALUE)
+
+
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most] + "…"
+
+
+@contextlib.contextmanager
+def files_at(place):
+    """What the system says of files becomes a sentence: it names the file, or the disk that was being written is `place`'s."""
+    try:
+        yield
+    except ConnectionError:  # a pipe that nobody reads
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or place} must be a file or folder that this user can use, on a disk with room, but is not: "
+            f"{error.strerror or error}; put that right and start the same command again"
+        ) from None
 
 
 def run_main(main) -> None:
-    """Run `main()`; our own exceptions become their sentence on stderr and their exit code, others stay tracebacks."""
+    """Run `main()`; our own exceptions become their sentence on stderr and their exit code, others their traceback."""
+    redact.watch_logs()
+    sys.excepthook = show_traceback
+    threading.excepthook = lambda raised: show_traceback(*raised[:3])
     try:
         main()
-    except (UserError, RunStopped) as error:
-        speak_once(f"error: {error}")
-        sys.stdout.flush()
-        os._exit(error.exit_code)  # no atexit: a process group or a prefetch thread must not hold the exit
+    except KeyboardInterrupt:
+        leave(130)
+    except SENTENCES as error:
+        last_words(f"{'stopped' if isinstance(error, Preempted) else 'error'}: {error}", error.exit_code)
     except Exception:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            time.sleep(
-                5
-            )  # the echo of another rank's end is not worth a traceback: the launcher ends this one meanwhile
-        raise
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        last_words(traceback.format_exc(), FAULT)
 
 
-def speak_once(sentence: str) -> None:
-    """Rank 0 speaks at once, and the launcher then ends the others; one that is still there has its own reason to tell."""
+def last_words(words: str, code: int) -> None:
+    """End this process, and with it the others of its group, if there is one by now."""
+    from ted_scale import watch
+
+    if watch.current is not None:
+        watch.current.end(words, code)
     rank = int(os.environ.get("RANK", "0"))
     if rank:
-        time.sleep(5)
-    print(sentence if rank == 0 else f"rank {rank}: {sentence}", file=sys.stderr, flush=True)
+        time.sleep(5)  # the launcher ends this rank when rank 0 has said the same; if not, it has its own reason
+    speak(words if rank == 0 else f"rank {rank}: {words}")
+    leave(code)
+
+
+def speak(words: str) -> None:
+    with contextlib.suppress(OSError):  # whoever read it may be gone
+        print(redact.redact(words.rstrip("\n")), file=sys.stderr, flush=True)
+
+
+def show_traceback(kind, error, trace) -> None:
+    """Python's own, without the secrets that a library's exception may quote."""
+    speak("".join(traceback.format_exception(kind, error, trace)))
+
+
+def leave(code: int) -> None:
+    """No atexit: neither a process group nor a thread may hold the exit."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ted_scale import blend, ddk, order
 from ted_scale.checkpoint_files import Progress
 from ted_scale.data import Stream, open_held_out, open_stream, refuse_repetition
-from ted_scale.errors import RunStopped
+from ted_scale.errors import RunStopped, UserError
 from ted_scale.validate import perplexity, student_losses, teacher_losses, tokens_of_each
 
 
@@ -31,6 +31,10 @@ def open_feed(run, stage, progress: Progress, vocabulary: int) -> tuple[Stream, 
     before = None
     if progress.step == stage.first_step:
         progress = replace(progress, samples=0)
+    elif progress.blend is None:
+        raise UserError(
+            f"a checkpoint of step {progress.step} must say where its data stand, but does not; take another one"
+        )
     else:
         before = blend.from_dict(progress.blend)
     if not stage.adapts or before is None:

@@ -1,68 +1,137 @@
-"""The step's one host read of ours, between the gradient norm and the first weight update.
+"""The step's one host read of ours, between the gradient norm and the first weight update, and what follows from it: the
+update is taken or dropped, the run goes on, goes back or stops.
 
-DeepSpeed computes the global gradient norm inside its step and calls the wrapped optimizer afterwards; a hook there can
-still stop everything, with the norm at hand. Where the norm itself is not finite DeepSpeed skips the update in silence:
-the hook then never ran, which is how we notice.
+DeepSpeed computes the global gradient norm inside its step and then clips and updates sub-group by sub-group; Guard stands
+before both. Where the norm itself is not finite DeepSpeed skips the update in silence: nobody then came by, which is how we
+notice. The surprise: losses are gathered from all ranks and summed here, not reduced. That makes the sums the same on every
+rank to the last bit, as a decision that follows from them must be, and tells whose a bad one is.
 """
 
-import torch
-import torch.distributed as dist
+import math
 
+import torch
+
+from ted_scale import health, stop
+from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import RunStopped
+from ted_scale.gather import of_all_ranks
+from ted_scale.report import Event, write_report
+from ted_scale.rewind import Rewind, ways_back
 from ted_scale.schedule import Stage
 from ted_scale.student import Losses, Weights
-
-NORM = ("optim/grad_norm", "all (it is global)", "inf or nan")
-TERMS = ("loss/total", "loss/ce", "loss/kl", "loss/layer")
+from ted_scale.zero import forget_gradients
 
 
 class Guard:
-    """Sums a step's losses on the device and reads them, with the norm, once."""
+    """Sums a step's losses on the device and reads them, with the norm, once. `alert(title, text)` tells the user; `saved()`
+    comes back when no checkpoint is being written."""
 
-    def __init__(self, engine):
-        self.engine, self.local, self.sums, self.values, self.reading = engine, None, None, None, False
-        engine.optimizer.optimizer.register_step_pre_hook(self.before_update)
+    def __init__(self, engine, stage: Stage, alert, saved):
+        self.engine, self.stage, self.alert, self.saved, self.settings = engine, stage, alert, saved, stage.run.health
+        self.local, self.reading, self.finite, self.stopping = None, False, True, False
+        zero = engine.optimizer
+        self.clip, self.update = zero.unscale_and_clip_grads, zero._optimizer_step
+        zero.unscale_and_clip_grads, zero._optimizer_step = self.before_update, self.update_unless_dropped
 
     def add(self, losses: Losses) -> None:
         vector = torch.cat([torch.stack(losses[:4]).detach(), losses.layers])
         self.local = vector if self.local is None else self.local + vector
 
-    def arm(self, step: int) -> None:
+    def arm(self, progress: Progress) -> None:
         """Call before the engine step that updates: everything of this step is in `add` by now."""
-        self.step, self.values, self.reading = step, None, True
-        self.sums = self.local.clone()
-        if dist.is_initialized():
-            dist.all_reduce(self.sums)
+        self.before, self.reading = progress, True
+        asked = self.local.new_full((1,), float(stop.asked.is_set()))  # filled on the device: nobody waits for a copy
+        everyone = of_all_ranks(torch.cat([self.local, asked]))
+        self.shares, self.asked, self.local = everyone[:, :-1], everyone[:, -1], None
 
-    def before_update(self, *_) -> None:
-        if not self.reading:  # ZeRO-3 updates in sub-groups: the hook runs once for each
-            return
+    def before_update(self, sub_group: int, norm) -> None:
+        if self.reading:  # once for each sub-group: nothing is clipped before the first
+            self.judge(norm)
+        self.clip(sub_group, norm)
+
+    def update_unless_dropped(self, sub_group: int) -> None:
+        if self.finite:
+            self.update(sub_group)
+
+    def judge(self, norm) -> None:
+        """Read the step's numbers; write down what they were where they are no good."""
         self.reading = False
-        norm = torch.as_tensor(self.engine.optimizer._global_grad_norm, dtype=torch.float32, device=self.sums.device)
-        self.values = torch.cat([norm[None], self.sums]).tolist()
-        if not all(v - v == 0 for v in self.values):
-            self.stop()
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.shares.device)
+        self.norm, asked, *self.sums = torch.cat([norm[None], self.asked.sum()[None], self.shares.sum(0)]).tolist()
+        self.stopping = asked > 0  # on any rank: all leave after the same step
+        self.finite = all(v - v == 0 for v in (self.norm, *self.sums))
+        self.median = health.spiked_over(health.state_of(self.before), self.settings, self.sums[0])
+        if not self.finite or self.median is not None:
+            said = self.spike() if self.finite else self.fault()
+            event = Event(self.before, self.stage, said, self.norm, self.stage.terms(len(self.sums) - 4), self.shares)
+            self.said = f"step {self.before.step + 1}: {said}; {write_report(self.engine, event)}"
 
-    def read(self, stage: Stage, weights: Weights) -> dict[str, float]:
-        """The numbers of the step that was just taken, on the host already."""
+    def spike(self) -> str:
+        loss, steps = self.sums[0], len(health.state_of(self.before).losses)
+        return f"loss/total is {loss:.4g}, {loss / self.median:.3g} times its median over {steps} steps"
+
+    def fault(self) -> str:
+        """The first term that is not finite, the parts of the loss before their total; where none is, the gradient."""
+        names, rows = self.stage.terms(len(self.sums) - 4), self.shares.tolist()
+        for i in (*range(1, len(names)), 0):
+            for rank, row in enumerate(rows):
+                if not math.isfinite(row[i]):
+                    return f"{names[i]} of rank {rank} must be finite, but is {row[i]}"
+        together = {**dict(zip(names, self.sums, strict=True)), "optim/grad_norm": "inf or nan"}
+        name, value = next((n, v) for n, v in together.items() if isinstance(v, str) or not math.isfinite(v))
+        return f"{name} of all ranks together must be finite, but is {value}"
+
+    def settle(self, progress: Progress) -> Progress:
+        """What the numbers of the step just taken mean for the run, which stands at `progress` by now."""
         if self.reading:
-            self.stop()
-        self.local = None
-        norm, *sums = self.values
-        rate = self.engine.optimizer.param_groups[0]["lr"]
-        return {**stage.name_losses(sums, weights), "optim/grad_norm": norm, "optim/lr": rate}
+            self.judge(math.inf)
+        if not self.finite:
+            return self.settle_dropped(progress)
+        if self.median is not None:
+            self.settle_spike(progress)
+        return health.taken(progress, self.settings, self.sums[0])
 
-    def stop(self) -> None:
-        """Every rank comes here in the same step, so that they can tell each other who has it."""
-        ours = self.local.tolist()
-        everyone = [None] * dist.get_world_size() if dist.is_initialized() else [ours]
-        if dist.is_initialized():
-            dist.all_gather_object(everyone, ours)
-        names = [*TERMS[1:], *(f"loss/layer/{k}" for k in range(len(ours) - len(TERMS))), TERMS[0]]
-        order = [*range(1, len(ours)), 0]
-        faults = ((n, r, v[i]) for n, i in zip(names, order, strict=True) for r, v in enumerate(everyone))
-        name, rank, value = next((f for f in faults if f[2] - f[2] != 0), NORM)
-        raise RunStopped(
-            f"step {self.step}: {name} of rank {rank} must be finite, but is {value}; no weight was updated and the last "
-            f"checkpoint is intact: lower train.lr or look at the data of this step, then start the same command again"
+    def settle_dropped(self, progress: Progress) -> Progress:
+        state, limit = health.state_of(progress), self.settings.max_skipped
+        if self.settings.on_nonfinite == "stop":
+            raise self.stopped("lower train.lr or look at the data of this step, then start the same command again")
+        if state.in_a_row == limit:
+            raise self.stopped(f"health.max_skipped = {limit} steps before it were dropped as well: lower train.lr")
+        if progress.skipped == (limit := self.settings.max_skipped_all):
+            raise self.stopped(
+                f"health.max_skipped_all = {limit} steps of the run were dropped before it: lower train.lr"
+            )
+        forget_gradients(self.engine.module)  # a parameter that gets no new one would bring this one to the next step
+        progress = health.dropped(progress)
+        row = f"{state.in_a_row + 1} in a row, {progress.skipped} in all"
+        self.alert("a step was skipped", f"{self.said}; its update is dropped, {row}")
+        return progress
+
+    def settle_spike(self, progress: Progress) -> None:
+        rewinds, limit = health.state_of(progress).rewinds, self.settings.max_rewinds
+        if self.settings.on_spike == "alert":
+            self.alert("loss spike", self.said)
+            return
+        self.saved()  # else it would be chance which one is the newest
+        checkpoints = ways_back(self.stage.run.folder, self.stage.first_step, rewinds)
+        if not checkpoints:
+            self.alert("loss spike", f"{self.said}; the run goes on: this stage has no checkpoint to go back to yet")
+            return
+        if rewinds == limit:
+            raise self.stopped(f"health.max_rewinds = {limit} ways back led to no step past it: lower train.lr")
+        onwards = (
+            f"back to {checkpoints[0].name} and on with sample {progress.samples}, rewind {rewinds + 1} of {limit}"
         )
+        self.alert("loss spike, going back", f"{self.said}; {onwards}")
+        raise Rewind(checkpoints, progress)
+
+    def stopped(self, way_out: str) -> RunStopped:
+        kept = "" if self.finite else "no weight was updated and "
+        return RunStopped(f"{self.said}; {kept}the last checkpoint is intact: {way_out}")
+
+    def read(self, weights: Weights) -> dict[str, float]:
+        """The numbers of the step that was just taken, on the host already; a dropped one's would spoil every mean."""
+        rate = {"optim/lr": self.engine.optimizer.param_groups[0]["lr"]}
+        if not self.finite:
+            return rate
+        return {**self.stage.name_losses(self.sums, weights), "optim/grad_norm": self.norm, **rate}

@@ -6,6 +6,7 @@ surprise: a thread collects what workers read, in the order that it was asked fo
 number of them; why they are not torch's DataLoader stands in docs/design/0015-workers-on-pipes.md.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import signal
@@ -21,7 +22,8 @@ from typing import NamedTuple
 import torch
 
 from ted_scale.data import Batch, Stream, batch, read_ahead
-from ted_scale.errors import RunStopped, UserError
+from ted_scale.errors import SENTENCES, Gone, UserError
+from ted_scale.stop import SIGNALS
 
 # Not fork: by now there are threads of CUDA and gloo, and a child inherits their locks as they stand. Not spawn: every
 # worker would import torch and megatron itself, 9 s and half a GB each.
@@ -113,6 +115,7 @@ class Loader:
         if self.hired.done() and not self.hired.cancelled():
             for worker in self.hired.result():
                 worker.process.kill()
+                atexit.unregister(worker.process.kill)
 
 
 class Ahead(NamedTuple):
@@ -147,11 +150,11 @@ class Worker(NamedTuple):
             raise made
         return made.moved(torch.from_numpy)
 
-    def gone(self) -> RunStopped:
+    def gone(self) -> Gone:
         self.process.join(5)
         code = self.process.exitcode
         how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"left with exit code {code}"
-        return RunStopped(
+        return Gone(
             f"worker {self.number} of rank {self.rank} (pid {self.process.pid}) must read as long as the run goes, but {how}; the "
             "last checkpoint is intact: look whether the machine ran out of memory, then start the same command again"
         )
@@ -166,13 +169,15 @@ def start_worker(number: int, rank: int) -> Worker:
     ours, theirs = PROCESSES.Pipe()
     process = PROCESSES.Process(target=serve, args=(theirs,), name=f"ted_scale worker {number}", daemon=True)
     process.start()
+    atexit.register(process.kill)  # before multiprocessing's own, which sends a SIGTERM and waits
     theirs.close()  # the worker's end is the worker's alone, so that its death is an end of file
     return Worker(number, rank, process, ours)
 
 
 def serve(pipe: Connection) -> None:
     """A worker: micro-batches of the stream that it was sent last, until the trainer closes the pipe or is no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the trainer's end is the worker's
+    for number in (signal.SIGINT, *SIGNALS):  # they may go to all; the trainer's end is the worker's
+        signal.signal(number, signal.SIG_IGN)
     stream = None
     try:
         while True:
@@ -192,7 +197,7 @@ def read(stream: Stream, rows: list[int]) -> Batch | Exception:
     """Arrays, for tensors would travel through shared memory, which containers are short of, and a descriptor each."""
     try:
         return batch(stream, rows).moved(torch.Tensor.numpy)
-    except (UserError, RunStopped) as error:
+    except SENTENCES as error:
         return error
     except Exception:  # as text, because not every exception survives the way
         return RuntimeError(f"a worker of the loader failed:\n{traceback.format_exc()}")

@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,8 +15,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ted_scale.checkpoint_files import Progress, write_durably
+from ted_scale import redact
+from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
+from ted_scale.parsing import fits, parse_json
+from ted_scale.sealed import write_durably
 
 log = logging.getLogger("ted_scale")
 
@@ -66,9 +68,9 @@ class Metrics:
         self.waits: dict[str, float] = {}
         self.stream = None  # what is read
         self.clock, self.since, self.tokens_before = Clock(device), time.perf_counter(), None
-        path = run.folder / "metrics.jsonl"
-        self.already = rows_at(path, step) if writes else set()
-        self.file = path.open("a", encoding="utf-8") if writes else None
+        self.lost = False
+        self.path, self.already, self.file = run.folder / "metrics.jsonl", set(), None
+        self.open(step)
         self.bar = tqdm(
             total=total_steps,
             initial=step,
@@ -77,12 +79,29 @@ class Metrics:
             dynamic_ncols=True,
         )
 
+    def open(self, step: int) -> None:
+        """Rows are written behind those of `step`, where the run stands."""
+        if self.writes:
+            self.already = rows_at(self.path, step)
+            self.file = self.path.open("a", encoding="utf-8")
+
+    def go_back(self, progress: Progress) -> None:
+        """Forget the rows past an earlier step, as a resume from there does."""
+        self.shut()
+        if self.writes:
+            with contextlib.suppress(OSError):
+                trim_rows(self.path, progress.step)
+        self.open(progress.step)
+        self.bar.update(progress.step - self.bar.n)
+        self.resume_from(progress.tokens)
+
     def add(self, progress: Progress, values: dict[str, float], *, last: bool) -> None:
         """Keep a step's numbers; write the row when it is due."""
         self.rows.append(values)
         self.bar.update(1)
         if progress.step % self.every == 0 or last:
             row = {**mean_rows(self.rows), **self.performance(progress.tokens, len(self.rows))}
+            row |= {"optim/skipped": progress.skipped} if progress.skipped else {}
             self.write(progress.step, progress.tokens, row | self.read_of_corpora(progress.samples))
             self.rows = []
 
@@ -98,12 +117,18 @@ class Metrics:
         return row
 
     def say_changes(self, sentences: list[str]) -> None:
-        """Of the data, at a resume: in the log and in W&B."""
+        """Of the run file and the data, at a resume: in the log and in W&B."""
         for sentence in sentences:
             log.info(sentence)
         if sentences and self.wandb_run is not None:
-            said = [*self.wandb_run.config.get("data_changes", []), *sentences]
-            self.wandb_run.config.update({"data_changes": said}, allow_val_change=True)
+            said = [*self.wandb_run.config.get("changes", []), *redact.cleaned(sentences)]
+            self.wandb_run.config.update({"changes": said}, allow_val_change=True)
+
+    def alert(self, title: str, text: str) -> None:
+        """In the log, and to whoever watches the run in W&B, which leaves out what comes twice a minute."""
+        if self.writes:
+            say(text)
+        self.tell_wandb(lambda run: run.alert(title, redact.redact(text), level="WARN"))
 
     def performance(self, tokens: int, steps: int) -> dict[str, float]:
         elapsed = time.perf_counter() - self.since
@@ -139,6 +164,10 @@ class Metrics:
         yield
         self.since += time.perf_counter() - start
 
+    def stands_already(self, key: str) -> bool:
+        """On rank 0: whether the step that a run resumes from has this number."""
+        return any(key in row for row in self.already)
+
     def resume_from(self, tokens: int) -> None:
         """Speed counts from here: neither start-up nor what an earlier process did."""
         self.tokens_before, self.since, self.rows = tokens, time.perf_counter(), []
@@ -146,35 +175,68 @@ class Metrics:
         self.clock.read()
 
     def write(self, step: int, tokens: int, values: dict[str, float]) -> None:
-        if not self.writes or (step, *values) in self.already:
+        if not self.writes or not values or (step, *values) in self.already:
             return
         row = {"step": step, "tokens": tokens, **values}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if self.wandb_run is not None:
-            self.wandb_run.log(row)
-        say(f"step {step:>6}  " + "  ".join(f"{k.split('/', 1)[1]} {v:.4g}" for k, v in values.items() if shown(k)))
+        self.keep(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}))
+        self.tell_wandb(lambda run: run.log(row))
+        if told := [f"{k.split('/', 1)[1]} {v:.4g}" for k, v in values.items() if shown(k)]:
+            say(f"step {step:>6}  " + "  ".join(told))
+
+    def keep(self, line: str) -> None:
+        """A full disk costs rows, said once, and no step."""
+        try:
+            self.file.write(line + "\n")
+            self.file.flush()
+            self.lost = False
+        except OSError as error:
+            if not self.lost:
+                say(f"{self.path} must be writable, but is not ({error.strerror}): rows are lost until it is")
+            self.lost = True
+
+    def shut(self) -> None:
+        """A row that a full disk would not take is still on its way, and fails again."""
+        if self.file:
+            with contextlib.suppress(OSError):
+                self.file.close()
 
     def close(self) -> None:
         self.bar.close()
-        if self.file:
-            self.file.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        self.shut()
+        self.tell_wandb(lambda run: run.finish())
+
+    def tell_wandb(self, action) -> None:
+        """Its process may have been ended, by a signal to all of a rank's children or by itself: no reason to stop training."""
+        if self.wandb_run is None:
+            return
+        try:
+            action(self.wandb_run)
+        except Exception as error:
+            self.wandb_run = None
+            say(f"W&B is lost until the next start ({type(error).__name__}: {error}); metrics.jsonl has every number")
 
 
 def trim_rows(path: Path, step: int) -> None:
     """Forget the rows past the checkpoint that a run resumes from: it will write them again."""
     if not path.exists():
         return
-    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    kept = [line for line in rows if json.loads(line)["step"] <= step]
-    write_durably(path, "".join(f"{line}\n" for line in kept))
+    kept = [row for row in rows_in(path) if row["step"] <= step]
+    write_durably(path, "".join(f"{json.dumps(row)}\n" for row in kept))
+
+
+def rows_in(path: Path) -> list[dict]:
+    """The rows that are whole: the machine may have stopped in the middle of one, and a disk may tear any."""
+    rows = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            row = parse_json(line)
+            rows += [row] if fits(row, {"step": int}) else []
+    return rows
 
 
 def rows_at(path: Path, step: int) -> set[tuple]:
     """What stands of the step that a run resumes from: it measures some of it again."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = rows_in(path) if path.exists() else []
     return {(step, *list(row)[2:]) for row in rows if row["step"] == step}
 
 
@@ -221,39 +283,6 @@ def open_log(folder: Path, writes: bool) -> None:
         handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    redact.watch_logs()
     log.handlers, log.propagate = handlers, False
     log.setLevel(logging.INFO if writes else logging.WARNING)
-
-
-def open_wandb(run: Run, run_id: str | None):
-    """The W&B run, resumed under its id; offline where there is no key, with the command that uploads it later."""
-    if run.wandb is None:
-        return None
-    import wandb
-
-    settings = run.wandb
-    online = settings.mode == "online" or (settings.mode == "auto" and has_key())
-    wandb_run = wandb.init(
-        project=settings.project, entity=settings.entity, group=settings.group, name=run.name, id=run_id,
-        tags=settings.tags, notes=settings.notes, dir=str(run.folder), config=run.model_dump(by_alias=True),
-        mode="online" if online else "offline", resume="allow",
-        settings=wandb.Settings(silent=True, console="off"),
-    )  # fmt: skip
-    for axis in ("step", "tokens"):
-        wandb_run.define_metric(axis)
-    wandb_run.define_metric("*", step_metric="step")
-    if not online:
-        say(
-            f"W&B is offline; look with `wandb leet {run.folder}/wandb`, upload with `wandb sync {run.folder}/wandb/offline-run-*`"
-        )
-    return wandb_run
-
-
-def has_key() -> bool:
-    import netrc
-
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    return False

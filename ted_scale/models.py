@@ -3,22 +3,28 @@
 The model is built on the meta device and run once: the run shows which module is the body, where its blocks are, what
 is applied after the last block (the tail) and what happens to the logits. Nothing is guessed from a family's name.
 Block k's state is the output of block k, counted from 0, before the tail: not `hidden_states[k]`, whose last entry is
-behind the final norm in most families.
+behind the final norm in most families. No code that comes with a model is run (docs/security.md).
 """
 
 import contextlib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault(
+    "USE_HUB_KERNELS", "NO"
+)  # kernels from the hub are programs; transformers reads this at its import
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ted_scale import attention
-from ted_scale.errors import UserError
+from ted_scale.errors import UserError, shown
 from ted_scale.packing import Packing, whole_rows
 
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+MOST_LAYERS = 1000
 PROBE_LOGITS = torch.tensor([-40.0, -3.0, -0.5, 0.0, 1.0, 7.0, 55.0])
 
 
@@ -57,14 +63,24 @@ def find_folder(key: str, path: str) -> Path:
 
 def read_config(key: str, folder: Path):
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers has many, and each family checks its own keys
         reason = " ".join(str(error).split("\n", 2)[:2]).strip()
+        if "trust_remote_code" in str(error):
+            reason = (
+                "its model_type is none that transformers has, and code that comes with a model is not run; name a model in "
+                "a format that transformers has itself"
+            )
         raise UserError(
             f"{key} must hold the config.json of a known model family, but {folder} does not: {reason}"
         ) from None
     if not hasattr(config, "num_hidden_layers"):
         raise UserError(f"{key} must be a text-only causal LM, but {folder} ({config.model_type}) is not")
+    layers = config.num_hidden_layers
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
+        raise UserError(
+            f"{key} must have 1 to {MOST_LAYERS} blocks, but {folder} has {shown(layers)}; correct its config"
+        )
     experts = next((v for k in EXPERT_KEYS if (v := getattr(config, k, None))), 0)
     if experts > 1:
         raise UserError(f"{key} must be a dense model for now, but {folder} has {experts} experts; choose a dense one")
@@ -79,7 +95,9 @@ def empty_model(config, dtype=None):
     from transformers.initialization import no_init_weights
 
     with quiet_transformers(), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention.NAME, dtype=dtype, trust_remote_code=False
+        )
     model.tie_weights()  # skipped together with the initialization
     model.generation_config = GenerationConfig()
     return model

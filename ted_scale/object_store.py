@@ -10,9 +10,11 @@ import os
 import random
 import time
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.errors import UserError
+from ted_scale.errors import Gone, UserError
+from ted_scale.redact import holds_secret
 
 PACKAGES = {"s3": ("boto3", "boto3"), "msc": ("multistorageclient", "multi-storage-client")}  # scheme: module, package
 OPENING_S = 20  # what is wrong at the start of a run is rarely an outage
@@ -40,22 +42,27 @@ def is_remote(path) -> bool:
     return str(path).startswith(tuple(f"{scheme}://" for scheme in PACKAGES))
 
 
-def check_package(path: str) -> None:
+def check_package(path: str, what: str = "corpus") -> None:
+    if holds_secret(path):
+        raise UserError(
+            f"{what} {path} must hold no credentials, but does; they belong into the environment (AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+        )
     scheme = path.partition("://")[0]
     module, package = PACKAGES[scheme]
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"corpus {path} must be read with {package}, but it is not installed; pip install {package}")
+        raise UserError(f"{what} {path} must be read with {package}, but it is not installed; pip install {package}")
 
 
 def listed(folder: str, start: str, patience_s: float) -> dict[str, Object]:
     """The objects directly in a folder whose names begin with `start`, by name; check_package() comes first."""
     what = f"corpus {folder}/{start} must be listed"
     pages = _s3_pages if folder.startswith("s3://") else _msc_pages
-    return {thing.url[len(folder) + 1 :]: thing for thing in pages(folder, start, what, patience_s)}
+    return {thing.url.removeprefix(f"{folder}/"): thing for thing in pages(folder, start, what, patience_s)}
 
 
 def _s3_pages(folder: str, start: str, what: str, patience_s: float):
-    bucket, _, key = folder.removeprefix("s3://").partition("/")
+    bucket, key = split(folder)
     request = {"Bucket": bucket, "Prefix": f"{key}/{start}" if key else start, "Delimiter": "/"}
     while True:
         page = persist(what, lambda: s3_client().list_objects_v2(**request), patience_s)
@@ -82,6 +89,54 @@ def read(thing: Object, start: int, stop: int, what: str, patience_s: float) -> 
     from ted_scale import megatron_ranges
 
     return persist(what, lambda: megatron_ranges.read(thing, start, stop), patience_s)
+
+
+def split(url: str) -> tuple[str, str]:
+    """(bucket, key) of an s3:// address."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def folders(url: str, what: str, patience_s: float) -> list[str]:
+    """The names of the folders in a folder."""
+    bucket, key = split(url)
+    request, found = {"Bucket": bucket, "Prefix": f"{key}/", "Delimiter": "/"}, []
+    while True:
+        page = persist(what, lambda: s3_client().list_objects_v2(**request), patience_s)
+        found += [entry["Prefix"][len(key) + 1 : -1] for entry in page.get("CommonPrefixes", ())]
+        if not page.get("IsTruncated"):
+            return found
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def text(url: str, what: str, patience_s: float) -> str | None:
+    """A small object's text; None where there is no such object."""
+    bucket, key = split(url)
+
+    def request():
+        try:
+            return s3_client().get_object(Bucket=bucket, Key=key)["Body"].read().decode("utf-8", "replace")
+        except Exception as error:
+            if answer(chain(error)) == (404, "NoSuchKey"):
+                return None
+            raise
+
+    return persist(what, request, patience_s)
+
+
+def upload(source: Path, url: str, what: str, patience_s: float) -> None:
+    bucket, key = split(url)
+    persist(what, lambda: s3_client().upload_file(str(source), bucket, key), patience_s)
+
+
+def download(url: str, target: Path, what: str, patience_s: float) -> None:
+    bucket, key = split(url)
+    persist(what, lambda: s3_client().download_file(bucket, key, str(target)), patience_s)
+
+
+def delete(url: str, what: str, patience_s: float) -> None:
+    bucket, key = split(url)
+    persist(what, lambda: s3_client().delete_object(Bucket=bucket, Key=key), patience_s)
 
 
 @lru_cache(maxsize=1)
@@ -116,7 +171,7 @@ def persist(what: str, request, patience_s: float):
                     raise  # a fault of this program, not of the store
                 raise UserError(f"{what}, but {reason(links)}") from error
             if time.monotonic() + pause > end:
-                raise UserError(f"{what}, but was not for {patience_s:g} s: {reason(links)}") from error
+                raise Gone(f"{what}, but was not for {patience_s:g} s: {reason(links)}") from error
         time.sleep(random.uniform(0.5, 1) * pause)  # all ranks fail at once, and must not all come back at once
         pause = min(2 * pause, LONGEST_PAUSE_S)
 

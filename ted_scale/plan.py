@@ -10,7 +10,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
+from ted_scale import resume
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
 from ted_scale.corpora import read_corpus
@@ -18,11 +20,13 @@ from ted_scale.data import open_held_out
 from ted_scale.errors import UserError
 from ted_scale.feed import open_feed, refuse_short_corpora
 from ted_scale.filters import match_layers
-from ted_scale.metrics import has_key
 from ted_scale.models import Anatomy, inspect
+from ted_scale.object_store import check_package
 from ted_scale.run_file import load_ds_config
 from ted_scale.schedule import Stage, stages_of
+from ted_scale.sealed import Damaged
 from ted_scale.shards import check_vocabulary
+from ted_scale.tracking import has_key
 from ted_scale.vocabulary import check_corpus_tokenizer, check_same_tokenizer
 
 
@@ -51,21 +55,20 @@ class Plan:
         return files.filters_of(Path(self.run.filters.from_run) if self.run.filters.from_run else self.run.folder)
 
     def identity(self) -> dict:
-        """What a checkpoint and the run that resumes from it must share, but for checkpoint_files.HARMLESS."""
-        shapes = ("family", "layers", "width", "vocab_size", "parameters")
+        """What decides the result: a checkpoint and the run that resumes from it share it, but for what resume.allow names."""
         sides = {"student": self.student, "teacher": self.teacher}
-        run, filters = self.run, self.run.filters
+        run, train, loss = self.run, self.run.train, self.run.loss
+        filters = {"filters.steps": 0} if run.method == "ted" else {}
+        if len(self.stages) > 1:
+            filters = {"filters.steps": run.filters.steps, "filters.head": run.filters.head}
         return {
             "method": run.method,
             "seed": run.seed,
-            "data.seq_len": run.data.seq_len,
-            "data.attention": run.data.attention,
-            "train.tokens_per_step": run.train.tokens_per_step,
-            "train.precision": run.train.precision,
-            "ranks": self.world,
-            **{f"{s}.{k}": getattr(a, k) for s, a in sides.items() if a for k in shapes},
+            **{f"loss.{k}": resume.plain(getattr(loss, k)) for k in ("ce", "kl", "layer", "temperature", "kind")},
+            **{f"train.{k}": resume.plain(getattr(train, k)) for k in ("precision", "betas", "eps", "weight_decay")},
+            **{f"{s}.{k}": getattr(a, k) for s, a in sides.items() if a for k in resume.SHAPE},
             **self.filters_identity(),
-            **({"filters.steps": filters.steps} if len(self.stages) > 1 else {}),
+            **filters,
         }
 
     def filters_identity(self) -> dict:
@@ -189,12 +192,29 @@ def check_run_folder(plan: Plan) -> Progress:
         raise UserError(
             f"runs must be a folder this user can write, but {existing} is not; set runs or change its mode"
         )
-    newest = files.newest_checkpoint(folder)
-    if newest is None:
-        return Progress()
-    progress = files.read_progress(newest)
-    files.check_identity(newest, progress.identity, plan.identity())
+    where, progress = newest_progress(plan.run)
+    if where:
+        resume.refuse_another_run(where, progress.identity, plan.identity(), plan.run.resume.allow, progress.step)
     return progress
+
+
+def newest_progress(run: Run) -> tuple[str, Progress]:
+    """Where the newest checkpoint is, in the run's folder or among its copies, and where it stands."""
+    standings = files.published(run.folder)
+    local = next((s.path for s in standings if s.fault is None), None)
+    damaged = [(s.path, s.fault) for s in standings if s.fault]
+    if place := copies.place_of(run):
+        check_package(place, "checkpoint.copy_to")
+        names = copies.names(place)
+        for name in (name for name in names if local is None or files.key_of(name) > files.key_of(local.name)):
+            try:
+                if copies.manifest_of(place, name):
+                    return f"{place}/{name}", copies.progress_of(place, name)
+            except Damaged as damage:
+                damaged.append((Path(f"{place}/{name}"), f"its copy: {damage}"))
+    if damaged and local is None:
+        raise files.none_is_whole(run.folder, damaged)
+    return (str(local), files.read_progress(local)) if local else ("", Progress())
 
 
 def flops_per_token(plan: Plan, stage: Stage) -> float:

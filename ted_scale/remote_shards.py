@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ted_scale import object_store, shards
 from ted_scale.errors import UserError
 from ted_scale.object_store import Object
+from ted_scale.paths import checked_name, own_folder
 from ted_scale.shards import Files, ShardIndex
 
 log = logging.getLogger("ted_scale")
@@ -67,6 +68,9 @@ def in_folder(folder: str, start: str, patience_s: float) -> dict[str, dict[str,
     for name, thing in object_store.listed(folder, start, patience_s).items():
         stem, dot, ending = name.rpartition(".")
         if dot + ending in ENDINGS and stem and not name.startswith("."):
+            checked_name(
+                name.replace("/", "\\"), f"the listing of {folder}"
+            )  # a folder's own objects have no / in them
             found.setdefault(f"{folder}/{stem}", {})[dot + ending] = thing
     return {p: manifested(p, found) for p, files in sorted(found.items()) if ".bin" in files or ".idx" in files}
 
@@ -115,6 +119,8 @@ def fetched(wanted: dict[str, Wanted], path: str, settings) -> dict[str, Path]:
         return [key for key, copy in paths.items() if not is_whole(copy, wanted[key].thing.size)]
 
     try:
+        if not settings.folder:
+            own_folder(settings.place, "data.stream.folder")
         if absent():
             with locked(settings.place / "indices"):
                 fetch([(wanted[key], paths[key]) for key in absent()], path, opening_patience_s(settings))

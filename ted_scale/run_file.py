@@ -5,13 +5,13 @@ Also the DeepSpeed configuration beside them, and what it must leave to the run 
 
 import difflib
 import json
-import tomllib
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from ted_scale.config import Run
-from ted_scale.errors import UserError
+from ted_scale.errors import UserError, shown
+from ted_scale.parsing import parse_json, parse_toml
 
 REPLACED = {"data.mask_documents": "data.attention = 'document'"}
 
@@ -19,33 +19,39 @@ REPLACED = {"data.mask_documents": "data.attention = 'document'"}
 def load_run(path: str | Path, overrides: list[str] = ()) -> Run:
     """Read a run file and put `section.key=value` strings on top; whatever is wrong is one UserError sentence."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = parse_toml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config must name a readable run file, but {path} is not: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} must be valid TOML, but is not: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} must be valid TOML, but is not: {one_line(error)}") from None
     for override in overrides:
         put(values, override)
     try:
         return Run.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {sentence(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path} must be a run file, but is nested too deeply to be one") from None
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def put(values: dict, override: str) -> None:
     """Set one `section.key=value`; the value is TOML, and a bare word is a string."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise UserError(f"--set must look like section.key=value, but is '{override}'")
+        raise UserError(f"--set must look like section.key=value, but is {shown(override)}")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}")["value"]
+    except ValueError:
         value = text
     *sections, key = dotted.strip().split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UserError(f"--set must name a key of a section, but {section} in '{override}' is not a section")
+            raise UserError(f"--set must name a key of a section, but {section} in {shown(override)} is not a section")
     values[key] = value
 
 
@@ -59,12 +65,12 @@ def sentence(error: ValidationError) -> str:
     if fault["type"] == "missing":
         return f"{dotted} must be set, but is missing"
     if fault["type"] == "model_type":
-        return f"{dotted} must be a section of keys, but is {fault['input']!r}"
+        return f"{dotted} must be a section of keys, but is {shown(fault['input'])}"
     if fault["type"] == "value_error":  # ours: begins with the key, as seen from the section
         message = fault["msg"].removeprefix("Value error, ")
         return f"{dotted}.{message}" if dotted else message
     wanted = fault["msg"].partition(" should ")[2].partition(" after validation")[0].replace("tuple", "list")
-    return f"{dotted} must {wanted}, but is {fault['input']!r}"
+    return f"{dotted} must {wanted}, but is {shown(fault['input'])}"
 
 
 def how_far_from_the_cause(fault) -> int:
@@ -158,7 +164,7 @@ DS_OWNED_BY_RUN = {
 def load_ds_config(path: str) -> dict:
     """The ZeRO, offload and communication part; a file that sets what the run file owns is refused."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"ds_config must name a readable file, but {path} is not: {error.strerror}") from None
     except ValueError as error:
@@ -171,4 +177,17 @@ def load_ds_config(path: str) -> dict:
     if values["zero_optimization"].get("stage") != 3:
         stage = values["zero_optimization"].get("stage")
         raise UserError(f"ds_config {path}: zero_optimization.stage must be 3, but is {stage}")
+    for part in ("offload_optimizer", "offload_param"):
+        offload = values["zero_optimization"].get(part)
+        device = offload.get("device", "none") if isinstance(offload, dict) else "none"
+        if isinstance(offload, dict) and offload.get("ratio", 1) != 1:
+            raise UserError(
+                f"ds_config {path}: zero_optimization.{part}.ratio must be 1, but is {offload['ratio']!r}: only DeepSpeed's own "
+                "Adam runs in parts; leave it out"
+            )
+        if device not in ("cpu", "none"):
+            raise UserError(
+                f"ds_config {path}: zero_optimization.{part}.device must be cpu or none, but is {device!r}: checkpoints do not "
+                "read state on other devices"
+            )
     return values

@@ -20,7 +20,7 @@ from ted_scale.errors import UserError
 PART = ".part"
 TOKENIZER_FILES = (
     "tokenizer*.json", "tokenizer*.model", "*.spm", "spiece.model", "sentencepiece*.model", "*.tiktoken", "vocab.json",
-    "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*", "tokenization_*.py",
+    "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*",
     "additional_chat_templates/*",
 )  # fmt: skip
 
@@ -120,10 +120,23 @@ def write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def check_link(folder: Path, path: Path) -> None:
+    """A folder that came from elsewhere may hold a link to a file of this user's, which a copy would publish. The hub's
+    snapshots are links into the folder that holds them."""
+    root = folder.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    if not path.resolve().is_relative_to(root):
+        raise UserError(
+            f"{path} must be in its own folder to be copied, but is a link out of it; put the file there itself"
+        )
+
+
 def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> int:
     """Copy what is there of `patterns`; returns how many files that is."""
-    found = {path for pattern in patterns for path in Path(source).glob(pattern) if path.is_file()}
+    source = Path(source)
+    found = {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}
     for path in found:
+        check_link(source, path)
         place = target / path.relative_to(source)
         place.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, place)

@@ -40,6 +40,11 @@ class Stage:
     def saves(self, step: int) -> bool:
         return step == self.last_step or step % self.run.checkpoint.every == 0
 
+    def verifies(self, step: int) -> bool:
+        """Also before a save, so that no checkpoint is written past a disagreement."""
+        every = self.run.health.replicas_every
+        return every > 0 and (step % every == 0 or self.saves(step))
+
     @property
     def adapts(self) -> bool:
         return self.run.adapts and not self.learns_filters
@@ -61,6 +66,12 @@ class Stage:
         kl = 0.0 if method == "ce" else weight_at(loss.kl, fraction)
         layer = weight_at(loss.layer, fraction) if self.run.matches_layers else 0.0
         return Weights(ce, kl, layer)
+
+    def terms(self, layers: int) -> list[str]:
+        """The keys of all of the guard's sums, whether they are on or off."""
+        sides, each = (("filter_t", "filter_s"), layers // 2) if self.learns_filters else (("layer",), layers)
+        of_layers = [f"loss/{side}/{k}" for side in sides for k in range(each)]
+        return ["loss/total", "loss/ce", "loss/kl", "loss/layer", *of_layers]
 
     def name_losses(self, sums: list[float], weights: Weights) -> dict[str, float]:
         """The guard's sums under their keys; a term that was off has no value."""

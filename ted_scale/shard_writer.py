@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import numpy
 
-from ted_scale.shards import DTYPES, HEADER, MAGIC
+from ted_scale.errors import UserError
+from ted_scale.parsing import fits
+from ted_scale.shards import DTYPES, HEADER, MAGIC, read_sidecar
 
 
 class Encoded(NamedTuple):
@@ -31,6 +33,9 @@ class Mark(NamedTuple):
     skipped: int = 0
 
 
+MARK = dict.fromkeys(Mark._fields, int)
+
+
 def dtype_of(vocab_size: int) -> numpy.dtype:
     return numpy.dtype("uint16" if vocab_size < 65500 else "int32")  # megatron's own rule
 
@@ -43,7 +48,11 @@ def finished_shards(folder: Path) -> list[dict]:
     """The sidecars of the shards that a run finished in `folder`, in order."""
     found = []
     while (path := part(folder, len(found) + 1, ".json")).exists():
-        found.append(json.loads(path.read_text(encoding="utf-8")))
+        found.append(sidecar := read_sidecar(path, str(path)))
+        if not fits(sidecar, {"documents": int, "bin_bytes": int}) or not fits(sidecar.get("read"), MARK):
+            raise UserError(
+                f"{path} must say where its shard ends in the inputs, but does not; delete it to write it again"
+            )
     return found
 
 

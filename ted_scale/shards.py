@@ -6,7 +6,6 @@ dry run can do it. remote_shards.py finds the same files in object storage, corp
 """
 
 import hashlib
-import json
 import os
 import re
 import stat
@@ -17,12 +16,18 @@ from typing import NamedTuple
 
 import numpy
 
-from ted_scale.errors import UserError
+from ted_scale.errors import UserError, files_at
 from ted_scale.object_store import Object
+from ted_scale.parsing import fits, parse_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+SIDECAR = {"max_token_id": int, "tokens": int}
+SIGNED = {"bin_bytes": int, "bin_sha256": str, "idx_sha256": str, "documents": int, "read": dict} | {
+    "tokenizer": str, "tokenizer_digest": str, "vocab_size": int, "eod_id": int
+}  # fmt: skip
+LARGEST_SIDECAR = 1 << 20  # bytes; a thousandth is usual
 TOKENIZE = "write it with tools/tokenize_corpus.py"
 SHARD_NUMBER = re.compile(r"-\d{5}$")
 SMALL_INDEX = (
@@ -116,13 +121,13 @@ def check(files: Files) -> ShardIndex:
     """A shard as its header, sizes and sidecar say, which must agree. Read once a process: plan, stages and every
     validation ask again."""
     idx = files.prefix + ".idx"
-    with files.idx.open("rb") as file:
+    with files_at(idx), files.idx.open("rb") as file:
         dtype, sequences, borders = _header(idx, file.read(HEADER.size))
         if os.fstat(file.fileno()).st_size < HEADER.size + 12 * sequences + 8 * borders:
             raise UserError(
                 f"corpus file {idx} must have the size that its counts ask for, but is truncated; {TOKENIZE}"
             )
-        tokens = _tokens(file, dtype, sequences)
+        tokens = _tokens(idx, file, dtype, sequences)
         _check_bin(files, tokens, dtype)
         if borders < 2 or _entry(file, HEADER.size + 12 * sequences + 8 * (borders - 1), "<q") != sequences:
             raise UserError(
@@ -146,12 +151,14 @@ def _header(idx: str, head: bytes) -> tuple[numpy.dtype, int, int]:
     return numpy.dtype(DTYPES[code]), sequences, borders
 
 
-def _tokens(file, dtype: numpy.dtype, sequences: int) -> int:
+def _tokens(idx: str, file, dtype: numpy.dtype, sequences: int) -> int:
     """Tokens up to the end of the last sequence: its pointer and its length, the only two entries read."""
     if sequences == 0:
         return 0
     length = _entry(file, HEADER.size + 4 * (sequences - 1), "<i")
     pointer = _entry(file, HEADER.size + 4 * sequences + 8 * (sequences - 1), "<q")
+    if length < 0 or pointer < 0 or pointer % dtype.itemsize:
+        raise out_of_order(idx)
     return pointer // dtype.itemsize + length
 
 
@@ -187,11 +194,10 @@ def _sidecar(files: Files, tokens: int) -> dict | None:
 def read_sidecar(path: Path, called: str) -> dict:
     """What a sidecar holds; a copy of a remote one is `called` by its own name."""
     try:
-        sidecar = json.loads(path.read_bytes())
-        ok = isinstance(sidecar["max_token_id"], int) and isinstance(sidecar["tokens"], int)
-    except (ValueError, KeyError, TypeError):
-        ok = False
-    if not ok:
+        sidecar = parse_json(path.read_bytes()) if path.stat().st_size <= LARGEST_SIDECAR else None
+    except (ValueError, OSError):
+        sidecar = None
+    if not fits(sidecar, SIDECAR, SIGNED):
         raise UserError(f"corpus file {called} must describe its shard, but is unreadable; delete it or tokenize again")
     return sidecar
 
@@ -224,10 +230,12 @@ def document_borders(index: ShardIndex) -> numpy.ndarray:
     ends = numpy.concatenate([[0], numpy.cumsum(lengths, dtype=numpy.int64)])
     sound = lengths.min() >= 0 and ends[-1] == index.tokens and borders[0] == 0 and (numpy.diff(borders) >= 0).all()
     if not sound:
-        raise UserError(
-            f"corpus file {index.prefix}.idx must hold lengths that add up and borders in order, but does not; {TOKENIZE}"
-        )
+        raise out_of_order(index.prefix + ".idx")
     return ends[borders]
+
+
+def out_of_order(idx: str) -> UserError:
+    return UserError(f"corpus file {idx} must hold lengths that add up and borders in order, but does not; {TOKENIZE}")
 
 
 def tokenizer_of(what: str, indices: list[ShardIndex]) -> tuple[str, str] | None:

@@ -7,16 +7,19 @@ means that renaming has begun, and a restart then only goes on renaming.
 
 import fcntl
 import hashlib
-import json
 import re
 import shutil
 from pathlib import Path
 
 from ted_scale.errors import UserError
+from ted_scale.parsing import fits, parse_json
+from ted_scale.paths import checked_name, inside
 from ted_scale.shard_writer import as_text, finished_shards, part, sync, write_whole
 from ted_scale.shards import unfinished
 
 TOTALS = ("documents", "tokens")
+MANIFEST = {"shards": list, "sources": list, "documents": int, "tokens": int, "empty": int, "skipped": int}
+ROWS = {"shards": {"name": str, "sidecar_sha256": str}, "sources": {"path": str, "bytes": int}}
 
 
 def claim(out: Path):
@@ -45,7 +48,7 @@ def begin(out: Path, job: dict, overwrite: bool) -> list[dict]:
     if not (overwrite or publishing) and any(path.suffix == ".idx" for path in existing(out)):
         raise UserError(f"--out {out} must be a new name, but exists; choose another or pass --overwrite")
     try:
-        begun = read_json(folder / "job.json")
+        begun = read_job(folder / "job.json")
     except ValueError:
         if not overwrite:
             raise UserError(
@@ -92,7 +95,7 @@ def leave(out: Path) -> None:
 
 def staged_manifest(out: Path) -> dict:
     """The manifest of a run that began to publish and did not come to its end; nothing otherwise."""
-    return read_json(unfinished(out) / "manifest.json")
+    return read_manifest(unfinished(out) / "manifest.json")
 
 
 def publish(out: Path, manifest: dict) -> None:
@@ -101,7 +104,7 @@ def publish(out: Path, manifest: dict) -> None:
     if not staged_manifest(out):
         write_whole(folder / "manifest.json", as_text(manifest))
     moves = {
-        out.with_name(shard["name"] + ending): part(folder, number, ending)
+        inside(out.parent, shard["name"] + ending, folder / "manifest.json"): part(folder, number, ending)
         for ending in (".bin", ".json", ".idx")
         for number, shard in enumerate(manifest["shards"], 1)
     }
@@ -149,18 +152,31 @@ def read_manifest(path: Path, called: str = "") -> dict:
     try:
         manifest = read_json(path)
         sound = not path.exists() or sealed(manifest) == manifest
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, OSError):
         sound = False
     if not sound:
         raise UserError(
             f"{called or path} must be as it was written, but its digest is another; copy it again, or delete it"
         )
+    if manifest and not (
+        fits(manifest, MANIFEST) and all(fits(row, form) for key, form in ROWS.items() for row in manifest[key])
+    ):
+        raise UserError(f"{called or path} must describe an output, but does not; copy it again, or delete it")
+    for shard in manifest.get("shards", ()):
+        checked_name(shard["name"], called or path)
     return manifest
+
+
+def read_job(path: Path) -> dict:
+    job = read_json(path)
+    if job and not fits(job, {"options": dict}):
+        raise ValueError("it describes no job")
+    return job
 
 
 def read_json(path: Path) -> dict:
     """What the file holds; nothing where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return parse_json(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def existing(out: Path) -> list[Path]:

@@ -28,6 +28,7 @@ class Teacher:
 
     def __init__(self, engine, body: TeacherBody):
         self.engine, self.head = engine, head_of(body.network, body.anatomy)
+        self.at_load = None  # the digests of its shards, where they are compared
 
     @torch.no_grad()
     def __call__(self, batch, weights: Weights) -> Signal | None:

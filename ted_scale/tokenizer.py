@@ -1,16 +1,20 @@
 """One face for both kinds of tokenizer that a corpus is written with: sentencepiece models and Hugging Face ones.
 
 Training one is tools/train_tokenizer.py's part. The surprise: a special token spelled out in a text stays text, in both
-kinds, unless asked otherwise; a web page that says </s> must not end a document.
+kinds, unless asked otherwise; a web page that says </s> must not end a document. No tokenizer brings code
+(docs/security.md).
 """
 
 import hashlib
 import json
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale.errors import UserError
+from ted_scale.parsing import parse_json
 
+MOST_PIECES = 1 << 24  # a list of a vocabulary's pieces is made, by id
 NO_EOD = "must have an end-of-sequence token to end documents with, but has none; set one in the tokenizer"
 
 
@@ -36,35 +40,67 @@ def _sentencepiece(path: str) -> Tokenizer:
 
     try:
         model = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError):
+        pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    except (OSError, RuntimeError, ValueError):  # the last for pieces that are no text
         raise UserError(
             f"--tokenizer {path} must be a sentencepiece model, but does not load; check the file"
         ) from None
     if model.eos_id() < 0:
         raise UserError(f"--tokenizer {path} {NO_EOD}")
-    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
     content = _sha256(model.serialized_model_proto())
-    return Tokenizer(partial(model.encode, num_threads=1), model.decode, pieces, model.eos_id(), content)
+    return Tokenizer(
+        partial(model.encode, num_threads=1), partial(_said, model.decode), pieces, model.eos_id(), content
+    )
 
 
 def _hugging_face(path: str, parse_special: bool) -> Tokenizer:
+    model, vocabulary = hugging_face(path, f"--tokenizer {path} must be a .model file or a Hugging Face tokenizer")
+    if model.eos_token_id is None:
+        raise UserError(f"--tokenizer {path} {NO_EOD}")
+    size = max([len(model), *(i + 1 for i in vocabulary.values())])
+    encode, content = (_fast if model.is_fast else _slow)(model, parse_special)
+    decode = partial(_said, model.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return Tokenizer(encode, decode, model.convert_ids_to_tokens(range(size)), model.eos_token_id, content)
+
+
+def hugging_face(path, must: str, out: str = "name a local folder or run where the hub can be reached"):
+    """(tokenizer of a folder or name, its vocabulary), of transformers' own classes alone; `must` begins the sentence where
+    there is none, `out` ends it."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     try:
-        model = transformers.AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # from_pretrained raises whatever the folder's content makes it raise
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"--tokenizer {path} must be a .model file or a Hugging Face tokenizer, but does not load ({reason}); "
-            "name a local folder or run where the hub can be reached"
-        ) from None
-    if model.eos_token_id is None:
-        raise UserError(f"--tokenizer {path} {NO_EOD}")
-    size = max([len(model), *(i + 1 for i in model.get_vocab().values())])
-    encode, content = (_fast if model.is_fast else _slow)(model, parse_special)
-    decode = partial(model.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return Tokenizer(encode, decode, model.convert_ids_to_tokens(range(size)), model.eos_token_id, content)
+        check_class(transformers, path)
+        model = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        vocabulary = model.get_vocab()
+        ids = [*vocabulary.values(), *(i for i in model.all_special_ids if i is not None)]
+        if max(ids, default=0) >= MOST_PIECES:
+            raise ValueError(f"its ids reach beyond {MOST_PIECES:,}")
+    except BaseException as error:  # whatever the folder's content makes it raise; what panics in Rust is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own, which is not run; save it as a tokenizer.json where you trust that code"
+        raise UserError(f"{must}, but does not load ({reason}); {out}") from None
+    return model, vocabulary
+
+
+def check_class(transformers, path) -> None:
+    """transformers takes any class of its own by the name that stands here, models and loaders of code too."""
+    for file in ("tokenizer_config.json", "config.json"):
+        found = transformers.utils.cached_file(path, file, _raise_exceptions_for_missing_entries=False)
+        values = parse_json(Path(found).read_bytes()) if found else {}
+        name = values.get("tokenizer_class") if isinstance(values, dict) else None
+        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        if kind is not None and not is_tokenizer(transformers, kind):
+            raise ValueError(f"{file} says tokenizer_class {name}, which is no tokenizer")
+
+
+def is_tokenizer(transformers, kind) -> bool:
+    """Or what stands for one whose package is not installed, and says so."""
+    base = transformers.PreTrainedTokenizerBase
+    return isinstance(kind, type) and (issubclass(kind, base) or ".dummy_" in kind.__module__)
 
 
 def _fast(model, parse_special: bool) -> tuple:
@@ -77,7 +113,7 @@ def _fast(model, parse_special: bool) -> tuple:
 
 def _encode_fast(backend, parse_special: bool, texts: list[str]) -> list[list[int]]:
     backend.encode_special_tokens = not parse_special  # set here, because a pickled backend forgets it
-    return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return [e.ids for e in _said(backend.encode_batch_fast, texts, add_special_tokens=False)]
 
 
 def _slow(model, parse_special: bool) -> tuple:
@@ -87,7 +123,17 @@ def _slow(model, parse_special: bool) -> tuple:
 
 def _encode_slow(model, parse_special: bool, texts: list[str]) -> list[list[int]]:
     options = {"add_special_tokens": False, "split_special_tokens": not parse_special, "verbose": False}
-    return model(texts, **options)["input_ids"]
+    return _said(model, texts, **options)["input_ids"]
+
+
+def _said(action, *arguments, **named):
+    """Some only find out at a text what they cannot do, like one without the token for what it does not hold."""
+    try:
+        return action(*arguments, **named)
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer must take every text, but cannot: {error}; correct it or take another"
+        ) from None
 
 
 def digest(tokenizer: Tokenizer) -> str:

@@ -1,12 +1,15 @@
 """The whole run, top to bottom. What happens once lives in build.py; what happens every step is all here, in order."""
 
+from ted_scale import pulse, stop
+from ted_scale.errors import Preempted
 from ted_scale.losses import count_valid, for_engine
 from ted_scale.schedule import set_rates
 
 
-def train(stage, student, teacher, data, guard, metrics, progress, validate, save):
+def train(stage, student, teacher, data, guard, metrics, progress, verify, validate, save):
     """Take `student` (a DeepSpeed engine) through the steps of `stage` that `data` holds."""
     for micro_batches in metrics.timed(data, "data_wait_ms"):
+        pulse.step(progress.step + 1)
         weights = stage.weights(progress.step)
         denom = count_valid(micro_batches)
         set_rates(student, stage.rate(progress.step), weights)
@@ -18,13 +21,20 @@ def train(stage, student, teacher, data, guard, metrics, progress, validate, sav
             student.backward(for_engine(losses.total), scale_wrt_gas=False)
             guard.add(losses)
             if batch is micro_batches[-1]:
-                guard.arm(progress.step + 1)
+                guard.arm(progress)
             student.step()  # updates at the last micro-batch only, and only if the guard finds every number finite
 
-        progress = progress.advanced(stage.samples_per_step, stage.run.data.seq_len)
-        metrics.add(progress, guard.read(stage, weights), last=progress.step == stage.last_step)
-        if stage.validates(progress.step):
-            validate(student, progress)
-        if stage.saves(progress.step):
+        # Where a number went wrong, the run ends here or goes back to a checkpoint, unless it may go on.
+        progress = guard.settle(progress.advanced(stage.samples_per_step, stage.run.data.seq_len))
+        metrics.add(progress, guard.read(weights), last=progress.step == stage.last_step)
+        stopping = guard.stopping
+        if stage.verifies(progress.step):
+            verify(student, progress)
+        if stage.validates(progress.step) and not stopping:
+            progress, stopping = validate(student, progress)
+        if stage.saves(progress.step) or stopping:
             save(student, progress)
+            stopping = stop.anywhere(student.device)  # also a signal that came while it was saved
+        if stopping:
+            raise Preempted
     return progress

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from ted_scale import pulse, stop
 from ted_scale.data import Stream, open_held_out, validation_batches
+from ted_scale.errors import Preempted
 from ted_scale.losses import count_valid
 from ted_scale.student import Weights
 
@@ -23,16 +26,27 @@ class Loss(NamedTuple):
         return self.total / self.tokens
 
 
-def validate(plan, teacher, metrics, vocabulary: int, device, student, progress, *, with_teacher: bool = False) -> None:
-    """Write val/loss and val/ppl of this step, over all and of each corpus; a run that holds nothing out has none."""
-    if not any(corpus.validation for corpus in plan.run.data.corpora):
-        return
-    with metrics.aside():
-        streams = open_held_out(plan.run.data, vocabulary)
-        row = as_row("", student_losses(plan, streams, student, device))
-        if with_teacher and plan.teacher:
-            row |= as_row("teacher_", teacher_losses(plan, streams, teacher, device))
-        metrics.write(progress.step, progress.tokens, row)
+def validate(plan, teacher, metrics, vocabulary: int, device, student, progress, *, with_teacher: bool = False):
+    """Write val/loss and val/ppl of this step, over all and of each corpus; a run that holds nothing out has none. Returns the
+    progress, which knows the loss then, and whether a signal cut it short, on every rank: the resumed run then validates this
+    step."""
+    if not holds_out(plan.run):
+        return progress, False
+    try:
+        with metrics.aside():
+            streams = open_held_out(plan.run.data, vocabulary)
+            row = as_row("", student_losses(plan, streams, student, device))
+            if with_teacher and plan.teacher:
+                row |= as_row("teacher_", teacher_losses(plan, streams, teacher, device))
+    except Preempted:
+        return progress, True
+    metrics.write(progress.step, progress.tokens, row)
+    loss = row["val/loss"]
+    return replace(progress, validation=loss if math.isfinite(loss) else None), False
+
+
+def holds_out(run) -> bool:
+    return any(corpus.validation for corpus in run.data.corpora)
 
 
 def student_losses(plan, streams: dict[str, Stream], student, device) -> dict[str, Loss]:
@@ -50,10 +64,14 @@ def teacher_losses(plan, streams: dict[str, Stream], teacher, device) -> dict[st
 
 @torch.no_grad()
 def measure(plan, streams: dict[str, Stream], summed_loss: Callable, device) -> dict[str, Loss]:
-    """The same numbers on every rank, to the last bit, for what follows from them must be the same; one host read."""
+    """The same numbers on every rank, to the last bit, for what follows from them must be the same. A host read a batch, for a
+    run that is asked to stop must not validate on."""
     sums = torch.zeros(2, len(streams), dtype=torch.float64, device=device)
     for k, stream in enumerate(streams.values()):
         for batch in batches(plan, stream, device):
+            pulse.beat("a batch of validation")
+            if stop.anywhere(device):
+                raise Preempted
             sums[0, k] += summed_loss(batch)
             sums[1, k] += count_valid([batch])
     dist.all_reduce(sums[0])

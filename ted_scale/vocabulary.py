@@ -6,7 +6,7 @@ from pathlib import Path
 from ted_scale.errors import UserError
 from ted_scale.models import Anatomy, quiet_transformers
 from ted_scale.shards import ShardIndex, tokenizer_of
-from ted_scale.tokenizer import digest, load_tokenizer
+from ted_scale.tokenizer import digest, hugging_face, load_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -54,7 +54,10 @@ def same_file(*folders: Path) -> bool:
     for name in TOKENIZER_FILES:
         paths = [folder / name for folder in folders]
         if all(p.is_file() for p in paths):
-            return paths[0].read_bytes() == paths[1].read_bytes()
+            try:
+                return paths[0].read_bytes() == paths[1].read_bytes()
+            except OSError as error:
+                raise UserError(f"{error.filename} must be readable, but is not: {error.strerror}") from None
     return False
 
 
@@ -63,13 +66,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
-    from transformers import AutoTokenizer
-
     if not has_tokenizer(folder):
         return None
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder).get_vocab()
-    except Exception as error:  # whatever the family's own code raises over a broken file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{folder} must hold a readable tokenizer, but does not: {reason}; copy it again") from None
+    with quiet_transformers():
+        return hugging_face(folder, f"{folder} must hold a readable tokenizer", "copy it again")[1]

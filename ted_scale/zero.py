@@ -147,11 +147,21 @@ def fill(parameter, source, what: str) -> None:
     if not is_sharded(parameter):
         parameter.data.copy_(source[:] if shape else source[...])
         return
-    shard = parameter.ds_tensor
-    rank = torch.distributed.get_rank(parameter.ds_process_group)
-    first = min(rank * shard.numel(), parameter.ds_numel)
-    last = min(first + shard.numel(), parameter.ds_numel)
-    shard.data[: last - first].copy_(flat_range(source, shape, first, last))
+    first, last = own_range(parameter)
+    own_part(parameter, parameter.ds_tensor.data).copy_(flat_range(source, shape, first, last))
+
+
+def own_range(parameter) -> tuple[int, int]:
+    """The elements of the flattened tensor that this rank's shard holds."""
+    size = parameter.ds_tensor.numel()
+    first = min(torch.distributed.get_rank(parameter.ds_process_group) * size, parameter.ds_numel)
+    return first, min(first + size, parameter.ds_numel)
+
+
+def own_part(parameter, shard) -> torch.Tensor:
+    """A shard (of the parameter, its gradient, its master) without what pads it: that is never set."""
+    first, last = own_range(parameter)
+    return shard.flatten()[: last - first]
 
 
 def flat_range(source, shape, first: int, last: int) -> torch.Tensor:

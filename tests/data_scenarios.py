@@ -5,15 +5,14 @@ import shutil
 from pathlib import Path
 
 import torch.distributed as dist
-from scenarios import start
+from scenarios import put_back, start
 
-from ted_scale import checkpoint_files
 from ted_scale.errors import UserError
 
 DOMAINS = ("prose", "code", "reference")
 ADAPTIVE = {
     "filters": {"steps": 2}, "train": {"steps": 10}, "checkpoint": {"every": 1, "keep": 100},
-    "validation": {"tokens": 6144},
+    "validation": {"tokens": 1536},
 }  # fmt: skip
 
 
@@ -27,7 +26,7 @@ def again_from(folder: Path, name: str, step: int, copy: str) -> None:
     if dist.get_rank() == 0:
         target = folder / "runs" / copy
         shutil.copytree(folder / "runs" / name, target)
-        (target / "checkpoints" / "latest").write_text(checkpoint_files.checkpoint_name(step))
+        put_back(target, step)
     dist.barrier()
 
 

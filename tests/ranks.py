@@ -1,9 +1,10 @@
-"""What the distributed tests look at, run by real DeepSpeed ranks: one launch for many scenarios, because it costs 12 s.
+"""What the distributed tests look at, run by real DeepSpeed ranks: one start for many scenarios, because it takes seconds.
 
-`deepspeed --num_gpus N tests/ranks.py FOLDER NAME…` runs the scenarios of scenarios.py and data_scenarios.py by name;
-what they return on each rank lands in FOLDER/NAME.RANK.json, an exception as its traceback.
+`tests/ranks.py FOLDER NAME…`, started once a rank (launching.py), runs the scenarios of scenarios.py and its neighbours by
+name; what they return on each rank lands in FOLDER/NAME.RANK.json, an exception as its traceback.
 """
 
+import gc
 import json
 import os
 import sys
@@ -16,14 +17,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 def main() -> None:
     folder, names = Path(sys.argv[-2]), sys.argv[-1].split(",")
     import data_scenarios
+    import health_scenarios
     import scenarios
+    import stop_scenarios
 
-    from ted_scale.build import start_ranks
+    from ted_scale.ranks import start_ranks
 
     device, rank = start_ranks(), os.environ["RANK"]
     for name in names:
+        gc.collect()
+        gc.freeze()  # DeepSpeed looks for garbage at every engine's start; what is imported, and what it keeps, is none
         try:
-            scenario = getattr(scenarios, name, None) or getattr(data_scenarios, name)
+            homes = (scenarios, data_scenarios, health_scenarios, stop_scenarios)
+            scenario = next(getattr(home, name) for home in homes if hasattr(home, name))
             result = scenario(folder, device)
         except Exception:
             result = {"traceback": traceback.format_exc()}

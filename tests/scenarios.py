@@ -1,21 +1,25 @@
 """The scenarios of ranks.py: each is called on every rank with the folder of models and corpus, and returns plain
 values."""
 
+import errno
 import json
 import resource
 import shutil
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tiny import FAMILIES, make_run
 
-from ted_scale import build, checkpoint_files
+from ted_scale import attempts, build, checkpoint_files, engines, saver, sealed
+from ted_scale.checkpoint import Snapshot
 from ted_scale.errors import RunStopped, UserError
 from ted_scale.kernels.checks import check_labels
 from ted_scale.kernels.matmul import all_count
 from ted_scale.metrics import Metrics
 from ted_scale.plan import make_plan
+from ted_scale.state_files import KINDS, key_of
 from ted_scale.student import Student
 from ted_scale.zero import gathered, resident_share, shape_of
 
@@ -37,6 +41,13 @@ def start(folder: Path, device, **sections):
 def rows(folder: Path, name: str) -> list[dict]:
     text = (folder / "runs" / name / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
+
+
+def put_back(run: Path, step: int) -> None:
+    """As if the run had been killed when its checkpoint of `step` was the newest."""
+    for standing in checkpoint_files.published(run):
+        if standing.step > step:
+            shutil.rmtree(standing.path)
 
 
 def ten_steps(folder: Path, device):
@@ -88,7 +99,7 @@ def resumes(folder: Path, device):
         if dist.get_rank() == 0:
             target = folder / "runs" / name
             shutil.copytree(folder / "runs" / "straight", target)
-            (target / "checkpoints" / "latest").write_text(checkpoint_files.checkpoint_name(step))
+            put_back(target, step)
             if step < 8:
                 (target / "filters.safetensors").unlink()
         dist.barrier()
@@ -106,6 +117,7 @@ def resumes_with_other_settings(folder: Path, device):
     other = {"lr": 1e-5, "weight_decay": 0.7, "betas": [0.5, 0.6], "eps": 1e-6}
     first = {"filters": {"steps": 1}, "train": {"steps": 1, "schedule": "constant"}}
     then = {"filters": {"steps": 1, "lr": 0.5}, "train": {"steps": 3, "schedule": "constant", **other}}
+    then["resume"] = {"allow": ["train.betas", "train.eps", "train.weight_decay"]}
     build_student, build.build_student = build.build_student, remember
     try:
         start(folder, device, name="other_settings", **first)
@@ -202,24 +214,53 @@ def full_disk(folder: Path, device):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     save, said = build.save, []
 
-    def save_with_little_room(plan, stage, engine, progress):
-        if progress.step == 10 and dist.get_rank() == 1:
+    def save_with_little_room(*arguments):
+        if arguments[-1].step == 10 and dist.get_rank() == 1:
+            arguments[3].wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (small, limits[1]))
-        save(plan, stage, engine, progress)
+        save(*arguments)
 
-    build.save = save_with_little_room
+    build.save, pauses, saver.LAST_PAUSES_S = save_with_little_room, saver.LAST_PAUSES_S, ()
     try:
         start(folder, device, name="full_disk", **TEN_STEPS, checkpoint={"every": 6})
     except UserError as error:
         said.append(str(error))
     finally:
-        build.save = save
+        build.save, saver.LAST_PAUSES_S = save, pauses
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     dist.barrier()
     left = sorted(p.name for p in (folder / "runs" / "full_disk" / "checkpoints").iterdir())
     dist.barrier()
     start(folder, device, name="full_disk", **TEN_STEPS, checkpoint={"every": 6})
     return {"said": said, "left": left}
+
+
+def retried_save(folder: Path, device):
+    """Rank 1's disk fails a save and is well again for the next try; rank 0's is slow to remove what is left of the first."""
+    run, write_file, rmtree = make_run(folder, name="retried"), sealed.write_file, shutil.rmtree
+    tensors = {key_of(kind, "w"): torch.full((50,), 4.0) for kind in KINDS}
+    snapshot = Snapshot(tensors, {"ranks": 2, "updates": 4, "shapes": {"w": [100]}})
+    made = saver.Saver(run, [], lambda title, text: None)
+
+    def broken(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def slowly(path, **named):
+        time.sleep(1 if path.exists() else 0)
+        rmtree(path, **named)
+
+    pauses = attempts.PAUSES_S, saver.LAST_PAUSES_S
+    attempts.PAUSES_S, saver.LAST_PAUSES_S, shutil.rmtree = (), (0.1, 0.1), slowly
+    sealed.write_file = broken if dist.get_rank() == 1 else write_file
+    try:
+        place = checkpoint_files.checkpoints_of(run.folder) / checkpoint_files.checkpoint_name(4)
+        made.begin((place, snapshot, checkpoint_files.Progress(4, 4, 4), False))
+        failed = made.wait()["checkpoint/failed"]
+        sealed.write_file = write_file
+        return {"failed": [failed, made.finish()["checkpoint/failed"]], "fault": checkpoint_files.check_digests(place)}
+    finally:
+        attempts.PAUSES_S, saver.LAST_PAUSES_S = pauses
+        sealed.write_file, shutil.rmtree = write_file, rmtree
 
 
 def layer_loss_ends(folder: Path, device):
@@ -259,7 +300,7 @@ def loading_memory(folder: Path, device):
     sizes = [f.stat().st_size for f in anatomy.folder.glob("*.safetensors")]
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    config = build.engine_config(make_plan(make_run(folder), dist.get_world_size()))
+    config = engines.engine_config(make_plan(make_run(folder), dist.get_world_size()))
     network = build_network(anatomy, ds_config=config, dtype=torch.float32)
     part = sum(torch.Size(shape_of(p)).numel() for p in network.parameters()) * 4 / dist.get_world_size()
     return {"peak": memory("VmHWM") - before, "part": part, "file": max(sizes), "whole": sum(sizes)}
@@ -309,33 +350,28 @@ def host_reads(folder: Path, device):
 
 
 def variants(folder: Path, device):
-    """The same run in other clothes; the test says which of them must agree with which."""
-    world = dist.get_world_size()
+    """The same run in other clothes, which must agree with it."""
     bf16 = {**TEN_STEPS, "train": {"steps": 6, "precision": "bf16"}}
-    start(folder, device, name=f"bf16_{world}", **bf16)
+    start(folder, device, name="bf16_2", **bf16)
     offload = str(Path(__file__).with_name("zero3_offload.json"))
-    start(folder, device, name=f"offload_{world}", ds_config=offload, **TEN_STEPS)
-    start(folder, device, name=f"recomputed_{world}", **TEN_STEPS, student={"gradient_checkpointing": True})
-    start(
-        folder,
-        device,
-        name=f"borrowed_{world}",
-        train={"steps": 6},
-        filters={"from": str(folder / f"runs/ten_{world}")},
-    )
-    for head in ("own", "per_layer"):
-        same_width = {"student": {"path": str(folder / "narrow")}} if head == "own" else {}
-        start(
-            folder, device, name=f"{head}_{world}", filters={"steps": 2, "head": head}, train={"steps": 2}, **same_width
-        )
-    start(
-        folder, device, name=f"mlp_{world}", filters={"steps": 2, "mlp": 8}, train={"steps": 2}, loss={"kind": "cosine"}
-    )
-    start(
-        folder, device, name=f"sampled_{world}", filters={"steps": 2, "sample_tokens": 0.5, "sample_pairs": 1},
-        train={"steps": 2},
-    )  # fmt: skip
-    start(folder, device, name=f"strict_{world}", **TEN_STEPS, loss={"mode": "strict"})
+    start(folder, device, name="offload_2", ds_config=offload, **TEN_STEPS)
+    start(folder, device, name="recomputed_2", **TEN_STEPS, student={"gradient_checkpointing": True})
+    start(folder, device, name="borrowed_2", train={"steps": 6}, filters={"from": str(folder / "runs/ten_2")})
+    start(folder, device, name="strict_2", **TEN_STEPS, loss={"mode": "strict"})
+
+
+def kinds_of_filters(folder: Path, device):
+    """And a student that begins anew: the same on any number of ranks."""
+    world, two_steps = dist.get_world_size(), {"train": {"steps": 2}}
+    narrow = {"student": {"path": str(folder / "narrow")}}
+    kinds = {
+        "own": ({"head": "own"}, narrow),
+        "per_layer": ({"head": "per_layer"}, {}),
+        "mlp": ({"mlp": 8}, {"loss": {"kind": "cosine"}}),
+        "sampled": ({"sample_tokens": 0.5, "sample_pairs": 1}, {}),
+    }
+    for name, (filters, others) in kinds.items():
+        start(folder, device, name=f"{name}_{world}", filters={"steps": 2, **filters}, **two_steps, **others)
     start(folder, device, name=f"fresh_{world}", method="ce", train={"steps": 3}, student={"init": "random"})
 
 

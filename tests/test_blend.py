@@ -10,7 +10,6 @@ from tiny import make_run
 
 from ted_scale import blend, order
 from ted_scale.blend import Cursor, Domain
-from ted_scale.checkpoint_files import harmless_changes
 from ted_scale.data import IGNORED, open_stream, refuse_repetition
 from ted_scale.errors import UserError
 from ted_scale.metrics import Metrics
@@ -187,12 +186,6 @@ def test_metrics_count_what_was_read_of_each_corpus(two, tmp_path):
         "data/big/epoch": 6, "data/big/epoch_tokens": 6000 - 6 * 992, "data/big/tokens": 6000,
         "data/small/epoch": 10, "data/small/epoch_tokens": 2000 - 10 * 192, "data/small/tokens": 2000,
     }  # fmt: skip
-
-
-def test_harmless_changes_are_said():
-    theirs, ours = {"train.tokens_per_step": 256, "seed": 1}, {"train.tokens_per_step": 512, "seed": 1}
-    assert harmless_changes(theirs, ours, 7) == ["train.tokens_per_step is 512 instead of 256 from step 7 on"]
-    assert harmless_changes({}, ours, 0) == []
 
 
 def test_a_corpus_that_left_may_be_smaller_than_a_window_of_the_new_seq_len():

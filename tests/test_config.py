@@ -208,6 +208,7 @@ DS_FAULTS = {
     '{"zero_optimization": true}': "must be a JSON object with a zero_optimization section, but is not",
     '{"zero_optimization": {"stage": 2}}': "zero_optimization.stage must be 3, but is 2",
     '{"zero_optimization": {}}': "zero_optimization.stage must be 3, but is None",
+    '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}': "offload_param.device must be cpu or none",
 }
 
 

@@ -93,6 +93,18 @@ def test_a_stream_can_be_sent_to_another_process(stream):
     assert all(numpy.array_equal(sent.sample(p).tokens, stream.sample(p).tokens) for p in range(20))
 
 
+@pytest.mark.parametrize("place", [-2, 900, 1 << 40])
+def test_a_document_that_begins_outside_its_shard_holds_out_nothing(tmp_path, place):
+    """A flipped bit in a pointer was a border between text to train on and text held out."""
+    prefix = write_shard(tmp_path / "shard", counting_documents([30] * 20))
+    index, pointers = tmp_path / "shard.idx", 34 + 4 * 20  # behind the header and the lengths
+    content = bytearray(index.read_bytes())
+    content[pointers + 8 * 10 : pointers + 8 * 11] = (2 * place).to_bytes(8, "little", signed=True)
+    index.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard\.idx must hold lengths that add up and borders in order"):
+        open_stream(data_section(prefix, validation=0.5), 1, VOCAB)
+
+
 def test_a_shard_written_anew_is_read_anew(tmp_path):
     first = [
         open_stream(data_section(write_shard(tmp_path / "a", [[low] * 100])), 1, VOCAB).sample(0) for low in (5, 7)
@@ -132,7 +144,9 @@ def test_ten_thousand_shards_start_in_ten_seconds_under_a_limit_of_1024_descript
 def test_a_family_that_lost_a_whole_shard_is_refused_by_its_manifest_and_one_shard_alone_is_not(tmp_path):
     for number in (1, 2, 3):
         write_shard(tmp_path / f"web-{number:05d}", [[1, 2, 3] * 30])
-    manifest = sealed({"shards": [{"name": f"web-{number:05d}"} for number in (1, 2, 3)]})
+    totals = {"documents": 3, "tokens": 270, "empty": 0, "skipped": 0, "sources": []}
+    shards = [{"name": f"web-{number:05d}", "sidecar_sha256": ""} for number in (1, 2, 3)]
+    manifest = sealed({**totals, "shards": shards})
     (tmp_path / "web.manifest.json").write_text(json.dumps(manifest))
     assert open_stream(data_section(str(tmp_path / "web")), 1, VOCAB).sample(0)
     for ending in (".bin", ".idx"):

@@ -2,48 +2,28 @@
 wrong."""
 
 import json
-import socket
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from corpus import steps
+from launching import run_ranks
 from scenarios import beside, rows, sections_of_families
 from tiny import FAMILIES, make_corpus, make_model, make_run
 
+from ted_scale.checkpoint_files import newest_checkpoint
 from ted_scale.plan import make_plan
 
 TWO_RANKS = (
     "ten_steps", "all_methods", "residency", "resumes", "resumes_with_other_settings", "poisoned_loss", "poisoned_gradient",
-    "undisturbed_to_six", "full_disk", "layer_loss_ends", "loading_memory", "host_reads", "variants", "families",
+    "undisturbed_to_six", "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
+    "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals",
 )  # fmt: skip
 
 
-def free_port() -> int:
-    """Of this moment: two suites may run on one machine."""
-    with socket.socket() as any_free:
-        any_free.bind(("127.0.0.1", 0))
-        return any_free.getsockname()[1]
-
-
 def launch(folder: Path, ranks: int, names) -> None:
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    script = str(Path(__file__).with_name("ranks.py"))
-    command = [
-        deepspeed,
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-        script,
-        str(folder),
-        ",".join(names),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(ranks, Path(__file__).with_name("ranks.py"), folder, ",".join(names))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +39,7 @@ def world(tmp_path_factory):
         make_model(folder / family, family, num_hidden_layers=2, seed=number)
     make_corpus(folder / "corpus")
     launch(folder, 2, TWO_RANKS)
-    launch(folder, 1, ("ten_steps", "all_methods", "variants"))
+    launch(folder, 1, ("ten_steps", "all_methods", "kinds_of_filters"))
     return folder
 
 
@@ -75,8 +55,8 @@ def losses(folder: Path, name: str) -> list[float]:
 
 def plain_losses(folder: Path, **sections) -> list[float]:
     """The same run without DeepSpeed: the module, AdamW, and a loop of ten lines a stage."""
-    from ted_scale.build import build_filters, parameter_groups
     from ted_scale.data import open_stream
+    from ted_scale.engines import build_filters, parameter_groups
     from ted_scale.losses import count_valid
     from ted_scale.student import Student
     from ted_scale.teacher import Teacher, TeacherBody
@@ -188,7 +168,7 @@ def test_a_non_finite_loss_never_reaches_the_weights(world):
     for each in seen:
         assert "step 7: loss/layer of rank 1 must be finite, but is nan" in each["said"]
         assert each["weights"] == result(world, "undisturbed_to_six")
-    assert (world / "runs/poisoned_loss/checkpoints/latest").read_text() == "step_00000006"
+    assert newest_checkpoint(world / "runs/poisoned_loss").name == "step_00000006"
 
 
 def test_a_non_finite_gradient_stops_the_run_that_deepspeed_would_go_on_with(world):
@@ -198,13 +178,147 @@ def test_a_non_finite_gradient_stops_the_run_that_deepspeed_would_go_on_with(wor
         assert seen["weights"] == result(world, "undisturbed_to_six")
 
 
+def report(folder: Path, name: str, step: str) -> dict:
+    return json.loads((folder / f"runs/{name}/reports/step_{step}.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_stopped_run_tells_whose_loss_it_was(world):
+    told, said = report(world, "poisoned_loss", "00000007"), result(world, "poisoned_loss")["said"]
+    of_ranks = [row["loss/layer"] for row in told["losses"]]
+    assert of_ranks[1] == "nan" and 0 < of_ranks[0] < 2
+    assert (told["samples"], told["stage"]) == ({"first": 16, "count": 8}, "student")
+    assert told["first_nonfinite"] == {"gradient": None, "weight": None}
+    assert f"report: {world}/runs/poisoned_loss/reports/step_00000007.json" in said
+
+
+def test_a_stopped_run_tells_in_which_tensor_it_began(world):
+    told, said = report(world, "poisoned_gradient", "00000007"), result(world, "poisoned_gradient")["said"]
+    first = "network.transformer.wte.weight"
+    assert told["first_nonfinite"] == {"gradient": {"tensor": first, "rank": 0}, "weight": None}
+    assert told["grad_norm"] == "inf"
+    assert f"the first gradient that is not finite is {first} of rank 0; report: " in said
+
+
+@pytest.mark.parametrize("name", ["skips", "skips_offloaded"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_skipped_step_changes_no_weight_no_moment_and_no_count_of_steps(world, name, rank):
+    seen = result(world, "skips", rank)
+    states = seen[name]
+    assert states["2"]["sub_groups"] > 3
+    assert states["2"] == states["3"] == states["4"]
+    assert len({states[step]["bits"] for step in ("1", "2", "5", "6")}) == 4
+    assert set(states["2"]["steps"]) == {2} and set(states["6"]["steps"]) == {4}
+    assert seen[f"{name} counted"] == 2
+    assert [value > 0 for value in seen[f"{name} left"].values()] == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("name", ["skips", "skips_offloaded"])
+def test_a_skipped_step_spoils_no_number_and_is_counted(world, name):
+    text = (world / f"runs/{name}/metrics.jsonl").read_text()
+    told = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert [row["step"] for row in told if "loss/total" in row] == [1, 2, 5, 6]
+    assert [row.get("optim/skipped") for row in told if "optim/lr" in row] == [None, None, 1, 2, 2, 2]
+    said = (world / f"runs/{name}/log.txt").read_text()
+    assert "step 3: loss/kl of rank 1 must be finite, but is nan; " in said
+    assert "its update is dropped, 2 in a row, 2 in all" in said
+
+
+@pytest.mark.parametrize("name", ["skips", "skips_offloaded"])
+def test_the_report_names_the_one_tensor_whose_gradient_is_not_finite(world, name):
+    told = report(world, name, "00000004")
+    assert told["first_nonfinite"]["gradient"]["tensor"] == "network.transformer.ln_f.bias"
+    assert {role: group["gradient"]["nonfinite"] for role, group in told["groups"].items()} == {"decay": 0, "plain": 32}
+    sides = [group[side] for group in told["groups"].values() for side in ("gradient", "weight")]
+    assert all(side["norm"] >= side["max"] > 0 for side in sides)
+    assert all(isinstance(value, float) for row in told["losses"] for key, value in row.items() if key != "rank")
+
+
+@pytest.mark.parametrize("name", ["skips", "skips_offloaded"])
+def test_the_report_s_gradient_is_the_one_before_clipping(world, name):
+    told = report(world, name, "00000003")
+    norms = [group["gradient"]["norm"] for group in told["groups"].values()]
+    assert told["grad_norm"] > told["clip"] == 1.0
+    assert sum(n * n for n in norms) ** 0.5 == pytest.approx(told["grad_norm"], rel=1e-5)
+
+
+def without_clocks(folder: Path, name: str) -> list[dict]:
+    """What a run wrote but for what took how long, and for rows of nothing else."""
+    clocks = ("perf/", "memory/", "checkpoint/")
+    told = [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows(folder, name)]
+    return [row for row in told if row.keys() - {"step", "tokens"}]
+
+
+def test_a_loss_spike_sends_the_run_back_and_past_the_samples(world):
+    assert result(world, "rewinds")["straight"] == [1, 2, 3, 3, 4, 5, 6, 7, 8, 7, 8, 9, 10, 11, 12]
+    told = [row["step"] for row in rows(world, "rewinds") if "loss/total" in row]
+    assert told == list(range(1, 13))
+    said = (world / "runs/rewinds/log.txt").read_text()
+    for sentence in (
+        "back to step_00000002 and on with sample 32, rewind 1 of 3",
+        "the run goes on: this stage has no checkpoint to go back to yet",
+        "back to step_00000008_1 and on with sample 40, rewind 1 of 3",
+        "back to step_00000006_1 and on with sample 48, rewind 2 of 3",
+    ):
+        assert sentence in said
+    reports = sorted(path.name for path in (world / "runs/rewinds/reports").iterdir())
+    assert reports == [f"step_{x}.json" for x in ("00000004", "00000006", "00000009", "00000009_rewind_1")]
+
+
+def test_after_it_went_back_a_run_is_the_checkpoint_s_on_other_samples(world):
+    there, beside = losses(world, "rewinds"), losses(world, "rewinds_beside")
+    assert len(there) == len(beside) == 12
+    assert there[6:] == beside[6:]
+
+
+def test_a_run_killed_after_it_went_back_comes_to_the_same_end(world):
+    assert result(world, "rewinds")["killed"] == [7, 8, 7, 7, 8, 9, 10, 11, 12]
+    assert without_clocks(world, "rewinds_killed") == without_clocks(world, "rewinds")
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        (
+            "shard",
+            "the teacher's network.model.layers.1.mlp.up_proj.weight must hold the bits that were loaded on rank 1",
+        ),
+        ("teachers", "the teacher's network.model.norm.weight must hold the bits of rank 0 on rank 1"),
+        ("students", "the student's network.transformer.ln_f.bias must hold the bits of rank 0 on rank 1"),
+    ],
+)
+def test_a_bit_that_flips_stops_the_run_and_is_named(world, what, sentence):
+    for rank in (0, 1):
+        assert result(world, "flips", rank)[what].startswith(f"step 2: {sentence} (")
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(world):
     for rank in (0, 1):
         seen = result(world, "full_disk", rank)
         assert len(seen["said"]) == 1
         assert "rank 1 could not write step_00000010" in seen["said"][0]
-        assert seen["left"] == ["latest", "step_00000004", "step_00000006"]
+        assert seen["left"] == ["step_00000004", "step_00000006"]
     assert losses(world, "full_disk") == losses(world, "ten_2")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_that_is_tried_again_is_whole_before_it_is_called_done(world, rank):
+    assert result(world, "retried_save", rank) == {"failed": [1.0, 0.0], "fault": None}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_both_after_the_same_step_wherever_it_comes(world, rank):
+    seen = result(world, "stopped_by_signals", rank)
+    assert seen == {
+        "step": [True, 4], "save": [True, 6], "weigh": [True, 7], "validate": [True, 8], "last": [True, 10],
+        "done": [False, 10],
+    }  # fmt: skip
+
+
+def test_a_run_that_was_stopped_five_times_has_every_number_of_one_that_was_not(world):
+    result(world, "stopped_by_signals")
+    straight, stopped = (without_clocks(world, name) for name in ("unsignalled", "signalled"))
+    assert len(straight) > 10
+    assert stopped == straight
 
 
 def test_filters_stand_still_when_the_layer_loss_ends(world):
@@ -225,8 +339,8 @@ def test_loading_needs_less_memory_than_a_rank_s_part_and_one_file(world, rank):
 
 def test_a_step_reads_the_device_once_and_a_micro_step_never(world):
     per_step = result(world, "host_reads")[:-1]
-    assert per_step[1:4] == [["guard.py:before_update.tolist"]] * 3, per_step  # stage I
-    assert per_step[5:10] == [["guard.py:before_update.tolist"]] * 5, per_step  # step 5 comes after a validation
+    assert per_step[1:4] == [["guard.py:judge.tolist"]] * 3, per_step  # stage I
+    assert per_step[5:10] == [["guard.py:judge.tolist"]] * 5, per_step  # step 5 comes after a validation
 
 
 def test_recomputed_activations_change_no_loss(world):

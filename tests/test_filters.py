@@ -134,9 +134,9 @@ def test_a_filters_file_of_the_same_pairs_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"pairs": [[0, 1]]}, r"pairs must be \[\[0, 1\], \[1, 3\]\] to resume from .*, but is \[\[0, 1\]\]"),
-        ({"filters.width": 32}, r"filters.width must be 48 to resume from .*, but is 32"),
-        ({"filters.mlp": 8}, r"filters.mlp must be 0 to resume from .*, but is 8"),
+        ({"pairs": [[0, 1]]}, r"to take filters from .*, pairs must be \[\[0, 1\], \[1, 3\]\], but is \[\[0, 1\]\]; "),
+        ({"filters.width": 32}, r"to take filters from .*, filters.width must be 48, but is 32; "),
+        ({"filters.mlp": 8}, r"to take filters from .*, filters.mlp must be 0, but is 8; "),
     ],
     ids=["pairs", "width", "mlp"],
 )

@@ -103,6 +103,6 @@ def timed(operation: str) -> list[list[float]]:
     size = Namespace(**losses.SIZES["cpu"])
     case = (layers_case if operation.startswith("filtered") else logit_case)(operation, size, torch.float32, "cpu")
     arms = {name: make for name, make in ARMS[operation]("cpu").items() if name in ("naive", "ours", "ours-chunked")}
-    _, rows = losses.measure(case, arms, "cpu", 3 if operation == "linear_kl_ce" else 9)
+    _, rows = losses.measure(case, arms, "cpu", 2 if operation == "linear_kl_ce" else 9)
     assert not any(row.failed for row in rows)
     return [row.seconds for row in rows]

@@ -20,7 +20,7 @@ from tiny import make_corpus, make_model, make_run, pretrain_command, write_run
 
 from ted_scale import blend
 from ted_scale.data import batch, open_stream
-from ted_scale.errors import RunStopped, UserError
+from ted_scale.errors import Gone, UserError
 from ted_scale.loader import Ahead, Loader
 
 VOCAB = 60000
@@ -146,13 +146,23 @@ def test_a_worker_that_is_killed_is_named_and_ends_the_run(stream, at_work):
             next(drawn)
         victim = opened.hired.result()[1].process
         os.kill(victim.pid, signal.SIGKILL)
-        with pytest.raises(RunStopped) as error:
+        with pytest.raises(Gone) as error:
             for _ in range(20):
                 next(drawn)
     said = (
         f"worker 1 of rank 1 (pid {victim.pid}) must read as long as the run goes, but was ended by SIGKILL; the last"
     )
     assert str(error.value).startswith(said)
+
+
+def test_signals_that_ask_a_run_to_stop_end_no_worker_before_its_trainer(stream):
+    with closing(loader()) as opened:
+        drawn = opened.steps(stream, start=0, samples_per_step=8)
+        next(drawn)
+        for worker in opened.hired.result():
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                os.kill(worker.process.pid, number)
+        assert len([next(drawn) for _ in range(8)]) == 8
 
 
 def gone(pids, seconds: float) -> bool:
@@ -236,7 +246,7 @@ def test_two_ranks_wait_for_no_data_and_all_end_with_one_sentence_when_a_worker_
     victim = max(workers)
     os.kill(victim, signal.SIGKILL)
     said = [line for line in launcher.communicate(timeout=60)[1].splitlines() if "error" in line.lower()]
-    assert launcher.returncode == 3 and len(workers) == 4 and len(said) == 1, said
+    assert launcher.returncode == 5 and len(workers) == 4 and len(said) == 1, said
     assert f"(pid {victim}) must read as long as the run goes, but was ended by SIGKILL" in said[0]
     assert gone([process.pid for process in everyone], 10)
     waits = [row["perf/data_wait_ms"] / row["perf/step_ms"] for row in rows(tmp_path, "tiny") if "loss/ce" in row]

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from tiny import make_run
 from wandb_file import read_config, read_records, read_rows
 
 from ted_scale.checkpoint_files import Progress
-from ted_scale.metrics import Clock, Metrics, has_key, mean_rows, open_wandb, shown, trim_rows
+from ted_scale.metrics import Clock, Metrics, mean_rows, shown, trim_rows
+from ted_scale.tracking import has_key, open_wandb
 
 CPU = torch.device("cpu")
 
@@ -62,6 +64,43 @@ def test_a_term_that_was_on_for_part_of_a_row_is_averaged_where_it_was_on():
     assert mean_rows([{"a": 1.0, "b": 5.0}, {"a": 3.0}]) == {"a": 2.0, "b": 5.0}
 
 
+def test_a_step_without_numbers_spoils_no_mean_and_skipped_steps_are_counted(tmp_path):
+    run = make_run(tmp_path, log_every=2)
+    numbers = metrics(run)
+    steps = [(losses(1), 0), ({"optim/lr": 0.3}, 1), ({"optim/lr": 0.1}, 2), ({"optim/lr": 0.1}, 3)]
+    for step, (values, skipped) in enumerate(steps, 1):
+        numbers.add(Progress(step, step * 256, skipped=skipped), values, last=False)
+    numbers.close()
+    first, second = rows_of(run)
+    assert (first["loss/total"], first["optim/lr"], first["optim/skipped"]) == (1.0, 0.2, 1)
+    assert "loss/total" not in second and second["optim/skipped"] == 3
+
+
+def test_a_number_that_json_has_no_word_for_is_null(tmp_path):
+    run = make_run(tmp_path)
+    numbers = metrics(run)
+    numbers.write(1, 256, {"val/loss": math.nan, "val/ppl": math.inf, "optim/lr": 0.1})
+    numbers.close()
+    (line,) = (run.folder / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=pytest.fail)
+    assert row == {"step": 1, "tokens": 256, "val/loss": None, "val/ppl": None, "optim/lr": 0.1}
+
+
+def test_a_run_that_goes_back_forgets_the_rows_past_its_checkpoint_and_writes_them_again(tmp_path):
+    run = make_run(tmp_path, log_every=2)
+    numbers = metrics(run)
+    take_steps(numbers, 1, 5)
+    numbers.write(4, 1024, {"val/loss": 1.5})
+    numbers.go_back(Progress(4, 1024))
+    numbers.write(4, 1024, {"val/loss": 1.5})
+    take_steps(numbers, 5, 6)
+    numbers.close()
+    rows = rows_of(run)
+    assert [row["step"] for row in rows] == [2, 4, 4, 6]
+    assert rows[-1]["loss/total"] == 5.5
+    assert numbers.bar.n in (0, 6)  # it counts where there is a terminal
+
+
 def test_speed_counts_the_tokens_and_the_time_since_the_last_row(tmp_path):
     run = make_run(tmp_path, log_every=2)
     numbers = metrics(run)
@@ -110,6 +149,48 @@ def test_what_was_waited_for_before_a_stage_does_not_count_in_it(tmp_path):
     take_steps(numbers, 1, 1)
     numbers.close()
     assert "perf/data_wait_ms" not in rows_of(run)[0]
+
+
+def test_a_full_disk_costs_rows_said_once_and_neither_a_step_nor_the_end(tmp_path, caplog):
+    caplog.set_level("INFO", logger="ted_scale")
+    run = make_run(tmp_path)
+    numbers = metrics(run)
+    take_steps(numbers, 1, 1)
+    numbers.file = Path("/dev/full").open("a")  # noqa: SIM115
+    take_steps(numbers, 2, 4)
+    numbers.close()
+    assert [row["step"] for row in rows_of(run)] == [1]
+    numbers = metrics(run, step=4)
+    take_steps(numbers, 5, 5)
+    assert [row["step"] for row in rows_of(run)] == [1, 5]
+    said = [record.message for record in caplog.records if "rows are lost" in record.message]
+    assert said == [f"{numbers.path} must be writable, but is not (No space left on device): rows are lost until it is"]
+
+
+def test_an_alert_tells_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "planted-in-an-alert")
+    told = []
+
+    class Run:
+        def alert(self, title, text, level):
+            told.append(text)
+
+    metrics(make_run(tmp_path), wandb_run=Run()).alert("a spike", "denied for planted-in-an-alert")
+    assert told == ["denied for ***"]
+
+
+def test_an_alert_reaches_the_log_also_when_wandb_is_gone(tmp_path, caplog):
+    class Gone:
+        def alert(self, *arguments, **named):
+            raise BrokenPipeError("its process has ended")
+
+    caplog.set_level("INFO", logger="ted_scale")
+    numbers = metrics(make_run(tmp_path), wandb_run=Gone())
+    numbers.alert("a spike", "a loss spiked")
+    numbers.alert("a spike", "another loss spiked")
+    said = [record.message for record in caplog.records]
+    assert said[0] == "a loss spiked" and said[2:] == ["another loss spiked"]
+    assert said[1].startswith("W&B is lost until the next start (BrokenPipeError: its process has ended)")
 
 
 def test_other_ranks_write_nothing(tmp_path):
@@ -164,6 +245,7 @@ def offline(tmp_path_factory):
             numbers = metrics(run, step=first - 1, wandb_run=wandb_run)
             take_steps(numbers, first, last)
             numbers.write(last, last * 256, {"val/loss": 1.5})
+            numbers.alert("loss spike", f"step {last}: loss/total is 9")
             numbers.close()
             time.sleep(1.1)  # W&B names its folders by the second
     files = sorted((run.folder / "wandb").glob("offline-run-*/*.wandb"))
@@ -188,12 +270,27 @@ def test_wandb_is_told_what_the_run_file_says(offline):
     assert config["filters"]["from"] is None and config["method"] == "ted"
 
 
+def test_the_end_of_a_run_waits_for_wandb_only_so_long(offline):
+    """Its own record of the settings in use."""
+    for records in offline[2]:
+        features = [r.telemetry.feature for r in records if r.WhichOneof("record_type") == "telemetry"]
+        assert any(f.finish_timeout for f in features) and any(f.finish_timeout_raises for f in features)
+
+
 def test_wandb_gets_the_rows_of_the_file(offline):
     run, _, lives = offline
     told = [{k: v for k, v in row.items() if not k.startswith("_")} for records in lives for row in read_rows(records)]
     assert told == rows_of(run)
     assert [row["step"] for row in told] == [2, 4, 6, 6, 8, 10, 10]
     assert {"val/loss": 1.5, "step": 6, "tokens": 1536} in told
+
+
+def test_whoever_watches_is_told_of_a_spike(offline):
+    _, _, lives = offline
+    alerts = [[r.alert for r in records if r.WhichOneof("record_type") == "alert"] for records in lives]
+    assert [[(a.title, a.text, a.level) for a in life] for life in alerts] == [
+        [("loss spike", f"step {step}: loss/total is 9", "WARN")] for step in (6, 10)
+    ]
 
 
 def test_wandb_draws_everything_over_steps_and_can_over_tokens(offline):
@@ -231,3 +328,24 @@ def test_the_console_shows_totals_and_the_weights_of_an_adaptive_blend():
         "blend/code/ppl",
     )
     assert [key for key in keys if shown(key)] == ["loss/ce", "val/loss", "blend/code/weight"]
+
+
+class Lost:
+    """What a W&B run is when its process has been ended."""
+
+    def log(self, row):
+        raise ConnectionResetError("Connection lost")
+
+    finish = log
+
+
+def test_a_run_whose_wandb_process_is_ended_keeps_its_numbers_and_says_so_once(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("ted_scale.metrics.say", said.append)
+    run = make_run(tmp_path, log_every=1)
+    numbers = metrics(run, wandb_run=Lost())
+    take_steps(numbers, 1, 4)
+    numbers.close()
+    assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4]
+    lost = "W&B is lost until the next start (ConnectionResetError: Connection lost); metrics.jsonl has every number"
+    assert said.count(lost) == 1

@@ -12,7 +12,8 @@ from plain import make_shard, make_world
 from tiny import make_model, make_run, pretrain, write_run
 from transformers import FalconH1Config, Lfm2Config, PreTrainedTokenizerFast, StableLmConfig
 
-from ted_scale.build import build_filters, check_engine_config, train_run
+from ted_scale.build import train_run
+from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.errors import UserError
 from ted_scale.plan import filter_parameters, make_plan
 from ted_scale.run_file import load_run
@@ -304,7 +305,7 @@ def test_a_broken_tokenizer_is_refused(world):
     for side in ("teacher", "student"):
         give_tokenizer(world / side, WORDS)
     (world / "student" / "tokenizer.json").write_text("{")
-    assert refusal(world).startswith("ROOT/student must hold a readable tokenizer, but does not: ")
+    assert refusal(world).startswith("ROOT/student must hold a readable tokenizer, but does not load (")
 
 
 def sign(prefix: Path, value: str) -> None:
@@ -370,3 +371,14 @@ def test_a_mistake_in_the_zero_section_is_a_sentence_and_not_deepspeed_s_traceba
         UserError, match=r"ds.json: zero_optimization.overlap_com must be what DeepSpeed knows, but is True"
     ):
         check_engine_config(plan)
+
+
+@pytest.mark.parametrize(
+    "section", [{"communication_data_type": "fp99"}, {"comms_logger": {"enabled": "x"}}, {"flops_profiler": 5}]
+)
+def test_a_mistake_in_another_section_of_a_ds_config_is_a_sentence_too(world, section):
+    (world / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, **section}))
+    plan = make_plan(make_run(world, ds_config=str(world / "ds.json")), 1)
+    with pytest.raises(UserError, match=r"ds.json must be what DeepSpeed takes, but is not: .*; correct it") as caught:
+        check_engine_config(plan)
+    assert "\n" not in str(caught.value)

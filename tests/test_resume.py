@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from plain import make_world
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tiny import make_model, make_run
 
-from ted_scale import checkpoint
 from ted_scale import checkpoint_files as files
+from ted_scale import resume, sealed
 from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import UserError
+from ted_scale.feed import open_feed
 from ted_scale.plan import make_plan
+from ted_scale.schedule import stages_of
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +45,18 @@ def refusal(root: Path, ranks: int = 1, **sections) -> str:
     return said.replace(str(root), "ROOT")
 
 
+def blend_of(run) -> dict:
+    """Where the data of a run stand in its checkpoints."""
+    return open_feed(run, stages_of(run)[0], Progress(), 128)[1].blend
+
+
 def leave_checkpoint(run, identity: dict, step: int = 4) -> Path:
     part = files.checkpoints_of(run.folder) / (files.checkpoint_name(step) + files.PART)
     part.mkdir(parents=True)
-    files.write_progress(part, Progress(step, step * 256, wandb_id="wandb-id", identity=identity))
-    return files.publish(part)
+    at = Progress(step, step * 256, blend=blend_of(run), wandb_id="wandb-id", identity=identity)
+    entry = sealed.write_file(part / files.PROGRESS, [files.progress_as_bytes(at)])
+    sealed.seal(part, {files.PROGRESS: entry}, {"step": step, "forks": []})
+    return sealed.publish(part)
 
 
 def test_the_run_s_own_checkpoint_is_accepted(world):
@@ -65,13 +73,22 @@ def test_what_may_change_over_a_resume_is_accepted(world):
     assert make_plan(make_run(world, train={"steps": 9, "lr": 1e-4}, log_every=5, checkpoint={"every": 7}), 1)
 
 
-CHANGES = {
-    "seed": ({"seed": 1}, "seed must be 0"),
-    "method": ({"method": "kd"}, "method must be 'ted'"),
-    "precision": ({"train": {"precision": "bf16"}}, "train.precision must be 'fp32'"),
-    "pairs": ({"pairs": {"explicit": [[0, 1], [1, 2]]}}, "pairs must be [[0, 1], [1, 3]]"),
-    "mlp": ({"filters": {"mlp": 4}}, "filters.mlp must be 0"),
-    "filter steps": ({"filters": {"steps": 5}}, "filters.steps must be 4"),
+CHANGES = {  # what differs: what is said of it; can it be allowed?
+    "seed": ({"seed": 1}, "seed must be 0, but is 1", True),
+    "method": ({"method": "kd"}, "method must be 'ted', but is 'kd'", False),
+    "precision": ({"train": {"precision": "bf16"}}, "train.precision must be 'fp32', but is 'bf16'", True),
+    "betas": ({"train": {"betas": [0.5, 0.6]}}, "train.betas must be [0.9, 0.95], but is [0.5, 0.6]", True),
+    "eps": ({"train": {"eps": 1e-6}}, "train.eps must be 1e-08, but is 1e-06", True),
+    "decay": ({"train": {"weight_decay": 0.0}}, "train.weight_decay must be 0.1, but is 0.0", True),
+    "loss weight": ({"loss": {"layer": {"start": 1.0, "off_after": 0.5}}},
+                    "loss.layer must be 1.0, but is {'start': 1.0, 'end': None, 'shape': 'constant', 'off_after': 0.5}", True),
+    "loss kind": ({"loss": {"kind": "mse"}}, "loss.kind must be 'nmse', but is 'mse'", True),
+    "other pairs": ({"pairs": {"explicit": [[0, 1], [1, 2]]}}, "pairs must be [[0, 1], [1, 3]], but is [[0, 1], [1, 2]]", True),
+    "fewer pairs": ({"pairs": {"skip_last": 1}}, "pairs must be [[0, 1], [1, 3]], but is [[0, 1]]", False),
+    "mlp": ({"filters": {"mlp": 4}}, "filters.mlp must be 0, but is 4", False),
+    "head": ({"filters": {"head": "per_layer"}}, "filters.head must be 'shared', but is 'per_layer'", False),
+    "longer stage I": ({"filters": {"steps": 5}}, "filters.steps must be 4, but is 5", True),
+    "shorter stage I": ({"filters": {"steps": 2}}, "filters.steps must be 4, but is 2", False),
 }  # fmt: skip
 
 
@@ -81,50 +98,122 @@ def test_a_checkpoint_goes_on_with_another_seq_len_or_step_size(world, sections)
     assert make_plan(make_run(world, **sections), 1)
 
 
-@pytest.mark.parametrize(("sections", "said"), CHANGES.values(), ids=CHANGES)
-def test_a_checkpoint_of_another_run_is_refused(world, sections, said):
-    run = make_run(world)
-    leave_checkpoint(run, make_plan(run, 1).identity())
-    assert refusal(world, **sections).startswith(
-        f"{said} to resume from ROOT/runs/tiny/checkpoints/step_00000004, but is "
+@pytest.mark.parametrize(("sections", "said", "allowed"), CHANGES.values(), ids=CHANGES)
+def test_what_decides_the_result_must_stay_or_be_allowed_by_its_name(world, sections, said, allowed):
+    run, key = make_run(world), said.partition(" ")[0]
+    leave_checkpoint(run, make_plan(run, 1).identity(), step=3 if key == "filters.head" else 4)
+    refused = refusal(world, **sections)
+    step = "3" if key == "filters.head" else "4"
+    assert refused.startswith(
+        f"to resume from ROOT/runs/tiny/checkpoints/step_0000000{step}, {said}; set back what changed"
     )
+    assert (f'resume.allow = ["{key}"]' in refused) == allowed
+    assert ("cannot be allowed" in refused) == (not allowed)
+    sections = {**sections, "resume": {"allow": [key]}}
+    if allowed:
+        assert make_plan(make_run(world, **sections), 1)
+    else:
+        assert f"{key} cannot be allowed, for the tensors of the checkpoint would not fit" in refusal(world, **sections)
 
 
-def test_a_checkpoint_of_other_shapes_or_ranks_is_refused(world):
+def test_every_difference_is_in_the_one_sentence_and_those_allowed_are_not(world):
+    leave_checkpoint(make_run(world), make_plan(make_run(world), 1).identity())
+    other = {"seed": 1, "train": {"eps": 1e-6, "steps": 9}, "filters": {"mlp": 4}}
+    assert refusal(world, **other) == (
+        "to resume from ROOT/runs/tiny/checkpoints/step_00000004, seed must be 0, but is 1, and train.eps must be 1e-08, but is "
+        "1e-06, and filters.mlp must be 0, but is 4; set back what changed, or give the run another name, or accept it by "
+        'resume.allow = ["seed", "train.eps"]; filters.mlp cannot be allowed, for the tensors of the checkpoint would not fit'
+    )
+    other["filters"] = {}
+    said = refusal(world, **other, resume={"allow": ["seed"]})
+    assert "seed must" not in said and said.endswith('resume.allow = ["seed", "train.eps"]')
+    assert make_plan(make_run(world, **other, resume={"allow": ["train.eps", "seed"]}), 1)
+
+
+def test_a_checkpoint_of_other_shapes_is_refused_and_one_of_other_ranks_is_not(world):
     run = make_run(world)
     leave_checkpoint(run, make_plan(run, 1).identity())
-    assert refusal(world, ranks=2).startswith("ranks must be 1 to resume")
+    assert make_plan(run, 2)
     make_model(world / "student", "gpt2", num_hidden_layers=2, hidden_size=64)
-    assert refusal(world).startswith("student.width must be 32 to resume")
+    said = refusal(world)
+    assert "student.width must be 32, but is 64, and student.parameters must be " in said
+    assert "student.width and student.parameters cannot be allowed" in said and "resume.allow" not in said
 
 
-def test_a_broken_checkpoint_is_refused_by_name(world):
+def test_every_key_of_an_identity_can_be_named(world):
+    for sections in ({}, {"method": "kd"}, {"method": "ce"}, {"method": "lwd"}):
+        assert make_plan(make_run(world, **sections), 1).identity().keys() <= set(resume.DECISIVE)
+
+
+def test_a_checkpoint_of_an_earlier_version_knows_fewer_keys_and_resumes(world):
+    run = make_run(world)
+    checkpoint = leave_checkpoint(run, {"method": "ted", "seed": 0, "data.seq_len": 16})
+    values = json.loads((checkpoint / files.PROGRESS).read_text())
+    del values["run"]
+    entry = sealed.write_file(checkpoint / files.PROGRESS, [json.dumps(values).encode()])
+    sealed.seal(checkpoint, {files.PROGRESS: entry}, {"step": 4, "forks": []})
+    assert make_plan(run, 1)
+    assert "seed must be 0, but is 1" in refusal(world, seed=1)
+
+
+def test_what_changed_is_said_key_by_key(world):
+    before = make_run(world, wandb={"project": "p"}, data={"corpora": [{"path": "a"}, {"path": "b", "weight": 2.0}]})
+    after = make_run(
+        world, log_every=5, seed=1, train={"steps": 9}, loss={"kl": {"start": 1.0, "end": 0.0, "shape": "linear"}},
+        data={"corpora": [{"path": "x/b", "weight": 3.0}]},
+    )  # fmt: skip
+    written, ours = (json.loads(json.dumps(resume.as_written(run))) for run in (before, after))
+    assert resume.changes({"seed": 0}, {"seed": 1}, written, ours, 7) == [
+        f"{change} from step 7 on"
+        for change in (
+            "seed is 1 instead of 0",
+            "data.corpora.a.path is None instead of 'a'",
+            "data.corpora.a.name is None instead of 'a'",
+            "data.corpora.a.weight is None instead of 1.0",
+            "data.corpora.a.repeat is None instead of True",
+            "data.corpora.a.validation is None instead of 0.0",
+            "data.corpora.b.path is 'x/b' instead of 'b'",
+            "data.corpora.b.weight is 3.0 instead of 2.0",
+            "loss.kl is None instead of 1.0",
+            "train.steps is 9 instead of 6",
+            "log_every is 5 instead of 1",
+            "wandb.project is None instead of 'p'",
+            "wandb.mode is None instead of 'auto'",
+            "wandb.tags is None instead of []",
+            "loss.kl.start is 1.0 instead of None",
+            "loss.kl.end is 0.0 instead of None",
+            "loss.kl.shape is 'linear' instead of None",
+        )
+    ]
+    assert resume.changes({"seed": 0}, {"seed": 0}, ours, ours, 7) == []
+    assert resume.changes({"seed": 0}, {"seed": 1}, None, ours, 7) == ["seed is 1 instead of 0 from step 7 on"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(world):
     run = make_run(world)
     checkpoint = leave_checkpoint(run, make_plan(run, 1).identity())
     (checkpoint / "progress.json").write_text("{")
-    assert "step_00000004/progress.json must be a progress file, but is not" in refusal(world)
-    (checkpoint / "progress.json").unlink()
-    assert refusal(world).startswith("ROOT/runs/tiny/checkpoints/latest must name a checkpoint, but ROOT/runs/tiny")
+    assert refusal(world).startswith(
+        "ROOT/runs/tiny/checkpoints must hold a whole checkpoint, but none of 1 is (step_00000004: progress.json has 1 bytes"
+    )
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(world):
+    run = make_run(world)
+    identity = make_plan(run, 1).identity()
+    first, second = leave_checkpoint(run, identity, 4), leave_checkpoint(run, identity, 5)
+    assert files.newest_checkpoint(run.folder) == second
+    (second / "manifest.json").unlink()
+    assert files.newest_checkpoint(run.folder) == first
+    assert make_plan(run, 1)
 
 
 def test_a_checkpoint_that_was_not_published_does_not_count(world):
     run = make_run(world)
-    part = files.checkpoints_of(run.folder) / (files.checkpoint_name(4) + files.PART)
-    part.mkdir(parents=True)
-    files.write_progress(part, Progress(4, 1024, identity={"seed": 99}))
+    checkpoint = leave_checkpoint(run, {"seed": 99})
+    checkpoint.rename(checkpoint.with_name(checkpoint.name + sealed.PART))
     assert files.newest_checkpoint(run.folder) is None
     assert make_plan(run, 1)
-
-
-def test_filters_that_find_no_room_are_a_failure_that_the_ranks_agree_on(tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise SafetensorError("No space left on device (os error 28)")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    failures = []
-    checkpoint.recorded(failures, checkpoint.write_filters, tmp_path / "filters.safetensors", {}, {})
-    assert [str(f) for f in failures] == ["No space left on device (os error 28)"]
-    assert isinstance(failures[0], OSError)
 
 
 def test_filters_of_another_shape_are_refused(world):
@@ -134,4 +223,7 @@ def test_filters_of_another_shape_are_refused(world):
         {"x": torch.ones(1)}, world / "other" / "filters.safetensors", metadata={"identity": json.dumps(identity)}
     )
     said = refusal(world, filters={"from": str(world / "other")})
-    assert said.startswith("filters.width must be 32 to resume from ROOT/other/filters.safetensors, but is 48")
+    assert said == (
+        "to take filters from ROOT/other/filters.safetensors, filters.width must be 32, but is 48; set back what differs, or "
+        "leave filters.from out"
+    )

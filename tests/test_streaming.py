@@ -17,7 +17,7 @@ from ted_scale.chunks import chunks_of
 from ted_scale.config import Streaming
 from ted_scale.corpora import read_corpus
 from ted_scale.data import open_held_out, open_stream, validation_batches
-from ted_scale.errors import UserError
+from ted_scale.errors import Gone, UserError
 from ted_scale.staging import as_text, sealed
 from tools import inspect_corpus
 from tools.bench.object_server import serving
@@ -348,7 +348,7 @@ def test_a_mistake_is_one_sentence_that_names_the_corpus(tmp_path, monkeypatch, 
     mistake, path, sentence = MISTAKES[case]
     if mistake:
         mistake(monkeypatch)
-    with pytest.raises(UserError, match=sentence) as error:
+    with pytest.raises(Gone if case == "unreachable" else UserError, match=sentence) as error:
         open_stream(section(path, tmp_path, patience_s=1.0), 1, VOCAB)
     assert path in str(error.value) and "\n" not in str(error.value)
 
@@ -357,7 +357,7 @@ def test_a_shard_that_cannot_be_read_for_long_ends_the_run_with_its_name(endpoin
     stream = open_stream(section(S3, tmp_path, patience_s=1.0), 1, VOCAB)
     endpoint.faults(fail=1.0)
     data = steps(stream, start=0, samples_per_step=8, micro_batch=8)
-    with pytest.raises(UserError, match=rf"corpus shard {S3}-0000\d of data.corpora\[0\] .* but was not for 1 s"):
+    with pytest.raises(Gone, match=rf"corpus shard {S3}-0000\d of data.corpora\[0\] .* but was not for 1 s"):
         next(data)
 
 

@@ -186,6 +186,35 @@ def refused(folder, out, *rest):
     return str(error.value)
 
 
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_is_full_is_a_sentence_of_both_tools(tmp_path, folder, texts, monkeypatch):
+    source = write_jsonl(tmp_path / "texts.jsonl", texts[:20])
+    monkeypatch.setattr("ted_scale.shard_writer.Writer._append", full)
+    said = refused(folder, tmp_path / "c", source)
+    assert said.startswith(
+        f"{tmp_path}/c must be a file or folder that this user can use, on a disk with room, but is not: No sp"
+    )
+    monkeypatch.setattr(train_tokenizer, "write_folder", full)
+    with pytest.raises(UserError, match=r"/tok must be a file or folder .*: No space left on device; put that right"):
+        train_tokenizer.main(["--vocab-size", "400", "--out", str(tmp_path / "tok"), str(source)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl"]
+
+
+def test_an_input_that_cannot_be_opened_is_a_sentence(tmp_path, folder, texts, monkeypatch):
+    source = write_jsonl(tmp_path / "texts.jsonl", texts[:20])
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied", str(source))
+
+    monkeypatch.setattr("ted_scale.documents._open", denied)
+    assert refused(folder, tmp_path / "c", source).startswith(
+        f"{source} must be a file or folder that this user can use"
+    )
+
+
 @pytest.mark.parametrize("line", ['{"text": "cut', '{"body": "x"}', '{"text": 3}', '["x"]'])
 def test_a_corrupt_line_is_named_and_leaves_nothing(tmp_path, folder, line):
     source = tmp_path / "bad.jsonl"

@@ -78,7 +78,7 @@ def run_values(root: Path, **sections) -> dict:
         "data": {"seq_len": 32, "corpora": [{"path": str(root / "corpus"), "validation": 0.1}]},
         "filters": {"steps": 4},
         "train": {"steps": 6, "tokens_per_step": 256, "micro_batch": 1, "lr": 1e-3, "precision": "fp32"},
-        "validation": {"tokens": 1024},
+        "validation": {"tokens": 256},
         "checkpoint": {"every": 100},
     }
     for name, value in sections.items():

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own f
 from ted_scale import checkpoint_files as files
 from ted_scale.errors import RunStopped, UserError, run_main
 from ted_scale.run_file import load_run
+from ted_scale.sealed import write_durably
 from tools import demo_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,7 +160,7 @@ def write_sample() -> None:
         written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=True,
                                  temperature=0.7, top_k=40)  # fmt: skip
         texts.append(tokenizer.decode(written[0], skip_special_tokens=True))
-    files.write_durably(SAMPLE, "\n----\n".join(texts) + "\n")
+    write_durably(SAMPLE, "\n----\n".join(texts) + "\n")
     print(SAMPLE.read_text(encoding="utf-8"))
 
 
@@ -194,7 +195,7 @@ def main() -> None:
                 remove(path)
             run()
     table = demo_table.render(TEACHER, TED, STUDENT_HF, SAMPLE, TABLE)
-    files.write_durably(TABLE, table)
+    write_durably(TABLE, table)
     print(f"\n{table}")
 
 

@@ -1,25 +1,23 @@
 """A run's student as a Hugging Face folder: python tools/export_hf.py RUN_OR_CHECKPOINT [OUT]
 
-Reads DeepSpeed's shards through DeepSpeed's own converter, memory-mapped, and writes shard by shard: no GPU, no process
+Reads the ranks' files memory-mapped, once their digests are as written, and writes shard by shard: no GPU, no process
 group, one output shard in memory. The surprise: a bf16 run is exported in bf16, whatever the student was saved in,
 because that is the network its forward ran; --dtype fp32 gives the master weights.
 """
 
 import argparse
-import contextlib
-import io
 import json
-import pickle
+import sys
 from functools import partial
 from pathlib import Path
 
 from ted_scale import checkpoint_files as files
+from ted_scale import sealed
 from ted_scale.config import Run
 from ted_scale.errors import UserError, run_main
 from ted_scale.run_file import load_run
 
 NETWORK = "network."  # the student's name inside the trained module; filters and the loss's head stand beside it
-SHARD_FILES = ("zero_pp_rank_{}_mp_rank_00_model_states.pt", "*zero_pp_rank_{}_mp_rank_00_optim_states.pt")
 
 
 def find_checkpoint(source: Path) -> tuple[Path, Path]:
@@ -28,6 +26,9 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
     checkpoint, folder = source, source.parent.parent
     if (source / "run.toml").is_file():
         checkpoint, folder = files.newest_checkpoint(source), source
+        for standing in files.published(source):
+            if checkpoint and files.key_of(standing.path.name) > files.key_of(checkpoint.name):
+                print(files.skipped(standing.path, standing.fault), file=sys.stderr)
         if checkpoint is None:
             raise UserError(f"RUN must have a checkpoint, but {source} has none yet; train it, then export it")
     if not (checkpoint / "progress.json").is_file():
@@ -50,28 +51,15 @@ def check_trained(run: Run, checkpoint: Path) -> None:
         )
 
 
-def check_shards(checkpoint: Path) -> None:
-    """Both of its files are there for every rank that left one; how many ranks there were, only the files know."""
-    ranks = {int(path.name.split("zero_pp_rank_")[1].split("_")[0]) for path in checkpoint.glob("*zero_pp_rank_*.pt")}
-    for rank in range(max(ranks, default=0) + 1):
-        for pattern in SHARD_FILES:
-            name = pattern.format(rank)
-            if not any(checkpoint.glob(name)):
-                raise UserError(f"{checkpoint} must hold every rank's shards, but {name} is missing; copy it again")
+def open_state(checkpoint: Path):
+    """The trained module's tensors, each put together from the ranks' mapped files when asked for."""
+    from ted_scale.state_files import State
 
-
-def read_masters(checkpoint: Path) -> dict:
-    """Name → fp32 tensor of the trained module, each put together from the ranks' mapped files when asked for."""
-    check_shards(checkpoint)
-    try:
-        # Its import speaks of accelerators, its reader of progress: this tool's own lines are enough.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-            return get_fp32_state_dict_from_zero_checkpoint(checkpoint.parent, checkpoint.name, lazy_mode=True)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
-        raise UserError(f"{checkpoint} must be a whole checkpoint, but is not: {reason}; copy it again") from None
+    if fault := files.check_digests(checkpoint):
+        raise UserError(
+            f"{checkpoint} must be a whole checkpoint, but is not: {fault}; copy it again, or name an earlier one"
+        )
+    return State(checkpoint, sealed.read_manifest(checkpoint))
 
 
 def recipes(checkpoint: Path, student: Path, dtype) -> list:
@@ -83,22 +71,22 @@ def recipes(checkpoint: Path, student: Path, dtype) -> list:
 
     with torch.device("meta"):
         model = empty_model(read_config("student.path", student))
-    masters, found = read_masters(checkpoint), []
+    state, found = open_state(checkpoint), []
     for name, target in saved_tensors(model).items():
-        master, shape = masters.get(NETWORK + name), tuple(target.shape)
-        if master is None or tuple(master.shape) != shape:
-            has = "does not have it" if master is None else f"has {tuple(master.shape)}"
+        theirs, shape = state.shapes.get(NETWORK + name), tuple(target.shape)
+        if theirs is None or tuple(theirs) != shape:
+            has = "does not have it" if theirs is None else f"has {tuple(theirs)}"
             raise UserError(
                 f"{checkpoint} must hold {name} of shape {shape}, as {student} says, but {has}; name the "
                 "folder the run started from with --student"
             )
         kept = dtype if target.is_floating_point() else target.dtype
-        found.append(Recipe(name, shape, kept, partial(whole, master, kept)))
+        found.append(Recipe(name, shape, kept, partial(whole, state, NETWORK + name, kept)))
     return found
 
 
-def whole(master, dtype):
-    return master.contiguous().to(dtype)
+def whole(state, name: str, dtype):
+    return state.whole(name).contiguous().to(dtype)
 
 
 def write_config(student: Path, target: Path, dtype) -> None:

@@ -58,7 +58,8 @@ def summary(path: str, indices: list[ShardIndex], manifests: dict[str, dict]) ->
         f"{path}: {len(indices):,} shard(s), {sum(i.documents for i in indices):,} documents, {tokens:,} tokens, "
         f"{size:,} bytes of {'/'.join(sorted({i.dtype.name for i in indices}))}"
     ]
-    signed = [i.sidecar for i in indices if "tokenizer_digest" in (i.sidecar or {})]
+    named = {"tokenizer", "tokenizer_digest", "vocab_size", "eod_id"}
+    signed = [i.sidecar for i in indices if named <= (i.sidecar or {}).keys()]
     if signed:
         first = signed[0]
         lines.append(
@@ -95,6 +96,11 @@ def choose_tokenizer(arguments, indices: list[ShardIndex]) -> Tokenizer | None:
                 "--documents 0"
             )
         return None
+    if path != arguments.tokenizer and not Path(path).exists():  # nor does a corpus decide what is fetched from a hub
+        raise UserError(
+            f"corpus {arguments.path} must name a tokenizer that is here to be shown in words, but names {path}; pass "
+            "--tokenizer, or --documents 0"
+        )
     tokenizer = load_tokenizer(path)
     if written and digest(tokenizer) != written[1]:
         raise UserError(
@@ -110,6 +116,8 @@ def show_documents(indices: list[ShardIndex], tokenizer: Tokenizer, number: int,
         index = indices[shard]
         begin, end = document_borders(index)[document - starts[shard] :][:2].tolist()
         ids = tokens_of(index, begin, end).tolist()
+        if strange := [i for i in ids[: 4 * SHOWN] if not 0 <= i < len(tokenizer.pieces)]:
+            raise out_of_vocabulary(index.prefix, strange[0], len(tokenizer.pieces))
         print(f"\ndocument {document - starts[shard]:,} of {index.prefix}, {end - begin:,} tokens")
         words = tokenizer.decode([i for i in ids[: 4 * SHOWN] if i != tokenizer.eod])
         for line in (words[:SHOWN] + " …" * (len(words) > SHOWN)).splitlines():

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ted_scale.errors import UserError, run_main
 from ted_scale.models import inspect
 from ted_scale.safetensors_out import TOKENIZER_FILES, copy_files, new_folder, write_json
-from ted_scale.tokenizer import load_tokenizer
+from ted_scale.tokenizer import hugging_face, load_tokenizer
 
 OWNED = {"vocab_size": "--tokenizer and --pad-vocab-to", "model_type": "--family", "architectures": "--family"}
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -78,7 +78,7 @@ def make_config(family: str, tokenizer: Path, multiple: int, pairs: list[str]):
 
 
 def special_ids(tokenizer: Path) -> dict:
-    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    loaded, _ = hugging_face(tokenizer, f"--tokenizer {tokenizer} must be a Hugging Face tokenizer")
     return {name: getattr(loaded, name) for name in SPECIAL}
 
 

@@ -20,7 +20,7 @@ import numpy
 
 from ted_scale import staging
 from ted_scale.documents import find_files, read_documents, stop
-from ted_scale.errors import UserError, run_main
+from ted_scale.errors import UserError, files_at, run_main
 from ted_scale.shard_writer import Encoded, Mark, Writer, dtype_of
 from ted_scale.shards import unfinished
 from ted_scale.tokenizer import Tokenizer, digest, load_tokenizer
@@ -192,8 +192,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, began = parse(argv), time.perf_counter()
+def make(args) -> tuple[dict, int]:
+    """(manifest of what stands at --out now, bytes of the inputs)."""
     files = find_files(args.inputs)
     size = sum(path.stat().st_size for path in files)
     args.workers = args.workers or min(len(os.sched_getaffinity(0)), 1 + (size >> 21))
@@ -205,6 +205,13 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         staging.leave(args.out)
         lock.close()
+    return manifest, size
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, began = parse(argv), time.perf_counter()
+    with files_at(args.out):
+        manifest, size = make(args)
     print(
         f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens from {size:,} bytes -> {args.out}, "
         f"{len(manifest['shards'])} shard(s), in {time.perf_counter() - began:.1f} s; "

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ted_scale.documents import find_files, read_documents
-from ted_scale.errors import UserError, run_main
+from ted_scale.errors import UserError, files_at, run_main
 from ted_scale.tokenizer import load_tokenizer
 
 SPACE = "\u2581"  # how both write a space inside a piece
@@ -148,6 +148,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    with files_at(args.out):
+        make(args)
+    print(
+        f"{args.vocab_size} pieces -> {args.out} (tokenizer.model for sentencepiece, tokenizer.json for Hugging Face)"
+    )
+
+
+def make(args) -> None:
     files, limit = find_files(args.inputs), int(args.sample_mb * 1e6)
     if args.out.exists() and not args.overwrite:
         raise UserError(f"--out {args.out} must be a new folder, but exists; choose another or pass --overwrite")
@@ -168,9 +176,6 @@ def main(argv: list[str] | None = None) -> None:
         temporary.rename(args.out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(
-        f"{args.vocab_size} pieces -> {args.out} (tokenizer.model for sentencepiece, tokenizer.json for Hugging Face)"
-    )
 
 
 if __name__ == "__main__":

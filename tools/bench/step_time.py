@@ -38,7 +38,10 @@ def measure(run, steps: int) -> dict[str, list[float]]:
     device = build.start_ranks()
     plans = {m: make_plan(variant(run, m), 1) for m in METHODS}
     teacher = build.build_teacher(plans["ted"])
-    sides = {m: (plan.stages[-1], build.build_student(plan, plan.stages[-1], teacher)) for m, plan in plans.items()}
+    sides = {
+        m: (plan.stages[-1], build.build_student(plan, plan.stages[-1], teacher, plan.filters_file))
+        for m, plan in plans.items()
+    }
     times = {m: [] for m in METHODS}
     batches = data(plans["ted"], device)
     for number, micro_batches in zip(range(steps + 1), batches, strict=False):

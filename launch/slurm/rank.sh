@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# One rank, as srun starts it: Slurm's numbers under the names that torch and DeepSpeed read. It becomes the rank by exec, so
+# that Slurm's signals reach the trainer and its exit code reaches srun.
+set -euo pipefail
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+export LOCAL_SIZE=${SLURM_NTASKS_PER_NODE:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+: "${MASTER_ADDR:?must be set by pretrain.sbatch}" "${MASTER_PORT:?must be set by pretrain.sbatch}"
+exec "${PYTHON:-python}" -u launch/pretrain.py "$@"

@@ -1,0 +1,89 @@
+"""A run's checkpoints under s3://: copied as they are published, fetched where the run's folder has none as new.
+
+Requests, credentials and their sentences are object_store.py's. The surprise: a copy's manifest is its last object, so
+that one without is not there, and a fetched one is held against it like any other.
+"""
+
+import contextlib
+from pathlib import Path
+
+from ted_scale import checkpoint_files as files
+from ted_scale import object_store, sealed
+from ted_scale.errors import files_at
+from ted_scale.sealed import MANIFEST, Damaged
+
+PATIENCE_S = 600
+
+
+def place_of(run) -> str:
+    return f"{run.checkpoint.copy_to.rstrip('/')}/{run.name}/checkpoints" if run.checkpoint.copy_to else ""
+
+
+def send(checkpoint: Path, place: str, names: list[str]) -> None:
+    for name in names:
+        url = f"{place}/{checkpoint.name}/{name}"
+        object_store.upload(checkpoint / name, url, f"checkpoint {url} must be written", PATIENCE_S)
+
+
+def remove(place: str, name: str) -> None:
+    """The manifest first: what breaks off in between is no checkpoint."""
+    folder = f"{place}/{name}"
+    found = object_store.listed(folder, "", PATIENCE_S)
+    for thing in sorted(found, key=lambda name: name != MANIFEST):
+        object_store.delete(f"{folder}/{thing}", f"checkpoint {folder} must be removed", PATIENCE_S)
+
+
+def names(place: str) -> list[str]:
+    """Newest first; one whose manifest is not there yet may be among them."""
+    what = f"checkpoint.copy_to {place} must be listed"
+    found = object_store.folders(place, what, object_store.OPENING_S)
+    return sorted(filter(files.key_of, found), key=files.key_of, reverse=True)
+
+
+def manifest_of(place: str, name: str) -> dict | None:
+    """None where the copy was never whole; Damaged where its manifest is no longer one."""
+    url = f"{place}/{name}/{MANIFEST}"
+    text = object_store.text(url, f"checkpoint {url} must be read", PATIENCE_S)
+    return None if text is None else files.checked(sealed.parse_manifest(text), name)
+
+
+def progress_of(place: str, name: str) -> files.Progress:
+    url = f"{place}/{name}/{files.PROGRESS}"
+    text = object_store.text(url, f"checkpoint {url} must be read", PATIENCE_S)
+    return files.parse_progress(text or "", url)
+
+
+def prune(place: str, known: dict[str, dict], settings) -> None:
+    """As `files.prune`, there; `known` keeps the manifests that were read."""
+    there, torn = names(place), []
+    for name in set(there) - known.keys():
+        with contextlib.suppress(Damaged):  # to be looked at, and perhaps of a later version
+            if (manifest := manifest_of(place, name)) is None:
+                torn.append(name)
+            else:
+                known[name] = manifest
+    whole = {name: known[name] for name in there if name in known}
+    newest = max(map(files.key_of, whole), default=(0, 0))
+    doomed = {name for name in torn if files.key_of(name) < newest}  # what a run that left did not wait for
+    for name in doomed | (whole.keys() - files.kept(whole, settings)):
+        remove(place, name)
+
+
+def fetch(place: str, part: Path, manifest: dict, names: list[str]) -> str | None:
+    """Files of a copy, as its manifest says they are; what is wrong with them. A store that fails is no damage: it raises."""
+    with files_at(part):
+        part.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            take(place, part, name)
+    try:
+        for name in names:
+            sealed.check_file(part, name, manifest["files"][name])
+    except Damaged as damage:
+        return str(damage)
+    return None
+
+
+def take(place: str, part: Path, name: str) -> None:
+    url = f"{place}/{part.name.removesuffix(sealed.PART)}/{name}"
+    object_store.download(url, part / name, f"checkpoint {url} must be read", PATIENCE_S)
+    sealed.sync(part / name)

@@ -1,0 +1,132 @@
+"""Teacher, student and filters as DeepSpeed engines, with the optimizer of what trains in them.
+
+How ZeRO shards, offloads and communicates is the ds_config's, every number of the run the run file's.
+"""
+
+from pathlib import Path
+
+import torch
+
+from ted_scale import checkpoint, replicas
+from ted_scale.errors import UserError
+from ted_scale.filters import Filter
+from ted_scale.plan import Plan
+from ted_scale.schedule import Stage
+from ted_scale.student import Student
+from ted_scale.teacher import Teacher, TeacherBody
+from ted_scale.zero import build_network, shape_of, sharded_construction
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def check_engine_config(plan: Plan) -> None:
+    """What only DeepSpeed can tell of its file, while a mistake is still one sentence."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**plan.ds_config["zero_optimization"])
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(["zero_optimization", *map(str, wrong["loc"])])
+        raise UserError(
+            f"ds_config {plan.run.ds_config}: {key} must be what DeepSpeed knows, but is {wrong['input']!r} ({wrong['msg']}); "
+            "correct it"
+        ) from None
+    try:
+        DeepSpeedConfig(engine_config(plan))
+    except Exception as error:  # its sections have checks of their own, with exceptions of every kind
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        raise UserError(
+            f"ds_config {plan.run.ds_config} must be what DeepSpeed takes, but is not: {reason}; correct it"
+        ) from None
+
+
+def engine_config(plan: Plan, **trained) -> dict:
+    """DeepSpeed's configuration: its file's part, and what the run file owns."""
+    return {
+        "communication_data_type": "fp32",  # in bf16 a sum loses more the more ranks there are; a ds_config may say bf16
+        **plan.ds_config,
+        "train_micro_batch_size_per_gpu": plan.run.train.micro_batch,
+        "bf16": {"enabled": plan.run.train.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 2**31,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on offloaded shards too, with nothing to compile
+        **trained,
+    }
+
+
+def build_teacher(plan: Plan):
+    if plan.teacher is None:
+        return lambda batch, weights: None
+    import deepspeed
+
+    config = engine_config(plan)
+    config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+    network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision])
+    body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
+    teacher = Teacher(deepspeed.initialize(model=body, config=config)[0], body)
+    if plan.run.health.replicas_every:
+        teacher.at_load = replicas.digests(replicas.shards_of(body), teacher.engine.device)
+    return teacher
+
+
+def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
+    """The stage's engine: what trains in it, with its optimizer."""
+    import deepspeed
+
+    run, dtype = plan.run, DTYPES[plan.run.train.precision]
+    config = engine_config(plan, gradient_accumulation_steps=plan.accumulation, gradient_clipping=run.train.clip)
+    network = build_network(plan.student, ds_config=config, dtype=dtype, init=run.student.init, seed=run.seed)
+    network.requires_grad_(not stage.learns_filters)
+    if run.student.gradient_checkpointing and not stage.learns_filters:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    with sharded_construction(config):
+        filters_s, filters_t = build_filters(plan, stage)
+    if not stage.learns_filters and filters_t is not None:
+        checkpoint.load_filters(filters_file, {"student": filters_s, "teacher": filters_t})
+        filters_t.requires_grad_(False)
+    module = Student(
+        run, network, plan.student, plan.pairs, learns_filters=stage.learns_filters, filters_s=filters_s,
+        filters_t=filters_t, head_t=getattr(teacher, "head", None),
+    )  # fmt: skip
+    module.train()
+    settings = {"lr": run.train.lr, "betas": run.train.betas, "eps": run.train.eps, "fused": True}
+    optimizer = torch.optim.AdamW(parameter_groups(run, module), **settings)
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+
+
+def build_filters(plan: Plan, stage: Stage):
+    """(student's, teacher's) filters, one a pair; lwd has none on the teacher's side and a random one on the
+    student's."""
+    if not plan.pairs:
+        return None, None
+    filters, lwd = plan.run.filters, plan.run.method == "lwd"
+    heads = filters.head == "per_layer" and stage.learns_filters
+
+    def side(anatomy, offset: int):
+        seeds = [plan.run.seed * 1000 + 2 * k + offset for k in range(len(plan.pairs))]
+        vocab = anatomy.vocab_size if heads else 0
+        settings = {"mlp": filters.mlp, "random": lwd, "vocab": vocab}
+        return torch.nn.ModuleList(Filter(anatomy.width, plan.width, seed=seed, **settings) for seed in seeds)
+
+    return side(plan.student, 0), None if lwd else side(plan.teacher, 1)
+
+
+def parameter_groups(run, module: Student) -> list[dict]:
+    """Matrices with weight decay, the rest without, and the filters with a rate of their own."""
+    trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    filters = [p for n, p in trained if n.startswith("filters_")]
+    network = [p for n, p in trained if not n.startswith("filters_")]
+    groups = [
+        {
+            "role": "decay",
+            "params": [p for p in network if len(shape_of(p)) > 1],
+            "weight_decay": run.train.weight_decay,
+        },
+        {"role": "plain", "params": [p for p in network if len(shape_of(p)) <= 1], "weight_decay": 0.0},
+        {"role": "filters", "params": filters, "weight_decay": 0.0},
+    ]
+    rates = {"filters": run.filters.lr}
+    return [{**g, "peak_lr": rates.get(g["role"], run.train.lr)} for g in groups if g["params"]]

@@ -1,0 +1,53 @@
+"""Names that stand in files, made paths: into the folder that they are about, and nowhere else.
+
+A path of the run file or of a command line is its user's own and goes where it says; a name that was read from a
+manifest, a listing or a pointer may be anybody's. The surprise: a link inside the folder is followed only to what is in
+the folder as well, so that a name cannot leave it by way of a link that came with it.
+"""
+
+import os
+import stat
+import unicodedata
+from pathlib import Path
+
+from ted_scale.errors import UserError
+
+LONGEST = 255  # bytes of one part of a path, on every file system that is in use
+
+
+def inside(folder: Path, name: str, source: str | Path) -> Path:
+    """The path of `name` in `folder`, or one sentence about `source`, the file that the name was read from."""
+    path = Path(folder) / checked_name(name, source)
+    try:
+        stays = path.resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, RuntimeError):  # a loop of links: the one before Python 3.13, the other since
+        stays = False
+    if not stays:
+        raise outside(name, source)
+    return path
+
+
+def checked_name(name: str, source: str | Path) -> str:
+    """The name, if it leads down from a folder by itself: also for what is no file, like a key in object storage."""
+    if not isinstance(name, str) or "\\" in name or any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+        raise outside(name, source)
+    if any(part in ("", ".", "..") or len(part.encode()) > LONGEST for part in name.split("/")):
+        raise outside(name, source)
+    return name
+
+
+def own_folder(folder: Path, key: str) -> None:
+    """Make a folder in one that all users write, where another user may have put something of this name before."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise UserError(f"{key} must be set where its default is another user's, but is not, and {folder} is; set it")
+    folder.chmod(0o700)
+
+
+def outside(name, source: str | Path) -> UserError:
+    shown = ascii(name)
+    shown = shown if len(shown) <= 100 else shown[:100] + "…"
+    return UserError(
+        f"{source} must name files of its own folder, but names {shown}; copy it again from where it was made"
+    )

@@ -1,0 +1,48 @@
+"""This process among the ranks: its device, and the process group that a launcher's environment describes."""
+
+import logging
+import os
+import socket
+import warnings
+from datetime import timedelta
+
+import torch
+
+from ted_scale import kernels, watch
+from ted_scale.config import Run
+from ted_scale.errors import UserError
+
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+def start_ranks(run: Run | None = None) -> torch.device:
+    """The process group, and this rank's device, which must run the losses' backend. One process without a launcher is a
+    world of its own. With a run, its ranks watch each other from here on."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="deepspeed|torch")
+    for key, value in {**ALONE, "MASTER_PORT": free_port()}.items():
+        os.environ.setdefault(key, value)
+    accelerator, local = get_accelerator(), int(os.environ["LOCAL_RANK"])
+    on_cpu = accelerator.device_name() == "cpu"
+    if not on_cpu:
+        accelerator.set_device(local)
+    device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local)
+    try:
+        kernels.choose(run.loss.backend if run else "auto", device)
+    except ValueError as error:
+        raise UserError(f"loss.{error}") from None
+    if run:
+        watch.start(run.limits, run.folder)
+    patience_s = run.limits.longest_s + 300 if run else 1800  # a step's limit comes first: it has every rank's stack
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=patience_s))
+    return device
+
+
+def free_port() -> str:
+    """For a process alone, beside which another may run."""
+    with socket.socket() as any_free:
+        any_free.bind(("127.0.0.1", 0))
+        return str(any_free.getsockname()[1])

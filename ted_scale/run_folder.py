@@ -1,0 +1,170 @@
+"""The run's folder, as all ranks see it: claimed for this process, shared by all nodes, and the checkpoint that it goes on
+from.
+
+What stands in the folder is checkpoint_files.py's. The surprise: every rank reads its share of the bytes of a checkpoint
+before one is trusted, and the verdict is all ranks'.
+"""
+
+import fcntl
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ted_scale import checkpoint_copies as copies
+from ted_scale import checkpoint_files as files
+from ted_scale import metrics, resume
+from ted_scale.checkpoint_files import Progress
+from ted_scale.errors import Gone, UserError, files_at
+from ted_scale.plan import Plan, describe
+from ted_scale.run_file import to_toml
+from ted_scale.sealed import MANIFEST, PART, Damaged, publish, sync, write_durably
+
+log = logging.getLogger("ted_scale")
+held: list = []  # the run folder's lock, for the life of the process
+
+
+def claim_folder(plan: Plan):
+    """Make the run's folder, see that all ranks share it, and find where the run stands."""
+    folder, writes = plan.run.folder, dist.get_rank() == 0
+    check_shared(folder, writes)
+    metrics.open_log(folder, writes)
+    if writes:
+        files.clear_unfinished(folder)
+    dist.barrier()
+    newest, line = resume_point(plan.run)
+    progress = files.read_progress(newest) if newest else Progress()
+    progress = replace(progress, forks=progress.forks + (progress.step,) * (line - len(progress.forks)))
+    if newest:
+        resume.refuse_another_run(newest, progress.identity, plan.identity(), plan.run.resume.allow, progress.step)
+    if writes:
+        with files_at(folder):
+            metrics.trim_rows(folder / "metrics.jsonl", progress.step)
+            write_durably(folder / "run.toml", to_toml(plan.run))
+        log.info(describe(plan))
+        if newest:
+            log.info(f"resuming from {newest}")
+    return progress, newest
+
+
+def check_shared(folder: Path, writes: bool) -> None:
+    """Rank 0 locks the folder against other runs and leaves a file in it, and every rank must find it there. Its name is new
+    each time: of one that they have looked for before, NFS clients remember for a while that it is not there."""
+    token, sentence, busy = broadcast(f".shared_{os.urandom(8).hex()}"), None, None
+    if writes:
+        try:
+            files.checkpoints_of(folder).mkdir(parents=True, exist_ok=True)
+            if lock(folder):
+                (folder / token).touch()
+            else:
+                busy = f"runs must be used by one process at a time, but another is at work in {folder}"
+                busy += "; wait for it, or give this run another name"
+        except OSError as error:
+            sentence = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
+    refuse_together(sentence)
+    refuse_together(busy, Gone)  # also a lost node's lock, which a file server keeps for a while
+    if not (folder / token).exists():
+        sentence = f"runs must be a folder that all nodes share, but rank {dist.get_rank()} sees another {folder}"
+        sentence += "; set runs to a folder on a shared file system"
+    refuse_together(sentence)
+    if writes:
+        for left in folder.glob(".shared_*"):
+            left.unlink(missing_ok=True)
+
+
+def lock(folder: Path) -> bool:
+    """False where another process trains in this folder; else it is ours until this process ends, however it ends."""
+    path = folder / ".lock"
+    if any(file.name == str(path) for file in held):  # a second run of this process goes on in the folder
+        return True
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return False
+    except OSError as error:  # some shared file systems have no locks, and are no reason not to train
+        log.warning(f"{path} cannot be locked ({error.strerror}): nothing keeps a second run out of this folder")
+    held.append(file)
+    return True
+
+
+def resume_point(run) -> tuple[Path | None, int]:
+    """The newest checkpoint whose every byte is as it was written, here or among the copies in object storage, and the line
+    that the run goes on in: another one where damaged ones, which are named, were passed over."""
+    place, writes, damaged = copies.place_of(run), dist.get_rank() == 0, []
+    here = broadcast([s.path.name for s in files.published(run.folder)] if writes else None)
+    there = broadcast(copies.names(place) if writes and place else [])
+    for name in sorted({*here, *there}, key=files.key_of, reverse=True):
+        checkpoint = files.checkpoints_of(run.folder) / name
+        faults = [first_of_all(files.check_digests(checkpoint, share()))] if name in here else []
+        if name in there and None not in faults:
+            faults.append(fetch(place, checkpoint))
+        for fault in filter(None, faults):
+            damaged.append((checkpoint, fault))
+            if writes:
+                log.error(files.skipped(checkpoint, fault))
+        if None in faults:
+            passed = [path.name for path, _ in damaged if path.name != name]
+            return checkpoint, files.key_of(passed[0])[0] + 1 if passed else files.key_of(name)[0]
+    if damaged:
+        raise files.none_is_whole(run.folder, damaged)
+    return None, 0
+
+
+def fetch(place: str, checkpoint: Path) -> str | None:
+    """Bring a copy here, every rank its share of the files; what is wrong with it. "" where no whole one ever was."""
+    part, writes = checkpoint.with_name(checkpoint.name + PART), dist.get_rank() == 0
+    manifest, fault = broadcast(manifest_there(place, checkpoint.name) if writes else None)
+    if manifest is None:
+        return fault
+    first, each = share()
+    fault = first_of_all(copies.fetch(place, part, manifest, list(manifest["files"])[first::each]))
+    if writes and not fault:
+        with files_at(checkpoint):
+            copies.take(place, part, MANIFEST)
+            sync(part)
+            publish(part)
+        log.info(f"{checkpoint} is there again, from {place}")
+    dist.barrier()
+    return fault and f"its copy: {fault}"
+
+
+def manifest_there(place: str, name: str) -> tuple[dict | None, str]:
+    """(of a copy, what is wrong with it)"""
+    try:
+        return copies.manifest_of(place, name), ""
+    except Damaged as damage:
+        return None, f"its copy: {damage}"
+
+
+def share() -> tuple[int, int]:
+    return dist.get_rank(), dist.get_world_size()
+
+
+def filters_files(plan: Plan, newest: Path | None) -> list[Path]:
+    """Where stage II finds the filters: the checkpoint has its own, so that it needs nothing beside it."""
+    own = [newest / files.FILTERS] if newest and (newest / files.FILTERS).is_file() else []
+    return [*own, *([plan.filters_file] if plan.filters_file else [])]
+
+
+def refuse_together(sentence: str | None, kind=UserError) -> None:
+    """Every rank leaves with the first sentence, so that none waits for another."""
+    if first := first_of_all(sentence):
+        raise kind(first)
+
+
+def first_of_all(sentence: str | None) -> str | None:
+    """The first sentence that any rank has, on all of them."""
+    sentences = [None] * dist.get_world_size()
+    dist.all_gather_object(sentences, sentence)
+    return next((s for s in sentences if s), None)
+
+
+def broadcast(value):
+    """Rank 0's, for a shared file system may show each node another moment."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -1,0 +1,81 @@
+"""SIGTERM and SIGUSR1 ask a run to stop in good order; so does the end of the launcher above it.
+
+A signal only sets `asked` on the ranks it reaches. Ranks that are in steps agree on the step after which they save and
+leave: the flag travels in the guard's reduction, and by `anywhere` beside it. Before a step there is nothing to save, and
+watch.py ends the run at once. The surprise: Python runs a handler only when its main thread gets to it, which a main
+thread that waits for a dead rank never does, so a thread reads the signal from a pipe.
+"""
+
+import os
+import signal
+import threading
+
+from ted_scale.errors import RESUME, Preempted, leave, speak
+from ted_scale.processes import parent_of, words_of
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+asked = threading.Event()
+launchers: tuple[int, ...] = ()  # as they stood when `listen` was called, nearest first
+watched = threading.Event()  # watch.py decides from here on
+
+
+def listen() -> None:
+    """Call early in the main thread: until then a signal just ends the process."""
+    global launchers
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)  # with the default the pipe would stay empty
+    launchers = launchers_above()
+    threading.Thread(target=heed, args=(readable,), name="ted_scale signals", daemon=True).start()
+
+
+def heed(readable: int) -> None:
+    while number := os.read(readable, 1):
+        if number[0] in SIGNALS:
+            asked.set()
+            if not watched.is_set():
+                leave_alone()
+
+
+def leave_alone() -> None:
+    """Before the ranks have met: no step was taken, and the launcher ends the others."""
+    if os.environ.get("RANK", "0") == "0":
+        speak(f"stopped: {Preempted.SENTENCE}")
+    leave(RESUME)
+
+
+def anywhere(device) -> bool:
+    """Whether any rank was asked; every rank must call this, and all get one answer. Reads the device."""
+    import torch
+    import torch.distributed as dist
+
+    flag = torch.full((1,), float(asked.is_set()), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flag)
+    return flag.item() > 0
+
+
+def launchers_above() -> tuple[int, ...]:
+    """DeepSpeed's launch.py, which starts ranks, and the `deepspeed` command above it, where they are. Neither's death
+    reaches the ranks: the command passes no signal on, and what launch.py leaves behind trains for nobody."""
+    found, pid = [], os.getppid()
+    while len(found) < 2 and pid and any(is_launcher(word) for word in words_of(pid)):
+        found.append(pid)
+        pid = parent_of(pid)
+    return tuple(found)
+
+
+def is_launcher(word: str) -> bool:
+    return word.rpartition("/")[2] == "deepspeed" or "deepspeed.launcher." in word
+
+
+def launcher_is_gone() -> bool:
+    """A process whose parent has died is given to another."""
+    pid = os.getppid()
+    for launcher in launchers:
+        if pid != launcher:
+            return True
+        pid = parent_of(pid)
+    return False

@@ -1,0 +1,43 @@
+"""Ranks as a launcher starts them, without the launcher, which is half the time of a start; what it does is in test_launch.py."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+
+def start_ranks(ranks: int, said, *words) -> list[subprocess.Popen]:
+    """`python WORDS…` once a rank; all write to `said`."""
+    with socket.socket() as free:  # of this moment: two suites may run on one machine
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, words)]
+    return [
+        subprocess.Popen(
+            command, env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=said, stderr=said
+        )
+        for rank in range(ranks)
+    ]
+
+
+def ended(processes: list[subprocess.Popen], seconds: float) -> list[int]:
+    """Exit codes when all have ended, or one in a way that leaves the others waiting."""
+    deadline = time.monotonic() + seconds
+    while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+        if any(p.poll() for p in processes):
+            deadline = min(deadline, time.monotonic() + 60)
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+    return [process.wait() for process in processes]
+
+
+def run_ranks(ranks: int, *words, seconds: float = 900) -> None:
+    """From start to a good end."""
+    with tempfile.TemporaryFile("w+") as said:
+        codes = ended(start_ranks(ranks, said, *words), seconds)
+        said.seek(0)
+        assert codes == [0] * ranks, said.read()[-3000:]

@@ -1,0 +1,218 @@
+"""Checkpoints in object storage: what is published here is there, and a run whose folder is gone goes on from it."""
+
+import errno
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import test_saver
+import torch.distributed as dist
+from test_saver import Run, content, one_rank  # noqa: F401 - a fixture of this module, too
+
+from ted_scale import checkpoint_copies as copies
+from ted_scale import checkpoint_files as files
+from ted_scale import object_store, sealed
+from ted_scale.errors import SENTENCES, UserError
+from ted_scale.plan import newest_progress
+from ted_scale.run_folder import resume_point
+from ted_scale.saver import Saver
+from tools.bench.object_server import serving
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    with serving() as running:
+        running.client().create_bucket(Bucket="bucket")
+        yield running
+
+
+@pytest.fixture
+def run(endpoint, tmp_path):
+    object_store.s3_client.cache_clear()
+    endpoint.faults()
+    (tmp_path / "filters").write_bytes(b"filters")
+    return Run(tmp_path / f"run_{tmp_path.name}", keep=2, copy_to="s3://bucket/runs/")
+
+
+def saver_of(run, filters: Path) -> Saver:
+    return test_saver.saver_of(run, filters / "filters")
+
+
+def write(saver: Saver, step: int) -> str | None:
+    """With its copy."""
+    failure = test_saver.write(saver, step)
+    saver.copier.finish()
+    return failure
+
+
+def copied(endpoint, run) -> dict[str, set[str]]:
+    """Object names by checkpoint."""
+    found = {}
+    prefix = copies.place_of(run).removeprefix("s3://bucket/") + "/"
+    for entry in endpoint.client().list_objects_v2(Bucket="bucket", Prefix=prefix).get("Contents", ()):
+        step, name = entry["Key"].removeprefix(prefix).split("/")
+        found.setdefault(step, set()).add(name)
+    return found
+
+
+def test_what_is_published_and_kept_here_is_there(endpoint, run, tmp_path):
+    saver = saver_of(run, tmp_path)
+    endpoint.faults(fail=0.2)
+    for step in (4, 8, 12):
+        assert write(saver, step) is None
+    endpoint.faults()
+    names = {"rank_00000.safetensors", files.PROGRESS, files.FILTERS, sealed.MANIFEST}
+    assert copied(endpoint, run) == {"step_00000008": names, "step_00000012": names}
+
+
+def test_a_run_without_its_folder_goes_on_from_the_newest_whole_copy(endpoint, run, tmp_path):
+    saver = saver_of(run, tmp_path)
+    for step in (4, 8):
+        assert write(saver, step) is None
+    shutil.rmtree(run.folder)
+    files.checkpoints_of(run.folder).mkdir(parents=True)
+    newest, line = resume_point(run)
+    assert line == 0
+    assert newest == files.checkpoints_of(run.folder) / "step_00000008"
+    assert content(newest) == 8
+
+    shutil.rmtree(run.folder)
+    files.checkpoints_of(run.folder).mkdir(parents=True)
+    key = f"{copies.place_of(run).removeprefix('s3://bucket/')}/step_00000008/rank_00000.safetensors"
+    endpoint.client().put_object(Bucket="bucket", Key=key, Body=b"of another world")
+    assert content(resume_point(run)[0]) == 4
+
+
+def test_a_damaged_checkpoint_here_is_replaced_by_its_copy(endpoint, run, tmp_path, caplog):
+    saver = saver_of(run, tmp_path)
+    for step in (4, 8):
+        assert write(saver, step) is None
+    rank_0 = files.checkpoints_of(run.folder) / "step_00000008" / "rank_00000.safetensors"
+    data = bytearray(rank_0.read_bytes())
+    data[-1] ^= 1
+    rank_0.write_bytes(data)
+    assert content(resume_point(run)[0]) == 8
+    assert "step_00000008 is damaged and skipped: rank_00000.safetensors is not as it was written" in caplog.text
+
+
+def test_a_copy_without_its_manifest_is_not_there(endpoint, run, tmp_path):
+    saver = saver_of(run, tmp_path)
+    for step in (4, 8):
+        assert write(saver, step) is None
+    shutil.rmtree(run.folder)
+    files.checkpoints_of(run.folder).mkdir(parents=True)
+    key = f"{copies.place_of(run).removeprefix('s3://bucket/')}/step_00000008/{sealed.MANIFEST}"
+    endpoint.client().delete_object(Bucket="bucket", Key=key)
+    assert content(resume_point(run)[0]) == 4
+
+
+def test_copies_that_are_all_damaged_are_named_and_never_a_new_beginning(endpoint, run, tmp_path, caplog):
+    saver, client = saver_of(run, tmp_path), endpoint.client()
+    for step in (4, 8):
+        assert write(saver, step) is None
+        key = f"{copies.place_of(run).removeprefix('s3://bucket/')}/step_{step:08d}/{sealed.MANIFEST}"
+        manifest = client.get_object(Bucket="bucket", Key=key)["Body"].read()
+        client.put_object(Bucket="bucket", Key=key, Body=manifest[:-9])
+    shutil.rmtree(run.folder)
+    files.checkpoints_of(run.folder).mkdir(parents=True)
+    for resumes in (resume_point, newest_progress):
+        with pytest.raises(
+            UserError, match=r"must hold a whole checkpoint, but none of 2 is .*its copy: its manifest\.json"
+        ):
+            resumes(run)
+    assert len([said for said in caplog.messages if "is damaged and skipped: its copy: " in said]) == 2
+
+
+def test_what_a_run_that_left_did_not_wait_for_goes(endpoint, run, tmp_path):
+    saver = saver_of(run, tmp_path)
+    for step in (4, 8):
+        assert write(saver, step) is None
+    prefix = copies.place_of(run).removeprefix("s3://bucket/")
+    endpoint.client().delete_object(Bucket="bucket", Key=f"{prefix}/step_00000004/{sealed.MANIFEST}")
+    assert write(saver, 12) is None
+    assert copied(endpoint, run).keys() == {"step_00000008", "step_00000012"}
+
+
+def test_a_save_does_not_wait_for_the_copy_of_the_one_before_which_stays_until_it_is_there(
+    endpoint, run, tmp_path, monkeypatch, caplog
+):
+    """A slow network: checkpoints meanwhile have no copy, which is said, and the one on its way is not removed."""
+    saver, free, send = saver_of(run, tmp_path), threading.Event(), copies.send
+
+    def slowly(*arguments):
+        assert free.wait(60)
+        send(*arguments)
+
+    monkeypatch.setattr(copies, "send", slowly)
+    for step in (4, 8, 12, 16):
+        assert test_saver.write(saver, step) is None
+    left = sorted(s.step for s in files.published(run.folder))
+    assert left == [4, 12, 16]
+    assert caplog.text.count("has no copy; the run goes on: the copy of step_00000004 is still on its way") == 3
+    free.set()
+    saver.copier.finish()
+    assert copied(endpoint, run).keys() == {"step_00000004"}
+    assert write(saver, 20) is None
+    assert sorted(s.step for s in files.published(run.folder)) == [16, 20]
+    assert copied(endpoint, run).keys() == {"step_00000004", "step_00000020"}
+
+
+def test_a_copy_that_cannot_be_made_is_said_and_costs_neither_run_nor_checkpoint(run, tmp_path, caplog):
+    saver = saver_of(run, tmp_path)
+    saver.copier.place = "s3://no-such-bucket/runs/x/checkpoints"
+    assert write(saver, 4) is None
+    assert saver.copier.failed == 1
+    assert "step_00000004 has no copy; the run goes on: " in caplog.text and "its bucket does not exist" in caplog.text
+    assert content(files.newest_checkpoint(run.folder)) == 4
+
+
+def test_a_place_that_is_not_there_is_one_sentence_before_anything_starts(run):
+    run.checkpoint = run.checkpoint.model_copy(update={"copy_to": "s3://no-such-bucket"})
+    with pytest.raises(UserError, match="its bucket does not exist") as caught:
+        resume_point(run)
+    assert "\n" not in str(caught.value)
+    assert dist.is_initialized()
+
+
+def test_an_outage_or_a_full_disk_never_lets_a_run_begin_anew(endpoint, run, tmp_path, monkeypatch):
+    """Its folder is gone, and what is in the bucket cannot be had right now."""
+    assert write(saver_of(run, tmp_path), 4) is None
+    shutil.rmtree(run.folder)
+    files.checkpoints_of(run.folder).mkdir(parents=True)
+    monkeypatch.setattr(copies, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(object_store, "OPENING_S", 0.2)
+    endpoint.faults(fail=1.0)
+    with pytest.raises(SENTENCES):
+        resume_point(run)
+    endpoint.faults()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="on a disk with room, but is not"):
+        patch.setattr(object_store, "download", full)
+        resume_point(run)
+    assert content(resume_point(run)[0]) == 4
+
+
+def test_a_run_that_passes_over_a_newer_checkpoint_goes_on_in_a_line_of_its_own(run, tmp_path):
+    saver = saver_of(run, tmp_path)
+    for step in (4, 8):
+        assert write(saver, step) is None
+    saver.copier.place = ""
+    assert write(saver, 12) is None
+    rank_0 = files.checkpoints_of(run.folder) / "step_00000012" / "rank_00000.safetensors"
+    rank_0.write_bytes(bytes(rank_0.stat().st_size))
+    newest, line = resume_point(run)
+    assert (newest.name, line) == ("step_00000008", 1)
+
+
+def test_copies_that_need_not_stay_go_also_where_an_earlier_start_left_them(endpoint, run, tmp_path):
+    for step in (4, 8):
+        assert write(saver_of(run, tmp_path), step) is None
+    shutil.rmtree(run.folder)
+    saver = saver_of(run, tmp_path)
+    for step in (12, 16):
+        assert write(saver, step) is None
+    assert copied(endpoint, run).keys() == {"step_00000012", "step_00000016"}

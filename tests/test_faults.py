@@ -1,0 +1,203 @@
+"""What clusters do to a run, done to real ranks: killed at any moment, started again on other numbers of ranks.
+
+The full counts run under `make soak`. The surprise: ranks are started without the launcher here (launching.py).
+"""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soak_report
+import torch
+from launching import ended, start_ranks
+from tiny import make_corpus, make_model, make_run, write_run
+
+from ted_scale import checkpoint_files as files
+from ted_scale import sealed
+from ted_scale.state_files import KINDS, State
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARDED, PERSISTENT, OFFLOADED = (
+    str(ROOT / path) for path in ("tests/zero3_all_sharded.json", "ds_configs/zero3.json", "tests/zero3_offload.json")
+)
+SETTINGS = {
+    "ds_config": PERSISTENT,  # small tensors, all there are here, stay whole on every rank
+    "filters": {"steps": 3},
+    "train": {"steps": 9, "tokens_per_step": 384, "schedule": "constant", "precision": "bf16", "lr": 1e-4},
+    "checkpoint": {"every": 1, "keep": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    make_model(folder / "teacher", "llama", hidden_size=48, num_hidden_layers=2)
+    make_model(folder / "student", "gpt2", num_hidden_layers=2, seed=1)
+    make_corpus(folder / "corpus")
+    return folder
+
+
+def begin(config: Path, ranks: int) -> list[subprocess.Popen]:
+    with config.with_suffix(".out").open("a") as said:
+        return start_ranks(ranks, said, ROOT / "launch" / "pretrain.py", "--config", config)
+
+
+def end(processes, config: Path) -> None:
+    assert not any(ended(processes, 240)), config.with_suffix(".out").read_text()[-3000:]
+
+
+def kill(processes, victim: int) -> None:
+    """-9 to one rank; what a launcher does to the others a moment later."""
+    processes[victim].send_signal(signal.SIGKILL)
+    time.sleep(0.2)
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def train(root: Path, name: str, ranks: int, **sections):
+    run = make_run(root, name=name, **{**SETTINGS, **sections})
+    config = write_run(root / f"{name}.toml", run)
+    end(begin(config, ranks), config)
+    return run
+
+
+def newest_step(run) -> int:
+    whole = [s.step for s in files.published(run.folder) if not (s.fault or files.check_digests(s.path))]
+    return max(whole, default=0)
+
+
+def final_state(run) -> dict[str, torch.Tensor]:
+    newest = files.newest_checkpoint(run.folder)
+    state = State(newest, sealed.read_manifest(newest))
+    return {f"{kind} {name}": state.whole(name, kind) for name in state.shapes for kind in KINDS}
+
+
+def what_was_read(run) -> list[dict]:
+    """Where the run stood in its corpus at every step."""
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    found = [{key: value for key, value in row.items() if key.startswith(("step", "tokens", "data/"))} for row in rows]
+    return [row for row in found if len(row) > 2]
+
+
+def losses(run) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss/total"] for row in rows if "loss/total" in row}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root):
+    return train(root, "undisturbed", 2)
+
+
+def killed_often(root: Path, name: str, kills: int, rng, stride: int) -> tuple:
+    """A run that is killed `kills` times, each time some steps (0 to `stride`) further or while it starts, and then ends. Every
+    other kill waits for a save."""
+    run = make_run(root, name=name, **SETTINGS)
+    config, seen = write_run(root / f"{name}.toml", run), []
+    for number in range(kills):
+        before, further, lives = newest_step(run), rng.randint(0, stride), len(resumed_from(run))
+        processes, patience = begin(config, 2), time.monotonic() + 120
+        while newest_step(run) < before + further and all(p.poll() is None for p in processes):
+            assert time.monotonic() < patience
+            time.sleep(0.01)
+        time.sleep(rng.random() * (0.3 if further else 10))
+        while number % 2 and further and not unfinished(run) and all(p.poll() is None for p in processes):
+            time.sleep(0.0002)
+        in_a_save, published = unfinished(run), newest_step(run)
+        kill(processes, rng.randrange(2))
+        seen.append({"before": before, "after": newest_step(run), "in a save": in_a_save})
+        assert seen[-1]["after"] >= published, seen
+        assert resumed_from(run)[lives:] in ([], [before])  # [] where it was killed before it had looked
+    end(begin(config, 2), config)
+    assert resumed_from(run)[-1] == seen[-1]["after"]
+    return run, seen
+
+
+def resumed_from(run) -> list[int]:
+    """The steps that the run's lives went on from."""
+    path = run.folder / "log.txt"
+    return [int(step) for step in re.findall(r"resuming from .*step_(\d+)", path.read_text())] if path.exists() else []
+
+
+def unfinished(run) -> bool:
+    return any(files.checkpoints_of(run.folder).glob(f"*{sealed.PART}"))
+
+
+def test_a_run_killed_three_times_ends_with_the_weights_of_an_undisturbed_one(root, undisturbed):
+    run, seen = killed_often(root, "killed", 3, random.Random(3), stride=6)
+    assert any(kill["in a save"] for kill in seen), seen
+    ours, theirs = final_state(run), final_state(undisturbed)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert losses(run) == losses(undisturbed)
+
+
+def resized(root: Path, name: str, ranks: list[int], steps: int = SETTINGS["train"]["steps"]):
+    """One run in as many parts as there are entries, each on that number of ranks, and ZeRO-3 each time another."""
+    for part, count in enumerate(ranks, start=1):
+        ds_config = (PERSISTENT, OFFLOADED, SHARDED)[part % 3]
+        train_to = {**SETTINGS["train"], "steps": part * steps // len(ranks)}
+        run = train(root, name, count, train=train_to, ds_config=ds_config)
+        assert len(resumed_from(run)) == part - 1
+    return run
+
+
+def largest_difference(ours: dict, theirs: dict) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(abs(ours[step] / theirs[step] - 1) for step in theirs)
+
+
+def test_a_run_goes_on_with_the_losses_of_an_undisturbed_one_on_4_then_2_then_3_ranks(root, undisturbed):
+    run = resized(root, "resized", [4, 2, 3])
+    assert largest_difference(losses(run), losses(undisturbed)) < 1e-4
+    assert what_was_read(run) == what_was_read(undisturbed)
+    assert len(losses(run)) == 12
+    assert resumed_from(run) == [6, 9]
+
+
+@pytest.mark.soak
+def test_a_hundred_kills_lose_nothing_that_was_published(root, undisturbed):
+    """Ten kills a run, and each run ends with the weights of the undisturbed one."""
+    theirs, before = final_state(undisturbed), soak_report.done("kill -9")
+    for number in range(10):
+        if f"{number}" in before:
+            continue
+        run, seen = killed_often(root, f"killed_{number}", 10, random.Random(number), stride=2)
+        ours = final_state(run)
+        same = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        in_saves = sum(kill["in a save"] for kill in seen)
+        steps = [kill["after"] for kill in seen]
+        soak_report.note("kill -9", number, kills=len(seen), in_saves=in_saves, steps=steps, same_weights=same)
+        assert same, seen
+    assert sum(result["kills"] for result in soak_report.done("kill -9").values()) == 100
+
+
+@pytest.mark.soak
+def test_a_run_goes_on_with_the_losses_of_an_undisturbed_one_on_4_2_1_3_and_4_ranks(root):
+    sizes = [4, 2, 1, 3, 4]
+    settings = {"train": {**SETTINGS["train"], "steps": 15}}
+    straight = train(root, "straight", 4, **settings)
+    run = resized(root, "resized_often", sizes, steps=15)
+    worst = largest_difference(losses(run), losses(straight))
+    assert what_was_read(run) == what_was_read(straight)
+    soak_report.note("ranks", "-".join(map(str, sizes)), worst_relative_difference=worst)
+    assert worst < 1e-4
+
+
+@pytest.mark.soak
+def test_a_step_waits_a_tenth_of_the_time_of_a_save_that_is_waited_for(tmp_path):
+    """500 MB of state a rank, on two ranks."""
+    script, launcher = str(ROOT / "tools" / "bench" / "saving.py"), str(Path(sys.executable).with_name("deepspeed"))
+    command = [launcher, "--num_gpus", "2", script, "--megabytes", "500", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    found = re.search(r"ratio\s+([0-9.]+)", done.stdout)
+    assert found, done.stdout + done.stderr[-2000:]
+    soak_report.note("stall", "500 MB a rank", ratio=float(found[1]))
+    assert float(found[1]) <= 0.1

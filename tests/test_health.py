@@ -1,0 +1,321 @@
+"""Dropped updates, loss spikes, ways back and digests without ranks: what is decided, from which numbers."""
+
+import json
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import make_run
+
+from ted_scale import build, health, replicas, report, sealed
+from ted_scale import guard as guards
+from ted_scale.checkpoint_files import PROGRESS, Progress, progress_as_bytes
+from ted_scale.errors import RunStopped
+from ted_scale.guard import Guard
+from ted_scale.rewind import Rewind, choose, gone_back
+from ted_scale.schedule import stages_of
+from ted_scale.student import Losses, Weights
+from ted_scale.zero import own_part
+
+NAN, INF = math.nan, math.inf
+ALL_ON = Weights(1.0, 1.0, 1.0)
+
+
+class Zero:
+    """DeepSpeed's order of calls, over three sub-groups."""
+
+    def __init__(self):
+        self.param_groups, self.updated = [{"lr": 0.1}], []
+
+    def unscale_and_clip_grads(self, sub_group, norm):
+        pass
+
+    def _optimizer_step(self, sub_group):
+        self.updated.append(sub_group)
+
+    def step(self, norm: float):
+        self.updated = []
+        for sub_group in range(3 if math.isfinite(norm) else 0):
+            self.unscale_and_clip_grads(sub_group, norm)
+            self._optimizer_step(sub_group)
+
+
+class World:
+    """A guard between a loop and Zero; `alerts` are what the user is told."""
+
+    def __init__(self, root: Path, monkeypatch, **settings):
+        self.run = make_run(root, health=settings)
+        self.stage, self.zero, self.alerts, self.checkpoints = (
+            stages_of(self.run)[-1],
+            Zero(),
+            [],
+            [Path("step_00000004")],
+        )
+        monkeypatch.setattr(guards, "write_report", lambda engine, event: "report: there")
+        monkeypatch.setattr(guards, "forget_gradients", lambda module: None)
+        monkeypatch.setattr(guards, "ways_back", lambda folder, first, rewinds: self.checkpoints)
+        engine = SimpleNamespace(optimizer=self.zero, module=None)
+        self.guard = Guard(engine, self.stage, lambda title, text: self.alerts.append(text), lambda: None)
+        self.progress = health.begin(Progress(self.stage.first_step), self.stage)
+
+    def step(self, ce: float = 1.0, norm: float = 1.0) -> dict:
+        terms = torch.tensor([ce, ce, 0.0, 0.0])
+        self.guard.add(Losses(*terms, torch.zeros(2)))
+        self.guard.arm(self.progress)
+        self.zero.step(norm)
+        self.progress = self.guard.settle(self.progress.advanced(8, 32))
+        return self.guard.read(ALL_ON)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    return lambda **settings: World(tmp_path, monkeypatch, **settings)
+
+
+@pytest.mark.parametrize("numbers", [{"ce": NAN}, {"ce": INF}, {"norm": INF}, {"norm": NAN}], ids=str)
+def test_a_step_without_a_number_updates_no_sub_group_and_the_next_one_all(world, numbers):
+    at = world(on_nonfinite="skip")
+    assert at.step()["loss/ce"] == 1.0 and at.zero.updated == [0, 1, 2]
+    assert at.step(**numbers).keys() == {"optim/lr"} and at.zero.updated == []
+    assert (at.progress.step, at.progress.samples, at.progress.skipped) == (at.stage.first_step + 2, 16, 1)
+    assert at.step()["loss/ce"] == 1.0 and at.zero.updated == [0, 1, 2]
+    assert health.state_of(at.progress).losses == [1.0, 1.0]
+    assert len(at.alerts) == 1 and "its update is dropped, 1 in a row, 1 in all" in at.alerts[0]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "what"),
+    [
+        ({"ce": NAN}, "loss/ce of rank 0"),
+        ({"norm": INF}, "optim/grad_norm of all ranks together must be finite"),
+    ],
+)
+def test_a_run_stops_there_unless_it_may_skip(world, numbers, what):
+    at = world()
+    at.step()
+    with pytest.raises(RunStopped) as caught:
+        at.step(**numbers)
+    assert at.zero.updated == []
+    assert str(caught.value).startswith(f"step {at.stage.first_step + 2}: {what}")
+    assert "report: there; no weight was updated and the last checkpoint is intact: lower train.lr" in str(caught.value)
+
+
+def test_so_many_steps_in_a_row_may_be_dropped_and_no_more(world):
+    at = world(on_nonfinite="skip", max_skipped=2)
+    for _ in range(2):
+        at.step(NAN), at.step(norm=INF), at.step()
+    at.step(NAN), at.step(NAN)
+    assert at.progress.skipped == 6
+    with pytest.raises(RunStopped, match=r"health.max_skipped = 2 steps before it were dropped as well"):
+        at.step(NAN)
+
+
+def test_losses_that_are_too_large_together_are_told_as_such(world, monkeypatch):
+    at = world()
+    monkeypatch.setattr(guards, "of_all_ranks", lambda ours: torch.stack([ours, ours]))
+    with pytest.raises(RunStopped, match="loss/total of all ranks together must be finite, but is inf"):
+        at.step(3e38)
+
+
+def losses_until(at: World, values) -> None:
+    for value in values:
+        at.step(value)
+
+
+def test_a_spike_is_told_once_until_the_loss_came_down_again(world):
+    at = world(spike_window=8, spike_factor=2.0)
+    losses_until(at, [1.0, 1.1, 0.9, 1.0, 2.3, 2.4, 1.0, 2.2])
+    first = at.stage.first_step
+    assert [text.split(":")[0] for text in at.alerts] == [f"step {first + 5}", f"step {first + 8}"]
+    assert "loss/total is 2.3, 2.3 times its median over 4 steps; report: there" in at.alerts[0]
+    assert at.zero.updated == [0, 1, 2]
+
+
+def test_nothing_is_a_spike_before_there_is_something_to_compare_with_or_where_nobody_asks(world):
+    at = world(spike_window=16)
+    losses_until(at, [1.0, 9.0, 1.0])
+    at.step(9.0)  # of 16 a quarter is there at the next one
+    assert at.alerts == []
+    off = world(spike_window=4, on_spike="off")
+    losses_until(off, [1.0, 1.0, 1.0, 9.0])
+    assert off.alerts == []
+
+
+def test_a_lasting_level_becomes_the_median(world):
+    at = world(spike_window=8, spike_factor=1.5)
+    losses_until(at, [1.0] * 8 + [2.0] * 20 + [2.5])
+    assert len(at.alerts) == 1
+    at.step(3.5)
+    assert len(at.alerts) == 2
+
+
+def test_a_resumed_run_judges_as_a_straight_one(world):
+    at = world(spike_window=8, spike_factor=2.0)
+    losses_until(at, [1.0, 1.1, 0.9])
+    at.progress = health.begin(Progress(**json.loads(json.dumps(asdict(at.progress)))), at.stage)
+    at.step(2.3)
+    assert len(at.alerts) == 1
+
+
+def test_another_stage_or_another_loss_has_a_window_of_its_own(world, tmp_path):
+    at = world(spike_window=4)
+    losses_until(at, [1.0, 1.0])
+    for run in (at.run, make_run(tmp_path, train={"lr": 1e-5}, checkpoint={"every": 3})):
+        assert health.state_of(health.begin(at.progress, stages_of(run)[-1])).losses == [1.0, 1.0]
+    for stage in (stages_of(at.run)[0], stages_of(make_run(tmp_path, loss={"kl": 4.0}))[-1]):
+        assert health.state_of(health.begin(at.progress, stage)).losses == ()
+
+
+def test_a_spike_sends_the_run_back_so_often_without_a_step_past_it(world):
+    at = world(on_spike="rewind", spike_window=4, max_rewinds=2)
+    losses_until(at, [1.0, 1.0])
+    before = at.progress  # a checkpoint of this step
+    losses_until(at, [1.0, 1.0])
+    for samples in (40, 56):
+        with pytest.raises(Rewind) as caught:
+            at.step(9.0)
+        assert (caught.value.checkpoints, caught.value.progress.samples) == (at.checkpoints, samples)
+        at.progress = gone_back(before, caught.value.progress)
+        assert (at.progress.step, at.progress.tokens, at.progress.samples) == (before.step, before.tokens, samples)
+        at.step()
+    with pytest.raises(RunStopped, match=r"health.max_rewinds = 2 ways back led to no step past it"):
+        at.step(9.0)
+
+
+def test_a_run_that_came_past_its_spike_may_go_back_as_often_again(world):
+    at = world(on_spike="rewind", spike_window=4, max_rewinds=1)
+    for _ in range(3):
+        losses_until(at, [1.0, 1.0])
+        before = at.progress
+        with pytest.raises(Rewind) as caught:
+            at.step(9.0)
+        at.progress = gone_back(before, caught.value.progress)
+        losses_until(at, [1.0, 1.0])
+
+
+def test_without_a_checkpoint_of_the_stage_a_spike_is_told_and_the_run_goes_on(world):
+    at = world(on_spike="rewind", spike_window=4)
+    at.checkpoints = []
+    losses_until(at, [1.0, 9.0])
+    assert "the run goes on: this stage has no checkpoint to go back to yet" in at.alerts[0]
+    assert at.zero.updated == [0, 1, 2]
+
+
+def test_every_further_rewind_goes_back_one_checkpoint_more_within_the_stage():
+    names = [f"step_{step:08d}" for step in (8, 6, 4, 2)]
+    ways = [choose(names, 4, rewinds) for rewinds in range(4)]
+    assert [[int(name[5:]) for name in way] for way in ways] == [[8, 6], [6], [6], [6]]
+    assert choose(names, 8, 0) == []
+
+
+def test_a_blend_goes_on_and_is_measured_again_at_the_next_border():
+    now = Progress(9, 900, 90, blend={"start": 80}, adaptive={"step": 8, "weights": {"a": 1.0}})
+    back = gone_back(Progress(6, 600, 60, blend={"start": 0}, adaptive={"step": 4, "weights": {"a": 0.5}}), now)
+    assert back.blend == now.blend
+    assert back.adaptive == {"step": 6, "weights": {"a": 1.0}}
+
+
+def test_a_way_back_leads_into_the_same_engine_and_judges_by_the_run_file_of_now(world, tmp_path, monkeypatch):
+    at, told = world(on_spike="rewind", spike_window=4), []
+    losses_until(at, [1.0, 1.0])
+    there = tmp_path / "step_00000002"
+    there.mkdir()
+    entry = sealed.write_file(there / PROGRESS, [progress_as_bytes(at.progress)])
+    sealed.seal(there, {PROGRESS: entry}, {"step": 2, "forks": []})
+    monkeypatch.setattr(build, "first_of_all", lambda fault: fault)
+    monkeypatch.setattr(build, "share", lambda: (0, 1))
+    monkeypatch.setattr(build.checkpoint, "load", lambda engine, checkpoint: told.append((engine, checkpoint)))
+    alerts = []
+    numbers = SimpleNamespace(go_back=told.append, alert=lambda title, text: alerts.append(text))
+    way = Rewind([there], at.progress.advanced(8, 32))
+    back = build.go_back(at.stage, "engine", way, numbers)
+    assert told == [("engine", way.checkpoints[0]), back]
+    assert (back.step, back.samples, health.state_of(back).losses) == (at.progress.step, 24, [1.0, 1.0])
+    other = stages_of(make_run(tmp_path, loss={"kl": 4.0}))[-1]
+    back = health.state_of(build.go_back(other, "engine", way, numbers))
+    assert (back.losses, back.rewinds) == ((), 1)
+    newer = tmp_path / "step_00000004"
+    shutil.copytree(there, newer)
+    sealed.seal(newer, {PROGRESS: entry}, {"step": 4, "forks": []})
+    sealed.write_file(newer / PROGRESS, [b" " * entry.bytes])
+    back = build.go_back(at.stage, "engine", Rewind([newer, there], at.progress), numbers)
+    assert (back.step, back.forks) == (at.progress.step, (at.progress.step,))
+    assert alerts == [f"checkpoint {newer} is damaged and skipped: progress.json is not as it was written"]
+    with pytest.raises(RunStopped, match=r"must hold a whole checkpoint to go back to"):
+        build.go_back(at.stage, "engine", Rewind([newer], at.progress), numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
+def test_a_digest_knows_every_bit_and_its_place(dtype):
+    values = torch.arange(37).to(dtype)
+    kind = replicas.AS_INTEGERS[values.element_size()]
+    seen = {replicas.digest(values).item()}
+    for place in range(37):
+        for bit in range(8 * values.element_size()):
+            other = values.clone()
+            other.view(kind)[place] ^= -(1 << bit) if bit == 8 * values.element_size() - 1 else 1 << bit
+            seen.add(replicas.digest(other).item())
+    assert len(seen) == 1 + 37 * 8 * values.element_size()
+    swapped = values.clone()
+    swapped[[3, 5]] = swapped[[5, 3]]
+    assert replicas.digest(swapped).item() not in seen
+    pieces = [replicas.mixed(values.view(kind)[start : start + 8], start).sum().item() for start in range(0, 37, 8)]
+    assert (sum(pieces) - replicas.digest(values).item()) % 2**64 == 0
+
+
+def test_zeros_and_minus_zeros_differ_in_a_digest_and_lengths_do_too():
+    zeros = torch.zeros(8)
+    found = {replicas.digest(t).item() for t in (zeros, -zeros, zeros[:7], torch.zeros(0))}
+    assert len(found) == 4
+
+
+def test_the_odd_one_out_is_named():
+    assert replicas.first_alone(["a", "b"], [[1, 5], [1, 6], [1, 5]]) == ("the b", 1, "the bits of rank 0")
+    assert replicas.first_alone(["a"], [[2], [1], [1]]) == ("the a", 0, "the bits of rank 1")
+    assert replicas.first_alone(["a"], [[1], [2]]) == ("the a", 1, "the bits of rank 0")
+    assert replicas.first_alone(["a"], [[1], [1]]) is None
+    assert replicas.first_changed(["a", "b"], [[0, 1], [0, 1]]) == ("the teacher's b", 0, "the bits that were loaded")
+
+
+def test_bits_are_compared_every_so_many_steps_and_before_every_save(tmp_path):
+    stage = stages_of(make_run(tmp_path, health={"replicas_every": 4}, checkpoint={"every": 3}))[-1]
+    assert [step for step in range(stage.first_step + 1, stage.last_step + 1) if stage.verifies(step)] == [6, 8, 9, 10]
+    never = stages_of(make_run(tmp_path))[-1]
+    assert not any(never.verifies(step) for step in range(20))
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(0, 3), (1, 2), (2, 0)])
+def test_what_pads_a_shard_is_no_part_of_it(monkeypatch, rank, kept):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: rank)
+    parameter = SimpleNamespace(ds_tensor=torch.zeros(3), ds_numel=5, ds_process_group=None)
+    assert own_part(parameter, torch.tensor([1.0, 1.0, NAN])).tolist()[:2] == [1.0, 1.0][:kept]
+    assert len(own_part(parameter, torch.zeros(3))) == kept
+
+
+def test_what_is_not_finite_is_counted_and_left_out_of_norm_and_max(monkeypatch):
+    monkeypatch.setattr(report, "CHUNK", 2)
+    assert report.measure(torch.tensor([3.0, NAN, -4.0, INF, 0.0])).tolist() == [25.0, 4.0, 2.0]
+    assert report.measure(torch.tensor([NAN])).tolist() == [0.0, 0.0, 1.0]
+    assert report.measure(torch.zeros(0)).tolist() == [0.0, 0.0, 0.0]
+    huge = torch.full((5,), 3e38)
+    assert report.measure(huge)[0].sqrt().item() == pytest.approx(5**0.5 * 3e38)
+
+
+def test_a_report_that_finds_no_room_takes_nothing_from_what_is_said(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "write_durably", full)
+    monkeypatch.setattr(
+        report, "look", lambda engine: (["a"], ["decay"], torch.tensor([[[[1.0, 1.0, 2.0], [1.0, 1.0, 0.0]]]]))
+    )
+    run = make_run(tmp_path)
+    run.folder.mkdir(parents=True)
+    event = report.Event(Progress(6), stages_of(run)[-1], "said", 1.0, ["loss/total"], torch.ones(1, 1))
+    said = report.write_report(None, event)
+    assert said.startswith("the first gradient that is not finite is a of rank 0; no report (")
+    assert said.endswith("step_00000007.json: No space left on device)")

@@ -1,0 +1,318 @@
+"""A save beside training: what fails is said and never leaves a run unable to go on, whichever call fails."""
+
+import errno
+import itertools
+import logging
+import os
+import random
+import shutil
+import threading
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from damages import DAMAGES, copy_run, mix_up
+
+from ted_scale import attempts, build, sealed
+from ted_scale import checkpoint_files as files
+from ted_scale import saver as saving
+from ted_scale.checkpoint import Snapshot
+from ted_scale.checkpoint_files import Progress
+from ted_scale.config import Checkpoint
+from ted_scale.errors import Gone, UserError
+from ted_scale.run_folder import resume_point
+from ted_scale.saver import Saver
+from ted_scale.state_files import State, key_of
+
+log = logging.getLogger("ted_scale")
+WRITES = ("open", "write", "fsync", "rename", "mkdir", "link", "unlink", "rmdir")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Run:
+    def __init__(self, folder: Path, **settings):
+        self.folder, self.name, self.checkpoint = folder, folder.name, Checkpoint(**{"keep": 1, **settings})
+
+
+def saver_of(run: Run, filters: Path) -> Saver:
+    return Saver(run, [filters], lambda title, text: log.error(text))
+
+
+def state(step: int) -> Snapshot:
+    tensors = {key_of(kind, "w"): torch.full((50,), float(step)) for kind in ("fp32", "exp_avg", "exp_avg_sq")}
+    return Snapshot(tensors, {"ranks": 1, "updates": step, "shapes": {"w": [5, 10]}})
+
+
+def write(saver: Saver, step: int) -> str | None:
+    place = files.checkpoints_of(saver.folder) / files.checkpoint_name(step)
+    saver.begin((place, state(step), Progress(step, step, step), True))
+    saver.wait()
+    return saver.outcome.failure and saver.outcome.failure.said
+
+
+def content(checkpoint: Path) -> float:
+    assert files.check_digests(checkpoint) is None
+    return State(checkpoint, sealed.read_manifest(checkpoint)).whole("w").unique().item()
+
+
+def failing(monkeypatch, number: int, code: int, for_good: bool):
+    """The `number`-th call that changes the disk fails, and all later ones if `for_good`; counts them."""
+    calls = itertools.count(1)
+
+    def wrapped(original):
+        def call(*arguments, **named):
+            if original is os.open and not arguments[1] & os.O_CREAT:
+                return original(*arguments, **named)
+            mine = next(calls)
+            if mine == number or (for_good and mine > number):
+                raise OSError(code, os.strerror(code))
+            return original(*arguments, **named)
+
+        return call
+
+    for name in WRITES:
+        monkeypatch.setattr(os, name, wrapped(getattr(os, name)))
+    return calls
+
+
+@pytest.mark.parametrize("for_good", [False, True], ids=["once", "from then on"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
+def test_whichever_write_fails_a_whole_checkpoint_is_left_and_the_next_save_works(
+    tmp_path, monkeypatch, code, for_good
+):
+    monkeypatch.setattr(attempts, "PAUSES_S", (0, 0))
+    filters = tmp_path / "filters.safetensors"
+    filters.write_bytes(b"filters")
+    failed = published = 0
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        saver = saver_of(Run(folder), filters)
+        assert write(saver, 4) is None
+        with monkeypatch.context() as patch:
+            calls = failing(patch, number, code, for_good)
+            failure = write(saver, 8)
+        made = next(calls) - 1
+        found = {s.step: content(s.path) for s in files.published(folder) if s.fault is None}
+        assert found, f"call {number}: nothing is left to go on from"
+        assert all(step == value for step, value in found.items())
+        assert failure or 8 in found
+        failed, published = failed + bool(failure), published + (8 in found)
+        files.clear_unfinished(folder)  # as a restart does
+        assert write(saver, 12) is None
+        assert [s.step for s in files.published(folder)] == [12]
+        shutil.rmtree(folder)
+        if made < number:
+            break
+    assert number > 15
+    assert published > 1
+    assert failed > 5 or not (for_good or code == errno.ENOSPC)  # one hiccup is outlived
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
+def test_whichever_write_fails_a_step_that_is_saved_again_is_never_lost(tmp_path, monkeypatch, code):
+    """As after a way back: the step has a whole checkpoint already, and gets another."""
+    monkeypatch.setattr(attempts, "PAUSES_S", (0, 0))
+    (tmp_path / "filters").write_bytes(b"filters")
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        saver = saver_of(Run(folder), tmp_path / "filters")
+        assert write(saver, 8) is None
+        with monkeypatch.context() as patch:
+            calls = failing(patch, number, code, True)
+            write(saver, 8)
+        made = next(calls) - 1
+        files.clear_unfinished(folder)
+        assert [(s.step, content(s.path)) for s in files.published(folder)] == [(8, 8)], f"call {number}"
+        if made < number:
+            break
+    assert number > 15
+
+
+def test_a_failed_save_does_not_end_the_run_but_the_last_one_must_not_fail(tmp_path, monkeypatch, caplog):
+    saver = saver_of(Run(tmp_path), tmp_path / "filters")
+    (tmp_path / "filters").write_bytes(b"filters")
+    with monkeypatch.context() as patch:
+        failing(patch, 1, errno.ENOSPC, True)
+        assert write(saver, 4)
+    assert "rank 0 could not write step_00000004: No space left on device" in caplog.text
+    assert "; the run ends after more than 3 such in a row" in caplog.text
+    monkeypatch.setattr(saving, "LAST_PAUSES_S", (0, 0))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="could not write step_00000004"):
+        failing(patch, 1, errno.ENOSPC, True)
+        saver.finish()
+    saver.finish()  # there is room again
+    assert content(files.newest_checkpoint(tmp_path)) == 4
+    with monkeypatch.context() as patch:
+        failing(patch, 1, errno.EIO, True)
+        monkeypatch.setattr(attempts, "PAUSES_S", ())
+        assert write(saver, 8)
+        with pytest.raises(
+            Gone, match="must be a folder that all ranks can write, but rank 0 could not write step_00000008"
+        ):
+            saver.finish()
+
+
+def test_200_damages_are_all_noticed_and_the_checkpoint_before_is_used(tmp_path, caplog):
+    """By what a run resumes by. Of checkpoints whose filters have two names: the third's are the first's."""
+    (tmp_path / "filters").write_bytes(random.Random(0).randbytes(500))
+    saver, seen = saver_of(Run(tmp_path / "original", keep_every=1), tmp_path / "filters"), set()
+    for step in (4, 8, 12):
+        assert write(saver, step) is None
+    for case in range(200):
+        run, rng = Run(copy_run(tmp_path / "original", tmp_path / str(case))), random.Random(case)
+        newest = files.checkpoints_of(run.folder) / "step_00000012"
+        damage = DAMAGES[case % len(DAMAGES)]
+        same_in_all = files.FILTERS if damage is mix_up else None
+        victim = rng.choice(sorted(p for p in newest.iterdir() if p.name != same_in_all))
+        damage(victim, rng)
+        seen.add((damage.__name__, victim.name))
+        caplog.clear()
+        found, line = resume_point(run)
+        assert (found.name, line) == ("step_00000008", 1), (case, damage, victim)
+        assert len(caplog.messages) == 1 and caplog.messages[0].startswith(
+            f"checkpoint {newest} is damaged and skipped: "
+        )
+    assert len(seen) == len(DAMAGES) * 4 - 1
+
+
+def test_a_file_that_vanished_between_its_writing_and_the_manifest_is_not_published_over(tmp_path):
+    part = files.checkpoints_of(tmp_path) / "step_00000004.part"
+    part.mkdir(parents=True)
+    entries = {name: sealed.write_file(part / name, [b"1234"]) for name in ("a", "b")}
+    (part / "b").unlink()
+    with pytest.raises(sealed.Damaged, match="b is missing"):
+        saving.seal_and_publish(part, entries, {"step": 4})
+    assert not files.published(tmp_path)
+
+
+def test_filters_that_stage_i_has_learnt_anew_are_in_every_checkpoint_from_then_on(tmp_path):
+    """A run that goes on with a longer stage I resumes from a checkpoint that holds the shorter one's."""
+    (tmp_path / "old").write_bytes(b"old filters")
+    (tmp_path / "new").write_bytes(b"new filters")
+    saver = saver_of(Run(tmp_path, keep_every=1), tmp_path / "old")
+    assert write(saver, 4) is None
+    saver.take_filters_from(tmp_path / "new")
+    for step in (8, 9, 10):
+        assert write(saver, step) is None
+    held = [(s.path / files.FILTERS).read_bytes() for s in files.published(tmp_path)]
+    assert held == [b"new filters"] * 3 + [b"old filters"]
+    assert saver.filters_file.read_bytes() == b"new filters"
+
+
+def test_filters_that_rot_in_the_last_checkpoint_are_taken_from_elsewhere(tmp_path):
+    (tmp_path / "filters").write_bytes(b"filters")
+    saver = saver_of(Run(tmp_path), tmp_path / "filters")
+    assert write(saver, 1) is None
+    (files.checkpoints_of(tmp_path) / "step_00000001" / files.FILTERS).write_bytes(b"flitres")
+    assert write(saver, 2) is None
+    assert (files.newest_checkpoint(tmp_path) / files.FILTERS).read_bytes() == b"filters"
+
+
+@pytest.mark.parametrize(("code", "error"), [(errno.ENOSPC, UserError), (errno.EIO, Gone)], ids=["full", "broken"])
+def test_stage_i_s_filters_that_cannot_be_written_are_one_sentence_and_leave_the_earlier_ones(
+    tmp_path, monkeypatch, code, error
+):
+    class Plan:
+        filters_file, filters_identity = tmp_path / files.FILTERS, dict
+
+    class Engine:
+        module = types.SimpleNamespace(filters_s=None, filters_t=None)
+
+    monkeypatch.setattr(attempts, "PAUSES_S", (0, 0))
+    monkeypatch.setattr(build.checkpoint, "gather_filters", lambda sides: {"w": torch.ones(3)})
+    build.save_filters(Plan, Engine)
+    before = Plan.filters_file.read_bytes()
+    for number in range(1, 6):
+        with monkeypatch.context() as patch, pytest.raises(error, match=r"0 could not write filters\.safetensors"):
+            failing(patch, number, code, True)
+            build.save_filters(Plan, Engine)
+        assert Plan.filters_file.read_bytes() == before
+    build.save_filters(Plan, Engine)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_two_checkpoints_never_share_a_file_and_not_each_has_one(tmp_path, keep):
+    """One bad block must not be in all there are; nor must each hold another gigabyte of filters."""
+    (tmp_path / "filters").write_bytes(b"filters")
+    saver = saver_of(Run(tmp_path), tmp_path / "filters")
+    saver.settings = saver.settings.model_copy(update={"keep": keep})
+    for step in range(1, 7):
+        assert write(saver, step) is None
+        inodes = [(s.path / files.FILTERS).stat().st_ino for s in files.published(tmp_path)]
+        assert len(inodes) == min(step, keep)
+        assert len(set(inodes)) == min(len(inodes), 2)
+        assert (tmp_path / "filters").stat().st_ino not in inodes
+
+
+def test_a_name_that_outlives_its_checkpoint_is_not_written_through(tmp_path):
+    (tmp_path / "filters").write_bytes(b"filters")
+    saver = saver_of(Run(tmp_path), tmp_path / "filters")
+    assert write(saver, 1) is None
+    stale = files.checkpoints_of(tmp_path) / "step_00000002.part"
+    stale.mkdir()
+    os.link(files.checkpoints_of(tmp_path) / "step_00000001" / files.FILTERS, stale / files.FILTERS)
+    saver.settings = saver.settings.model_copy(update={"keep": 5})
+    assert write(saver, 2) is None
+    assert [content(s.path) for s in files.published(tmp_path)] == [2, 1]
+
+
+def test_checkpoints_that_a_user_removed_are_not_needed_for_the_next(tmp_path):
+    (tmp_path / "filters").write_bytes(b"filters")
+    saver = saver_of(Run(tmp_path, keep_every=1), tmp_path / "filters")
+    for step in (1, 2, 3):
+        assert write(saver, step) is None
+    shutil.rmtree(files.checkpoints_of(tmp_path))
+    assert write(saver, 4) is None
+    assert content(files.newest_checkpoint(tmp_path)) == 4
+
+
+def test_a_step_waits_for_the_copy_alone_and_the_next_save_for_the_first(tmp_path, monkeypatch):
+    """A disk that takes its time."""
+    (tmp_path / "filters").write_bytes(b"filters")
+    saver, free = saver_of(Run(tmp_path), tmp_path / "filters"), threading.Event()
+    write_file = sealed.write_file
+
+    def slowly(*arguments):
+        assert free.wait(20)
+        return write_file(*arguments)
+
+    monkeypatch.setattr(sealed, "write_file", slowly)
+    monkeypatch.setattr(saving.checkpoint, "kept_buffers", lambda engine: None)
+    monkeypatch.setattr(saving.checkpoint, "snapshot", lambda engine, buffers: state(4))
+    row = saver.save("engine", Progress(4, 4, 4), with_filters=True)
+    assert not files.published(tmp_path) and row.keys() == {"checkpoint/stall_ms"} and row["checkpoint/stall_ms"] < 5000
+    timer = threading.Timer(0.2, free.set)
+    timer.start()
+    row = saver.save("engine", Progress(8, 8, 8), with_filters=True)
+    assert row["checkpoint/write_ms"] > 150 and row["checkpoint/stall_ms"] > 150 and row["checkpoint/failed"] == 0
+    saver.finish()
+    assert [s.step for s in files.published(tmp_path)] == [8]
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 3), (3, 4), (1, 5), (5, 1), (2, 2)])
+def test_any_ranks_read_what_any_ranks_wrote(tmp_path, before, after):
+    """Every stretch that one of `after` ranks holds, of tensors larger and smaller than the ranks that wrote them."""
+    from ted_scale.state_files import as_bytes, cut, rank_file
+
+    shapes = {"large": [7, 11], "small": [2], "one": [1]}
+    whole = {name: torch.randn(shape) for name, shape in shapes.items()}
+    for rank in range(before):
+        stretches = {name: cut(tensor.numel(), before, rank) for name, tensor in whole.items()}
+        pieces = {key_of("fp32", n): whole[n].flatten()[a:b] for n, (a, b) in stretches.items() if b > a}
+        sealed.write_file(tmp_path / rank_file(rank), as_bytes(pieces))
+    read = State(tmp_path, {"ranks": before, "updates": 0, "shapes": shapes})
+    for name, tensor in whole.items():
+        assert torch.equal(read.whole(name), tensor)
+        for rank in range(after):
+            first, last = cut(tensor.numel(), after, rank)
+            if last > first:
+                assert torch.equal(read.stretch("fp32", name, first, last), tensor.flatten()[first:last])

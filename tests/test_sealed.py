@@ -1,0 +1,171 @@
+"""A checkpoint is whole or passed over, and which of the whole ones stay. What 200 damages do: test_saver.py, on what the
+trainer writes."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from damages import flip
+
+from ted_scale import checkpoint_files as files
+from ted_scale import sealed
+from ted_scale.errors import UserError
+
+
+def leave(run: Path, step: int, validation: float | None = None, forks: tuple[int, ...] = ()) -> Path:
+    """A published checkpoint of a few small files."""
+    rng = random.Random(step)
+    part = files.checkpoints_of(run) / (files.checkpoint_name(step, len(forks)) + sealed.PART)
+    part.mkdir(parents=True)
+    progress = files.progress_as_bytes(files.Progress(step, step * 256, step * 8))
+    entries = {files.PROGRESS: sealed.write_file(part / files.PROGRESS, [progress])}
+    for rank in range(2):
+        name = f"rank_{rank:05d}.safetensors"
+        entries[name] = sealed.write_file(part / name, [rng.randbytes(300), b"", rng.randbytes(77)])
+    sealed.seal(part, entries, {"step": step, "forks": forks, "ranks": 2, "validation": validation})
+    return sealed.publish(part)
+
+
+def newest_whole(run: Path) -> Path | None:
+    """As a resume finds it: sizes and manifests first, then every byte."""
+    return next((s.path for s in files.published(run) if not (s.fault or files.check_digests(s.path))), None)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    for step in (4, 8, 12):
+        leave(run, step)
+    return run
+
+
+@pytest.mark.parametrize("pointer", [None, "step_00000099", "", "../../etc"])
+def test_a_pointer_to_the_newest_is_neither_needed_nor_believed(original, tmp_path, pointer):
+    run = shutil.copytree(original, tmp_path / "run")
+    if pointer is not None:
+        (files.checkpoints_of(run) / "latest").write_text(pointer)
+    assert newest_whole(run).name == "step_00000012"
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "..", "", "a/b"])
+def test_a_manifest_names_files_of_its_own_folder_only(original, tmp_path, name):
+    run = shutil.copytree(original, tmp_path / "run")
+    path = files.checkpoints_of(run) / "step_00000012" / sealed.MANIFEST
+    content = json.loads(path.read_text())["content"]
+    content["files"][name] = [1, "0"]
+    path.write_text(json.dumps({"content": content, "sha256": sealed.digest_of_content(content)}))
+    with pytest.raises(sealed.Damaged, match=r"which is no file in it|must name files of its own folder"):
+        sealed.read_manifest(path.parent)
+
+
+def test_all_damaged_is_one_sentence_and_never_a_new_beginning(original, tmp_path):
+    run = shutil.copytree(original, tmp_path / "run")
+    for checkpoint in files.checkpoints_of(run).iterdir():
+        (checkpoint / sealed.MANIFEST).unlink()
+    with pytest.raises(UserError, match="must hold a whole checkpoint, but none of 3 is") as caught:
+        files.newest_checkpoint(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_last_ones_every_so_many_and_the_best_stay(tmp_path):
+    class Settings:
+        keep, keep_every, keep_best = 2, 6, True
+
+    for step, loss in ((2, 5.0), (4, 3.0), (6, None), (8, 4.0), (10, 3.5), (12, 3.1), (14, 9.0)):
+        leave(tmp_path, step, loss)
+    (files.checkpoints_of(tmp_path) / "step_00000008" / sealed.MANIFEST).unlink()
+    files.prune(tmp_path, Settings)
+    left = sorted(p.name for p in files.checkpoints_of(tmp_path).iterdir())
+    assert left == [files.checkpoint_name(step) for step in (4, 6, 8, 12, 14)]  # 8 is damaged: not ours to remove
+
+
+def test_a_run_that_went_back_keeps_what_it_writes_and_goes_on_from_that(tmp_path):
+    """From 8 back to 6, and on with 7: the newest is 7, its history 6 and 4, and 8 belongs to nobody."""
+
+    class Settings:
+        keep, keep_every, keep_best = 2, 4, True
+
+    for step in (2, 4, 6, 8):
+        leave(tmp_path, step, 1.0 / step)
+    leave(tmp_path, 7, 0.9, forks=(6,))
+    assert [s.path.name[5:] for s in files.published(tmp_path)][:2] == ["00000007_1", "00000008"]
+    assert newest_whole(tmp_path).name == "step_00000007_1"
+    whole = {s.path.name: s.manifest for s in files.published(tmp_path)}
+    assert [files.key_of(name) for name in files.history(whole)] == [(1, 7), (0, 6), (0, 4), (0, 2)]
+    files.prune(tmp_path, Settings)
+    assert sorted(p.name[5:] for p in files.checkpoints_of(tmp_path).iterdir()) == [
+        "00000004",
+        "00000006",
+        "00000007_1",
+    ]
+    leave(tmp_path, 8, None, forks=(6, 4))
+    whole = {s.path.name: s.manifest for s in files.published(tmp_path)}
+    assert [files.key_of(name) for name in files.history(whole)] == [(2, 8), (0, 4)]
+
+
+@pytest.mark.parametrize(
+    "name", ["step_²", "step_0000000²", "step_4", "step_00000004_0", "step_00000004.part", "step_00000004_x"]
+)
+def test_other_names_are_no_checkpoints(name):
+    assert files.key_of(name) is None
+
+
+def test_publishing_over_a_damaged_one_of_the_same_step_replaces_it(original, tmp_path):
+    run = shutil.copytree(original, tmp_path / "run")
+    (files.checkpoints_of(run) / "step_00000012" / files.PROGRESS).unlink()
+    leave(run, 12)
+    assert newest_whole(run).name == "step_00000012"
+    assert not list(files.checkpoints_of(run).glob(f"*{sealed.PART}"))
+
+
+def test_the_tool_lists_verifies_and_prunes(original, tmp_path, capsys):
+    from tools.checkpoints import main
+
+    run = shutil.copytree(original, tmp_path / "run")
+    rank_1 = files.checkpoints_of(run) / "step_00000008" / "rank_00001.safetensors"
+    flip(rank_1, random.Random(0))
+    (files.checkpoints_of(run) / "step_00000016.part").mkdir()
+    main([str(run), "list"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == [*(f"step_{s:08d}" for s in (12, 8, 4)), "step_00000016.part"]
+    assert all(line.endswith("whole") for line in said[:3])
+    with pytest.raises(SystemExit) as code:
+        main([str(run), "verify"])
+    said = capsys.readouterr().out.splitlines()
+    assert code.value.code == 1
+    assert said[1].endswith("DAMAGED: rank_00001.safetensors is not as it was written")
+    main([str(run), "prune", "--keep", "2"])
+    assert "nothing was removed" in capsys.readouterr().out
+    main([str(run), "prune", "--keep", "2", "--yes"])
+    assert sorted(p.name for p in files.checkpoints_of(run).iterdir()) == ["step_00000004", "step_00000012"]
+
+
+def test_the_tool_goes_on_where_a_run_at_work_removes_a_checkpoint_under_it(original, tmp_path, capsys, monkeypatch):
+    from tools.checkpoints import main
+
+    run = shutil.copytree(original, tmp_path / "run")
+    check = files.check_digests
+
+    def check_and_lose(checkpoint):
+        if checkpoint.name == "step_00000008":
+            shutil.rmtree(checkpoint)
+        return check(checkpoint)
+
+    monkeypatch.setattr(files, "check_digests", check_and_lose)
+    main([str(run), "verify"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "step_00000008  removed meanwhile" and said[2].endswith("whole")
+
+
+@pytest.mark.parametrize(
+    "forged", [{"forks": "abc"}, {"forks": [None]}, {"forks": [3]}, {"validation": "x"}, {"step": 13}]
+)
+def test_a_manifest_of_something_else_is_damage_also_where_its_digest_is_right(original, tmp_path, forged):
+    run = shutil.copytree(original, tmp_path / "run")
+    path = files.checkpoints_of(run) / "step_00000012" / sealed.MANIFEST
+    content = {**json.loads(path.read_text())["content"], **forged}
+    path.write_text(json.dumps({"content": content, "sha256": sealed.digest_of_content(content)}))
+    assert files.published(run)[0].fault == "its manifest.json is not of step_00000012"
+    assert newest_whole(run).name == "step_00000008"

@@ -1,0 +1,109 @@
+"""A run's checkpoints: python tools/checkpoints.py RUN list | verify | prune
+
+`list` looks at names and sizes, `verify` reads every byte and ends with code 1 where one is not as it was written, `prune`
+removes what the run file's [checkpoint] does not keep, damaged ones and what a crash left half-way. The surprise: prune is
+a dry run until --yes is given.
+"""
+
+import argparse
+import datetime
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
+
+from ted_scale import checkpoint_files as files
+from ted_scale import sealed
+from ted_scale.checkpoint_files import Standing
+from ted_scale.config import Checkpoint
+from ted_scale.errors import UserError, run_main
+from ted_scale.run_file import load_run
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("action", choices=("list", "verify", "prune"))
+    parser.add_argument("--keep", type=int, help="the last ones; default: the run file's")
+    parser.add_argument("--keep-every", type=int, metavar="STEPS", help="those stay for ever; default: the run file's")
+    parser.add_argument("--keep-best", action="store_true", default=None, help="the lowest validation loss stays")
+    parser.add_argument("--yes", action="store_true", help="prune: do it")
+    arguments = parser.parse_args(argv)
+    if not files.checkpoints_of(arguments.run).is_dir():
+        raise UserError(f"RUN must be a run's folder, with checkpoints in it, but {arguments.run} is not")
+    return arguments
+
+
+def describe(standing: Standing, fault: str | None) -> str:
+    manifest = standing.manifest or {"files": {}}
+    size = sum(entry.bytes for entry in manifest["files"].values())
+    loss, ranks = manifest.get("validation"), manifest.get("ranks", "?")
+    when = datetime.datetime.fromtimestamp(standing.path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    held = f"{size / 1e6:>12,.1f} MB  {ranks:>5} ranks  {f'val {loss:.4f}' if loss is not None else '':<12}"
+    return f"{standing.path.name}  {when}  {held}  {f'DAMAGED: {fault}' if fault else 'whole'}"
+
+
+def settings_of(arguments) -> Checkpoint:
+    """The run file's, with what the command line says on top."""
+    path = arguments.run / "run.toml"
+    written = load_run(path).checkpoint if path.is_file() else Checkpoint()
+    given = {"keep": arguments.keep, "keep_every": arguments.keep_every, "keep_best": arguments.keep_best}
+    settings = written.model_copy(update={key: value for key, value in given.items() if value is not None})
+    if settings.keep < 1 or settings.keep_every < 0:
+        raise UserError(
+            f"--keep must be at least 1 and --keep-every at least 0, but are {settings.keep} and {settings.keep_every}"
+        )
+    return settings
+
+
+def to_remove(folder: Path, settings: Checkpoint) -> list[Path]:
+    """Every byte is read before: one that is damaged inside must not stay in place of a whole one."""
+    standings = [s._replace(fault=s.fault or files.check_digests(s.path)) for s in files.published(folder)]
+    whole = {s.path.name: s.manifest for s in standings if s.fault is None}
+    if standings and not whole:
+        raise files.none_is_whole(folder, [(s.path, s.fault) for s in standings])
+    stays = files.kept(whole, settings)
+    parts = sorted(p for p in files.checkpoints_of(folder).glob(f"*{sealed.PART}") if not p.name.endswith(sealed.ASIDE))
+    return [s.path for s in standings if s.path.name not in stays] + parts
+
+
+def prune(arguments) -> None:
+    from ted_scale.run_folder import lock
+
+    if arguments.yes and not lock(arguments.run):
+        raise UserError(
+            f"RUN must not be at work when it is pruned, but a process trains in {arguments.run}; wait for it"
+        )
+    if arguments.yes:
+        sealed.put_back(files.checkpoints_of(arguments.run))
+    doomed = to_remove(arguments.run, settings_of(arguments))
+    for path in doomed:
+        print(f"{'removing' if arguments.yes else 'would remove'} {path}")
+        if arguments.yes:
+            shutil.rmtree(path) if path.name.endswith(sealed.PART) else sealed.remove(path)
+    if doomed and not arguments.yes:
+        print("nothing was removed; add --yes to do it")
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    if arguments.action == "prune":
+        prune(arguments)
+        return
+    damaged = 0
+    for standing in files.published(arguments.run):
+        fault = standing.fault or (files.check_digests(standing.path) if arguments.action == "verify" else None)
+        try:
+            print(describe(standing, fault), flush=True)
+            damaged += bool(fault)
+        except FileNotFoundError:  # a run at work keeps the last ones only
+            print(f"{standing.path.name}  removed meanwhile", flush=True)
+    for part in sorted(files.checkpoints_of(arguments.run).glob(f"*{sealed.PART}")):
+        print(f"{part.name}  unfinished")
+    if damaged and arguments.action == "verify":
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_main(main)
