@@ -131,16 +131,23 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
             raise Preempted  # before a step: the next start validates anew
     numbers.resume_from(progress.tokens)
     began = progress.step
+
+    def keep_what_is_not() -> None:  # a second time would begin by removing the first
+        if progress.step > began and not stage.saves(progress.step):
+            keep(engine, progress)
+
+    # Only where all ranks leave together: a save waits for every one of them.
     while progress.step < stage.last_step:
-        try:
-            if feed.due(stage, stream, progress):
+        if feed.due(stage, stream, progress):
+            try:
                 stream, progress = feed.weigh(plan, teacher, numbers, vocabulary, device, engine, stream, progress)
+            except Preempted:
+                keep_what_is_not()
+                raise
+        try:
             feed.refuse_short_corpora(run, stage, stream, progress)
-        except (Preempted, UserError):
-            if progress.step > began and not stage.saves(
-                progress.step
-            ):  # a second save would begin by removing the first
-                keep(engine, progress)
+        except UserError:
+            keep_what_is_not()
             raise
         numbers.reads(stream)
         data = loader.steps(
