@@ -16,6 +16,9 @@ from ted_scale.kernels.matmul import add_matmul, live_rows, matmul_into, operand
 from ted_scale.losses import valid_weights
 
 MODES = ("chunked", "strict")
+# Chunks of logits to one product for the weight's gradient. Its fp32 sum is read and written each time, 8 bytes an entry, which
+# takes as long as the product of 900 rows on an H100 (680 TFLOP/s, 3 TB/s); a row of bf16 slopes costs a quarter of its logits.
+SPAN = 4
 
 
 def linear_kl_ce(
@@ -84,17 +87,23 @@ def logit_chunks(
     kl, ce = weight.new_zeros(2, len(weight)).unbind()
     teacher = shared_operands(w_s, w_t, b_t, backend)
     w_s, wants = operand(w_s, backend), any(wanted)
-    chunk = rows_of_chunk(h_s, w_s, teacher[0], chunk_tokens)
+    span = SPAN if wants and backend == "triton" and h_s.dtype != torch.float32 else 1
+    chunk = rows_of_chunk(h_s, w_s, teacher[0], span, chunk_tokens)
     logits_s, logits_t = (scratch(chunk, w, weight) for w in (w_s, teacher[0]))
+    slopes = scratch(min(span * chunk, len(h_s)), w_s, h_s) if span > 1 else None
     if not (f.kl_weight or f.ce_weight):
         dh.zero_()
-    for at in chunks(len(h_s), chunk) if f.kl_weight or f.ce_weight else ():
+    for at in chunks(len(h_s), span * chunk) if f.kl_weight or f.ce_weight else ():
         live, h = weight[at], live_rows(h_s[at], weight[at])
-        z_s = project(h, w_s, b_s, logits_s[: len(h)])
-        z_t = None if h_t is None else project(live_rows(h_t[at], live), *teacher, logits_t[: len(h)])
-        kl[at], ce[at], dz = rows(z_s, z_t, labels[at], live, f, wants, h.dtype)
+        t = None if h_t is None else live_rows(h_t[at], live)
+        for part in chunks(len(h), chunk):
+            count = len(h[part])
+            z_s = project(h[part], w_s, b_s, logits_s[:count])
+            z_t = None if t is None else project(t[part], *teacher, logits_t[:count])
+            room = None if slopes is None else slopes[part]
+            kl[at][part], ce[at][part], dz = rows(z_s, z_t, labels[at][part], live[part], f, wants, room)
         if wants:
-            add_gradients(dz, h, w_s, wanted, dh[at], dw, db)
+            add_gradients(dz if slopes is None else slopes[: len(h)], h, w_s, wanted, dh[at], dw, db)
     kl, ce = kl.sum(), ce.sum()
     return torch.stack([f.ce_weight * ce + f.kl_weight * kl, kl, ce]), *gradients
 
@@ -135,20 +144,22 @@ def scratch(rows: int, w, like):
     return None if w is None else like.new_empty(rows, len(w))
 
 
-def rows_of_chunk(h_s, w_s, w_t, chunk_tokens: int) -> int:
+def rows_of_chunk(h_s, w_s, w_t, span: int, chunk_tokens: int) -> int:
+    """Of fp32 logits; where their gradient has room of its own, `span` times as many rows of that."""
     logits = 4 * (len(w_s) + (0 if w_t is None else len(w_t)))
-    apart = h_s.element_size() * len(w_s) if h_s.is_cuda and h_s.element_size() == 2 else 0
+    apart = span * h_s.element_size() * len(w_s) if h_s.is_cuda and h_s.element_size() == 2 else 0
     return rows_per_chunk(len(h_s), logits + apart, h_s.device, chunk_tokens)
 
 
 def row_losses(backend: str):
-    """`f(z_s, z_t, labels, weight, loss, wants_gradient, dtype) -> (kl, ce, dz)`; it may overwrite z_s and z_t."""
+    """`f(z_s, z_t, labels, weight, loss, wants_gradient, room) -> (kl, ce, dz)`; it may overwrite z_s and z_t, and dz is in
+    `room`, or in the place of z_s where that is None."""
     if backend == "triton":
         from ted_scale.kernels.triton_rows import launch_rows
 
         return launch_rows
     whole_rows = compiled_rows() if backend == "compiled" else formulas.whole_rows
-    return lambda z_s, z_t, labels, weight, f, wants, dtype: whole_rows(z_s, z_t, labels, weight, f, wants)
+    return lambda z_s, z_t, labels, weight, f, wants, room: whole_rows(z_s, z_t, labels, weight, f, wants)
 
 
 def compiled_rows():

@@ -3,7 +3,6 @@
 The formulas are formulas.py's. Everything is fp32.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -102,11 +101,11 @@ def rows_kernel(
             tl.store(dz + at, g.to(dz.dtype.element_ty), mask=at < V)
 
 
-def launch_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, dtype):
-    """(weight·T²·KL, weight·CE, ∂/∂z_s in dtype or None)"""
+def launch_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, room):
+    """(weight·T²·KL, weight·CE, ∂/∂z_s, in `room` where there is one, or None)"""
     rows, vocab = z_s.shape
     kl, ce = weight.new_zeros(2, rows).unbind()
-    dz = z_s if dtype == torch.float32 else torch.empty(rows, vocab, dtype=dtype, device=z_s.device)
+    dz = z_s if room is None else room
     z_t, shared = (z_s, 0) if z_t is None else (z_t, z_t.shape[1])
     shape = pick(ROWS, z_s)
     rows_kernel[(rows,)](
