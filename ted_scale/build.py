@@ -5,6 +5,7 @@ A stage is built anew, also within one process: stage II starts from the student
 the same way whether stage I ran a second ago, before a crash, or in another run.
 """
 
+import gc
 import logging
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,20 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ted_scale import attention, checkpoint, feed, health, kernels, metrics, pulse, redact, replicas, resume, watch
+from ted_scale import (
+    attention,
+    checkpoint,
+    feed,
+    health,
+    kernels,
+    metrics,
+    pulse,
+    redact,
+    replicas,
+    resume,
+    watch,
+    zero_hooks,
+)
 from ted_scale import checkpoint_files as files
 from ted_scale.attempts import attempt
 from ted_scale.checkpoint_files import Progress
@@ -113,6 +127,7 @@ def validation_is_owed(plan: Plan, stage: Stage, progress: Progress, numbers) ->
 def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, numbers, loader, saver) -> Progress:
     run, device = plan.run, loader.device
     pulse.building(f"the build of stage {stage.name}")
+    gc.collect()  # an earlier stage's engine, which holds itself in circles
     engine = build_student(plan, stage, teacher, saver.filters_file)
     if resumed:
         checkpoint.load(engine, resumed)
@@ -165,12 +180,12 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
     saver.copier.finish()
     pulse.building(f"the end of stage {stage.name}")
     saver.forget()
-    engine.destroy()
+    zero_hooks.destroy(engine)
     return progress
 
 
 def go_back(stage: Stage, engine, rewind: Rewind, numbers) -> Progress:
-    """Into the engine there is: DeepSpeed keeps every module that it was ever given, so that another would need its room."""
+    """Into the engine there is: another would be built beside it."""
     for place in rewind.checkpoints:
         pulse.beat(f"the way back to {place.name}")
         if (fault := first_of_all(files.check_digests(place, share()))) is None:

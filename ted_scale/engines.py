@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ted_scale import checkpoint, replicas
+from ted_scale import checkpoint, replicas, zero_hooks
 from ted_scale.errors import UserError
 from ted_scale.filters import Filter
+from ted_scale.models import Anatomy
 from ted_scale.plan import Plan
 from ted_scale.schedule import Stage
 from ted_scale.student import Student
@@ -35,7 +36,7 @@ def check_engine_config(plan: Plan) -> None:
             "correct it"
         ) from None
     try:
-        DeepSpeedConfig(engine_config(plan))
+        DeepSpeedConfig(engine_config(plan, plan.student))
     except Exception as error:  # its sections have checks of their own, with exceptions of every kind
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
         raise UserError(
@@ -43,11 +44,13 @@ def check_engine_config(plan: Plan) -> None:
         ) from None
 
 
-def engine_config(plan: Plan, **trained) -> dict:
-    """DeepSpeed's configuration: its file's part, and what the run file owns."""
+def engine_config(plan: Plan, model: Anatomy, **trained) -> dict:
+    """DeepSpeed's configuration for a model: its file's part, and what the run file owns."""
     return {
         "communication_data_type": "fp32",  # in bf16 a sum loses more the more ranks there are; a ds_config may say bf16
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at every forward and step
         **plan.ds_config,
+        "zero_optimization": {**bucket_sizes(model), **plan.ds_config["zero_optimization"]},
         "train_micro_batch_size_per_gpu": plan.run.train.micro_batch,
         "bf16": {"enabled": plan.run.train.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -57,16 +60,30 @@ def engine_config(plan: Plan, **trained) -> dict:
     }
 
 
+def bucket_sizes(model: Anatomy) -> dict:
+    """What DeepSpeed gathers, reduces and updates at once, in elements; the arithmetic is in design note 23."""
+    return {
+        "stage3_prefetch_bucket_size": model.block_parameters,  # the next block, whole, while this one computes
+        "stage3_max_live_parameters": max(10**9, 3 * model.block_parameters),
+        "contiguous_gradients": False,  # a copy of every gradient, in a buffer that reduce-scatter does not read
+        "reduce_bucket_size": 2**21,  # small gradients together; a large matrix goes alone, uncopied
+        "sub_group_size": 10**8,  # of an update, which holds its gradients twice in fp32
+    }
+
+
 def build_teacher(plan: Plan):
     if plan.teacher is None:
         return lambda batch, weights: None
     import deepspeed
 
-    config = engine_config(plan)
+    config = engine_config(plan, plan.teacher)
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
     network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision])
     body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
+    zero_hooks.mend()
+    zero_hooks.blocks_at_once(network.get_submodule(plan.teacher.blocks))
     teacher = Teacher(deepspeed.initialize(model=body, config=config)[0], body)
+    zero_hooks.never_backward(teacher.engine, body)
     if plan.run.health.replicas_every:
         teacher.at_load = replicas.digests(replicas.shards_of(body), teacher.engine.device)
     return teacher
@@ -77,7 +94,9 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
     import deepspeed
 
     run, dtype = plan.run, DTYPES[plan.run.train.precision]
-    config = engine_config(plan, gradient_accumulation_steps=plan.accumulation, gradient_clipping=run.train.clip)
+    config = engine_config(
+        plan, plan.student, gradient_accumulation_steps=plan.accumulation, gradient_clipping=run.train.clip
+    )
     network = build_network(plan.student, ds_config=config, dtype=dtype, init=run.student.init, seed=run.seed)
     network.requires_grad_(not stage.learns_filters)
     if run.student.gradient_checkpointing and not stage.learns_filters:
@@ -94,7 +113,18 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
     module.train()
     settings = {"lr": run.train.lr, "betas": run.train.betas, "eps": run.train.eps, "fused": True}
     optimizer = torch.optim.AdamW(parameter_groups(run, module), **settings)
-    return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+    zero_hooks.mend()
+    zero_hooks.blocks_at_once(network.get_submodule(plan.student.blocks))
+    engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+    for part in frozen_parts(module, stage):
+        zero_hooks.never_backward(engine, part)
+    zero_hooks.quick_signatures(engine)
+    return engine
+
+
+def frozen_parts(module: Student, stage: Stage) -> list:
+    frozen = module.network if stage.learns_filters else module.filters_t
+    return [] if frozen is None else [frozen]
 
 
 def build_filters(plan: Plan, stage: Stage):

@@ -44,6 +44,7 @@ class Anatomy:
     softcap: float | None
     logit_scale: float
     parameters: int
+    block_parameters: int  # of the largest block
     max_length: int | None
     attention: tuple[attention.Layer, ...]
     blocks_apart: int
@@ -142,11 +143,16 @@ def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
         vocab_size=head.weight.shape[0],
         softcap=softcap,
         logit_scale=scale,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=size_of(model),
+        block_parameters=max(size_of(block) for block in model.get_submodule(blocks)),
         max_length=getattr(config, "max_position_embeddings", None),
         attention=tuple(dict.fromkeys(call.layer for call in calls)),
         blocks_apart=blocks_apart(model, body, blocks),
     )
+
+
+def size_of(module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def run_once(key: str, folder: Path, config):

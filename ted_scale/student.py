@@ -16,7 +16,7 @@ from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.losses import valid_weights
 from ted_scale.models import Anatomy, Head, Taps, head_of, run_body
 from ted_scale.sampling import drawn_pairs, drawn_rows
-from ted_scale.zero import gathered
+from ted_scale.zero import ask, gathered
 
 
 class Signal(NamedTuple):
@@ -54,12 +54,10 @@ class Student(nn.Module):
         self.head = OutputHead(own.weight, own.bias)
         self.taps = Taps(network, anatomy, [s for s, _ in pairs])
         self.blocks = [s for s, _ in pairs]
-        self.filters_s = filters_s
-        if learns_filters:
-            self.filters_t = filters_t
-        # A tuple keeps what is not this engine's to train out of the module tree. The own head's weights are looked up
-        # here, once: DeepSpeed takes a look at a sharded weight inside a forward for its use by that module.
-        self.fixed = (filters_t, head_t, own if run.filters.head == "own" else head_t)
+        self.filters_s, self.filters_t = filters_s, filters_t
+        # A tuple keeps the teacher's head out of the module tree. The own head's weights are looked up here, once: DeepSpeed
+        # takes a look at a sharded weight inside a forward for its use by that module.
+        self.heads = (head_t, own if run.filters.head == "own" else head_t)
 
     def forward(self, batch, signal: Signal | None, weights: Weights, denom) -> Losses:
         losses = self.filter_losses if self.learns_filters else self.student_losses
@@ -83,7 +81,7 @@ class Student(nn.Module):
         return last.flatten(0, 1), [states[block].flatten(0, 1) for block in self.blocks] if wants_layers else []
 
     def logit_losses(self, batch, last_ND, signal, weights, denom):
-        head_t = self.fixed[1] if weights.kl else None
+        head_t = self.heads[0] if weights.kl else None
 
         def loss(h_s, w_s, b_s):
             return linear_kl_ce(
@@ -99,28 +97,30 @@ class Student(nn.Module):
             return self.head(last_ND, loss)
 
     def layer_loss(self, k: int, states_ND, signal, batch, denom):
-        filters_t = self.fixed[0]
-        mask = token_mask(batch)
+        """Teacher's filter around student's: the loss leaves both by `made`, for a frozen filter's output has no graph."""
+        mask, made, h_t = token_mask(batch), [], signal.layers_NE[k]
 
-        def pair(h_t, w_t, b_t, *_):
+        def teacher_side(h_t, w_t, b_t, *_):
             def loss(h_s, w_s, b_s, *_):
                 settings = {"denom": denom, "kind": self.run.loss.kind, **self.code}
                 return filtered_mse(h_t, w_t, b_t, h_s, w_s, b_s, mask, **settings)
 
-            return self.filters_s[k](states_ND, loss)
+            made.append(self.filters_s[k](states_ND, loss))
 
-        if filters_t is None:  # lwd: the teacher's raw states
-            return pair(signal.layers_NE[k], None, None)
-        with gathered(filters_t[k].parameters()):
-            return filters_t[k].forward(signal.layers_NE[k], pair)  # frozen: no engine's hooks
+        if self.filters_t is None:  # lwd: the teacher's raw states
+            teacher_side(h_t, None, None)
+        else:
+            self.filters_t[k](h_t, teacher_side)
+        return made[0]
 
     def filter_losses(self, batch, signal, weights, denom) -> Losses:
         """Mean over pairs of the teacher's filters' next-token loss, plus the same of the student's."""
+        if self.run.filters.head != "per_layer":
+            ask(self.heads[0].parameters)  # the own head's are this network's: it gathers them first
         _, states = self.run_network(batch, True)
-        filters_t, head_t, head_s = self.fixed
         sides = [
-            (filters_t, signal.layers_NE, head_t),
-            (self.filters_s, states, head_s),
+            (self.filters_t, signal.layers_NE, self.heads[0]),
+            (self.filters_s, states, self.heads[1]),
         ]
         settings, (rows, length) = self.run.filters, batch.tokens_BT.shape
         pairs = drawn_pairs(settings, len(self.blocks), weights.draw)

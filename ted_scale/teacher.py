@@ -5,7 +5,7 @@ import torch
 from ted_scale.kernels import linear_kl_ce
 from ted_scale.models import Anatomy, Taps, head_of, run_body
 from ted_scale.student import Signal, Weights
-from ted_scale.zero import gathered
+from ted_scale.zero import ask, gathered
 
 
 class TeacherBody(torch.nn.Module):
@@ -15,6 +15,8 @@ class TeacherBody(torch.nn.Module):
         super().__init__()
         self.network, self.anatomy, self.blocks = network.requires_grad_(False).eval(), anatomy, blocks
         self.taps = Taps(network, anatomy, blocks)
+        self.asks_for: list[torch.Tensor] = []  # what is gathered for the student while the last block runs
+        network.get_submodule(anatomy.blocks)[-1].register_forward_pre_hook(lambda *_: ask(self.asks_for))
 
     def forward(self, batch, wants_layers: bool) -> Signal:
         with self.taps.record(wants_layers) as states:
@@ -27,20 +29,22 @@ class Teacher:
     """Calls the engine (or, without DeepSpeed, the body itself) where a weight asks for it."""
 
     def __init__(self, engine, body: TeacherBody):
-        self.engine, self.head = engine, head_of(body.network, body.anatomy)
+        self.engine, self.body, self.head = engine, body, head_of(body.network, body.anatomy)
         self.at_load = None  # the digests of its shards, where they are compared
 
     @torch.no_grad()
     def __call__(self, batch, weights: Weights) -> Signal | None:
         if not (weights.kl or weights.layer):
             return None
+        self.body.asks_for = self.head.projection if weights.kl else []
         return self.engine(batch, weights.layer != 0)
 
     @torch.no_grad()
     def ce(self, batch, denom) -> torch.Tensor:
         """The teacher's own next-token loss, for validation."""
-        last = self.engine(batch, False).last_NE
         head = self.head
+        self.body.asks_for = head.projection
+        last = self.engine(batch, False).last_NE
         with gathered(head.projection):
             return linear_kl_ce(
                 last, head.weight, None, None, batch.labels_BT.flatten(), batch.weights_BT.flatten(), denom=denom,

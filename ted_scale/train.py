@@ -18,6 +18,7 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
             with metrics.clock.time("teacher_ms"):
                 signal = teacher(batch, weights)
             losses = student(batch, signal, weights, denom)
+            del signal  # gigabytes, which backward does not need
             student.backward(for_engine(losses.total), scale_wrt_gas=False)
             guard.add(losses)
             if batch is micro_batches[-1]:

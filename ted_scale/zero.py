@@ -24,14 +24,29 @@ def shape_of(parameter) -> tuple[int, ...]:
     return tuple(parameter.ds_shape if is_sharded(parameter) else parameter.shape)
 
 
-def gathered(parameters):
-    """Whole values of `parameters` inside the context, shards again after it; a collective under ZeRO-3."""
-    parameters = [p for p in dict.fromkeys(parameters) if is_sharded(p)]
-    if not parameters:
-        return contextlib.nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
+def ask(parameters) -> None:
+    """Begin to gather `parameters` for the next `gathered` of them. A collective under ZeRO-3; nobody waits for it here."""
+    absent = [p for p in dict.fromkeys(parameters) if is_sharded(p) and p.ds_status.name == "NOT_AVAILABLE"]
+    if absent:
+        handle = absent[0].all_gather_coalesced(absent)
+        for parameter in absent:
+            parameter.asked = handle
 
-    return GatheredParameters(parameters)
+
+@contextlib.contextmanager
+def gathered(parameters):
+    """Whole values of `parameters` inside the context, shards again after it; the device alone waits, never the host."""
+    parameters = list(dict.fromkeys(parameters))
+    ask(parameters)
+    ours = [p for p in parameters if getattr(p, "asked", None) is not None]
+    for parameter in ours:
+        parameter.asked.wait()
+        parameter.asked = None
+    try:
+        yield
+    finally:
+        if ours:
+            ours[0].partition(ours)
 
 
 def build_network(anatomy: Anatomy, *, ds_config: dict | None, dtype, init: str = "weights", seed: int = 0):

@@ -20,6 +20,7 @@ def main() -> None:
     import health_scenarios
     import scenarios
     import stop_scenarios
+    import traffic_scenarios
 
     from ted_scale.ranks import start_ranks
 
@@ -28,7 +29,7 @@ def main() -> None:
         gc.collect()
         gc.freeze()  # DeepSpeed looks for garbage at every engine's start; what is imported, and what it keeps, is none
         try:
-            homes = (scenarios, data_scenarios, health_scenarios, stop_scenarios)
+            homes = (scenarios, data_scenarios, health_scenarios, stop_scenarios, traffic_scenarios)
             scenario = next(getattr(home, name) for home in homes if hasattr(home, name))
             result = scenario(folder, device)
         except Exception:

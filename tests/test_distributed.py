@@ -18,7 +18,7 @@ from ted_scale.plan import make_plan
 TWO_RANKS = (
     "ten_steps", "all_methods", "residency", "resumes", "resumes_with_other_settings", "poisoned_loss", "poisoned_gradient",
     "undisturbed_to_six", "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
-    "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals",
+    "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "traffic", "stage_two_memory",
 )  # fmt: skip
 
 
@@ -341,6 +341,28 @@ def test_a_step_reads_the_device_once_and_a_micro_step_never(world):
     per_step = result(world, "host_reads")[:-1]
     assert per_step[1:4] == [["guard.py:judge.tolist"]] * 3, per_step  # stage I
     assert per_step[5:10] == [["guard.py:judge.tolist"]] * 5, per_step  # step 5 comes after a validation
+
+
+@pytest.mark.parametrize("pairs", ["4", "16"])
+def test_a_micro_step_asks_for_every_weight_before_it_is_needed_and_waits_for_no_device(world, pairs):
+    """Past the first step of a stage, which learns the order: 4 pairs wait as little as 16."""
+    steps = result(world, "traffic")[pairs]
+    for step in (*steps[1:5], *steps[6:]):
+        assert step["device_waits"] == 0 and step["late"] == [], step
+        assert step["stream_waits"] == 2  # DeepSpeed's own, for the reduction of each micro-step
+
+
+def test_no_weight_is_sent_twice(world):
+    """Student and filters once for forward and backward, as their gradients; the teacher and its filters once."""
+    parameters, micro_steps = 2 * 128 * 32 + 32 + 4 * 9280, 2
+    for step in result(world, "traffic")["4"][6:]:
+        filters = sum(step["reduced"]) // micro_steps - 4 * parameters
+        assert sum(step["gathered"]) == micro_steps * 2 * (4 * parameters + filters)
+
+
+def test_stage_two_needs_no_more_memory_after_stage_one_than_alone(world):
+    after, alone = result(world, "stage_two_memory")
+    assert abs(after / alone - 1) < 0.02, (after, alone)
 
 
 def test_recomputed_activations_change_no_loss(world):
