@@ -1,0 +1,96 @@
+"""The host's time for one pass through 28 small blocks: plain, under ZeRO-3 as DeepSpeed makes it, and with our lean hooks.
+
+The blocks are so small that what is measured is what the host does for them, which a GPU would wait for. One process, the
+arms in turn, medians; one rank.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from ted_scale.errors import run_main
+
+BLOCKS = 28
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=15)
+    turns = parser.parse_args().turns
+
+    from ted_scale.ranks import start_ranks
+
+    start_ranks()
+    torch.set_num_threads(1)
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    arms = {
+        "frozen, plain": forward(plain(), tokens),
+        "frozen, DeepSpeed": forward(sharded(lean=False, trained=False), tokens),
+        "frozen, lean": forward(sharded(lean=True, trained=False), tokens),
+        "trained, plain": both(plain(), tokens),
+        "trained, DeepSpeed": both(sharded(lean=False, trained=True), tokens),
+        "trained, lean": both(sharded(lean=True, trained=True), tokens),
+    }
+    times = {name: [] for name in arms}
+    for turn in range(turns + 4):
+        for name, run in arms.items():
+            began = time.perf_counter()
+            run()
+            if turn >= 4:  # ZeRO-3 learns the order of modules
+                times[name].append(time.perf_counter() - began)
+    for name, values in times.items():
+        base = times[f"{name.split(',')[0]}, plain"]
+        ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
+        print(f"{name:20} {statistics.median(values) * 1e3:7.1f} ms   {ratio:5.2f} x plain")
+
+
+def plain():
+    import transformers
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+    config = transformers.Qwen2Config(**sizes, num_hidden_layers=BLOCKS, vocab_size=256)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def sharded(*, lean: bool, trained: bool):
+    """Every weight sharded; one rank has nothing to gather, and runs all the hooks."""
+    import deepspeed
+
+    from ted_scale import zero_hooks
+
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    config = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        network = plain()
+    if lean:
+        zero_hooks.mend()
+        zero_hooks.blocks_at_once(network.model.layers)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0) if trained else None
+    engine = deepspeed.initialize(model=network.requires_grad_(trained), optimizer=optimizer, config=config)[0]
+    if lean and not trained:
+        zero_hooks.never_backward(engine, network)
+    elif lean:
+        zero_hooks.quick_signatures(engine)
+    return engine
+
+
+def forward(model, tokens):
+    def run():
+        with torch.no_grad():
+            model(tokens, use_cache=False)
+
+    return run
+
+
+def both(model, tokens):
+    def run():
+        loss = model(tokens, labels=tokens, use_cache=False).loss
+        model.backward(loss) if hasattr(model, "backward") else loss.backward()
+
+    return run
+
+
+if __name__ == "__main__":
+    run_main(main)
