@@ -19,10 +19,10 @@ from ted_scale.corpora import read_corpus
 from ted_scale.data import open_held_out, open_stream, text_lengths
 from ted_scale.errors import UserError
 from ted_scale.feed import open_feed, refuse_short_corpora
-from ted_scale.filters import match_layers
 from ted_scale.flops import keys_of, step_flops
 from ted_scale.models import Anatomy, inspect
 from ted_scale.object_store import check_package
+from ted_scale.pairs import Matched, match_layers
 from ted_scale.run_file import load_ds_config
 from ted_scale.schedule import Stage, stages_of
 from ted_scale.sealed import Damaged
@@ -39,6 +39,7 @@ class Plan:
     student: Anatomy
     teacher: Anatomy | None
     pairs: list[tuple[int, int]]
+    pairs_origin: str
     width: int
     accumulation: int
     stages: list[Stage]
@@ -89,15 +90,15 @@ def make_plan(run: Run, world: int) -> Plan:
     if teacher:
         check_same_tokenizer(student, teacher)
     vocabulary = min(a.vocab_size for a in (student, teacher) if a)
-    pairs = match_layers(run.pairs, student.layers, teacher.layers) if run.matches_layers else []
+    matched = match_layers(run.pairs, student, teacher) if run.matches_layers else Matched([], "")
     width = filter_width(run, student, teacher) if run.matches_layers else 0
     check_wandb(run)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)
     corpus_tokens = check_shards(run, vocabulary, student)
     plan = Plan(
-        run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=pairs, width=width,
-        accumulation=accumulation, stages=stages_of(run), corpus_tokens=corpus_tokens,
+        run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=matched.pairs,
+        pairs_origin=matched.origin, width=width, accumulation=accumulation, stages=stages_of(run), corpus_tokens=corpus_tokens,
         attended=attended(run, vocabulary, student, teacher),
     )  # fmt: skip
     check_corpora(plan, vocabulary, check_run_folder(plan))
@@ -261,7 +262,8 @@ def describe(plan: Plan) -> str:
             )
             lines.append(f"{side}: {a.family}, {shape}, from {a.folder}")
     if plan.pairs:
-        lines.append("pairs (student block, teacher block): " + " ".join(f"({s},{t})" for s, t in plan.pairs))
+        pairs = " ".join(f"({s},{t})" for s, t in plan.pairs)
+        lines.append(f"pairs (student block, teacher block), {plan.pairs_origin}: {pairs}")
         count_s, count_t = filter_parameters(plan)
         lines.append(
             f"filters: width {plan.width}, {count_s / 1e6:,.2f} M (student) + {count_t / 1e6:,.2f} M (teacher) parameters"
