@@ -45,6 +45,7 @@ class Call(NamedTuple):
 
     module: torch.nn.Module
     layer: Layer
+    heads: int  # of the queries
     causal: bool
     foreign: set[str]  # arguments that are set and would be ignored
     packed: bool  # told of documents
@@ -104,7 +105,7 @@ def watched():
         asked = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if asked is None else asked
         layer = Layer(query.shape[-1], value.shape[-1], kwargs.get("sliding_window"), kwargs.get("softcap"))
-        calls.append(Call(module, layer, bool(causal), given - UNDERSTOOD, "packing" in given))
+        calls.append(Call(module, layer, query.shape[1], bool(causal), given - UNDERSTOOD, "packing" in given))
         return causal_attention(module, query, key, value, None, **kwargs)
 
     AttentionInterface.register(NAME, note)

@@ -32,9 +32,10 @@ from ted_scale.attempts import attempt
 from ted_scale.checkpoint_files import Progress
 from ted_scale.engines import DTYPES, build_student, build_teacher, check_engine_config
 from ted_scale.errors import Preempted, RunStopped, UserError
+from ted_scale.flops import step_flops
 from ted_scale.guard import Guard
 from ted_scale.loader import Loader
-from ted_scale.plan import Plan, as_dict, flops_per_token
+from ted_scale.plan import Plan, as_dict
 from ted_scale.ranks import start_ranks
 from ted_scale.rewind import Rewind, gone_back
 from ted_scale.run_folder import broadcast, claim_folder, filters_files, first_of_all, share
@@ -92,7 +93,6 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     try:
         for stage in plan.stages:
             if progress.step < stage.last_step or validation_is_owed(plan, stage, progress, numbers):
-                numbers.flops_per_token = flops_per_token(plan, stage)
                 resumed = newest if progress.step > stage.first_step else None
                 progress = run_stage(plan, stage, teacher, progress, resumed, numbers, loader, saver)
     except Preempted:
@@ -171,6 +171,7 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
             stop=feed.last_sample(stage, progress),
             samples_per_step=stage.samples_per_step,
         )
+        data = numbers.counted(enumerate(data, progress.step), partial(step_flops, plan, stage))
         try:
             progress = train(stage, engine, teacher, data, guard, numbers, progress, verify, check, keep)
         except Rewind as rewind:

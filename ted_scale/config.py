@@ -112,7 +112,9 @@ class Data(Section):
 
 
 class Pairs(Section):
-    rule: Literal["uniform"] = "uniform"
+    rule: Literal["cut", "uniform"] = Field(
+        "cut", description="cut: as tools/cut_student.py cut the student from this teacher; uniform where it did not"
+    )
     explicit: list[tuple[int, int]] = Field([], description="(student block, teacher block), from 0; replaces the rule")
     skip_last: Count = 0
 

@@ -153,6 +153,11 @@ class Part(NamedTuple):
             starts.append(shard.document_starts(low, high) + (base - begin))
         return _joined(chunks), _joined(starts)
 
+    def begins(self, offset: int, count: int) -> numpy.ndarray:
+        """Where documents start among these tokens, from the indices alone."""
+        ranges, begin = self._ranges(offset, count), self.start + offset
+        return _joined([Shard(index).document_starts(low, high) + (base - begin) for index, base, low, high in ranges])
+
     def _read(self, shard: Shard, low: int, high: int) -> numpy.ndarray:
         dtype = shard.index.dtype
         if thing := shard.index.files.remote_bin:

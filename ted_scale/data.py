@@ -66,6 +66,15 @@ class Stream(NamedTuple):
             at += length
         return Window(tokens, labels, numpy.concatenate(begins), numpy.concatenate(ends))
 
+    def begins(self, position: int) -> numpy.ndarray:
+        """Where documents and pieces begin in a window, from the indices alone."""
+        part, pieces = self._at(position)
+        begins, at = numpy.zeros(self.seq_len, bool), 0
+        for first, length in pieces:
+            begins[at], begins[at + part.begins(first, length)] = True, True
+            at += length
+        return begins
+
     def ahead(self, positions: list[int | None]) -> None:
         """The windows at these positions will be read soon."""
         for position in positions:
@@ -164,6 +173,11 @@ def batch(stream: Stream, positions: list[int | None]) -> Batch:
     weights = (labels != IGNORED).astype(numpy.float32)
     tensors = (torch.from_numpy(a) for a in (tokens, labels, weights))
     return Batch(*tensors, pack(begins) if stream.attention == "document" else None)
+
+
+def text_lengths(stream: Stream, windows: int = 64) -> tuple[int, ...]:
+    """Of the documents in the first windows of a training stream, where each sees only itself."""
+    return pack(numpy.stack([stream.begins(position) for position in range(windows)])).lengths
 
 
 def read_ahead(batches: Iterable[list], depth: int, announce: Callable[[list], None]) -> Iterator[list]:

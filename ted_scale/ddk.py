@@ -14,15 +14,19 @@ def discrepancies(student_losses: list[float], teacher_losses: list[float]) -> l
     return [math.exp(min(s - t, 700.0)) for s, t in zip(student_losses, teacher_losses, strict=True)]
 
 
-def first_weights(prior: list[float], gaps: list[float]) -> list[float]:
-    """r_0: proportional to exp(gap), times what the run file says of each corpus."""
-    return softmax([math.log(p) + gap for p, gap in zip(prior, gaps, strict=True)])
+def first_weights(prior: list[float], gaps: list[float], smoothing: float) -> list[float]:
+    """r_0: proportional to exp(gap), times what the run file says of each corpus, and smoothed like all that follow."""
+    return smoothed([math.log(p) + gap for p, gap in zip(prior, gaps, strict=True)], smoothing)
 
 
 def next_weights(before: list[float], gaps: list[float], smoothing: float) -> list[float]:
     """r_t+1 = smoothing * psi / sum(psi) + (1 - smoothing) / N, where psi = r_t * exp(gap): its momentum is r_t."""
-    share = softmax([math.log(r) + gap if r else -math.inf for r, gap in zip(before, gaps, strict=True)])
-    return [smoothing * s + (1 - smoothing) / len(share) for s in share]
+    return smoothed([math.log(r) + gap if r else -math.inf for r, gap in zip(before, gaps, strict=True)], smoothing)
+
+
+def smoothed(logs: list[float], smoothing: float) -> list[float]:
+    """No corpus falls below (1 - smoothing) / N, for one that is not read any more has no way to show that it is needed."""
+    return [smoothing * share + (1 - smoothing) / len(logs) for share in softmax(logs)]
 
 
 def softmax(logs: list[float]) -> list[float]:

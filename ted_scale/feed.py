@@ -114,7 +114,7 @@ def set_weights(data, before: dict | None, student: dict[str, float], teacher: d
     gaps = ddk.discrepancies([student[name] for name in names], [teacher[name] for name in names])
     if before is None:
         prior = {corpus.name: corpus.weight for corpus in data.corpora}
-        weights = ddk.first_weights([prior[name] for name in names], gaps)
+        weights = ddk.first_weights([prior[name] for name in names], gaps, data.blend.smoothing)
     else:
         shares = [before["weights"].get(name, 1 / len(names)) for name in names]
         weights = ddk.next_weights(shares, gaps, data.blend.smoothing)

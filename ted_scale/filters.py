@@ -1,4 +1,4 @@
-"""The layer pairs, and the task-aware filters that sit on them.
+"""The task-aware filters that sit on matched blocks.
 
 A filter is a linear map with bias into the common width D, optionally behind a residual MLP; both start as the
 identity where they can. A filter's forward lends its weights to the loss that is passed in: fused losses read weights
@@ -8,30 +8,7 @@ as tensors, and under ZeRO-3 a weight is whole only while its owner's forward ru
 import torch
 from torch import nn
 
-from ted_scale.config import Pairs
-from ted_scale.errors import UserError
 from ted_scale.models import Head
-
-
-def match_layers(pairs: Pairs, layers_s: int, layers_t: int) -> list[tuple[int, int]]:
-    """(student block, teacher block) pairs, from 0."""
-    matched = [tuple(p) for p in pairs.explicit] or uniform(layers_s, layers_t)
-    for k, pair in enumerate(matched):
-        for side, block, layers in zip(("student", "teacher"), pair, (layers_s, layers_t), strict=True):
-            if not 0 <= block < layers:
-                raise UserError(f"pairs.explicit[{k}] must name {side} blocks 0 to {layers - 1}, but is {list(pair)}")
-    if pairs.skip_last >= len(matched):
-        raise UserError(f"pairs.skip_last must leave a pair, but is {pairs.skip_last} of {len(matched)} pairs")
-    return matched[: len(matched) - pairs.skip_last]
-
-
-def uniform(layers_s: int, layers_t: int) -> list[tuple[int, int]]:
-    """Student block k with the last teacher block of its share: ceil((k+1)·K_t/K_s) − 1."""
-    if layers_s > layers_t:
-        raise UserError(
-            f"pairs.explicit must list pairs where the student is deeper, but it has {layers_s} blocks over {layers_t}"
-        )
-    return [(k, -(-(k + 1) * layers_t // layers_s) - 1) for k in range(layers_s)]
 
 
 class Silent(nn.Linear):

@@ -18,13 +18,12 @@ from tqdm import tqdm
 from ted_scale import redact
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
+from ted_scale.flops import Work, keys_of, lengths_of
 from ted_scale.parsing import fits, parse_json
+from ted_scale.peaks import device_peak
 from ted_scale.sealed import write_durably
 
 log = logging.getLogger("ted_scale")
-
-# Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity).
-DEVICE_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "MI300X": 1307e12}
 
 
 class Clock:
@@ -63,8 +62,9 @@ class Metrics:
 
     def __init__(self, run: Run, *, writes: bool, total_steps: int, step: int, device, wandb_run):
         self.writes, self.wandb_run, self.device = writes, wandb_run, device
-        self.flops_per_token, self.every = 0.0, run.log_every
+        self.every, self.peak = run.log_every, device_peak(device, run.train.precision)
         self.rows: list[dict[str, float]] = []
+        self.works: list[Work] = []  # of a token of each step since the last row
         self.waits: dict[str, float] = {}
         self.stream = None  # what is read
         self.clock, self.since, self.tokens_before = Clock(device), time.perf_counter(), None
@@ -138,9 +138,24 @@ class Metrics:
         self.since, self.tokens_before = time.perf_counter(), tokens
         row = {"perf/tokens_per_s": rate, "perf/step_ms": elapsed / steps * 1e3, **spans}
         row["memory/peak_gib"] = peak_memory(self.device) / 2**30
-        peak = device_peak(self.device)
+        return {**row, **self.utilization(rate)}
+
+    def utilization(self, rate: float) -> dict[str, float]:
+        """Shares of the devices' peak: of what the steps ask for, and with what is computed again (docs/flops.md)."""
+        works, self.works = self.works, []
+        if not (self.peak and works):
+            return {}
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        return {**row, "perf/mfu": rate * self.flops_per_token / (peak * world)} if peak else row
+        model, again = (math.fsum(column) / len(works) for column in zip(*works, strict=True))
+        share = rate / (self.peak * world)
+        return {"perf/mfu": share * model, "perf/hfu": share * (model + again)}
+
+    def counted(self, steps, work):
+        """Numbered `steps`, with the `work(number, keys)` of each kept: this rank's documents stand for all ranks'."""
+        for number, micro_batches in steps:
+            if self.peak and self.writes:
+                self.works.append(work(number, keys_of(lengths_of(micro_batches))))
+            yield micro_batches
 
     def timed(self, items, name: str):
         """`items`, with the time spent waiting for the next one under `name`."""
@@ -170,7 +185,7 @@ class Metrics:
 
     def resume_from(self, tokens: int) -> None:
         """Speed counts from here: neither start-up nor what an earlier process did."""
-        self.tokens_before, self.since, self.rows = tokens, time.perf_counter(), []
+        self.tokens_before, self.since, self.rows, self.works = tokens, time.perf_counter(), [], []
         self.waits = {}
         self.clock.read()
 
@@ -267,13 +282,6 @@ def peak_memory(device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def device_peak(device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in DEVICE_PEAKS.items() if key in name), None)
 
 
 def open_log(folder: Path, writes: bool) -> None:

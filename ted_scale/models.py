@@ -45,8 +45,10 @@ class Anatomy:
     logit_scale: float
     parameters: int
     block_parameters: int  # of the largest block
+    matrices: int  # elements that a token's state is multiplied by, before the output projection
     max_length: int | None
     attention: tuple[attention.Layer, ...]
+    scores: tuple[tuple[int, int | None], ...]  # a layer's width of all queries and values together, and its window
     blocks_apart: int
 
 
@@ -145,14 +147,22 @@ def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
         logit_scale=scale,
         parameters=size_of(model),
         block_parameters=max(size_of(block) for block in model.get_submodule(blocks)),
+        matrices=matrices(model, head),
         max_length=getattr(config, "max_position_embeddings", None),
         attention=tuple(dict.fromkeys(call.layer for call in calls)),
+        scores=tuple((c.heads * (c.layer.width + c.layer.value_width), c.layer.window) for c in calls),
         blocks_apart=blocks_apart(model, body, blocks),
     )
 
 
 def size_of(module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def matrices(model, head) -> int:
+    """Elements of what is multiplied with every token's state; an embedding is looked up."""
+    products = [m for m in model.modules() if m is not head and not isinstance(m, torch.nn.Embedding)]
+    return sum(p.numel() for m in products for p in m.parameters(recurse=False) if p.dim() > 1)
 
 
 def run_once(key: str, folder: Path, config):

@@ -16,12 +16,13 @@ from ted_scale import resume
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
 from ted_scale.corpora import read_corpus
-from ted_scale.data import open_held_out
+from ted_scale.data import open_held_out, open_stream, text_lengths
 from ted_scale.errors import UserError
 from ted_scale.feed import open_feed, refuse_short_corpora
-from ted_scale.filters import match_layers
+from ted_scale.flops import keys_of, step_flops
 from ted_scale.models import Anatomy, inspect
 from ted_scale.object_store import check_package
+from ted_scale.pairs import Matched, match_layers
 from ted_scale.run_file import load_ds_config
 from ted_scale.schedule import Stage, stages_of
 from ted_scale.sealed import Damaged
@@ -38,10 +39,12 @@ class Plan:
     student: Anatomy
     teacher: Anatomy | None
     pairs: list[tuple[int, int]]
+    pairs_origin: str
     width: int
     accumulation: int
     stages: list[Stage]
     corpus_tokens: int
+    attended: dict[int | None, float]  # a layer's window → keys that a query sees, on average
 
     @property
     def total_steps(self) -> int:
@@ -87,14 +90,16 @@ def make_plan(run: Run, world: int) -> Plan:
     if teacher:
         check_same_tokenizer(student, teacher)
     vocabulary = min(a.vocab_size for a in (student, teacher) if a)
-    pairs = match_layers(run.pairs, student.layers, teacher.layers) if run.matches_layers else []
+    matched = match_layers(run.pairs, student, teacher) if run.matches_layers else Matched([], "")
     width = filter_width(run, student, teacher) if run.matches_layers else 0
     check_wandb(run)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)
+    corpus_tokens = check_shards(run, vocabulary, student)
     plan = Plan(
-        run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=pairs, width=width,
-        accumulation=accumulation, stages=stages_of(run), corpus_tokens=check_shards(run, vocabulary, student),
+        run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=matched.pairs,
+        pairs_origin=matched.origin, width=width, accumulation=accumulation, stages=stages_of(run), corpus_tokens=corpus_tokens,
+        attended=attended(run, vocabulary, student, teacher),
     )  # fmt: skip
     check_corpora(plan, vocabulary, check_run_folder(plan))
     if run.filters.from_run and run.method == "ted":
@@ -217,22 +222,19 @@ def newest_progress(run: Run) -> tuple[str, Progress]:
     return (str(local), files.read_progress(local)) if local else ("", Progress())
 
 
-def flops_per_token(plan: Plan, stage: Stage) -> float:
-    """Model FLOPs of one trained token: 2 a parameter forward, 4 backward, the teacher's forward, attention,
-    filters."""
+def attended(run: Run, vocabulary: int, *models: Anatomy | None) -> dict[int | None, float]:
+    """Keys that a query sees in each window that the models have; documents as they lie in some windows of the corpora."""
+    apart = run.data.attention == "document"
+    lengths = text_lengths(open_stream(run.data, run.seed, vocabulary)) if apart else [run.data.seq_len]
+    keys = keys_of(lengths)
+    return {window: keys(window) for anatomy in models if anatomy for _, window in anatomy.scores}
 
-    def forward(anatomy: Anatomy | None) -> float:
-        return (
-            0
-            if anatomy is None
-            else 2 * anatomy.parameters + 4 * anatomy.layers * anatomy.width * plan.run.data.seq_len
-        )
 
-    filters = sum(filter_parameters(plan))
-    if not stage.learns_filters:
-        return 3 * forward(plan.student) + forward(plan.teacher) + 2 * filters * 2
-    heads = 2 * len(plan.pairs) * plan.width * plan.student.vocab_size
-    return forward(plan.student) + forward(plan.teacher) + 6 * filters + 4 * heads
+def stage_flops(plan: Plan, stage: Stage) -> float:
+    """Model FLOPs of all its tokens; loss weights are looked at in a thousand of its steps."""
+    steps = range(stage.first_step, stage.last_step, max(1, stage.steps // 1000))
+    each = [step_flops(plan, stage, step, plan.attended.__getitem__).model for step in steps]
+    return stage.steps * plan.run.train.tokens_per_step * sum(each) / len(each)
 
 
 def filter_parameters(plan: Plan) -> tuple[int, int]:
@@ -260,7 +262,8 @@ def describe(plan: Plan) -> str:
             )
             lines.append(f"{side}: {a.family}, {shape}, from {a.folder}")
     if plan.pairs:
-        lines.append("pairs (student block, teacher block): " + " ".join(f"({s},{t})" for s, t in plan.pairs))
+        pairs = " ".join(f"({s},{t})" for s, t in plan.pairs)
+        lines.append(f"pairs (student block, teacher block), {plan.pairs_origin}: {pairs}")
         count_s, count_t = filter_parameters(plan)
         lines.append(
             f"filters: width {plan.width}, {count_s / 1e6:,.2f} M (student) + {count_t / 1e6:,.2f} M (teacher) parameters"
@@ -272,7 +275,7 @@ def describe(plan: Plan) -> str:
     for stage in plan.stages:
         tokens = stage.steps * train.tokens_per_step
         epochs = tokens / plan.corpus_tokens
-        flops = tokens * flops_per_token(plan, stage)
+        flops = stage_flops(plan, stage)
         lines.append(
             f"stage {stage.name}: {stage.steps:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, {flops:.3g} FLOPs"
         )

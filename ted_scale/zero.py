@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 
 from ted_scale.errors import UserError
 from ted_scale.models import Anatomy, empty_model, read_config
@@ -52,8 +53,10 @@ def gathered(parameters):
 def build_network(anatomy: Anatomy, *, ds_config: dict | None, dtype, init: str = "weights", seed: int = 0):
     """The causal LM, sharded as it is made where `ds_config` is given, holding its folder's or fresh random weights."""
     config = read_config("model", anatomy.folder)
-    with sharded_construction(ds_config):
+    with sharded_construction(ds_config, overrides=()) as context:
         network = empty_model(config, dtype)
+    for buffer in network.buffers() if context else ():
+        buffer.data = buffer.data.to(context.local_device)
     if init == "random":
         draw_weights(network, seed)
     else:
@@ -61,15 +64,36 @@ def build_network(anatomy: Anatomy, *, ds_config: dict | None, dtype, init: str 
     return network
 
 
-def sharded_construction(ds_config: dict | None):
+@contextlib.contextmanager
+def sharded_construction(ds_config: dict | None, overrides: tuple | None = None):
+    """DeepSpeed would make every tensor on the device and in the training type, buffers and what they are worked out from as
+    well: rotary frequencies in bf16. Without `overrides` a family makes its own as it means them, on the CPU, and only
+    parameters are on the device from the start."""
     if ds_config is None:
-        return contextlib.nullcontext()
+        yield None
+        return
     import deepspeed
 
     # The type comes from the configuration: where fp16 is not supported, DeepSpeed 0.19 ignores an explicit dtype.
-    context = deepspeed.zero.Init(config_dict_or_path=ds_config)
+    chosen = {} if overrides is None else {"tensor_overrides": overrides}
+    context = deepspeed.zero.Init(config_dict_or_path=ds_config, **chosen)
     context._zero_init_param = partial(shard, context)
-    return context
+    with context, contextlib.nullcontext() if overrides is None else EmptyOn(context.local_device):
+        yield context
+
+
+class EmptyOn(TorchFunctionMode):
+    """torch.empty, of which parameters are made, on a device; all else stays where it is made."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": self.device}
+        return function(*args, **kwargs)
 
 
 def shard(context, parameter) -> None:

@@ -18,6 +18,7 @@ def main() -> None:
     folder, names = Path(sys.argv[-2]), sys.argv[-1].split(",")
     import data_scenarios
     import health_scenarios
+    import number_scenarios
     import scenarios
     import stop_scenarios
     import traffic_scenarios
@@ -29,7 +30,7 @@ def main() -> None:
         gc.collect()
         gc.freeze()  # DeepSpeed looks for garbage at every engine's start; what is imported, and what it keeps, is none
         try:
-            homes = (scenarios, data_scenarios, health_scenarios, stop_scenarios, traffic_scenarios)
+            homes = (scenarios, data_scenarios, health_scenarios, number_scenarios, stop_scenarios, traffic_scenarios)
             scenario = next(getattr(home, name) for home in homes if hasattr(home, name))
             result = scenario(folder, device)
         except Exception:

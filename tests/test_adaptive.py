@@ -24,12 +24,9 @@ from ted_scale.run_file import load_run
 
 
 def plain_ddk(student, teacher, before, alpha, prior=1.0):
-    """The paper's formulas, word for word: perplexities in, r_0 (there without a prior) or r_t+1 out."""
+    """The paper's formulas: perplexities in, r_0 (there without a prior, and not smoothed) or r_t+1 out."""
     ratio = numpy.asarray(student) / numpy.asarray(teacher)
-    if before is None:
-        first = prior * numpy.exp(ratio)
-        return first / first.sum()
-    psi = numpy.asarray(before) * numpy.exp(ratio)
+    psi = numpy.asarray(prior if before is None else before) * numpy.exp(ratio)
     return alpha * psi / psi.sum() + (1 - alpha) / len(psi)
 
 
@@ -40,7 +37,7 @@ def test_the_rule_is_the_paper_s_over_many_measurements():
     for _ in range(30):
         student = teacher + draw.uniform(-0.1, 1.5, 10)
         gaps = ddk.discrepancies(list(student), list(teacher))
-        weights = ddk.first_weights([1.0] * 10, gaps) if weights is None else ddk.next_weights(weights, gaps, 0.5)
+        weights = ddk.first_weights([1.0] * 10, gaps, 0.5) if weights is None else ddk.next_weights(weights, gaps, 0.5)
         plain = plain_ddk(numpy.exp(student), numpy.exp(teacher), plain, 0.5)
         assert weights == pytest.approx(plain, rel=1e-12)
         assert math.fsum(weights) == pytest.approx(1.0)
@@ -48,7 +45,7 @@ def test_the_rule_is_the_paper_s_over_many_measurements():
 
 def test_a_student_that_knows_nothing_overflows_nothing():
     gaps = ddk.discrepancies([900.0, 11.0, 2.0], [1.0, 1.0, 2.5])
-    weights = ddk.next_weights(ddk.first_weights([1.0, 1.0, 1.0], gaps), gaps, 0.5)
+    weights = ddk.next_weights(ddk.first_weights([1.0, 1.0, 1.0], gaps, 0.5), gaps, 0.5)
     assert weights == pytest.approx([0.5 + 0.5 / 3, 0.5 / 3, 0.5 / 3])
 
 
@@ -58,7 +55,13 @@ def test_without_smoothing_a_corpus_may_fade_away_and_stays_away():
 
 
 def test_the_run_file_s_weights_are_where_the_first_shares_start_from():
-    assert ddk.first_weights([2.0, 1.0], [1.2, 1.2]) == pytest.approx([2 / 3, 1 / 3])
+    assert ddk.first_weights([2.0, 1.0], [1.2, 1.2], 1.0) == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_no_corpus_is_starved_by_the_first_measurement():
+    """One of three, of a student ten thousand times as perplexed as its teacher there, had all of the samples."""
+    weights = ddk.first_weights([1.0, 1.0, 1.0], [1e4, 1.0, 1.0], 0.5)
+    assert weights == pytest.approx([0.5 + 0.5 / 3, 0.5 / 3, 0.5 / 3])
 
 
 def test_a_loss_that_is_no_number_is_told_with_its_corpus():

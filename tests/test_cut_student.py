@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
+from ted_scale.config import Pairs  # noqa: E402
 from ted_scale.errors import UserError  # noqa: E402
-from ted_scale.filters import uniform  # noqa: E402
 from ted_scale.models import inspect  # noqa: E402
+from ted_scale.pairs import match_layers  # noqa: E402
 from tools.cut_student import main  # noqa: E402
 
 TOKENS = torch.arange(3, 43).reshape(2, 20)
@@ -47,7 +48,7 @@ def cut_by_hand(folder, blocks):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "gemma2", "opt", "gpt_neox"])
-@pytest.mark.parametrize("arguments, blocks", [(["--layers", "2"], [1, 3]), (["--keep", "0,2,3"], [0, 2, 3])])
+@pytest.mark.parametrize("arguments, blocks", [(["--layers", "2"], [0, 3]), (["--keep", "0,2,3"], [0, 2, 3])])
 def test_a_cut_is_the_teacher_without_the_other_blocks(family, arguments, blocks, tmp_path):
     teacher = make_model(tmp_path / "teacher", family, max_shard_size="20KB")
     main([str(teacher), str(tmp_path / "cut"), *arguments, "--max-shard-gb", "0.00003"])
@@ -59,11 +60,14 @@ def test_a_cut_is_the_teacher_without_the_other_blocks(family, arguments, blocks
     torch.testing.assert_close(logits(student), expected, rtol=0, atol=0)
 
 
-def test_cutting_takes_the_blocks_that_uniform_pairs_match(tmp_path):
+@pytest.mark.parametrize(("arguments", "blocks"), [(["--layers", "3"], [0, 3, 6]), (["--layers", "1"], [0])])
+def test_a_cut_keeps_both_ends_and_a_run_matches_its_blocks_with_those_they_were(arguments, blocks, tmp_path):
     teacher = make_model(tmp_path / "teacher", "llama", num_hidden_layers=7)
-    main([str(teacher), str(tmp_path / "cut"), "--layers", "3"])
+    main([str(teacher), str(tmp_path / "cut"), *arguments])
     whole, cut = loaded(teacher).model.layers, loaded(tmp_path / "cut").model.layers
-    for block_s, block_t in uniform(3, 7):
+    pairs, origin = match_layers(Pairs(), *(inspect("m", str(tmp_path / name)) for name in ("cut", "teacher")))
+    assert [t for _, t in pairs] == blocks and origin == "as the student was cut from the teacher"
+    for block_s, block_t in pairs:
         assert torch.equal(cut[block_s].mlp.up_proj.weight, whole[block_t].mlp.up_proj.weight)
 
 
@@ -94,7 +98,7 @@ def test_a_checkpoint_without_the_base_models_prefix_is_read(tmp_path):
     from safetensors.torch import load_file, save_file
 
     teacher = make_model(tmp_path / "teacher", "gpt2")
-    expected = logits(cut_by_hand(teacher, [1, 3]))
+    expected = logits(cut_by_hand(teacher, [0, 3]))
     tensors = load_file(teacher / "model.safetensors")
     old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     old |= {f"h.{k}.attn.bias": torch.ones(1, 1, 8, 8) for k in range(4)}  # masks that early versions saved

@@ -1,7 +1,6 @@
-"""Which layers are matched, how filters start, what a filters file must fit, and that equal models do not move."""
+"""How filters start, what a filters file must fit, and that equal models do not move."""
 
 import json
-from itertools import pairwise
 
 import pytest
 import torch
@@ -10,77 +9,9 @@ from safetensors.torch import save_file
 from tiny import make_model
 
 from ted_scale.checkpoint_files import check_filters
-from ted_scale.config import Pairs
 from ted_scale.errors import UserError
-from ted_scale.filters import Filter, match_layers
+from ted_scale.filters import Filter
 from ted_scale.student import Weights
-
-
-def official(layers_s: int, layers_t: int) -> list[tuple[int, int]]:
-    """The authors' code: a filter sits on block i of the teacher if (i + 1) is a multiple of the interval."""
-    interval = layers_t // layers_s
-    return list(enumerate(i for i in range(layers_t) if (i + 1) % interval == 0))
-
-
-@pytest.mark.parametrize(("layers_s", "layers_t"), [(6, 12), (12, 12), (4, 24), (1, 7), (16, 32)])
-def test_uniform_pairs_are_the_official_ones_where_the_depths_divide(layers_s, layers_t):
-    assert match_layers(Pairs(), layers_s, layers_t) == official(layers_s, layers_t)
-
-
-def test_twelve_blocks_onto_six_are_every_second_from_the_second():
-    assert match_layers(Pairs(), 6, 12) == [(0, 1), (1, 3), (2, 5), (3, 7), (4, 9), (5, 11)]
-
-
-def test_where_the_depths_do_not_divide_a_block_takes_the_end_of_its_share():
-    """Shares of 2.4 blocks end at 2.4, 4.8, 7.2, 9.6 and 12: in the third, fifth, eighth, tenth and twelfth block."""
-    assert match_layers(Pairs(), 5, 12) == [(0, 2), (1, 4), (2, 7), (3, 9), (4, 11)]
-
-
-@pytest.mark.parametrize(("layers_s", "layers_t"), [(7, 12), (5, 12), (9, 32), (28, 36), (11, 12)])
-def test_uniform_pairs_end_with_both_last_blocks_and_use_no_block_twice(layers_s, layers_t):
-    pairs = match_layers(Pairs(), layers_s, layers_t)
-    students, teachers = zip(*pairs, strict=True)
-    assert pairs[-1] == (layers_s - 1, layers_t - 1)
-    assert students == tuple(range(layers_s))
-    assert list(teachers) == sorted(set(teachers))
-    gaps = {b - a for a, b in pairwise(teachers)}
-    assert max(gaps) - min(gaps) <= 1  # evenly spread
-
-
-def test_skip_last_leaves_out_the_last_pairs_of_either_rule():
-    assert match_layers(Pairs(skip_last=2), 4, 8) == [(0, 1), (1, 3)]
-    assert match_layers(Pairs(explicit=[(0, 7), (3, 1)], skip_last=1), 4, 8) == [(0, 7)]
-
-
-def test_explicit_pairs_replace_the_rule_and_may_match_a_deeper_student():
-    assert match_layers(Pairs(explicit=[(11, 5), (3, 1)]), 12, 6) == [(11, 5), (3, 1)]
-
-
-REFUSED = {
-    "student outside": (
-        {"explicit": [(0, 0), (4, 1)]},
-        r"pairs.explicit\[1\] must name student blocks 0 to 3, but is \[4, 1\]",
-    ),
-    "teacher outside": (
-        {"explicit": [(0, 8)]},
-        r"pairs.explicit\[0\] must name teacher blocks 0 to 7, but is \[0, 8\]",
-    ),
-    "negative": ({"explicit": [(-1, 0)]}, r"pairs.explicit\[0\] must name student blocks 0 to 3, but is \[-1, 0\]"),
-    "all skipped": ({"skip_last": 4}, r"pairs.skip_last must leave a pair, but is 4 of 4 pairs"),
-}
-
-
-@pytest.mark.parametrize(("values", "said"), REFUSED.values(), ids=REFUSED)
-def test_pairs_outside_a_network_are_refused(values, said):
-    with pytest.raises(UserError, match=said):
-        match_layers(Pairs(**values), 4, 8)
-
-
-def test_a_deeper_student_must_list_its_pairs():
-    with pytest.raises(
-        UserError, match=r"pairs.explicit must list pairs where the student is deeper, .* 12 blocks over 6"
-    ):
-        match_layers(Pairs(), 12, 6)
 
 
 def apply(filter: Filter, states):

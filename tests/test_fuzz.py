@@ -5,6 +5,7 @@ A target makes a sound file, damages it and gives it to what reads it. A few hun
 `pytest -m soak tests/test_fuzz.py`, and docs/benchmarks.md has what came of them. A new target is a function in TARGETS.
 """
 
+import dataclasses
 import gzip
 import json
 import resource
@@ -31,7 +32,7 @@ from plain import VOCABULARY, make_world
 from safetensors.torch import save_file
 from tiny import make_run, run_values
 
-from ted_scale import checkpoint, feed, metrics, models, plan, resume, sealed, staging
+from ted_scale import checkpoint, feed, metrics, models, pairs, plan, resume, sealed, staging
 from ted_scale import checkpoint_files as files
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Checkpoint, Streaming
@@ -338,6 +339,19 @@ def model_config(data, at: Place) -> Callable:
     return lambda: inspect("student.path", str(folder))
 
 
+def cut(data, at: Place) -> Callable:
+    """The map of a student that was cut."""
+    student = network_shape(at.world / "student")
+    tree = pairs.cut_map(network_shape(at.world / "teacher"), list(range(student.layers)))
+    (at.folder / pairs.CUT).write_bytes(text_of(data, tree, at))
+    return lambda: pairs.read_cut(dataclasses.replace(student, folder=at.folder))
+
+
+@cache
+def network_shape(folder: Path):
+    return inspect("student.path", str(folder))
+
+
 def tokenizer(data, at: Place) -> Callable:
     """The files of a tokenizer's folder, beside programs."""
     folder = shutil.copytree(at.world / "tokenizer", at.folder / "tokenizer")
@@ -389,7 +403,7 @@ def rows(data, at: Place) -> Callable:
 
 
 TARGETS = (run_file, ds_config, progress, sealed_folder, index_header, tokens, sidecar, manifest, job, filters, weights,
-           model_config, tokenizer, documents, rows)  # fmt: skip
+           model_config, cut, tokenizer, documents, rows)  # fmt: skip
 
 
 def one_input(target, data, at: Place) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from contextlib import closing
 
 import pytest
@@ -46,6 +48,28 @@ def test_bf16_on_the_device_follows_fp32(root):
     bf16 = trained(root, "bf16", train={"steps": 6, "precision": "bf16"})
     fp32 = trained(root, "fp32")
     assert all(abs(a - b) < 0.05 * b for a, b in zip(bf16, fp32, strict=True))
+
+
+def test_buffers_on_the_device_are_those_that_transformers_builds(root):
+    """Bit for bit: they are worked out on the host, as transformers does, and then moved."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cuda"}
+    done = subprocess.run([sys.executable, "-c", BUFFERS, root / "teacher"], env=environment, check=False)
+    assert done.returncode == 0
+
+
+BUFFERS = """
+import sys, torch, transformers
+from ted_scale.models import inspect
+from ted_scale.ranks import start_ranks
+from ted_scale.zero import build_network
+device = start_ranks()
+config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
+ours = build_network(inspect("model", sys.argv[1]), ds_config=config, dtype=torch.bfloat16)
+theirs = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+for (name, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+    assert a.device == device and a.dtype == b.dtype and torch.equal(a.cpu(), b), name
+assert all(p.ds_tensor.device == device for p in ours.parameters())
+"""
 
 
 @pytest.mark.parametrize("workers", [0, 2])

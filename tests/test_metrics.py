@@ -11,6 +11,8 @@ from tiny import make_run
 from wandb_file import read_config, read_records, read_rows
 
 from ted_scale.checkpoint_files import Progress
+from ted_scale.data import Batch
+from ted_scale.flops import Work
 from ted_scale.metrics import Clock, Metrics, mean_rows, shown, trim_rows
 from ted_scale.tracking import has_key, open_wandb
 
@@ -58,6 +60,24 @@ def test_a_row_has_every_key_that_a_reader_expects(tmp_path):
     assert row.keys() == expected  # no perf/mfu: nobody knows a CPU's peak
     assert all(math.isfinite(v) and v >= 0 for v in row.values())
     assert row["memory/peak_gib"] > 0.05
+
+
+def test_utilization_is_the_counted_work_beside_the_peak_of_the_device(tmp_path):
+    run = make_run(tmp_path, log_every=2)
+    numbers = metrics(run)
+    numbers.peak = 1e9
+    micros = [Batch(torch.zeros(2, 32, dtype=torch.long), *[None] * 3)]
+
+    def work(step, keys):
+        return Work(keys(None) * (1 + step), 8.0)
+
+    for step, _ in enumerate(numbers.counted(enumerate([micros] * 4), work)):
+        numbers.add(Progress(step + 1, (step + 1) * 256), losses(step), last=False)
+    numbers.close()
+    first, second = rows_of(run)
+    assert first["perf/mfu"] == pytest.approx(first["perf/tokens_per_s"] * 16.5 * 1.5 / 1e9)
+    assert second["perf/mfu"] == pytest.approx(second["perf/tokens_per_s"] * 16.5 * 3.5 / 1e9)
+    assert first["perf/hfu"] == pytest.approx(first["perf/tokens_per_s"] * (16.5 * 1.5 + 8) / 1e9)
 
 
 def test_a_term_that_was_on_for_part_of_a_row_is_averaged_where_it_was_on():

@@ -1,8 +1,9 @@
 """A student of some of a teacher's blocks: python tools/cut_student.py TEACHER OUT --layers N [--keep 0,2,5]
 
-Keeps embeddings, tail and head, and by default the very blocks that the run file's `uniform` pairs name, so student
-block k starts as the teacher block it is matched with. Tensors go from file to file one shard at a time. The surprise:
-every per-layer list of the config is written out and cut, also one that the teacher's config.json leaves to a default.
+Keeps embeddings, tail and head, and by default the first and the last block with the rest spread between. Which blocks they
+were stands in OUT/cut.json, by which a run matches them with its teacher's. Tensors go from file to file one shard at a time.
+The surprise: every per-layer list of the config is written out and cut, also one that the teacher's config.json leaves to a
+default.
 """
 
 import argparse
@@ -13,10 +14,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ted_scale.config import Pairs
 from ted_scale.errors import UserError, run_main
-from ted_scale.filters import match_layers
 from ted_scale.models import Anatomy, empty_model, find_folder, inspect, read_config
+from ted_scale.pairs import CUT, cut_map, spread
 from ted_scale.safetensors_out import (
     TOKENIZER_FILES,
     Recipe,
@@ -39,7 +39,7 @@ def choose_blocks(layers: int, count: int | None, keep: str | None) -> list[int]
         return parse_keep(layers, count, keep)
     if count is None or not 1 <= count <= layers:
         raise UserError(f"--layers must be 1 to {layers}, the teacher's blocks, but is {count}; or list them by --keep")
-    return [t for _, t in match_layers(Pairs(), count, layers)]
+    return spread(count, layers)
 
 
 def parse_keep(layers: int, count: int | None, keep: str) -> list[int]:
@@ -129,7 +129,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("teacher", metavar="TEACHER", help="model folder or hub id")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    parser.add_argument("--layers", type=int, metavar="N", help="the student's blocks, spread as uniform pairs are")
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="the student's blocks, spread from the first to the last"
+    )
     parser.add_argument("--keep", metavar="0,2,5", help="the teacher's blocks to keep, from 0")
     parser.add_argument("--max-shard-gb", type=float, default=5, help="largest file, in GB")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
@@ -146,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         student = inspect("a cut of TEACHER", str(part), needs_weights=False)
         size = write_shards(part, recipes(teacher, part, blocks), arguments.max_shard_gb * 1e9)
         copy_files(folder, part, [*TOKENIZER_FILES, "generation_config.json"])
+        write_json(part / CUT, cut_map(teacher, blocks))
     print(f"blocks {', '.join(map(str, blocks))} of {teacher.layers} of {folder} -> {arguments.out}")
     print(f"{student.parameters / 1e6:,.2f} M parameters, {size / 1e6:,.1f} MB; train it with:")
     print(f"  student.path = {json.dumps(str(arguments.out))}")

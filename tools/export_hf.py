@@ -104,11 +104,13 @@ def name_of(dtype) -> str:
 
 
 def copy_tokenizer(run: Run, student: Path, target: Path) -> None:
-    """The student's tokenizer; the teacher's, which is the same, for a student that came without one."""
+    """The student's tokenizer; the teacher's, which is the same, for a student that came without one. And which of the
+    teacher's blocks it was cut from, for runs that go on from there."""
     from ted_scale.models import find_folder
+    from ted_scale.pairs import CUT
     from ted_scale.safetensors_out import TOKENIZER_FILES, copy_files
 
-    copy_files(student, target, ["generation_config.json"])
+    copy_files(student, target, ["generation_config.json", CUT])
     if not copy_files(student, target, TOKENIZER_FILES) and run.teacher:
         copy_files(find_folder("teacher.path", run.teacher.path), target, TOKENIZER_FILES)
 
