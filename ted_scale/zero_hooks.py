@@ -28,11 +28,13 @@ def never_backward(engine, module: nn.Module) -> None:
 
 
 def quick_signatures(engine) -> None:
-    """torch asks for a function's signature at each of its calls, two a tensor and module here: an answer at hand is quick."""
-    for module in engine.module.modules():
-        for function in (getattr(module, "pre_bwd_fn", None), getattr(module, "post_bwd_fn", None)):
-            if function is not None:
-                function.forward.__signature__ = inspect.signature(function.forward)
+    """torch inspects a function's signature at each of its calls, here two a tensor and module, and one a linear layer: an
+    answer at hand is quick."""
+    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+
+    hooks = [getattr(m, name, None) for m in engine.module.modules() for name in ("pre_bwd_fn", "post_bwd_fn")]
+    for function in (*filter(None, hooks), LinearFunctionForZeroStage3):
+        function.forward.__signature__ = inspect.signature(function.forward)
 
 
 def offload_of(engine):

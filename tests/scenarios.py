@@ -300,7 +300,8 @@ def loading_memory(folder: Path, device):
     sizes = [f.stat().st_size for f in anatomy.folder.glob("*.safetensors")]
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    config = engines.engine_config(make_plan(make_run(folder), dist.get_world_size()))
+    plan = make_plan(make_run(folder), dist.get_world_size())
+    config = engines.engine_config(plan, plan.student)
     network = build_network(anatomy, ds_config=config, dtype=torch.float32)
     part = sum(torch.Size(shape_of(p)).numel() for p in network.parameters()) * 4 / dist.get_world_size()
     return {"peak": memory("VmHWM") - before, "part": part, "file": max(sizes), "whole": sum(sizes)}
