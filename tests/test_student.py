@@ -103,7 +103,7 @@ def test_stage_two_is_the_weighted_sum_of_its_three_terms_and_each_is_the_naive_
     student, teacher = own_student(world, batch), own_teacher(world, batch)
     p, q = (z.div(2).softmax(-1) for z in (teacher.logits, student.logits))
     kl = 4 * over_valid((p * (p / q).log()).sum(-1), batch)
-    filters_s, filters_t = parts.student.filters_s, parts.student.fixed[0]
+    filters_s, filters_t = parts.student.filters_s, parts.student.filters_t
     layers = [
         nmse(filter_of(filters_s[k], student.states[s]), filter_of(filters_t[k], teacher.states[t]), batch)
         for k, (s, t) in enumerate([(0, 1), (1, 3)])
@@ -123,7 +123,7 @@ def test_stage_two_trains_the_network_and_the_student_s_filters_only(world):
     assert all(gradients[n].abs().max() > 0 for n in gradients if n.startswith("filters_s"))
     assert "network.transformer.h.0.attn.c_attn.weight" in gradients
     assert not any("filters_t" in n for n, _ in parts.student.named_parameters())
-    frozen = [*parts.student.fixed[0].parameters(), *parts.teacher.engine.parameters()]
+    frozen = [*parts.student.filters_t.parameters(), *parts.teacher.engine.parameters()]
     assert frozen and all(not p.requires_grad and p.grad is None for p in frozen)
 
 
@@ -176,7 +176,7 @@ def test_a_run_on_hidden_states_alone_trains(world):
 
 def test_lwd_compares_with_the_teacher_s_raw_states(world):
     parts, batch = build(world, method="lwd"), make_batch()
-    assert parts.student.fixed[0] is None and len(parts.plan.stages) == 1
+    assert parts.student.filters_t is None and len(parts.plan.stages) == 1
     losses, gradients = run_step(parts, [batch], ON)
     student, teacher = own_student(world, batch), own_teacher(world, batch)
     expected = [
