@@ -15,6 +15,7 @@ from ted_scale import health, stop
 from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import RunStopped
 from ted_scale.gather import of_all_ranks
+from ted_scale.norms import norms_apart, sides_of
 from ted_scale.report import Event, write_report
 from ted_scale.rewind import Rewind, ways_back
 from ted_scale.schedule import Stage
@@ -30,8 +31,10 @@ class Guard:
         self.engine, self.stage, self.alert, self.saved, self.settings = engine, stage, alert, saved, stage.run.health
         self.local, self.reading, self.finite, self.stopping = None, False, True, False
         zero = engine.optimizer
-        self.clip, self.update = zero.unscale_and_clip_grads, zero._optimizer_step
+        self.clip, self.update, self.measure = zero.unscale_and_clip_grads, zero._optimizer_step, zero._get_norm_groups
         zero.unscale_and_clip_grads, zero._optimizer_step = self.before_update, self.update_unless_dropped
+        zero._get_norm_groups = self.measured
+        self.sides = sides_of(zero)
 
     def add(self, losses: Losses) -> None:
         vector = torch.cat([torch.stack(losses[:4]).detach(), losses.layers])
@@ -44,10 +47,17 @@ class Guard:
         everyone = of_all_ranks(torch.cat([self.local, asked]))
         self.shares, self.asked, self.local = everyone[:, :-1], everyone[:, -1], None
 
+    def measured(self) -> list:
+        norms = self.measure()
+        self.apart = norms_apart(self.sides, norms, self.shares.device)
+        return norms
+
     def before_update(self, sub_group: int, norm) -> None:
         if self.reading:  # once for each sub-group: nothing is clipped before the first
             self.judge(norm)
-        self.clip(sub_group, norm)
+        import os
+
+        self.clip(sub_group, norm if os.environ.get("CLIP") == "together" else self.apart[self.sides[sub_group]])
 
     def update_unless_dropped(self, sub_group: int) -> None:
         if self.finite:
@@ -57,7 +67,9 @@ class Guard:
         """Read the step's numbers; write down what they were where they are no good."""
         self.reading = False
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self.shares.device)
-        self.norm, asked, *self.sums = torch.cat([norm[None], self.asked.sum()[None], self.shares.sum(0)]).tolist()
+        apart = torch.stack([norm, self.asked.sum(), *self.apart.values()])
+        self.norm, asked, *rest = torch.cat([apart, self.shares.sum(0)]).tolist()
+        self.norms, self.sums = rest[: len(self.apart)], rest[len(self.apart) :]
         self.stopping = asked > 0  # on any rank: all leave after the same step
         self.finite = all(v - v == 0 for v in (self.norm, *self.sums))
         self.median = health.spiked_over(health.state_of(self.before), self.settings, self.sums[0])
@@ -134,4 +146,6 @@ class Guard:
         rate = {"optim/lr": self.engine.optimizer.param_groups[0]["lr"]}
         if not self.finite:
             return rate
-        return {**self.stage.name_losses(self.sums, weights), "optim/grad_norm": self.norm, **rate}
+        norms = dict(zip((f"optim/grad_norm_{side}" for side in self.apart), self.norms, strict=True))
+        norms = {"optim/grad_norm": self.norm, **(norms if len(norms) > 1 else {})}
+        return {**self.stage.name_losses(self.sums, weights), **norms, **rate}

@@ -102,7 +102,10 @@ def plain_losses(folder: Path, **sections) -> list[float]:
                 group["lr"] = group["peak_lr"] * stage.rate(step)
             totals = [student(batch, teacher(batch, weights), weights, denom).total for batch in micros]
             sum(totals).backward()
-            torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.grad is not None], run.train.clip)
+            filters = {id(p) for n, p in student.named_parameters() if n.startswith("filters_")}
+            for side in (True, False):
+                parts = [p for p in student.parameters() if p.grad is not None and (id(p) in filters) is side]
+                torch.nn.utils.clip_grad_norm_(parts, run.train.clip)
             optimizer.step()
             optimizer.zero_grad()
             values.append(sum(t.item() for t in totals))
@@ -135,6 +138,14 @@ def test_every_family_has_the_losses_of_plain_torch_as_a_sharded_student_and_tea
     plain = plain_losses(world, **sections_of_families(world, student, teacher))
     assert len(sharded) == 3
     assert max(abs(a - b) for a, b in zip(sharded, plain, strict=True)) < 1e-5
+
+
+def test_the_norms_of_student_and_filters_are_parts_of_the_whole_one(world):
+    told = [row for row in rows(world, "ten_2") if "optim/grad_norm" in row]
+    assert all("optim/grad_norm_student" not in row for row in told[:4])  # stage I trains filters alone
+    for row in told[4:]:
+        apart = [row[f"optim/grad_norm_{side}"] for side in ("student", "filters")]
+        assert min(apart) > 0 and sum(n * n for n in apart) ** 0.5 == pytest.approx(row["optim/grad_norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["ce", "kd", "lwd"])

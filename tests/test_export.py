@@ -84,6 +84,7 @@ def world(tmp_path_factory):
     launch(1, "--config", write_run(root / "big.toml", run))
     (root / "teacher" / "tokenizer.json").write_text("the teacher's")  # after training, which would read it
     (root / "big" / "merges.txt").write_text("a b\n")
+    (root / "student" / "cut.json").write_text("the student's map")
     return root
 
 
@@ -164,9 +165,8 @@ def test_the_config_is_the_students_but_for_the_dtype(world, exported):
     ours, theirs = (json.loads((f / "config.json").read_text()) for f in (exported[0], world / "student"))
     assert (ours["attn_pdrop"], ours["resid_pdrop"]) == (0.1, 0.2)
     assert ours == {**theirs, "dtype": "bfloat16"}
-    assert (exported[0] / "generation_config.json").read_bytes() == (
-        world / "student" / "generation_config.json"
-    ).read_bytes()
+    for name in ("generation_config.json", "cut.json"):
+        assert (exported[0] / name).read_bytes() == (world / "student" / name).read_bytes()
 
 
 def test_a_student_without_a_tokenizer_gets_the_teachers(exported):

@@ -29,16 +29,21 @@ class Zero:
     """DeepSpeed's order of calls, over three sub-groups."""
 
     def __init__(self):
-        self.param_groups, self.updated = [{"lr": 0.1}], []
+        self.param_groups = [{"lr": 0.1, "role": "decay"}, {"lr": 0.1, "role": "plain"}, {"lr": 0.1, "role": "filters"}]
+        self.sub_group_to_group_id, self.updated, self.clipped = {0: 0, 1: 1, 2: 2}, [], {}
+
+    def _get_norm_groups(self):
+        return self.norms
 
     def unscale_and_clip_grads(self, sub_group, norm):
-        pass
+        self.clipped[sub_group] = float(norm)
 
     def _optimizer_step(self, sub_group):
         self.updated.append(sub_group)
 
     def step(self, norm: float):
-        self.updated = []
+        self.updated, self.norms = [], [torch.tensor(norm * share) for share in (0.36, 0.48, 0.8)]
+        self._get_norm_groups()
         for sub_group in range(3 if math.isfinite(norm) else 0):
             self.unscale_and_clip_grads(sub_group, norm)
             self._optimizer_step(sub_group)
@@ -119,6 +124,19 @@ def test_losses_that_are_too_large_together_are_told_as_such(world, monkeypatch)
     monkeypatch.setattr(guards, "of_all_ranks", lambda ours: torch.stack([ours, ours]))
     with pytest.raises(RunStopped, match="loss/total of all ranks together must be finite, but is inf"):
         at.step(3e38)
+
+
+def test_student_and_filters_are_told_and_clipped_apart(world):
+    """A group's sub-groups count together: 0.36 and 0.48 are 0.6."""
+    at = world()
+    told = at.step(norm=5.0)
+    norms = {key: value for key, value in told.items() if key.startswith("optim/grad_norm")}
+    assert norms == {
+        "optim/grad_norm": 5.0,
+        "optim/grad_norm_student": pytest.approx(3.0),
+        "optim/grad_norm_filters": pytest.approx(4.0),
+    }
+    assert at.zero.clipped == pytest.approx({0: 3.0, 1: 3.0, 2: 4.0})
 
 
 def losses_until(at: World, values) -> None:

@@ -15,7 +15,8 @@ from transformers import FalconH1Config, Lfm2Config, PreTrainedTokenizerFast, St
 from ted_scale.build import train_run
 from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.errors import UserError
-from ted_scale.plan import filter_parameters, make_plan
+from ted_scale.pairs import cut_map
+from ted_scale.plan import describe, filter_parameters, make_plan, stage_flops
 from ted_scale.run_file import load_run
 from ted_scale.tokenizer import digest, load_tokenizer
 
@@ -120,6 +121,26 @@ def load_tensors(folder: Path):
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors").values()
+
+
+def test_pairs_of_a_cut_student_are_its_map_and_part_of_what_a_run_is(world):
+    teacher = make_plan(make_run(world), 1).teacher
+    (world / "student" / "cut.json").write_text(json.dumps(cut_map(teacher, [0, 3])))
+    plan = make_plan(make_run(world), 1)
+    assert plan.identity()["pairs"] == [[0, 0], [1, 3]]
+    assert "pairs (student block, teacher block), as the student was cut from the teacher: (0,0) (1,3)" in describe(
+        plan
+    )
+
+
+def test_the_dry_run_counts_a_term_only_where_it_is_on(original):
+    """Half of stage II without teacher and filters is half of what they cost."""
+    weights = {"ce": 1.0, "kl": {"start": 1.0, "off_after": 0.5}, "layer": {"start": 1.0, "off_after": 0.5}}
+    ce, ted, half = (
+        stage_flops(plan, plan.stages[-1])
+        for plan in (make_plan(make_run(original, **s), 1) for s in ({"method": "ce"}, {}, {"loss": weights}))
+    )
+    assert half - ce == pytest.approx((ted - ce) / 2)
 
 
 def test_a_plan_without_layer_loss_has_no_pairs_and_no_filters(original):
