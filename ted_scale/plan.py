@@ -12,13 +12,13 @@ from pathlib import Path
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
-from ted_scale import resume
+from ted_scale import feed, resume
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
 from ted_scale.corpora import read_corpus
 from ted_scale.data import open_held_out, open_stream, text_lengths
 from ted_scale.errors import UserError
-from ted_scale.feed import open_feed, refuse_short_corpora
+from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.flops import keys_of, step_flops
 from ted_scale.models import Anatomy, inspect
 from ted_scale.object_store import check_package
@@ -43,7 +43,7 @@ class Plan:
     width: int
     accumulation: int
     stages: list[Stage]
-    corpus_tokens: int
+    readings: dict[str, Reading]
     attended: dict[int | None, float]  # a layer's window → keys that a query sees, on average
 
     @property
@@ -95,13 +95,13 @@ def make_plan(run: Run, world: int) -> Plan:
     check_wandb(run)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)
-    corpus_tokens = check_shards(run, vocabulary, student)
+    check_shards(run, vocabulary, student)
     plan = Plan(
         run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=matched.pairs,
-        pairs_origin=matched.origin, width=width, accumulation=accumulation, stages=stages_of(run), corpus_tokens=corpus_tokens,
+        pairs_origin=matched.origin, width=width, accumulation=accumulation, stages=stages_of(run), readings={},
         attended=attended(run, vocabulary, student, teacher),
     )  # fmt: skip
-    check_corpora(plan, vocabulary, check_run_folder(plan))
+    plan = dataclasses.replace(plan, readings=check_corpora(plan, vocabulary, check_run_folder(plan)))
     if run.filters.from_run and run.method == "ted":
         files.check_filters(plan.filters_file, plan.filters_identity())
     return plan
@@ -163,27 +163,35 @@ def check_documents(run: Run, *models: Anatomy | None) -> None:
             )
 
 
-def check_shards(run: Run, vocabulary: int, student: Anatomy) -> int:
-    """Every shard is whole and fits vocabulary and tokenizer; returns the tokens there are."""
+def check_shards(run: Run, vocabulary: int, student: Anatomy) -> None:
+    """Every shard is whole and fits vocabulary and tokenizer."""
     if not any(c.weight for c in run.data.corpora):
         raise UserError("data.corpora must have a weight above 0, but all are 0")
     indices = [index for corpus in run.data.corpora for index in read_corpus(corpus.path, run.data.stream)]
     for index in indices:
         check_vocabulary(index, vocabulary)
     check_corpus_tokenizer(indices, student)
-    return sum(index.tokens for index in indices)
 
 
-def check_corpora(plan: Plan, vocabulary: int, progress: Progress) -> None:
-    """There is a window to train and one to validate on, and what must not repeat lasts for what is left of every stage."""
-    run = plan.run
+def check_corpora(plan: Plan, vocabulary: int, progress: Progress) -> dict[str, Reading]:
+    """There is a window to train and one to validate on, and what must not repeat lasts for what is left of every stage.
+    Returns what is read of each corpus."""
+    run, tokens, held_out, epochs = plan.run, {}, {}, {}
     for stage in plan.stages:
         if progress.step < stage.last_step:
             at = progress if progress.step > stage.first_step else Progress(stage.first_step)
             stream, at, _ = open_feed(run, stage, at, vocabulary)
             refuse_short_corpora(run, stage, stream, at)
+            tokens |= {name: part.tokens for name, part in stream.parts.items()}
+            epochs[stage.name] = epochs_of(stage, stream, at)
     if any(corpus.validation for corpus in run.data.corpora):
-        open_held_out(run.data, vocabulary)
+        held_out = {name: s.parts[name].tokens for name, s in open_held_out(run.data, vocabulary).items()}
+    return {
+        name: Reading(
+            tokens.get(name, 0), held_out.get(name, 0), {s: of[name] for s, of in epochs.items() if name in of}
+        )
+        for name in dict.fromkeys([*tokens, *held_out])
+    }
 
 
 def check_run_folder(plan: Plan) -> Progress:
@@ -272,13 +280,11 @@ def describe(plan: Plan) -> str:
         f"step: {train.tokens_per_step:,} tokens = {plan.accumulation} accumulation * {train.micro_batch} micro-batch * "
         f"{plan.world} ranks * {run.data.seq_len} tokens"
     )
+    lines += feed.describe(plan.readings)
     for stage in plan.stages:
         tokens = stage.steps * train.tokens_per_step
-        epochs = tokens / plan.corpus_tokens
-        flops = stage_flops(plan, stage)
-        lines.append(
-            f"stage {stage.name}: {stage.steps:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, {flops:.3g} FLOPs"
-        )
+        epochs, flops = feed.epochs_said(plan.readings, stage), stage_flops(plan, stage)
+        lines.append(f"stage {stage.name}: {stage.steps:,} steps, {tokens:,} tokens, {epochs}, {flops:.3g} FLOPs")
     state = plan.student.parameters * (14 if train.precision == "bf16" else 16) / plan.world
     lines.append(f"state of the student a rank (weights, fp32 master, Adam): {state / 2**30:,.3f} GiB")
     return "\n".join(lines)

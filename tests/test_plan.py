@@ -15,7 +15,8 @@ from transformers import FalconH1Config, Lfm2Config, PreTrainedTokenizerFast, St
 from ted_scale.build import train_run
 from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.errors import UserError
-from ted_scale.plan import filter_parameters, make_plan
+from ted_scale.feed import Reading
+from ted_scale.plan import describe, filter_parameters, make_plan
 from ted_scale.run_file import load_run
 from ted_scale.tokenizer import digest, load_tokenizer
 
@@ -108,12 +109,26 @@ def test_a_plan_for_other_ranks_than_there_are_is_refused(world, monkeypatch):
 def test_the_plan_s_numbers_are_those_of_the_models_and_the_corpus(original):
     plan = make_plan(make_run(original, filters={"mlp": 8}), 2)
     assert (plan.accumulation, plan.stages[0].samples_per_step, plan.total_steps) == (4, 8, 10)
-    assert plan.corpus_tokens == sum(40 + d for d in range(20))
+    tokens = sum(40 + d for d in range(18))
+    seen = {"filters": 4 * 256 / tokens, "student": 6 * 256 / tokens}
+    assert plan.readings == {"corpus": Reading(tokens, 58 + 59, pytest.approx(seen))}
     assert (plan.pairs, plan.width) == ([(0, 1), (1, 3)], 48)
     assert plan.teacher.parameters == sum(t.numel() for t in load_tensors(original / "teacher"))
 
     built = [sum(p.numel() for p in side.parameters()) for side in build_filters(plan, plan.stages[1])]
     assert list(filter_parameters(plan)) == built
+
+
+def test_what_is_left_to_train_on_and_epochs_are_said_after_the_hold_out_and_many_of_them_too(original):
+    """The hold-out's tokens once counted as ones to train on."""
+    corpora = [{"path": str(original / "corpus"), "name": n, "validation": v} for n, v in (("few", 0.9), ("all", 0.0))]
+    said = describe(make_plan(make_run(original, method="kd", data={"corpora": corpora}), 1)).splitlines()
+    assert "corpus few: 81 tokens to train on, 909 held out" in said
+    assert "corpus all: 990 tokens to train on, 0 held out" in said
+    (stage,) = (line for line in said if line.startswith("stage student: 6 steps, 1,536 tokens, epochs of few "))
+    assert ", all 0." in stage
+    (many,) = (line for line in said if line.startswith("many epochs: "))
+    assert many.startswith("many epochs: stage student reads the 81 tokens of corpus few ")
 
 
 def load_tensors(folder: Path):
