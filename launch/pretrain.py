@@ -35,8 +35,10 @@ def main() -> None:
 
     plan = make_plan(run, world=arguments.ranks or int(os.environ.get("WORLD_SIZE", "1")))
     if arguments.dry_run:
+        from ted_scale.engines import check_engine_config
         from ted_scale.run_file import to_toml
 
+        check_engine_config(plan)
         print(to_toml(run), describe(plan), sep="\n")
         return
 

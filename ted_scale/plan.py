@@ -17,13 +17,13 @@ from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
 from ted_scale.corpora import read_corpus
 from ted_scale.data import open_held_out, open_stream, text_lengths
+from ted_scale.ds_config import load_ds_config
 from ted_scale.errors import UserError
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.flops import keys_of, step_flops
 from ted_scale.models import Anatomy, inspect
 from ted_scale.object_store import check_package
 from ted_scale.pairs import Matched, match_layers
-from ted_scale.run_file import load_ds_config
 from ted_scale.schedule import Stage, stages_of
 from ted_scale.sealed import Damaged
 from ted_scale.shards import check_vocabulary

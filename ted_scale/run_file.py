@@ -1,7 +1,4 @@
-"""Run files read strictly and written back: one sentence for whatever is wrong, `--set section.key=value` on top.
-
-Also the DeepSpeed configuration beside them, and what it must leave to the run file.
-"""
+"""Run files read strictly and written back: one sentence for whatever is wrong, `--set section.key=value` on top."""
 
 import difflib
 import json
@@ -11,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from ted_scale.config import Run
 from ted_scale.errors import UserError, shown
-from ted_scale.parsing import parse_json, parse_toml
+from ted_scale.parsing import parse_toml
 
 REPLACED = {"data.mask_documents": "data.attention = 'document'"}
 
@@ -143,51 +140,3 @@ def toml_value(value) -> str:
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     # TOML's strings, numbers and booleans are written as JSON's; but it has no surrogates, and escapes DEL too.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-DS_OWNED_BY_RUN = {
-    "train_batch_size": "train.tokens_per_step",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.tokens_per_step",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "amp": "train.precision",
-    "torch_autocast": "train.precision",
-    "gradient_clipping": "train.clip",
-    "optimizer": "train.lr",
-    "scheduler": "train.schedule",
-    "wandb": "wandb.project",
-    "steps_per_print": "log_every",
-}
-
-
-def load_ds_config(path: str) -> dict:
-    """The ZeRO, offload and communication part; a file that sets what the run file owns is refused."""
-    try:
-        values = parse_json(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"ds_config must name a readable file, but {path} is not: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"ds_config {path} must be valid JSON, but is not: {error}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("zero_optimization"), dict):
-        raise UserError(f"ds_config {path} must be a JSON object with a zero_optimization section, but is not")
-    for key, home in DS_OWNED_BY_RUN.items():
-        if key in values:
-            raise UserError(f"ds_config {path} must leave {key} to the run file, but sets it; set {home} there instead")
-    if values["zero_optimization"].get("stage") != 3:
-        stage = values["zero_optimization"].get("stage")
-        raise UserError(f"ds_config {path}: zero_optimization.stage must be 3, but is {stage}")
-    for part in ("offload_optimizer", "offload_param"):
-        offload = values["zero_optimization"].get(part)
-        device = offload.get("device", "none") if isinstance(offload, dict) else "none"
-        if isinstance(offload, dict) and offload.get("ratio", 1) != 1:
-            raise UserError(
-                f"ds_config {path}: zero_optimization.{part}.ratio must be 1, but is {offload['ratio']!r}: only DeepSpeed's own "
-                "Adam runs in parts; leave it out"
-            )
-        if device not in ("cpu", "none"):
-            raise UserError(
-                f"ds_config {path}: zero_optimization.{part}.device must be cpu or none, but is {device!r}: checkpoints do not "
-                "read state on other devices"
-            )
-    return values

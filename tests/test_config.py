@@ -9,8 +9,9 @@ import pytest
 from tiny import run_values
 
 from ted_scale.config import Run
+from ted_scale.ds_config import CANNOT, DS_OWNED_BY_RUN, USABLE, load_ds_config
 from ted_scale.errors import UserError
-from ted_scale.run_file import DS_OWNED_BY_RUN, load_ds_config, load_run, to_toml, toml_value
+from ted_scale.run_file import load_run, to_toml, toml_value
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -210,6 +211,76 @@ DS_FAULTS = {
     '{"zero_optimization": {}}': "zero_optimization.stage must be 3, but is None",
     '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}': "offload_param.device must be cpu or none",
 }
+
+
+IMPOSSIBLE = {  # DeepSpeed takes most of it, and ends the run minutes later or passes over it in silence
+    "zero_hpz_partition_size": (8, "its groups are made once, and teacher and student are two models"),
+    "mics_shard_size": (8, "DeepSpeed has it no more"),
+    "zero_quantized_weights": (True, "weights are gathered, loaded and compared in their own type"),
+    "zero_quantized_nontrainable_weights": (True, "weights are gathered, loaded and compared in their own type"),
+    "zero_quantized_gradients": (True, "weights are gathered, loaded and compared in their own type"),
+    "zenflow": ({}, "torch's fused AdamW updates"),
+    "cpu_offload": (True, "offload_optimizer and offload_param say it"),
+    "elastic_checkpoint": (True, "DeepSpeed has it no more"),
+}
+
+
+@pytest.mark.parametrize("key", IMPOSSIBLE)
+def test_what_this_design_cannot_do_with_zero_is_refused_unless_it_is_off(tmp_path, key):
+    value, reason = IMPOSSIBLE[key]
+    path, off = tmp_path / "ds.json", 1 if key == "zero_hpz_partition_size" else False
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, key: off}}))
+    assert load_ds_config(str(path))
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, key: value}}))
+    with pytest.raises(UserError) as caught:
+        load_ds_config(str(path))
+    said = f"ds_config {path} must do without zero_optimization.{key}, but has {value!r}: {reason}"
+    assert str(caught.value).startswith(said)
+
+
+SECTIONS = {
+    "tensor_parallel": "must do without tensor_parallel, but has it: ZeRO-3 alone splits the models; leave it out",
+    "hybrid_engine": "must do without hybrid_engine, but has it: engines only run forward, backward and step",
+    "flops_profiler": "must do without flops_profiler, but has it: engines only run forward, backward and step",
+    "compile": "must do without compile, but has it: engines only run forward, backward and step, as they are",
+    "data_types": "must do without data_types, but has it: gradients are averaged over ranks, in fp32 sums",
+    "elasticity": "must do without elasticity, but has it: DeepSpeed has it no more; leave it out",
+    "communication_datatype": "known here, but has 'communication_datatype'; did you mean communication_data_type?",
+    "gradient_clip": "known here, but has 'gradient_clip'; did you mean gradient_clipping?",
+    "my_notes": "must have sections that are known here, but has 'my_notes'; leave it out",
+}
+
+
+@pytest.mark.parametrize("key", SECTIONS)
+def test_a_section_that_does_nothing_or_harm_here_is_refused_and_a_typing_mistake_is_one(tmp_path, key):
+    """DeepSpeed passes over sections that it does not know."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, key: {}}))
+    with pytest.raises(UserError, match=re.escape(f"ds_config {path} must ")) as caught:
+        load_ds_config(str(path))
+    assert SECTIONS[key] in str(caught.value)
+
+
+def test_every_section_that_this_deepspeed_knows_of_is_usable_owned_or_refused_with_a_reason():
+    """So that a newer one's are looked at."""
+    from deepspeed.runtime import config
+
+    source = Path(config.__file__).read_text()
+    read = set(re.findall(r"param_dict\[?(?:\.get\()?['\"]([a-z_]+)['\"]", source)) | set(
+        config._REMOVED_TOP_LEVEL_CONFIG_KEYS
+    )
+    assert {"pipeline", "hybrid_engine", "compile", "nebula"} <= read
+    known = {*USABLE, *DS_OWNED_BY_RUN, *(key for keys in CANNOT.values() for key in keys)}
+    assert read <= known
+
+
+def test_the_default_ds_config_is_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_ds_config(load(tmp_path, drop=["ds_config"]).ds_config)["zero_optimization"]["stage"] == 3
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs" / "zero3.json").write_text("{")
+    with pytest.raises(UserError, match="must be valid JSON"):  # one's own comes first
+        load_ds_config("ds_configs/zero3.json")
 
 
 @pytest.mark.parametrize("text", DS_FAULTS)

@@ -68,13 +68,20 @@ def test_a_dry_run_prints_the_resolved_run_and_its_arithmetic_and_starts_nothing
     [
         ("loss.kll=1", "error: ROOT/run.toml: unknown key loss.kll; did you mean loss.kl?\n"),
         ("pairs.explicit=[[2, 0]]", "error: pairs.explicit[0] must name student blocks 0 to 1, but is [2, 0]\n"),
+        (
+            "ds_config=typing.json",
+            "error: ds_config typing.json: zero_optimization.overlap_com must be what DeepSpeed knows, but is True (Extra "
+            "inputs are not permitted); correct it\n",
+        ),
     ],
-    ids=["before torch", "after the models are read"],
+    ids=["before torch", "after the models are read", "what only DeepSpeed knows"],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(world, override, sentence):
+    """A green dry run once did not cover the ds_config."""
     file = write_run(world / "run.toml", make_run(world))
+    (world / "typing.json").write_text('{"zero_optimization": {"stage": 3, "overlap_com": true}}')
     before = tree(world)
-    done = pretrain("--config", file, "--set", override)
+    done = pretrain("--config", file, "--dry-run", "--set", override, cwd=world)
     assert (done.returncode, done.stdout, done.stderr.replace(str(world), "ROOT")) == (2, "", sentence)
     assert tree(world) == before
 
@@ -390,7 +397,7 @@ def test_a_mistake_in_the_zero_section_is_a_sentence_and_not_deepspeed_s_traceba
 
 
 @pytest.mark.parametrize(
-    "section", [{"communication_data_type": "fp99"}, {"comms_logger": {"enabled": "x"}}, {"flops_profiler": 5}]
+    "section", [{"communication_data_type": "fp99"}, {"comms_logger": {"enabled": "x"}}, {"timers": 5}]
 )
 def test_a_mistake_in_another_section_of_a_ds_config_is_a_sentence_too(world, section):
     (world / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, **section}))
