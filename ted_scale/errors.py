@@ -17,7 +17,7 @@ from ted_scale import redact
 LONGEST_VALUE, LONGEST_SENTENCE = 200, 4000  # characters
 
 # The one list of what a run's exit code means; docs/operations.md shows it, launch/supervise.py acts on it.
-DONE, FAULT, MISTAKE, NUMBERS, HUNG, GONE, RESUME = 0, 1, 2, 3, 4, 5, 75
+DONE, FAULT, MISTAKE, NUMBERS, HUNG, GONE, MEMORY, RESUME = 0, 1, 2, 3, 4, 5, 6, 75
 MEANINGS = {
     DONE: "done",
     FAULT: "a fault of the program; its traceback is the last thing written",
@@ -25,6 +25,7 @@ MEANINGS = {
     NUMBERS: "the run stopped itself over its numbers",
     HUNG: "a step took longer than its limit; every rank's stack is in the log",
     GONE: "a rank, or something it cannot do without, has gone",
+    MEMORY: "a rank ran out of memory; the sentence has what to lower",
     RESUME: "asked to stop, every step saved; the same command goes on",  # EX_TEMPFAIL of sysexits.h
 }
 
@@ -56,6 +57,15 @@ class Gone(Exception):
         super().__init__(clean(sentence))
 
 
+class OutOfMemory(Exception):
+    """One sentence on what a rank's memory did not hold; the same command would meet it again."""
+
+    exit_code = MEMORY
+
+    def __init__(self, sentence: str):
+        super().__init__(clean(sentence))
+
+
 class Preempted(Exception):
     """A signal asked the run to stop, and nothing of it is lost."""
 
@@ -66,7 +76,7 @@ class Preempted(Exception):
         super().__init__(self.SENTENCE)
 
 
-SENTENCES = (UserError, RunStopped, Gone, Preempted)
+SENTENCES = (UserError, RunStopped, Gone, OutOfMemory, Preempted)
 
 
 def clean(sentence: str) -> str:

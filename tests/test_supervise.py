@@ -57,7 +57,7 @@ def test_a_failure_pauses_a_stop_does_not_and_done_ends_it(tmp_path):
     assert "exit code 247 (ended by a signal, or by its launcher) at step 6" in said
 
 
-@pytest.mark.parametrize("code", [2, 3])
+@pytest.mark.parametrize("code", [2, 3, 6])
 def test_what_a_new_start_would_not_help_is_not_started_again(tmp_path, code):
     process = start(tmp_path, f"{code} 3,0 9")
     finished(process)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ted_scale import pulse, stop, watch
 from ted_scale.config import Limits
-from ted_scale.errors import FAULT, GONE, HUNG, MISTAKE, RESUME, Gone, Preempted
+from ted_scale.errors import FAULT, GONE, HUNG, MEMORY, MISTAKE, RESUME, Gone, Preempted
 
 SCRIPT = Path(__file__).with_name("watched_ranks.py")
 
@@ -51,6 +51,16 @@ def test_a_rank_s_sentence_ends_all_with_its_code(ends):
     assert codes == [MISTAKE, MISTAKE]
     assert max(took) < 6
     assert said == "rank 1: error: a file must be there, but is not\n"
+
+
+def test_a_rank_that_runs_out_of_memory_alone_ends_all_with_that_cause_and_a_code_of_its_own(ends):
+    codes, took, said = ends[0]["memory"]
+    assert codes == [MEMORY, MEMORY]
+    assert max(took) < 9
+    assert said == (
+        "rank 1: error: a rank's memory must hold step 10, but does not (DefaultCPUAllocator: can't allocate memory: you tried "
+        "to allocate 4611686018427387904 bytes. Error code 12 (Cannot allocate memory)); lower something\n"
+    )
 
 
 @pytest.mark.parametrize(("name", "rank"), [("die", 1), ("die0", 0)])

@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from ted_scale import pulse, stop, watch
+from ted_scale import memory, pulse, stop, watch
 from ted_scale.config import Limits
 from ted_scale.errors import Preempted, UserError, run_main
 
 PYTHON = ctypes.PyDLL(None)  # calls through it keep Python's lock
 FAULTY_STEP = 10
-FAULTS = ("raise", "sentence", "die", "die0", "hang", "lock", "orphan", "signal", "early", "none")
+FAULTS = ("raise", "sentence", "memory", "die", "die0", "hang", "lock", "orphan", "signal", "early", "none")
 
 
 def fault(name: str, folder: Path) -> None:
@@ -35,6 +35,8 @@ def fault(name: str, folder: Path) -> None:
         raise ValueError("what really went wrong")
     if name == "sentence":
         raise UserError("a file must be there, but is not")
+    if name == "memory":
+        torch.empty(1 << 60)
     if name in ("die", "die0"):
         os.kill(os.getpid(), signal.SIGKILL)
     if name == "hang":
@@ -62,7 +64,8 @@ def rank_of(name: str, folder: Path) -> None:
             time.sleep(600)
         pulse.step(step)
         if rank == faulty and step == FAULTY_STEP:
-            fault(name, folder)
+            with memory.enough("lower something"):
+                fault(name, folder)
         asked = torch.tensor([float(stop.asked.is_set())])
         dist.all_reduce(asked)
         if asked.item():
