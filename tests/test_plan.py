@@ -66,7 +66,7 @@ def test_a_dry_run_prints_the_resolved_run_and_its_arithmetic_and_starts_nothing
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("loss.kll=1", "error: ROOT/run.toml: unknown key loss.kll; did you mean loss.kl?\n"),
+        ("loss.kll=1", "error: --set loss.kll: unknown key loss.kll; did you mean loss.kl?\n"),
         ("pairs.explicit=[[2, 0]]", "error: pairs.explicit[0] must name student blocks 0 to 1, but is [2, 0]\n"),
         (
             "ds_config=typing.json",
@@ -157,11 +157,11 @@ WRONG_RUNS = {
     ),
     "student missing": (
         {"student": {"path": "/nowhere/model"}},
-        "student.path must be a local model folder or a hub id that can be reached, but is '/nowhere/model'",
+        "student.path must be a folder that is there, but /nowhere/model does not exist; correct it; a hub id is OWNER/NAME",
     ),
     "teacher missing": (
         {"teacher": {"path": "./nowhere"}},
-        "teacher.path must be a local model folder or a hub id that can be reached, but is './nowhere'",
+        "teacher.path must be a folder that is there, but ./nowhere does not exist; correct it; a hub id is OWNER/NAME",
     ),
     "seq_len": (
         {"data": {"seq_len": 256}},
@@ -235,7 +235,30 @@ def test_a_hub_id_that_cannot_be_reached_is_refused(original, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     said = refusal(original, student={"path": "nobody/no-model"})
-    assert said == "student.path must be a local model folder or a hub id that can be reached, but is 'nobody/no-model'"
+    assert said == (
+        "student.path must be a local folder or a hub id that can be reached, but nobody/no-model is no folder, and the hub does "
+        "not give it (OSError: no network); check its spelling and the network"
+    )
+
+
+def test_what_can_only_be_a_path_is_not_asked_of_the_hub(world, monkeypatch):
+    """A typing mistake in --tokenizer took a minute and a half of tries."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.chdir(world.parent)
+    assert refusal(world, teacher={"path": "world/techer"}) == (
+        "teacher.path must be a folder that is there, but world/techer does not exist; did you mean world/teacher?"
+    )
+    with pytest.raises(
+        UserError, match=r"--tokenizer must be a folder .* world/studnt .*; did you mean world/student\?"
+    ):
+        load_tokenizer("world/studnt")
+    (world / "teacher.gguf").touch()
+    assert refusal(world, teacher={"path": "world/teacher.gguf"}) == (
+        "teacher.path must be a folder, but world/teacher.gguf is a GGUF file, whose weights are rounded for inference; name the "
+        "folder of the model that it was made of"
+    )
+    weights = str(world / "student" / "model.safetensors")
+    assert refusal(world, student={"path": weights}).endswith(" is a file; name the folder that it is in")
 
 
 def test_a_model_without_safetensors_is_refused_unless_it_starts_random(world):
