@@ -11,14 +11,40 @@ from ted_scale.errors import UserError, shown
 from ted_scale.parsing import parse_toml
 
 REPLACED = {"data.mask_documents": "data.attention = 'document'"}
+# What other trainers call it.
+CALLED = {
+    "learning_rate": "train.lr", "max_lr": "train.lr", "min_learning_rate": "train.min_lr", "max_steps": "train.steps",
+    "batch_size": "train.micro_batch", "micro_batch_size": "train.micro_batch",
+    "per_device_train_batch_size": "train.micro_batch", "global_batch_size": "train.tokens_per_step",
+    "gradient_accumulation_steps": "train.tokens_per_step", "gradient_accumulation": "train.tokens_per_step",
+    "max_grad_norm": "train.clip", "gradient_clipping": "train.clip", "bf16": "train.precision", "dtype": "train.precision",
+    "lr_scheduler_type": "train.schedule", "sequence_length": "data.seq_len", "max_seq_length": "data.seq_len",
+    "max_length": "data.seq_len", "output_dir": "runs", "run_name": "name", "save_steps": "checkpoint.every",
+    "eval_steps": "validation.every", "logging_steps": "log_every",
+}  # fmt: skip
 
 
 def load_run(path: str | Path, overrides: list[str] = ()) -> Run:
-    """Read a run file and put `section.key=value` strings on top; whatever is wrong is one UserError sentence."""
+    """Read a run file and put `section.key=value` strings on top; whatever is wrong is one UserError sentence, and names what
+    made it wrong."""
     try:
-        values = parse_toml(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--config must name a readable run file, but {path} is not: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} must be valid TOML, but is not: {one_line(error)}") from None
+    run = put_together(path, text, overrides)
+    if isinstance(run, Run):
+        return run
+    first = next(n for n in range(len(overrides) + 1) if put_together(path, text, overrides[:n]) == run)
+    key = overrides[first - 1].partition("=")[0] if first else None
+    raise UserError(f"{path if key is None else f'--set {key.strip()}'}: {run}")
+
+
+def put_together(path: str | Path, text: str, overrides: list[str]) -> Run | str:
+    """The run, or what is wrong with it."""
+    try:
+        values = parse_toml(text)
     except ValueError as error:
         raise UserError(f"{path} must be valid TOML, but is not: {one_line(error)}") from None
     for override in overrides:
@@ -26,7 +52,7 @@ def load_run(path: str | Path, overrides: list[str] = ()) -> Run:
     try:
         return Run.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {sentence(error)}") from None
+        return sentence(error)
     except RecursionError:
         raise UserError(f"{path} must be a run file, but is nested too deeply to be one") from None
 
@@ -94,6 +120,7 @@ def unknown_key(parent: str, key: str, section: type) -> str:
         return f"unknown key {parent}{key}; write {new} instead"
     close = [parent + k for k in difflib.get_close_matches(key, sorted(keys_of(section)), n=1)]
     others = {name: section_in(field.annotation) for name, field in keys_of(Run).items()}
+    close = close or ([CALLED[key]] if key in CALLED else [])
     close = close or [f"{name}.{key}" for name, other in others.items() if other and key in keys_of(other)]
     return f"unknown key {parent}{key}" + (f"; did you mean {' or '.join(close)}?" if close else "")
 

@@ -11,7 +11,7 @@ from tiny import run_values
 from ted_scale.config import Run
 from ted_scale.ds_config import CANNOT, DS_OWNED_BY_RUN, USABLE, load_ds_config
 from ted_scale.errors import UserError
-from ted_scale.run_file import load_run, to_toml, toml_value
+from ted_scale.run_file import CALLED, load_run, to_toml, toml_value
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +32,8 @@ def refusal(folder: Path, *overrides: str, drop=(), **sections) -> str:
         load(folder, *overrides, drop=drop, **sections)
     said = str(caught.value)
     assert "\n" not in said
-    return said.removeprefix(f"{folder}/run.toml: ")
+    blamed = [f"{folder}/run.toml", *(f"--set {override.partition('=')[0]}" for override in overrides)]
+    return next((said.removeprefix(f"{who}: ") for who in blamed if said.startswith(f"{who}: ")), said)
 
 
 UNKNOWN = {
@@ -46,6 +47,8 @@ UNKNOWN = {
         "unknown key data.corpora[1].wieght; did you mean data.corpora[1].weight?"
     ),
     "zzz=1": "unknown key zzz",
+    "train.learning_rate=1": "unknown key train.learning_rate; did you mean train.lr?",
+    "max_steps=1": "unknown key max_steps; did you mean train.steps?",
     "data.mask_documents=true": "unknown key data.mask_documents; write data.attention = 'document' instead",
     "data.attention='documents'": "data.attention must be 'causal' or 'document', but is 'documents'",
 }
@@ -126,6 +129,26 @@ def test_set_reads_toml_values_and_takes_a_bare_word_as_a_string(tmp_path):
     assert (run.wandb.project, run.wandb.tags, run.filters.from_run) == ("ted", ["a", "b=c"], "/some/run")
     assert run.pairs.explicit == [(0, 3)]
     assert run.train.steps == 6  # what --set does not name stays as the file has it
+
+
+def test_the_file_or_the_set_that_is_wrong_is_blamed(tmp_path):
+    """Every mistake in a --set was the run file's."""
+    for blamed, overrides, steps in (
+        (f"{tmp_path}/run.toml", ["train.lr=1", "seed=7"], 0),
+        ("--set train.steps", ["train.lr=1", "train.steps=0", "seed=7"], 6),
+        ("--set train.warmup_steps", ["train.warmup_steps=9"], 6),
+        ("--set train.steps", ["train.warmup_steps=5", "train.steps=4"], 6),
+    ):
+        values = run_values(tmp_path, train={"steps": steps})
+        with pytest.raises(UserError) as caught:
+            load_run(write(tmp_path / "run.toml", values), overrides)
+        assert str(caught.value).startswith(f"{blamed}: train.")
+
+
+def test_what_other_trainers_call_it_is_a_key_of_the_run_file(tmp_path):
+    values = load(tmp_path).model_dump(by_alias=True)
+    assert all(re.sub(r".*\.", "", key) in values[key.partition(".")[0]] if "." in key else key in values
+               for key in CALLED.values())  # fmt: skip
 
 
 @pytest.mark.parametrize("override", ["train.lr", "=3"])
