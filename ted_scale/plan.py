@@ -6,13 +6,11 @@ prints; build.py carries the plan out.
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
-from ted_scale import feed, resume
+from ted_scale import feed, resume, standing
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
 from ted_scale.corpora import read_corpus
@@ -22,10 +20,8 @@ from ted_scale.errors import UserError
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.flops import keys_of, step_flops
 from ted_scale.models import Anatomy, inspect
-from ted_scale.object_store import check_package
 from ted_scale.pairs import Matched, match_layers
 from ted_scale.schedule import Stage, stages_of
-from ted_scale.sealed import Damaged
 from ted_scale.shards import check_vocabulary
 from ted_scale.tracking import has_key
 from ted_scale.vocabulary import check_corpus_tokenizer, check_same_tokenizer
@@ -45,6 +41,7 @@ class Plan:
     stages: list[Stage]
     readings: dict[str, Reading]
     attended: dict[int | None, float]  # a layer's window → keys that a query sees, on average
+    standing: list[str]  # from where the run goes on, as lines
 
     @property
     def total_steps(self) -> int:
@@ -99,9 +96,12 @@ def make_plan(run: Run, world: int) -> Plan:
     plan = Plan(
         run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=matched.pairs,
         pairs_origin=matched.origin, width=width, accumulation=accumulation, stages=stages_of(run), readings={},
-        attended=attended(run, vocabulary, student, teacher),
+        attended=attended(run, vocabulary, student, teacher), standing=[],
     )  # fmt: skip
-    plan = dataclasses.replace(plan, readings=check_corpora(plan, vocabulary, check_run_folder(plan)))
+    where, progress = standing.of(run, plan.identity())
+    readings = check_corpora(plan, vocabulary, progress)
+    told = standing.describe(run, where, progress, plan.total_steps)
+    plan = dataclasses.replace(plan, readings=readings, standing=told)
     if run.filters.from_run and run.method == "ted":
         files.check_filters(plan.filters_file, plan.filters_identity())
     return plan
@@ -194,42 +194,6 @@ def check_corpora(plan: Plan, vocabulary: int, progress: Progress) -> dict[str, 
     }
 
 
-def check_run_folder(plan: Plan) -> Progress:
-    """Writable, and its newest checkpoint is this run's; where that stands."""
-    folder = plan.run.folder
-    try:
-        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    except OSError as error:
-        raise UserError(f"runs must be a folder that can be reached, but {folder} is not: {error.strerror}") from None
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(
-            f"runs must be a folder this user can write, but {existing} is not; set runs or change its mode"
-        )
-    where, progress = newest_progress(plan.run)
-    if where:
-        resume.refuse_another_run(where, progress.identity, plan.identity(), plan.run.resume.allow, progress.step)
-    return progress
-
-
-def newest_progress(run: Run) -> tuple[str, Progress]:
-    """Where the newest checkpoint is, in the run's folder or among its copies, and where it stands."""
-    standings = files.published(run.folder)
-    local = next((s.path for s in standings if s.fault is None), None)
-    damaged = [(s.path, s.fault) for s in standings if s.fault]
-    if place := copies.place_of(run):
-        check_package(place, "checkpoint.copy_to")
-        names = copies.names(place)
-        for name in (name for name in names if local is None or files.key_of(name) > files.key_of(local.name)):
-            try:
-                if copies.manifest_of(place, name):
-                    return f"{place}/{name}", copies.progress_of(place, name)
-            except Damaged as damage:
-                damaged.append((Path(f"{place}/{name}"), f"its copy: {damage}"))
-    if damaged and local is None:
-        raise files.none_is_whole(run.folder, damaged)
-    return (str(local), files.read_progress(local)) if local else ("", Progress())
-
-
 def attended(run: Run, vocabulary: int, *models: Anatomy | None) -> dict[int | None, float]:
     """Keys that a query sees in each window that the models have; documents as they lie in some windows of the corpora."""
     apart = run.data.attention == "document"
@@ -285,6 +249,7 @@ def describe(plan: Plan) -> str:
         tokens = stage.steps * train.tokens_per_step
         epochs, flops = feed.epochs_said(plan.readings, stage), stage_flops(plan, stage)
         lines.append(f"stage {stage.name}: {stage.steps:,} steps, {tokens:,} tokens, {epochs}, {flops:.3g} FLOPs")
+    lines += plan.standing
     state = plan.student.parameters * (14 if train.precision == "bf16" else 16) / plan.world
     lines.append(f"state of the student a rank (weights, fp32 master, Adam): {state / 2**30:,.3f} GiB")
     return "\n".join(lines)

@@ -13,11 +13,13 @@ from tiny import make_model, make_run, pretrain, write_run
 from transformers import FalconH1Config, Lfm2Config, PreTrainedTokenizerFast, StableLmConfig
 
 from ted_scale.build import train_run
+from ted_scale.checkpoint_files import Progress, progress_as_bytes
 from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.errors import UserError
 from ted_scale.feed import Reading
 from ted_scale.plan import describe, filter_parameters, make_plan
 from ted_scale.run_file import load_run
+from ted_scale.sealed import seal
 from ted_scale.tokenizer import digest, load_tokenizer
 
 
@@ -136,6 +138,22 @@ def test_what_is_left_to_train_on_and_epochs_are_said_after_the_hold_out_and_man
     assert ", all 0." in stage
     (many,) = (line for line in said if line.startswith("many epochs: "))
     assert many.startswith("many epochs: stage student reads the 81 tokens of corpus few ")
+
+
+def test_a_checkpoint_under_another_name_and_rows_of_a_run_that_begins_anew_are_said(world):
+    """A renamed checkpoint once planned a new run without a word."""
+    folder = make_run(world).folder
+    checkpoint = folder / "checkpoints" / "step_00000004"
+    checkpoint.mkdir(parents=True)
+    seal(checkpoint, {}, {"step": 4, "forks": [], "validation": None})
+    (checkpoint / "progress.json").write_bytes(progress_as_bytes(Progress(step=4)))
+    (folder / "metrics.jsonl").write_text('{"step": 5}\n')
+    assert describe(make_plan(make_run(world), 1)).count(f"stands at step 4 of 10, {checkpoint}\n") == 1
+    checkpoint.rename(checkpoint.with_name("best"))
+    said = describe(make_plan(make_run(world), 1)).splitlines()
+    assert "begins at step 0 of 10" in said
+    assert f"no checkpoint is in {folder}/checkpoints: metrics.jsonl, up to step 5, begins anew" in said
+    assert f"{folder}/checkpoints/best is passed over, for its name is not step_00000004" in said
 
 
 def load_tensors(folder: Path):
