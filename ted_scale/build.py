@@ -19,12 +19,12 @@ from ted_scale import (
     feed,
     health,
     kernels,
-    memory,
     metrics,
     pulse,
     redact,
     replicas,
     resume,
+    shortage,
     watch,
     zero_hooks,
 )
@@ -54,7 +54,7 @@ def run_plan(plan: Plan) -> None:
     check_engine_config(plan)
     device = start_ranks(plan.run)
     try:
-        with memory.enough(memory.ways_to_need_less(plan.run, plan.ds_config, device.type == "cpu")):
+        with shortage.enough(shortage.ways_to_need_less(plan.run, plan.ds_config, device.type == "cpu")):
             train_run(plan, device)
     except Preempted:
         dist.barrier()  # rank 0 has closed its logs: the first rank that leaves has its launcher end the others

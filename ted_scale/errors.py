@@ -120,6 +120,7 @@ def run_main(main) -> None:
     try:
         main()
     except KeyboardInterrupt:
+        say_where_it_stands()
         leave(130)
     except SENTENCES as error:
         last_words(f"{'stopped' if isinstance(error, Preempted) else 'error'}: {error}", error.exit_code)
@@ -127,6 +128,20 @@ def run_main(main) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         last_words(traceback.format_exc(), FAULT)
+
+
+def say_where_it_stands() -> None:
+    """Of a run that Ctrl-C ends: what of it stays, and that another way would have saved the rest."""
+    from ted_scale import checkpoint_files, pulse, watch
+
+    if watch.current is None or watch.current.rank:
+        return
+    whole = [s for s in checkpoint_files.published(watch.current.folder) if s.fault is None]
+    newest = f"its newest checkpoint is {whole[0].path}" if whole else "it has no checkpoint yet"
+    speak(
+        f"interrupted in {pulse.now.what}, unsaved: {newest}, and the same command goes on from there; SIGTERM to a rank saves "
+        "first, and so does Ctrl-C under launch/supervise.py"
+    )
 
 
 def last_words(words: str, code: int) -> None:

@@ -15,7 +15,7 @@ from ted_scale.data import Stream, open_held_out, open_stream, refuse_repetition
 from ted_scale.errors import RunStopped, UserError
 from ted_scale.validate import perplexity, student_losses, teacher_losses, tokens_of_each
 
-# Up to here repeated text is worth nearly what new text is; at 16 times little is left (Muennighoff et al., NeurIPS 2023).
+# Up to here repeated text is worth nearly what new text is, and in the end nothing (Muennighoff et al., NeurIPS 2023).
 MANY_EPOCHS = 4
 
 

@@ -1,65 +1,153 @@
-"""Memory of a rank: where it ran out, which is a sentence with what to lower.
+"""What a rank of a stage needs of memory, by terms, in bytes: an estimate from shapes, before anything starts.
 
-The surprise: torch has an exception of its own for a device that is full and none for a full host, whose allocator raises
-a RuntimeError that only its text tells from others.
+    weights          b · (student + teacher + filters) / R          b: 2 bytes in bf16, else 4; R ranks
+    optimizer        12 · trained / R                               fp32 masters and Adam's two moments
+    gradients        8 · trained / R                                summed in fp32, and once more in a piece for the update
+    reduction        4 · bucket, with ranks to add twice            DeepSpeed's reduce_bucket_size
+    gathered         b · (live student + a block, prefetch and head of the teacher), where there are other ranks
+    activations      what autograd keeps of N tokens, asked of a trial on the meta device; with checkpointing a state a
+                     block, and one block whole
+    states           b · N · (pairs · width + head's width) of the teacher, and of the student in stage I
+    losses           4 · head's and filters' weights (their gradients), b · N · width a pair, one chunk's logits
+    copy for a save  12 · trained / R, on a CPU, where host and device are one
+
+The process itself, its libraries and what an allocator does not give back come on top.
 """
 
-import contextlib
-import errno
-import traceback
-from pathlib import Path
+import torch
 
-from ted_scale import pulse
-from ted_scale.errors import OutOfMemory, shortened
+from ted_scale.kernels.backend import CHUNK_BYTES
+from ted_scale.models import Anatomy, empty_model, read_config, run_body
+from ted_scale.plan import Plan, filter_parameters
+from ted_scale.schedule import Stage
 
-HERE = Path(__file__)
-FULL = ("can't allocate memory", "not enough memory", "out of memory")  # of a host, of Windows' too, and of a device
-
-
-@contextlib.contextmanager
-def enough(ways: str):
-    """What ran out in here ends the run with `ways` to need less, and the line that asked for more."""
-    try:
-        yield
-    except Exception as error:
-        if not ran_out(error):
-            raise
-        raise OutOfMemory(
-            f"a rank's memory must hold {pulse.now.what}{line_of(error)}, but does not ({reason_of(error)}); {ways}"
-        ) from None
+TRIAL = 8  # tokens; more would show what attention keeps of pairs of them where it is not fused
+DEFAULTS = {
+    "reduce_bucket_size": 5e8,
+    "stage3_prefetch_bucket_size": 5e7,
+    "stage3_max_live_parameters": 1e9,
+}  # DeepSpeed's
 
 
-def ran_out(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    told = isinstance(error, RuntimeError) and any(text in str(error) for text in FULL)
-    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+def describe(plan: Plan) -> list[str]:
+    """A line a stage, for the device at hand, its largest terms first."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [line_of(stage, *terms(plan, stage, device), device) for stage in plan.stages]
 
 
-def reason_of(error: BaseException) -> str:
-    """Without torch's place in its own source, and its advice."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return shortened(said[max(0, said.find("DefaultCPUAllocator")) :], 160)
+def line_of(stage: Stage, here: dict[str, float], away: float, device: str) -> str:
+    by_size = sorted(here.items(), key=lambda term: -term[1])
+    of = " + ".join(f"{name} {size / 2**30:,.3g}" for name, size in by_size if size)
+    host = f"; {away / 2**30:,.3g} GiB offloaded" if away else ""
+    total = f"{sum(here.values()) / 2**30:,.3g} GiB"
+    return (
+        f"memory a rank in stage {stage.name}, estimated for {device}, beside the process itself: {total} = {of}{host}"
+    )
 
 
-def line_of(error: BaseException) -> str:
-    """The innermost line of this package."""
-    files = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    here = [f"{path.name}:{line}" for path, line in files if path.parent == HERE.parent and path != HERE]
-    return f" (in {here[-1]})" if here else ""
+def terms(plan: Plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
+    """(bytes by term, bytes that are offloaded to the host)"""
+    run, ranks = plan.run, plan.world
+    b, tokens = 2 if run.train.precision == "bf16" else 4, run.train.micro_batch * run.data.seq_len
+    student, *others = filter_parameters(plan)
+    filters, models = student + sum(others), [a for a in (plan.student, plan.teacher) if a]
+    trained = (filters + own_heads(plan) if stage.learns_filters else plan.student.parameters + student) / ranks
+    found = {
+        "weights": b * (sum(a.parameters for a in models) + filters) / ranks,
+        "optimizer": 12 * trained,
+        "gradients": 8 * trained,
+        "reduction": reduction(plan, trained * ranks, device),
+        "gathered": b * gathered(plan, stage) if ranks > 1 else 0,
+        "activations": activations(plan, stage, tokens, b),
+        "states": b * tokens * states(plan, stage),
+        "losses": losses(plan, stage, tokens, b, filters if stage.learns_filters else student, device),
+        "copy for a save": 12 * trained if device == "cpu" else 0,
+    }
+    zero = plan.ds_config["zero_optimization"]
+    moved = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}
+    gone = [n for key, names in moved.items() if (zero.get(key) or {}).get("device") == "cpu" for n in names]
+    away = sum(found.pop(name) for name in gone) if device != "cpu" else 0
+    return found, away
 
 
-def ways_to_need_less(run, ds_config: dict, on_cpu: bool) -> str:
-    """Those that this run has left, the cheapest first."""
-    ways = []
-    if run.train.micro_batch > 1:
-        ways.append(f"lower train.micro_batch ({run.train.micro_batch})")
-    if not run.student.gradient_checkpointing:
-        ways.append("set student.gradient_checkpointing = true")
-    ways.append(f"lower data.seq_len ({run.data.seq_len})")
-    if not on_cpu:
-        ways.append("set loss.chunk_tokens lower than its default" if run.loss.chunk_tokens is None else
-                    f"lower loss.chunk_tokens ({run.loss.chunk_tokens})")  # fmt: skip
-    if not on_cpu and not ds_config["zero_optimization"].get("offload_optimizer"):
-        ways.append("take ds_config = 'ds_configs/zero3_offload_optimizer.json'")
-    return f"{', '.join(ways)}, or give it more ranks; --dry-run has an estimate by terms"
+def setting(plan: Plan, key: str) -> float:
+    return plan.ds_config["zero_optimization"].get(key, DEFAULTS[key])
+
+
+def own_heads(plan: Plan) -> int:
+    """Of `filters.head = "per_layer"`, a head of its own for each filter."""
+    vocabularies = [a.vocab_size for a in (plan.student, plan.teacher) if a]
+    return len(plan.pairs) * (plan.width + 1) * sum(vocabularies) if plan.run.filters.head == "per_layer" else 0
+
+
+def reduction(plan: Plan, trained: float, device: str) -> float:
+    """A host gives memory that is touched, a device all that is asked for."""
+    bucket = setting(plan, "reduce_bucket_size")
+    used = min(bucket, trained)
+    return 4 * ((used if device == "cpu" else bucket) + (used if plan.world > 1 else 0))
+
+
+def gathered(plan: Plan, stage: Stage) -> float:
+    """What trains stays gathered between forward and backward; what only runs forward goes block by block."""
+    prefetch = setting(plan, "stage3_prefetch_bucket_size")
+
+    def passing(a: Anatomy) -> float:
+        return min(a.parameters, a.parameters / a.layers + prefetch + a.vocab_size * a.head_width)
+
+    live = min(plan.student.parameters, setting(plan, "stage3_max_live_parameters"))
+    ours = passing(plan.student) if stage.learns_filters else live
+    return ours + (passing(plan.teacher) if plan.teacher else 0)
+
+
+def activations(plan: Plan, stage: Stage, tokens: int, b: int) -> float:
+    """Of the student's graph; a frozen model has but a block's at a time."""
+    dtype = torch.bfloat16 if b == 2 else torch.float32
+    kept = {a: kept_a_token(a, dtype) for a in (plan.student, plan.teacher) if a}
+    block = max(size / a.layers for a, size in kept.items())
+    if stage.learns_filters:
+        return tokens * block
+    if plan.run.student.gradient_checkpointing:
+        return tokens * (b * plan.student.layers * plan.student.width + block)
+    return tokens * max(kept[plan.student], block)
+
+
+def kept_a_token(anatomy: Anatomy, dtype) -> float:
+    """Bytes that autograd keeps of a forward of the body, weights apart."""
+    with torch.device("meta"):
+        network = empty_model(read_config("model", anatomy.folder), dtype)
+        tokens = torch.zeros(1, TRIAL, dtype=torch.long)
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor  # alive, so that no other takes its place
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run_body(network, anatomy, tokens)
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights) / TRIAL
+
+
+def states(plan: Plan, stage: Stage) -> int:
+    """Numbers a token that live from the teacher's forward to the losses."""
+    sides = [plan.teacher] if plan.teacher else []
+    matched = [*sides, plan.student] if stage.learns_filters else sides
+    return sum(len(plan.pairs) * a.width for a in matched) + sum(a.head_width for a in sides)
+
+
+def losses(plan: Plan, stage: Stage, tokens: int, b: int, filters: int, device: str) -> float:
+    """Gradients that are formed in the forward wait for the backward; a chunk's logits are gone by then."""
+    a, t = plan.student, plan.teacher
+    if stage.learns_filters:
+        rows, heads, waiting = t.vocab_size * (4 + b), t.vocab_size * t.head_width, 4 * (filters + own_heads(plan))
+    else:
+        rows = 4 * (a.vocab_size + (t.vocab_size if t else 0)) + (
+            2 * a.vocab_size if device == "cuda" and b == 2 else 0
+        )
+        heads = a.vocab_size * a.head_width + (t.vocab_size * t.head_width if t else 0)
+        waiting = (4 + b) * a.vocab_size * a.head_width + 4 * filters
+        waiting += b * tokens * (len(plan.pairs) * a.width + a.head_width)
+    of_chunk = min((plan.run.loss.chunk_tokens or tokens) * rows, tokens * rows)
+    if plan.run.loss.chunk_tokens is None:
+        of_chunk = min(CHUNK_BYTES[device], of_chunk)
+    return waiting + of_chunk + (4 * heads if device == "cpu" and b == 2 else 0)  # a CPU multiplies in fp32

@@ -250,8 +250,6 @@ def describe(plan: Plan) -> str:
         epochs, flops = feed.epochs_said(plan.readings, stage), stage_flops(plan, stage)
         lines.append(f"stage {stage.name}: {stage.steps:,} steps, {tokens:,} tokens, {epochs}, {flops:.3g} FLOPs")
     lines += plan.standing
-    state = plan.student.parameters * (14 if train.precision == "bf16" else 16) / plan.world
-    lines.append(f"state of the student a rank (weights, fp32 master, Adam): {state / 2**30:,.3f} GiB")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
-from ted_scale import metrics, resume
+from ted_scale import memory, metrics, resume
 from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import Gone, UserError, files_at
 from ted_scale.plan import Plan, describe
@@ -43,7 +43,7 @@ def claim_folder(plan: Plan):
         with files_at(folder):
             metrics.trim_rows(folder / "metrics.jsonl", progress.step)
             write_durably(folder / "run.toml", to_toml(plan.run))
-        log.info(describe(plan))
+        log.info("\n".join([describe(plan), *memory.describe(plan)]))
         if newest:
             log.info(f"resuming from {newest}{on_other_ranks(newest)}")
     return progress, newest

@@ -59,6 +59,7 @@ def test_a_dry_run_prints_the_resolved_run_and_its_arithmetic_and_starts_nothing
     uniform = "uniform, for cut.json in student.path is not there"
     assert f"pairs (student block, teacher block), {uniform}: (0,1) (1,3)\n" in arithmetic
     assert "step: 256 tokens = 4 accumulation * 1 micro-batch * 2 ranks * 32 tokens\n" in arithmetic
+    assert "memory a rank in stage filters, estimated for c" in arithmetic
     assert "stage filters: 4 steps, 1,024 tokens" in arithmetic and "stage student: 6 steps" in arithmetic
     assert tree(world) == before
     (world / "printed.toml").write_text(text)

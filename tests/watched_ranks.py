@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from ted_scale import memory, pulse, stop, watch
+from ted_scale import pulse, shortage, stop, watch
 from ted_scale.config import Limits
 from ted_scale.errors import Preempted, UserError, run_main
 
@@ -64,7 +64,7 @@ def rank_of(name: str, folder: Path) -> None:
             time.sleep(600)
         pulse.step(step)
         if rank == faulty and step == FAULTY_STEP:
-            with memory.enough("lower something"):
+            with shortage.enough("lower something"):
                 fault(name, folder)
         asked = torch.tensor([float(stop.asked.is_set())])
         dist.all_reduce(asked)
