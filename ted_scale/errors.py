@@ -120,7 +120,7 @@ def run_main(main) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        say_where_it_stands()
+        say_where_it_stands("which is not saved: ")
         leave(130)
     except SENTENCES as error:
         last_words(f"{'stopped' if isinstance(error, Preempted) else 'error'}: {error}", error.exit_code)
@@ -130,18 +130,15 @@ def run_main(main) -> None:
         last_words(traceback.format_exc(), FAULT)
 
 
-def say_where_it_stands() -> None:
-    """Of a run that Ctrl-C ends: what of it stays, and that another way would have saved the rest."""
+def say_where_it_stands(begins: str) -> None:
+    """Of a run that Ctrl-C ends, on one rank: what of it stays."""
     from ted_scale import checkpoint_files, pulse, watch
 
     if watch.current is None or watch.current.rank:
         return
     whole = [s for s in checkpoint_files.published(watch.current.folder) if s.fault is None]
-    newest = f"its newest checkpoint is {whole[0].path}" if whole else "it has no checkpoint yet"
-    speak(
-        f"interrupted in {pulse.now.what}, unsaved: {newest}, and the same command goes on from there; SIGTERM to a rank saves "
-        "first, and so does Ctrl-C under launch/supervise.py"
-    )
+    newest = f"the newest checkpoint is {whole[0].path}" if whole else "there is no checkpoint yet"
+    speak(f"interrupted in {pulse.now.what}, {begins}{newest}; the same command goes on")
 
 
 def last_words(words: str, code: int) -> None:

@@ -2,9 +2,11 @@
 
 import contextlib
 import inspect
+import itertools
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -102,6 +104,23 @@ def test_a_signal_to_one_rank_or_the_end_of_the_launcher_stops_all_after_a_step(
     assert codes == [RESUME, RESUME]
     assert max(took) < 8
     assert said == f"stopped: {Preempted.SENTENCE}\n"
+
+
+def test_a_ctrl_c_says_where_the_run_stands_and_stops_all_after_a_step_and_a_second_one_does_not_wait(ends):
+    """Under `deepspeed` it left a traceback, and nothing of what was saved and what was not."""
+    codes, took, said = ends[0]["interrupt"]
+    assert codes == [RESUME, RESUME]
+    assert max(took) < 8
+    first, last = said.splitlines()
+    assert re.match(
+        r"interrupted in step 1\d, which is finished and saved first; a second Ctrl-C ends the run at once", first
+    )
+    assert first.endswith("then there is no checkpoint yet; the same command goes on")
+    assert last == f"stopped: {Preempted.SENTENCE}"
+    handle = stop.once_more(itertools.count())
+    handle(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        handle(signal.SIGINT, None)
 
 
 def test_a_signal_before_the_first_step_ends_all_at_once(ends):

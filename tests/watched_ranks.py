@@ -25,7 +25,20 @@ from ted_scale.errors import Preempted, UserError, run_main
 
 PYTHON = ctypes.PyDLL(None)  # calls through it keep Python's lock
 FAULTY_STEP = 10
-FAULTS = ("raise", "sentence", "memory", "die", "die0", "hang", "lock", "orphan", "signal", "early", "none")
+FAULTS = (
+    "raise",
+    "sentence",
+    "memory",
+    "die",
+    "die0",
+    "hang",
+    "lock",
+    "orphan",
+    "signal",
+    "interrupt",
+    "early",
+    "none",
+)
 
 
 def fault(name: str, folder: Path) -> None:
@@ -45,13 +58,15 @@ def fault(name: str, folder: Path) -> None:
         PYTHON.sleep(600)
     if name == "signal":
         os.kill(os.getpid(), signal.SIGUSR1)
+    if name == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
     if name == "orphan":
         os.kill(os.getppid(), signal.SIGKILL)
 
 
 def rank_of(name: str, folder: Path) -> None:
     stop.listen()
-    rank, faulty = dist_rank(), 0 if name == "die0" else 1
+    rank, faulty = dist_rank(), 0 if name in ("die0", "interrupt") else 1
     step_s = 4.0 if name == "hang" else 40.0
     silence_s = {"die": 4.0, "die0": 4.0, "lock": 3.0}.get(name, 20.0)
     watch.start(Limits(step_s=step_s, start_s=40.0, silence_s=silence_s), folder / name)
