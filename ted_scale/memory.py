@@ -2,8 +2,8 @@
 
     weights          b · (student + teacher + filters) / R          b: 2 bytes in bf16, else 4; R ranks
     optimizer        12 · trained / R                               fp32 masters and Adam's two moments
-    gradients        8 · trained / R                                summed in fp32, and once more in a piece for the update
-    reduction        4 · bucket, with ranks to add twice            DeepSpeed's reduce_bucket_size
+    gradients        4 · (trained / R + sub-group)                  summed in fp32, and once more a sub-group for its update
+    reduction        4 · bucket + b · largest matrix                whole gradients on their way; between ranks 4 · bucket more
     gathered         b · (live student + a block, prefetch and head of the teacher), where there are other ranks
     activations      what autograd keeps of N tokens, asked of a trial on the meta device; with checkpointing a state a
                      block, and one block whole
@@ -22,11 +22,13 @@ from ted_scale.plan import Plan, filter_parameters
 from ted_scale.schedule import Stage
 
 TRIAL = 8  # tokens; more would show what attention keeps of pairs of them where it is not fused
-DEFAULTS = {
+DEFAULTS = {  # DeepSpeed's
+    "contiguous_gradients": True,
     "reduce_bucket_size": 5e8,
+    "sub_group_size": 1e9,
     "stage3_prefetch_bucket_size": 5e7,
     "stage3_max_live_parameters": 1e9,
-}  # DeepSpeed's
+}
 
 
 def describe(plan: Plan) -> list[str]:
@@ -55,8 +57,8 @@ def terms(plan: Plan, stage: Stage, device: str) -> tuple[dict[str, float], floa
     found = {
         "weights": b * (sum(a.parameters for a in models) + filters) / ranks,
         "optimizer": 12 * trained,
-        "gradients": 8 * trained,
-        "reduction": reduction(plan, trained * ranks, device),
+        "gradients": 4 * (trained + min(trained, setting(plan, "sub_group_size"))),
+        "reduction": reduction(plan, trained * ranks, b, device),
         "gathered": b * gathered(plan, stage) if ranks > 1 else 0,
         "activations": activations(plan, stage, tokens, b),
         "states": b * tokens * states(plan, stage),
@@ -80,11 +82,13 @@ def own_heads(plan: Plan) -> int:
     return len(plan.pairs) * (plan.width + 1) * sum(vocabularies) if plan.run.filters.head == "per_layer" else 0
 
 
-def reduction(plan: Plan, trained: float, device: str) -> float:
-    """A host gives memory that is touched, a device all that is asked for."""
-    bucket = setting(plan, "reduce_bucket_size")
-    used = min(bucket, trained)
-    return 4 * ((used if device == "cpu" else bucket) + (used if plan.world > 1 else 0))
+def reduction(plan: Plan, trained: float, b: int, device: str) -> float:
+    """A host gives memory that is touched, a device all that is asked for. A matrix beyond the bucket goes alone."""
+    bucket, contiguous = setting(plan, "reduce_bucket_size"), setting(plan, "contiguous_gradients")
+    used, largest = min(bucket, trained), min(trained, plan.student.vocab_size * plan.student.head_width)
+    buffer = (used if device == "cpu" else bucket) if contiguous else 0
+    whole = largest if contiguous else max(used, largest)
+    return 4 * buffer + b * whole + (4 * max(used, largest) if plan.world > 1 else 0)
 
 
 def gathered(plan: Plan, stage: Stage) -> float:

@@ -45,7 +45,7 @@ def test_offloaded_state_is_not_the_device_s_and_a_bucket_is(world, tmp_path):
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}')
     plan, here, away = of(world, device="cuda", ds_config=str(tmp_path / "ds.json"))
     assert "optimizer" not in here and away > 12 * plan.student.parameters
-    assert here["reduction"] == 4 * 5e8
+    assert here["reduction"] > 4 * 5e8
 
 
 @pytest.mark.parametrize("side", ["teacher", "student"])
