@@ -139,7 +139,7 @@ def renamed(folder: Path) -> list[str]:
             said.append(
                 f"{path} is passed over, for its name is not {checkpoint_name(manifest['step'], len(manifest['forks']))}"
             )
-        except (Damaged, KeyError, TypeError):
+        except (Damaged, KeyError, TypeError, ValueError):
             continue
     return said
 

@@ -6,7 +6,7 @@ What can only be a path is never asked of the hub, which is tried again for a mi
 import difflib
 from pathlib import Path
 
-from ted_scale.errors import UserError, shortened
+from ted_scale.errors import UserError, files_at, shortened
 
 MODEL = ("*.safetensors", "*.json", "*.model", "*.txt")
 TOKENIZER = ("*.json", "*.model", "*.txt")
@@ -15,15 +15,10 @@ FILES = (".gguf", ".safetensors", ".model", ".json", ".bin", ".pt")
 
 def find_folder(key: str, name: str, wanted: tuple[str, ...] = MODEL) -> Path:
     """The local folder: `name` itself, or the hub snapshot of what is `wanted` of it; `key` is its name in sentences."""
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise UserError(f"{key} must be a folder, but {name} is a {file_of(path)}")
-    if is_path(name):
-        close = difflib.get_close_matches(path.name, names_beside(path), n=1)
-        out = f"did you mean {path.with_name(close[0])}?" if close else "correct it; a hub id is OWNER/NAME"
-        raise UserError(f"{key} must be a folder that is there, but {name} does not exist; {out}")
+    with files_at(f"{key} {name}"):
+        if Path(name).is_dir():
+            return Path(name)
+        refuse_what_is_no_id(key, name)
     from huggingface_hub import snapshot_download
 
     try:
@@ -36,6 +31,16 @@ def find_folder(key: str, name: str, wanted: tuple[str, ...] = MODEL) -> Path:
         ) from None
 
 
+def refuse_what_is_no_id(key: str, name: str) -> None:
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"{key} must be a folder, but {name} is a {file_of(path)}")
+    if is_path(name):
+        close = difflib.get_close_matches(path.name, names_beside(path), n=1)
+        out = f"did you mean {path.with_name(close[0])}?" if close else "correct it; a hub id is OWNER/NAME"
+        raise UserError(f"{key} must be a folder that is there, but {name} does not exist; {out}")
+
+
 def is_path(name: str) -> bool:
     """No hub id looks like it, or it stands beside something that is here."""
     parent, ending = Path(name).parent, Path(name).suffix
@@ -43,10 +48,7 @@ def is_path(name: str) -> bool:
 
 
 def names_beside(path: Path) -> list[str]:
-    try:
-        return [other.name for other in path.parent.iterdir() if other.is_dir()]
-    except OSError:
-        return []
+    return [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
 
 
 def file_of(path: Path) -> str:

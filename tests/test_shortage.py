@@ -1,13 +1,14 @@
 """Memory that runs out is told from other faults, and what to lower is what this run has left to lower."""
 
 import errno
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 from tiny import make_run
 
-from ted_scale import shortage
+from ted_scale import build, shortage
 from ted_scale.errors import MEMORY, OutOfMemory
 
 DS_CONFIG = {"zero_optimization": {"stage": 3}}
@@ -46,6 +47,20 @@ def test_memory_that_runs_out_is_a_sentence_with_a_code_of_its_own(fail):
 def test_other_faults_stay_what_they_are(error):
     with pytest.raises(type(error)), shortage.enough("lower something"):
         raise error
+
+
+def test_a_whole_run_is_watched_for_it_with_its_own_advice(tmp_path, monkeypatch):
+    def full(plan, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(build, "check_engine_config", lambda plan: None)
+    monkeypatch.setattr(build, "start_ranks", lambda run: torch.device("cpu"))
+    monkeypatch.setattr(build, "train_run", full)
+    plan = SimpleNamespace(run=make_run(tmp_path, train={"micro_batch": 4}), ds_config=DS_CONFIG)
+    with pytest.raises(
+        OutOfMemory, match=r"\(CUDA out of memory\); lower train.micro_batch \(4\), set student.gradient"
+    ):
+        build.run_plan(plan)
 
 
 def test_what_a_run_has_done_already_is_no_advice(tmp_path):
