@@ -16,19 +16,13 @@ The process itself, its libraries and what an allocator does not give back come 
 
 import torch
 
+from ted_scale.engines import engine_config
 from ted_scale.kernels.backend import CHUNK_BYTES
 from ted_scale.models import Anatomy, empty_model, read_config, run_body
 from ted_scale.plan import Plan, filter_parameters
 from ted_scale.schedule import Stage
 
 TRIAL = 8  # tokens; more would show what attention keeps of pairs of them where it is not fused
-DEFAULTS = {  # DeepSpeed's
-    "contiguous_gradients": True,
-    "reduce_bucket_size": 5e8,
-    "sub_group_size": 1e9,
-    "stage3_prefetch_bucket_size": 5e7,
-    "stage3_max_live_parameters": 1e9,
-}
 
 
 def describe(plan: Plan) -> list[str]:
@@ -72,8 +66,9 @@ def terms(plan: Plan, stage: Stage, device: str) -> tuple[dict[str, float], floa
     return found, away
 
 
-def setting(plan: Plan, key: str) -> float:
-    return plan.ds_config["zero_optimization"].get(key, DEFAULTS[key])
+def setting(plan: Plan, key: str, model: Anatomy | None = None) -> float:
+    """Of the ds_config, else as engines.py derives it from the model."""
+    return engine_config(plan, model or plan.student)["zero_optimization"][key]
 
 
 def own_heads(plan: Plan) -> int:
@@ -93,10 +88,10 @@ def reduction(plan: Plan, trained: float, b: int, device: str) -> float:
 
 def gathered(plan: Plan, stage: Stage) -> float:
     """What trains stays gathered between forward and backward; what only runs forward goes block by block."""
-    prefetch = setting(plan, "stage3_prefetch_bucket_size")
 
     def passing(a: Anatomy) -> float:
-        return min(a.parameters, a.parameters / a.layers + prefetch + a.vocab_size * a.head_width)
+        blocks = a.block_parameters + setting(plan, "stage3_prefetch_bucket_size", a)
+        return min(a.parameters, blocks + a.vocab_size * a.head_width)
 
     live = min(plan.student.parameters, setting(plan, "stage3_max_live_parameters"))
     ours = passing(plan.student) if stage.learns_filters else live
