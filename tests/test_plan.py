@@ -149,7 +149,7 @@ def test_a_checkpoint_under_another_name_and_rows_of_a_run_that_begins_anew_are_
     seal(checkpoint, {}, {"step": 4, "forks": [], "validation": None})
     (checkpoint / "progress.json").write_bytes(progress_as_bytes(Progress(step=4)))
     (folder / "metrics.jsonl").write_text('{"step": 5}\n')
-    assert describe(make_plan(make_run(world), 1)).count(f"stands at step 4 of 10, {checkpoint}\n") == 1
+    assert f"stands at step 4 of 10, {checkpoint}" in describe(make_plan(make_run(world), 1)).splitlines()
     checkpoint.rename(checkpoint.with_name("best"))
     said = describe(make_plan(make_run(world), 1)).splitlines()
     assert "begins at step 0 of 10" in said
