@@ -35,9 +35,12 @@ def main() -> None:
 
     plan = make_plan(run, world=arguments.ranks or int(os.environ.get("WORLD_SIZE", "1")))
     if arguments.dry_run:
+        from ted_scale import memory
+        from ted_scale.engines import check_engine_config
         from ted_scale.run_file import to_toml
 
-        print(to_toml(run), describe(plan), sep="\n")
+        check_engine_config(plan)
+        print(to_toml(run), describe(plan), *memory.describe(plan), sep="\n")
         return
 
     from ted_scale.build import run_plan

@@ -3,7 +3,8 @@
     python launch/supervise.py -- deepspeed launch/pretrain.py --config launch/runs/NAME.toml
 
 starts the command, and starts it again as long as its exit code says that this helps: at once where it was asked to stop
-and has saved (75), after a growing pause where something failed, never after "done" (0), a mistake (2) or bad numbers (3).
+and has saved (75), after a growing pause where something failed, never after "done" (0), a mistake (2), bad
+numbers (3) or memory that ran out (6).
 It gives up after --attempts ends without a newer checkpoint. SIGTERM, SIGUSR1 and Ctrl-C go to the ranks alone, which
 finish their step and save; when this program leaves, nothing of the command is left.
 
@@ -25,7 +26,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ted_scale import checkpoint_files as files
-from ted_scale.errors import DONE, MEANINGS, MISTAKE, NUMBERS, RESUME, UserError, run_main
+from ted_scale.errors import DONE, MEANINGS, MEMORY, MISTAKE, NUMBERS, RESUME, UserError, run_main
 from ted_scale.processes import descendants_of, ranks_below
 from ted_scale.run_file import load_run
 
@@ -95,7 +96,7 @@ def supervise(run, command: list[str], settings) -> int:
         said = (
             f"exit code {code} ({MEANINGS.get(code, 'ended by a signal, or by its launcher')}) at step {standing.step}"
         )
-        if code in (DONE, MISTAKE, NUMBERS) or received:
+        if code in (DONE, MISTAKE, NUMBERS, MEMORY) or received:
             say(said)
             return code
         if standing.ends >= settings.attempts:

@@ -123,9 +123,20 @@ def changes(before: Interval, after: Interval) -> list[str]:
             said.append(f"corpus {domain.name} gives {share} of {order.BLOCK} samples instead of {share_before}")
         if domain != was:
             left = f": its epoch {cursor.epoch} is left after {cursor.token} tokens and the next one begins"
-            text = f"corpus {domain.name} holds other text, {domain.tokens} tokens instead of {was.tokens}"
-            said.append(text + (left if cursor and cursor.token else ""))
+            said.append(other_text(was, domain) + (left if cursor and cursor.token else ""))
     return [f"from sample {after.start} on {sentence}" for sentence in said]
+
+
+def other_text(was: Domain, domain: Domain) -> str:
+    """Other shards, or another part of them held out."""
+    return f"corpus {domain.name} holds other text to train on, {domain.tokens} tokens instead of {was.tokens}"
+
+
+def other_texts(earlier: Interval | None, after: Interval) -> list[str]:
+    """What a stage must say of the corpora that the stage before read."""
+    old = {domain.name: domain for domain in earlier.domains} if earlier else {}
+    known = ((old[domain.name], domain) for domain in after.domains if domain.name in old)
+    return [f"from this stage on {other_text(was, domain)}" for was, domain in known if was != domain]
 
 
 def as_dict(interval: Interval) -> dict:

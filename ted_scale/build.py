@@ -24,6 +24,7 @@ from ted_scale import (
     redact,
     replicas,
     resume,
+    shortage,
     watch,
     zero_hooks,
 )
@@ -51,8 +52,10 @@ log = logging.getLogger("ted_scale")
 def run_plan(plan: Plan) -> None:
     """A run from process group to process group's end."""
     check_engine_config(plan)
+    device = start_ranks(plan.run)
     try:
-        train_run(plan, start_ranks(plan.run))
+        with shortage.enough(shortage.ways_to_need_less(plan.run, plan.ds_config, device.type == "cpu")):
+            train_run(plan, device)
     except Preempted:
         dist.barrier()  # rank 0 has closed its logs: the first rank that leaves has its launcher end the others
         raise

@@ -130,6 +130,20 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return whole
 
 
+def renamed(folder: Path) -> list[str]:
+    """What a user should know of checkpoints under names that are none: nothing looks for them."""
+    said = []
+    for path in sorted(p for p in checkpoints_of(folder).glob("*") if not p.name.endswith(PART) and not key_of(p.name)):
+        try:
+            manifest = sealed.read_manifest(path)
+            said.append(
+                f"{path} is passed over, for its name is not {checkpoint_name(manifest['step'], len(manifest['forks']))}"
+            )
+        except (Damaged, KeyError, TypeError, ValueError):
+            continue
+    return said
+
+
 def none_is_whole(folder: Path, damaged: list[tuple[Path, str]]) -> UserError:
     said = "; ".join(f"{path.name}: {fault}" for path, fault in damaged[:3])
     return UserError(

@@ -43,7 +43,7 @@ class Corpus(Section):
     name: str = Field("", description="what logs and metrics call it; default: the path's last part")
     weight: NonNegative = 1.0
     repeat: bool = Field(True, description="false: refuse a run that reads it more than once")
-    validation: Fraction = Field(0.0, description="share of the corpus's tokens, whole documents at its end, held out")
+    validation: Fraction = Field(0.0, description="share of the corpus's tokens, at its end, held out")
 
     @model_validator(mode="before")
     @classmethod

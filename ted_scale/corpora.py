@@ -221,19 +221,20 @@ def manifest_files(path: str, prefixes: Iterable[str], stream) -> dict[str, Path
 
 
 def open_part(number: int, corpus, vocab_size: int, training: bool, stream) -> Part:
-    """Corpus `number` of the run file, checked: the documents to train on, or the held-out ones behind them."""
+    """Corpus `number` of the run file, checked: the tokens to train on, or the held-out ones behind them."""
     name = f"data.corpora[{number}] ({corpus.path})"
     indices = read_corpus(corpus.path, stream)
     for index in indices:
         check_vocabulary(index, vocab_size)
     starts = tuple(accumulate((index.tokens for index in indices), initial=0))
-    border = _border(indices, starts, corpus.validation, name)
+    border = _border(indices, starts, corpus.validation)
     start, stop = (0, border) if training else (border, starts[-1])
     return Part(number, name, tuple(indices), starts[:-1], start, stop, stream)
 
 
-def _border(indices: list[ShardIndex], starts: tuple[int, ...], fraction: float, name: str) -> int:
-    """The document start nearest to where the held-out fraction begins, with a document left on either side."""
+def _border(indices: list[ShardIndex], starts: tuple[int, ...], fraction: float) -> int:
+    """Where the held-out tokens begin: at the document start nearest to their share, or, where whole documents would take
+    more than twice that share, within a document. So what is cut was always held out by whole documents, too."""
     total = starts[-1]
     if not fraction:
         return total
@@ -243,11 +244,8 @@ def _border(indices: list[ShardIndex], starts: tuple[int, ...], fraction: float,
     document = shard.first_document(target - starts[s])
     near = range(max(0, document - 1), min(shard.index.documents, document + 1) + 1)
     borders = {starts[s] + shard.document_start(d) for d in near} - {0, total}
-    if not borders:
-        raise UserError(
-            f"{name} must hold two documents or more to hold some out, but holds one; set its validation to 0"
-        )
-    return min(borders, key=lambda border: abs(border - target))
+    nearest = min(borders, key=lambda border: abs(border - target), default=0)
+    return nearest if nearest and total - nearest <= 2 * (total - target) else target
 
 
 def megatron_indexed():

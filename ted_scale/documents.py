@@ -1,4 +1,5 @@
-"""Texts in: documents out of plain text, JSON lines and parquet files, also .gz and .zst, in a fixed order.
+"""Texts in: documents out of plain text, JSON lines and parquet files, also .gz and .zst, in a fixed order. A .json file
+of JSON lines is read as such; other JSON and tables are refused, unless they are asked for as plain text.
 
 What becomes of a document (tokens, a vocabulary) is the tools' business. Texts are not changed: no newline is
 translated, nothing is stripped but the line end that separates documents. A restart goes on behind a (file, line)
@@ -6,6 +7,7 @@ without parsing what lies before. The surprise: an unreadable document goes to `
 or counts it and returns.
 """
 
+import contextlib
 import gzip
 import io
 import zlib
@@ -27,6 +29,7 @@ TEXT = {
 }
 # fmt: on
 LINES = {".jsonl", ".ndjson"}
+TABLES = {".csv", ".tsv"}
 PACKED = {".gz", ".zst"}
 
 
@@ -77,23 +80,53 @@ def read_documents(
     on_error: Callable = stop,
     after: tuple[int, int] = (0, 0),
 ) -> Iterator[Document]:
-    """Every document behind `after`, a (file, line), in order; `document_per` is about plain text, auto means file."""
-    before = 0
+    """Every document behind `after`, a (file, line), in order; `document_per` is about plain text, auto means file. A table or
+    JSON is plain text only where `document_per` says so."""
+    before, readers = 0, [_reader(path, text_key, document_per) for path in files]
+    if on_error is stop and _refused in readers:  # now, not after hours
+        next(_refused(files[readers.index(_refused)], 0, stop))
     for number, path in enumerate(files):
         if number >= after[0]:
             skip = after[1] if number == after[0] else 0
-            for line, text, consumed in _reader(path, text_key, document_per)(path, skip, on_error):
+            for line, text, consumed in readers[number](path, skip, on_error):
                 yield Document(text, number, line, before + consumed)
         before += path.stat().st_size
 
 
 def _reader(path: Path, text_key: str, document_per: str) -> Callable:
     """What reads (line, text, bytes so far) from a file of this kind, but for the first lines that are to be skipped."""
-    if _kind(path) == ".parquet":
+    kind = _kind(path)
+    if kind == ".parquet":
         return partial(_parquet, text_key)
-    if _kind(path) in LINES:
+    if kind in LINES or (kind == ".json" and document_per == "auto" and _begins_with_an_object(path)):
         return partial(_json_lines, text_key)
+    if kind in {".json", *TABLES} and document_per == "auto":
+        return _refused
     return partial(_text, _raw_lines if document_per == "line" else _raw_file)
+
+
+def _begins_with_an_object(path: Path) -> bool:
+    """Whether the first line with anything in it is a JSON object by itself; one that is spread over lines is not."""
+    for _, line, _ in _raw_lines(path, 0, lambda _: None):
+        if line.strip():
+            with contextlib.suppress(ValueError):
+                return isinstance(parse_json(line), dict)
+            return False
+    return False
+
+
+def _refused(path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, str, int]]:
+    """Markup of a table or of JSON is no text to learn a language from, and a whole data set no document."""
+    lines = f"jq -c 'if type == \"array\" then .[] else . end' {path.name} > {path.stem}.jsonl"
+    way = lines if _kind(path) == ".json" else "write it as .jsonl or .parquet"
+    if not skip:
+        on_error(
+            UserError(
+                f"{path} must be text, JSON lines or parquet, but is {_kind(path)}, a document of no known place for its text; "
+                f"{way}, or pass --document-per file to take it as one plain text"
+            )
+        )
+    yield from ()
 
 
 def _text(raw: Callable, path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, str, int]]:

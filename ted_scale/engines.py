@@ -3,6 +3,7 @@
 How ZeRO shards, offloads and communicates is the ds_config's, every number of the run the run file's.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ def check_engine_config(plan: Plan) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of what is meant
     try:
         DeepSpeedZeroConfig(**plan.ds_config["zero_optimization"])
     except ValidationError as error:

@@ -17,7 +17,7 @@ from ted_scale import redact
 LONGEST_VALUE, LONGEST_SENTENCE = 200, 4000  # characters
 
 # The one list of what a run's exit code means; docs/operations.md shows it, launch/supervise.py acts on it.
-DONE, FAULT, MISTAKE, NUMBERS, HUNG, GONE, RESUME = 0, 1, 2, 3, 4, 5, 75
+DONE, FAULT, MISTAKE, NUMBERS, HUNG, GONE, MEMORY, RESUME = 0, 1, 2, 3, 4, 5, 6, 75
 MEANINGS = {
     DONE: "done",
     FAULT: "a fault of the program; its traceback is the last thing written",
@@ -25,6 +25,7 @@ MEANINGS = {
     NUMBERS: "the run stopped itself over its numbers",
     HUNG: "a step took longer than its limit; every rank's stack is in the log",
     GONE: "a rank, or something it cannot do without, has gone",
+    MEMORY: "a rank ran out of memory; the sentence has what to lower",
     RESUME: "asked to stop, every step saved; the same command goes on",  # EX_TEMPFAIL of sysexits.h
 }
 
@@ -56,6 +57,15 @@ class Gone(Exception):
         super().__init__(clean(sentence))
 
 
+class OutOfMemory(Exception):
+    """One sentence on what a rank's memory did not hold; the same command would meet it again."""
+
+    exit_code = MEMORY
+
+    def __init__(self, sentence: str):
+        super().__init__(clean(sentence))
+
+
 class Preempted(Exception):
     """A signal asked the run to stop, and nothing of it is lost."""
 
@@ -66,7 +76,7 @@ class Preempted(Exception):
         super().__init__(self.SENTENCE)
 
 
-SENTENCES = (UserError, RunStopped, Gone, Preempted)
+SENTENCES = (UserError, RunStopped, Gone, OutOfMemory, Preempted)
 
 
 def clean(sentence: str) -> str:
@@ -110,6 +120,7 @@ def run_main(main) -> None:
     try:
         main()
     except KeyboardInterrupt:
+        say_where_it_stands("which is not saved: ")
         leave(130)
     except SENTENCES as error:
         last_words(f"{'stopped' if isinstance(error, Preempted) else 'error'}: {error}", error.exit_code)
@@ -117,6 +128,17 @@ def run_main(main) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         last_words(traceback.format_exc(), FAULT)
+
+
+def say_where_it_stands(begins: str) -> None:
+    """Of a run that Ctrl-C ends, on one rank: what of it stays."""
+    from ted_scale import checkpoint_files, pulse, watch
+
+    if watch.current is None or watch.current.rank:
+        return
+    whole = [s for s in checkpoint_files.published(watch.current.folder) if s.fault is None]
+    newest = f"the newest checkpoint is {whole[0].path}" if whole else "there is no checkpoint yet"
+    speak(f"interrupted in {pulse.now.what}, {begins}{newest}; the same command goes on")
 
 
 def last_words(words: str, code: int) -> None:

@@ -15,6 +15,9 @@ from ted_scale.data import Stream, open_held_out, open_stream, refuse_repetition
 from ted_scale.errors import RunStopped, UserError
 from ted_scale.validate import perplexity, student_losses, teacher_losses, tokens_of_each
 
+# Up to here repeated text is worth nearly what new text is, and in the end nothing (Muennighoff et al., NeurIPS 2023).
+MANY_EPOCHS = 4
+
 
 class Measured(NamedTuple):
     """What an adaptive blend follows, as it stands in a checkpoint: weights set at `step`, the teacher's losses, and of what
@@ -26,10 +29,20 @@ class Measured(NamedTuple):
     text: dict[str, str]
 
 
+class Reading(NamedTuple):
+    """Of a corpus: tokens to train on, tokens held out, and how often each stage that is not done reads the former."""
+
+    tokens: int
+    held_out: int
+    epochs: dict[str, float]
+
+
 def open_feed(run, stage, progress: Progress, vocabulary: int) -> tuple[Stream, Progress, list[str]]:
-    """(stream, progress with its blend in it, what to say of changes): from sample 0, or on from where the run stood."""
-    before = None
+    """(stream, progress with its blend in it, what to say of changes): from sample 0, or on from where the run stood. Also
+    between stages a corpus may become another."""
+    before, earlier = None, None
     if progress.step == stage.first_step:
+        earlier = blend.from_dict(progress.blend) if progress.blend else None
         progress = replace(progress, samples=0)
     elif progress.blend is None:
         raise UserError(
@@ -41,7 +54,7 @@ def open_feed(run, stage, progress: Progress, vocabulary: int) -> tuple[Stream, 
         progress = replace(progress, adaptive=None)
     weights = progress.adaptive["weights"] if progress.adaptive else {}
     stream = open_stream(run.data, run.seed, vocabulary, before, progress.samples, weights)
-    said = blend.changes(before, stream.interval) if before else []
+    said = blend.changes(before, stream.interval) if before else blend.other_texts(earlier, stream.interval)
     return stream, replace(progress, blend=blend.as_dict(stream.interval)), said
 
 
@@ -52,6 +65,37 @@ def last_sample(stage, progress: Progress) -> int:
 
 def refuse_short_corpora(run, stage, stream: Stream, progress: Progress) -> None:
     refuse_repetition(run.data, stream, last_sample(stage, progress))
+
+
+def epochs_of(stage, stream: Stream, progress: Progress) -> dict[str, float]:
+    """How often each corpus was read when the stage is done; of an adaptive blend, at the shares that it has now."""
+    end = progress.samples + (stage.last_step - progress.step) * stage.samples_per_step
+    cursors = zip(stream.interval.domains, stream.interval.cursors_at(end), strict=True)
+    return {domain.name: cursor.seen / domain.tokens for domain, cursor in cursors if domain.name in stream.parts}
+
+
+def describe(readings: dict[str, Reading]) -> list[str]:
+    """A line a corpus, and one for each that a stage reads too often."""
+    lines = [
+        f"corpus {name}: {reading.tokens:,} tokens to train on, {reading.held_out:,} held out"
+        for name, reading in readings.items()
+    ]
+    return lines + [
+        f"many epochs: stage {stage} reads the {reading.tokens:,} tokens of corpus {name} {epochs:,.3g} times, and what is "
+        f"read more than {MANY_EPOCHS} times teaches less and less; give more text, fewer steps or a smaller weight"
+        for name, reading in readings.items()
+        for stage, epochs in reading.epochs.items()
+        if epochs > MANY_EPOCHS
+    ]
+
+
+def epochs_said(readings: dict[str, Reading], stage) -> str:
+    """Of the one corpus, or of those of several that the stage reads most."""
+    read = {name: of.epochs[stage.name] for name, of in readings.items() if stage.name in of.epochs}
+    most = [f"{name} {read[name]:.3g}" for name in sorted(read, key=read.get, reverse=True)]
+    if len(read) < 2:
+        return f"{next(iter(read.values())):.3g} epochs" if read else "done"
+    return f"epochs of {', '.join(most[:6])}" + (", …" if len(most) > 6 else "")
 
 
 def due(stage, stream: Stream, progress: Progress) -> bool:

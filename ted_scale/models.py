@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ted_scale import attention
 from ted_scale.errors import UserError, shown
+from ted_scale.hub import find_folder
 from ted_scale.packing import Packing, whole_rows
 
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -50,18 +51,6 @@ class Anatomy:
     attention: tuple[attention.Layer, ...]
     scores: tuple[tuple[int, int | None], ...]  # a layer's width of all queries and values together, and its window
     blocks_apart: int
-
-
-def find_folder(key: str, path: str) -> Path:
-    """The local folder of a model: `path` itself, or the hub snapshot it names."""
-    if Path(path).is_dir():
-        return Path(path)
-    if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-
-        with contextlib.suppress(Exception):  # whatever the hub says, the way out is the same
-            return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
-    raise UserError(f"{key} must be a local model folder or a hub id that can be reached, but is '{path}'")
 
 
 def read_config(key: str, folder: Path):
@@ -121,9 +110,9 @@ def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
     """Learn a model's anatomy; `key` is the run file's name for it, for the sentences."""
     folder = find_folder(key, path)
     if needs_weights and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{key} must hold *.safetensors weights, but {folder} has none; save the model with save_pretrained"
-        )
+        quantized = any(folder.glob("*.gguf"))
+        out = "name the model that its GGUF is made of" if quantized else "save the model with save_pretrained"
+        raise UserError(f"{key} must hold *.safetensors weights, but {folder} has none; {out}")
     config = read_config(key, folder)
     model, order, logits, calls = run_once(key, folder, config)
     check_attention(key, config, calls)

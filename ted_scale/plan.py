@@ -6,26 +6,22 @@ prints; build.py carries the plan out.
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
-from ted_scale import resume
+from ted_scale import feed, resume, standing
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
 from ted_scale.corpora import read_corpus
 from ted_scale.data import open_held_out, open_stream, text_lengths
+from ted_scale.ds_config import load_ds_config
 from ted_scale.errors import UserError
-from ted_scale.feed import open_feed, refuse_short_corpora
+from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.flops import keys_of, step_flops
 from ted_scale.models import Anatomy, inspect
-from ted_scale.object_store import check_package
 from ted_scale.pairs import Matched, match_layers
-from ted_scale.run_file import load_ds_config
 from ted_scale.schedule import Stage, stages_of
-from ted_scale.sealed import Damaged
 from ted_scale.shards import check_vocabulary
 from ted_scale.tracking import has_key
 from ted_scale.vocabulary import check_corpus_tokenizer, check_same_tokenizer
@@ -43,8 +39,9 @@ class Plan:
     width: int
     accumulation: int
     stages: list[Stage]
-    corpus_tokens: int
+    readings: dict[str, Reading]
     attended: dict[int | None, float]  # a layer's window → keys that a query sees, on average
+    standing: list[str]  # from where the run goes on, as lines
 
     @property
     def total_steps(self) -> int:
@@ -95,13 +92,16 @@ def make_plan(run: Run, world: int) -> Plan:
     check_wandb(run)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)
-    corpus_tokens = check_shards(run, vocabulary, student)
+    check_shards(run, vocabulary, student)
     plan = Plan(
         run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=matched.pairs,
-        pairs_origin=matched.origin, width=width, accumulation=accumulation, stages=stages_of(run), corpus_tokens=corpus_tokens,
-        attended=attended(run, vocabulary, student, teacher),
+        pairs_origin=matched.origin, width=width, accumulation=accumulation, stages=stages_of(run), readings={},
+        attended=attended(run, vocabulary, student, teacher), standing=[],
     )  # fmt: skip
-    check_corpora(plan, vocabulary, check_run_folder(plan))
+    where, progress = standing.of(run, plan.identity())
+    readings = check_corpora(plan, vocabulary, progress)
+    told = standing.describe(run, where, progress, plan.total_steps)
+    plan = dataclasses.replace(plan, readings=readings, standing=told)
     if run.filters.from_run and run.method == "ted":
         files.check_filters(plan.filters_file, plan.filters_identity())
     return plan
@@ -163,63 +163,35 @@ def check_documents(run: Run, *models: Anatomy | None) -> None:
             )
 
 
-def check_shards(run: Run, vocabulary: int, student: Anatomy) -> int:
-    """Every shard is whole and fits vocabulary and tokenizer; returns the tokens there are."""
+def check_shards(run: Run, vocabulary: int, student: Anatomy) -> None:
+    """Every shard is whole and fits vocabulary and tokenizer."""
     if not any(c.weight for c in run.data.corpora):
         raise UserError("data.corpora must have a weight above 0, but all are 0")
     indices = [index for corpus in run.data.corpora for index in read_corpus(corpus.path, run.data.stream)]
     for index in indices:
         check_vocabulary(index, vocabulary)
     check_corpus_tokenizer(indices, student)
-    return sum(index.tokens for index in indices)
 
 
-def check_corpora(plan: Plan, vocabulary: int, progress: Progress) -> None:
-    """There is a window to train and one to validate on, and what must not repeat lasts for what is left of every stage."""
-    run = plan.run
+def check_corpora(plan: Plan, vocabulary: int, progress: Progress) -> dict[str, Reading]:
+    """There is a window to train and one to validate on, and what must not repeat lasts for what is left of every stage.
+    Returns what is read of each corpus."""
+    run, tokens, held_out, epochs = plan.run, {}, {}, {}
     for stage in plan.stages:
         if progress.step < stage.last_step:
             at = progress if progress.step > stage.first_step else Progress(stage.first_step)
             stream, at, _ = open_feed(run, stage, at, vocabulary)
             refuse_short_corpora(run, stage, stream, at)
+            tokens |= {name: part.tokens for name, part in stream.parts.items()}
+            epochs[stage.name] = epochs_of(stage, stream, at)
     if any(corpus.validation for corpus in run.data.corpora):
-        open_held_out(run.data, vocabulary)
-
-
-def check_run_folder(plan: Plan) -> Progress:
-    """Writable, and its newest checkpoint is this run's; where that stands."""
-    folder = plan.run.folder
-    try:
-        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    except OSError as error:
-        raise UserError(f"runs must be a folder that can be reached, but {folder} is not: {error.strerror}") from None
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(
-            f"runs must be a folder this user can write, but {existing} is not; set runs or change its mode"
+        held_out = {name: s.parts[name].tokens for name, s in open_held_out(run.data, vocabulary).items()}
+    return {
+        name: Reading(
+            tokens.get(name, 0), held_out.get(name, 0), {s: of[name] for s, of in epochs.items() if name in of}
         )
-    where, progress = newest_progress(plan.run)
-    if where:
-        resume.refuse_another_run(where, progress.identity, plan.identity(), plan.run.resume.allow, progress.step)
-    return progress
-
-
-def newest_progress(run: Run) -> tuple[str, Progress]:
-    """Where the newest checkpoint is, in the run's folder or among its copies, and where it stands."""
-    standings = files.published(run.folder)
-    local = next((s.path for s in standings if s.fault is None), None)
-    damaged = [(s.path, s.fault) for s in standings if s.fault]
-    if place := copies.place_of(run):
-        check_package(place, "checkpoint.copy_to")
-        names = copies.names(place)
-        for name in (name for name in names if local is None or files.key_of(name) > files.key_of(local.name)):
-            try:
-                if copies.manifest_of(place, name):
-                    return f"{place}/{name}", copies.progress_of(place, name)
-            except Damaged as damage:
-                damaged.append((Path(f"{place}/{name}"), f"its copy: {damage}"))
-    if damaged and local is None:
-        raise files.none_is_whole(run.folder, damaged)
-    return (str(local), files.read_progress(local)) if local else ("", Progress())
+        for name in dict.fromkeys([*tokens, *held_out])
+    }
 
 
 def attended(run: Run, vocabulary: int, *models: Anatomy | None) -> dict[int | None, float]:
@@ -272,15 +244,12 @@ def describe(plan: Plan) -> str:
         f"step: {train.tokens_per_step:,} tokens = {plan.accumulation} accumulation * {train.micro_batch} micro-batch * "
         f"{plan.world} ranks * {run.data.seq_len} tokens"
     )
+    lines += feed.describe(plan.readings)
     for stage in plan.stages:
         tokens = stage.steps * train.tokens_per_step
-        epochs = tokens / plan.corpus_tokens
-        flops = stage_flops(plan, stage)
-        lines.append(
-            f"stage {stage.name}: {stage.steps:,} steps, {tokens:,} tokens, {epochs:.3g} epochs, {flops:.3g} FLOPs"
-        )
-    state = plan.student.parameters * (14 if train.precision == "bf16" else 16) / plan.world
-    lines.append(f"state of the student a rank (weights, fp32 master, Adam): {state / 2**30:,.3f} GiB")
+        epochs, flops = feed.epochs_said(plan.readings, stage), stage_flops(plan, stage)
+        lines.append(f"stage {stage.name}: {stage.steps:,} steps, {tokens:,} tokens, {epochs}, {flops:.3g} FLOPs")
+    lines += plan.standing
     return "\n".join(lines)
 
 

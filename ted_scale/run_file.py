@@ -1,7 +1,4 @@
-"""Run files read strictly and written back: one sentence for whatever is wrong, `--set section.key=value` on top.
-
-Also the DeepSpeed configuration beside them, and what it must leave to the run file.
-"""
+"""Run files read strictly and written back: one sentence for whatever is wrong, `--set section.key=value` on top."""
 
 import difflib
 import json
@@ -11,17 +8,43 @@ from pydantic import BaseModel, ValidationError
 
 from ted_scale.config import Run
 from ted_scale.errors import UserError, shown
-from ted_scale.parsing import parse_json, parse_toml
+from ted_scale.parsing import parse_toml
 
 REPLACED = {"data.mask_documents": "data.attention = 'document'"}
+# What other trainers call it.
+CALLED = {
+    "learning_rate": "train.lr", "max_lr": "train.lr", "min_learning_rate": "train.min_lr", "max_steps": "train.steps",
+    "batch_size": "train.micro_batch", "micro_batch_size": "train.micro_batch",
+    "per_device_train_batch_size": "train.micro_batch", "global_batch_size": "train.tokens_per_step",
+    "gradient_accumulation_steps": "train.tokens_per_step", "gradient_accumulation": "train.tokens_per_step",
+    "max_grad_norm": "train.clip", "gradient_clipping": "train.clip", "bf16": "train.precision", "dtype": "train.precision",
+    "lr_scheduler_type": "train.schedule", "sequence_length": "data.seq_len", "max_seq_length": "data.seq_len",
+    "max_length": "data.seq_len", "output_dir": "runs", "run_name": "name", "save_steps": "checkpoint.every",
+    "eval_steps": "validation.every", "logging_steps": "log_every",
+}  # fmt: skip
 
 
 def load_run(path: str | Path, overrides: list[str] = ()) -> Run:
-    """Read a run file and put `section.key=value` strings on top; whatever is wrong is one UserError sentence."""
+    """Read a run file and put `section.key=value` strings on top; whatever is wrong is one UserError sentence, and names what
+    made it wrong."""
     try:
-        values = parse_toml(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--config must name a readable run file, but {path} is not: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} must be valid TOML, but is not: {one_line(error)}") from None
+    run = put_together(path, text, overrides)
+    if isinstance(run, Run):
+        return run
+    first = next(n for n in range(len(overrides) + 1) if put_together(path, text, overrides[:n]) == run)
+    key = overrides[first - 1].partition("=")[0] if first else None
+    raise UserError(f"{path if key is None else f'--set {key.strip()}'}: {run}")
+
+
+def put_together(path: str | Path, text: str, overrides: list[str]) -> Run | str:
+    """The run, or what is wrong with it."""
+    try:
+        values = parse_toml(text)
     except ValueError as error:
         raise UserError(f"{path} must be valid TOML, but is not: {one_line(error)}") from None
     for override in overrides:
@@ -29,7 +52,7 @@ def load_run(path: str | Path, overrides: list[str] = ()) -> Run:
     try:
         return Run.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {sentence(error)}") from None
+        return sentence(error)
     except RecursionError:
         raise UserError(f"{path} must be a run file, but is nested too deeply to be one") from None
 
@@ -97,6 +120,7 @@ def unknown_key(parent: str, key: str, section: type) -> str:
         return f"unknown key {parent}{key}; write {new} instead"
     close = [parent + k for k in difflib.get_close_matches(key, sorted(keys_of(section)), n=1)]
     others = {name: section_in(field.annotation) for name, field in keys_of(Run).items()}
+    close = close or ([CALLED[key]] if key in CALLED else [])
     close = close or [f"{name}.{key}" for name, other in others.items() if other and key in keys_of(other)]
     return f"unknown key {parent}{key}" + (f"; did you mean {' or '.join(close)}?" if close else "")
 
@@ -143,51 +167,3 @@ def toml_value(value) -> str:
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     # TOML's strings, numbers and booleans are written as JSON's; but it has no surrogates, and escapes DEL too.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-DS_OWNED_BY_RUN = {
-    "train_batch_size": "train.tokens_per_step",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.tokens_per_step",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "amp": "train.precision",
-    "torch_autocast": "train.precision",
-    "gradient_clipping": "train.clip",
-    "optimizer": "train.lr",
-    "scheduler": "train.schedule",
-    "wandb": "wandb.project",
-    "steps_per_print": "log_every",
-}
-
-
-def load_ds_config(path: str) -> dict:
-    """The ZeRO, offload and communication part; a file that sets what the run file owns is refused."""
-    try:
-        values = parse_json(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"ds_config must name a readable file, but {path} is not: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"ds_config {path} must be valid JSON, but is not: {error}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("zero_optimization"), dict):
-        raise UserError(f"ds_config {path} must be a JSON object with a zero_optimization section, but is not")
-    for key, home in DS_OWNED_BY_RUN.items():
-        if key in values:
-            raise UserError(f"ds_config {path} must leave {key} to the run file, but sets it; set {home} there instead")
-    if values["zero_optimization"].get("stage") != 3:
-        stage = values["zero_optimization"].get("stage")
-        raise UserError(f"ds_config {path}: zero_optimization.stage must be 3, but is {stage}")
-    for part in ("offload_optimizer", "offload_param"):
-        offload = values["zero_optimization"].get(part)
-        device = offload.get("device", "none") if isinstance(offload, dict) else "none"
-        if isinstance(offload, dict) and offload.get("ratio", 1) != 1:
-            raise UserError(
-                f"ds_config {path}: zero_optimization.{part}.ratio must be 1, but is {offload['ratio']!r}: only DeepSpeed's own "
-                "Adam runs in parts; leave it out"
-            )
-        if device not in ("cpu", "none"):
-            raise UserError(
-                f"ds_config {path}: zero_optimization.{part}.device must be cpu or none, but is {device!r}: checkpoints do not "
-                "read state on other devices"
-            )
-    return values

@@ -15,12 +15,12 @@ import torch.distributed as dist
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
-from ted_scale import metrics, resume
+from ted_scale import memory, metrics, resume
 from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import Gone, UserError, files_at
 from ted_scale.plan import Plan, describe
 from ted_scale.run_file import to_toml
-from ted_scale.sealed import MANIFEST, PART, Damaged, publish, sync, write_durably
+from ted_scale.sealed import MANIFEST, PART, Damaged, publish, read_manifest, sync, write_durably
 
 log = logging.getLogger("ted_scale")
 held: list = []  # the run folder's lock, for the life of the process
@@ -43,10 +43,15 @@ def claim_folder(plan: Plan):
         with files_at(folder):
             metrics.trim_rows(folder / "metrics.jsonl", progress.step)
             write_durably(folder / "run.toml", to_toml(plan.run))
-        log.info(describe(plan))
+        log.info("\n".join([describe(plan), *memory.describe(plan)]))
         if newest:
-            log.info(f"resuming from {newest}")
+            log.info(f"resuming from {newest}{on_other_ranks(newest)}")
     return progress, newest
+
+
+def on_other_ranks(checkpoint: Path) -> str:
+    ranks = read_manifest(checkpoint).get("ranks")
+    return "" if ranks == dist.get_world_size() else f", which {ranks} ranks wrote and {dist.get_world_size()} read"
 
 
 def check_shared(folder: Path, writes: bool) -> None:

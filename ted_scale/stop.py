@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 ask a run to stop in good order; so does the end of the launcher above it.
+"""SIGTERM, SIGUSR1 and a first Ctrl-C ask a run to stop in good order; so does the end of the launcher above it.
 
 A signal only sets `asked` on the ranks it reaches. Ranks that are in steps agree on the step after which they save and
 leave: the flag travels in the guard's reduction, and by `anywhere` beside it. Before a step there is nothing to save, and
@@ -6,14 +6,16 @@ watch.py ends the run at once. The surprise: Python runs a handler only when its
 thread that waits for a dead rank never does, so a thread reads the signal from a pipe.
 """
 
+import itertools
 import os
 import signal
 import threading
 
-from ted_scale.errors import RESUME, Preempted, leave, speak
+from ted_scale.errors import RESUME, Preempted, leave, say_where_it_stands, speak
 from ted_scale.processes import parent_of, words_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+IN_TIME = "which is finished and saved first; a second Ctrl-C ends the run at once, and DeepSpeed's launcher does after 30 s: then "
 asked = threading.Event()
 launchers: tuple[int, ...] = ()  # as they stood when `listen` was called, nearest first
 watched = threading.Event()  # watch.py decides from here on
@@ -27,16 +29,30 @@ def listen() -> None:
     signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)  # with the default the pipe would stay empty
+    signal.signal(signal.SIGINT, once_more(itertools.count()))
     launchers = launchers_above()
     threading.Thread(target=heed, args=(readable,), name="ted_scale signals", daemon=True).start()
 
 
+def once_more(presses: itertools.count):
+    """Of Ctrl-C: the first asks, the next one ends."""
+
+    def handle(number, frame):
+        if next(presses):
+            signal.default_int_handler(number, frame)
+
+    return handle
+
+
 def heed(readable: int) -> None:
     while number := os.read(readable, 1):
-        if number[0] in SIGNALS:
+        if number[0] in (*SIGNALS, signal.SIGINT):
+            again = asked.is_set()
             asked.set()
             if not watched.is_set():
                 leave_alone()
+            if number[0] == signal.SIGINT and not again:
+                say_where_it_stands(IN_TIME)
 
 
 def leave_alone() -> None:

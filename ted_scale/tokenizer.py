@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from ted_scale import hub
 from ted_scale.errors import UserError
 from ted_scale.parsing import parse_json
 
@@ -29,7 +30,7 @@ class Tokenizer(NamedTuple):
 
 
 def load_tokenizer(path: str, parse_special: bool = False) -> Tokenizer:
-    """A sentencepiece .model file, or a Hugging Face folder or name."""
+    """A sentencepiece .model file, or a Hugging Face folder or hub id."""
     if str(path).endswith(".model"):
         return _sentencepiece(path)
     return _hugging_face(path, parse_special)
@@ -54,7 +55,8 @@ def _sentencepiece(path: str) -> Tokenizer:
 
 
 def _hugging_face(path: str, parse_special: bool) -> Tokenizer:
-    model, vocabulary = hugging_face(path, f"--tokenizer {path} must be a .model file or a Hugging Face tokenizer")
+    folder = hub.find_folder("--tokenizer", str(path), hub.TOKENIZER)
+    model, vocabulary = hugging_face(folder, f"--tokenizer {path} must be a .model file or a Hugging Face tokenizer")
     if model.eos_token_id is None:
         raise UserError(f"--tokenizer {path} {NO_EOD}")
     size = max([len(model), *(i + 1 for i in vocabulary.values())])
@@ -63,7 +65,7 @@ def _hugging_face(path: str, parse_special: bool) -> Tokenizer:
     return Tokenizer(encode, decode, model.convert_ids_to_tokens(range(size)), model.eos_token_id, content)
 
 
-def hugging_face(path, must: str, out: str = "name a local folder or run where the hub can be reached"):
+def hugging_face(path, must: str, out: str = "check its files"):
     """(tokenizer of a folder or name, its vocabulary), of transformers' own classes alone; `must` begins the sentence where
     there is none, `out` ends it."""
     import transformers

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from corpus import counting_documents, data_section, steps, write_shard
@@ -10,9 +11,12 @@ from tiny import make_run
 
 from ted_scale import blend, order
 from ted_scale.blend import Cursor, Domain
+from ted_scale.checkpoint_files import Progress
 from ted_scale.data import IGNORED, open_stream, refuse_repetition
 from ted_scale.errors import UserError
+from ted_scale.feed import open_feed
 from ted_scale.metrics import Metrics
+from ted_scale.schedule import stages_of
 
 A, B, C = Domain("a", 1000), Domain("b", 77), Domain("c", 3000)
 VOCAB = 60000
@@ -92,8 +96,8 @@ def test_a_corpus_that_grew_begins_its_next_epoch_and_says_so():
     assert second.cursors == (Cursor(1, 8, 0, 400),)
     (sentence,) = blend.changes(first, second)
     assert sentence == (
-        "from sample 50 on corpus a holds other text, 2000 tokens instead of 1000: its epoch 0 is left after 400 tokens and "
-        "the next one begins"
+        "from sample 50 on corpus a holds other text to train on, 2000 tokens instead of 1000: its epoch 0 is left after 400 "
+        "tokens and the next one begins"
     )
 
 
@@ -211,6 +215,19 @@ def test_other_shards_of_the_same_size_are_other_text(tmp_path):
     assert opened("x-00001", "x-00002", before=first) is first
     swapped = opened("x-00002", "x-00001", before=first)
     assert swapped is not first and "holds other text" in blend.changes(first, swapped)[0]
+
+
+def test_another_hold_out_is_said_in_the_middle_of_a_stage_and_between_two(tmp_path):
+    """What a checkpoint knows of a corpus is the part that it trains on, so a border that moved is other text."""
+    write_shard(tmp_path / "corpus", counting_documents([100] * 20))
+    first, second = make_run(tmp_path), make_run(tmp_path, data={"corpora": [{"path": str(tmp_path / "corpus")}]})
+    stages = stages_of(first)
+    _, stands, _ = open_feed(first, stages[0], Progress(), VOCAB)
+    for stage, step, begins in ((stages[0], 2, "from sample 16 on"), (stages[1], 4, "from this stage on")):
+        at = replace(stands, step=step, samples=8 * step)
+        assert open_feed(first, stage, at, VOCAB)[2] == []
+        (said,) = open_feed(second, stage, at, VOCAB)[2]
+        assert said.startswith(f"{begins} corpus corpus holds other text to train on, 2000 tokens instead of 1800")
 
 
 def test_a_share_is_a_number_also_where_it_is_rounded_up():

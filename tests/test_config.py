@@ -9,8 +9,9 @@ import pytest
 from tiny import run_values
 
 from ted_scale.config import Run
+from ted_scale.ds_config import CANNOT, DS_OWNED_BY_RUN, USABLE, load_ds_config
 from ted_scale.errors import UserError
-from ted_scale.run_file import DS_OWNED_BY_RUN, load_ds_config, load_run, to_toml, toml_value
+from ted_scale.run_file import CALLED, load_run, to_toml, toml_value
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +32,8 @@ def refusal(folder: Path, *overrides: str, drop=(), **sections) -> str:
         load(folder, *overrides, drop=drop, **sections)
     said = str(caught.value)
     assert "\n" not in said
-    return said.removeprefix(f"{folder}/run.toml: ")
+    blamed = [f"{folder}/run.toml", *(f"--set {override.partition('=')[0]}" for override in overrides)]
+    return next((said.removeprefix(f"{who}: ") for who in blamed if said.startswith(f"{who}: ")), said)
 
 
 UNKNOWN = {
@@ -45,6 +47,8 @@ UNKNOWN = {
         "unknown key data.corpora[1].wieght; did you mean data.corpora[1].weight?"
     ),
     "zzz=1": "unknown key zzz",
+    "train.learning_rate=1": "unknown key train.learning_rate; did you mean train.lr?",
+    "max_steps=1": "unknown key max_steps; did you mean train.steps?",
     "data.mask_documents=true": "unknown key data.mask_documents; write data.attention = 'document' instead",
     "data.attention='documents'": "data.attention must be 'causal' or 'document', but is 'documents'",
 }
@@ -125,6 +129,26 @@ def test_set_reads_toml_values_and_takes_a_bare_word_as_a_string(tmp_path):
     assert (run.wandb.project, run.wandb.tags, run.filters.from_run) == ("ted", ["a", "b=c"], "/some/run")
     assert run.pairs.explicit == [(0, 3)]
     assert run.train.steps == 6  # what --set does not name stays as the file has it
+
+
+def test_the_file_or_the_set_that_is_wrong_is_blamed(tmp_path):
+    """Every mistake in a --set was the run file's."""
+    for blamed, overrides, steps in (
+        (f"{tmp_path}/run.toml", ["train.lr=1", "seed=7"], 0),
+        ("--set train.steps", ["train.lr=1", "train.steps=0", "seed=7"], 6),
+        ("--set train.warmup_steps", ["train.warmup_steps=9"], 6),
+        ("--set train.steps", ["train.warmup_steps=5", "train.steps=4"], 6),
+    ):
+        values = run_values(tmp_path, train={"steps": steps})
+        with pytest.raises(UserError) as caught:
+            load_run(write(tmp_path / "run.toml", values), overrides)
+        assert str(caught.value).startswith(f"{blamed}: train.")
+
+
+def test_what_other_trainers_call_it_is_a_key_of_the_run_file(tmp_path):
+    values = load(tmp_path).model_dump(by_alias=True)
+    assert all(re.sub(r".*\.", "", key) in values[key.partition(".")[0]] if "." in key else key in values
+               for key in CALLED.values())  # fmt: skip
 
 
 @pytest.mark.parametrize("override", ["train.lr", "=3"])
@@ -210,6 +234,76 @@ DS_FAULTS = {
     '{"zero_optimization": {}}': "zero_optimization.stage must be 3, but is None",
     '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}': "offload_param.device must be cpu or none",
 }
+
+
+IMPOSSIBLE = {  # DeepSpeed takes most of it, and ends the run minutes later or passes over it in silence
+    "zero_hpz_partition_size": (8, "its groups are made once, and teacher and student are two models"),
+    "mics_shard_size": (8, "DeepSpeed has it no more"),
+    "zero_quantized_weights": (True, "weights are gathered, loaded and compared in their own type"),
+    "zero_quantized_nontrainable_weights": (True, "weights are gathered, loaded and compared in their own type"),
+    "zero_quantized_gradients": (True, "weights are gathered, loaded and compared in their own type"),
+    "zenflow": ({}, "torch's fused AdamW updates"),
+    "cpu_offload": (True, "offload_optimizer and offload_param say it"),
+    "elastic_checkpoint": (True, "DeepSpeed has it no more"),
+}
+
+
+@pytest.mark.parametrize("key", IMPOSSIBLE)
+def test_what_this_design_cannot_do_with_zero_is_refused_unless_it_is_off(tmp_path, key):
+    value, reason = IMPOSSIBLE[key]
+    path, off = tmp_path / "ds.json", 1 if key == "zero_hpz_partition_size" else False
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, key: off}}))
+    assert load_ds_config(str(path))
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, key: value}}))
+    with pytest.raises(UserError) as caught:
+        load_ds_config(str(path))
+    said = f"ds_config {path} must do without zero_optimization.{key}, but has {value!r}: {reason}"
+    assert str(caught.value).startswith(said)
+
+
+SECTIONS = {
+    "tensor_parallel": "must do without tensor_parallel, but has it: ZeRO-3 alone splits the models; leave it out",
+    "hybrid_engine": "must do without hybrid_engine, but has it: engines only run forward, backward and step",
+    "flops_profiler": "must do without flops_profiler, but has it: engines only run forward, backward and step",
+    "compile": "must do without compile, but has it: engines only run forward, backward and step, as they are",
+    "data_types": "must do without data_types, but has it: gradients are averaged over ranks, in fp32 sums",
+    "elasticity": "must do without elasticity, but has it: DeepSpeed has it no more; leave it out",
+    "communication_datatype": "known here, but has 'communication_datatype'; did you mean communication_data_type?",
+    "gradient_clip": "known here, but has 'gradient_clip'; did you mean gradient_clipping?",
+    "my_notes": "must have sections that are known here, but has 'my_notes'; leave it out",
+}
+
+
+@pytest.mark.parametrize("key", SECTIONS)
+def test_a_section_that_does_nothing_or_harm_here_is_refused_and_a_typing_mistake_is_one(tmp_path, key):
+    """DeepSpeed passes over sections that it does not know."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, key: {}}))
+    with pytest.raises(UserError, match=re.escape(f"ds_config {path} must ")) as caught:
+        load_ds_config(str(path))
+    assert SECTIONS[key] in str(caught.value)
+
+
+def test_every_section_that_this_deepspeed_knows_of_is_usable_owned_or_refused_with_a_reason():
+    """So that a newer one's are looked at."""
+    from deepspeed.runtime import config
+
+    source = Path(config.__file__).read_text()
+    read = set(re.findall(r"param_dict\[?(?:\.get\()?['\"]([a-z_]+)['\"]", source)) | set(
+        config._REMOVED_TOP_LEVEL_CONFIG_KEYS
+    )
+    assert {"pipeline", "hybrid_engine", "compile", "nebula"} <= read
+    known = {*USABLE, *DS_OWNED_BY_RUN, *(key for keys in CANNOT.values() for key in keys)}
+    assert read <= known
+
+
+def test_the_default_ds_config_is_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_ds_config(load(tmp_path, drop=["ds_config"]).ds_config)["zero_optimization"]["stage"] == 3
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs" / "zero3.json").write_text("{")
+    with pytest.raises(UserError, match="must be valid JSON"):  # one's own comes first
+        load_ds_config("ds_configs/zero3.json")
 
 
 @pytest.mark.parametrize("text", DS_FAULTS)

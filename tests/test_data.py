@@ -143,7 +143,7 @@ def test_weights_that_mean_nothing_are_refused(weights):
         order.shares(weights)
 
 
-@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.97])
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5, 0.97])
 def test_training_and_validation_share_no_document_and_leave_none_out(two_shards, fraction):
     data = data_section(two_shards, validation=fraction, seq_len=2)
     streams = open_stream(data, 1, VOCAB), *open_held_out(data, VOCAB).values()
@@ -153,10 +153,20 @@ def test_training_and_validation_share_no_document_and_leave_none_out(two_shards
     assert abs(held.tokens - fraction * 564) <= 20
 
 
-def test_a_single_document_cannot_be_divided(tmp_path):
-    prefix = write_shard(tmp_path / "one", counting_documents([50]))
-    with pytest.raises(UserError, match="must hold two documents or more to hold some out, but holds one"):
-        open_stream(data_section(prefix, validation=0.5), 1, VOCAB)
+@pytest.mark.parametrize("lengths", [[30, 970], [1000], [40, 860, 100]], ids=["a long last one", "one", "one inside"])
+def test_a_document_is_cut_where_whole_ones_would_take_more_than_twice_the_share(tmp_path, lengths):
+    """Two documents of 313 and 402,329 tokens left 313 to train on. What is cut lies in what was held out before."""
+    prefix = write_shard(tmp_path / "long", counting_documents(lengths))
+    data = data_section(prefix, validation=0.02 if len(lengths) < 3 else 0.06)
+    streams = open_stream(data, 1, VOCAB), *open_held_out(data, VOCAB).values()
+    train, held = (next(iter(stream.parts.values())) for stream in streams)
+    held_out = {1: 20, 2: 20, 3: 100}[
+        len(lengths)
+    ]  # the last of three is less than twice what was asked: it stays whole
+    assert (train.tokens, held.tokens) == (1000 - held_out, held_out)
+    assert streams[1].sample(0).tokens.tolist() == list(range(1000 - held_out, 1008 - held_out))
+    read = [streams[0].sample(p).labels.max() for p in range(order.units(train.tokens, 8))]
+    assert max(read) < 1000 - held_out
 
 
 def test_a_part_shorter_than_a_window_is_refused_by_name(two_shards):

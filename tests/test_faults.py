@@ -160,6 +160,9 @@ def test_a_run_goes_on_with_the_losses_of_an_undisturbed_one_on_4_then_2_then_3_
     assert what_was_read(run) == what_was_read(undisturbed)
     assert len(losses(run)) == 12
     assert resumed_from(run) == [6, 9]
+    said = (run.folder / "log.txt").read_text()
+    assert "step_00000006, which 4 ranks wrote and 2 read\n" in said
+    assert "step_00000009, which 2 ranks wrote and 3 read\n" in said
 
 
 @pytest.mark.soak

@@ -39,11 +39,12 @@ from ted_scale.config import Checkpoint, Streaming
 from ted_scale.corpora import mapped, read_corpus
 from ted_scale.data import batch, open_held_out, open_stream
 from ted_scale.documents import read_documents
+from ted_scale.ds_config import load_ds_config
 from ted_scale.errors import UserError, files_at
 from ted_scale.filters import Filter
 from ted_scale.models import inspect
 from ted_scale.plan import describe, make_plan
-from ted_scale.run_file import load_ds_config, load_run, to_toml, toml_value
+from ted_scale.run_file import load_run, to_toml, toml_value
 from ted_scale.shards import document_borders, read_index
 from ted_scale.state_files import KINDS, State, as_bytes, key_of, rank_file
 from ted_scale.tokenizer import digest, load_tokenizer

@@ -13,11 +13,14 @@ from tiny import make_model, make_run, pretrain, write_run
 from transformers import FalconH1Config, Lfm2Config, PreTrainedTokenizerFast, StableLmConfig
 
 from ted_scale.build import train_run
+from ted_scale.checkpoint_files import Progress, progress_as_bytes
 from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.errors import UserError
+from ted_scale.feed import Reading
 from ted_scale.pairs import cut_map
 from ted_scale.plan import describe, filter_parameters, make_plan, stage_flops
 from ted_scale.run_file import load_run
+from ted_scale.sealed import seal
 from ted_scale.tokenizer import digest, load_tokenizer
 
 
@@ -57,6 +60,7 @@ def test_a_dry_run_prints_the_resolved_run_and_its_arithmetic_and_starts_nothing
     uniform = "uniform, for cut.json in student.path is not there"
     assert f"pairs (student block, teacher block), {uniform}: (0,1) (1,3)\n" in arithmetic
     assert "step: 256 tokens = 4 accumulation * 1 micro-batch * 2 ranks * 32 tokens\n" in arithmetic
+    assert "memory a rank in stage filters, estimated for c" in arithmetic
     assert "stage filters: 4 steps, 1,024 tokens" in arithmetic and "stage student: 6 steps" in arithmetic
     assert tree(world) == before
     (world / "printed.toml").write_text(text)
@@ -66,15 +70,22 @@ def test_a_dry_run_prints_the_resolved_run_and_its_arithmetic_and_starts_nothing
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("loss.kll=1", "error: ROOT/run.toml: unknown key loss.kll; did you mean loss.kl?\n"),
+        ("loss.kll=1", "error: --set loss.kll: unknown key loss.kll; did you mean loss.kl?\n"),
         ("pairs.explicit=[[2, 0]]", "error: pairs.explicit[0] must name student blocks 0 to 1, but is [2, 0]\n"),
+        (
+            "ds_config=typing.json",
+            "error: ds_config typing.json: zero_optimization.overlap_com must be what DeepSpeed knows, but is True (Extra "
+            "inputs are not permitted); correct it\n",
+        ),
     ],
-    ids=["before torch", "after the models are read"],
+    ids=["before torch", "after the models are read", "what only DeepSpeed knows"],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(world, override, sentence):
+    """A green dry run once did not cover the ds_config."""
     file = write_run(world / "run.toml", make_run(world))
+    (world / "typing.json").write_text('{"zero_optimization": {"stage": 3, "overlap_com": true}}')
     before = tree(world)
-    done = pretrain("--config", file, "--set", override)
+    done = pretrain("--config", file, "--dry-run", "--set", override, cwd=world)
     assert (done.returncode, done.stdout, done.stderr.replace(str(world), "ROOT")) == (2, "", sentence)
     assert tree(world) == before
 
@@ -109,12 +120,42 @@ def test_a_plan_for_other_ranks_than_there_are_is_refused(world, monkeypatch):
 def test_the_plan_s_numbers_are_those_of_the_models_and_the_corpus(original):
     plan = make_plan(make_run(original, filters={"mlp": 8}), 2)
     assert (plan.accumulation, plan.stages[0].samples_per_step, plan.total_steps) == (4, 8, 10)
-    assert plan.corpus_tokens == sum(40 + d for d in range(20))
+    tokens = sum(40 + d for d in range(18))
+    seen = {"filters": 4 * 256 / tokens, "student": 6 * 256 / tokens}
+    assert plan.readings == {"corpus": Reading(tokens, 58 + 59, pytest.approx(seen))}
     assert (plan.pairs, plan.width) == ([(0, 1), (1, 3)], 48)
     assert plan.teacher.parameters == sum(t.numel() for t in load_tensors(original / "teacher"))
 
     built = [sum(p.numel() for p in side.parameters()) for side in build_filters(plan, plan.stages[1])]
     assert list(filter_parameters(plan)) == built
+
+
+def test_what_is_left_to_train_on_and_epochs_are_said_after_the_hold_out_and_many_of_them_too(original):
+    """The hold-out's tokens once counted as ones to train on."""
+    corpora = [{"path": str(original / "corpus"), "name": n, "validation": v} for n, v in (("few", 0.9), ("all", 0.0))]
+    said = describe(make_plan(make_run(original, method="kd", data={"corpora": corpora}), 1)).splitlines()
+    assert "corpus few: 81 tokens to train on, 909 held out" in said
+    assert "corpus all: 990 tokens to train on, 0 held out" in said
+    (stage,) = (line for line in said if line.startswith("stage student: 6 steps, 1,536 tokens, epochs of few "))
+    assert ", all 0." in stage
+    (many,) = (line for line in said if line.startswith("many epochs: "))
+    assert many.startswith("many epochs: stage student reads the 81 tokens of corpus few ")
+
+
+def test_a_checkpoint_under_another_name_and_rows_of_a_run_that_begins_anew_are_said(world):
+    """A renamed checkpoint once planned a new run without a word."""
+    folder = make_run(world).folder
+    checkpoint = folder / "checkpoints" / "step_00000004"
+    checkpoint.mkdir(parents=True)
+    seal(checkpoint, {}, {"step": 4, "forks": [], "validation": None})
+    (checkpoint / "progress.json").write_bytes(progress_as_bytes(Progress(step=4)))
+    (folder / "metrics.jsonl").write_text('{"step": 5}\n')
+    assert f"stands at step 4 of 10, {checkpoint}" in describe(make_plan(make_run(world), 1)).splitlines()
+    checkpoint.rename(checkpoint.with_name("best"))
+    said = describe(make_plan(make_run(world), 1)).splitlines()
+    assert "begins at step 0 of 10" in said
+    assert f"no checkpoint is in {folder}/checkpoints: metrics.jsonl, up to step 5, begins anew" in said
+    assert f"{folder}/checkpoints/best is passed over, for its name is not step_00000004" in said
 
 
 def load_tensors(folder: Path):
@@ -156,11 +197,11 @@ WRONG_RUNS = {
     ),
     "student missing": (
         {"student": {"path": "/nowhere/model"}},
-        "student.path must be a local model folder or a hub id that can be reached, but is '/nowhere/model'",
+        "student.path must be a folder that is there, but /nowhere/model does not exist; correct it; a hub id is OWNER/NAME",
     ),
     "teacher missing": (
         {"teacher": {"path": "./nowhere"}},
-        "teacher.path must be a local model folder or a hub id that can be reached, but is './nowhere'",
+        "teacher.path must be a folder that is there, but ./nowhere does not exist; correct it; a hub id is OWNER/NAME",
     ),
     "seq_len": (
         {"data": {"seq_len": 256}},
@@ -234,7 +275,30 @@ def test_a_hub_id_that_cannot_be_reached_is_refused(original, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     said = refusal(original, student={"path": "nobody/no-model"})
-    assert said == "student.path must be a local model folder or a hub id that can be reached, but is 'nobody/no-model'"
+    assert said == (
+        "student.path must be a local folder or a hub id that can be reached, but nobody/no-model is no folder, and the hub does "
+        "not give it (OSError: no network); check its spelling and the network"
+    )
+
+
+def test_what_can_only_be_a_path_is_not_asked_of_the_hub(world, monkeypatch):
+    """A typing mistake in --tokenizer took a minute and a half of tries."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.chdir(world.parent)
+    assert refusal(world, teacher={"path": "world/techer"}) == (
+        "teacher.path must be a folder that is there, but world/techer does not exist; did you mean world/teacher?"
+    )
+    with pytest.raises(
+        UserError, match=r"--tokenizer must be a folder .* world/studnt .*; did you mean world/student\?"
+    ):
+        load_tokenizer("world/studnt")
+    (world / "teacher.gguf").touch()
+    assert refusal(world, teacher={"path": "world/teacher.gguf"}) == (
+        "teacher.path must be a folder, but world/teacher.gguf is a GGUF file, whose weights are rounded for inference; name the "
+        "folder of the model that it was made of"
+    )
+    weights = str(world / "student" / "model.safetensors")
+    assert refusal(world, student={"path": weights}).endswith(" is a file; name the folder that it is in")
 
 
 def test_a_model_without_safetensors_is_refused_unless_it_starts_random(world):
@@ -396,7 +460,7 @@ def test_a_mistake_in_the_zero_section_is_a_sentence_and_not_deepspeed_s_traceba
 
 
 @pytest.mark.parametrize(
-    "section", [{"communication_data_type": "fp99"}, {"comms_logger": {"enabled": "x"}}, {"flops_profiler": 5}]
+    "section", [{"communication_data_type": "fp99"}, {"comms_logger": {"enabled": "x"}}, {"timers": 5}]
 )
 def test_a_mistake_in_another_section_of_a_ds_config_is_a_sentence_too(world, section):
     (world / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, **section}))

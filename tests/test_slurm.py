@@ -65,7 +65,7 @@ def test_what_a_new_start_helps_goes_back_into_the_queue(slurm, tmp_path, code):
     assert (tmp_path / "requeued").read_text() == "31234\n"
 
 
-@pytest.mark.parametrize("code", [0, 2, 3])
+@pytest.mark.parametrize("code", [0, 2, 3, 6])
 def test_what_it_would_not_help_does_not(slurm, tmp_path, code):
     assert slurm(code)[0] == code
     assert not (tmp_path / "requeued").exists()

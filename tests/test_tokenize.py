@@ -170,6 +170,44 @@ def test_one_document_a_line_equals_json_lines(tmp_path, folder):
     assert read_index(tmp_path / "a").documents == 3
 
 
+def test_json_lines_are_read_as_such_whatever_the_file_is_called(tmp_path, folder):
+    """They were one plain text, markup and all, with exit code 0."""
+    lines = write_jsonl(tmp_path / "a.jsonl", ["one", "two\nlines"])
+    expected = tokenize(folder, tmp_path / "a", lines)
+    for name, content in (("b.json", lines.read_bytes()), ("c.json.gz", gzip.compress(b"\n" + lines.read_bytes()))):
+        (tmp_path / name).write_bytes(content)
+        assert tokenize(folder, tmp_path / name[0], tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "way"),
+    [
+        (
+            "array.json",
+            '[{"text": "one"}, {"text": "two"}]',
+            "then .[] else . end' array.json > array.jsonl, or pass --document-per file",
+        ),
+        (
+            "spread.json",
+            '{\n "text": "one"\n}\n',
+            "else . end' spread.json > spread.jsonl, or pass --document-per file",
+        ),
+        ("table.csv", "text,label\none,1\n", "write it as .jsonl or .parquet, or pass --document-per file to take it"),
+    ],
+)
+def test_other_json_and_tables_are_refused_at_once_unless_plain_text_is_asked_for(tmp_path, folder, name, content, way):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", ["before it"])
+    (tmp_path / "in" / name).write_text(content)
+    said = refused(folder, tmp_path / "c", tmp_path / "in")
+    assert said.startswith(f"{tmp_path}/in/{name} must be text, JSON lines or parquet, but is {Path(name).suffix}, ")
+    assert way in said
+    tokenize(folder, tmp_path / "d", tmp_path / "in", "--document-per", "file")
+    assert read_index(tmp_path / "d").documents == 2
+    tokenize(folder, tmp_path / "e", tmp_path / "in", "--on-error", "skip")
+    assert read_index(tmp_path / "e").documents == 1
+
+
 def test_a_new_shard_begins_at_a_document_border(tmp_path, folder, reference):
     source, (whole, _) = reference
     tokenize(folder, tmp_path / "part", source, "--shard-tokens", 3000)

@@ -2,9 +2,11 @@
 
 import contextlib
 import inspect
+import itertools
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ import torch.distributed as dist
 
 from ted_scale import pulse, stop, watch
 from ted_scale.config import Limits
-from ted_scale.errors import FAULT, GONE, HUNG, MISTAKE, RESUME, Gone, Preempted
+from ted_scale.errors import FAULT, GONE, HUNG, MEMORY, MISTAKE, RESUME, Gone, Preempted
 
 SCRIPT = Path(__file__).with_name("watched_ranks.py")
 
@@ -51,6 +53,16 @@ def test_a_rank_s_sentence_ends_all_with_its_code(ends):
     assert codes == [MISTAKE, MISTAKE]
     assert max(took) < 6
     assert said == "rank 1: error: a file must be there, but is not\n"
+
+
+def test_a_rank_that_runs_out_of_memory_alone_ends_all_with_that_cause_and_a_code_of_its_own(ends):
+    codes, took, said = ends[0]["memory"]
+    assert codes == [MEMORY, MEMORY]
+    assert max(took) < 9
+    assert said == (
+        "rank 1: error: a rank's memory must hold step 10, but does not (DefaultCPUAllocator: can't allocate memory: you tried "
+        "to allocate 4611686018427387904 bytes. Error code 12 (Cannot allocate memory)); lower something\n"
+    )
 
 
 @pytest.mark.parametrize(("name", "rank"), [("die", 1), ("die0", 0)])
@@ -92,6 +104,23 @@ def test_a_signal_to_one_rank_or_the_end_of_the_launcher_stops_all_after_a_step(
     assert codes == [RESUME, RESUME]
     assert max(took) < 8
     assert said == f"stopped: {Preempted.SENTENCE}\n"
+
+
+def test_a_ctrl_c_says_where_the_run_stands_and_stops_all_after_a_step_and_a_second_one_does_not_wait(ends):
+    """Under `deepspeed` it left a traceback, and nothing of what was saved and what was not."""
+    codes, took, said = ends[0]["interrupt"]
+    assert codes == [RESUME, RESUME]
+    assert max(took) < 8
+    first, last = said.splitlines()
+    assert re.match(
+        r"interrupted in step 1\d, which is finished and saved first; a second Ctrl-C ends the run at once", first
+    )
+    assert first.endswith("then there is no checkpoint yet; the same command goes on")
+    assert last == f"stopped: {Preempted.SENTENCE}"
+    handle = stop.once_more(itertools.count())
+    handle(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        handle(signal.SIGINT, None)
 
 
 def test_a_signal_before_the_first_step_ends_all_at_once(ends):

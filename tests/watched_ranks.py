@@ -19,13 +19,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from ted_scale import pulse, stop, watch
+from ted_scale import pulse, shortage, stop, watch
 from ted_scale.config import Limits
 from ted_scale.errors import Preempted, UserError, run_main
 
 PYTHON = ctypes.PyDLL(None)  # calls through it keep Python's lock
 FAULTY_STEP = 10
-FAULTS = ("raise", "sentence", "die", "die0", "hang", "lock", "orphan", "signal", "early", "none")
+FAULTS = (
+    "raise",
+    "sentence",
+    "memory",
+    "die",
+    "die0",
+    "hang",
+    "lock",
+    "orphan",
+    "signal",
+    "interrupt",
+    "early",
+    "none",
+)
 
 
 def fault(name: str, folder: Path) -> None:
@@ -35,6 +48,8 @@ def fault(name: str, folder: Path) -> None:
         raise ValueError("what really went wrong")
     if name == "sentence":
         raise UserError("a file must be there, but is not")
+    if name == "memory":
+        torch.empty(1 << 60)
     if name in ("die", "die0"):
         os.kill(os.getpid(), signal.SIGKILL)
     if name == "hang":
@@ -43,13 +58,15 @@ def fault(name: str, folder: Path) -> None:
         PYTHON.sleep(600)
     if name == "signal":
         os.kill(os.getpid(), signal.SIGUSR1)
+    if name == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
     if name == "orphan":
         os.kill(os.getppid(), signal.SIGKILL)
 
 
 def rank_of(name: str, folder: Path) -> None:
     stop.listen()
-    rank, faulty = dist_rank(), 0 if name == "die0" else 1
+    rank, faulty = dist_rank(), 0 if name in ("die0", "interrupt") else 1
     step_s = 4.0 if name == "hang" else 40.0
     silence_s = {"die": 4.0, "die0": 4.0, "lock": 3.0}.get(name, 20.0)
     watch.start(Limits(step_s=step_s, start_s=40.0, silence_s=silence_s), folder / name)
@@ -62,7 +79,8 @@ def rank_of(name: str, folder: Path) -> None:
             time.sleep(600)
         pulse.step(step)
         if rank == faulty and step == FAULTY_STEP:
-            fault(name, folder)
+            with shortage.enough("lower something"):
+                fault(name, folder)
         asked = torch.tensor([float(stop.asked.is_set())])
         dist.all_reduce(asked)
         if asked.item():

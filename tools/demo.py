@@ -6,6 +6,7 @@ a phase whose result is there is skipped, and one that runs first removes what l
 an ended demo goes on where it was and never mixes two lives.
 """
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -179,6 +180,8 @@ def remove(path: Path) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     os.chdir(ROOT)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends the demo ends the command it waits for
     claim_folder()

@@ -106,7 +106,7 @@ def name_of(dtype) -> str:
 def copy_tokenizer(run: Run, student: Path, target: Path) -> None:
     """The student's tokenizer; the teacher's, which is the same, for a student that came without one. And which of the
     teacher's blocks it was cut from, for runs that go on from there."""
-    from ted_scale.models import find_folder
+    from ted_scale.hub import find_folder
     from ted_scale.pairs import CUT
     from ted_scale.safetensors_out import TOKENIZER_FILES, copy_files
 
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch  # seconds of imports that a wrong folder should not cost
 
-    from ted_scale.models import find_folder
+    from ted_scale.hub import find_folder
     from ted_scale.safetensors_out import new_folder, write_shards
 
     student = find_folder("student.path", arguments.student or run.student.path)

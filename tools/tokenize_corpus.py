@@ -108,6 +108,7 @@ def describe_job(args, files: list[Path], tokenizer: Tokenizer) -> dict:
         "eod_id": tokenizer.eod,
         "options": {name: getattr(args, name) for name in options},
         "sources": describe_sources(files),
+        **({"json": "lines"} if any(".json" in path.suffixes for path in files) else {}),  # as one text each, before
     }
 
 
@@ -162,7 +163,7 @@ def write(groups, writer: Writer, sources: list[dict]) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Turn text into Megatron .bin/.idx shards.")
     parser.add_argument(
-        "--tokenizer", required=True, help="sentencepiece .model, or Hugging Face tokenizer folder or name"
+        "--tokenizer", required=True, help="sentencepiece .model, or Hugging Face tokenizer folder or hub id"
     )
     parser.add_argument("--out", required=True, type=Path, help="prefix of the shards: FOLDER/NAME")
     parser.add_argument("--text-key", default="text", help="key or column of the text in .jsonl and .parquet")
@@ -176,7 +177,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--on-error", choices=("stop", "skip"), default="stop", help="at a document that cannot be read"
     )
     parser.add_argument(
-        "--document-per", choices=("file", "line", "auto"), default="auto", help="plain text; auto: file"
+        "--document-per",
+        choices=("file", "line", "auto"),
+        default="auto",
+        help="plain text, and .json and .csv where it is said; auto: file",
     )
     parser.add_argument(
         "--parse-special", action="store_true", help="special tokens spelled out in a text become tokens"

@@ -141,6 +141,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--sample-mb", type=float, default=200, help="millions of characters to train on at most")
     parser.add_argument("--text-key", default="text", help="key or column of the text in .jsonl and .parquet")
+    parser.add_argument(
+        "--document-per", choices=("file", "line", "auto"), default="auto",
+        help="plain text, and .json and .csv where it is said; auto: file",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the folder")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text, .jsonl, .parquet, also .gz/.zst; or folders")
     return parser.parse_args(argv)
@@ -161,7 +165,7 @@ def make(args) -> None:
         raise UserError(f"--out {args.out} must be a new folder, but exists; choose another or pass --overwrite")
 
     def texts() -> Iterator[str]:
-        return chunks(read_documents(files, args.text_key), limit)
+        return chunks(read_documents(files, args.text_key, args.document_per), limit)
 
     if next(texts(), None) is None:
         raise UserError(f"input {' '.join(args.inputs)} must hold text, but holds none; check files and --sample-mb")
@@ -170,7 +174,7 @@ def make(args) -> None:
     temporary.mkdir(parents=True)
     try:
         write_folder(train(texts(), args.vocab_size), temporary)
-        compare(temporary, list(chunks(read_documents(files, args.text_key), min(limit, COMPARED))))
+        compare(temporary, list(chunks(read_documents(files, args.text_key, args.document_per), min(limit, COMPARED))))
         if args.out.exists():
             shutil.rmtree(args.out)
         temporary.rename(args.out)

@@ -1,0 +1,153 @@
+"""What a rank of a stage needs of memory, by terms, in bytes: an estimate from shapes, before anything starts.
+
+    weights          b · (student + teacher + filters) / R          b: 2 bytes in bf16, else 4; R ranks
+    optimizer        12 · trained / R                               fp32 masters and Adam's two moments
+    gradients        4 · (trained / R + sub-group)                  summed in fp32, and once more a sub-group for its update
+    reduction        4 · bucket + b · largest matrix                whole gradients on their way; between ranks 4 · bucket more
+    gathered         b · (live student + a block, prefetch and head of the teacher), where there are other ranks
+    activations      what autograd keeps of N tokens, asked of a trial on the meta device; with checkpointing a state a
+                     block, and one block whole
+    states           b · N · (pairs · width + head's width) of the teacher, and of the student in stage I
+    losses           4 · head's and filters' weights (their gradients), b · N · width a pair, one chunk's logits
+    copy for a save  12 · trained / R, on a CPU, where host and device are one
+
+The process itself (0.53 GiB on a CPU) and what an allocator does not give back come on top: measured peaks were 1.08 to
+1.19 times the sum (docs/benchmarks.md).
+"""
+
+import torch
+
+from ted_scale.engines import engine_config
+from ted_scale.kernels.backend import CHUNK_BYTES
+from ted_scale.models import Anatomy, empty_model, read_config, run_body
+from ted_scale.plan import Plan, filter_parameters
+from ted_scale.schedule import Stage
+
+TRIAL = 8  # tokens; more would show what attention keeps of pairs of them where it is not fused
+
+
+def describe(plan: Plan) -> list[str]:
+    """A line a stage, for the device at hand, its largest terms first."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [line_of(stage, *terms(plan, stage, device), device) for stage in plan.stages]
+
+
+def line_of(stage: Stage, here: dict[str, float], away: float, device: str) -> str:
+    by_size = sorted(here.items(), key=lambda term: -term[1])
+    of = " + ".join(f"{name} {size / 2**30:,.3g}" for name, size in by_size if size)
+    host = f"; {away / 2**30:,.3g} GiB offloaded" if away else ""
+    total = f"{sum(here.values()) / 2**30:,.3g} GiB"
+    return (
+        f"memory a rank in stage {stage.name}, estimated for {device}, beside the process itself: {total} = {of}{host}"
+    )
+
+
+def terms(plan: Plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
+    """(bytes by term, bytes that are offloaded to the host)"""
+    run, ranks = plan.run, plan.world
+    b, tokens = 2 if run.train.precision == "bf16" else 4, run.train.micro_batch * run.data.seq_len
+    student, *others = filter_parameters(plan)
+    filters, models = student + sum(others), [a for a in (plan.student, plan.teacher) if a]
+    trained = (filters + own_heads(plan) if stage.learns_filters else plan.student.parameters + student) / ranks
+    found = {
+        "weights": b * (sum(a.parameters for a in models) + filters) / ranks,
+        "optimizer": 12 * trained,
+        "gradients": 4 * (trained + min(trained, setting(plan, "sub_group_size"))),
+        "reduction": reduction(plan, trained * ranks, b, device),
+        "gathered": b * gathered(plan, stage) if ranks > 1 else 0,
+        "activations": activations(plan, stage, tokens, b),
+        "states": b * tokens * states(plan, stage),
+        "losses": losses(plan, stage, tokens, b, filters if stage.learns_filters else student, device),
+        "copy for a save": 12 * trained if device == "cpu" else 0,
+    }
+    zero = plan.ds_config["zero_optimization"]
+    moved = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}
+    gone = [n for key, names in moved.items() if (zero.get(key) or {}).get("device") == "cpu" for n in names]
+    away = sum(found.pop(name) for name in gone) if device != "cpu" else 0
+    return found, away
+
+
+def setting(plan: Plan, key: str, model: Anatomy | None = None) -> float:
+    """Of the ds_config, else as engines.py derives it from the model."""
+    return engine_config(plan, model or plan.student)["zero_optimization"][key]
+
+
+def own_heads(plan: Plan) -> int:
+    """Of `filters.head = "per_layer"`, a head of its own for each filter."""
+    vocabularies = [a.vocab_size for a in (plan.student, plan.teacher) if a]
+    return len(plan.pairs) * (plan.width + 1) * sum(vocabularies) if plan.run.filters.head == "per_layer" else 0
+
+
+def reduction(plan: Plan, trained: float, b: int, device: str) -> float:
+    """A host gives memory that is touched, a device all that is asked for. A matrix beyond the bucket goes alone."""
+    bucket, contiguous = setting(plan, "reduce_bucket_size"), setting(plan, "contiguous_gradients")
+    used, largest = min(bucket, trained), min(trained, plan.student.vocab_size * plan.student.head_width)
+    buffer = (used if device == "cpu" else bucket) if contiguous else 0
+    whole = largest if contiguous else max(used, largest)
+    return 4 * buffer + b * whole + (4 * max(used, largest) if plan.world > 1 else 0)
+
+
+def gathered(plan: Plan, stage: Stage) -> float:
+    """What trains stays gathered between forward and backward; what only runs forward goes block by block."""
+
+    def passing(a: Anatomy) -> float:
+        blocks = a.block_parameters + setting(plan, "stage3_prefetch_bucket_size", a)
+        return min(a.parameters, blocks + a.vocab_size * a.head_width)
+
+    live = min(plan.student.parameters, setting(plan, "stage3_max_live_parameters"))
+    ours = passing(plan.student) if stage.learns_filters else live
+    return ours + (passing(plan.teacher) if plan.teacher else 0)
+
+
+def activations(plan: Plan, stage: Stage, tokens: int, b: int) -> float:
+    """Of the student's graph; a frozen model has but a block's at a time."""
+    dtype = torch.bfloat16 if b == 2 else torch.float32
+    kept = {a: kept_a_token(a, dtype) for a in (plan.student, plan.teacher) if a}
+    block = max(size / a.layers for a, size in kept.items())
+    if stage.learns_filters:
+        return tokens * block
+    if plan.run.student.gradient_checkpointing:
+        return tokens * (b * plan.student.layers * plan.student.width + block)
+    return tokens * max(kept[plan.student], block)
+
+
+def kept_a_token(anatomy: Anatomy, dtype) -> float:
+    """Bytes that autograd keeps of a forward of the body, weights apart."""
+    with torch.device("meta"):
+        network = empty_model(read_config("model", anatomy.folder), dtype)
+        tokens = torch.zeros(1, TRIAL, dtype=torch.long)
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor  # alive, so that no other takes its place
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run_body(network, anatomy, tokens)
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights) / TRIAL
+
+
+def states(plan: Plan, stage: Stage) -> int:
+    """Numbers a token that live from the teacher's forward to the losses."""
+    sides = [plan.teacher] if plan.teacher else []
+    matched = [*sides, plan.student] if stage.learns_filters else sides
+    return sum(len(plan.pairs) * a.width for a in matched) + sum(a.head_width for a in sides)
+
+
+def losses(plan: Plan, stage: Stage, tokens: int, b: int, filters: int, device: str) -> float:
+    """Gradients that are formed in the forward wait for the backward; a chunk's logits are gone by then."""
+    a, t = plan.student, plan.teacher
+    if stage.learns_filters:
+        rows, heads, waiting = t.vocab_size * (4 + b), t.vocab_size * t.head_width, 4 * (filters + own_heads(plan))
+    else:
+        rows = 4 * (a.vocab_size + (t.vocab_size if t else 0)) + (
+            2 * a.vocab_size if device == "cuda" and b == 2 else 0
+        )
+        heads = a.vocab_size * a.head_width + (t.vocab_size * t.head_width if t else 0)
+        waiting = (4 + b) * a.vocab_size * a.head_width + 4 * filters
+        waiting += b * tokens * (len(plan.pairs) * a.width + a.head_width)
+    of_chunk = min((plan.run.loss.chunk_tokens or tokens) * rows, tokens * rows)
+    if plan.run.loss.chunk_tokens is None:
+        of_chunk = min(CHUNK_BYTES[device], of_chunk)
+    return waiting + of_chunk + (4 * heads if device == "cpu" and b == 2 else 0)  # a CPU multiplies in fp32

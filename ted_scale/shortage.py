@@ -1,0 +1,65 @@
+"""Memory of a rank that ran out, as a sentence with what to lower; memory.py has what it should take.
+
+The surprise: torch has an exception of its own for a device that is full and none for a full host, whose allocator raises
+a RuntimeError that only its text tells from others.
+"""
+
+import contextlib
+import errno
+import traceback
+from pathlib import Path
+
+from ted_scale import pulse
+from ted_scale.errors import OutOfMemory, shortened
+
+HERE = Path(__file__)
+FULL = ("can't allocate memory", "not enough memory", "out of memory")  # of a host, of Windows' too, and of a device
+
+
+@contextlib.contextmanager
+def enough(ways: str):
+    """What ran out in here ends the run with `ways` to need less, and the line that asked for more."""
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        raise OutOfMemory(
+            f"a rank's memory must hold {pulse.now.what}{line_of(error)}, but does not ({reason_of(error)}); {ways}"
+        ) from None
+
+
+def ran_out(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    told = isinstance(error, RuntimeError) and any(text in str(error) for text in FULL)
+    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def reason_of(error: BaseException) -> str:
+    """Without torch's place in its own source, and its advice."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return shortened(said[max(0, said.find("DefaultCPUAllocator")) :], 160)
+
+
+def line_of(error: BaseException) -> str:
+    """The innermost line of this package."""
+    files = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    here = [f"{path.name}:{line}" for path, line in files if path.parent == HERE.parent and path != HERE]
+    return f" (in {here[-1]})" if here else ""
+
+
+def ways_to_need_less(run, ds_config: dict, on_cpu: bool) -> str:
+    """Those that this run has left, the cheapest first."""
+    ways = []
+    if run.train.micro_batch > 1:
+        ways.append(f"lower train.micro_batch ({run.train.micro_batch})")
+    if not run.student.gradient_checkpointing:
+        ways.append("set student.gradient_checkpointing = true")
+    ways.append(f"lower data.seq_len ({run.data.seq_len})")
+    if not on_cpu:
+        ways.append("set loss.chunk_tokens lower than its default" if run.loss.chunk_tokens is None else
+                    f"lower loss.chunk_tokens ({run.loss.chunk_tokens})")  # fmt: skip
+    if not on_cpu and not ds_config["zero_optimization"].get("offload_optimizer"):
+        ways.append("take ds_config = 'ds_configs/zero3_offload_optimizer.json'")
+    return f"{', '.join(ways)}, or give it more ranks; --dry-run has an estimate by terms"

@@ -1,0 +1,70 @@
+"""From where a run goes on, found before anything starts: its newest whole checkpoint, in its folder or among its copies,
+and what stands beside it that a user should know of.
+
+run_folder.py looks again once the ranks are there, and reads every byte.
+"""
+
+import os
+from pathlib import Path
+
+from ted_scale import checkpoint_copies as copies
+from ted_scale import checkpoint_files as files
+from ted_scale import resume
+from ted_scale.checkpoint_files import Progress
+from ted_scale.errors import UserError
+from ted_scale.metrics import rows_in
+from ted_scale.object_store import check_package
+from ted_scale.sealed import Damaged
+
+
+def of(run, identity: dict) -> tuple[str, Progress]:
+    """The newest checkpoint and where it stands, in a folder that can be written; one of another run is refused."""
+    folder = run.folder
+    try:
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    except OSError as error:
+        raise UserError(f"runs must be a folder that can be reached, but {folder} is not: {error.strerror}") from None
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(
+            f"runs must be a folder this user can write, but {existing} is not; set runs or change its mode"
+        )
+    where, progress = newest_progress(run)
+    if where:
+        resume.refuse_another_run(where, progress.identity, identity, run.resume.allow, progress.step)
+    return where, progress
+
+
+def newest_progress(run) -> tuple[str, Progress]:
+    """Where the newest checkpoint is, in the run's folder or among its copies, and where it stands."""
+    standings = files.published(run.folder)
+    local = next((s.path for s in standings if s.fault is None), None)
+    damaged = [(s.path, s.fault) for s in standings if s.fault]
+    if place := copies.place_of(run):
+        check_package(place, "checkpoint.copy_to")
+        names = copies.names(place)
+        for name in (name for name in names if local is None or files.key_of(name) > files.key_of(local.name)):
+            try:
+                if copies.manifest_of(place, name):
+                    return f"{place}/{name}", copies.progress_of(place, name)
+            except Damaged as damage:
+                damaged.append((Path(f"{place}/{name}"), f"its copy: {damage}"))
+    if damaged and local is None:
+        raise files.none_is_whole(run.folder, damaged)
+    return (str(local), files.read_progress(local)) if local else ("", Progress())
+
+
+def describe(run, where: str, progress: Progress, total_steps: int) -> list[str]:
+    """A run that begins anew over an older one's rows says so: a checkpoint may have been renamed or moved."""
+    if where:
+        lines = [f"stands at step {progress.step:,} of {total_steps:,}, {where}"]
+    else:
+        lines = [f"begins at step 0 of {total_steps:,}"]
+        if step := last_row(run.folder / "metrics.jsonl"):
+            lines += [
+                f"no checkpoint is in {files.checkpoints_of(run.folder)}: metrics.jsonl, up to step {step:,}, begins anew"
+            ]
+    return lines + files.renamed(run.folder)
+
+
+def last_row(path: Path) -> int:
+    return max((row["step"] for row in rows_in(path)), default=0) if path.is_file() else 0

@@ -1,0 +1,82 @@
+"""The estimate of a rank's memory: its terms against what models are, and its activations against a forward's own."""
+
+import json
+
+import pytest
+import torch
+from plain import make_world
+from tiny import make_run
+
+from ted_scale import memory
+from ted_scale.models import run_body
+from ted_scale.plan import make_plan
+from ted_scale.zero import build_network
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def of(world, stage: int = -1, ranks: int = 1, device: str = "cpu", **sections):
+    plan = make_plan(make_run(world, **sections), ranks)
+    return plan, *memory.terms(plan, plan.stages[stage], device)
+
+
+def test_what_every_parameter_costs_is_shared_by_the_ranks_and_the_teacher_counts(world):
+    """Only the student's state was counted: 0.69 GiB of 3.8."""
+    plan, one, _ = of(world, method="kd")
+    _, two, _ = of(world, method="kd", ranks=2)
+    student, teacher = plan.student.parameters, plan.teacher.parameters
+    assert (one["weights"], one["optimizer"], one["gradients"]) == (4 * (student + teacher), 12 * student, 8 * student)
+    assert all(two[name] == one[name] / 2 for name in ("weights", "optimizer", "gradients"))
+    assert one["gathered"] == 0 and two["gathered"] >= 4 * student
+
+
+def test_stage_one_trains_filters_alone(world):
+    plan, first, _ = of(world, 0)
+    _, second, _ = of(world, 1)
+    filters = sum(memory.filter_parameters(plan))
+    assert first["optimizer"] == 12 * filters < second["optimizer"]
+    assert first["states"] > second["states"] and first["activations"] < second["activations"]
+    _, heads, _ = of(world, 0, filters={"head": "per_layer"})
+    assert heads["optimizer"] == 12 * (filters + 2 * (48 + 1) * (128 + 128))
+
+
+def test_offloaded_state_is_not_the_device_s_and_a_bucket_is(world, tmp_path):
+    zero = {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "contiguous_gradients": True,
+        "reduce_bucket_size": 10**8,
+    }
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    plan, here, away = of(world, device="cuda", ds_config=str(tmp_path / "ds.json"))
+    assert "optimizer" not in here and away > 12 * plan.student.parameters
+    assert here["reduction"] > 4 * 1e8
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_activations_are_what_a_forward_s_graph_keeps(world, side):
+    anatomy = getattr(make_plan(make_run(world), 1), side)
+    network = build_network(anatomy, ds_config=None, dtype=torch.float32)
+    weights, kept = {p.data_ptr() for p in network.parameters()}, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run_body(network, anatomy, torch.zeros(2, 64, dtype=torch.long))
+    real = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights) / 128
+    assert memory.kept_a_token(anatomy, torch.float32) == pytest.approx(real, rel=0.2)
+
+
+def test_checkpointing_lowers_the_activations_and_the_line_says_of_what_it_is_the_sum(world):
+    _, whole, _ = of(world)
+    plan, checkpointed, _ = of(world, student={"gradient_checkpointing": True})
+    assert checkpointed["activations"] < whole["activations"]
+    line = memory.describe(plan)[-1]
+    assert line.startswith("memory a rank in stage student, estimated for c") and all(
+        f"{n} " in line for n, size in checkpointed.items() if size
+    )

@@ -1,0 +1,76 @@
+"""Memory that runs out is told from other faults, and what to lower is what this run has left to lower."""
+
+import errno
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from tiny import make_run
+
+from ted_scale import build, shortage
+from ted_scale.errors import MEMORY, OutOfMemory
+
+DS_CONFIG = {"zero_optimization": {"stage": 3}}
+
+
+def too_much():
+    torch.empty(1 << 60)
+
+
+def of_numpy():
+    numpy.empty(1 << 50)
+
+
+def of_a_device():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB")
+
+
+def of_pinned_memory():
+    raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+
+def of_the_system():
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+@pytest.mark.parametrize("fail", [too_much, of_numpy, of_a_device, of_pinned_memory, of_the_system])
+def test_memory_that_runs_out_is_a_sentence_with_a_code_of_its_own(fail):
+    with pytest.raises(OutOfMemory) as caught, shortage.enough("lower something"):
+        fail()
+    said = str(caught.value)
+    assert said.startswith("a rank's memory must hold ") and said.endswith("); lower something") and "\n" not in said
+    assert caught.value.exit_code == MEMORY
+
+
+@pytest.mark.parametrize("error", [RuntimeError("sizes differ"), OSError(errno.ENOSPC, "full"), KeyError("x")])
+def test_other_faults_stay_what_they_are(error):
+    with pytest.raises(type(error)), shortage.enough("lower something"):
+        raise error
+
+
+def test_a_whole_run_is_watched_for_it_with_its_own_advice(tmp_path, monkeypatch):
+    def full(plan, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(build, "check_engine_config", lambda plan: None)
+    monkeypatch.setattr(build, "start_ranks", lambda run: torch.device("cpu"))
+    monkeypatch.setattr(build, "train_run", full)
+    plan = SimpleNamespace(run=make_run(tmp_path, train={"micro_batch": 4}), ds_config=DS_CONFIG)
+    with pytest.raises(
+        OutOfMemory, match=r"\(CUDA out of memory\); lower train.micro_batch \(4\), set student.gradient"
+    ):
+        build.run_plan(plan)
+
+
+def test_what_a_run_has_done_already_is_no_advice(tmp_path):
+    run = make_run(tmp_path, train={"micro_batch": 4})
+    assert shortage.ways_to_need_less(run, DS_CONFIG, on_cpu=False) == (
+        "lower train.micro_batch (4), set student.gradient_checkpointing = true, lower data.seq_len (32), set "
+        "loss.chunk_tokens lower than its default, take ds_config = 'ds_configs/zero3_offload_optimizer.json', or give it "
+        "more ranks; --dry-run has an estimate by terms"
+    )
+    student = {"gradient_checkpointing": True}
+    assert shortage.ways_to_need_less(make_run(tmp_path, student=student), DS_CONFIG, on_cpu=True) == (
+        "lower data.seq_len (32), or give it more ranks; --dry-run has an estimate by terms"
+    )
