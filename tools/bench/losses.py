@@ -26,9 +26,10 @@ from tools.bench import loss_report
 from tools.bench.loss_arms import ARMS, Case, kl_ce_arms, layers_case, logit_case, means, normal
 from tools.bench.memory import peak_bytes
 
-SIZES = {
+SIZES = {  # a device's own, and the one that Liger published rows of
     "cpu": {"tokens": 2048, "d_s": 512, "d_t": 512, "vocab": 32000, "width": 512, "pairs": 8},
     "cuda": {"tokens": 8192, "d_s": 2048, "d_t": 4096, "vocab": 128256, "width": 2048, "pairs": 16},
+    "liger": {"tokens": 8192, "d_s": 4096, "d_t": 4096, "vocab": 128256, "width": 4096, "pairs": 16},
 }
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 REPEATS = {"cpu": (5, 25), "cuda": (20, 20)}  # of logit losses, of layer losses: those are 20 times shorter
@@ -102,7 +103,8 @@ def operation_rows(operation: str, arguments: Namespace) -> list[Row]:
 
 def parse() -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=DTYPES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=SIZES, help="the defaults of the sizes below; default: the device's")
     parser.add_argument("--only", nargs="+", choices=[*OPERATIONS, "gradient_error"], default=OPERATIONS)
     parser.add_argument("--arms", nargs="+", help="these alone; naive is what ratios are to")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
@@ -115,7 +117,7 @@ def parse() -> Namespace:
     for name in SIZES["cpu"]:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     arguments = parser.parse_args()
-    defaults = SIZES[arguments.device] | {"dtype": DTYPES[arguments.device]}
+    defaults = SIZES[arguments.size or arguments.device] | {"dtype": DTYPES[arguments.device]}
     for name, value in defaults.items():
         setattr(arguments, name, getattr(arguments, name) or value)
     arguments.gradient_error |= "gradient_error" in arguments.only
