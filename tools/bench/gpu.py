@@ -21,7 +21,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder is on the path, its parent is not
 
 from ted_scale.errors import UserError, run_main
-from ted_scale.processes import descendants_of
+from ted_scale.processes import PROC
 from tools.bench import gpu_report
 from tools.bench.gpu_needs import needs
 from tools.bench.gpu_report import PART, Row
@@ -152,14 +152,14 @@ def todo(rows: list[dict], arguments) -> list[Part]:
 
 
 def run_in_its_process(part: Part, limit: float, arguments, work: Path) -> None:
-    log, began = arguments.out / "log.txt", time.monotonic()
+    log, began, mark = arguments.out / "log.txt", time.monotonic(), f"TED_SCALE_BENCH={os.getpid()}.{part.name}"
     start = log.stat().st_size if log.exists() else 0
     with log.open("a", encoding="utf-8") as file:
         file.write(f"\n===== {part.name}, up to {limit:.0f} s\n")
         file.flush()
         process = subprocess.Popen(
-            command(part, limit, arguments, work), cwd=ROOT, env=environment(arguments.tiny), stdin=subprocess.DEVNULL,
-            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            command(part, limit, arguments, work), cwd=ROOT, env=environment(arguments.tiny, mark),
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
         code = process.wait(timeout=limit)
@@ -167,7 +167,7 @@ def run_in_its_process(part: Part, limit: float, arguments, work: Path) -> None:
     except subprocess.TimeoutExpired:
         reason = f"killed at its limit of {limit:.0f} s"
     finally:
-        end(process)
+        end(process, mark)
     trim(log, start)
     if reason:
         facts = dict.fromkeys(gpu_report.FACTS, "") | {"tiny": "tiny" if arguments.tiny else ""}
@@ -181,21 +181,30 @@ def command(part: Part, limit: float, arguments, work: Path) -> list[str]:
     return [str(word) for word in words]
 
 
-def environment(tiny: bool) -> dict[str, str]:
+def environment(tiny: bool, mark: str) -> dict[str, str]:
     """A rehearsal sees no GPU. Nothing asks a network: a machine without one would wait."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     found = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    found |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    found |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"} | dict([mark.split("=")])
     return found | (REHEARSAL if tiny else {})
 
 
-def end(process: subprocess.Popen) -> None:
-    """With all that it started, whatever sessions those opened: who keeps the GPU's memory spoils the next part."""
-    below = descendants_of(process.pid)
-    for pid in (process.pid, *below):
+def end(process: subprocess.Popen, mark: str) -> None:
+    """With all that it started, in whatever sessions and whoever is their parent by now: what keeps the GPU's memory spoils
+    the next part."""
+    for pid in {process.pid, *marked(mark)} if process.poll() is None else marked(mark):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that have the mark in their environment, as children inherit it."""
+    found = []
+    for entry in PROC.glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended, or is another user's
+            found += [int(entry.name)] if mark.encode() in (entry / "environ").read_bytes().split(b"\0") else []
+    return found
 
 
 def trim(log: Path, start: int) -> None:
@@ -211,6 +220,8 @@ def run_part(arguments) -> None:
     work, limit = arguments.work, arguments.limit
     task = Task(part=part.name, out=arguments.out, work=work, limit=limit, tiny=arguments.tiny, commit=arguments.commit)
     run(task, part.module, part.function, part.settings)
+    sys.stdout.flush()
+    os._exit(0)  # every row is written: what libraries do at their exit may hang
 
 
 if __name__ == "__main__":

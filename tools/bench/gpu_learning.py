@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from ted_scale.config import Run
 from tools import cut_student, demo, export_hf, new_model, tokenize_corpus, train_tokenizer
-from tools.bench.gpu_task import Skipped
 
 ZERO3 = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3.json"
 ARMS = {"ce": {}, "kd": {}, "ted": {}, "hint": {"method": "ted", "loss": {"preset": "hint"}}}
@@ -51,15 +50,19 @@ TINY = Sizes(
 
 
 def teacher(task, write) -> None:
-    """Text, tokenizer, shards, teacher, the students' start; what is there already is taken as it is."""
     task.device()
+    prepare(task, write, task.limit)
+
+
+def prepare(task, write, limit: float) -> None:
+    """Text, tokenizer, shards, teacher, the students' start; what is there already is taken as it is."""
     began, folder, sizes = time.monotonic(), task.work / "learning", TINY if task.tiny else FULL
     folder.mkdir(parents=True, exist_ok=True)
     write_corpus(folder, sizes)
-    seconds = seconds_of_training(task.limit - (time.monotonic() - began) - 30, task)
     if not (folder / "student").exists():
+        seconds = seconds_of_training(limit - (time.monotonic() - began) - 30, task)
         found = train_for(folder, sizes, start_ranks(), seconds, "teacher", "ce", student="untrained", init="random")
-        write_found(write, "teacher", found, folder, sizes)
+        write_found(write, "teacher", found, sizes)
         keep_teacher(folder, sizes)
 
 
@@ -108,23 +111,21 @@ def keep_teacher(folder: Path, sizes: Sizes) -> None:
 
 
 def students(task, write) -> None:
+    """On a machine where no teacher is left of an earlier call, half of the time makes one."""
     began, folder, sizes = time.monotonic(), task.work / "learning", TINY if task.tiny else FULL
     task.device()
-    if not (folder / "student").exists():
-        raise Skipped("d.teacher left no teacher in --work; run both in one call")
+    prepare(task, write, task.limit / 2)
     device, left = start_ranks(), task.limit - (time.monotonic() - began)
     seconds = seconds_of_training(0.7 * left / len(ARMS) - 5, task)
     for name, sections in ARMS.items():
-        method = sections.get("method", name)
+        settings = {"method": name, **sections}
         try:
-            found = train_for(folder, sizes, device, seconds, name, method, loss=sections.get("loss", {}))
-        except Exception as error:
+            write_found(write, name, train_for(folder, sizes, device, seconds, name, **settings), sizes)
+        except Exception as error:  # of one method: the others are still worth their time
             write("held-out loss", arm=name, status="failed", reason=f"{type(error).__name__}: {error}")
-            continue
-        write_found(write, name, found, folder, sizes)
 
 
-def write_found(write, arm: str, found: dict, folder: Path, sizes: Sizes) -> None:
+def write_found(write, arm: str, found: dict, sizes: Sizes) -> None:
     where = {"arm": arm, "sizes": f"{sizes.tokens_per_step} tokens a step of {sizes.seq_len}, V={sizes.vocabulary}"}
     for figure, (value, unit) in found.items():
         write(figure, value, unit, **where)

@@ -36,6 +36,9 @@ def make_filters(plan: Plan, device: torch.device) -> torch.nn.ModuleList:
     def pair():
         filter_s = torch.nn.Linear(plan.student.width, plan.width, device=device)
         filter_t = torch.nn.Linear(plan.teacher.width, plan.width, device=device, dtype=torch.bfloat16)
+        for linear in (filter_s, filter_t):
+            torch.nn.init.eye_(linear.weight)
+            torch.nn.init.zeros_(linear.bias)
         return torch.nn.ModuleList([filter_s, filter_t.requires_grad_(False)])
 
     return torch.nn.ModuleList(pair() for _ in plan.pairs)
@@ -80,6 +83,8 @@ def losses(plan: Plan, weights, batch, out, said, filters):
 
 
 def layer(plan: Plan, k: int, out, said, pair, call: dict):
+    """hidden_states begins with the embeddings, and its last one is behind the final norm: a pair of last blocks costs the
+    same and says something else."""
     block_s, block_t = plan.pairs[k]
     (filter_s, filter_t), kind = pair, plan.run.loss.kind
     h_s, h_t = (side.hidden_states[b + 1].flatten(0, 1) for side, b in ((out, block_s), (said, block_t)))
