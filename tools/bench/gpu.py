@@ -50,6 +50,11 @@ def step_part(shape: str, method: str, seconds: float) -> Part:
     return Part(f"c.{shape}.{method}", seconds, "gpu_step", "measure", {"shape": shape, "method": method})
 
 
+def bench_part(name: str, seconds: float, script: str, words: str, tiny: str) -> Part:
+    settings = {"script": script, "words": words.split(), "tiny": tiny.split()}
+    return Part(name, seconds, "gpu_machine", "bench", settings)
+
+
 PARTS = [
     Part("a.machine", 60, "gpu_machine", "machine", {}),
     Part("a.tests", 75, "gpu_machine", "tests", {}),
@@ -64,6 +69,15 @@ PARTS = [
     Part("d.teacher", 110, "gpu_learning", "teacher", {}),
     Part("d.students", 150, "gpu_learning", "students", {}),
     Part("a.rest", 240, "gpu_machine", "tests", {}),
+    Part("e.chunks", 60, "gpu_losses", "chunk_sizes", {}),
+    bench_part(
+        "e.attention",
+        90,
+        "attention.py",
+        "--device cuda --length 8192 --heads 32 8 --width 128",
+        "--length 256 --turns 1",
+    ),
+    bench_part("e.saving", 90, "saving.py", "--megabytes 4000 --rounds 2", "--megabytes 5 --rounds 1"),
 ]
 NAMES = [part.name for part in PARTS]
 

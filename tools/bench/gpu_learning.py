@@ -10,7 +10,6 @@ import json
 import shutil
 import statistics
 import sysconfig
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,16 +50,17 @@ TINY = Sizes(
 
 def teacher(task, write) -> None:
     task.device()
-    prepare(task, write, task.limit)
+    prepare(task, write, 0.0)
 
 
-def prepare(task, write, limit: float) -> None:
-    """Text, tokenizer, shards, teacher, the students' start; what is there already is taken as it is."""
-    began, folder, sizes = time.monotonic(), task.work / "learning", TINY if task.tiny else FULL
+def prepare(task, write, until: float) -> None:
+    """Text, tokenizer, shards, teacher, the students' start; what is there already is taken as it is. `until` is what the task
+    may have left then."""
+    folder, sizes = task.work / "learning", TINY if task.tiny else FULL
     folder.mkdir(parents=True, exist_ok=True)
     write_corpus(folder, sizes)
     if not (folder / "student").exists():
-        seconds = seconds_of_training(limit - (time.monotonic() - began) - 30, task)
+        seconds = seconds_of_training(task.left - until - 30, task)
         found = train_for(folder, sizes, start_ranks(), seconds, "teacher", "ce", student="untrained", init="random")
         write_found(write, "teacher", found, sizes)
         keep_teacher(folder, sizes)
@@ -85,7 +85,7 @@ def write_corpus(folder: Path, sizes: Sizes) -> None:
     if not text.exists():
         write_text(text, sizes)
     if not tokenizer.exists():
-        words = ["--vocab-size", sizes.vocabulary, "--sample-mb", 10, "--out", tokenizer, text]
+        words = ["--vocab-size", sizes.vocabulary, "--sample-mb", 5, "--out", tokenizer, text]
         train_tokenizer.main([str(word) for word in words])
     if not (shards / "python.idx").exists():
         tokenize_corpus.main(["--tokenizer", str(tokenizer), "--out", str(shards / "python"), str(text)])
@@ -112,11 +112,11 @@ def keep_teacher(folder: Path, sizes: Sizes) -> None:
 
 def students(task, write) -> None:
     """On a machine where no teacher is left of an earlier call, half of the time makes one."""
-    began, folder, sizes = time.monotonic(), task.work / "learning", TINY if task.tiny else FULL
+    folder, sizes = task.work / "learning", TINY if task.tiny else FULL
     task.device()
     prepare(task, write, task.limit / 2)
-    device, left = start_ranks(), task.limit - (time.monotonic() - began)
-    seconds = seconds_of_training(0.7 * left / len(ARMS) - 5, task)
+    device = start_ranks()
+    seconds = seconds_of_training(0.7 * task.left / len(ARMS) - 5, task)
     for name, sections in ARMS.items():
         settings = {"method": name, **sections}
         try:
@@ -152,6 +152,7 @@ def speed(folder: Path, sizes: Sizes, device, name: str, method: str, **more) ->
     """(seconds of stage I, seconds of a step of the other), by a run of a few steps; the first of each allocate and compile."""
     run = run_of(folder, sizes, f"{name}-speed", method, LEAST_STEPS if sizes is TINY else SPEED_STEPS, **more)
     spent = milliseconds(trained(run, device))
+    shutil.rmtree(run.folder)
     stages = [spent[: run.filters.steps], spent[run.filters.steps :]] if method == "ted" else [[], spent]
     of_filters, of_student = (statistics.median(s[len(s) // 4 :]) / 1e3 if s else 0.0 for s in stages)
     return of_filters * len(stages[0]), of_student

@@ -10,9 +10,10 @@ from ted_scale.kernels.formulas import LogitLoss
 from ted_scale.kernels.linear_kl_ce import row_losses, rows_of_chunk
 from tools.bench import losses
 from tools.bench.gpu_machine import best, copy_rate
-from tools.bench.loss_arms import ARMS, means, normal
+from tools.bench.loss_arms import ARMS, logit_case, means, normal, ours_kl_ce
 
 TINY = {"tokens": 128, "d_s": 32, "d_t": 64, "vocab": 512, "width": 32, "pairs": 2}
+CHUNKS = (512, 768, 1024, 2048)
 ROW_BYTES = 18  # a logit: both sides' fp32 read for the losses and read again for the gradient, which is 16 bits
 
 
@@ -55,6 +56,15 @@ def gradient_error(task, write) -> None:
     for row in losses.gradient_errors(Namespace(device=task.device(), arms=None)):
         end = {"status": "failed", "reason": row.failed} if row.failed else {}
         write("gradient error", row.gradient_error, "", arm=row.arm, sizes=row.sizes, **end)
+
+
+def chunk_sizes(task, write) -> None:
+    """What the chunk's budget is worth: more tokens re-read the weights less often and need more scratch."""
+    device = task.device()
+    case = logit_case("linear_kl_ce", arguments(task, device, "cuda", []), torch.bfloat16, device)
+    arms = {f"{n} tokens": lambda n=n: ours_kl_ce(chunk_tokens=n) for n in ((64, 128) if task.tiny else CHUNKS)}
+    for row in losses.case_rows(case, arms, device, 2 if task.tiny else 10):
+        write_loss(write, row)
 
 
 def row_kernel(task, write) -> None:

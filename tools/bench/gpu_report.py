@@ -11,7 +11,6 @@ from typing import NamedTuple
 FACTS = ("hardware", "torch", "triton", "deepspeed", "transformers", "liger", "python", "commit")
 COLUMNS = ("part", "figure", "arm", "value", "unit", "sizes", "status", "reason", "tiny", *FACTS)
 PART = "part"  # the figure of a part's own row
-LONGEST = 10  # rows of a table that are shown; all stand in the CSV
 
 
 class Row(NamedTuple):
@@ -86,8 +85,8 @@ def write_page(page: Path, rows: list[dict], order: list[str]) -> None:
     newest = newest_rows(rows)
     of_speed = ["", *targets(newest)] if rows and not rows[-1]["tiny"] else []
     lines = ["# One GPU, one command", "", *about(rows), *of_speed, "", *parts(newest, order)]
-    for name in order:
-        lines += part_table(name, [row for row in newest if row["part"] == name])
+    for letter in dict.fromkeys(name[0] for name in order):
+        lines += group([row for row in newest if row["part"][0] == letter and row["figure"] != PART])
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -139,30 +138,41 @@ def parts(rows: list[dict], order: list[str]) -> list[str]:
     return lines
 
 
-def part_table(name: str, rows: list[dict]) -> list[str]:
-    """Figures down, arms across; what has no value is a line with its reason."""
-    rows = [row for row in rows if row["figure"] != PART]
-    tests = [row for row in rows if row["arm"] == "passed"]
-    valued = [row for row in rows if row["value"] and row["status"] == "ok" and row not in tests]
-    valued = [row for row in valued if not row["figure"].startswith("op ")]
-    without = [row for row in rows if row["status"] != "ok"]
-    if not (valued or without or tests):
-        return []
-    sizes = next((row["sizes"] for row in rows if row["sizes"]), "")
-    lines = ["", f"## {name}{f' ({sizes})' if sizes else ''}", ""]
-    if valued:
-        lines += grid(valued)
-    if tests:
-        lines += [f"{len(tests)} tests passed in {sum(float(row['value']) for row in tests):.0f} s"]
-    lines += [""] if (valued or tests) and without else []
-    lines += [f"* {row['figure']} {row['arm']}: {row['status']}, {row['reason']}" for row in without[:LONGEST]]
-    return lines + ([f"* and {len(without) - LONGEST} more"] if len(without) > LONGEST else [])
+def group(rows: list[dict]) -> list[str]:
+    """Figures across, parts and their arms down; below it what was told in words, and what has no value and why."""
+    passed = [row for row in rows if row["arm"] == "passed"]
+    good = [row for row in rows if row["status"] == "ok" and row not in passed]
+    valued = [row for row in good if row["value"] and not row["figure"].startswith("op ")]
+    lines = ["", *table(valued)] if valued else []
+    told = [f"* {row['part']}: {row['reason']}" for row in good if not row["value"]]
+    if passed:
+        told.append(f"* {len(passed)} tests passed in {sum(float(row['value']) for row in passed):.0f} s")
+    told += without_value([row for row in rows if row["status"] != "ok"])
+    return [*lines, "", *told] if told else lines
 
 
-def grid(rows: list[dict]) -> list[str]:
-    arms, figures = (list(dict.fromkeys(row[key] for row in rows)) for key in ("arm", "figure"))
-    cells = {(row["figure"], row["arm"]): f"{float(row['value']):.4g} {row['unit']}" for row in rows}
-    down, across = (figures, arms) if len(arms) <= len(figures) else (arms, figures)
-    cell = (lambda a, b: cells.get((a, b), "")) if down is figures else (lambda a, b: cells.get((b, a), ""))
-    head = ["| | " + " | ".join(across) + " |", "| --- |" + " --- |" * len(across)]
-    return head + [f"| {a} | " + " | ".join(cell(a, b) for b in across) + " |" for a in down[: 3 * LONGEST]]
+def table(rows: list[dict]) -> list[str]:
+    figures = list(dict.fromkeys(f"{row['figure']}{f' [{unit}]' if (unit := row['unit']) else ''}" for row in rows))
+    cells, sizes = {}, {}
+    for row in rows:
+        place = f"{row['part']} {row['arm']}".strip()
+        cells[place, row["figure"]] = f"{float(row['value']):.4g}"
+        sizes[place] = sizes.get(place) or row["sizes"]
+    names = [figure.partition(" [")[0] for figure in figures]
+    head = [f"| | {' | '.join(figures)} | |", "| --- |" + " --- |" * (len(figures) + 1)]
+    return head + [
+        f"| {at} | {' | '.join(cells.get((at, n), '') for n in names)} | {said} |" for at, said in sizes.items()
+    ]
+
+
+def without_value(rows: list[dict]) -> list[str]:
+    """One line a reason, however many figures have it."""
+    reasons: dict[tuple, list[str]] = {}
+    for row in rows:
+        reasons.setdefault((row["part"], row["status"], row["reason"]), []).append(
+            f"{row['figure']} {row['arm']}".strip()
+        )
+    return [
+        f"* {part}: {named[0]}{f' and {len(named) - 1} more' if named[1:] else ''}: {status}, {reason}"
+        for (part, status, reason), named in reasons.items()
+    ]

@@ -3,7 +3,7 @@
 import importlib
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +31,11 @@ class Task:
     limit: float  # seconds; the process is killed after them
     tiny: bool
     commit: str
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        return self.limit - (time.monotonic() - self.began)
 
     @property
     def rows(self) -> Path:
@@ -53,7 +58,7 @@ class Task:
 
 def run(task: Task, module: str, function: str, settings: dict) -> None:
     """Its rows as they come, its own row last."""
-    began, facts = time.monotonic(), surroundings(task)
+    facts = surroundings(task)
     write = partial(write_row, task, facts)
     try:
         getattr(importlib.import_module(f"tools.bench.{module}"), function)(task, write, **settings)
@@ -62,7 +67,7 @@ def run(task: Task, module: str, function: str, settings: dict) -> None:
         traceback.print_exc()
         words = str(error) if isinstance(error, (*ENDS, UserError)) else f"{type(error).__name__}: {error}"
         end = {"status": ENDS.get(type(error), "failed"), "reason": words}
-    write(PART, time.monotonic() - began, "s", **end)
+    write(PART, time.monotonic() - task.began, "s", **end)
 
 
 def write_row(task: Task, facts: dict, figure: str, value=None, unit: str = "", **more) -> None:

@@ -23,7 +23,7 @@ def write_trace(step: Callable, device: torch.device, write) -> None:
             torch.cuda.synchronize()
     events = list(recorded.events())
     host = [event for event in events if event.device_type == DeviceType.CPU]
-    waits = [event for event in host if event.name in WAITS and inside(event, host)]
+    waits = waits_of(host)
     write("synchronizations a step", len(waits) / STEPS, "")
     spans = kernels(events, host) if on_gpu else []
     if spans:
@@ -34,10 +34,11 @@ def write_trace(step: Callable, device: torch.device, write) -> None:
         write(f"op {place:02}", milliseconds / STEPS, "ms", reason=f"{calls / STEPS:g} x {name}")
 
 
-def inside(event, host) -> bool:
-    """Not one of the profiler's own, before and after the steps."""
-    marks = [e.time_range for e in host if e.name == MARK]
-    return any(m.start <= event.time_range.start <= m.end for m in marks)
+def waits_of(host) -> list:
+    """Without the profiler's own, before and after the steps."""
+    steps = [event.time_range for event in host if event.name == MARK]
+    waits = [event for event in host if event.name in WAITS]
+    return [w for w in waits if any(step.start <= w.time_range.start <= step.end for step in steps)]
 
 
 def kernels(events, host) -> list[tuple[str, float, float]]:

@@ -94,7 +94,11 @@ def operation_rows(operation: str, arguments: Namespace) -> list[Row]:
     make, fixed = (layers_case if layers else logit_case), ({"kl_weight": 0.0} if operation == "linear_ce" else {})
     case = make(operation, arguments, getattr(torch, arguments.dtype), device, **fixed)
     repeats = arguments.repeats or REPEATS[device][layers]
-    steps, rows = measure(case, chosen(ARMS[operation], arguments), device, repeats)
+    return case_rows(case, chosen(ARMS[operation], arguments), device, repeats)
+
+
+def case_rows(case: Case, arms: dict[str, Callable], device: str, repeats: int) -> list[Row]:
+    steps, rows = measure(case, arms, device, repeats)
     for row in rows:  # after all times: the meter on CPU is torch's profiler
         attempt(row, lambda row=row: weigh(case, steps[row.arm], row, device), case, device)
         row.gradient = None
