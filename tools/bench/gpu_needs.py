@@ -7,6 +7,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from ted_scale.errors import UserError
+
 ROOTS = ("ted_scale", "liger-kernel", "pytest")  # Liger is an arm of the losses; the rest works without it
 UNUSED = {"wandb", "huggingface-hub"}  # wandb: no run of the bench has a [wandb]; the hub comes with transformers
 OTHER_PYTHON = Path(__file__).resolve().parents[2] / ".ci" / "python312.txt"
@@ -14,6 +16,8 @@ OTHER_PYTHON = Path(__file__).resolve().parents[2] / ".ci" / "python312.txt"
 
 def needs(freeze: str) -> str:
     """Lines for `pip download --no-deps -r`."""
+    if freeze and not Path(freeze).is_file():
+        raise UserError(f"--needs must name a file that `pip freeze` wrote, but {freeze} is none; leave it out for all")
     there = set(versions_in(Path(freeze).read_text(encoding="utf-8"))) if freeze else set()
     pinned = versions_in(OTHER_PYTHON.read_text(encoding="utf-8"))
     names = sorted(closure(ROOTS) - {canonical(name) for name in ROOTS[:1]} - there)
