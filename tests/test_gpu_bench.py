@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from plain import build, make_batch, make_world, run_step
+from torch.autograd import DeviceType
 
 from ted_scale.processes import parent_of
 from tools.bench import gpu, gpu_report, gpu_task, gpu_trace, plain_step
@@ -162,6 +163,31 @@ def test_the_device_is_idle_where_no_stream_has_a_kernel():
     assert gpu_trace.idle_share([(0, 2), (2, 4)]) == 0
 
 
+def test_of_a_trace_only_the_device_s_own_work_and_the_steps_own_waits_count():
+    def event(device, name, start, end):
+        return types.SimpleNamespace(
+            device_type=device, name=name, time_range=types.SimpleNamespace(start=start, end=end)
+        )
+
+    cpu, cuda, wait = DeviceType.CPU, DeviceType.CUDA, gpu_trace.WAITS[0]
+    host = [
+        event(cpu, gpu_trace.MARK, 10, 50),
+        event(cpu, wait, 20, 21),
+        event(cpu, wait, 60, 61),
+        event(cpu, "aten::mm", 12, 13),
+    ]
+    device = [
+        event(cuda, gpu_trace.MARK, 10, 50),
+        event(cuda, "gemm", 15, 25),
+        event(cuda, "gemm", 30, 34),
+        event(cuda, "copy", 40, 41),
+    ]
+    spans = gpu_trace.kernels(host + device, host)
+    assert spans == [("gemm", 15, 25), ("gemm", 30, 34), ("copy", 40, 41)]
+    assert gpu_trace.longest(spans) == [("gemm", (0.014, 2)), ("copy", (0.001, 1))]
+    assert len(gpu_trace.waits_of(host)) == 1
+
+
 def test_needs_are_what_the_other_machine_has_not(tmp_path):
     (tmp_path / "freeze.txt").write_text("torch==2.11.0\ntyping_extensions==4\nPyYAML\n")
     done = call("--needs", tmp_path / "freeze.txt")
@@ -186,7 +212,7 @@ def test_plain_s_losses_are_ours(tmp_path):
     batch, weights = make_batch(), parts.stage.weights(parts.stage.first_step)
     (ours,), gradients = run_step(parts, [batch], weights)
     student, teacher = parts.student.network, parts.teacher.engine.network
-    filters = [(parts.student.filters_s[0], parts.student.fixed[0][0])]
+    filters = [(parts.student.filters_s[0], parts.student.filters_t[0])]
     student.zero_grad()
     wants = {"use_cache": False, "output_hidden_states": True}
     out, said = (network(batch.tokens_BT, **wants) for network in (student, teacher))
