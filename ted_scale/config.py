@@ -29,10 +29,12 @@ class Section(BaseModel):
 
 class Model(Section):
     path: str = Field(description="local folder or hub id of a causal LM with safetensors weights")
+    init: Literal["weights", "random"] = Field(
+        "weights", description="random: the folder has a config.json alone; of a teacher only for measurements"
+    )
 
 
 class Student(Model):
-    init: Literal["weights", "random"] = "weights"
     gradient_checkpointing: bool = False
 
 

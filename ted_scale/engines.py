@@ -80,7 +80,8 @@ def build_teacher(plan: Plan):
 
     config = engine_config(plan, plan.teacher)
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
-    network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision])
+    start = {"init": plan.run.teacher.init, "seed": plan.run.seed + 1}  # another one than the student's
+    network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision], **start)
     body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
     zero_hooks.mend()
     zero_hooks.blocks_at_once(network.get_submodule(plan.teacher.blocks))

@@ -12,7 +12,7 @@ from pathlib import Path
 from ted_scale import checkpoint_files as files
 from ted_scale import feed, resume, standing
 from ted_scale.checkpoint_files import Progress
-from ted_scale.config import Run
+from ted_scale.config import Model, Run
 from ted_scale.corpora import read_corpus
 from ted_scale.data import open_held_out, open_stream, text_lengths
 from ted_scale.ds_config import load_ds_config
@@ -82,8 +82,8 @@ class Plan:
 def make_plan(run: Run, world: int) -> Plan:
     ds_config = load_ds_config(run.ds_config)
     accumulation = derive_accumulation(run, world)
-    teacher = inspect("teacher.path", run.teacher.path) if run.teacher and run.method != "ce" else None
-    student = inspect("student.path", run.student.path, needs_weights=run.student.init == "weights")
+    teacher = look_at("teacher", run.teacher) if run.teacher and run.method != "ce" else None
+    student = look_at("student", run.student)
     if teacher:
         check_same_tokenizer(student, teacher)
     vocabulary = min(a.vocab_size for a in (student, teacher) if a)
@@ -105,6 +105,10 @@ def make_plan(run: Run, world: int) -> Plan:
     if run.filters.from_run and run.method == "ted":
         files.check_filters(plan.filters_file, plan.filters_identity())
     return plan
+
+
+def look_at(side: str, model: Model) -> Anatomy:
+    return inspect(f"{side}.path", model.path, needs_weights=model.init == "weights")
 
 
 def derive_accumulation(run: Run, world: int) -> int:

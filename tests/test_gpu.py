@@ -23,7 +23,7 @@ SETTINGS = {"filters": {"steps": 4}, "train": {"steps": 6}}
 def trained(root, name: str, *, cpu: bool = False, **sections) -> list[float]:
     run = make_run(root, name=name, **{**SETTINGS, **sections})
     env = {**os.environ, "DS_ACCELERATOR": "cpu" if cpu else "cuda"}
-    done = pretrain("--config", write_run(root / f"{name}.toml", run), ranks=1, env=env)
+    done = pretrain("--config", write_run(root / f"{name}.toml", run), env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     return [row["loss/total"] for row in rows if "loss/total" in row]

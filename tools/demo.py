@@ -126,23 +126,31 @@ def trained(config: Path) -> bool:
 
 
 def collect_text() -> None:
-    """One document a source file, ordered by a hash of its name so that the held-out end is of every kind."""
     library = Path(sysconfig.get_path("stdlib"))
+    write_sources(library, source_names(library), TEXT, TEXT_BYTES)
+
+
+def source_names(library: Path) -> list[Path]:
+    """Ordered by a hash, so that the held-out end is of every kind."""
     names = [path.relative_to(library) for kind in ("py", "txt", "rst") for path in library.rglob(f"*.{kind}")]
     names = [name for name in names if not LEFT_OUT & set(name.parts)]
-    names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
-    part, size, count = TEXT.with_suffix(".part"), 0, 0
+    return sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+
+
+def write_sources(library: Path, names: list[Path], text: Path, limit: int) -> None:
+    """One document a source file, those that fit into `limit` characters."""
+    part, size, count = text.with_suffix(".part"), 0, 0
     with part.open("w", encoding="utf-8") as file:
         for name in names:
-            text = (library / name).read_bytes().decode("utf-8", errors="replace")
-            if size + len(text) <= TEXT_BYTES:
-                file.write(json.dumps({"text": text, "source": name.as_posix()}) + "\n")
-                size, count = size + len(text), count + 1
-    if size < TEXT_BYTES // 4:
-        raise UserError(f"the standard library must hold {TEXT_BYTES // 4:,} characters of source, but {library} "
-                        f"holds {size:,}; run the demo with another Python")  # fmt: skip
-    part.rename(TEXT)
-    print(f"{count:,} files, {size:,} characters of {library} -> {TEXT}")
+            source = (library / name).read_bytes().decode("utf-8", errors="replace")
+            if size + len(source) <= limit:
+                file.write(json.dumps({"text": source, "source": name.as_posix()}) + "\n")
+                size, count = size + len(source), count + 1
+    if size < limit // 4:
+        raise UserError(f"the Python library must hold {limit // 4:,} characters of source, but {library} holds "
+                        f"{size:,}; use another Python")  # fmt: skip
+    part.rename(text)
+    print(f"{count:,} files, {size:,} characters of {library} -> {text}")
 
 
 def write_sample() -> None:

@@ -124,11 +124,17 @@ ARMS = {
 }
 
 
-def naive_kl_ce(*, h_s, w_s, h_t, w_t, labels, token_weight, denom, kl_weight, ce_weight):
+def naive_kl_ce(*, h_s, w_s, h_t, w_t, **call):
     """As trainers have it: logits in the model's type, the losses on their fp32 copies."""
-    z_s, z_t = functional.linear(h_s, w_s).float(), functional.linear(h_t, w_t).float()
-    rows = functional.kl_div(z_s.log_softmax(-1), z_t.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-    rows = kl_weight * rows
+    return plain_kl_ce(functional.linear(h_s, w_s).float(), functional.linear(h_t, w_t).float(), **call)
+
+
+def plain_kl_ce(z_s, z_t, *, labels, token_weight, denom, kl_weight, ce_weight):
+    """A term without a weight is not computed; without a teacher there is none but CE."""
+    rows = 0.0
+    if kl_weight:
+        kl = functional.kl_div(z_s.log_softmax(-1), z_t.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        rows = kl_weight * kl
     if ce_weight:
         rows = rows + ce_weight * functional.cross_entropy(z_s, labels, reduction="none")
     return (rows * token_weight).sum() / denom

@@ -26,9 +26,10 @@ from tools.bench import loss_report
 from tools.bench.loss_arms import ARMS, Case, kl_ce_arms, layers_case, logit_case, means, normal
 from tools.bench.memory import peak_bytes
 
-SIZES = {
+SIZES = {  # a device's own, and the one that Liger published rows of
     "cpu": {"tokens": 2048, "d_s": 512, "d_t": 512, "vocab": 32000, "width": 512, "pairs": 8},
     "cuda": {"tokens": 8192, "d_s": 2048, "d_t": 4096, "vocab": 128256, "width": 2048, "pairs": 16},
+    "liger": {"tokens": 8192, "d_s": 4096, "d_t": 4096, "vocab": 128256, "width": 4096, "pairs": 16},
 }
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 REPEATS = {"cpu": (5, 25), "cuda": (20, 20)}  # of logit losses, of layer losses: those are 20 times shorter
@@ -93,7 +94,11 @@ def operation_rows(operation: str, arguments: Namespace) -> list[Row]:
     make, fixed = (layers_case if layers else logit_case), ({"kl_weight": 0.0} if operation == "linear_ce" else {})
     case = make(operation, arguments, getattr(torch, arguments.dtype), device, **fixed)
     repeats = arguments.repeats or REPEATS[device][layers]
-    steps, rows = measure(case, chosen(ARMS[operation], arguments), device, repeats)
+    return case_rows(case, chosen(ARMS[operation], arguments), device, repeats)
+
+
+def case_rows(case: Case, arms: dict[str, Callable], device: str, repeats: int) -> list[Row]:
+    steps, rows = measure(case, arms, device, repeats)
     for row in rows:  # after all times: the meter on CPU is torch's profiler
         attempt(row, lambda row=row: weigh(case, steps[row.arm], row, device), case, device)
         row.gradient = None
@@ -102,7 +107,8 @@ def operation_rows(operation: str, arguments: Namespace) -> list[Row]:
 
 def parse() -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=DTYPES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=SIZES, help="the defaults of the sizes below; default: the device's")
     parser.add_argument("--only", nargs="+", choices=[*OPERATIONS, "gradient_error"], default=OPERATIONS)
     parser.add_argument("--arms", nargs="+", help="these alone; naive is what ratios are to")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
@@ -115,7 +121,7 @@ def parse() -> Namespace:
     for name in SIZES["cpu"]:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     arguments = parser.parse_args()
-    defaults = SIZES[arguments.device] | {"dtype": DTYPES[arguments.device]}
+    defaults = SIZES[arguments.size or arguments.device] | {"dtype": DTYPES[arguments.device]}
     for name, value in defaults.items():
         setattr(arguments, name, getattr(arguments, name) or value)
     arguments.gradient_error |= "gradient_error" in arguments.only

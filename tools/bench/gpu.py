@@ -1,0 +1,242 @@
+"""Everything that waits for a GPU, in one command: python tools/bench/gpu.py --minutes 9 --out FOLDER
+
+The most valuable first, each part in a process of its own with a limit of its own: what fails, hangs or is killed costs its
+own rows alone. rows.csv grows as values come, summary.md is written anew after each part, log.txt has every word. The same
+command again goes on: parts that were never begun first, then those that did not end well. `--tiny` rehearses all of it on
+a CPU; `--needs` lists what a machine without a network must be brought.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder is on the path, its parent is not
+
+from ted_scale.errors import UserError, run_main
+from ted_scale.processes import PROC
+from tools.bench import gpu_report
+from tools.bench.gpu_needs import needs
+from tools.bench.gpu_report import PART, Row
+from tools.bench.gpu_task import Task, run
+
+ROOT = Path(__file__).resolve().parents[2]
+LOG_BYTES = 400_000  # of one part
+LEAST = 20.0  # seconds: a part that would have fewer is not begun
+
+REHEARSAL = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+class Part(NamedTuple):
+    name: str
+    seconds: float  # at most
+    module: str
+    function: str
+    settings: dict
+
+
+def logit_part(name: str, seconds: float, operation: str, size: str) -> Part:
+    return Part(name, seconds, "gpu_losses", "operation", {"operation": operation, "size": size})
+
+
+def step_part(shape: str, method: str, seconds: float) -> Part:
+    return Part(f"c.{shape}.{method}", seconds, "gpu_step", "measure", {"shape": shape, "method": method})
+
+
+def bench_part(name: str, seconds: float, script: str, words: str, tiny: str) -> Part:
+    settings = {"script": script, "words": words.split(), "tiny": tiny.split()}
+    return Part(name, seconds, "gpu_machine", "bench", settings)
+
+
+PARTS = [
+    Part("a.machine", 60, "gpu_machine", "machine", {}),
+    Part("a.tests", 75, "gpu_machine", "tests", {}),
+    logit_part("b.kl_ce", 75, "linear_kl_ce", "cuda"),
+    logit_part("b.kl_ce.liger", 75, "linear_kl_ce", "liger"),
+    logit_part("b.filtered_mse", 60, "filtered_mse_nmse", "cuda"),
+    logit_part("b.ce", 60, "linear_ce", "liger"),
+    Part("b.rows", 40, "gpu_losses", "row_kernel", {}),
+    Part("b.gradient_error", 40, "gpu_losses", "gradient_error", {}),
+    *(step_part("8b", method, 90) for method in ("kd", "ted", "ce")),
+    *(step_part("smollm2", method, 60) for method in ("kd", "ted", "ce")),
+    Part("d.teacher", 110, "gpu_learning", "teacher", {}),
+    Part("d.students", 150, "gpu_learning", "students", {}),
+    Part("a.rest", 240, "gpu_machine", "tests", {}),
+    Part("e.chunks", 60, "gpu_losses", "chunk_sizes", {}),
+    bench_part(
+        "e.attention",
+        90,
+        "attention.py",
+        "--device cuda --length 8192 --heads 32 8 --width 128",
+        "--length 256 --turns 1",
+    ),
+    bench_part("e.saving", 90, "saving.py", "--megabytes 4000 --rounds 2", "--megabytes 5 --rounds 1"),
+]
+NAMES = [part.name for part in PARTS]
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.needs is not None:
+        print(needs(arguments.needs))
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.part:
+        run_part(arguments)
+        return
+    take_over(arguments.resume, arguments.out / "rows.csv")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends this command ends the part it waits for
+    with scratch(arguments.work) as work:
+        run_all(arguments, work)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=9, help="for all of it")
+    parser.add_argument("--out", type=Path, help="folder of rows.csv, summary.md and log.txt")
+    parser.add_argument("--only", nargs="+", default=[], metavar="b.kl_ce", help="these parts, or those that begin so")
+    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU, with tiny sizes")
+    parser.add_argument("--resume", type=Path, metavar="ROWS.csv", help="go on from the rows of an earlier call")
+    parser.add_argument("--commit", default="", help="of the code, where there is no git to ask")
+    parser.add_argument("--work", type=Path, help="folder for models and corpora; default: a temporary one")
+    parser.add_argument("--needs", nargs="?", const="", metavar="FREEZE.txt", help="packages to bring; FREEZE.txt: "
+                        "`pip freeze` of the machine that has the GPU")  # fmt: skip
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.needs is None and arguments.out is None:
+        raise UserError("--out must name a folder for the results, but is not there; add --out FOLDER")
+    unknown = [word for word in arguments.only if not any(name.startswith(word) for name in NAMES)]
+    if unknown:
+        raise UserError(f"--only must name parts ({', '.join(NAMES)}), but has '{unknown[0]}'")
+    return arguments
+
+
+def take_over(resume: Path | None, rows: Path) -> None:
+    """The rows of an earlier call, wherever they are, become those of this one."""
+    if resume is None or resume.resolve() == rows.resolve():
+        return
+    if not resume.is_file():
+        raise UserError(f"--resume must name the rows.csv of an earlier call, but {resume} is no file")
+    if rows.exists():
+        raise UserError(
+            f"--resume must come with a new --out, but {rows} is there; leave --resume out to go on from it"
+        )
+    shutil.copyfile(resume, rows)
+
+
+@contextlib.contextmanager
+def scratch(work: Path | None):
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
+        return
+    with tempfile.TemporaryDirectory(prefix="ted_scale_gpu_") as folder:
+        yield Path(folder)
+
+
+def run_all(arguments, work: Path) -> None:
+    deadline, rows = time.monotonic() + 60 * arguments.minutes, arguments.out / "rows.csv"
+    try:
+        for part in todo(gpu_report.read(rows), arguments):
+            left = deadline - time.monotonic()
+            if left < LEAST:
+                break
+            limit = min(left, 180 if arguments.tiny else part.seconds)  # two busy cores are no GPU
+            print(f"{part.name}: up to {limit:.0f} s", flush=True)
+            run_in_its_process(part, limit, arguments, work)
+            gpu_report.write_page(arguments.out / "summary.md", gpu_report.read(rows), NAMES)
+    finally:
+        gpu_report.write_page(arguments.out / "summary.md", gpu_report.read(rows), NAMES)
+    print((arguments.out / "summary.md").read_text(encoding="utf-8"))
+
+
+def todo(rows: list[dict], arguments) -> list[Part]:
+    """What did not end well yet, the parts that were never begun first."""
+    ends = gpu_report.last_status(rows, "tiny" if arguments.tiny else "")
+    chosen = [p for p in PARTS if not arguments.only or p.name.startswith(tuple(arguments.only))]
+    return sorted([p for p in chosen if ends.get(p.name) != "ok"], key=lambda p: p.name in ends)
+
+
+def run_in_its_process(part: Part, limit: float, arguments, work: Path) -> None:
+    log, began, mark = arguments.out / "log.txt", time.monotonic(), f"TED_SCALE_BENCH={os.getpid()}.{part.name}"
+    start = log.stat().st_size if log.exists() else 0
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"\n===== {part.name}, up to {limit:.0f} s\n")
+        file.flush()
+        process = subprocess.Popen(
+            command(part, limit, arguments, work), cwd=ROOT, env=environment(arguments.tiny, mark),
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        code = process.wait(timeout=limit)
+        reason = "" if code == 0 else f"its process ended with exit code {code}; see log.txt"
+    except subprocess.TimeoutExpired:
+        reason = f"killed at its limit of {limit:.0f} s"
+    finally:
+        end(process, mark)
+    trim(log, start)
+    if reason:
+        facts = dict.fromkeys(gpu_report.FACTS, "") | {"tiny": "tiny" if arguments.tiny else ""}
+        row = Row(part.name, PART, value=time.monotonic() - began, unit="s", status="failed", reason=reason)
+        gpu_report.append(arguments.out / "rows.csv", [row], facts)
+
+
+def command(part: Part, limit: float, arguments, work: Path) -> list[str]:
+    words = [sys.executable, __file__, "--part", part.name, "--limit", limit, "--out", arguments.out.absolute()]
+    words += ["--work", work.absolute(), "--commit", arguments.commit, *(["--tiny"] if arguments.tiny else [])]
+    return [str(word) for word in words]
+
+
+def environment(tiny: bool, mark: str) -> dict[str, str]:
+    """A rehearsal sees no GPU. Nothing asks a network: a machine without one would wait."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    found = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    found |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"} | dict([mark.split("=")])
+    return found | (REHEARSAL if tiny else {})
+
+
+def end(process: subprocess.Popen, mark: str) -> None:
+    """With all that it started, in whatever sessions and whoever is their parent by now: what keeps the GPU's memory spoils
+    the next part."""
+    for pid in {process.pid, *marked(mark)} if process.poll() is None else marked(mark):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that have the mark in their environment, as children inherit it."""
+    found = []
+    for entry in PROC.glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended, or is another user's
+            found += [int(entry.name)] if mark.encode() in (entry / "environ").read_bytes().split(b"\0") else []
+    return found
+
+
+def trim(log: Path, start: int) -> None:
+    """A part that wrote too much keeps the beginning and the end of it."""
+    words = log.read_bytes()
+    if len(words) - start > LOG_BYTES:
+        head, tail = words[: start + LOG_BYTES // 4], words[-LOG_BYTES // 2 :]
+        log.write_bytes(head + b"\n... left out ...\n" + tail)
+
+
+def run_part(arguments) -> None:
+    part = next(p for p in PARTS if p.name == arguments.part)
+    work, limit = arguments.work, arguments.limit
+    task = Task(part=part.name, out=arguments.out, work=work, limit=limit, tiny=arguments.tiny, commit=arguments.commit)
+    run(task, part.module, part.function, part.settings)
+    sys.stdout.flush()
+    os._exit(0)  # every row is written: what libraries do at their exit may hang
+
+
+if __name__ == "__main__":
+    run_main(main)

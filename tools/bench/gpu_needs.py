@@ -1,0 +1,51 @@
+"""What `tools/bench/gpu.py --needs` lists: packages that the bench runs on, down to what those need, as this environment has
+them, without what the other machine has already."""
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from ted_scale.errors import UserError
+
+ROOTS = ("ted_scale", "liger-kernel", "pytest")  # Liger is an arm of the losses; the rest works without it
+UNUSED = {"wandb", "huggingface-hub"}  # wandb: no run of the bench has a [wandb]; the hub comes with transformers
+OTHER_PYTHON = Path(__file__).resolve().parents[2] / ".ci" / "python312.txt"
+
+
+def needs(freeze: str) -> str:
+    """Lines for `pip download --no-deps -r`."""
+    if freeze and not Path(freeze).is_file():
+        raise UserError(f"--needs must name a file that `pip freeze` wrote, but {freeze} is none; leave it out for all")
+    there = set(versions_in(Path(freeze).read_text(encoding="utf-8"))) if freeze else set()
+    pinned = versions_in(OTHER_PYTHON.read_text(encoding="utf-8"))
+    names = sorted(closure(ROOTS) - {canonical(name) for name in ROOTS[:1]} - there)
+    return "\n".join(f"{name}=={pinned.get(name) or metadata.version(name)}" for name in names)
+
+
+def closure(roots) -> set[str]:
+    """Every distribution that these ask for on Linux, through all of theirs; one that is not installed ends there."""
+    found, todo = set(), [canonical(root) for root in roots]
+    while todo:
+        name = todo.pop()
+        if name in found or name in UNUSED:
+            continue
+        try:
+            asked = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        found.add(name)
+        requirements = [Requirement(text) for text in asked]
+        todo += [canonical(r.name) for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def versions_in(text: str) -> dict[str, str]:
+    """Of a `pip freeze`, or of bare names."""
+    words = re.findall(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[.*?\])?(?:==(\S+))?", text, re.MULTILINE)
+    return {canonical(name): version for name, version in words}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
