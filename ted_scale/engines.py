@@ -10,6 +10,7 @@ import torch
 from ted_scale import checkpoint, replicas, zero_hooks
 from ted_scale.errors import UserError
 from ted_scale.filters import Filter
+from ted_scale.fused import fuse
 from ted_scale.models import Anatomy
 from ted_scale.plan import Plan
 from ted_scale.schedule import Stage
@@ -79,6 +80,7 @@ def build_teacher(plan: Plan):
     config = engine_config(plan, plan.teacher)
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
     network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision])
+    fuse(network, plan.run.fused_blocks)
     body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
     zero_hooks.mend()
     zero_hooks.blocks_at_once(network.get_submodule(plan.teacher.blocks))
@@ -98,7 +100,7 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
         plan, plan.student, gradient_accumulation_steps=plan.accumulation, gradient_clipping=run.train.clip
     )
     network = build_network(plan.student, ds_config=config, dtype=dtype, init=run.student.init, seed=run.seed)
-    network.requires_grad_(not stage.learns_filters)
+    fuse(network, run.fused_blocks).requires_grad_(not stage.learns_filters)
     if run.student.gradient_checkpointing and not stage.learns_filters:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     with sharded_construction(config):

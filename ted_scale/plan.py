@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
-from ted_scale import resume
+from ted_scale import fused, resume
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
 from ted_scale.corpora import read_corpus
@@ -92,6 +92,7 @@ def make_plan(run: Run, world: int) -> Plan:
     vocabulary = min(a.vocab_size for a in (student, teacher) if a)
     matched = match_layers(run.pairs, student, teacher) if run.matches_layers else Matched([], "")
     width = filter_width(run, student, teacher) if run.matches_layers else 0
+    fused.check(run.fused_blocks, {"student": student, "teacher": teacher})
     check_wandb(run)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)
