@@ -63,12 +63,15 @@ def engine_config(plan: Plan, model: Anatomy, **trained) -> dict:
 
 def bucket_sizes(model: Anatomy) -> dict:
     """What DeepSpeed gathers, reduces and updates at once, in elements; the arithmetic is in design note 23."""
+    from deepspeed.accelerator import get_accelerator
+
+    on_cpu = get_accelerator().device_name() == "cpu"
     return {
         "stage3_prefetch_bucket_size": model.block_parameters,  # the next block, whole, while this one computes
         "stage3_max_live_parameters": max(10**9, 3 * model.block_parameters),
         "contiguous_gradients": False,  # a copy of every gradient, in a buffer that reduce-scatter does not read
         "reduce_bucket_size": 2**21,  # small gradients together; a large matrix goes alone, uncopied
-        "sub_group_size": 10**8,  # of an update, which holds its gradients twice in fp32
+        "sub_group_size": 2**22 if on_cpu else 10**8,  # an update copies its gradients; 16 MiB malloc keeps
     }
 
 
