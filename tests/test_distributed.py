@@ -389,6 +389,13 @@ def test_no_weight_is_sent_twice(world):
         assert sum(step["gathered"]) == micro_steps * 2 * (4 * parameters + filters)
 
 
+def test_a_head_that_is_the_embedding_is_sent_once(world):
+    """Of student and teacher, for look-up and projection."""
+    parameters, micro_steps = 128 * 32 + 32 + 2 * 9280, 2
+    for step in result(world, "traffic")["tied"][1:]:
+        assert sum(step["gathered"]) == micro_steps * 2 * 4 * parameters
+
+
 def test_stage_two_needs_no_more_memory_after_stage_one_than_alone(world):
     after, alone = result(world, "stage_two_memory")
     assert abs(after / alone - 1) < 0.02, (after, alone)
