@@ -34,6 +34,7 @@ from ted_scale.checkpoint_files import Progress
 from ted_scale.engines import DTYPES, build_student, build_teacher, check_engine_config
 from ted_scale.errors import Preempted, RunStopped, UserError
 from ted_scale.flops import step_flops
+from ted_scale.fused import describe as describe_blocks
 from ted_scale.guard import Guard
 from ted_scale.loader import Loader
 from ted_scale.plan import Plan, as_dict
@@ -76,6 +77,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     if writes:
         log.info(kernels.describe(plan.run.loss.backend, device))
         log.info(describe_attention(plan, device))
+        log.info(describe_blocks(plan.run.fused_blocks, {"student": plan.student, "teacher": plan.teacher}, device))
     wandb_run = open_wandb(plan.run, progress.wandb_id) if writes else None
     if wandb_run:
         wandb_run.config.update({"plan": redact.cleaned(as_dict(plan))}, allow_val_change=True)

@@ -11,6 +11,7 @@ import torch
 from ted_scale import checkpoint, replicas, zero_hooks
 from ted_scale.errors import UserError
 from ted_scale.filters import Filter
+from ted_scale.fused import fuse
 from ted_scale.models import Anatomy
 from ted_scale.plan import Plan
 from ted_scale.schedule import Stage
@@ -64,12 +65,15 @@ def engine_config(plan: Plan, model: Anatomy, **trained) -> dict:
 
 def bucket_sizes(model: Anatomy) -> dict:
     """What DeepSpeed gathers, reduces and updates at once, in elements; the arithmetic is in design note 23."""
+    from deepspeed.accelerator import get_accelerator
+
+    on_cpu = get_accelerator().device_name() == "cpu"
     return {
         "stage3_prefetch_bucket_size": model.block_parameters,  # the next block, whole, while this one computes
         "stage3_max_live_parameters": max(10**9, 3 * model.block_parameters),
         "contiguous_gradients": False,  # a copy of every gradient, in a buffer that reduce-scatter does not read
         "reduce_bucket_size": 2**21,  # small gradients together; a large matrix goes alone, uncopied
-        "sub_group_size": 10**8,  # of an update, which holds its gradients twice in fp32
+        "sub_group_size": 2**22 if on_cpu else 10**8,  # an update copies its gradients; 16 MiB malloc keeps
     }
 
 
@@ -82,6 +86,7 @@ def build_teacher(plan: Plan):
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
     start = {"init": plan.run.teacher.init, "seed": plan.run.seed + 1}  # another one than the student's
     network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision], **start)
+    fuse(network, plan.run.fused_blocks)
     body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
     zero_hooks.mend()
     zero_hooks.blocks_at_once(network.get_submodule(plan.teacher.blocks))
@@ -101,7 +106,7 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
         plan, plan.student, gradient_accumulation_steps=plan.accumulation, gradient_clipping=run.train.clip
     )
     network = build_network(plan.student, ds_config=config, dtype=dtype, init=run.student.init, seed=run.seed)
-    network.requires_grad_(not stage.learns_filters)
+    fuse(network, run.fused_blocks).requires_grad_(not stage.learns_filters)
     if run.student.gradient_checkpointing and not stage.learns_filters:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     with sharded_construction(config):

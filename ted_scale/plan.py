@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ted_scale import checkpoint_files as files
-from ted_scale import feed, resume, standing
+from ted_scale import feed, fused, resume, standing
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Model, Run
 from ted_scale.corpora import read_corpus
@@ -89,6 +89,7 @@ def make_plan(run: Run, world: int) -> Plan:
     vocabulary = min(a.vocab_size for a in (student, teacher) if a)
     matched = match_layers(run.pairs, student, teacher) if run.matches_layers else Matched([], "")
     width = filter_width(run, student, teacher) if run.matches_layers else 0
+    fused.check(run.fused_blocks, {"student": student, "teacher": teacher})
     check_wandb(run)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 
-from ted_scale import kernels, watch
+from ted_scale import fused, kernels, watch
 from ted_scale.config import Run
 from ted_scale.errors import UserError
 
@@ -34,6 +34,7 @@ def start_ranks(run: Run | None = None) -> torch.device:
         kernels.choose(run.loss.backend if run else "auto", device)
     except ValueError as error:
         raise UserError(f"loss.{error}") from None
+    fused.check_device(run.fused_blocks if run else "auto", device)
     if run:
         watch.start(run.limits, run.folder)
     patience_s = run.limits.longest_s + 300 if run else 1800  # a step's limit comes first: it has every rank's stack

@@ -30,21 +30,29 @@ class Teacher:
 
     def __init__(self, engine, body: TeacherBody):
         self.engine, self.body, self.head = engine, body, head_of(body.network, body.anatomy)
+        self.tied = body.network.get_input_embeddings().weight is self.head.weight
         self.at_load = None  # the digests of its shards, where they are compared
 
     @torch.no_grad()
     def __call__(self, batch, weights: Weights) -> Signal | None:
         if not (weights.kl or weights.layer):
             return None
-        self.body.asks_for = self.head.projection if weights.kl else []
-        return self.engine(batch, weights.layer != 0)
+        return self.run(batch, weights.layer != 0, weights.kl != 0)
+
+    def run(self, batch, wants_layers: bool, wants_head: bool) -> Signal:
+        """A head that is the embedding, too, is gathered before the look-up and stays until it is used."""
+        asked = self.head.projection if wants_head else []
+        if self.tied:
+            ask(asked, whole=True)
+        else:
+            self.body.asks_for = asked
+        return self.engine(batch, wants_layers)
 
     @torch.no_grad()
     def ce(self, batch, denom) -> torch.Tensor:
         """The teacher's own next-token loss, for validation."""
         head = self.head
-        self.body.asks_for = head.projection
-        last = self.engine(batch, False).last_NE
+        last = self.run(batch, False, True).last_NE
         with gathered(head.projection):
             return linear_kl_ce(
                 last, head.weight, None, None, batch.labels_BT.flatten(), batch.weights_BT.flatten(), denom=denom,

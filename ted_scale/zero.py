@@ -25,13 +25,17 @@ def shape_of(parameter) -> tuple[int, ...]:
     return tuple(parameter.ds_shape if is_sharded(parameter) else parameter.shape)
 
 
-def ask(parameters) -> None:
-    """Begin to gather `parameters` for the next `gathered` of them. A collective under ZeRO-3; nobody waits for it here."""
+def ask(parameters, *, whole: bool = False) -> None:
+    """Begin to gather `parameters` for the next `gathered` of them, until when no hook of DeepSpeed's gives them back. A
+    collective under ZeRO-3; nobody waits for it here, unless they must be `whole` at once."""
     absent = [p for p in dict.fromkeys(parameters) if is_sharded(p) and p.ds_status.name == "NOT_AVAILABLE"]
     if absent:
         handle = absent[0].all_gather_coalesced(absent)
         for parameter in absent:
             parameter.asked = handle
+            parameter.ds_active_sub_modules.add("asked")
+        if whole:
+            handle.wait()
 
 
 @contextlib.contextmanager
@@ -43,6 +47,7 @@ def gathered(parameters):
     for parameter in ours:
         parameter.asked.wait()
         parameter.asked = None
+        parameter.ds_active_sub_modules.discard("asked")
     try:
         yield
     finally:

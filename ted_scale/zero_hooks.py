@@ -8,6 +8,7 @@ no backward. A validation before the first step thus had every later backward ga
 import functools
 import inspect
 
+import torch.distributed as dist
 from torch import nn
 
 
@@ -65,9 +66,14 @@ def release_rule():
 @functools.cache
 def mend() -> None:
     """Once a process, before the first engine."""
-    from deepspeed.runtime.zero import partition_parameters
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import partition_parameters, stage3
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
+    # Asked for the gradient's norm alone, which would first copy every gradient to twice its size.
+    get_accelerator().is_fp64_supported = lambda: False
+    if dist.get_world_size() == 1:
+        stage3.reduce_scatter_coalesced = whole
     invalidate = Coordinator._invalidate_trace
 
     def invalidate_releases_too(coordinator) -> None:
@@ -77,6 +83,11 @@ def mend() -> None:
     Coordinator._invalidate_trace = invalidate_releases_too
     for handle in (partition_parameters.NoGatherHandle, partition_parameters.NoGatherCoalescedHandle):
         handle.wait = functools.partialmethod(wait_alone, f"_{handle.__name__}__")
+
+
+def whole(gradients, group=None) -> list:
+    """One rank alone keeps all of every gradient: DeepSpeed would divide it by 1, and gloo copy it there and back."""
+    return [gradient.view(-1) for gradient in gradients]
 
 
 def wait_alone(handle, private: str, **_) -> None:

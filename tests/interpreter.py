@@ -2,7 +2,8 @@
 
 Two faults, in triton 3.6, 3.7, 3.8 and 3.9 alike: `tl.dot` multiplies the patterns as integers, and a cast from fp32
 cuts bits off where a GPU rounds to the nearest even. test_kernels.py tells when Triton has mended them. A third, mended
-by Triton in 3.7: a loop's bound is an array of one entry, and numpy from 2.5 on makes no number of that.
+by Triton in 3.7: a loop's bound is an array of one entry, and numpy from 2.5 on makes no number of that. A fourth, which
+Liger's kernels meet: a float among the arguments stays Python's, where a kernel asks it for another type.
 """
 
 import numpy
@@ -12,17 +13,24 @@ from triton.runtime import interpreter
 BUILDER = interpreter.InterpreterBuilder
 UNMENDED = {"create_dot": BUILDER.create_dot, "cast_impl": BUILDER.cast_impl}
 PATCH_TENSOR = interpreter._patch_lang_tensor
+CONVERT = interpreter._implicit_cvt
 
 
 def mend() -> None:
     BUILDER.create_dot, BUILDER.cast_impl = create_dot, cast_impl
-    interpreter._patch_lang_tensor = patch_tensor
+    interpreter._patch_lang_tensor, interpreter._implicit_cvt = patch_tensor, convert
 
 
 def unmend() -> None:
     for name, method in UNMENDED.items():
         setattr(BUILDER, name, method)
-    interpreter._patch_lang_tensor = PATCH_TENSOR
+    interpreter._patch_lang_tensor, interpreter._implicit_cvt = PATCH_TENSOR, CONVERT
+
+
+def convert(argument):
+    if not isinstance(argument, float):
+        return CONVERT(argument)
+    return tl.tensor(interpreter.TensorHandle(numpy.array([argument], numpy.float32), tl.float32), tl.float32)
 
 
 def patch_tensor(tensor, scope):
@@ -53,3 +61,11 @@ def nearest_even(values):
     bits = numpy.ascontiguousarray(values, numpy.float32).view(numpy.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return numpy.where(numpy.isnan(values), 0x7FC0, rounded).astype(numpy.uint16).reshape(numpy.shape(values))
+
+
+def mend_liger(patch) -> None:
+    """What Liger takes from a GPU's own library is empty here."""
+    from liger_kernel.ops import geglu, rms_norm
+
+    patch.setattr(rms_norm, "rsqrt", lambda x: 1 / tl.sqrt(x))
+    patch.setattr(geglu, "tanh", lambda x: 1 - 2 / (1 + tl.exp(2 * x)))

@@ -385,6 +385,44 @@ def families(folder: Path, device):
         start(folder, device, name=f"family_{student}", **sections)
 
 
+def alone(folder: Path, device):
+    """Reductions that one rank asks for, and of what types it takes norms."""
+    from deepspeed.comm import comm
+
+    calls, types = [], set()
+    reduce, norm = comm.cdb.reduce_scatter_tensor, torch.Tensor.norm
+
+    def noting(tensor, *arguments, **named):
+        types.add(str(tensor.dtype))
+        return norm(tensor, *arguments, **named)
+
+    comm.cdb.reduce_scatter_tensor = lambda *a, **named: (calls.append(1), reduce(*a, **named))[1]
+    torch.Tensor.norm = noting
+    try:
+        start(folder, device, name="alone_1", **THREE_STEPS)
+    finally:
+        comm.cdb.reduce_scatter_tensor, torch.Tensor.norm = reduce, norm
+    return {"reductions": len(calls), "norms": sorted(types)}
+
+
+def blocks_by_liger(folder: Path, device):
+    """Of student and teacher, sharded, in Triton's interpreter."""
+    import interpreter
+    import pytest
+
+    interpreter.mend()
+    with pytest.MonkeyPatch.context() as patch:
+        interpreter.mend_liger(patch)
+        start(folder, device, name="by_liger", fused_blocks="liger", **sections_for_liger(folder))
+    interpreter.unmend()
+
+
+def sections_for_liger(folder: Path) -> dict:
+    """Few and short rows: a row of a kernel is a loop of Python."""
+    few = {"data": {"seq_len": 8}, "filters": {"steps": 1}, "train": {"steps": 2, "tokens_per_step": 64}}
+    return {**few, "student": {"path": str(folder / "narrow"), "gradient_checkpointing": True}}
+
+
 def sections_of_families(folder: Path, student: str, teacher: str) -> dict:
     paths = {"student": {"path": str(folder / student)}, "teacher": {"path": str(folder / teacher)}}
     return {**THREE_STEPS, **paths, "data": {"attention": "document"}}

@@ -10,7 +10,7 @@ import torch
 from corpus import steps
 from launching import run_ranks
 from number_scenarios import FAR
-from scenarios import beside, rows, sections_of_families
+from scenarios import beside, rows, sections_for_liger, sections_of_families
 from tiny import FAMILIES, MORE, make_corpus, make_model, make_run
 
 from ted_scale.checkpoint_files import newest_checkpoint
@@ -20,7 +20,7 @@ TWO_RANKS = (
     "ten_steps", "all_methods", "residency", "resumes", "resumes_with_other_settings", "poisoned_loss", "poisoned_gradient",
     "undisturbed_to_six", "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
-    "traffic", "stage_two_memory",
+    "traffic", "stage_two_memory", "blocks_by_liger",
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def world(tmp_path_factory):
     make_model(folder / "far", "llama", max_position_embeddings=FAR, **one_head)
     make_corpus(folder / "corpus")
     launch(folder, 2, TWO_RANKS)
-    launch(folder, 1, ("ten_steps", "all_methods", "kinds_of_filters"))
+    launch(folder, 1, ("ten_steps", "all_methods", "kinds_of_filters", "alone"))
     return folder
 
 
@@ -122,6 +122,18 @@ def test_far_positions_are_as_exact_as_bf16_is(world):
     """Rotary frequencies in bf16 were 19 times as far from the fp32 model here."""
     distance = result(world, "far_positions")
     assert distance["ours"] <= 1.1 * distance["theirs"] and distance["theirs"] > 0.01
+
+
+def test_one_rank_alone_reduces_nothing_and_no_gradient_is_copied_for_its_norm(world):
+    assert result(world, "alone") == {"reductions": 0, "norms": ["torch.float32"]}
+
+
+def test_blocks_by_liger_have_the_losses_of_plain_torch(world):
+    result(world, "blocks_by_liger")
+    assert "blocks: student by Liger, teacher by Liger" in (world / "runs/by_liger/log.txt").read_text()
+    ours, plain = losses(world, "by_liger"), plain_losses(world, **sections_for_liger(world))
+    assert len(ours) == 3 and ours != plain
+    assert max(abs(a - b) for a, b in zip(ours, plain, strict=True)) < 1e-5
 
 
 def test_two_ranks_one_rank_and_plain_torch_have_the_same_losses(world):
@@ -386,6 +398,13 @@ def test_no_weight_is_sent_twice(world):
     for step in result(world, "traffic")["4"][6:]:
         filters = sum(step["reduced"]) // micro_steps - 4 * parameters
         assert sum(step["gathered"]) == micro_steps * 2 * (4 * parameters + filters)
+
+
+def test_a_head_that_is_the_embedding_is_sent_once(world):
+    """Of student and teacher, for look-up and projection."""
+    parameters, micro_steps = 128 * 32 + 32 + 2 * 9280, 2
+    for step in result(world, "traffic")["tied"][1:]:
+        assert sum(step["gathered"]) == micro_steps * 2 * 4 * parameters
 
 
 def test_stage_two_needs_no_more_memory_after_stage_one_than_alone(world):

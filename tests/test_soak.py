@@ -39,7 +39,9 @@ def test_a_step_of_ted_takes_at_most_a_quarter_longer_than_one_of_kd(tmp_path):
     run = make_run(tmp_path, train=train, **sections)
     config = write_run(tmp_path / "run.toml", run)
     assert pretrain("--config", config).returncode == 0
-    said = bench("step_time.py", "--config", config, "--steps", 11)
+    said = bench(
+        "step.py", "--config", config, "--methods", "kd", "ted", "--steps", 11, "--no-plain", "--memory", "default"
+    )
     assert float(re.search(r"ted / kd ([\d.]+)", said)[1]) <= 1.25, said
 
 

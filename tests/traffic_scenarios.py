@@ -16,10 +16,10 @@ from ted_scale.metrics import Metrics
 MICRO_STEPS = 2
 
 
-def deep(folder: Path, blocks: int) -> dict:
+def deep(folder: Path, blocks: int, **sizes) -> dict:
     """Sections of a run whose student and teacher have `blocks` blocks each, all of them matched."""
     if dist.get_rank() == 0:
-        make_model(folder / f"deep_{blocks}", "llama", num_hidden_layers=blocks)
+        make_model(folder / f"deep_{blocks}", "llama", num_hidden_layers=blocks, **sizes)
         nothing_kept = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
         (folder / "nothing_kept.json").write_text(json.dumps({"zero_optimization": nothing_kept}))
     dist.barrier()
@@ -32,6 +32,7 @@ def traffic(folder: Path, device):
     """Counts of each optimizer step: with 4 pairs, and with 16 where no weight stays whole until backward."""
     return {
         "4": traffic_of(folder, device, "4", **deep(folder, 4)),
+        "tied": traffic_of(folder, device, "tied", **deep(folder, 2, tie_word_embeddings=True), method="kd"),
         "16": traffic_of(folder, device, "16", **deep(folder, 16), ds_config=str(folder / "nothing_kept.json")),
     }
 

@@ -1,0 +1,110 @@
+"""Liger's kernels in the blocks of teacher and student: RMSNorm, rotary positions and the gate of the MLP.
+
+Liger knows which of its kernels a family's modules are; `fuse` has it put them into one network, whose parameters stay where
+they are. The surprise: on the way Liger also changes the family's file in transformers for every model of the process, those
+too that models.py only looks at on the meta device, where no kernel runs. So that file gets its names back, and a function
+that a module would have looked up there is given to that module alone.
+"""
+
+import functools
+import importlib.util
+import logging
+import sys
+import types
+
+import torch
+
+from ted_scale.errors import UserError
+from ted_scale.kernels.backend import device_name, interprets, runs_triton
+
+# Liger has more; these are the ones whose logits and gradients a test compares with transformers' own.
+FAMILIES = (
+    "gemma", "gemma2", "gemma3_text", "granite", "llama", "ministral", "mistral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3",
+    "smollm3",
+)  # fmt: skip
+
+
+def check(wish: str, models: dict) -> None:
+    """Whether the run file's wish can be met for the models (name: anatomy or None), as far as files can tell."""
+    if wish != "liger":
+        return
+    if not installed():
+        raise UserError(
+            "fused_blocks must be auto or off where liger-kernel is not installed, but is 'liger'; pip install -e .[liger], or "
+            "leave it out"
+        )
+    for side, anatomy in models.items():
+        if anatomy and anatomy.family not in FAMILIES:
+            raise UserError(
+                f"fused_blocks must be auto or off for a {side} of family {anatomy.family}, but is 'liger', which is known for "
+                f"{', '.join(FAMILIES)}; leave it out"
+            )
+
+
+def check_device(wish: str, device: torch.device) -> None:
+    if wish == "liger" and not (runs_triton(device) or interprets()):
+        raise UserError(
+            f"fused_blocks must be auto or off on {device_name(device)}, but is 'liger', which needs ROCm or CUDA sm_80; leave "
+            "it out"
+        )
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def why_not(wish: str, family: str, device: torch.device) -> str | None:
+    """What keeps a network as transformers has it."""
+    if wish == "off":
+        return "off"
+    if wish == "auto" and not runs_triton(device):
+        return f"no Triton on {device_name(device)}"
+    if not installed():
+        return "liger-kernel is not installed"
+    return None if family in FAMILIES else f"Liger is not known for {family}"
+
+
+def describe(wish: str, models: dict, device: torch.device) -> str:
+    """The log's line."""
+    reasons = {side: why_not(wish, anatomy.family, device) for side, anatomy in models.items() if anatomy}
+    sides = (f"{s} as in transformers ({why})" if why else f"{s} by Liger" for s, why in reasons.items())
+    return "blocks: " + ", ".join(sides)
+
+
+def fuse(network, wish: str):
+    """The network, with Liger's forward in the modules that have one."""
+    from deepspeed.accelerator import get_accelerator
+
+    if why_not(wish, network.config.model_type, torch.device(get_accelerator().device_name())) is None:
+        names = vars(sys.modules[type(network).__module__])
+        before = dict(names)
+        try:
+            apply_liger(network)
+            functions = {n: f for n, f in names.items() if isinstance(f, types.FunctionType) and before.get(n) is not f}
+        finally:
+            names.update(before)
+        for module in network.modules():
+            lend(module, names, functions)
+    return network
+
+
+def apply_liger(network) -> None:
+    """What a block computes alone, and of that what is alike: Liger does not look which activation a gate has."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # as transformers' Trainer does
+
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # a line for every other vendor's kernel that is not here
+    config = network.config
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    gates = {"swiglu": activation in ("silu", "swish"), "geglu": activation == "gelu_pytorch_tanh"}
+    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    _apply_liger_kernel_to_instance(model=network, rms_norm=True, rope=True, **gates, **losses)
+
+
+def lend(module, names: dict, functions: dict) -> None:
+    """`module.forward` with `functions` where it would look them up in its file, whose names are `names`."""
+    forward = type(module).forward
+    if getattr(forward, "__globals__", None) is names and functions.keys() & set(forward.__code__.co_names):
+        parts = forward.__name__, forward.__defaults__, forward.__closure__
+        own = types.FunctionType(forward.__code__, {**names, **functions}, *parts)
+        own.__kwdefaults__ = forward.__kwdefaults__
+        module.forward = types.MethodType(functools.wraps(forward)(own), module)

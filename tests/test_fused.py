@@ -1,0 +1,162 @@
+"""Liger's kernels in a network: the family's own logits and gradients, in the modules that run, and nowhere else."""
+
+import sys
+
+import interpreter
+import pytest
+import torch
+import transformers
+from plain import load_model
+from test_models import logits_and_gradients, logits_of, tokens
+from tiny import FAMILIES, GQA, MORE, make_corpus, make_model, make_run
+
+from ted_scale import fused
+from ted_scale.errors import UserError
+from ted_scale.fused import describe, fuse
+from ted_scale.kernels import filtered_ce
+from ted_scale.models import head_of, inspect
+from ted_scale.plan import make_plan
+
+pytest.importorskip("liger_kernel")
+CPU = torch.device("cpu")
+OTHERS = {  # which Liger has beside those that all tests run
+    "gemma": (transformers.GemmaConfig, {**GQA, "head_dim": 8}),
+    "granite": (transformers.GraniteConfig, {**GQA, "residual_multiplier": 0.5, "attention_multiplier": 0.3}),
+    "ministral": (transformers.MinistralConfig, {**GQA, "head_dim": 8, "sliding_window": 8}),
+    "olmo2": (transformers.Olmo2Config, GQA),
+    "phi3": (transformers.Phi3Config, {**GQA, "partial_rotary_factor": 0.5}),
+}
+SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture(autouse=True)
+def mended_interpreter(monkeypatch):
+    if not torch.cuda.is_available():
+        interpreter.mend()
+        interpreter.mend_liger(monkeypatch)
+        yield
+        interpreter.unmend()
+    else:
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def tiny(root, family: str, **sizes):
+    """(anatomy, network) of a model of one block."""
+    folder = root / family
+    if not folder.exists():
+        kinds = {"layer_types": ["sliding_attention"]} if family == "gemma3" else {}
+        with pytest.MonkeyPatch.context() as patch:
+            for name, settings in OTHERS.items():
+                patch.setitem(MORE, name, settings)
+            make_model(folder, family, **{**SMALL, **kinds, **sizes})
+    return load_model(folder)
+
+
+LIGER = [*(f for f in (*FAMILIES, *MORE, *OTHERS) if f.replace("gemma3", "gemma3_text") in fused.FAMILIES)]
+
+
+def test_every_family_that_is_named_is_tested():
+    assert sorted(f.replace("gemma3", "gemma3_text") for f in LIGER) == sorted(fused.FAMILIES)
+
+
+def changed(network) -> set[str]:
+    """Kinds of modules with a forward of their own."""
+    return {type(module).__name__ for module in network.modules() if "forward" in vars(module)}
+
+
+@pytest.mark.parametrize("family", LIGER)
+def test_a_family_has_its_own_logits_and_gradients_by_liger_s_kernels(models, family):
+    """fp32 in another order: 3e-6 of logits of size 1 was seen; every kernel is really asked."""
+    anatomy, network = tiny(models, family)
+    wanted, slopes = logits_and_gradients(network, anatomy, [tokens(2, 12)])
+    file = vars(sys.modules[type(network).__module__])
+    before = dict(file)
+    _, other = tiny(models, family)
+    logits, gradients = logits_and_gradients(fuse(other, "liger"), anatomy, [tokens(2, 12)])
+    kinds = {name.removesuffix("Attention").removesuffix("MLP").removesuffix("RMSNorm") for name in changed(other)}
+    assert len(changed(other)) == 3 and len(kinds) == 1, changed(other)
+    assert file == before and not changed(network)
+    assert 0 < (logits - wanted).abs().max() < 2e-5
+    assert gradients.keys() == slopes.keys()
+    sizes = max(slope.norm() for slope in slopes.values())
+    assert max((gradients[n] - slope).norm() / sizes for n, slope in slopes.items()) < 1e-5
+
+
+@pytest.mark.parametrize("family", sorted({*FAMILIES, *MORE} - {*LIGER}))
+def test_a_family_without_kernels_stays_as_it_is_and_is_named(models, family):
+    anatomy, network = tiny(models, family)
+    assert not changed(fuse(network, "liger"))
+    assert f"Liger is not known for {anatomy.family}" in describe("liger", {"student": anatomy}, CPU)
+    with pytest.raises(UserError, match=rf"for a student of family {anatomy.family}, but is 'liger'"):
+        fused.check("liger", {"teacher": None, "student": anatomy})
+
+
+def test_a_gate_with_another_activation_keeps_its_own(models):
+    anatomy, network = tiny(models / "relu", "llama", hidden_act="relu")
+    with torch.no_grad():
+        wanted = logits_of(network, anatomy, tokens(1, 8))
+        assert (logits_of(fuse(network, "liger"), anatomy, tokens(1, 8)) - wanted).abs().max() < 2e-5
+    assert changed(network) == {"LlamaAttention", "LlamaRMSNorm"}
+
+
+def test_on_a_cpu_auto_leaves_all_as_it_is_and_says_so(models):
+    anatomy, network = tiny(models, "llama")
+    assert not changed(fuse(network, "auto")) and not changed(fuse(network, "off"))
+    said = describe("auto", {"student": anatomy, "teacher": None}, CPU)
+    assert said == "blocks: student as in transformers (no Triton on cpu)"
+
+
+def test_on_a_gpu_auto_is_liger_where_it_is_installed(models, monkeypatch):
+    anatomy, _ = tiny(models, "llama")
+    sides = {"student": anatomy, "teacher": anatomy}
+    monkeypatch.setattr(fused, "runs_triton", lambda device: True)
+    assert describe("auto", sides, CPU) == "blocks: student by Liger, teacher by Liger"
+    monkeypatch.setattr(fused, "installed", lambda: False)
+    assert describe("auto", sides, CPU).endswith("teacher as in transformers (liger-kernel is not installed)")
+    with pytest.raises(
+        UserError, match=r"where liger-kernel is not installed, but is 'liger'; pip install -e .\[liger\]"
+    ):
+        fused.check("liger", sides)
+
+
+def test_a_wish_that_cannot_be_met_is_refused_before_the_ranks_start(models, monkeypatch):
+    tiny(models, "llama"), tiny(models, "gpt2")
+    make_corpus(models / "corpus")
+    sections = {"student": {"path": str(models / "gpt2")}, "teacher": {"path": str(models / "llama")}}
+    with pytest.raises(UserError, match="for a student of family gpt2, but is 'liger'"):
+        make_plan(make_run(models, method="kd", fused_blocks="liger", **sections), 1)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UserError, match="must be auto or off on cpu, but is 'liger', which needs ROCm or CUDA sm_80"):
+        fused.check_device("liger", CPU)
+
+
+def test_what_is_inspected_beside_a_fused_model_is_not_fused(models):
+    anatomy, network = tiny(models, "qwen3")
+    fuse(network, "liger")
+    assert inspect("student.path", str(models / "qwen3")) == anatomy
+
+
+def test_a_filter_learns_through_the_tail(models):
+    """Stage I calls the last norm past every hook."""
+    anatomy, network = tiny(models, "llama")
+    states = torch.randn(6, anatomy.width, generator=torch.Generator().manual_seed(0))
+    found = []
+    for head in (head_of(network, anatomy), head_of(fuse(tiny(models, "llama")[1], "liger"), anatomy)):
+        weight, bias = torch.eye(anatomy.width).requires_grad_(), torch.zeros(anatomy.width, requires_grad=True)
+        settings = {"labels": torch.arange(6), "token_weight": torch.ones(6), "denom": 6.0}
+        filtered_ce(states, weight, bias, **settings, **head.reading).backward()
+        found.append((weight.grad, bias.grad))
+    assert all((a - b).abs().max() < 1e-5 < b.abs().max() for a, b in zip(*found, strict=True))
+
+
+def test_activations_computed_again_give_the_same_gradients(models):
+    anatomy, network = tiny(models, "llama")
+    _, once = logits_and_gradients(fuse(network, "liger").train(), anatomy, [tokens(1, 8)])
+    network.gradient_checkpointing_enable({"use_reentrant": False})
+    _, again = logits_and_gradients(network, anatomy, [tokens(1, 8)])
+    assert all(torch.equal(once[name], again[name]) for name in once)

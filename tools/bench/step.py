@@ -1,0 +1,205 @@
+"""Where a training step's time goes, beside plain torch in the same process, and what ranks send each other.
+
+Arms take turns on the same micro-batches: the trainer's own loop for each method, plain torch as people write it, and the
+parts of `kd` alone. One process is measured twice, with the allocator as it comes and with memory that it keeps; several
+ranks (`deepspeed --num_gpus 2 tools/bench/step.py …`) count bytes against the least that ZeRO-3 must move.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from ted_scale.errors import UserError, run_main
+from ted_scale.run_file import load_run
+
+METHODS = ("ce", "kd", "lwd", "ted")
+GIB = 1 << 30
+KEPT = {"MALLOC_MMAP_THRESHOLD_": 8 * GIB, "MALLOC_TRIM_THRESHOLD_": 8 * GIB, "MALLOC_TOP_PAD_": GIB}
+
+
+def main() -> None:
+    arguments = parse()
+    if "RANK" in os.environ or arguments.memory == "as it is":
+        measure(load_run(arguments.config, arguments.set), arguments)
+        return
+    for memory, settings in {"default": {}, "kept": KEPT}.items():
+        if arguments.memory in (memory, "both"):
+            print(f"memory: {memory}", flush=True)
+            environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+            command = [sys.executable, *sys.argv, "--memory", "as it is"]
+            if (code := subprocess.run(command, env=environment, check=False).returncode) != 0:
+                sys.exit(code)
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="a run file; ted takes the filters of its run's own folder")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["kd"])
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--no-plain", action="store_true", help="without plain torch and the parts alone")
+    parser.add_argument("--memory", choices=["default", "kept", "both", "as it is"], default="both")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(run, arguments) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from ted_scale.ranks import start_ranks
+
+    device = start_ranks()
+    arms = trainer_arms(run, arguments.methods, device)
+    if not arguments.no_plain and dist.get_world_size() == 1:
+        arms |= plain_arms(run, device)
+    seconds, parts = in_turn(arms, arguments.steps, run, device)
+    if dist.get_rank() == 0:
+        print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}")
+        print("\n".join(table(seconds, parts, run.train.tokens_per_step)), flush=True)
+    if dist.get_world_size() > 1:
+        count_traffic(arms, run, device)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class TrainerArm:
+    """train.py's loop, a step at a time."""
+
+    def __init__(self, plan, stage, engine, teacher, device):
+        from dataclasses import replace
+
+        from ted_scale import health
+        from ted_scale.checkpoint_files import Progress
+        from ted_scale.guard import Guard
+        from ted_scale.metrics import Metrics
+
+        self.plan, self.stage, self.engine, self.teacher = plan, stage, engine, teacher
+        settings = {"total_steps": stage.last_step, "step": 0, "device": device, "wandb_run": None}
+        self.numbers = Metrics(plan.run, writes=False, **settings)
+        self.guard = Guard(engine, stage, lambda *said: print(*said), lambda: None)
+        self.progress = health.begin(replace(Progress(), step=stage.first_step), stage)
+
+    def step(self, micro_batches, watch) -> None:
+        from ted_scale.train import train
+        from tools.bench.step_parts import places, replaced
+
+        with replaced(places(self.engine, self.teacher) if watch.detailed else [], watch.around):
+            self.progress = train(
+                self.stage, self.engine, self.teacher, [micro_batches], self.guard, self.numbers, self.progress,
+                verify=lambda *_: None, validate=lambda _, progress: (progress, False), save=lambda *_: None,
+            )  # fmt: skip
+
+
+def count_traffic(arms: dict, run, device) -> None:
+    """Of the second of two steps: after the first DeepSpeed knows the order of modules."""
+    import torch.distributed as dist
+
+    from tools.bench.step_parts import Stopwatch, Traffic, replaced
+
+    for name, arm in arms.items():
+        traffic, watch = Traffic(arm.engine, arm.teacher), Stopwatch(device)
+        data = batches(run, device)
+        arm.step(next(data), watch)
+        micro_batches = next(data)
+        with replaced(traffic.places(), traffic.around):
+            arm.step(micro_batches, watch)
+        if dist.get_rank() == 0:
+            print("\n".join([name, *traffic.lines(len(micro_batches))]), flush=True)
+
+
+def trainer_arms(run, methods, device) -> dict:
+    import torch.distributed as dist
+
+    from ted_scale import build
+    from ted_scale.plan import make_plan
+
+    plans = {method: make_plan(variant(run, method), dist.get_world_size()) for method in methods}
+    asked = max(plans, key=lambda method: METHODS.index(method))  # its teacher has the taps of all
+    teacher = build.build_teacher(plans[asked])
+    engines = {m: build.build_student(p, p.stages[-1], teacher, p.filters_file) for m, p in plans.items()}
+    return {m: TrainerArm(p, p.stages[-1], engines[m], teacher, device) for m, p in plans.items()}
+
+
+def variant(run, method: str):
+    """The run with another method, long enough, alone in its folder, and stage I taken from its own."""
+    filters = run.filters.model_copy(update={"from_run": str(run.folder)})
+    train = run.train.model_copy(update={"steps": 10**6})
+    named = {"method": method, "name": f"{run.name}-{method}-step", "filters": filters, "train": train}
+    return run.model_copy(update=named)
+
+
+def plain_arms(run, device) -> dict:
+    from tools.bench.step_parts import Alone, PlainTorch
+
+    if run.teacher is None:
+        raise UserError("teacher.path must be set to be compared with plain torch, but there is no [teacher]")
+    plain = PlainTorch(run, run.teacher.path, run.student.path, device)
+    return {"plain torch": plain, "parts alone": Alone(plain)}
+
+
+def in_turn(arms: dict, steps: int, run, device):
+    """(seconds of undisturbed steps, seconds by part of watched ones) by arm: one of each a round, after one of neither."""
+    from tools.bench.step_parts import Stopwatch
+
+    seconds, parts = defaultdict(list), defaultdict(list)
+    data = batches(run, device)
+    for number in range(2 * steps + 1):
+        waited = Stopwatch(device)
+        with waited.part("data"):
+            micro_batches = next(data)
+        for name, arm in arms.items():
+            watch = Stopwatch(device, detailed=number % 2 == 0)
+            start = watch.now()
+            arm.step(micro_batches, watch)
+            took = watch.now() - start
+            if number and watch.detailed:
+                parts[name].append(waited.seconds | watch.seconds | {"the rest": took - sum(watch.seconds.values())})
+            elif number:
+                seconds[name].append(took)
+    return seconds, parts
+
+
+def batches(run, device):
+    import torch.distributed as dist
+
+    from ted_scale.data import open_stream
+    from ted_scale.loader import Loader
+    from ted_scale.models import inspect
+
+    vocabulary = inspect("student.path", run.student.path).vocab_size
+    settings = {"workers": run.data.workers, "prefetch": run.data.prefetch, "micro_batch": run.train.micro_batch}
+    loader = Loader(**settings, rank=dist.get_rank(), world=dist.get_world_size(), device=device)
+    samples = run.train.tokens_per_step // run.data.seq_len
+    return loader.steps(open_stream(run.data, run.seed, vocabulary), start=0, samples_per_step=samples)
+
+
+def table(seconds: dict, parts: dict, tokens: int) -> list[str]:
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    lines = []
+    for name, median in medians.items():
+        of_parts = defaultdict(list)
+        for row in parts[name]:
+            for part, value in row.items():
+                of_parts[part].append(value)
+        shown = ", ".join(f"{part} {statistics.median(values) * 1e3:.0f}" for part, values in of_parts.items())
+        lines.append(f"{name}: {median * 1e3:.0f} ms, {tokens / median:.0f} tokens/s | ms: {shown}")
+    return [*lines, *ratios(seconds)]
+
+
+def ratios(seconds: dict) -> list[str]:
+    """Of times, a round's to the same round's; the trainer's speed beside plain torch the other way round."""
+    pairs = [("ted", "kd"), ("kd", "parts alone"), ("plain torch", "kd")]
+    there = [(a, b) for a, b in pairs if a in seconds and b in seconds]
+    of_rounds = {(a, b): [x / y for x, y in zip(seconds[a], seconds[b], strict=True)] for a, b in there}
+    return [f"{a} / {b} {statistics.median(values):.3f}" for (a, b), values in of_rounds.items()]
+
+
+if __name__ == "__main__":
+    run_main(main)
