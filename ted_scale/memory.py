@@ -20,7 +20,8 @@ import torch
 from ted_scale.engines import engine_config
 from ted_scale.kernels.backend import CHUNK_BYTES
 from ted_scale.models import Anatomy, empty_model, read_config, run_body
-from ted_scale.plan import Plan, filter_parameters
+from ted_scale.plan import Plan
+from ted_scale.price import filter_parameters
 from ted_scale.schedule import Stage
 
 TRIAL = 8  # tokens; more would show what attention keeps of pairs of them where it is not fused
@@ -46,8 +47,8 @@ def terms(plan: Plan, stage: Stage, device: str) -> tuple[dict[str, float], floa
     """(bytes by term, bytes that are offloaded to the host)"""
     run, ranks = plan.run, plan.world
     b, tokens = 2 if run.train.precision == "bf16" else 4, run.train.micro_batch * run.data.seq_len
-    student, *others = filter_parameters(plan)
-    filters, models = student + sum(others), [a for a in (plan.student, plan.teacher) if a]
+    counts, models = filter_parameters(plan), [a for a in (plan.student, plan.teacher) if a]
+    student, filters = counts["student"], sum(counts.values()) - (0 if stage.learns_filters else counts["lifts"])
     trained = (filters + own_heads(plan) if stage.learns_filters else plan.student.parameters + student) / ranks
     found = {
         "weights": b * (sum(a.parameters for a in models) + filters) / ranks,

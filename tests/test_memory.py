@@ -36,7 +36,7 @@ def test_what_every_parameter_costs_is_shared_by_the_ranks_and_the_teacher_count
 def test_stage_one_trains_filters_alone(world):
     plan, first, _ = of(world, 0)
     _, second, _ = of(world, 1)
-    filters = sum(memory.filter_parameters(plan))
+    filters = sum(memory.filter_parameters(plan).values())
     assert first["optimizer"] == 12 * filters < second["optimizer"]
     assert first["states"] > second["states"] and first["activations"] < second["activations"]
     _, heads, _ = of(world, 0, filters={"head": "per_layer"})

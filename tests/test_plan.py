@@ -18,7 +18,8 @@ from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.errors import UserError
 from ted_scale.feed import Reading
 from ted_scale.pairs import cut_map
-from ted_scale.plan import describe, filter_parameters, make_plan, stage_flops
+from ted_scale.plan import describe, make_plan, stage_flops
+from ted_scale.price import filter_parameters
 from ted_scale.run_file import load_run
 from ted_scale.sealed import seal
 from ted_scale.tokenizer import digest, load_tokenizer
@@ -127,7 +128,7 @@ def test_the_plan_s_numbers_are_those_of_the_models_and_the_corpus(original):
     assert plan.teacher.parameters == sum(t.numel() for t in load_tensors(original / "teacher"))
 
     built = [sum(p.numel() for p in side.parameters()) for side in build_filters(plan, plan.stages[1])]
-    assert list(filter_parameters(plan)) == built
+    assert [filter_parameters(plan)[side] for side in ("student", "teacher")] == built
 
 
 def test_what_is_left_to_train_on_and_epochs_are_said_after_the_hold_out_and_many_of_them_too(original):
@@ -212,14 +213,13 @@ WRONG_RUNS = {
         "pairs.explicit[0] must name teacher blocks 0 to 3, but is [0, 4]",
     ),
     "width": (
-        {"filters": {"width": 32}},
-        "filters.width must be the teacher's (48) for filters.head = 'shared', but is 32; leave it out or use head = "
+        {"filters": {"width": 64}},
+        "filters.width must be at most the teacher's (48) for filters.head = 'shared', but is 64; leave it out or use head = "
         "'per_layer'",
     ),
     "own heads": (
         {"filters": {"head": "own"}},
-        "filters.head = 'own' must have student, teacher and filters of one width, but they have 32, 48 and 48; use "
-        "'shared' or 'per_layer'",
+        "filters.head = 'own' must have student and teacher of one width, but they have 32 and 48; use 'shared' or 'per_layer'",
     ),
     "lwd width": (
         {"method": "lwd", "filters": {"width": 32}},
