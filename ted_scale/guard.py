@@ -55,9 +55,7 @@ class Guard:
     def before_update(self, sub_group: int, norm) -> None:
         if self.reading:  # once for each sub-group: nothing is clipped before the first
             self.judge(norm)
-        import os
-
-        self.clip(sub_group, norm if os.environ.get("CLIP") == "together" else self.apart[self.sides[sub_group]])
+        self.clip(sub_group, self.apart[self.sides[sub_group]])
 
     def update_unless_dropped(self, sub_group: int) -> None:
         if self.finite:
