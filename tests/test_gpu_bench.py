@@ -21,7 +21,7 @@ SCRIPT = Path(gpu.__file__)
 FACTS = dict.fromkeys(gpu_report.FACTS, "x") | {"tiny": ""}
 
 
-def call(*arguments, timeout: float = 400) -> subprocess.CompletedProcess:
+def call(*arguments, timeout: float = 900) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 

@@ -149,7 +149,7 @@ def run_all(arguments, work: Path) -> None:
             left = deadline - time.monotonic()
             if left < LEAST:
                 break
-            limit = min(left, 180 if arguments.tiny else part.seconds)  # two busy cores are no GPU
+            limit = min(left, 300 if arguments.tiny else part.seconds)  # two busy cores are no GPU
             print(f"{part.name}: up to {limit:.0f} s", flush=True)
             run_in_its_process(part, limit, arguments, work)
             gpu_report.write_page(arguments.out / "summary.md", gpu_report.read(rows), NAMES)
