@@ -101,11 +101,12 @@ class Traffic:
         return counted
 
     def lines(self, micro_steps: int) -> list[str]:
-        """Beside the least there is: a frozen weight once a micro-step, one that trains twice, its fp32 gradient once."""
+        """Beside the least there is: a weight once a micro-step (one that trains twice where it is too much to stay whole until
+        backward), its fp32 gradient once."""
         least, gathered, gradients = Counter(), Counter(), 0
         for p, (side, _) in self.weights.items():
             whole = p.ds_numel * p.element_size()
-            least[side] += whole * (2 if p.requires_grad else 1)
+            least[side] += whole
             gathered[side] += whole * self.times[p] / micro_steps
             gradients += 4 * p.ds_numel * p.requires_grad
         said = [f"{side} gathered {gathered[side] / 1e6:.1f} MB (least {least[side] / 1e6:.1f})" for side in least]
