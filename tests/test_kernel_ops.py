@@ -24,6 +24,12 @@ def stage_one() -> dict:
     return values | {"h": base["h_s"], "filter_w": torch.randn(WIDTH, D_S, generator=g), "filter_b": torch.zeros(WIDTH)}
 
 
+def lifted() -> dict:
+    g = torch.Generator().manual_seed(0)
+    narrow = {"filter_w": torch.randn(3, D_S, generator=g), "filter_b": torch.zeros(3)}
+    return stage_one() | narrow | {"lift_w": torch.randn(WIDTH, 3, generator=g)}
+
+
 def nmse(**values):
     return filtered_mse(**values, kind="nmse")
 
@@ -34,6 +40,7 @@ CALLS = {
     "strict": (tensors, TRAINED, lambda **values: linear_kl_ce(**values, mode="strict")),
     "layers": (filtered, FILTERS, nmse),
     "stage one": (stage_one, STAGE_ONE, lambda **values: filtered_ce(**values, **HEAD.reading)),
+    "stage one, lifted": (lifted, (*STAGE_ONE, "lift_w"), lambda **values: filtered_ce(**values, **HEAD.reading)),
 }
 
 

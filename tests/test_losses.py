@@ -220,16 +220,20 @@ HEADS = {
 }
 
 
+@pytest.mark.parametrize("narrow", [0, 3], ids=["", "lifted"])
 @pytest.mark.parametrize("settings", HEADS.values(), ids=HEADS)
-def test_stage_one_s_loss_equals_the_naive_formula_in_value_and_every_gradient(settings):
+def test_stage_one_s_loss_equals_the_naive_formula_in_value_and_every_gradient(settings, narrow):
     head, base = heads(**settings), tensors()
     values = {k: base[k] for k in ("labels", "token_weight", "denom")}
-    values |= {"h": base["h_s"], "filter_w": torch.randn(WIDTH, D_S), "filter_b": torch.randn(WIDTH)}
-    trained = ("h", "filter_w", "filter_b")
+    width = narrow or WIDTH
+    values |= {"h": base["h_s"], "filter_w": torch.randn(width, D_S), "filter_b": torch.randn(width)}
+    values |= {"lift_w": torch.randn(WIDTH, narrow)} if narrow else {}
+    trained = ("h", "filter_w", "filter_b", "lift_w")[: 3 + bool(narrow)]
 
-    def naive(h, filter_w, filter_b, labels, token_weight, denom):
+    def naive(h, filter_w, filter_b, labels, token_weight, denom, lift_w=None):
         norm = head.tail[0] if head.tail else None
         states = h @ filter_w.T + filter_b
+        states = states if lift_w is None else states @ lift_w.T
         if norm:
             mean, variance = states.mean(1, keepdim=True), states.var(1, correction=0, keepdim=True)
             states = (states - mean) / (variance + norm.eps).sqrt() * norm.weight.double() + norm.bias.double()

@@ -1,5 +1,7 @@
 """Stage I's loss: next-token cross-entropy read off a filtered state, over rows that are (layer, token) pairs.
 
+A narrow filter has a map back to the head's width, `lift_w`, which both sides of a pair share.
+
 One chunk at a time goes through filter, norm, head and back: nothing of all tokens' filtered states is ever kept.
 """
 
@@ -17,18 +19,18 @@ from ted_scale.losses import valid_weights
 
 
 def filtered_ce(
-    h, filter_w, filter_b, norm: Callable, head_w, head_b, labels, token_weight, *, denom, softcap=None,
+    h, filter_w, filter_b, norm: Callable, head_w, head_b, labels, token_weight, *, denom, lift_w=None, softcap=None,
     logit_scale=1.0, rows=None, backend="auto", chunk_tokens=None,
 ):  # fmt: skip
-    """CE of soften(head_w·norm(filter_w·h + filter_b) + head_b), weighted, over denom.
+    """CE of soften(head_w·norm(lift_w·(filter_w·h + filter_b)) + head_b), weighted, over denom; no lift_w: none.
 
-    Gradients go to h, filter_w, filter_b, head_w and head_b; `norm` is any differentiable function of rows. `rows`
-    (int64) reads those alone, each counting len(h)/len(rows)-fold: drawn uniformly, the estimate is unbiased.
+    Gradients go to h, filter_w, filter_b, lift_w, head_w and head_b; `norm` is any differentiable function of rows.
+    `rows` (int64) reads those alone, each counting len(h)/len(rows)-fold: drawn uniformly, the estimate is unbiased.
     """
-    check(h, filter_w, filter_b, head_w, head_b, labels, token_weight, rows)
+    check(h, filter_w, filter_b, lift_w, head_w, head_b, labels, token_weight, rows)
     checks.check_positive("chunk_tokens", chunk_tokens)
     weight = valid_weights(labels, token_weight)
-    trainable = (h, filter_w, filter_b, head_w, head_b)
+    trainable = (h, filter_w, filter_b, lift_w, head_w, head_b)
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in trainable]
     f = LogitLoss(1.0, 0.0, 1.0, softcap or 0.0, 0.0, logit_scale, 1.0, False)
     backend = choose(backend, h.device)
@@ -42,48 +44,63 @@ def filtered_ce(
     return attach(values, values[None], as_scalar(denom, h.device), trained, grads)[0]
 
 
-def check(h, filter_w, filter_b, head_w, head_b, labels, token_weight, rows) -> None:
+def check(h, filter_w, filter_b, lift_w, head_w, head_b, labels, token_weight, rows) -> None:
     checks.check_states("h", h, None, None)
     checks.check_given("head_w", head_w)
     checks.check_weight("filter_w", filter_w, h.shape[1], "filter_b", filter_b)
+    checks.check_weight("lift_w", lift_w, len(filter_w), "lift_b", None)
     checks.check_weight("head_w", head_w, None, "head_b", head_b)
     checks.check_type("filter_w", filter_w, "h", h)
+    checks.check_type("lift_w", lift_w, "h", h)
     checks.check_type("head_w", head_w, "h", h)
     checks.check_vector("token_weight", token_weight, len(h))
     checks.check_labels(labels, len(h), len(head_w), token_weight)
     checks.check_rows("rows", rows)
-    tensors = {"h": h, "filter_w": filter_w, "filter_b": filter_b, "head_w": head_w, "head_b": head_b}
-    checks.check_common(
-        "h", {**tensors, "labels": labels, "token_weight": token_weight, "rows": rows}, ("token_weight",)
-    )
+    tensors = {"h": h, "filter_w": filter_w, "filter_b": filter_b, "lift_w": lift_w, "head_w": head_w, "head_b": head_b}
+    tensors |= {"labels": labels, "token_weight": token_weight, "rows": rows}
+    checks.check_common("h", tensors, ("token_weight",))
 
 
-def filter_chunks(h, filter_w, filter_b, head_w, head_b, norm, labels, weight, rows, f, wanted, backend, chunk_tokens):
-    """(Σ weight·CE, gradients for h, filter_w, filter_b, head_w, head_b)"""
+def filter_chunks(
+    h, filter_w, filter_b, lift_w, head_w, head_b, norm, labels, weight, rows, f, wanted, backend, chunk_tokens
+):  # fmt: skip
+    """(Σ weight·CE, gradients for h, filter_w, filter_b, lift_w, head_w, head_b)"""
     dh, dw, db = empty_gradients(h, filter_w, filter_b, wanted[:3])
     dh.zero_()  # of rows that are not drawn
-    dhead_w, dhead_b = empty_gradients(h, head_w, head_b, [False, *wanted[3:]])[1:]
-    filter_w, head_w = operand(filter_w, backend), operand(head_w, backend)
+    dlift = empty_gradients(h, lift_w, None, [False, wanted[3], False])[1]
+    dhead_w, dhead_b = empty_gradients(h, head_w, head_b, [False, *wanted[4:]])[1:]
+    filter_w, lift_w, head_w = (operand(w, backend) for w in (filter_w, lift_w, head_w))
     count = len(h) if rows is None else len(rows)
     bytes_a_row = len(head_w) * (4 + h.element_size())
     total = weight.new_zeros(())
     for at in chunks(count, rows_per_chunk(count, bytes_a_row, h.device, chunk_tokens)):
         at = at if rows is None else rows[at]
         states = live_rows(h[at], weight[at])
-        filtered = project(states, filter_w, filter_b).to(h.dtype)
-        y, pull = through(norm, filtered, any(wanted[:3]))
+        narrow = project(states, filter_w, filter_b).to(h.dtype)
+        filtered = narrow if lift_w is None else project(narrow, lift_w, None).to(h.dtype)
+        y, pull = through(norm, filtered, any(wanted[:4]))
         checks.check_states("norm's result", y, head_w.shape[1], len(filtered))  # OPT's tail changes the width
-        wants = [any(wanted[:3]), *wanted[3:]]
+        wants = [any(wanted[:4]), *wanted[4:]]
         value, dy = head_chunk(y, head_w, head_b, labels[at], weight[at], dhead_w, dhead_b, list(f), wants, backend)
         total += value
         if wants[0]:
+            dy = lowered(pull(dy), narrow, lift_w, wanted[3], dlift)
             part = torch.empty_like(states) if wanted[0] else None
-            add_gradients(pull(dy), states, filter_w, wanted, part, dw, db)
+            add_gradients(dy, states, filter_w, wanted, part, dw, db)
             if wanted[0] and rows is not None:
                 dh.index_add_(0, at, part)  # a row may be drawn twice
             elif wanted[0]:
                 dh[at] = part
-    return total, [dh, dw, db, dhead_w, dhead_b]
+    return total, [dh, dw, db, dlift, dhead_w, dhead_b]
+
+
+def lowered(dfiltered, narrow, lift_w, wants_lift: bool, dlift):
+    """∂/∂narrow of what lift_w made of it; lift_w's own is added to dlift where wanted."""
+    if lift_w is None:
+        return dfiltered
+    dnarrow = torch.empty_like(narrow)
+    add_gradients(dfiltered, narrow, lift_w, [True, wants_lift, False], dnarrow, dlift, None)
+    return dnarrow
 
 
 def through(norm: Callable, filtered, wants_gradient: bool):
