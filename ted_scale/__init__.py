@@ -3,6 +3,7 @@
 teacher    the big frozen model; student: the smaller one that is trained beside it
 pair       (student block, teacher block), counted from 0; a block's state is its output, before the final norm
 filter     a linear map (maybe behind an MLP) of a state into the common width, learnt on the next token in stage I
+lift       a map from that width back to what a head reads, of stage I alone; both filters of a pair share it
 signal     what the teacher says about one micro-batch: the matched blocks' states and its head's input
 head       everything a model applies after its last block: norm, projection, bias, scale, soft-cap
 step       one optimizer step; micro-step: one forward and backward of one micro-batch on every rank

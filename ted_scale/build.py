@@ -9,6 +9,7 @@ import gc
 import logging
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,7 @@ from ted_scale.flops import step_flops
 from ted_scale.guard import Guard
 from ted_scale.loader import Loader
 from ted_scale.plan import Plan, as_dict
+from ted_scale.principal import write_start
 from ted_scale.ranks import start_ranks
 from ted_scale.rewind import Rewind, gone_back
 from ted_scale.run_folder import broadcast, claim_folder, filters_files, first_of_all, share
@@ -127,8 +129,9 @@ def validation_is_owed(plan: Plan, stage: Stage, progress: Progress, numbers) ->
 def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, numbers, loader, saver) -> Progress:
     run, device = plan.run, loader.device
     pulse.building(f"the build of stage {stage.name}")
+    source = first_filters(plan, stage, teacher, progress, saver, device)
     gc.collect()  # an earlier stage's engine, which holds itself in circles
-    engine = build_student(plan, stage, teacher, saver.filters_file)
+    engine = build_student(plan, stage, teacher, source)
     if resumed:
         checkpoint.load(engine, resumed)
     saver.prepare(engine)
@@ -183,6 +186,17 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
     saver.forget()
     zero_hooks.destroy(engine)
     return progress
+
+
+def first_filters(plan: Plan, stage: Stage, teacher, progress: Progress, saver, device) -> Path | None:
+    """The file of the filters that a stage begins with; None where there are none, or a checkpoint of the stage has them."""
+    filters, begins = plan.run.filters, stage is plan.stages[0] and progress.step == stage.first_step
+    own = plan.run.method == "ted" and not filters.from_run and begins
+    if own and not stage.learns_filters:
+        return write_start(plan, stage, teacher, device, plan.filters_file)
+    if own and filters.start == "states":
+        return write_start(plan, stage, teacher, device, plan.run.folder / "filters_start.safetensors")
+    return None if stage.learns_filters else saver.filters_file
 
 
 def go_back(stage: Stage, engine, rewind: Rewind, numbers) -> Progress:

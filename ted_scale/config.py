@@ -127,15 +127,21 @@ class Pairs(Section):
 class Filters(Section):
     """Stage I: what is learned, and how."""
 
-    steps: PositiveInt = 1000
-    width: PositiveInt | None = Field(
-        None, description="common width D of both filtered states; default: the teacher's"
+    steps: Count = Field(0, description="0: no stage I; filters are as they start, and the student's train in stage II")
+    width: PositiveInt | Literal["auto", "full"] = Field(
+        "auto",
+        description="common width D of both filtered states; auto: 5 % of the student's parameters; full: the teacher's",
     )
     mlp: Count = Field(0, description="hidden width of a residual MLP before the linear; 0: none")
     head: Literal["shared", "own", "per_layer"] = "shared"
+    start: Literal["states", "random"] = Field(
+        "states",
+        description="principal directions of the teacher's states; random: the identity where it fits, else random",
+    )
     lr: Positive = 1e-3
-    sample_tokens: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="share of the tokens that stage I reads a step, drawn for each pair"
+    sample_tokens: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+        "auto",
+        description="share of the tokens that stage I reads a step, drawn for each pair; auto: heads cost two bodies",
     )
     sample_pairs: PositiveInt | None = Field(None, description="pairs that stage I reads a step; default: all")
     from_run: str | None = Field(None, alias="from", description="reuse stage I of this run folder")

@@ -9,7 +9,7 @@ import torch
 
 from ted_scale import checkpoint, replicas, zero_hooks
 from ted_scale.errors import UserError
-from ted_scale.filters import Filter
+from ted_scale.filters import Filter, has_lift
 from ted_scale.models import Anatomy
 from ted_scale.plan import Plan
 from ted_scale.schedule import Stage
@@ -103,9 +103,10 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
         network.gradient_checkpointing_enable({"use_reentrant": False})
     with sharded_construction(config):
         filters_s, filters_t = build_filters(plan, stage)
-    if not stage.learns_filters and filters_t is not None:
-        checkpoint.load_filters(filters_file, {"student": filters_s, "teacher": filters_t})
-        filters_t.requires_grad_(False)
+    if filters_t is not None:
+        if filters_file:
+            checkpoint.load_filters(filters_file, {"student": filters_s, "teacher": filters_t})
+        filters_t.requires_grad_(stage.learns_filters)
     module = Student(
         run, network, plan.student, plan.pairs, learns_filters=stage.learns_filters, filters_s=filters_s,
         filters_t=filters_t, head_t=getattr(teacher, "head", None),
@@ -134,14 +135,15 @@ def build_filters(plan: Plan, stage: Stage):
         return None, None
     filters, lwd = plan.run.filters, plan.run.method == "lwd"
     heads = filters.head == "per_layer" and stage.learns_filters
+    lift = plan.teacher.width if stage.learns_filters and has_lift(plan.run, plan.teacher) else 0
 
-    def side(anatomy, offset: int):
+    def side(anatomy, offset: int, lift: int = 0):
         seeds = [plan.run.seed * 1000 + 2 * k + offset for k in range(len(plan.pairs))]
         vocab = anatomy.vocab_size if heads else 0
-        settings = {"mlp": filters.mlp, "random": lwd, "vocab": vocab}
+        settings = {"mlp": filters.mlp, "random": lwd, "vocab": vocab, "lift": lift}
         return torch.nn.ModuleList(Filter(anatomy.width, plan.width, seed=seed, **settings) for seed in seeds)
 
-    return side(plan.student, 0), None if lwd else side(plan.teacher, 1)
+    return side(plan.student, 0), None if lwd else side(plan.teacher, 1, lift)
 
 
 def parameter_groups(run, module: Student) -> list[dict]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy
 
+from ted_scale.filters import has_lift
 from ted_scale.models import Anatomy
 
 Keys = Callable[[int | None], float]  # a layer's window → keys that a query sees, on average
@@ -92,13 +93,14 @@ def filters_flops(plan, anatomy: Anatomy) -> float:
 
 
 def stage_one_flops(plan, tokens: float, pairs: float) -> float:
-    """Filters and heads of both sides, forward and backward, where a share of the tokens and of the pairs is read. The states
-    below a filter have no gradient, so its map has one of two; a frozen head has none of its own."""
+    """Filters, lifts and heads of both sides, forward and backward, where a share of the tokens and of the pairs is read. The
+    states below a filter have no gradient, so its map has one of two; a frozen head has none of its own."""
     filters, count = plan.run.filters, len(plan.pairs)
+    lift = 3 * filter_flops(plan.width, plan.teacher.width) if has_lift(plan.run, plan.teacher) else 0
     total = 0.0
     for anatomy, head in ((plan.student, head_side(plan)), (plan.teacher, plan.teacher)):
         linear, mlp = filter_flops(anatomy.width, plan.width), mlp_flops(anatomy.width, filters.mlp)
-        read = (3 if mlp else 2) * linear + stage_one_head_flops(plan, head)
+        read = (3 if mlp else 2) * linear + lift + stage_one_head_flops(plan, head)
         total += count * (tokens * pairs * read + 2.5 * mlp)  # an MLP bends all rows, of which some are read
     return total
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
-from ted_scale import resume
+from ted_scale import price, resume
 from ted_scale.checkpoint_files import Progress
 from ted_scale.config import Run
 from ted_scale.corpora import read_corpus
@@ -91,7 +91,8 @@ def make_plan(run: Run, world: int) -> Plan:
         check_same_tokenizer(student, teacher)
     vocabulary = min(a.vocab_size for a in (student, teacher) if a)
     matched = match_layers(run.pairs, student, teacher) if run.matches_layers else Matched([], "")
-    width = filter_width(run, student, teacher) if run.matches_layers else 0
+    run = price.resolved(run, student, teacher, matched.pairs) if matched.pairs else run
+    width = run.filters.width if matched.pairs else 0
     check_wandb(run)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)
@@ -116,26 +117,6 @@ def derive_accumulation(run: Run, world: int) -> int:
             f"({train.micro_batch} * {seq_len} * {world} = {micro_step}), but is {train.tokens_per_step}"
         )
     return train.tokens_per_step // micro_step
-
-
-def filter_width(run: Run, student: Anatomy, teacher: Anatomy) -> int:
-    """The common width D, and which heads can read a state of that width in stage I."""
-    width = run.filters.width or teacher.width
-    if run.method == "lwd":
-        if width != teacher.width:
-            raise UserError(f"filters.width must be the teacher's ({teacher.width}) for lwd, but is {width}")
-        return width
-    if run.filters.head == "shared" and width != teacher.width:
-        raise UserError(
-            f"filters.width must be the teacher's ({teacher.width}) for filters.head = 'shared', but is {width}; "
-            "leave it out or use head = 'per_layer'"
-        )
-    if run.filters.head == "own" and not width == teacher.width == student.width:
-        raise UserError(
-            f"filters.head = 'own' must have student, teacher and filters of one width, but they have {student.width}, "
-            f"{teacher.width} and {width}; use 'shared' or 'per_layer'"
-        )
-    return width
 
 
 def check_wandb(run: Run) -> None:
@@ -237,19 +218,6 @@ def stage_flops(plan: Plan, stage: Stage) -> float:
     return stage.steps * plan.run.train.tokens_per_step * sum(each) / len(each)
 
 
-def filter_parameters(plan: Plan) -> tuple[int, int]:
-    """(student's, teacher's) parameters of all filters, without per-layer heads."""
-
-    def one(width: int) -> int:
-        mlp = plan.run.filters.mlp
-        return plan.width * (width + 1) + (mlp * (2 * width + 1) + width if mlp else 0)
-
-    count = len(plan.pairs)
-    return count * one(plan.student.width) if count else 0, count * one(
-        plan.teacher.width
-    ) if plan.run.method == "ted" else 0
-
-
 def describe(plan: Plan) -> str:
     """The run's arithmetic, as --dry-run prints it and the log keeps it."""
     run, train = plan.run, plan.run.train
@@ -264,10 +232,7 @@ def describe(plan: Plan) -> str:
     if plan.pairs:
         pairs = " ".join(f"({s},{t})" for s, t in plan.pairs)
         lines.append(f"pairs (student block, teacher block), {plan.pairs_origin}: {pairs}")
-        count_s, count_t = filter_parameters(plan)
-        lines.append(
-            f"filters: width {plan.width}, {count_s / 1e6:,.2f} M (student) + {count_t / 1e6:,.2f} M (teacher) parameters"
-        )
+        lines.append(price.describe(plan))
     lines.append(
         f"step: {train.tokens_per_step:,} tokens = {plan.accumulation} accumulation * {train.micro_batch} micro-batch * "
         f"{plan.world} ranks * {run.data.seq_len} tokens"

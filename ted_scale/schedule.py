@@ -97,7 +97,7 @@ class Stage:
 
 
 def stages_of(run: Run) -> list[Stage]:
-    if run.method != "ted" or run.filters.from_run:
+    if run.method != "ted" or run.filters.from_run or not run.filters.steps:
         return [Stage("student", 0, run.train.steps, run)]
     return [Stage("filters", 0, run.filters.steps, run), Stage("student", run.filters.steps, run.train.steps, run)]
 

@@ -14,7 +14,7 @@ from ted_scale.config import Run
 from ted_scale.filters import OutputHead
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.losses import valid_weights
-from ted_scale.models import Anatomy, Head, Taps, head_of, run_body
+from ted_scale.models import Anatomy, Taps, head_of, run_body
 from ted_scale.sampling import drawn_pairs, drawn_rows
 from ted_scale.zero import ask, gathered
 
@@ -118,35 +118,37 @@ class Student(nn.Module):
         if self.run.filters.head != "per_layer":
             ask(self.heads[0].parameters)  # the own head's are this network's: it gathers them first
         _, states = self.run_network(batch, True)
-        sides = [
-            (self.filters_t, signal.layers_NE, self.heads[0]),
-            (self.filters_s, states, self.heads[1]),
-        ]
+        head_t, head_s = self.heads
         settings, (rows, length) = self.run.filters, batch.tokens_BT.shape
         pairs = drawn_pairs(settings, len(self.blocks), weights.draw)
         device = batch.tokens_BT.device
         drawn = [drawn_rows(settings, pairs, k, weights.draw, rows, length, device) for k in range(len(self.blocks))]
-        layers = torch.stack([v for side in sides for v in self.side_losses(*side, batch, drawn, denom)])
+        heads = [] if settings.head == "per_layer" else [*head_t.parameters, *head_s.parameters]
+        with gathered(heads):
+            of_pairs = [
+                self.pair_losses(k, signal.layers_NE[k], states[k], drawn[k], batch, denom)
+                for k in range(len(self.blocks))
+            ]
+        layers = torch.stack([value for side in zip(*of_pairs, strict=True) for value in side])
         total = layers.sum() / len(pairs)
         zero = torch.zeros_like(total.detach())
         return Losses(total, zero, zero, zero, layers.detach())
 
-    def side_losses(self, filters, states, head: Head, batch, drawn, denom):
-        """One value a pair; a pair that is not drawn reads no token: its filter is gathered like the others, on all ranks,
-        and has a gradient of 0."""
+    def pair_losses(self, k: int, states_t, states_s, rows, batch, denom):
+        """(teacher's, student's) value, the latter inside the forward of the filter that owns the lift of both; a pair that
+        is not drawn reads no token: its filters are gathered like the others, on all ranks, and have a gradient of 0."""
+        head_t, head_s = self.heads
         labels, mask = batch.labels_BT.flatten(), batch.weights_BT.flatten()
+        settings = {"labels": labels, "token_weight": mask, "denom": denom, "rows": rows, **self.code}
 
-        def loss_of(rows):
-            def loss(h, w, b, own_head):
-                reading = (own_head or head).reading
-                settings = {"labels": labels, "token_weight": mask, "denom": denom, "rows": rows}
-                return filtered_ce(h, w, b, **settings, **reading, **self.code)
+        def of_teacher(h, w, b, own_head, lift):
+            def of_student(h, w, b, own_head, _):
+                return filtered_ce(h, w, b, lift_w=lift, **(own_head or head_s).reading, **settings)
 
-            return loss
+            value = filtered_ce(h, w, b, lift_w=lift, **(own_head or head_t).reading, **settings)
+            return value, self.filters_s[k](states_s, of_student)
 
-        with gathered([] if self.run.filters.head == "per_layer" else head.parameters):
-            sides = zip(filters, states, drawn, strict=True)
-            return [filter(state, loss_of(rows)) for filter, state, rows in sides]
+        return self.filters_t[k](states_t, of_teacher)
 
 
 def token_mask(batch):

@@ -370,10 +370,26 @@ def kinds_of_filters(folder: Path, device):
         "per_layer": ({"head": "per_layer"}, {}),
         "mlp": ({"mlp": 8}, {"loss": {"kind": "cosine"}}),
         "sampled": ({"sample_tokens": 0.5, "sample_pairs": 1}, {}),
+        "narrow": ({"width": 16, "start": "states", "sample_tokens": "auto"}, {}),
+        "narrow_own": ({"width": 16, "start": "states", "head": "own"}, narrow),
     }
     for name, (filters, others) in kinds.items():
         start(folder, device, name=f"{name}_{world}", filters={"steps": 2, **filters}, **two_steps, **others)
     start(folder, device, name=f"fresh_{world}", method="ce", train={"steps": 3}, student={"init": "random"})
+
+
+def without_stage_one(folder: Path, device):
+    """Filters that stay where they start, straight and from step 1's checkpoint, which has them."""
+    filters = {"steps": 0, "width": 16, "start": "states"}
+    sections = {"filters": filters, "train": {"steps": 3}, "checkpoint": {"every": 1, "keep": 9}}
+    start(folder, device, name="unlearnt", **sections)
+    if dist.get_rank() == 0:
+        target = folder / "runs" / "unlearnt_from_1"
+        shutil.copytree(folder / "runs" / "unlearnt", target)
+        put_back(target, 1)
+        (target / "filters.safetensors").unlink()
+    dist.barrier()
+    start(folder, device, name="unlearnt_from_1", **sections)
 
 
 def families(folder: Path, device):

@@ -21,6 +21,7 @@ TWO_RANKS = (
     "undisturbed_to_six", "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory",
+    "without_stage_one",
 )  # fmt: skip
 
 
@@ -395,11 +396,20 @@ def test_filters_of_another_run_give_the_same_stage_two_as_learning_them_here(wo
     assert losses(world, "borrowed_2") == losses(world, "ten_2")[4:]
 
 
-@pytest.mark.parametrize("name", ["own", "per_layer", "mlp", "sampled", "fresh"])
+@pytest.mark.parametrize("name", ["own", "per_layer", "mlp", "sampled", "narrow", "narrow_own", "fresh"])
 def test_every_kind_of_filter_and_a_fresh_student_are_the_same_on_one_and_two_ranks(world, name):
     two, one = losses(world, f"{name}_2"), losses(world, f"{name}_1")
     assert len(two) in (3, 4)
     assert max(abs(a - b) for a, b in zip(two, one, strict=True)) < 2e-5
+
+
+def test_a_run_without_stage_one_starts_from_the_teacher_s_directions_and_resumes_to_the_last_bit(world):
+    result(world, "without_stage_one")
+    straight, resumed = losses(world, "unlearnt"), losses(world, "unlearnt_from_1")
+    assert len(straight) == 3
+    assert resumed == straight
+    first = [next(r["loss/layer"] for r in rows(world, name) if "loss/layer" in r) for name in ("unlearnt", "ten_2")]
+    assert first[0] < 0.7 * first[1]  # of which the other's student filters started at random, and learnt
 
 
 def test_an_offloaded_optimizer_gives_the_same_losses(world):

@@ -59,6 +59,7 @@ SETTINGS = {
     "stage I": ({}, "filters"),
     "stage I, mlp": ({"filters": {"mlp": 24}}, "filters"),
     "stage I, own heads": ({"filters": {"head": "per_layer"}}, "filters"),
+    "stage I, lifted": ({"filters": {"width": 24}}, "filters"),
     "stage I, drawn": ({"filters": {"mlp": 24, "sample_tokens": 0.5, "sample_pairs": 1}}, "filters"),
 }
 

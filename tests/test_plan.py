@@ -15,7 +15,8 @@ from transformers import FalconH1Config, Lfm2Config, PreTrainedTokenizerFast, St
 from ted_scale.build import train_run
 from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.errors import UserError
-from ted_scale.plan import filter_parameters, make_plan
+from ted_scale.plan import make_plan
+from ted_scale.price import filter_parameters
 from ted_scale.run_file import load_run
 from ted_scale.tokenizer import digest, load_tokenizer
 
@@ -113,7 +114,7 @@ def test_the_plan_s_numbers_are_those_of_the_models_and_the_corpus(original):
     assert plan.teacher.parameters == sum(t.numel() for t in load_tensors(original / "teacher"))
 
     built = [sum(p.numel() for p in side.parameters()) for side in build_filters(plan, plan.stages[1])]
-    assert list(filter_parameters(plan)) == built
+    assert [filter_parameters(plan)[side] for side in ("student", "teacher")] == built
 
 
 def load_tensors(folder: Path):
@@ -150,14 +151,13 @@ WRONG_RUNS = {
         "pairs.explicit[0] must name teacher blocks 0 to 3, but is [0, 4]",
     ),
     "width": (
-        {"filters": {"width": 32}},
-        "filters.width must be the teacher's (48) for filters.head = 'shared', but is 32; leave it out or use head = "
+        {"filters": {"width": 64}},
+        "filters.width must be at most the teacher's (48) for filters.head = 'shared', but is 64; leave it out or use head = "
         "'per_layer'",
     ),
     "own heads": (
         {"filters": {"head": "own"}},
-        "filters.head = 'own' must have student, teacher and filters of one width, but they have 32, 48 and 48; use "
-        "'shared' or 'per_layer'",
+        "filters.head = 'own' must have student and teacher of one width, but they have 32 and 48; use 'shared' or 'per_layer'",
     ),
     "lwd width": (
         {"method": "lwd", "filters": {"width": 32}},

@@ -31,7 +31,7 @@ def test_a_draw_is_a_function_of_the_step_and_differs_between_pairs():
     assert first == again != other
     assert [r + 64 for r in first[:16]] == first[16:]  # the same positions in every sequence
     assert drawn_rows(filters, [0], 1, 7, 2, 64, "cpu").tolist() == []
-    assert drawn_rows(Filters(), [0], 0, 7, 2, 64, "cpu") is None
+    assert drawn_rows(Filters(sample_tokens=1.0), [0], 0, 7, 2, 64, "cpu") is None
 
 
 def test_over_many_steps_the_sub_sample_s_gradient_is_the_whole_one(world):

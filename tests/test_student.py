@@ -117,12 +117,16 @@ def test_stage_two_is_the_weighted_sum_of_its_three_terms_and_each_is_the_naive_
     assert losses[0].total.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_stage_two_trains_the_network_and_the_student_s_filters_only(world):
-    parts = build(world)
+@pytest.mark.parametrize("width", ["full", 20])
+def test_stage_two_trains_the_network_and_the_student_s_filters_only(world, width):
+    parts = build(world, filters={"width": width})
+    assert not any(
+        "lift" in n for side in (parts.student.filters_s, parts.student.filters_t) for n, _ in side.named_parameters()
+    )
     _, gradients = run_step(parts, [make_batch()], ON)
     assert all(gradients[n].abs().max() > 0 for n in gradients if n.startswith("filters_s"))
     assert "network.transformer.h.0.attn.c_attn.weight" in gradients
-    assert not any("filters_t" in n for n, _ in parts.student.named_parameters())
+    assert not any(n.startswith("filters_t") for n in gradients)
     frozen = [*parts.student.filters_t.parameters(), *parts.teacher.engine.parameters()]
     assert frozen and all(not p.requires_grad and p.grad is None for p in frozen)
 
@@ -198,6 +202,8 @@ def stage_one_by_hand(parts, root, batch):
     ):
         for k, pair in enumerate(parts.plan.pairs):
             filtered = filter_of(filters[k], model.states[pair[which]].detach())
+            lift = parts.student.filters_t[k].lift_weight
+            filtered = filtered if lift is None else filtered @ lift.T
             if parts.plan.run.filters.head == "per_layer":
                 logits = torch.nn.functional.linear(filtered, filters[k].head_weight, filters[k].head_bias)
             else:
@@ -206,10 +212,12 @@ def stage_one_by_hand(parts, root, batch):
     return sides
 
 
+@pytest.mark.parametrize("width", ["full", 20])
 @pytest.mark.parametrize("head", ["shared", "own", "per_layer"])
-def test_stage_one_is_every_filter_s_own_next_token_loss(world, same_width, head):
+def test_stage_one_is_every_filter_s_own_next_token_loss(world, same_width, head, width):
     root, batch = same_width if head == "own" else world, make_batch()
-    parts = build(root, "filters", filters={"head": head})
+    parts = build(root, "filters", filters={"head": head, "width": width})
+    assert any("lift" in n for n, _ in parts.student.named_parameters()) == (head != "per_layer" and width == 20)
     losses, gradients = run_step(parts, [batch])
     expected = stage_one_by_hand(parts, root, batch)
     assert losses[0].layers.tolist() == pytest.approx([v.item() for v in expected], rel=1e-5)

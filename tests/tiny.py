@@ -76,7 +76,7 @@ def run_values(root: Path, **sections) -> dict:
         "student": {"path": str(root / "student")},
         "teacher": {"path": str(root / "teacher")},
         "data": {"seq_len": 32, "corpora": [{"path": str(root / "corpus"), "validation": 0.1}]},
-        "filters": {"steps": 4},
+        "filters": {"steps": 4, "width": "full", "start": "random", "sample_tokens": 1.0},
         "train": {"steps": 6, "tokens_per_step": 256, "micro_batch": 1, "lr": 1e-3, "precision": "fp32"},
         "validation": {"tokens": 256},
         "checkpoint": {"every": 100},
