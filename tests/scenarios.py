@@ -435,8 +435,12 @@ def blocks_by_liger(folder: Path, device):
 
 def sections_for_liger(folder: Path) -> dict:
     """Few and short rows: a row of a kernel is a loop of Python."""
-    few = {"data": {"seq_len": 8}, "filters": {"steps": 1}, "train": {"steps": 2, "tokens_per_step": 64}}
-    return {**few, "student": {"path": str(folder / "narrow"), "gradient_checkpointing": True}}
+    few = {"data": {"seq_len": 8}, "filters": {"steps": 1}, "train": {"steps": 1, "tokens_per_step": 64}}
+    return {
+        **few,
+        "validation": {"tokens": 8},
+        "student": {"path": str(folder / "narrow"), "gradient_checkpointing": True},
+    }
 
 
 def sections_of_families(folder: Path, student: str, teacher: str) -> dict:
