@@ -14,9 +14,9 @@ from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
 from ted_scale import object_store, sealed
 from ted_scale.errors import SENTENCES, UserError
-from ted_scale.plan import newest_progress
 from ted_scale.run_folder import resume_point
 from ted_scale.saver import Saver
+from ted_scale.standing import newest_progress
 from tools.bench.object_server import serving
 
 
