@@ -38,7 +38,8 @@ def same(ours: dict, theirs: dict, name: str) -> bool:
 
 def config_of(folder: Path, precision: str) -> dict:
     run = make_run(folder, train={"steps": 6, "precision": precision})
-    return engines.engine_config(make_plan(run, dist.get_world_size()))
+    plan = make_plan(run, dist.get_world_size())
+    return engines.engine_config(plan, plan.student)
 
 
 def plain(folder: Path, dtype):

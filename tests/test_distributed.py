@@ -115,7 +115,7 @@ def plain_losses(folder: Path, **sections) -> list[float]:
 
 def test_every_buffer_of_a_sharded_model_is_the_one_that_transformers_builds(world):
     found = result(world, "buffers")
-    assert found["wrong"] == [] and found["count"] >= 52
+    assert found["wrong"] == [] and found["count"] == 56
 
 
 def test_far_positions_are_as_exact_as_bf16_is(world):
@@ -129,6 +129,7 @@ def test_one_rank_alone_reduces_nothing_and_no_gradient_is_copied_for_its_norm(w
 
 
 def test_blocks_by_liger_have_the_losses_of_plain_torch(world):
+    pytest.importorskip("liger_kernel")
     result(world, "blocks_by_liger")
     assert "blocks: student by Liger, teacher by Liger" in (world / "runs/by_liger/log.txt").read_text()
     ours, plain = losses(world, "by_liger"), plain_losses(world, **sections_for_liger(world))
@@ -432,13 +433,11 @@ def test_every_kind_of_filter_and_a_fresh_student_are_the_same_on_one_and_two_ra
     assert max(abs(a - b) for a, b in zip(two, one, strict=True)) < 2e-5
 
 
-def test_a_run_without_stage_one_starts_from_the_teacher_s_directions_and_resumes_to_the_last_bit(world):
+def test_a_run_without_stage_one_resumes_to_the_last_bit(world):
     result(world, "without_stage_one")
     straight, resumed = losses(world, "unlearnt"), losses(world, "unlearnt_from_1")
     assert len(straight) == 3
     assert resumed == straight
-    first = [next(r["loss/layer"] for r in rows(world, name) if "loss/layer" in r) for name in ("unlearnt", "ten_2")]
-    assert first[0] < 0.7 * first[1]  # of which the other's student filters started at random, and learnt
 
 
 def test_an_offloaded_optimizer_gives_the_same_losses(world):

@@ -131,6 +131,17 @@ def test_stage_two_trains_the_network_and_the_student_s_filters_only(world, widt
     assert frozen and all(not p.requires_grad and p.grad is None for p in frozen)
 
 
+def test_the_teacher_s_head_is_asked_for_before_its_last_block_runs(world, monkeypatch):
+    """Later, the student would wait for it: nobody else asks for it ahead."""
+    parts, seen = build(world), []
+    body = parts.teacher.body
+    monkeypatch.setattr("ted_scale.teacher.ask", lambda parameters, **_: seen.append(list(parameters)))
+    body.network.get_submodule(body.anatomy.blocks)[-1].register_forward_hook(lambda *_: seen.append("last block"))
+    parts.teacher(make_batch(), ON)
+    parts.teacher(make_batch(), ON._replace(kl=0.0))
+    assert seen == [parts.teacher.head.projection, "last block", [], "last block"]
+
+
 def test_the_gradient_of_ce_alone_is_the_family_s_own(world):
     parts, batch = build(world, method="ce"), make_batch()
     _, gradients = run_step(parts, [batch])

@@ -1,5 +1,5 @@
-"""What `tools/bench/gpu.py --needs` lists: packages that the bench runs on, down to what those need, as this environment has
-them, without what the other machine has already."""
+"""What `tools/bench/gpu.py --needs` lists: packages that the bench runs on, down to what those need, in the versions of
+.ci/python312.txt, else of this environment, without what the other machine has already."""
 
 import re
 from importlib import metadata
@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from ted_scale.errors import UserError
 
 ROOTS = ("ted_scale", "liger-kernel", "pytest")  # Liger is an arm of the losses; the rest works without it
-UNUSED = {"wandb", "huggingface-hub"}  # wandb: no run of the bench has a [wandb]; the hub comes with transformers
+UNUSED = {"wandb"}  # no run of the bench has a [wandb]
 OTHER_PYTHON = Path(__file__).resolve().parents[2] / ".ci" / "python312.txt"
 
 

@@ -1,0 +1,47 @@
+"""The loop: what it lets go, and when."""
+
+import weakref
+from types import SimpleNamespace
+
+from ted_scale import train as loop
+from ted_scale.checkpoint_files import Progress
+from ted_scale.metrics import Clock
+
+
+class Signal:
+    """Something that a weak reference can follow."""
+
+
+class Student:
+    """Forward and backward by name; remembers which signals live when backward begins."""
+
+    device = None
+
+    def __init__(self):
+        self.seen, self.alive_in_backward = [], []
+
+    def __call__(self, batch, signal, weights, denom):
+        self.seen.append(weakref.ref(signal))
+        return SimpleNamespace(total=1.0)
+
+    def backward(self, *_, **__):
+        self.alive_in_backward += [ref() is not None for ref in self.seen]
+
+    def step(self): ...
+
+
+def test_the_teacher_s_signal_is_gone_before_backward(monkeypatch):
+    for name in ("count_valid", "set_rates", "for_engine"):
+        monkeypatch.setattr(loop, name, lambda *_: None)
+    monkeypatch.setattr(loop.pulse, "step", lambda _: None)
+    student, nothing = Student(), lambda *_, **__: None
+    stage = SimpleNamespace(
+        weights=nothing, rate=nothing, samples_per_step=1, run=SimpleNamespace(data=SimpleNamespace(seq_len=1)),
+        last_step=1, verifies=nothing, validates=nothing, saves=nothing,
+    )  # fmt: skip
+    guard = SimpleNamespace(add=nothing, arm=nothing, settle=lambda progress: progress, read=nothing, stopping=False)
+    clock = Clock(SimpleNamespace(type="cpu"))
+    metrics = SimpleNamespace(timed=lambda items, _: items, clock=clock, add=nothing)
+    settings = {"progress": Progress(), "verify": nothing, "validate": nothing, "save": nothing}
+    loop.train(stage, student, lambda *_: Signal(), [["one", "two"]], guard, metrics, **settings)
+    assert len(student.seen) == 2 and student.alive_in_backward == [False, False, False]
