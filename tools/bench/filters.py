@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("corpus")
     parser.add_argument("teacher", nargs="?")
     parser.add_argument("student", nargs="?")
-    parser.add_argument("--pairs", help="student,teacher student,teacher …; default: uniform")
+    parser.add_argument("--pairs", help="student,teacher student,teacher …; default: as cut, else uniform")
     parser.add_argument(
         "--filters", type=json.loads, default={}, help="JSON on top of the run file's defaults, in every arm"
     )

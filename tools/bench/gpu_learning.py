@@ -1,8 +1,8 @@
 """Part d of tools/bench/gpu.py: does it learn? A teacher of 30 M parameters trained on the spot on the Python packages of this
 machine, then students of half its blocks by each method, all for the same seconds.
 
-A method's speed is measured by a short run of its own, and its steps follow from it, so that each has its whole schedule;
-stage I counts. The seconds that it really took stand beside its loss.
+A method's speed is measured by a short run of its own, and its steps follow from it, so that each has its whole schedule. The
+seconds of its steps stand beside its loss; start-up does not count, nor the pass over some thousand tokens in which filters start.
 """
 
 import gc
@@ -132,8 +132,8 @@ def write_found(write, arm: str, found: dict, sizes: Sizes) -> None:
 
 def train_for(folder: Path, sizes: Sizes, device, seconds: float, name: str, method: str, **more) -> dict:
     """Train about that long; what came of it, by figure: (value, unit)."""
-    first, each = speed(folder, sizes, device, name, method, **more)
-    steps = min(max(int((seconds - first) / each), LEAST_STEPS), sizes.most_steps)
+    each = seconds_a_step(folder, sizes, device, name, method, **more)
+    steps = min(max(int(seconds / each), LEAST_STEPS), sizes.most_steps)
     rows = trained(run_of(folder, sizes, name, method, steps, **more), device)
     losses = [row for row in rows if "val/loss" in row]
     rate = statistics.median(row["perf/tokens_per_s"] for row in rows if "perf/tokens_per_s" in row)
@@ -147,14 +147,12 @@ def train_for(folder: Path, sizes: Sizes, device, seconds: float, name: str, met
     }
 
 
-def speed(folder: Path, sizes: Sizes, device, name: str, method: str, **more) -> tuple[float, float]:
-    """(seconds of stage I, seconds of a step of the other), by a run of a few steps; the first of each allocate and compile."""
+def seconds_a_step(folder: Path, sizes: Sizes, device, name: str, method: str, **more) -> float:
+    """By a run of a few steps, of which the first allocate and compile."""
     run = run_of(folder, sizes, f"{name}-speed", method, LEAST_STEPS if sizes is TINY else SPEED_STEPS, **more)
     spent = milliseconds(trained(run, device))
     shutil.rmtree(run.folder)
-    stages = [spent[: run.filters.steps], spent[run.filters.steps :]] if method == "ted" else [[], spent]
-    of_filters, of_student = (statistics.median(s[len(s) // 4 :]) / 1e3 if s else 0.0 for s in stages)
-    return of_filters * len(stages[0]), of_student
+    return statistics.median(spent[len(spent) // 4 :]) / 1e3
 
 
 def milliseconds(rows: list[dict]) -> list[float]:
