@@ -77,7 +77,9 @@ class Streaming(Section):
     cache_gib: NonNegative = Field(
         4.0, description="bound of the chunks on disk, for all processes of the node; 0: none"
     )
-    chunk_kib: Annotated[int, Field(ge=4, multiple_of=4)] = Field(256, description="read at once; docs/data.md has the cost")
+    chunk_kib: Annotated[int, Field(ge=4, multiple_of=4)] = Field(
+        256, description="read at once; docs/data.md has the cost"
+    )
     ahead: PositiveInt = Field(64, description="windows that are being fetched before they are needed, a process")
     requests: PositiveInt = Field(16, description="at the same time, a process")
     patience_s: Positive = Field(300.0, description="how long a request that fails is tried again before the run ends")

@@ -14,7 +14,7 @@ from plain import build, make_batch, make_world, run_step
 from torch.autograd import DeviceType
 
 from ted_scale.processes import parent_of
-from tools.bench import gpu, gpu_report, gpu_task, gpu_trace, plain_step
+from tools.bench import gpu, gpu_losses, gpu_report, gpu_task, gpu_trace, plain_step
 from tools.bench.gpu_report import PART, Row
 
 SCRIPT = Path(gpu.__file__)
@@ -186,6 +186,14 @@ def test_of_a_trace_only_the_device_s_own_work_and_the_steps_own_waits_count():
     assert spans == [("gemm", 15, 25), ("gemm", 30, 34), ("copy", 40, 41)]
     assert gpu_trace.longest(spans) == [("gemm", (0.014, 2)), ("copy", (0.001, 1))]
     assert len(gpu_trace.waits_of(host)) == 1
+
+
+@pytest.mark.parametrize("part", ["row_kernel", "chunk_sizes"])
+def test_parts_that_call_the_kernels_themselves_run_on_a_cpu(part):
+    """Only the soak runs them whole: a changed signature must not wait for it."""
+    task, rows = types.SimpleNamespace(tiny=True, device=lambda: "cpu"), []
+    getattr(gpu_losses, part)(task, lambda *row, **where: rows.append((row, where)))
+    assert rows and not [where for _, where in rows if where.get("status") == "failed"]
 
 
 def test_needs_are_what_the_other_machine_has_not(tmp_path):
