@@ -165,4 +165,4 @@ def test_the_command_ends_with_a_sentence_and_code_2(tmp_path):
     command = [sys.executable, ROOT / "tools/cut_student.py", tmp_path / "none", tmp_path / "cut", "--layers", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "TEACHER must be a local model folder" in done.stderr
+    assert "TEACHER must be a folder that is there" in done.stderr
