@@ -49,7 +49,7 @@ class Guard:
 
     def measured(self) -> list:
         norms = self.measure()
-        self.apart = norms_apart(self.sides, norms, self.shares.device)
+        self.apart = norms_apart(self.sides, norms)
         return norms
 
     def before_update(self, sub_group: int, norm) -> None:
@@ -65,7 +65,7 @@ class Guard:
         """Read the step's numbers; write down what they were where they are no good."""
         self.reading = False
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self.shares.device)
-        apart = torch.stack([norm, self.asked.sum(), *self.apart.values()])
+        apart = torch.stack([norm, self.asked.sum(), *(n.to(norm.device) for n in self.apart.values())])
         self.norm, asked, *rest = torch.cat([apart, self.shares.sum(0)]).tolist()
         self.norms, self.sums = rest[: len(self.apart)], rest[len(self.apart) :]
         self.stopping = asked > 0  # on any rank: all leave after the same step

@@ -69,8 +69,12 @@ def terms(plan: Plan, stage: Stage, device: str) -> tuple[dict[str, float], floa
 
 
 def setting(plan: Plan, key: str, model: Anatomy | None = None) -> float:
-    """Of the ds_config, else as engines.py derives it from the model."""
-    return engine_config(plan, model or plan.student)["zero_optimization"][key]
+    """Of the ds_config, else as engines.py derives it from the model; a number may be written as a string."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = DeepSpeedZeroConfig(**engine_config(plan, model or plan.student)["zero_optimization"])
+    names = {field.alias or name: name for name, field in type(config).model_fields.items()}
+    return getattr(config, names[key])
 
 
 def own_heads(plan: Plan) -> int:

@@ -14,9 +14,10 @@ def sides_of(zero) -> list[str]:
     return [SIDES[zero.param_groups[group]["role"]] for group in zero.sub_group_to_group_id.values()]
 
 
-def norms_apart(sides: list[str], norms: list, device) -> dict[str, torch.Tensor]:
-    """Each side's norm from its sub-groups'; nobody waits for them."""
+def norms_apart(sides: list[str], norms: list) -> dict[str, torch.Tensor]:
+    """Each side's norm from its sub-groups', where DeepSpeed has them: on the host for gradients that are offloaded, which
+    it scales there. Nobody waits for them."""
     parts: dict[str, list] = {side: [] for side in sides}
     for side, norm in zip(sides, norms, strict=True):
-        parts[side].append(torch.as_tensor(norm, dtype=torch.float32, device=device))
+        parts[side].append(torch.as_tensor(norm, dtype=torch.float32))
     return {side: torch.linalg.vector_norm(torch.stack(part)) for side, part in parts.items()}

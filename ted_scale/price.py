@@ -59,12 +59,16 @@ def filter_width(run: Run, student: Anatomy, teacher: Anatomy, count: int) -> in
             f"filters.width must be at most the teacher's ({teacher.width}) for filters.head = '{head}', but is {width}; "
             "leave it out or use head = 'per_layer'"
         )
-    if head == "own" and teacher.width != student.width:
+    if head == "own" and learns_filters(run) and teacher.width != student.width:
         raise UserError(
             f"filters.head = 'own' must have student and teacher of one width, but they have {student.width} and "
             f"{teacher.width}; use 'shared' or 'per_layer'"
         )
     return width
+
+
+def learns_filters(run: Run) -> bool:
+    return run.method == "ted" and run.filters.steps > 0 and not run.filters.from_run
 
 
 def auto_width(student: Anatomy, teacher: Anatomy, count: int) -> int:
@@ -87,9 +91,9 @@ def share_of_tokens(sides: Sides) -> float:
 
 
 def filter_parameters(plan) -> dict[str, int]:
-    """Of all pairs, by what they belong to; heads of their own apart."""
+    """Of all pairs, by what they belong to, heads of their own apart; stage I alone has lifts."""
     count, width, mlp = len(plan.pairs), plan.width, plan.run.filters.mlp
-    ted, lift = plan.run.method == "ted", count and has_lift(plan.run, plan.teacher)
+    ted, learns = plan.run.method == "ted", plan.stages[0].learns_filters
 
     def one(width_in: int) -> int:
         return width * (width_in + 1) + (mlp * (2 * width_in + 1) + width_in if mlp else 0)
@@ -97,7 +101,7 @@ def filter_parameters(plan) -> dict[str, int]:
     return {
         "student": count * one(plan.student.width),
         "teacher": count * one(plan.teacher.width) if count and ted else 0,
-        "lifts": count * width * plan.teacher.width if ted and lift else 0,
+        "lifts": count * width * plan.teacher.width if learns and has_lift(plan.run, plan.teacher) else 0,
     }
 
 
@@ -114,5 +118,7 @@ def describe(plan) -> str:
             f"\nstage filters reads {rows:,} rows a step ({filters.sample_tokens:.3g} of the tokens) in {min(drawn, count)} of "
             f"{count} pairs"
         )
+    elif plan.run.method == "ted" and not filters.from_run:
+        reads = "\nno stage I, for filters.steps is 0: filters.head, sample_tokens and sample_pairs decide nothing"
     trained = f"trained of the student's size: {', '.join(shares)}"
     return f"filters: width {plan.width}, {sides} parameters; {trained}{reads}"

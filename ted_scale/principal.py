@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ted_scale import checkpoint, zero_hooks
+from ted_scale import checkpoint, pulse, zero_hooks
 from ted_scale.attempts import attempt
 from ted_scale.checkpoint_files import Progress
+from ted_scale.config import Model
 from ted_scale.data import validation_batches
 from ted_scale.engines import build_filters, build_teacher
 from ted_scale.feed import open_feed
@@ -101,12 +102,15 @@ def measured_starts(plan, stage, teacher, device) -> list[Start]:
     over_ranks(sums)
     if dist.get_rank() == 0:
         log.info(f"filters start from the states of {tokens:,} tokens")
-    return [solved(plan, k, pair) for k, pair in enumerate(sums)]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    own = {k: start_of(pair, plan.width) for k, pair in enumerate(sums) if k % world == rank}  # all ranks at once
+    return [known_to_all(plan, k, pair, own.get(k, (None, None))) for k, pair in enumerate(sums)]
 
 
 def as_teacher(plan):
     """The student as a frozen model whose matched blocks are read."""
-    return replace(plan, teacher=plan.student, pairs=[(s, s) for s, _ in plan.pairs])
+    run = plan.run.model_copy(update={"teacher": Model(path=plan.run.student.path)})
+    return replace(plan, run=run, teacher=plan.student, pairs=[(s, s) for s, _ in plan.pairs])
 
 
 def batches(plan, stage, tokens: int, device) -> Iterator:
@@ -120,12 +124,12 @@ def batches(plan, stage, tokens: int, device) -> Iterator:
     )  # fmt: skip
 
 
-def solved(plan, k: int, pair: Moments) -> Start:
-    """The start of pair k, on every rank; the one that has its sums works it out."""
+def known_to_all(plan, k: int, pair: Moments, start) -> Start:
+    """The start of pair k, from the rank that had its sums."""
+    pulse.beat(f"the start of the filters of pair {k}")
     owner, device = k % dist.get_world_size(), pair.tt.device
     narrow, student = plan.width < plan.teacher.width, pair.ts is not None
     shapes = [narrow and (plan.width, plan.teacher.width), student and (plan.width, plan.student.width)]
-    start = start_of(pair, plan.width) if dist.get_rank() == owner else (None, None)
     return Start(*(from_rank(owner, weight, shape, device) for weight, shape in zip(start, shapes, strict=True)))
 
 

@@ -13,7 +13,7 @@ from ted_scale import pulse
 from ted_scale.errors import OutOfMemory, shortened
 
 HERE = Path(__file__)
-FULL = ("can't allocate memory", "not enough memory", "out of memory")  # of a host, of Windows' too, and of a device
+FULL = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")  # of hosts, and of a device
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def test_offloaded_state_is_not_the_device_s_and_a_bucket_is(world, tmp_path):
         "stage": 3,
         "offload_optimizer": {"device": "cpu"},
         "contiguous_gradients": True,
-        "reduce_bucket_size": 10**8,
+        "reduce_bucket_size": "100000000",  # DeepSpeed takes a string for a number
     }
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
     plan, here, away = of(world, device="cuda", ds_config=str(tmp_path / "ds.json"))

@@ -106,3 +106,6 @@ def test_no_stage_one_is_a_run_of_one_stage_that_reads_its_own_folder_s_filters(
     assert plan.filters_file == plan.run.folder / "filters.safetensors"
     assert plan.identity()["filters.steps"] == 0
     assert "stage filters" not in describe(plan)
+    narrow = make_plan(make_run(world, filters={"steps": 0, "width": 16}), 1)
+    assert filter_parameters(narrow)["lifts"] == 0 and "lifts" not in describe(narrow)
+    assert "no stage I, for filters.steps is 0: filters.head" in describe(narrow)

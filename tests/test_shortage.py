@@ -30,11 +30,15 @@ def of_pinned_memory():
     raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
 
 
+def of_a_library():
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
 def of_the_system():
     raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
 
-@pytest.mark.parametrize("fail", [too_much, of_numpy, of_a_device, of_pinned_memory, of_the_system])
+@pytest.mark.parametrize("fail", [too_much, of_numpy, of_a_device, of_pinned_memory, of_a_library, of_the_system])
 def test_memory_that_runs_out_is_a_sentence_with_a_code_of_its_own(fail):
     with pytest.raises(OutOfMemory) as caught, shortage.enough("lower something"):
         fail()
