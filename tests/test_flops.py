@@ -40,7 +40,8 @@ def test_a_family_s_forward_is_what_torch_counts(tmp_path, family):
     nothing = body_flops(anatomy, lambda window: 0)
     assert (nothing + head_flops(anatomy)) * LENGTH == products
     whole = body_flops(anatomy, lambda window: LENGTH) - nothing
-    assert whole * LENGTH == scores  # transformers multiplies what is masked, too
+    # transformers multiplies what is masked, too; 5.17 also rotary frequencies with positions
+    assert 0 <= scores - whole * LENGTH <= 0.005 * scores
 
 
 OPERATIONS = (
