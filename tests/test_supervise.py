@@ -121,6 +121,7 @@ def test_a_signal_in_a_pause_ends_it(tmp_path):
 
 SIGNALLED_AT_ONCE = """
 import os, signal
+from launch import supervise
 
 def spawn(command):
     supervise.received.append(signal.SIGTERM)
