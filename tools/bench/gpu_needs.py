@@ -8,10 +8,12 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from ted_scale.errors import UserError
+from ted_scale.parsing import parse_toml
 
-ROOTS = ("ted_scale", "liger-kernel", "pytest")  # Liger is an arm of the losses; the rest works without it
+ROOT = Path(__file__).resolve().parents[2]
+BESIDE = ("liger-kernel", "pytest")  # Liger is an arm of the losses; the rest works without it
 UNUSED = {"wandb"}  # no run of the bench has a [wandb]
-OTHER_PYTHON = Path(__file__).resolve().parents[2] / ".ci" / "python312.txt"
+OTHER_PYTHON = ROOT / ".ci" / "python312.txt"
 
 
 def needs(freeze: str) -> str:
@@ -20,8 +22,14 @@ def needs(freeze: str) -> str:
         raise UserError(f"--needs must name a file that `pip freeze` wrote, but {freeze} is none; leave it out for all")
     there = set(versions_in(Path(freeze).read_text(encoding="utf-8"))) if freeze else set()
     pinned = versions_in(OTHER_PYTHON.read_text(encoding="utf-8"))
-    names = sorted(closure(ROOTS) - {canonical(name) for name in ROOTS[:1]} - there)
+    names = sorted(closure([*asked_by_the_project(), *BESIDE]) - there)
     return "\n".join(f"{name}=={pinned.get(name) or metadata.version(name)}" for name in names)
+
+
+def asked_by_the_project() -> list[str]:
+    """It may run from a checkout, uninstalled."""
+    project = parse_toml((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [Requirement(text).name for text in project["dependencies"]]
 
 
 def closure(roots) -> set[str]:
