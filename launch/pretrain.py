@@ -4,6 +4,7 @@ The launcher starts one process a rank and passes --local_rank; the environment 
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ def main() -> None:
         from ted_scale.engines import check_engine_config
         from ted_scale.run_file import to_toml
 
+        logging.disable(logging.WARNING)  # DeepSpeed's go to stdout, where the run file is printed
         check_engine_config(plan)
         print(to_toml(run), describe(plan), *memory.describe(plan), sep="\n")
         return

@@ -93,7 +93,7 @@ def test_a_hang_shows_the_stacks_of_both_ranks_and_where_each_was(ends):
 def test_a_rank_that_never_gives_python_s_lock_back_is_dead_to_the_others_and_ended_by_the_alarm(ends):
     codes, took, said = ends[0]["lock"]
     assert codes == [GONE, -14]
-    assert took[0] < 15 and took[1] < 20
+    assert took[0] < 20 and took[1] < 30
     assert "error: rank 1 must give a sign" in said
     assert "in fault" in said  # its stack, written without the lock
 
