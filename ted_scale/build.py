@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ted_scale import (
     attention,
     checkpoint,
+    exits,
     feed,
     health,
     kernels,
@@ -42,7 +43,7 @@ from ted_scale.plan import Plan, as_dict
 from ted_scale.principal import write_start
 from ted_scale.ranks import start_ranks
 from ted_scale.rewind import Rewind, gone_back
-from ted_scale.run_folder import broadcast, claim_folder, filters_files, first_of_all, share
+from ted_scale.run_folder import broadcast, claim_folder, filters_files, first_of_all, share, where_it_stands
 from ted_scale.saver import Saver, give_up, sentence
 from ted_scale.schedule import Stage
 from ted_scale.tracking import open_wandb
@@ -56,6 +57,8 @@ def run_plan(plan: Plan) -> None:
     """A run from process group to process group's end."""
     check_engine_config(plan)
     device = start_ranks(plan.run)
+    if dist.get_rank() == 0:
+        exits.where_it_stands = partial(where_it_stands, plan.run.folder)
     try:
         with shortage.enough(shortage.ways_to_need_less(plan.run, plan.ds_config, device.type == "cpu")):
             train_run(plan, device)

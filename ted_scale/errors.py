@@ -6,11 +6,6 @@ file or a library: what is not printable is escaped, so that it is one line and 
 """
 
 import contextlib
-import os
-import sys
-import threading
-import time
-import traceback
 
 from ted_scale import redact
 
@@ -110,62 +105,3 @@ def files_at(place):
             f"{error.filename or place} must be a file or folder that this user can use, on a disk with room, but is not: "
             f"{error.strerror or error}; put that right and start the same command again"
         ) from None
-
-
-def run_main(main) -> None:
-    """Run `main()`; our own exceptions become their sentence on stderr and their exit code, others their traceback."""
-    redact.watch_logs()
-    sys.excepthook = show_traceback
-    threading.excepthook = lambda raised: show_traceback(*raised[:3])
-    try:
-        main()
-    except KeyboardInterrupt:
-        say_where_it_stands("which is not saved: ")
-        leave(130)
-    except SENTENCES as error:
-        last_words(f"{'stopped' if isinstance(error, Preempted) else 'error'}: {error}", error.exit_code)
-    except Exception:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise
-        last_words(traceback.format_exc(), FAULT)
-
-
-def say_where_it_stands(begins: str) -> None:
-    """Of a run that Ctrl-C ends, on one rank: what of it stays."""
-    from ted_scale import checkpoint_files, pulse, watch
-
-    if watch.current is None or watch.current.rank:
-        return
-    whole = [s for s in checkpoint_files.published(watch.current.folder) if s.fault is None]
-    newest = f"the newest checkpoint is {whole[0].path}" if whole else "there is no checkpoint yet"
-    speak(f"interrupted in {pulse.now.what}, {begins}{newest}; the same command goes on")
-
-
-def last_words(words: str, code: int) -> None:
-    """End this process, and with it the others of its group, if there is one by now."""
-    from ted_scale import watch
-
-    if watch.current is not None:
-        watch.current.end(words, code)
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        time.sleep(5)  # the launcher ends this rank when rank 0 has said the same; if not, it has its own reason
-    speak(words if rank == 0 else f"rank {rank}: {words}")
-    leave(code)
-
-
-def speak(words: str) -> None:
-    with contextlib.suppress(OSError):  # whoever read it may be gone
-        print(redact.redact(words.rstrip("\n")), file=sys.stderr, flush=True)
-
-
-def show_traceback(kind, error, trace) -> None:
-    """Python's own, without the secrets that a library's exception may quote."""
-    speak("".join(traceback.format_exception(kind, error, trace)))
-
-
-def leave(code: int) -> None:
-    """No atexit: neither a process group nor a thread may hold the exit."""
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(code)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
-from ted_scale import memory, metrics, resume
+from ted_scale import memory, metrics, pulse, resume
 from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import Gone, UserError, files_at
 from ted_scale.plan import Plan, describe
@@ -47,6 +47,13 @@ def claim_folder(plan: Plan):
         if newest:
             log.info(f"resuming from {newest}{on_other_ranks(newest)}")
     return progress, newest
+
+
+def where_it_stands(folder: Path, begins: str) -> str:
+    """For a run that Ctrl-C ends."""
+    whole = [s for s in files.published(folder) if s.fault is None]
+    newest = f"the newest checkpoint is {whole[0].path}" if whole else "there is no checkpoint yet"
+    return f"{pulse.now.what}, {begins}{newest}"
 
 
 def on_other_ranks(checkpoint: Path) -> str:

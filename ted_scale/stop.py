@@ -11,7 +11,8 @@ import os
 import signal
 import threading
 
-from ted_scale.errors import RESUME, Preempted, leave, say_where_it_stands, speak
+from ted_scale.errors import RESUME, Preempted
+from ted_scale.exits import leave, say_where_it_stands, speak
 from ted_scale.processes import parent_of, words_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

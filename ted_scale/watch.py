@@ -19,8 +19,9 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from ted_scale import pulse, redact, stop
-from ted_scale.errors import FAULT, GONE, HUNG, RESUME, Gone, Preempted, leave, speak
+from ted_scale import exits, pulse, redact, stop
+from ted_scale.errors import FAULT, GONE, HUNG, RESUME, Gone, Preempted
+from ted_scale.exits import leave, speak
 
 BEAT_S = 1.0
 ROUNDS_A_LOOK = 5  # rank 0 reads everyone's beat every so many of its own
@@ -37,6 +38,7 @@ def start(limits, folder: Path) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     watch = patiently(lambda: begun(rank, world, limits, folder), 2 * limits.silence_s + 2 * GRACE_S)
     current = watch  # not before: it would speak over another run's store
+    exits.end_together = watch.end
     stop.watched.set()
 
 
@@ -63,7 +65,7 @@ def close() -> None:
     global current
     if current is not None:
         current.close()
-    current = None
+    current = exits.end_together = None
 
 
 def open_store(rank: int, world: int, folder: Path):

@@ -16,12 +16,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 
-from ted_scale import pulse, shortage, stop, watch
+from ted_scale import exits, pulse, shortage, stop, watch
 from ted_scale.config import Limits
-from ted_scale.errors import Preempted, UserError, run_main
+from ted_scale.errors import Preempted, UserError
+from ted_scale.exits import run_main
+from ted_scale.run_folder import where_it_stands
 
 PYTHON = ctypes.PyDLL(None)  # calls through it keep Python's lock
 FAULTY_STEP = 10
@@ -71,6 +75,8 @@ def rank_of(name: str, folder: Path) -> None:
     silence_s = {"die": 4.0, "die0": 4.0, "lock": 5.0}.get(name, 20.0)
     watch.start(Limits(step_s=step_s, start_s=40.0, silence_s=silence_s), folder / name)
     dist.init_process_group("gloo")
+    if rank == 0:
+        exits.where_it_stands = partial(where_it_stands, folder / name)
     if name == "early" and rank == faulty:
         (folder / f"{name}.at").write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGTERM)

@@ -17,7 +17,8 @@ from ted_scale import checkpoint_files as files
 from ted_scale import sealed
 from ted_scale.checkpoint_files import Standing
 from ted_scale.config import Checkpoint
-from ted_scale.errors import UserError, run_main
+from ted_scale.errors import UserError
+from ted_scale.exits import run_main
 from ted_scale.run_file import load_run
 
 

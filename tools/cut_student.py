@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ted_scale.errors import UserError, run_main
+from ted_scale.errors import UserError
+from ted_scale.exits import run_main
 from ted_scale.hub import find_folder
 from ted_scale.models import Anatomy, empty_model, inspect, read_config
 from ted_scale.pairs import CUT, cut_map, spread

@@ -25,7 +25,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is on the path, its parent is not
 
 from ted_scale import checkpoint_files as files
-from ted_scale.errors import RunStopped, UserError, run_main
+from ted_scale.errors import RunStopped, UserError
+from ted_scale.exits import run_main
 from ted_scale.run_file import load_run
 from ted_scale.sealed import write_durably
 from tools import demo_table

@@ -14,7 +14,8 @@ from pathlib import Path
 from ted_scale import checkpoint_files as files
 from ted_scale import sealed
 from ted_scale.config import Run
-from ted_scale.errors import UserError, run_main
+from ted_scale.errors import UserError
+from ted_scale.exits import run_main
 from ted_scale.run_file import load_run
 
 NETWORK = "network."  # the student's name inside the trained module; filters and the loss's head stand beside it

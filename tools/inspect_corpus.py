@@ -22,7 +22,8 @@ import numpy
 from ted_scale import object_store
 from ted_scale.config import Streaming
 from ted_scale.corpora import manifest_files, prefixes_of, read_shards
-from ted_scale.errors import UserError, run_main
+from ted_scale.errors import UserError
+from ted_scale.exits import run_main
 from ted_scale.shards import (
     SHARD_NUMBER,
     ShardIndex,

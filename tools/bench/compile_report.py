@@ -19,7 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ted_scale.errors import UserError, run_main
+from ted_scale.errors import UserError
+from ted_scale.exits import run_main
 from ted_scale.kernels import tiles
 from ted_scale.kernels.triton_layers import difference_kernel
 from ted_scale.kernels.triton_rows import rows_kernel

@@ -18,7 +18,7 @@ import transformers
 
 from ted_scale.config import Run
 from ted_scale.engines import build_filters, parameter_groups
-from ted_scale.errors import run_main
+from ted_scale.exits import run_main
 from ted_scale.flops import keys_of, step_flops
 from ted_scale.losses import count_valid
 from ted_scale.plan import make_plan
