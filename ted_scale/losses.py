@@ -8,12 +8,7 @@ token is valid when its weight is > 0 and its label is not ignored. A denom of 0
 import torch
 import torch.distributed as dist
 
-from ted_scale.data import IGNORED
-
-
-def valid_weights(labels_N, weights_N):
-    """Token weights in fp32, 0 where a token does not count."""
-    return torch.where((labels_N != IGNORED) & (weights_N > 0), weights_N, 0.0).float()
+from ted_scale.kernels.tokens import valid_weights
 
 
 def count_valid(batches) -> torch.Tensor:

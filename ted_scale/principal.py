@@ -23,8 +23,8 @@ from ted_scale.data import validation_batches
 from ted_scale.engines import build_filters, build_teacher
 from ted_scale.feed import open_feed
 from ted_scale.filters import has_lift
-from ted_scale.kernels.matmul import live_rows
-from ted_scale.losses import valid_weights
+from ted_scale.kernels.products import live_rows
+from ted_scale.kernels.tokens import valid_weights
 from ted_scale.run_folder import broadcast
 from ted_scale.saver import give_up, sentence
 from ted_scale.student import Weights

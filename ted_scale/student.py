@@ -13,7 +13,7 @@ from torch import nn
 from ted_scale.config import Run
 from ted_scale.filters import OutputHead
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
-from ted_scale.losses import valid_weights
+from ted_scale.kernels.tokens import valid_weights
 from ted_scale.models import Anatomy, Taps, head_of, run_body
 from ted_scale.sampling import drawn_pairs, drawn_rows
 from ted_scale.zero import ask, gathered
@@ -90,7 +90,7 @@ class Student(nn.Module):
                 temperature=self.run.loss.temperature, kl_weight=weights.kl, ce_weight=weights.ce,
                 softcap_s=self.anatomy.softcap, softcap_t=head_t and head_t.softcap,
                 logit_scale_s=self.anatomy.logit_scale, logit_scale_t=head_t.logit_scale if head_t else 1.0,
-                head_bias_s=b_s, head_bias_t=head_t and head_t.bias, mode=self.run.loss.mode, **self.code,
+                head_bias_s=b_s, head_bias_t=head_t and head_t.bias, mode=self.run.loss.mode, gather=gathered, **self.code,
             )  # fmt: skip
 
         with gathered(head_t.projection if head_t else []):

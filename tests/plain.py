@@ -8,8 +8,9 @@ import transformers
 from corpus import write_shard
 from tiny import make_model, make_run
 
-from ted_scale.data import IGNORED, Batch
+from ted_scale.data import Batch
 from ted_scale.engines import build_filters
+from ted_scale.kernels.tokens import IGNORED
 from ted_scale.losses import count_valid
 from ted_scale.models import inspect
 from ted_scale.packing import pack

@@ -15,8 +15,8 @@ from tiny import FAMILIES, make_run
 from ted_scale import attempts, build, checkpoint_files, engines, fused, saver, sealed
 from ted_scale.checkpoint import Snapshot
 from ted_scale.errors import RunStopped, UserError
-from ted_scale.kernels.checks import check_labels
-from ted_scale.kernels.matmul import all_count
+from ted_scale.kernels.arguments import check_labels
+from ted_scale.kernels.products import all_count
 from ted_scale.metrics import Metrics
 from ted_scale.plan import make_plan
 from ted_scale.state_files import KINDS, key_of

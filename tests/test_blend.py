@@ -12,9 +12,10 @@ from tiny import make_run
 from ted_scale import blend, order
 from ted_scale.blend import Cursor, Domain
 from ted_scale.checkpoint_files import Progress
-from ted_scale.data import IGNORED, open_stream, refuse_repetition
+from ted_scale.data import open_stream, refuse_repetition
 from ted_scale.errors import UserError
 from ted_scale.feed import open_feed
+from ted_scale.kernels.tokens import IGNORED
 from ted_scale.metrics import Metrics
 from ted_scale.schedule import stages_of
 

@@ -10,8 +10,9 @@ import torch
 from corpus import counting_documents, data_section, steps, write_shard
 
 from ted_scale import order
-from ted_scale.data import IGNORED, open_held_out, open_stream, validation_batches
+from ted_scale.data import open_held_out, open_stream, validation_batches
 from ted_scale.errors import UserError
+from ted_scale.kernels.tokens import IGNORED
 
 VOCAB = 60000
 LENGTHS = [5, 13, 1, 30, 7, 22, 9, 40, 3, 11] * 4

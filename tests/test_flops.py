@@ -45,8 +45,8 @@ def test_a_family_s_forward_is_what_torch_counts(tmp_path, family):
 
 
 OPERATIONS = (
-    ("linear_kl_ce", "logit_chunks"), ("filtered_ce", "head_chunk"), ("strict", "strict_losses"),
-    ("strict", "strict_gradients"),
+    ("logit_loss", "logit_chunks"), ("filter_loss", "head_chunk"), ("logit_loss_strict", "strict_losses"),
+    ("logit_loss_strict", "strict_gradients"),
 )  # fmt: skip
 SETTINGS = {
     "ce": ({"method": "ce"}, "student"),

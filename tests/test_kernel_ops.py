@@ -1,17 +1,16 @@
 """The losses as torch operations: compiled, checked, called wrongly, and what they leave alone."""
 
-import sys
 import weakref
 
 import pytest
 import torch
 from test_losses import D_S, TRAINED, WIDTH, filtered, heads, ours, tensors
 
-from ted_scale.data import IGNORED
 from ted_scale.kernels import choose, describe, filtered_ce, filtered_mse, linear_kl_ce
-from ted_scale.kernels.checks import check_labels
-from ted_scale.kernels.linear_kl_ce import logit_chunks
-from ted_scale.kernels.matmul import all_count, live_rows
+from ted_scale.kernels.arguments import check_labels
+from ted_scale.kernels.logit_loss import logit_chunks
+from ted_scale.kernels.products import all_count, live_rows
+from ted_scale.kernels.tokens import IGNORED
 
 FILTERS = ("h_s", "w_s", "b_s")
 STAGE_ONE = ("h", "filter_w", "filter_b")
@@ -109,9 +108,9 @@ def test_without_grad_there_is_no_gradient_work(name, monkeypatch):
     def refuse(*_):
         raise AssertionError("a gradient was formed")
 
-    for module in ("linear_kl_ce", "filtered_mse", "filtered_ce"):  # the functions have their modules' names
-        monkeypatch.setattr(sys.modules[f"ted_scale.kernels.{module}"], "add_gradients", refuse)
-    monkeypatch.setattr("ted_scale.kernels.strict.strict_gradients", refuse)
+    for module in ("logit_loss", "layer_loss", "filter_loss"):
+        monkeypatch.setattr(f"ted_scale.kernels.{module}.add_gradients", refuse)
+    monkeypatch.setattr("ted_scale.kernels.logit_loss_strict.strict_gradients", refuse)
     with torch.no_grad():
         without = loss(**values)
     pairs = zip(with_grad, without, strict=True) if isinstance(without, tuple) else [(with_grad, without)]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_losses import ours, tensors
 
-from ted_scale.data import IGNORED
 from ted_scale.kernels import filtered_mse, linear_kl_ce
+from ted_scale.kernels.tokens import IGNORED
 from tools.bench import losses
 from tools.bench.loss_arms import ARMS, layers_case, logit_case
 from tools.bench.memory import peak_bytes

@@ -19,8 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_losses import HEADS, SETTINGS, SIDES, doubled, filtered, heads, naive_kl_ce, naive_mse, ours, tensors
 
-from ted_scale.data import IGNORED
-from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce, tiles, triton_layers, triton_strict
+from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
+from ted_scale.kernels.tokens import IGNORED
+from ted_scale.kernels.triton import layers as triton_layers
+from ted_scale.kernels.triton import shapes
+from ted_scale.kernels.triton import strict as triton_strict
 from ted_scale.models import soften
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_kernels.py compiles them")
@@ -46,9 +49,9 @@ def mended_interpreter_and_poisoned_memory():
 def small_tiles(monkeypatch):
     """Many programs and many steps a program, ragged at every edge."""
     for module in (triton_layers, triton_strict):
-        monkeypatch.setattr(module, "pick", lambda table, *operands: tiles.tile(16, 16, 16, 4, 1))
-    monkeypatch.setattr("ted_scale.kernels.triton_rows.pick", lambda *_: tiles.Shape({"BLOCK": 32}, 4, 1))
-    monkeypatch.setattr("ted_scale.kernels.strict.SLICE", 32)
+        monkeypatch.setattr(module, "pick", lambda table, *operands: shapes.tile(16, 16, 16, 4, 1))
+    monkeypatch.setattr("ted_scale.kernels.triton.rows.pick", lambda *_: shapes.Shape({"BLOCK": 32}, 4, 1))
+    monkeypatch.setattr("ted_scale.kernels.logit_loss_strict.SLICE", 32)
     monkeypatch.setattr(triton_strict, "PROGRAMS", 6)
 
 
@@ -177,8 +180,8 @@ def test_layer_losses(kind, dtype, side, small_tiles):
 def test_layer_losses_in_the_shipped_shape_and_through_descriptors(kind, monkeypatch):
     values = filtered(n=21, d_s=32, d_t=48, width=40)
     compare_mse(values, torch.float32, kind)
-    shape = tiles.tile(16, 16, 16, 4, 1, descriptors=True)
-    assert all(tiles.aligned(values[k]) for k in ("h_t", "w_t", "h_s", "w_s"))
+    shape = shapes.tile(16, 16, 16, 4, 1, descriptors=True)
+    assert all(shapes.aligned(values[k]) for k in ("h_t", "w_t", "h_s", "w_s"))
     monkeypatch.setattr(triton_layers, "pick", lambda table, *operands: shape)
     compare_mse(values, torch.float32, kind)
 
@@ -187,7 +190,7 @@ def test_layer_losses_in_the_shipped_shape_and_through_descriptors(kind, monkeyp
 def test_logit_losses_in_the_shipped_shape_and_through_descriptors(mode, monkeypatch):
     values = tensors(n=21, d_s=32, d_t=48, v_s=64, v_t=56)
     compare_kl_ce(values, torch.float32, mode)
-    shape = tiles.tile(16, 16, 16, 4, 1, descriptors=True)
+    shape = shapes.tile(16, 16, 16, 4, 1, descriptors=True)
     monkeypatch.setattr(triton_strict, "pick", lambda table, *operands: shape)
     compare_kl_ce(values, torch.float32, mode)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_losses import doubled, naive_kl_ce, ours, tensors
 
-from ted_scale.data import IGNORED
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
+from ted_scale.kernels.tokens import IGNORED
 from tools.bench.memory import peak_bytes
 
 

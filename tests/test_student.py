@@ -6,7 +6,7 @@ import transformers
 from plain import build, cut, make_batch, make_shard, make_world, run_step
 from tiny import make_model
 
-from ted_scale.data import IGNORED
+from ted_scale.kernels.tokens import IGNORED
 from ted_scale.losses import count_valid
 from ted_scale.models import Taps
 from ted_scale.student import Weights

@@ -7,10 +7,9 @@
 `auto`      `triton` where the device can, else `torch`
 """
 
-import functools
-import os
-
 import torch
+
+from ted_scale.kernels.triton.device import device_name, interprets, runs_triton
 
 CHOICES = ("auto", "triton", "torch", "compiled")
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}  # of one chunk's scratch; fewer chunks re-read the weights less often
@@ -32,32 +31,6 @@ def describe(backend: str, device: torch.device) -> str:
     """The log's line."""
     chosen = choose(backend, device)
     return f"losses: {chosen} kernels on {device_name(device)}" + (" (auto)" if backend == "auto" else "")
-
-
-def runs_triton(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def interprets() -> bool:
-    """Triton's interpreter runs kernels on CPU tensors, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def device_name(device: torch.device) -> str:
-    if device.type != "cuda":
-        return device.type
-    return f"{torch.cuda.get_device_name(device)} ({architecture(device)})"
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """`sm_90`, `gfx942`; the interpreter takes the shapes of the least of them."""
-    if device.type != "cuda":
-        return "sm_80"
-    properties = torch.cuda.get_device_properties(device)
-    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
 def rows_per_chunk(rows: int, bytes_a_row: int, device: torch.device, chunk_tokens: int | None) -> int:

@@ -21,10 +21,10 @@ from triton.compiler import ASTSource
 
 from ted_scale.errors import UserError
 from ted_scale.exits import run_main
-from ted_scale.kernels import tiles
-from ted_scale.kernels.triton_layers import difference_kernel
-from ted_scale.kernels.triton_rows import rows_kernel
-from ted_scale.kernels.triton_strict import slopes_kernel, statistics_kernel
+from ted_scale.kernels.triton import shapes
+from ted_scale.kernels.triton.layers import difference_kernel
+from ted_scale.kernels.triton.rows import rows_kernel
+from ted_scale.kernels.triton.strict import slopes_kernel, statistics_kernel
 
 README = Path(__file__).resolve().parents[2] / "ted_scale" / "kernels" / "README.md"
 MARKERS = "<!-- compile report -->", "<!-- /compile report -->"
@@ -85,7 +85,7 @@ class Job(NamedTuple):
     kernel: str
     arch: str
     dtype: str
-    shape: tiles.Shape
+    shape: shapes.Shape
     case: str
 
 
@@ -118,29 +118,29 @@ def main() -> None:
         write(report(done))
 
 
-def shape_of(text: str) -> tiles.Shape:
+def shape_of(text: str) -> shapes.Shape:
     blocks, warps, stages, *descriptors = text.split(",")
     sizes = [int(size) for size in blocks.split("x")]
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K") if len(sizes) > 1 else ("BLOCK",)
-    return tiles.Shape(dict(zip(names, sizes, strict=True)), int(warps), int(stages), bool(descriptors))
+    return shapes.Shape(dict(zip(names, sizes, strict=True)), int(warps), int(stages), bool(descriptors))
 
 
-def jobs(kernel: str, arch: str, other: tiles.Shape | None = None) -> list[Job]:
+def jobs(kernel: str, arch: str, other: shapes.Shape | None = None) -> list[Job]:
     """In everything that is shipped, or in another shape."""
     found = []
-    for dtype, shape in [("bf16", other)] if other else shapes(tiles.TABLES[kernel], arch):
+    for dtype, shape in [("bf16", other)] if other else shapes(shapes.TABLES[kernel], arch):
         cases = [case for case in CASES[kernel] if not (shape.descriptors and "raw" in case)]  # those take `plain`
         found += [Job(kernel, arch, dtype, shape, case) for case in cases[: 1 if dtype == "fp16" else None]]
     return found
 
 
-def shapes(table: dict[str, tiles.Shape], arch: str) -> list[tuple[str, tiles.Shape]]:
+def shapes(table: dict[str, shapes.Shape], arch: str) -> list[tuple[str, shapes.Shape]]:
     """(operand type, shape) of all that the architecture can be given; fp16 is the same code as bf16."""
     if "any" in table:
         return [(dtype, table["any"]) for dtype in ("bf16", "fp16", "fp32")]
-    shape = tiles.shape_for(table, arch, exact=False)
+    shape = shapes.shape_for(table, arch, exact=False)
     plain = [("bf16", shape.plain)] if shape.plain else []
-    return [("bf16", shape), ("fp16", shape), *plain, ("fp32", tiles.shape_for(table, arch, exact=True))]
+    return [("bf16", shape), ("fp16", shape), *plain, ("fp32", shapes.shape_for(table, arch, exact=True))]
 
 
 def compile_job(job: Job) -> Result:
@@ -228,7 +228,7 @@ def fault(job: Job, result: Result) -> str | None:
     return f"has no {MATRIX[job.arch]} instruction" if multiplies and not result.matrix else None
 
 
-def tile_of(shape: tiles.Shape) -> str:
+def tile_of(shape: shapes.Shape) -> str:
     return "x".join(map(str, shape.blocks.values())) + (" by descriptors" if shape.descriptors else "")
 
 

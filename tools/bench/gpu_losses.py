@@ -6,8 +6,8 @@ from argparse import Namespace
 import torch
 
 from ted_scale.kernels.backend import choose
-from ted_scale.kernels.formulas import LogitLoss
-from ted_scale.kernels.linear_kl_ce import SPAN, row_losses, rows_of_chunk
+from ted_scale.kernels.formulas.logits import LogitLoss
+from ted_scale.kernels.logit_loss import SPAN, row_losses, rows_of_chunk
 from tools.bench import losses
 from tools.bench.gpu_machine import best, copy_rate
 from tools.bench.loss_arms import ARMS, logit_case, means, normal, ours_kl_ce

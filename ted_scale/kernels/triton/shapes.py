@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ted_scale.kernels.backend import architecture
+from ted_scale.kernels.triton.device import architecture
 
 
 class Shape(NamedTuple):

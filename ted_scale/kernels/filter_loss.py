@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ted_scale.kernels import checks
+from ted_scale.kernels import arguments
+from ted_scale.kernels.autograd import as_scalar, attach
 from ted_scale.kernels.backend import choose, chunks, rows_per_chunk
-from ted_scale.kernels.formed import as_scalar, attach
-from ted_scale.kernels.formulas import LogitLoss
-from ted_scale.kernels.linear_kl_ce import add_gradients, empty_gradients, row_losses
-from ted_scale.kernels.matmul import live_rows, matmul, operand, project
-from ted_scale.losses import valid_weights
+from ted_scale.kernels.formulas.logits import LogitLoss
+from ted_scale.kernels.logit_loss import add_gradients, empty_gradients, row_losses
+from ted_scale.kernels.products import live_rows, matmul, operand, project
+from ted_scale.kernels.tokens import valid_weights
 
 
 def filtered_ce(
@@ -28,7 +28,7 @@ def filtered_ce(
     `rows` (int64) reads those alone, each counting len(h)/len(rows)-fold: drawn uniformly, the estimate is unbiased.
     """
     check(h, filter_w, filter_b, lift_w, head_w, head_b, labels, token_weight, rows)
-    checks.check_positive("chunk_tokens", chunk_tokens)
+    arguments.check_positive("chunk_tokens", chunk_tokens)
     weight = valid_weights(labels, token_weight)
     trainable = (h, filter_w, filter_b, lift_w, head_w, head_b)
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in trainable]
@@ -45,20 +45,20 @@ def filtered_ce(
 
 
 def check(h, filter_w, filter_b, lift_w, head_w, head_b, labels, token_weight, rows) -> None:
-    checks.check_states("h", h, None, None)
-    checks.check_given("head_w", head_w)
-    checks.check_weight("filter_w", filter_w, h.shape[1], "filter_b", filter_b)
-    checks.check_weight("lift_w", lift_w, len(filter_w), "lift_b", None)
-    checks.check_weight("head_w", head_w, None, "head_b", head_b)
-    checks.check_type("filter_w", filter_w, "h", h)
-    checks.check_type("lift_w", lift_w, "h", h)
-    checks.check_type("head_w", head_w, "h", h)
-    checks.check_vector("token_weight", token_weight, len(h))
-    checks.check_labels(labels, len(h), len(head_w), token_weight)
-    checks.check_rows("rows", rows)
+    arguments.check_states("h", h, None, None)
+    arguments.check_given("head_w", head_w)
+    arguments.check_weight("filter_w", filter_w, h.shape[1], "filter_b", filter_b)
+    arguments.check_weight("lift_w", lift_w, len(filter_w), "lift_b", None)
+    arguments.check_weight("head_w", head_w, None, "head_b", head_b)
+    arguments.check_type("filter_w", filter_w, "h", h)
+    arguments.check_type("lift_w", lift_w, "h", h)
+    arguments.check_type("head_w", head_w, "h", h)
+    arguments.check_vector("token_weight", token_weight, len(h))
+    arguments.check_labels(labels, len(h), len(head_w), token_weight)
+    arguments.check_rows("rows", rows)
     tensors = {"h": h, "filter_w": filter_w, "filter_b": filter_b, "lift_w": lift_w, "head_w": head_w, "head_b": head_b}
     tensors |= {"labels": labels, "token_weight": token_weight, "rows": rows}
-    checks.check_common("h", tensors, ("token_weight",))
+    arguments.check_common("h", tensors, ("token_weight",))
 
 
 def filter_chunks(
@@ -79,7 +79,7 @@ def filter_chunks(
         narrow = project(states, filter_w, filter_b).to(h.dtype)
         filtered = narrow if lift_w is None else project(narrow, lift_w, None).to(h.dtype)
         y, pull = through(norm, filtered, any(wanted[:4]))
-        checks.check_states("norm's result", y, head_w.shape[1], len(filtered))  # OPT's tail changes the width
+        arguments.check_states("norm's result", y, head_w.shape[1], len(filtered))  # OPT's tail changes the width
         wants = [any(wanted[:4]), *wanted[4:]]
         value, dy = head_chunk(y, head_w, head_b, labels[at], weight[at], dhead_w, dhead_b, list(f), wants, backend)
         total += value

@@ -2,7 +2,7 @@
 
 import torch
 
-from ted_scale.data import IGNORED
+from ted_scale.kernels.tokens import IGNORED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

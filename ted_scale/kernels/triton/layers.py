@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ted_scale.kernels.filtered_mse import Difference
-from ted_scale.kernels.tiles import COSINE, DIFFERENCE, pick
-from ted_scale.kernels.triton_tiles import dense, load_tile, operand_of, precision, project_tile
+from ted_scale.kernels.formulas.layers import Difference
+from ted_scale.kernels.triton.shapes import COSINE, DIFFERENCE, pick
+from ted_scale.kernels.triton.tiles import dense, load_tile, operand_of, precision, project_tile
 
 
 @triton.jit

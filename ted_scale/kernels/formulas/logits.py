@@ -93,11 +93,6 @@ def label_column(y, labels, first: int):
     return at.clamp(0, y.shape[1] - 1)[:, None], (at >= 0) & (at < y.shape[1])
 
 
-def row_dot(a, b):
-    """Σ a·b of each row without a tensor of products."""
-    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
-
-
 def merge(parts: Statistics) -> Statistics:
     """The statistics of whole rows from those of their slices, stacked along dimension 0."""
     (m_t, by_t), (m_s, by_s), (m_1, by_1) = (common(m) for m in (parts.m_t, parts.m_s, parts.m_1))
@@ -180,3 +175,8 @@ def divergence(y_s, u, log_q_1, f: LogitLoss):
 def counted(weight, x):
     """weight·x, and 0 where a token does not count, whatever x is there."""
     return torch.where(weight > 0, weight * x, 0.0)
+
+
+def row_dot(a, b):
+    """Σ a·b of each row without a tensor of products."""
+    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]

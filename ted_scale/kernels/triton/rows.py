@@ -1,13 +1,13 @@
 """Logit losses of rows whose logits are at hand: one program a row, one read for the losses, one for the gradient.
 
-The formulas are formulas.py's. Everything is fp32.
+The formulas are logits.py's. Everything is fp32.
 """
 
 import triton
 import triton.language as tl
 
-from ted_scale.kernels.formulas import LogitLoss
-from ted_scale.kernels.tiles import ROWS, pick
+from ted_scale.kernels.formulas.logits import LogitLoss
+from ted_scale.kernels.triton.shapes import ROWS, pick
 
 
 @triton.jit

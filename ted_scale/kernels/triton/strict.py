@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ted_scale.kernels.formulas import LogitLoss, Normalizers, Statistics, merge
-from ted_scale.kernels.tiles import SLOPES, STATISTICS, pick
-from ted_scale.kernels.triton_rows import grow, slope_of, soften, unsoften
-from ted_scale.kernels.triton_tiles import dense, operand_of, precision, project_tile
+from ted_scale.kernels.formulas.logits import LogitLoss, Normalizers, Statistics, merge
+from ted_scale.kernels.triton.rows import grow, slope_of, soften, unsoften
+from ted_scale.kernels.triton.shapes import SLOPES, STATISTICS, pick
+from ted_scale.kernels.triton.tiles import dense, operand_of, precision, project_tile
 
 PROGRAMS = 1024  # enough for any device, and no more partial sums than these
 

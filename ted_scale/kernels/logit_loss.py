@@ -1,19 +1,21 @@
 """Logit losses straight from states and output weights: next-token cross-entropy and KL to a teacher.
 
-`chunked` holds the logits of one token chunk and forms the gradients with the loss; `strict` (strict.py) never holds
+`chunked` holds the logits of one token chunk and forms the gradients with the loss; `strict` (logit_loss_strict.py) never holds
 logits and forms them in backward.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 
-from ted_scale.kernels import checks, formulas
+from ted_scale.kernels import arguments
+from ted_scale.kernels.autograd import as_scalar, attach
 from ted_scale.kernels.backend import choose, chunks, rows_per_chunk
-from ted_scale.kernels.formed import as_scalar, attach
-from ted_scale.kernels.formulas import LogitLoss
-from ted_scale.kernels.matmul import add_matmul, live_rows, matmul_into, operand, project
-from ted_scale.losses import valid_weights
+from ted_scale.kernels.formulas import logits
+from ted_scale.kernels.formulas.logits import LogitLoss
+from ted_scale.kernels.products import add_matmul, live_rows, matmul_into, operand, project
+from ted_scale.kernels.tokens import valid_weights
 
 MODES = ("chunked", "strict")
 # Chunks of logits to one product for the weight's gradient. Its fp32 sum is read and written each time, 8 bytes an entry, which
@@ -24,19 +26,20 @@ SPAN = 4
 def linear_kl_ce(
     h_s, w_s, h_t, w_t, labels, token_weight, *, denom, temperature=1.0, kl_weight=1.0, ce_weight=1.0,
     softcap_s=None, softcap_t=None, logit_scale_s=1.0, logit_scale_t=1.0, head_bias_s=None, head_bias_t=None,
-    mode="chunked", backend="auto", chunk_tokens=None,
+    mode="chunked", backend="auto", chunk_tokens=None, gather=contextlib.nullcontext,
 ):  # fmt: skip
     """(total, kl, ce), total = ce_weight·ce + kl_weight·kl, from states [N, d] and output weights [V, d].
 
     kl is T²·KL(teacher ‖ student) at temperature T over the vocabulary both sides have; ce is over the student's whole
     vocabulary. Only `total` carries a gradient: for h_s, w_s and head_bias_s. A weight of 0 skips its term's work.
+    In strict mode `gather([w_t, head_bias_t])` is a context in which they are whole in backward, too.
     """
     if not kl_weight:
         h_t = w_t = head_bias_t = None
     check(h_s, w_s, head_bias_s, h_t, w_t, head_bias_t, labels, token_weight, bool(kl_weight))
-    checks.check_choice("mode", mode, MODES)
-    checks.check_positive("temperature", temperature)
-    checks.check_positive("chunk_tokens", chunk_tokens)
+    arguments.check_choice("mode", mode, MODES)
+    arguments.check_positive("temperature", temperature)
+    arguments.check_positive("chunk_tokens", chunk_tokens)
     caps, scales = (softcap_s or 0.0, softcap_t or 0.0), (logit_scale_s, logit_scale_t)
     covers = 1.0 if w_t is not None and len(w_t) >= len(w_s) else 0.0  # a trace with any V has no bool to make it of
     loss = LogitLoss(temperature, kl_weight, ce_weight, *caps, *scales, covers)
@@ -44,9 +47,9 @@ def linear_kl_ce(
     student, teacher = (h_s, w_s, head_bias_s), (h_t, w_t, head_bias_t)
     weight, loss = valid_weights(labels, token_weight), [float(x) for x in loss[:-1]] + [covers]
     if mode == "strict":
-        from ted_scale.kernels.strict import strict_kl_ce
+        from ted_scale.kernels.logit_loss_strict import strict_kl_ce
 
-        return strict_kl_ce(student, teacher, labels, weight, denom, loss, backend, chunk_tokens or 0)
+        return strict_kl_ce(student, teacher, labels, weight, denom, loss, backend, chunk_tokens or 0, gather)
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in student]
     with torch.no_grad():
         values, *grads = logit_chunks(*student, *teacher, labels, weight, loss, wanted, backend, chunk_tokens or 0)
@@ -57,22 +60,22 @@ def linear_kl_ce(
 
 
 def check(h_s, w_s, b_s, h_t, w_t, b_t, labels, token_weight, teacher: bool) -> None:
-    checks.check_states("h_s", h_s, None, None)
-    checks.check_given("w_s", w_s)
+    arguments.check_states("h_s", h_s, None, None)
+    arguments.check_given("w_s", w_s)
     rows = len(h_s)
-    checks.check_weight("w_s", w_s, h_s.shape[1], "head_bias_s", b_s)
-    checks.check_type("w_s", w_s, "h_s", h_s)
+    arguments.check_weight("w_s", w_s, h_s.shape[1], "head_bias_s", b_s)
+    arguments.check_type("w_s", w_s, "h_s", h_s)
     if teacher:
         for name, tensor in (("h_t", h_t), ("w_t", w_t)):
-            checks.check_given(name, tensor, " where kl_weight is not 0")
-        checks.check_states("h_t", h_t, None, rows)
-        checks.check_weight("w_t", w_t, h_t.shape[1], "head_bias_t", b_t)
-        checks.check_type("w_t", w_t, "h_t", h_t)
-    checks.check_vector("token_weight", token_weight, rows)
-    checks.check_labels(labels, rows, len(w_s), token_weight)
+            arguments.check_given(name, tensor, " where kl_weight is not 0")
+        arguments.check_states("h_t", h_t, None, rows)
+        arguments.check_weight("w_t", w_t, h_t.shape[1], "head_bias_t", b_t)
+        arguments.check_type("w_t", w_t, "h_t", h_t)
+    arguments.check_vector("token_weight", token_weight, rows)
+    arguments.check_labels(labels, rows, len(w_s), token_weight)
     tensors = {"h_s": h_s, "w_s": w_s, "head_bias_s": b_s, "h_t": h_t, "w_t": w_t, "head_bias_t": b_t}
     fixed = ("h_t", "w_t", "head_bias_t", "token_weight")
-    checks.check_common("h_s", {**tensors, "labels": labels, "token_weight": token_weight}, fixed)
+    arguments.check_common("h_s", {**tensors, "labels": labels, "token_weight": token_weight}, fixed)
 
 
 @torch.library.custom_op("ted_scale::logit_chunks", mutates_args=())
@@ -155,16 +158,16 @@ def row_losses(backend: str):
     """`f(z_s, z_t, labels, weight, loss, wants_gradient, room) -> (kl, ce, dz)`; it may overwrite z_s and z_t, and dz is in
     `room`, or in the place of z_s where that is None."""
     if backend == "triton":
-        from ted_scale.kernels.triton_rows import launch_rows
+        from ted_scale.kernels.triton.rows import launch_rows
 
         return launch_rows
-    whole_rows = compiled_rows() if backend == "compiled" else formulas.whole_rows
+    whole_rows = compiled_rows() if backend == "compiled" else logits.whole_rows
     return lambda z_s, z_t, labels, weight, f, wants, room: whole_rows(z_s, z_t, labels, weight, f, wants)
 
 
 def compiled_rows():
     global _compiled
-    _compiled = _compiled or torch.compile(formulas.whole_rows, dynamic=False)
+    _compiled = _compiled or torch.compile(logits.whole_rows, dynamic=False)
     return _compiled
 
 

@@ -1,36 +1,19 @@
 """The layer loss of one pair straight from both blocks' states and both filters: no filtered state is kept.
 
-With s = h_s·w_sᵀ + b_s, t likewise and d = s − t, of each token:
-    mse = ‖d‖² / D      nmse = ‖d‖² / (‖t‖² + ε)      cosine = 1 − cos(s, t)
-Everything is built on d and its sums, which are exactly 0 where both sides agree; 1 − s·t/(‖s‖‖t‖) would not be. Where
-one side has no direction cosine is 1 and pulls nowhere.
+formulas/layers.py has what is computed of each row; here it is done chunk by chunk, and the gradients with it.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
-from ted_scale.kernels import checks
+from ted_scale.kernels import arguments
+from ted_scale.kernels.autograd import as_scalar, attach
 from ted_scale.kernels.backend import choose, chunks, rows_per_chunk
-from ted_scale.kernels.formed import as_scalar, attach
-from ted_scale.kernels.formulas import row_dot
-from ted_scale.kernels.linear_kl_ce import add_gradients, empty_gradients
-from ted_scale.kernels.matmul import all_count, live_rows, operand, project
-
-KINDS = ("nmse", "mse", "cosine")
-EPSILON = 1e-6  # nmse: a teacher state of norm 0 divides by this; cosine: the least norm
-
-
-class Difference(NamedTuple):
-    """d = s − t of a chunk of rows and row sums in fp32; cosine has s, too."""
-
-    d: torch.Tensor | None  # None: no gradient is wanted
-    dd: torch.Tensor
-    tt: torch.Tensor | None  # mse needs none
-    s: torch.Tensor | None = None
-    ss: torch.Tensor | None = None
-    sd: torch.Tensor | None = None
+from ted_scale.kernels.formulas.layers import KINDS, Difference, row_squares, row_values, scaled
+from ted_scale.kernels.formulas.logits import row_dot
+from ted_scale.kernels.logit_loss import add_gradients, empty_gradients
+from ted_scale.kernels.products import all_count, live_rows, operand, project
 
 
 def filtered_mse(
@@ -41,8 +24,8 @@ def filtered_mse(
     Gradients go to h_s, w_s and b_s. A token counts where its weight is > 0. The teacher's state may be freed at once.
     """
     check(h_t, w_t, b_t, h_s, w_s, b_s, token_weight)
-    checks.check_choice("kind", kind, KINDS)
-    checks.check_positive("chunk_tokens", chunk_tokens)
+    arguments.check_choice("kind", kind, KINDS)
+    arguments.check_positive("chunk_tokens", chunk_tokens)
     student = (h_s, w_s, b_s)
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in student]
     backend, weight = choose(backend, h_s.device), torch.where(token_weight > 0, token_weight, 0.0).float()
@@ -55,20 +38,20 @@ def filtered_mse(
 
 
 def check(h_t, w_t, b_t, h_s, w_s, b_s, token_weight) -> None:
-    checks.check_states("h_t", h_t, None, None)
-    checks.check_states("h_s", h_s, None, len(h_t))
-    checks.check_weight("w_t", w_t, h_t.shape[1], "b_t", b_t)
-    checks.check_weight("w_s", w_s, h_s.shape[1], "b_s", b_s)
+    arguments.check_states("h_t", h_t, None, None)
+    arguments.check_states("h_s", h_s, None, len(h_t))
+    arguments.check_weight("w_t", w_t, h_t.shape[1], "b_t", b_t)
+    arguments.check_weight("w_s", w_s, h_s.shape[1], "b_s", b_s)
     width_t, width_s = (h.shape[1] if w is None else len(w) for h, w in ((h_t, w_t), (h_s, w_s)))
     if width_t != width_s:
         raise ValueError(
             f"{'h_s' if w_s is None else 'w_s'} must give the teacher's {width_t} filtered dimensions, but gives {width_s}"
         )
-    checks.check_type("w_t", w_t, "h_t", h_t)
-    checks.check_type("w_s", w_s, "h_s", h_s)
-    checks.check_vector("token_weight", token_weight, len(h_t))
+    arguments.check_type("w_t", w_t, "h_t", h_t)
+    arguments.check_type("w_s", w_s, "h_s", h_s)
+    arguments.check_vector("token_weight", token_weight, len(h_t))
     tensors = {"h_s": h_s, "w_s": w_s, "b_s": b_s, "h_t": h_t, "w_t": w_t, "b_t": b_t, "token_weight": token_weight}
-    checks.check_common("h_s", tensors, ("h_t", "w_t", "b_t", "token_weight"))
+    arguments.check_common("h_s", tensors, ("h_t", "w_t", "b_t", "token_weight"))
 
 
 def form_chunks(
@@ -119,7 +102,7 @@ def lent(gradient, width: int):
 
 def difference_of(backend: str):
     if backend == "triton":
-        from ted_scale.kernels.triton_layers import launch_difference
+        from ted_scale.kernels.triton.layers import launch_difference
 
         return launch_difference
     return difference
@@ -132,32 +115,3 @@ def difference(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind: str, wants_gradient: 
     if kind != "cosine":
         return Difference(d, row_squares(d), tt)
     return Difference(d, row_squares(d), tt, s, row_squares(s), row_dot(s, d))
-
-
-def row_squares(x):
-    """Σ x² of each row without a tensor of squares."""
-    return torch.linalg.vector_norm(x, dim=1).square()
-
-
-def row_values(rows: Difference, weight, kind: str, width: int):
-    """(weight·value, scale, tilt) of each row: the gradient of the weighted value is scale·(d − tilt·s)."""
-    if kind == "mse":
-        return weight * rows.dd / width, weight * (2.0 / width), None
-    if kind == "nmse":
-        share = weight / (rows.tt + EPSILON)
-        return share * rows.dd, 2.0 * share, None
-    norm_s, norm_t = rows.ss.sqrt().clamp(min=EPSILON), rows.tt.sqrt().clamp(min=EPSILON)
-    has_angle = torch.minimum(rows.ss, rows.tt) > EPSILON**2
-    # ‖s‖ − ‖t‖ = (‖s‖² − ‖t‖²) / (‖s‖ + ‖t‖) and ‖s‖² − ‖t‖² = 2 s·d − ‖d‖²
-    gap = (2 * rows.sd - rows.dd) / (norm_s + norm_t)
-    share = torch.where(has_angle, weight / (norm_s * norm_t), 0.0)
-    value = torch.where(has_angle, share * (rows.dd - gap * gap) / 2, weight * (rows.dd > 0))
-    return value, share, rows.sd / (norm_s * norm_s)
-
-
-def scaled(rows: Difference, scale, tilt, dtype):
-    """scale·(d − tilt·s) in d's place, as an operand of the products that follow."""
-    d = rows.d
-    if tilt is not None:
-        d = d.addcmul_(rows.s, tilt[:, None], value=-1)
-    return torch.mul(d, scale[:, None], out=d).to(dtype)

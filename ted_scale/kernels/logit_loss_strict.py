@@ -9,43 +9,42 @@ from collections.abc import Sequence
 
 import torch
 
-from ted_scale.kernels import formulas
 from ted_scale.kernels.backend import chunks
-from ted_scale.kernels.formulas import LogitLoss, Normalizers, Statistics
-from ted_scale.kernels.matmul import add_matmul, live_rows, matmul, project
-from ted_scale.zero import gathered
+from ted_scale.kernels.formulas import logits
+from ted_scale.kernels.formulas.logits import LogitLoss, Normalizers, Statistics
+from ted_scale.kernels.products import add_matmul, live_rows, matmul, project
 
 SLICE = 4096  # columns of the vocabulary that backward holds for all tokens
 
 
-def strict_kl_ce(student, teacher, labels, weight, denom, loss, backend: str, chunk_tokens: int):
-    """(total, kl, ce); the tensors of both sides are saved as they are, the teacher's gathered again for backward."""
+def strict_kl_ce(student, teacher, labels, weight, denom, loss, backend: str, chunk_tokens: int, gather):
+    """(total, kl, ce). The tensors of both sides are saved as they are; `gather` makes the teacher's whole for backward."""
     with torch.no_grad():
         values, normalizers = strict_losses(*student, *teacher, labels, weight, loss, backend, chunk_tokens)
         scale = torch.where(denom > 0, 1.0 / denom, 0.0)
         values = values * scale
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in student):
         code = (loss, backend, chunk_tokens)
-        total = Strict.apply(values[0], scale, code, *student, *teacher, labels, weight, normalizers)
+        total = Strict.apply(values[0], scale, code, gather, *student, *teacher, labels, weight, normalizers)
         return total, values[1], values[2]
     return values.unbind()
 
 
 class Strict(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, total, scale, code, *tensors):
-        ctx.code = code
+    def forward(ctx, total, scale, code, gather, *tensors):
+        ctx.code, ctx.gather = code, gather
         ctx.save_for_backward(scale, *tensors)
         return total.clone()
 
     @staticmethod
     def backward(ctx, g):
         scale, *tensors = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[3:6])
-        with gathered([t for t in tensors[4:6] if t is not None]):
+        wanted = list(ctx.needs_input_grad[4:7])
+        with ctx.gather([t for t in tensors[4:6] if t is not None]):
             grads = strict_gradients(*tensors, g * scale, wanted, *ctx.code)
         grads = [grad if wants else None for grad, wants in zip(grads, wanted, strict=True)]
-        return None, None, None, *grads, *[None] * 6
+        return None, None, None, None, *grads, *[None] * 6
 
 
 @torch.library.custom_op("ted_scale::strict_losses", mutates_args=())
@@ -59,7 +58,7 @@ def strict_losses(
     if not len(weight) or not (f.kl_weight or f.ce_weight):
         return weight.new_zeros(3), weight.new_zeros(3, len(weight))
     sides = (h_s, w_s, b_s), (h_t, w_t, b_t)
-    kl, ce, normalizers = formulas.finish(statistics_of(backend)(*sides, labels, weight, f, chunk_tokens), weight, f)
+    kl, ce, normalizers = logits.finish(statistics_of(backend)(*sides, labels, weight, f, chunk_tokens), weight, f)
     kl, ce = kl.sum(), ce.sum()
     return torch.stack([f.ce_weight * ce + f.kl_weight * kl, kl, ce]), torch.stack(normalizers)
 
@@ -103,7 +102,7 @@ def _(h_s, w_s, b_s, h_t, w_t, b_t, labels, weight, normalizers, scale, wanted, 
 def statistics_of(backend: str):
     """`f(student, teacher, labels, weight, loss, chunk_tokens) -> Statistics` of whole rows."""
     if backend == "triton":
-        from ted_scale.kernels.triton_strict import launch_statistics
+        from ted_scale.kernels.triton.strict import launch_statistics
 
         return launch_statistics
     return sliced_statistics
@@ -112,7 +111,7 @@ def statistics_of(backend: str):
 def slopes_of(backend: str):
     """`f(student, teacher, labels, weight, normalizers, slice, loss, chunk_tokens) -> ∂/∂logits` of a slice."""
     if backend == "triton":
-        from ted_scale.kernels.triton_strict import launch_slopes
+        from ted_scale.kernels.triton.strict import launch_slopes
 
         return launch_slopes
     return sliced_slopes
@@ -125,8 +124,8 @@ def sliced_statistics(student, teacher, labels, weight, f: LogitLoss, chunk_toke
         parts = []
         for at in chunks(len(student[1]), SLICE):
             y_s, u = logits_of(student, teacher, rows, live, at, f)
-            parts.append(formulas.statistics(y_s, u, labels[rows], at.start, f))
-        whole.append(formulas.merge(Statistics(*map(torch.stack, zip(*parts, strict=True)))))
+            parts.append(logits.statistics(y_s, u, labels[rows], at.start, f))
+        whole.append(logits.merge(Statistics(*map(torch.stack, zip(*parts, strict=True)))))
     return Statistics(*map(torch.cat, zip(*whole, strict=True)))
 
 
@@ -136,18 +135,18 @@ def sliced_slopes(student, teacher, labels, weight, n: Normalizers, at: slice, f
     for rows in chunks(len(h_s), rows_of(student, chunk_tokens)):
         y_s, u = logits_of(student, teacher, rows, weight[rows], at, f)
         own = Normalizers(*(x[rows] for x in n))
-        dz[rows] = formulas.gradient(y_s, u, labels[rows], at.start, own, weight[rows], f)
+        dz[rows] = logits.gradient(y_s, u, labels[rows], at.start, own, weight[rows], f)
     return dz
 
 
 def logits_of(student, teacher, rows: slice, weight, at: slice, f: LogitLoss):
     """(the student's softened logits, the teacher's over T or None) of some rows and one slice of the vocabulary"""
-    y_s = formulas.soften_(part(student, rows, weight, at), f.softcap_s, f.scale_s)
+    y_s = logits.soften_(part(student, rows, weight, at), f.softcap_s, f.scale_s)
     at = slice(at.start, min(at.stop, 0 if teacher[1] is None else len(teacher[1])))
     if at.stop <= at.start:
         return y_s, None
-    y_t = formulas.soften_(part(teacher, rows, weight, at), f.softcap_t, f.scale_t)
-    return y_s, formulas.over_(y_t, f.temperature)
+    y_t = logits.soften_(part(teacher, rows, weight, at), f.softcap_t, f.scale_t)
+    return y_s, logits.over_(y_t, f.temperature)
 
 
 def part(side, rows: slice, weight, at: slice):

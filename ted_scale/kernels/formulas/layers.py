@@ -1,0 +1,56 @@
+"""The row formulas of the layer loss: its kinds, and the gradient of each.
+
+With s the student's filtered state, t the teacher's and d = s − t, of each token:
+    mse = ‖d‖² / D      nmse = ‖d‖² / (‖t‖² + ε)      cosine = 1 − cos(s, t)
+Everything is built on d and its sums, which are exactly 0 where both sides agree; 1 − s·t/(‖s‖‖t‖) would not be. Where
+one side has no direction cosine is 1 and pulls nowhere.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+KINDS = ("nmse", "mse", "cosine")
+
+
+EPSILON = 1e-6  # nmse: a teacher state of norm 0 divides by this; cosine: the least norm
+
+
+class Difference(NamedTuple):
+    """d = s − t of a chunk of rows and row sums in fp32; cosine has s, too."""
+
+    d: torch.Tensor | None  # None: no gradient is wanted
+    dd: torch.Tensor
+    tt: torch.Tensor | None  # mse needs none
+    s: torch.Tensor | None = None
+    ss: torch.Tensor | None = None
+    sd: torch.Tensor | None = None
+
+
+def row_squares(x):
+    """Σ x² of each row without a tensor of squares."""
+    return torch.linalg.vector_norm(x, dim=1).square()
+
+
+def row_values(rows: Difference, weight, kind: str, width: int):
+    """(weight·value, scale, tilt) of each row: the gradient of the weighted value is scale·(d − tilt·s)."""
+    if kind == "mse":
+        return weight * rows.dd / width, weight * (2.0 / width), None
+    if kind == "nmse":
+        share = weight / (rows.tt + EPSILON)
+        return share * rows.dd, 2.0 * share, None
+    norm_s, norm_t = rows.ss.sqrt().clamp(min=EPSILON), rows.tt.sqrt().clamp(min=EPSILON)
+    has_angle = torch.minimum(rows.ss, rows.tt) > EPSILON**2
+    # ‖s‖ − ‖t‖ = (‖s‖² − ‖t‖²) / (‖s‖ + ‖t‖) and ‖s‖² − ‖t‖² = 2 s·d − ‖d‖²
+    gap = (2 * rows.sd - rows.dd) / (norm_s + norm_t)
+    share = torch.where(has_angle, weight / (norm_s * norm_t), 0.0)
+    value = torch.where(has_angle, share * (rows.dd - gap * gap) / 2, weight * (rows.dd > 0))
+    return value, share, rows.sd / (norm_s * norm_s)
+
+
+def scaled(rows: Difference, scale, tilt, dtype):
+    """scale·(d − tilt·s) in d's place, as an operand of the products that follow."""
+    d = rows.d
+    if tilt is not None:
+        d = d.addcmul_(rows.s, tilt[:, None], value=-1)
+    return torch.mul(d, scale[:, None], out=d).to(dtype)

@@ -1,0 +1,10 @@
+"""Which tokens count: those with a weight above 0 and a label that is not ignored."""
+
+import torch
+
+IGNORED = -100  # a label that is no token, as in torch
+
+
+def valid_weights(labels_N, weights_N):
+    """Token weights in fp32, 0 where a token does not count."""
+    return torch.where((labels_N != IGNORED) & (weights_N > 0), weights_N, 0.0).float()
