@@ -29,6 +29,7 @@ from ted_scale import checkpoint_files as files
 from ted_scale.errors import DONE, MEANINGS, MEMORY, MISTAKE, NUMBERS, RESUME, UserError
 from ted_scale.exits import run_main
 from ted_scale.processes import descendants_of, ranks_below
+from ted_scale.progress import read_progress
 from ted_scale.run_file import load_run
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -120,7 +121,7 @@ def step_of(run) -> int:
     """Of the newest checkpoint; a damaged one is the trainer's to tell of."""
     with contextlib.suppress(UserError):
         newest = files.newest_checkpoint(run.folder)
-        return files.read_progress(newest).step if newest else 0
+        return read_progress(newest).step if newest else 0
     return 0
 
 

@@ -3,10 +3,7 @@
 import errno
 import logging
 import time
-from datetime import timedelta
 from typing import NamedTuple
-
-import torch.distributed as dist
 
 from ted_scale.errors import SENTENCES
 from ted_scale.sealed import Damaged
@@ -14,23 +11,11 @@ from ted_scale.sealed import Damaged
 log = logging.getLogger("ted_scale")
 PAUSES_S = (1, 5)  # before a write is tried again: a shared file system hiccups
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LONGEST_WRITE = timedelta(hours=12)
 
 
 class Failure(NamedTuple):
     said: str
     no_room: bool = False  # a mistake to correct, where others may pass by themselves
-
-
-def new_group():
-    """For a thread, because the trainer's collectives go on meanwhile."""
-    return dist.new_group(backend="gloo", timeout=LONGEST_WRITE)
-
-
-def gather(mine, group) -> list:
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
 
 
 def attempt(action, *arguments):

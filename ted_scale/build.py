@@ -19,6 +19,7 @@ from ted_scale import (
     checkpoint,
     exits,
     feed,
+    fused,
     health,
     kernels,
     metrics,
@@ -31,19 +32,22 @@ from ted_scale import (
     zero_hooks,
 )
 from ted_scale import checkpoint_files as files
+from ted_scale.agree import broadcast, first_of_all, share
 from ted_scale.attempts import attempt
-from ted_scale.checkpoint_files import Progress
+from ted_scale.console import say
 from ted_scale.engines import DTYPES, build_student, build_teacher, check_engine_config
 from ted_scale.errors import Preempted, RunStopped, UserError
+from ted_scale.filter_start import write_start
+from ted_scale.filters_file import gather_filters, write_filters
 from ted_scale.flops import step_flops
 from ted_scale.fused import describe as describe_blocks
 from ted_scale.guard import Guard
 from ted_scale.loader import Loader
 from ted_scale.plan import Plan, as_dict
-from ted_scale.principal import write_start
+from ted_scale.progress import Progress, read_progress
 from ted_scale.ranks import start_ranks
 from ted_scale.rewind import Rewind, gone_back
-from ted_scale.run_folder import broadcast, claim_folder, filters_files, first_of_all, share, where_it_stands
+from ted_scale.run_folder import claim_folder, filters_files, where_it_stands
 from ted_scale.saver import Saver, give_up, sentence
 from ted_scale.schedule import Stage
 from ted_scale.tracking import open_wandb
@@ -56,9 +60,7 @@ log = logging.getLogger("ted_scale")
 def run_plan(plan: Plan) -> None:
     """A run from process group to process group's end."""
     check_engine_config(plan)
-    device = start_ranks(plan.run)
-    if dist.get_rank() == 0:
-        exits.where_it_stands = partial(where_it_stands, plan.run.folder)
+    device = start_ranks(plan.run, partial(check_device, plan.run))
     try:
         with shortage.enough(shortage.ways_to_need_less(plan.run, plan.ds_config, device.type == "cpu")):
             train_run(plan, device)
@@ -70,6 +72,15 @@ def run_plan(plan: Plan) -> None:
     dist.destroy_process_group()
 
 
+def check_device(run, device: torch.device) -> None:
+    """What the run file asks for must run there."""
+    try:
+        kernels.choose(run.loss.backend, device)
+    except ValueError as error:
+        raise UserError(f"loss.{error}") from None
+    fused.check_device(run.fused_blocks, device)
+
+
 def train_run(plan: Plan, device: torch.device) -> Progress:
     """Build and train every stage that is not done yet."""
     if dist.get_world_size() != plan.world:
@@ -77,8 +88,10 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
             f"the plan must be made for the ranks there are ({dist.get_world_size()}), but is made for {plan.world}; "
             "make it with the launcher's number"
         )
-    progress, newest = claim_folder(plan)
     writes = dist.get_rank() == 0
+    if writes:
+        exits.where_it_stands = partial(where_it_stands, plan.run.folder)
+    progress, newest = claim_folder(plan)
     if writes:
         log.info(kernels.describe(plan.run.loss.backend, device))
         log.info(describe_attention(plan, device))
@@ -114,9 +127,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     finally:
         loader.close()
         numbers.close()
-    metrics.say(
-        f"done: {plan.run.folder} is at step {progress.step}; next: python tools/export_hf.py {plan.run.folder}"
-    )
+    say(f"done: {plan.run.folder} is at step {progress.step}; next: python tools/export_hf.py {plan.run.folder}")
     return progress
 
 
@@ -212,7 +223,7 @@ def go_back(stage: Stage, engine, rewind: Rewind, numbers) -> Progress:
     for place in rewind.checkpoints:
         pulse.beat(f"the way back to {place.name}")
         if (fault := first_of_all(files.check_digests(place, share()))) is None:
-            progress = gone_back(files.read_progress(place), rewind.progress)
+            progress = gone_back(read_progress(place), rewind.progress)
             checkpoint.load(engine, place)
             numbers.go_back(progress)
             return health.begin(progress, stage)
@@ -234,8 +245,8 @@ def save(plan: Plan, stage: Stage, numbers, saver, engine, progress: Progress) -
 def save_filters(plan: Plan, engine) -> None:
     """Stage I's result as one file, for this run's stage II and for other runs."""
     sides, failure = {"student": engine.module.filters_s, "teacher": engine.module.filters_t}, None
-    tensors = checkpoint.gather_filters(sides)
+    tensors = gather_filters(sides)
     if dist.get_rank() == 0:
-        failure, _ = attempt(checkpoint.write_filters, plan.filters_file, tensors, plan.filters_identity())
+        failure, _ = attempt(write_filters, plan.filters_file, tensors, plan.filters_identity())
     if failure := broadcast(failure):
         give_up(sentence(plan.filters_file, 0, failure))

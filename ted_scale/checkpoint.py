@@ -6,7 +6,6 @@ save and load are not used (design note 16): they pickle, tie files to the numbe
 file has changed.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +14,8 @@ import torch.distributed as dist
 
 from ted_scale import sealed
 from ted_scale.errors import UserError
-from ted_scale.state_files import KINDS, State, as_bytes, cut, key_of
-from ted_scale.zero import gathered, load_file, shape_of
+from ted_scale.state_files import KINDS, State, cut, key_of
+from ted_scale.zero import shape_of
 
 
 class Snapshot(NamedTuple):
@@ -120,44 +119,3 @@ def check_shape(state: State, name: str, parameter) -> None:
             f"{state.checkpoint} must hold {name} of shape {shape}, but {has}; set the model and the filters back, or give "
             "the run another name"
         )
-
-
-def filter_tensors(sides: dict) -> dict[str, torch.nn.Parameter]:
-    """Name → parameter of the filters of `sides` ({"student": filters_s, …}); stage I's heads are thrown away."""
-    named = {f"{side}.{name}": p for side, filters in sides.items() for name, p in filters.named_parameters()}
-    return {name: p for name, p in named.items() if not name.rpartition(".")[2].startswith("head_")}
-
-
-def gather_filters(sides: dict) -> dict[str, torch.Tensor]:
-    """Stage I's result in fp32, on rank 0; every rank takes part."""
-    tensors = {}
-    for name, parameter in filter_tensors(sides).items():
-        value = full_precision(parameter)
-        if dist.get_rank() == 0:
-            tensors[name] = value.to("cpu", copy=True).contiguous()
-    return tensors
-
-
-def full_precision(parameter) -> torch.Tensor:
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    master = safe_get_full_fp32_param(parameter)
-    if master is not None:
-        return master
-    with gathered([parameter]):
-        return parameter.detach().float().clone()
-
-
-def write_filters(path: Path, tensors: dict, identity: dict) -> None:
-    part = path.with_name(path.name + sealed.PART)
-    sealed.write_file(part, as_bytes(tensors, {"identity": json.dumps(identity)}))
-    part.rename(path)
-    sealed.sync(path.parent)
-
-
-def load_filters(path: Path, sides: dict) -> None:
-    """Fill the filters with stage I's; every rank reads its own part."""
-    targets = filter_tensors(sides)
-    missing = targets.keys() - load_file(path, targets)
-    if missing:
-        raise UserError(f"{path} must hold every filter of this run, but {min(missing)} is missing; run stage I again")

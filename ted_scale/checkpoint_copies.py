@@ -10,6 +10,7 @@ from pathlib import Path
 from ted_scale import checkpoint_files as files
 from ted_scale import object_store, sealed
 from ted_scale.errors import files_at
+from ted_scale.progress import PROGRESS, Progress, parse_progress
 from ted_scale.sealed import MANIFEST, Damaged
 
 PATIENCE_S = 600
@@ -47,10 +48,10 @@ def manifest_of(place: str, name: str) -> dict | None:
     return None if text is None else files.checked(sealed.parse_manifest(text), name)
 
 
-def progress_of(place: str, name: str) -> files.Progress:
-    url = f"{place}/{name}/{files.PROGRESS}"
+def progress_of(place: str, name: str) -> Progress:
+    url = f"{place}/{name}/{PROGRESS}"
     text = object_store.text(url, f"checkpoint {url} must be read", PATIENCE_S)
-    return files.parse_progress(text or "", url)
+    return parse_progress(text or "", url)
 
 
 def prune(place: str, known: dict[str, dict], settings) -> None:

@@ -7,47 +7,19 @@ the one of the highest step. A run that went back, after a loss spike or past a 
 own, whose number is in the name: step_00000007_1 is newer than step_00000008.
 """
 
-import dataclasses
-import json
 import math
 import re
 import shutil
 from collections.abc import Set
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale import progress_form, resume, sealed
+from ted_scale import sealed
 from ted_scale.errors import UserError
-from ted_scale.parsing import is_count, parse_json
+from ted_scale.parsing import is_count
 from ted_scale.sealed import PART, Damaged
 
-PROGRESS = "progress.json"
 FILTERS = "filters.safetensors"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands. With the shards beside it, all that a resume needs: the schedule follows from it."""
-
-    step: int = 0
-    tokens: int = 0
-    samples: int = 0  # of this stage's data
-    blend: dict | None = None  # blend.as_dict
-    adaptive: dict | None = None  # feed.Measured
-    skipped: int = 0  # steps whose update was dropped
-    health: dict | None = None  # health.State
-    wandb_id: str | None = None
-    identity: dict = dataclasses.field(default_factory=dict)  # plan.identity
-    run: dict | None = None  # the whole run file, resolved; earlier versions wrote none
-    validation: float | None = None  # the student's loss, where it was measured at this very step
-    forks: tuple[int, ...] = ()  # the step that each line of the run but the first began behind
-
-    def advanced(self, samples: int, seq_len: int) -> "Progress":
-        tokens = self.tokens + samples * seq_len
-        return dataclasses.replace(
-            self, step=self.step + 1, tokens=tokens, samples=self.samples + samples, validation=None
-        )
 
 
 class Standing(NamedTuple):
@@ -156,27 +128,6 @@ def skipped(path: Path | str, fault: str) -> str:
     return f"checkpoint {path} is damaged and skipped: {fault}"
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    path = checkpoint / PROGRESS
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} must be a progress file, but is not: {error}") from None
-    return parse_progress(text, str(path))
-
-
-def parse_progress(text: str, where: str) -> Progress:
-    try:
-        values = progress_form.checked(parse_json(text))
-        return Progress(**{**values, "forks": tuple(values.get("forks", ()))})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where} must be a progress file, but is not: {error}") from None
-
-
-def progress_as_bytes(progress: Progress) -> bytes:
-    return json.dumps(dataclasses.asdict(progress), indent=1).encode()
-
-
 def clear_unfinished(folder: Path) -> None:
     """What earlier lives of the run left half-way goes, once what was only on its way has its name."""
     sealed.put_back(checkpoints_of(folder))
@@ -201,17 +152,3 @@ def prune(folder: Path, settings, spared: Set[str] = frozenset()) -> None:
     whole = {s.path.name: s.manifest for s in published(folder) if s.fault is None}
     for name in whole.keys() - kept(whole, settings) - spared:
         sealed.remove(checkpoints_of(folder) / name)
-
-
-def check_filters(path: Path, identity: dict) -> None:
-    """`filters.from` names a run whose stage I is done and fits this one."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise UserError(f"filters.from must name a run folder whose stage I is done, but {path} does not exist")
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            written = dict(parse_json(tensors.metadata()["identity"]))
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"filters.from must name filters that this project wrote, but {path} is not: {error}") from None
-    resume.refuse_other_filters(path, written, identity)

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import pulse
-from ted_scale.attempts import Failure, attempt, first_failure, gather, new_group, warn_of_old_ones
+from ted_scale.agree import gather, new_group
+from ted_scale.attempts import Failure, attempt, first_failure, warn_of_old_ones
 from ted_scale.sealed import MANIFEST
 
 

@@ -6,13 +6,8 @@ they are needed, OPEN_SHARDS at a time, and megatron is imported late, because t
 of a shard that was closed is a crash and no exception, so whoever reads holds the shard and copies.
 """
 
-import atexit
-import contextlib
 import hashlib
-import logging
 import re
-import threading
-import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from functools import lru_cache
@@ -25,85 +20,17 @@ import numpy
 from ted_scale import remote_shards
 from ted_scale.chunks import chunks_of
 from ted_scale.errors import UserError
+from ted_scale.megatron import Shard
 from ted_scale.object_store import is_remote
 from ted_scale.shards import (
     SHARD_NUMBER,
-    Files,
     ShardIndex,
     check_vocabulary,
     expand,
-    out_of_order,
     out_of_vocabulary,
     read_index,
 )
 from ted_scale.staging import manifest_path, read_manifest
-
-QUIET = threading.RLock()
-OPEN_SHARDS = 128  # three descriptors and two mappings each, and 1024 descriptors are a common limit
-
-
-class Mapped(NamedTuple):
-    """Megatron's readers of a shard; `tokens` is None where its .bin is in object storage."""
-
-    borders: object
-    tokens: object
-
-
-@lru_cache(maxsize=OPEN_SHARDS)
-def mapped(files: Files) -> Mapped:
-    indexed = megatron_indexed()
-    if files.remote_bin:
-        return Mapped(indexed._IndexReader(str(files.idx), multimodal=False), None)
-    dataset = indexed.IndexedDataset(files.prefix, mmap=True)
-    return Mapped(dataset.index, dataset.bin_reader)
-
-
-atexit.register(mapped.cache_clear)  # multi-storage-client's files complain of being closed any later
-
-
-class Shard:
-    """One shard while it is read: holding it keeps its mappings."""
-
-    def __init__(self, index: ShardIndex):
-        self.index, (self.borders, self.tokens) = index, mapped(index.files)
-
-    def document_start(self, document: int) -> int:
-        """First token of a document; the number of tokens for the one behind the last."""
-        sequence = int(self.borders.document_indices[document])
-        if sequence == self.index.sequences:
-            return self.index.tokens
-        inside = 0 <= sequence < self.index.sequences
-        start = int(self.borders.sequence_pointers[sequence]) // self.index.dtype.itemsize if inside else -1
-        if not 0 <= start <= self.index.tokens:
-            raise out_of_order(self.index.prefix + ".idx")
-        return start
-
-    def first_document(self, token: int, least: int = 0) -> int:
-        """The first document that starts at `token` or later, and is not before document `least`; by bisection, because
-        numpy.searchsorted would copy the index whole at every call: megatron's arrays are not aligned in the file."""
-        borders, pointers = self.borders.document_indices, self.borders.sequence_pointers
-        sequences, itemsize = self.index.sequences, self.index.dtype.itemsize
-
-        def pointer(document: int):  # document_start in bytes with nothing looked up twice: every window asks
-            sequence = borders[document]
-            return pointers[sequence] if sequence < sequences else self.index.tokens * itemsize
-
-        try:
-            return bisect_left(range(self.index.documents), token * itemsize, lo=least, key=pointer)
-        except IndexError:
-            raise out_of_order(self.index.prefix + ".idx") from None
-
-    def document_starts(self, low: int, high: int) -> numpy.ndarray:
-        """First tokens of the documents that start in [low, high), which ends with the shard at the latest."""
-        first = self.first_document(low)
-        sequences = self.borders.document_indices[first : self.first_document(high, first)]
-        try:
-            starts = self.borders.sequence_pointers[sequences] // self.index.dtype.itemsize
-        except IndexError:
-            raise out_of_order(self.index.prefix + ".idx") from None
-        if len(starts) and not low <= starts.min() <= starts.max() < high:
-            raise out_of_order(self.index.prefix + ".idx")
-        return starts
 
 
 class Part(NamedTuple):
@@ -246,26 +173,3 @@ def _border(indices: list[ShardIndex], starts: tuple[int, ...], fraction: float)
     borders = {starts[s] + shard.document_start(d) for d in near} - {0, total}
     nearest = min(borders, key=lambda border: abs(border - target), default=0)
     return nearest if nearest and total - nearest <= 2 * (total - target) else target
-
-
-def megatron_indexed():
-    """megatron's module of reader and writer, imported late: it takes seconds."""
-    with without_noise():
-        from megatron.core.datasets import indexed_dataset
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # it has a word on every shard
-    warnings.filterwarnings("ignore", "Could not determine rank")
-    return indexed_dataset
-
-
-@contextlib.contextmanager
-def without_noise():
-    """megatron warns of packages that nothing here needs. What is silenced is the process's, so one thread at a time."""
-    with QUIET:
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
-        finally:
-            logging.disable(before)

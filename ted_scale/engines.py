@@ -8,16 +8,18 @@ from pathlib import Path
 
 import torch
 
-from ted_scale import checkpoint, replicas, zero_hooks
+from ted_scale import replicas, zero_hooks
+from ted_scale.engine_config import engine_config
 from ted_scale.errors import UserError
 from ted_scale.filters import Filter, has_lift
+from ted_scale.filters_file import load_filters
 from ted_scale.fused import fuse
-from ted_scale.models import Anatomy
 from ted_scale.plan import Plan
 from ted_scale.schedule import Stage
 from ted_scale.student import Student
 from ted_scale.teacher import Teacher, TeacherBody
-from ted_scale.zero import build_network, shape_of, sharded_construction
+from ted_scale.weights import build_network
+from ted_scale.zero import shape_of, sharded_construction
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -45,36 +47,6 @@ def check_engine_config(plan: Plan) -> None:
         raise UserError(
             f"ds_config {plan.run.ds_config} must be what DeepSpeed takes, but is not: {reason}; correct it"
         ) from None
-
-
-def engine_config(plan: Plan, model: Anatomy, **trained) -> dict:
-    """DeepSpeed's configuration for a model: its file's part, and what the run file owns."""
-    return {
-        "communication_data_type": "fp32",  # in bf16 a sum loses more the more ranks there are; a ds_config may say bf16
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device at every forward and step
-        **plan.ds_config,
-        "zero_optimization": {**bucket_sizes(model), **plan.ds_config["zero_optimization"]},
-        "train_micro_batch_size_per_gpu": plan.run.train.micro_batch,
-        "bf16": {"enabled": plan.run.train.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": 2**31,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on offloaded shards too, with nothing to compile
-        **trained,
-    }
-
-
-def bucket_sizes(model: Anatomy) -> dict:
-    """What DeepSpeed gathers, reduces and updates at once, in elements; the arithmetic is in design note 23."""
-    from deepspeed.accelerator import get_accelerator
-
-    on_cpu = get_accelerator().device_name() == "cpu"
-    return {
-        "stage3_prefetch_bucket_size": model.block_parameters,  # the next block, whole, while this one computes
-        "stage3_max_live_parameters": max(10**9, 3 * model.block_parameters),
-        "contiguous_gradients": False,  # a copy of every gradient, in a buffer that reduce-scatter does not read
-        "reduce_bucket_size": 2**21,  # small gradients together; a large matrix goes alone, uncopied
-        "sub_group_size": 2**22 if on_cpu else 10**8,  # an update copies its gradients; 16 MiB malloc keeps
-    }
 
 
 def build_teacher(plan: Plan):
@@ -113,7 +85,7 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
         filters_s, filters_t = build_filters(plan, stage)
     if filters_t is not None:
         if filters_file:
-            checkpoint.load_filters(filters_file, {"student": filters_s, "teacher": filters_t})
+            load_filters(filters_file, {"student": filters_s, "teacher": filters_t})
         filters_t.requires_grad_(stage.learns_filters)
     module = Student(
         run, network, plan.student, plan.pairs, learns_filters=stage.learns_filters, filters_s=filters_s,

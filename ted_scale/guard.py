@@ -12,14 +12,14 @@ import math
 import torch
 
 from ted_scale import health, stop
-from ted_scale.checkpoint_files import Progress
+from ted_scale.agree import of_all_ranks
 from ted_scale.errors import RunStopped
-from ted_scale.gather import of_all_ranks
 from ted_scale.norms import norms_apart, sides_of
+from ted_scale.progress import Progress
 from ted_scale.report import Event, write_report
 from ted_scale.rewind import Rewind, ways_back
 from ted_scale.schedule import Stage
-from ted_scale.student import Losses, Weights
+from ted_scale.signal import Losses, Weights
 from ted_scale.zero import forget_gradients
 
 

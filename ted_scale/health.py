@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from ted_scale import config
-from ted_scale.checkpoint_files import Progress
+from ted_scale.config_operation import Health
+from ted_scale.progress import Progress
 
 
 class State(NamedTuple):
@@ -47,7 +47,7 @@ def ground_of(stage) -> str:
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
-def spiked_over(state: State, settings: config.Health, loss: float) -> float | None:
+def spiked_over(state: State, settings: Health, loss: float) -> float | None:
     """The median that `loss` is too far above; None where it is not, or where the step before it was already."""
     if settings.on_spike == "off" or len(state.losses) < settings.spike_window // 4:
         return None
@@ -56,7 +56,7 @@ def spiked_over(state: State, settings: config.Health, loss: float) -> float | N
     return median if loss > limit >= state.losses[-1] else None
 
 
-def taken(progress: Progress, settings: config.Health, loss: float) -> Progress:
+def taken(progress: Progress, settings: Health, loss: float) -> Progress:
     """After a step that updated the weights."""
     state = state_of(progress)
     rewinds = 0 if progress.step > state.rewound_from else state.rewinds

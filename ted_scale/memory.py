@@ -17,17 +17,17 @@ The process itself (0.53 GiB on a CPU) and what an allocator does not give back 
 
 import torch
 
-from ted_scale.engines import engine_config
+from ted_scale.anatomy import Anatomy, run_body
+from ted_scale.engine_config import engine_config
 from ted_scale.kernels.backend import CHUNK_BYTES
-from ted_scale.models import Anatomy, empty_model, read_config, run_body
-from ted_scale.plan import Plan
+from ted_scale.models import empty_model, read_config
 from ted_scale.price import filter_parameters
 from ted_scale.schedule import Stage
 
 TRIAL = 8  # tokens; more would show what attention keeps of pairs of them where it is not fused
 
 
-def describe(plan: Plan) -> list[str]:
+def describe(plan) -> list[str]:
     """A line a stage, for the device at hand, its largest terms first."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return [line_of(stage, *terms(plan, stage, device), device) for stage in plan.stages]
@@ -43,7 +43,7 @@ def line_of(stage: Stage, here: dict[str, float], away: float, device: str) -> s
     )
 
 
-def terms(plan: Plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
+def terms(plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
     """(bytes by term, bytes that are offloaded to the host)"""
     run, ranks = plan.run, plan.world
     b, tokens = 2 if run.train.precision == "bf16" else 4, run.train.micro_batch * run.data.seq_len
@@ -68,7 +68,7 @@ def terms(plan: Plan, stage: Stage, device: str) -> tuple[dict[str, float], floa
     return found, away
 
 
-def setting(plan: Plan, key: str, model: Anatomy | None = None) -> float:
+def setting(plan, key: str, model: Anatomy | None = None) -> float:
     """Of the ds_config, else as engines.py derives it from the model; a number may be written as a string."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -77,13 +77,13 @@ def setting(plan: Plan, key: str, model: Anatomy | None = None) -> float:
     return getattr(config, names[key])
 
 
-def own_heads(plan: Plan) -> int:
+def own_heads(plan) -> int:
     """Of `filters.head = "per_layer"`, a head of its own for each filter."""
     vocabularies = [a.vocab_size for a in (plan.student, plan.teacher) if a]
     return len(plan.pairs) * (plan.width + 1) * sum(vocabularies) if plan.run.filters.head == "per_layer" else 0
 
 
-def reduction(plan: Plan, trained: float, b: int, device: str) -> float:
+def reduction(plan, trained: float, b: int, device: str) -> float:
     """A host gives memory that is touched, a device all that is asked for. A matrix beyond the bucket goes alone."""
     bucket, contiguous = setting(plan, "reduce_bucket_size"), setting(plan, "contiguous_gradients")
     used, largest = min(bucket, trained), min(trained, plan.student.vocab_size * plan.student.head_width)
@@ -92,7 +92,7 @@ def reduction(plan: Plan, trained: float, b: int, device: str) -> float:
     return 4 * buffer + b * whole + (4 * max(used, largest) if plan.world > 1 else 0)
 
 
-def gathered(plan: Plan, stage: Stage) -> float:
+def gathered(plan, stage: Stage) -> float:
     """What trains stays gathered between forward and backward; what only runs forward goes block by block."""
 
     def passing(a: Anatomy) -> float:
@@ -104,7 +104,7 @@ def gathered(plan: Plan, stage: Stage) -> float:
     return ours + (passing(plan.teacher) if plan.teacher else 0)
 
 
-def activations(plan: Plan, stage: Stage, tokens: int, b: int) -> float:
+def activations(plan, stage: Stage, tokens: int, b: int) -> float:
     """Of the student's graph; a frozen model has but a block's at a time."""
     dtype = torch.bfloat16 if b == 2 else torch.float32
     kept = {a: kept_a_token(a, dtype) for a in (plan.student, plan.teacher) if a}
@@ -133,14 +133,14 @@ def kept_a_token(anatomy: Anatomy, dtype) -> float:
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights) / TRIAL
 
 
-def states(plan: Plan, stage: Stage) -> int:
+def states(plan, stage: Stage) -> int:
     """Numbers a token that live from the teacher's forward to the losses."""
     sides = [plan.teacher] if plan.teacher else []
     matched = [*sides, plan.student] if stage.learns_filters else sides
     return sum(len(plan.pairs) * a.width for a in matched) + sum(a.head_width for a in sides)
 
 
-def losses(plan: Plan, stage: Stage, tokens: int, b: int, filters: int, device: str) -> float:
+def losses(plan, stage: Stage, tokens: int, b: int, filters: int, device: str) -> float:
     """Gradients that are formed in the forward wait for the backward; a chunk's logits are gone by then."""
     a, t = plan.student, plan.teacher
     if stage.learns_filters:

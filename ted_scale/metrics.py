@@ -10,51 +10,20 @@ import logging
 import math
 import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from ted_scale import redact
-from ted_scale.checkpoint_files import Progress
+from ted_scale.clock import Clock
 from ted_scale.config import Run
+from ted_scale.console import say
 from ted_scale.flops import Work, keys_of, lengths_of
-from ted_scale.parsing import fits, parse_json
 from ted_scale.peaks import device_peak
-from ted_scale.sealed import write_durably
+from ted_scale.progress import Progress
+from ted_scale.rows import rows_at, trim_rows
 
 log = logging.getLogger("ted_scale")
-
-
-class Clock:
-    """Sums of named durations; on CUDA events are recorded and nobody waits for them until `read`."""
-
-    def __init__(self, device: torch.device):
-        self.cuda, self.spans = device.type == "cuda", []
-
-    @contextlib.contextmanager
-    def time(self, name: str):
-        start = self.now()
-        try:
-            yield
-        finally:
-            self.spans.append((name, start, self.now()))
-
-    def now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def read(self) -> dict[str, float]:
-        """Milliseconds by name since the last read."""
-        total: dict[str, float] = {}
-        for name, start, end in self.spans:
-            elapsed = start.elapsed_time(end) if self.cuda else (end - start) * 1e3
-            total[name] = total.get(name, 0.0) + elapsed
-        self.spans = []
-        return total
 
 
 class Metrics:
@@ -231,36 +200,6 @@ class Metrics:
             say(f"W&B is lost until the next start ({type(error).__name__}: {error}); metrics.jsonl has every number")
 
 
-def trim_rows(path: Path, step: int) -> None:
-    """Forget the rows past the checkpoint that a run resumes from: it will write them again."""
-    if not path.exists():
-        return
-    kept = [row for row in rows_in(path) if row["step"] <= step]
-    write_durably(path, "".join(f"{json.dumps(row)}\n" for row in kept))
-
-
-def rows_in(path: Path) -> list[dict]:
-    """The rows that are whole: the machine may have stopped in the middle of one, and a disk may tear any."""
-    rows = []
-    for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
-            row = parse_json(line)
-            rows += [row] if fits(row, {"step": int}) else []
-    return rows
-
-
-def rows_at(path: Path, step: int) -> set[tuple]:
-    """What stands of the step that a run resumes from: it measures some of it again."""
-    rows = rows_in(path) if path.exists() else []
-    return {(step, *list(row)[2:]) for row in rows if row["step"] == step}
-
-
-def say(line: str) -> None:
-    """A line of the log that does not tear the progress bar."""
-    with tqdm.external_write_mode(file=sys.stderr):
-        log.info(line)
-
-
 def shown(key: str) -> bool:
     """On the console: no number of each pair, and of each corpus only its weight in an adaptive blend."""
     if key.startswith("blend/"):
@@ -282,15 +221,3 @@ def peak_memory(device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def open_log(folder: Path, writes: bool) -> None:
-    """log.txt and the console on rank 0; warnings of every rank."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if writes:
-        handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    redact.watch_logs()
-    log.handlers, log.propagate = handlers, False
-    log.setLevel(logging.INFO if writes else logging.WARNING)

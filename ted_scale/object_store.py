@@ -1,7 +1,7 @@
 """Objects under s3:// and msc://: listing a folder and reading bytes, each as one request that is tried again.
 
-Bytes come through megatron-core's own readers (megatron_ranges.py), endpoint and credentials from the AWS_* environment
-or multi-storage-client's configuration. The surprise: an object is named with its version everywhere, so that neither a
+Endpoint and credentials come from the AWS_* environment or multi-storage-client's configuration. The surprise: an
+object is named with its version everywhere, so that neither a
 cache nor a later request can take another object of the same name for it.
 """
 
@@ -86,9 +86,27 @@ def _msc_pages(folder: str, start: str, what: str, patience_s: float):
 
 def read(thing: Object, start: int, stop: int, what: str, patience_s: float) -> bytes:
     """Bytes [start, stop) of an object; `what` begins the sentence for the case that they cannot be had."""
-    from ted_scale import megatron_ranges
 
-    return persist(what, lambda: megatron_ranges.read(thing, start, stop), patience_s)
+    def request() -> bytes:
+        found = (_s3_range if thing.url.startswith("s3://") else _msc_range)(thing, start, stop)
+        if len(found) != stop - start:
+            raise ShortAnswer(f"{thing.url} gave {len(found)} of {stop - start} bytes at {start}")
+        return found
+
+    return persist(what, request, patience_s)
+
+
+def _s3_range(thing: Object, start: int, stop: int) -> bytes:
+    bucket, key = split(thing.url)
+    request = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}", "IfMatch": thing.version}
+    return s3_client().get_object(**request)["Body"].read()
+
+
+def _msc_range(thing: Object, start: int, stop: int) -> bytes:
+    import multistorageclient
+
+    client, path = multistorageclient.resolve_storage_client(thing.url)
+    return client.read(path=path, byte_range=multistorageclient.types.Range(offset=start, size=stop - start))
 
 
 def split(url: str) -> tuple[str, str]:

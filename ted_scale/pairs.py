@@ -8,9 +8,9 @@ were not cut is another one than the cut's. It is the method's own, and matches 
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.config import Pairs
+from ted_scale.anatomy import Anatomy
+from ted_scale.config_method import Pairs
 from ted_scale.errors import UserError, files_at, shown
-from ted_scale.models import Anatomy
 from ted_scale.parsing import fits, parse_json
 
 CUT = "cut.json"

@@ -11,16 +11,19 @@ from pathlib import Path
 
 from ted_scale import checkpoint_files as files
 from ted_scale import feed, fused, price, resume, standing
-from ted_scale.checkpoint_files import Progress
+from ted_scale.anatomy import Anatomy
 from ted_scale.config import Model, Run
 from ted_scale.corpora import read_corpus
 from ted_scale.data import open_held_out, open_stream, text_lengths
 from ted_scale.ds_config import load_ds_config
 from ted_scale.errors import UserError
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
+from ted_scale.filters_file import check_filters
 from ted_scale.flops import keys_of, step_flops
-from ted_scale.models import Anatomy, inspect
+from ted_scale.models import inspect
 from ted_scale.pairs import Matched, match_layers
+from ted_scale.progress import Progress
+from ted_scale.rows import last_row
 from ted_scale.schedule import Stage, stages_of
 from ted_scale.shards import check_vocabulary
 from ted_scale.tracking import has_key
@@ -102,10 +105,10 @@ def make_plan(run: Run, world: int) -> Plan:
     )  # fmt: skip
     where, progress = standing.of(run, plan.identity())
     readings = check_corpora(plan, vocabulary, progress)
-    told = standing.describe(run, where, progress, plan.total_steps)
+    told = standing.describe(run, where, progress, plan.total_steps, last_row(run.folder / "metrics.jsonl"))
     plan = dataclasses.replace(plan, readings=readings, standing=told)
     if run.filters.from_run and run.method == "ted":
-        files.check_filters(plan.filters_file, plan.filters_identity())
+        check_filters(plan.filters_file, plan.filters_identity())
     return plan
 
 

@@ -8,16 +8,15 @@ from datetime import timedelta
 
 import torch
 
-from ted_scale import fused, kernels, watch
+from ted_scale import watch
 from ted_scale.config import Run
-from ted_scale.errors import UserError
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
-def start_ranks(run: Run | None = None) -> torch.device:
-    """The process group, and this rank's device, which must run the losses' backend. One process without a launcher is a
-    world of its own. With a run, its ranks watch each other from here on."""
+def start_ranks(run: Run | None = None, check=lambda device: None) -> torch.device:
+    """The process group, and this rank's device, which `check(device)` may refuse before the ranks meet. One process without
+    a launcher is a world of its own. With a run, its ranks watch each other from here on."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -30,11 +29,7 @@ def start_ranks(run: Run | None = None) -> torch.device:
     if not on_cpu:
         accelerator.set_device(local)
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(), local)
-    try:
-        kernels.choose(run.loss.backend if run else "auto", device)
-    except ValueError as error:
-        raise UserError(f"loss.{error}") from None
-    fused.check_device(run.fused_blocks if run else "auto", device)
+    check(device)
     if run:
         watch.start(run.limits, run.folder)
     patience_s = run.limits.longest_s + 300 if run else 1800  # a step's limit comes first: it has every rank's stack

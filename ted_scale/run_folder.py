@@ -15,10 +15,13 @@ import torch.distributed as dist
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
-from ted_scale import memory, metrics, pulse, resume
-from ted_scale.checkpoint_files import Progress
-from ted_scale.errors import Gone, UserError, files_at
+from ted_scale import memory, pulse, resume
+from ted_scale.agree import broadcast, first_of_all, refuse_together, share
+from ted_scale.console import open_log
+from ted_scale.errors import Gone, files_at
 from ted_scale.plan import Plan, describe
+from ted_scale.progress import Progress, read_progress
+from ted_scale.rows import trim_rows
 from ted_scale.run_file import to_toml
 from ted_scale.sealed import MANIFEST, PART, Damaged, publish, read_manifest, sync, write_durably
 
@@ -30,18 +33,18 @@ def claim_folder(plan: Plan):
     """Make the run's folder, see that all ranks share it, and find where the run stands."""
     folder, writes = plan.run.folder, dist.get_rank() == 0
     check_shared(folder, writes)
-    metrics.open_log(folder, writes)
+    open_log(folder, writes)
     if writes:
         files.clear_unfinished(folder)
     dist.barrier()
     newest, line = resume_point(plan.run)
-    progress = files.read_progress(newest) if newest else Progress()
+    progress = read_progress(newest) if newest else Progress()
     progress = replace(progress, forks=progress.forks + (progress.step,) * (line - len(progress.forks)))
     if newest:
         resume.refuse_another_run(newest, progress.identity, plan.identity(), plan.run.resume.allow, progress.step)
     if writes:
         with files_at(folder):
-            metrics.trim_rows(folder / "metrics.jsonl", progress.step)
+            trim_rows(folder / "metrics.jsonl", progress.step)
             write_durably(folder / "run.toml", to_toml(plan.run))
         log.info("\n".join([describe(plan), *memory.describe(plan)]))
         if newest:
@@ -152,31 +155,7 @@ def manifest_there(place: str, name: str) -> tuple[dict | None, str]:
         return None, f"its copy: {damage}"
 
 
-def share() -> tuple[int, int]:
-    return dist.get_rank(), dist.get_world_size()
-
-
 def filters_files(plan: Plan, newest: Path | None) -> list[Path]:
     """Where stage II finds the filters: the checkpoint has its own, so that it needs nothing beside it."""
     own = [newest / files.FILTERS] if newest and (newest / files.FILTERS).is_file() else []
     return [*own, *([plan.filters_file] if plan.filters_file else [])]
-
-
-def refuse_together(sentence: str | None, kind=UserError) -> None:
-    """Every rank leaves with the first sentence, so that none waits for another."""
-    if first := first_of_all(sentence):
-        raise kind(first)
-
-
-def first_of_all(sentence: str | None) -> str | None:
-    """The first sentence that any rank has, on all of them."""
-    sentences = [None] * dist.get_world_size()
-    dist.all_gather_object(sentences, sentence)
-    return next((s for s in sentences if s), None)
-
-
-def broadcast(value):
-    """Rank 0's, for a shared file system may show each node another moment."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]

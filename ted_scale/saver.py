@@ -18,10 +18,12 @@ import torch.distributed as dist
 
 from ted_scale import checkpoint, sealed
 from ted_scale import checkpoint_files as files
-from ted_scale.attempts import Failure, attempt, first_failure, gather, new_group, warn_of_old_ones
-from ted_scale.checkpoint_files import FILTERS, PROGRESS, Progress
+from ted_scale.agree import gather, new_group
+from ted_scale.attempts import Failure, attempt, first_failure, warn_of_old_ones
+from ted_scale.checkpoint_files import FILTERS
 from ted_scale.copier import Copier
 from ted_scale.errors import Gone, UserError
+from ted_scale.progress import PROGRESS, Progress, progress_as_bytes
 from ted_scale.sealed import PART, Entry
 from ted_scale.state_files import as_bytes, rank_file
 
@@ -160,7 +162,7 @@ class Saver:
         name = rank_file(dist.get_rank())
         entries = {name: sealed.write_file(part / name, as_bytes(snapshot.tensors))}
         if dist.get_rank() == 0:
-            entries[PROGRESS] = sealed.write_file(part / PROGRESS, [files.progress_as_bytes(progress)])
+            entries[PROGRESS] = sealed.write_file(part / PROGRESS, [progress_as_bytes(progress)])
             if with_filters:
                 entries[FILTERS] = self.take_filters(part / FILTERS)
         return entries

@@ -3,10 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from ted_scale.config import Run, Schedule, Train
+from ted_scale.config import Run
+from ted_scale.config_method import Schedule, Train
 from ted_scale.order import mix
 from ted_scale.sampling import drawn_pairs
-from ted_scale.student import Weights
+from ted_scale.signal import Weights
 from ted_scale.zero import forget_gradients
 
 

@@ -107,7 +107,7 @@ def read_index(prefix: str | os.PathLike) -> ShardIndex:
 def _status(path: Path) -> os.stat_result | None:
     try:
         status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last one of a name that no file can have
         return None
     return status if stat.S_ISREG(status.st_mode) else None
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
 from ted_scale import resume
-from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import UserError
-from ted_scale.metrics import rows_in
 from ted_scale.object_store import check_package
+from ted_scale.progress import Progress, read_progress
 from ted_scale.sealed import Damaged
 
 
@@ -50,21 +49,17 @@ def newest_progress(run) -> tuple[str, Progress]:
                 damaged.append((Path(f"{place}/{name}"), f"its copy: {damage}"))
     if damaged and local is None:
         raise files.none_is_whole(run.folder, damaged)
-    return (str(local), files.read_progress(local)) if local else ("", Progress())
+    return (str(local), read_progress(local)) if local else ("", Progress())
 
 
-def describe(run, where: str, progress: Progress, total_steps: int) -> list[str]:
+def describe(run, where: str, progress: Progress, total_steps: int, last_row: int) -> list[str]:
     """A run that begins anew over an older one's rows says so: a checkpoint may have been renamed or moved."""
     if where:
         lines = [f"stands at step {progress.step:,} of {total_steps:,}, {where}"]
     else:
         lines = [f"begins at step 0 of {total_steps:,}"]
-        if step := last_row(run.folder / "metrics.jsonl"):
+        if last_row:
             lines += [
-                f"no checkpoint is in {files.checkpoints_of(run.folder)}: metrics.jsonl, up to step {step:,}, begins anew"
+                f"no checkpoint is in {files.checkpoints_of(run.folder)}: metrics.jsonl, up to step {last_row:,}, begins anew"
             ]
     return lines + files.renamed(run.folder)
-
-
-def last_row(path: Path) -> int:
-    return max((row["step"] for row in rows_in(path)), default=0) if path.is_file() else 0

@@ -5,43 +5,17 @@ Stage I (`learns_filters`) runs frozen bodies and trains the filters of both sid
 the network and its filters. One micro-batch in, one `Losses` out.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 
+from ted_scale.anatomy import Anatomy, Taps, head_of, run_body
 from ted_scale.config import Run
 from ted_scale.filters import OutputHead
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.tokens import valid_weights
-from ted_scale.models import Anatomy, Taps, head_of, run_body
 from ted_scale.sampling import drawn_pairs, drawn_rows
+from ted_scale.signal import Losses, Signal, Weights
 from ted_scale.zero import ask, gathered
-
-
-class Signal(NamedTuple):
-    """What the teacher says about one micro-batch: the matched blocks' states, one a pair, and the head's input."""
-
-    layers_NE: tuple
-    last_NE: torch.Tensor
-
-
-class Weights(NamedTuple):
-    ce: float
-    kl: float
-    layer: float
-    draw: int = 0  # seeds the step's sub-sample of stage I
-
-
-class Losses(NamedTuple):
-    """This rank's share of the step's means; only `total` has a gradient. `layers` is one value a pair (stage I: the
-    teacher's filters, then the student's)."""
-
-    total: torch.Tensor
-    ce: torch.Tensor
-    kl: torch.Tensor
-    layer: torch.Tensor
-    layers: torch.Tensor
 
 
 class Student(nn.Module):

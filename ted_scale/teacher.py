@@ -2,9 +2,9 @@
 
 import torch
 
+from ted_scale.anatomy import Anatomy, Taps, head_of, run_body
 from ted_scale.kernels import linear_kl_ce
-from ted_scale.models import Anatomy, Taps, head_of, run_body
-from ted_scale.student import Signal, Weights
+from ted_scale.signal import Signal, Weights
 from ted_scale.zero import ask, gathered
 
 

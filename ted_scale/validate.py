@@ -12,7 +12,7 @@ from ted_scale import pulse, stop
 from ted_scale.data import Stream, open_held_out, validation_batches
 from ted_scale.errors import Preempted
 from ted_scale.losses import count_valid
-from ted_scale.student import Weights
+from ted_scale.signal import Weights
 
 
 class Loss(NamedTuple):

@@ -3,8 +3,9 @@ not."""
 
 from pathlib import Path
 
+from ted_scale.anatomy import Anatomy
 from ted_scale.errors import UserError
-from ted_scale.models import Anatomy, quiet_transformers
+from ted_scale.models import quiet_transformers
 from ted_scale.shards import ShardIndex, tokenizer_of
 from ted_scale.tokenizer import digest, hugging_face, load_tokenizer
 

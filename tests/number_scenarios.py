@@ -8,9 +8,12 @@ from tiny import FAMILIES, MORE, make_run
 from transformers import AutoModelForCausalLM
 
 from ted_scale import engines
-from ted_scale.models import inspect, run_body
+from ted_scale.anatomy import run_body
+from ted_scale.engine_config import engine_config
+from ted_scale.models import inspect
 from ted_scale.plan import make_plan
-from ted_scale.zero import build_network, gathered
+from ted_scale.weights import build_network
+from ted_scale.zero import gathered
 
 FAR = 4096
 
@@ -39,7 +42,7 @@ def same(ours: dict, theirs: dict, name: str) -> bool:
 def config_of(folder: Path, precision: str) -> dict:
     run = make_run(folder, train={"steps": 6, "precision": precision})
     plan = make_plan(run, dist.get_world_size())
-    return engines.engine_config(plan, plan.student)
+    return engine_config(plan, plan.student)
 
 
 def plain(folder: Path, dtype):

@@ -16,9 +16,10 @@ from ted_scale.models import inspect
 from ted_scale.packing import pack
 from ted_scale.plan import Plan, make_plan
 from ted_scale.schedule import Stage
-from ted_scale.student import Student, Weights
+from ted_scale.signal import Weights
+from ted_scale.student import Student
 from ted_scale.teacher import Teacher, TeacherBody
-from ted_scale.zero import build_network
+from ted_scale.weights import build_network
 
 VOCABULARY = 128
 

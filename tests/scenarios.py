@@ -12,13 +12,15 @@ import torch
 import torch.distributed as dist
 from tiny import FAMILIES, make_run
 
-from ted_scale import attempts, build, checkpoint_files, engines, fused, saver, sealed
+from ted_scale import attempts, build, checkpoint_files, fused, saver, sealed
 from ted_scale.checkpoint import Snapshot
+from ted_scale.engine_config import engine_config
 from ted_scale.errors import RunStopped, UserError
 from ted_scale.kernels.arguments import check_labels
 from ted_scale.kernels.products import all_count
 from ted_scale.metrics import Metrics
 from ted_scale.plan import make_plan
+from ted_scale.progress import Progress
 from ted_scale.state_files import KINDS, key_of
 from ted_scale.student import Student
 from ted_scale.zero import gathered, resident_share, shape_of
@@ -254,7 +256,7 @@ def retried_save(folder: Path, device):
     sealed.write_file = broken if dist.get_rank() == 1 else write_file
     try:
         place = checkpoint_files.checkpoints_of(run.folder) / checkpoint_files.checkpoint_name(4)
-        made.begin((place, snapshot, checkpoint_files.Progress(4, 4, 4), False))
+        made.begin((place, snapshot, Progress(4, 4, 4), False))
         failed = made.wait()["checkpoint/failed"]
         sealed.write_file = write_file
         return {"failed": [failed, made.finish()["checkpoint/failed"]], "fault": checkpoint_files.check_digests(place)}
@@ -294,14 +296,14 @@ def layer_loss_ends(folder: Path, device):
 def loading_memory(folder: Path, device):
     """Peak host memory of this rank while a model of many files loads, and the sizes it is compared with."""
     from ted_scale.models import inspect
-    from ted_scale.zero import build_network
+    from ted_scale.weights import build_network
 
     anatomy = inspect("student.path", str(folder / "large"))
     sizes = [f.stat().st_size for f in anatomy.folder.glob("*.safetensors")]
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
     plan = make_plan(make_run(folder), dist.get_world_size())
-    config = engines.engine_config(plan, plan.student)
+    config = engine_config(plan, plan.student)
     network = build_network(anatomy, ds_config=config, dtype=torch.float32)
     part = sum(torch.Size(shape_of(p)).numel() for p in network.parameters()) * 4 / dist.get_world_size()
     return {"peak": memory("VmHWM") - before, "part": part, "file": max(sizes), "whole": sum(sizes)}

@@ -11,6 +11,7 @@ from ted_scale import build, feed, stop
 from ted_scale import checkpoint_files as files
 from ted_scale.errors import Preempted
 from ted_scale.guard import Guard
+from ted_scale.progress import read_progress
 
 # stage II takes steps 3 to 10; it saves at 3, 6, 9 and 10, validates at 2, 4, 6, 8 and 10, weighs its blend at 2 and 7
 CORPORA = [{"path": "corpus", "name": name, "validation": 0.1} for name in ("one", "other")]
@@ -42,7 +43,7 @@ def stopped_by_signals(folder: Path, device):
                 stopped = True
             stop.asked.clear()
             newest = files.newest_checkpoint(folder / "runs" / "signalled")
-            seen[moment] = [stopped, files.read_progress(newest).step]
+            seen[moment] = [stopped, read_progress(newest).step]
             dist.barrier()
     finally:
         Guard.arm, build.save, feed.weigh, build.validate = originals

@@ -11,12 +11,12 @@ from tiny import make_run
 
 from ted_scale import blend, order
 from ted_scale.blend import Cursor, Domain
-from ted_scale.checkpoint_files import Progress
 from ted_scale.data import open_stream, refuse_repetition
 from ted_scale.errors import UserError
 from ted_scale.feed import open_feed
 from ted_scale.kernels.tokens import IGNORED
 from ted_scale.metrics import Metrics
+from ted_scale.progress import Progress
 from ted_scale.schedule import stages_of
 
 A, B, C = Domain("a", 1000), Domain("b", 77), Domain("c", 3000)

@@ -14,6 +14,7 @@ from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
 from ted_scale import object_store, sealed
 from ted_scale.errors import SENTENCES, UserError
+from ted_scale.progress import PROGRESS
 from ted_scale.run_folder import resume_point
 from ted_scale.saver import Saver
 from ted_scale.standing import newest_progress
@@ -62,7 +63,7 @@ def test_what_is_published_and_kept_here_is_there(endpoint, run, tmp_path):
     for step in (4, 8, 12):
         assert write(saver, step) is None
     endpoint.faults()
-    names = {"rank_00000.safetensors", files.PROGRESS, files.FILTERS, sealed.MANIFEST}
+    names = {"rank_00000.safetensors", PROGRESS, files.FILTERS, sealed.MANIFEST}
     assert copied(endpoint, run) == {"step_00000008": names, "step_00000012": names}
 
 

@@ -9,15 +9,17 @@ import re
 import subprocess
 import sys
 import threading
+from functools import lru_cache
 from pathlib import Path
 
 import numpy
 import pytest
 from corpus import counting_documents, data_section, write_shard
 
-from ted_scale import corpora
+from ted_scale import megatron
 from ted_scale.data import open_stream
 from ted_scale.errors import UserError
+from ted_scale.megatron import OPEN_SHARDS, mapped
 from ted_scale.staging import sealed
 
 VOCAB = 60000
@@ -67,11 +69,11 @@ def test_open_files_and_mappings_are_bounded_however_many_shards_there_are(strea
     for position in range(2000):
         assert sound(stream.sample(position)).all()
         most = max(most, (open_files(), mappings())) if position % 100 == 0 else most
-    assert 0 < most[0] <= 3 * corpora.OPEN_SHARDS and 0 < most[1] <= 2 * corpora.OPEN_SHARDS
+    assert 0 < most[0] <= 3 * OPEN_SHARDS and 0 < most[1] <= 2 * OPEN_SHARDS
 
 
 def test_threads_that_read_at_once_close_no_shard_under_another(stream, monkeypatch):
-    monkeypatch.setattr(corpora, "mapped", corpora.lru_cache(maxsize=2)(corpora.mapped.__wrapped__))
+    monkeypatch.setattr(megatron, "mapped", lru_cache(maxsize=2)(mapped.__wrapped__))
     expected = [stream.sample(position).tokens for position in range(300)]
     wrong = []
 
@@ -116,7 +118,7 @@ TEN_THOUSAND = """
 import resource, sys, time; sys.path[:0] = ["tests", "."]
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 from corpus import data_section, steps
-from ted_scale.corpora import megatron_indexed
+from ted_scale.megatron import megatron_indexed
 from ted_scale.data import open_stream
 from ted_scale.errors import UserError
 from ted_scale.staging import sealed

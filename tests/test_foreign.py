@@ -13,7 +13,7 @@ from plain import make_world
 from tiny import make_run
 
 from ted_scale import corpora, remote_shards, staging
-from ted_scale.config import Streaming
+from ted_scale.config_data import Streaming
 from ted_scale.errors import UserError
 from ted_scale.models import inspect
 from ted_scale.object_store import Object
@@ -164,10 +164,10 @@ def test_the_default_folder_of_chunks_is_this_user_s_alone(tmp_path, monkeypatch
 
 
 def test_a_checkpoint_s_wandb_id_makes_no_path(world):
-    from ted_scale import checkpoint_files as files
+    from ted_scale.progress import PROGRESS, Progress, progress_as_bytes, read_progress
 
     run = make_run(world)
     run.folder.mkdir(parents=True)
-    (run.folder / files.PROGRESS).write_bytes(files.progress_as_bytes(files.Progress(wandb_id="../../x")))
+    (run.folder / PROGRESS).write_bytes(progress_as_bytes(Progress(wandb_id="../../x")))
     with pytest.raises(UserError, match=r"progress.json must be a progress file, but is not: wandb_id: "):
-        files.read_progress(run.folder)
+        read_progress(run.folder)

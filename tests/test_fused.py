@@ -11,10 +11,11 @@ from test_models import logits_and_gradients, logits_of, tokens
 from tiny import FAMILIES, GQA, MORE, make_corpus, make_model, make_run
 
 from ted_scale import fused
+from ted_scale.anatomy import head_of
 from ted_scale.errors import UserError
 from ted_scale.fused import describe, fuse
 from ted_scale.kernels import filtered_ce
-from ted_scale.models import head_of, inspect
+from ted_scale.models import inspect
 from ted_scale.plan import make_plan
 
 pytest.importorskip("liger_kernel")

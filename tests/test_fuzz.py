@@ -32,24 +32,28 @@ from plain import VOCABULARY, make_world
 from safetensors.torch import save_file
 from tiny import make_run, run_values
 
-from ted_scale import checkpoint, feed, metrics, models, pairs, plan, resume, sealed, staging
 from ted_scale import checkpoint_files as files
-from ted_scale.checkpoint_files import Progress
-from ted_scale.config import Checkpoint, Streaming
-from ted_scale.corpora import mapped, read_corpus
+from ted_scale import feed, models, pairs, plan, resume, sealed, staging
+from ted_scale.config_data import Streaming
+from ted_scale.config_operation import Checkpoint
+from ted_scale.corpora import read_corpus
 from ted_scale.data import batch, open_held_out, open_stream
 from ted_scale.documents import read_documents
 from ted_scale.ds_config import load_ds_config
 from ted_scale.errors import UserError, files_at
 from ted_scale.filters import Filter
+from ted_scale.filters_file import check_filters, filter_tensors, load_filters
+from ted_scale.megatron import mapped
 from ted_scale.models import inspect
 from ted_scale.plan import describe, make_plan
+from ted_scale.progress import Progress, read_progress
+from ted_scale.rows import rows_at, trim_rows
 from ted_scale.run_file import load_run, to_toml, toml_value
 from ted_scale.shards import document_borders, read_index
 from ted_scale.state_files import KINDS, State, as_bytes, key_of, rank_file
 from ted_scale.tokenizer import digest, load_tokenizer
 from ted_scale.vocabulary import read_vocabulary
-from ted_scale.zero import build_network, load_weights
+from ted_scale.weights import build_network, load_weights
 from tools import inspect_corpus, train_tokenizer
 
 LONGEST_S = 20  # a first import is in it
@@ -162,7 +166,7 @@ def progress(data, at: Place) -> Callable:
     other = data.draw(st.sampled_from(({}, {"filters.steps": 9}, {"filters.mlp": 4, "method": "kd"})))
 
     def read():
-        found = files.read_progress(at.folder)
+        found = read_progress(at.folder)
         ours, written = {**tree["identity"], **other}, resume.as_written(run)
         resume.changes(found.identity, ours, found.run, written, found.step)
         stream, _, _ = feed.open_feed(run, stage, found, VOCABULARY)
@@ -308,13 +312,13 @@ def filters(data, at: Place) -> Callable:
     """The filters of another run."""
     sides = {"student": torch.nn.ModuleList([Filter(8, 8), Filter(8, 8)])}
     path = at.folder / "filters.safetensors"
-    tensors = {name: p.detach() for name, p in checkpoint.filter_tensors(sides).items()}
+    tensors = {name: p.detach() for name, p in filter_tensors(sides).items()}
     save_file(tensors, path, metadata={"identity": json.dumps(IDENTITY)})
     path.write_bytes(data.draw(damaged_bytes(path.read_bytes(), at.mark)))
 
     def read():
-        files.check_filters(path, IDENTITY)
-        checkpoint.load_filters(path, sides)
+        check_filters(path, IDENTITY)
+        load_filters(path, sides)
 
     return read
 
@@ -397,8 +401,8 @@ def rows(data, at: Place) -> Callable:
     path.write_bytes(data.draw(damaged_bytes(lines.encode(), at.mark)))
 
     def read():
-        metrics.trim_rows(path, 3)
-        metrics.rows_at(path, 3)
+        trim_rows(path, 3)
+        rows_at(path, 3)
 
     return read
 

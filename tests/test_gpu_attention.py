@@ -8,8 +8,8 @@ from plain import load_model
 from tiny import FAMILIES, MORE, make_model
 
 from ted_scale import attention_paths
+from ted_scale.anatomy import run_body
 from ted_scale.attention import PATHS, Layer, path
-from ted_scale.models import run_body
 from ted_scale.packing import whole_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -13,12 +13,12 @@ from tiny import make_run
 
 from ted_scale import build, health, replicas, report, sealed
 from ted_scale import guard as guards
-from ted_scale.checkpoint_files import PROGRESS, Progress, progress_as_bytes
 from ted_scale.errors import RunStopped
 from ted_scale.guard import Guard
+from ted_scale.progress import PROGRESS, Progress, progress_as_bytes
 from ted_scale.rewind import Rewind, choose, gone_back
 from ted_scale.schedule import stages_of
-from ted_scale.student import Losses, Weights
+from ted_scale.signal import Losses, Weights
 from ted_scale.zero import own_part
 
 NAN, INF = math.nan, math.inf

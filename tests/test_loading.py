@@ -13,7 +13,7 @@ from tiny import FAMILIES, make_model
 
 from ted_scale.errors import UserError
 from ted_scale.models import inspect
-from ted_scale.zero import build_network
+from ted_scale.weights import build_network
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,12 @@ import torch
 from tiny import make_run
 from wandb_file import read_config, read_records, read_rows
 
-from ted_scale.checkpoint_files import Progress
+from ted_scale.clock import Clock
 from ted_scale.data import Batch
 from ted_scale.flops import Work
-from ted_scale.metrics import Clock, Metrics, mean_rows, shown, trim_rows
+from ted_scale.metrics import Metrics, mean_rows, shown
+from ted_scale.progress import Progress
+from ted_scale.rows import trim_rows
 from ted_scale.tracking import has_key, open_wandb
 
 CPU = torch.device("cpu")

@@ -12,9 +12,10 @@ from tiny import FAMILIES, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING
 
+from ted_scale.anatomy import Anatomy, Taps, head_of, run_body, soften
 from ted_scale.errors import UserError
 from ted_scale.kernels import filtered_ce
-from ted_scale.models import Anatomy, Taps, head_of, inspect, run_body, soften
+from ted_scale.models import inspect
 
 LENGTH = 24
 

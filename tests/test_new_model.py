@@ -50,7 +50,7 @@ def test_what_is_set_arrives_and_the_model_is_accepted(family, tokenizer, tmp_pa
 
 def test_a_run_is_planned_over_it_and_its_weights_are_drawn(tokenizer, tmp_path):
     from ted_scale.plan import make_plan
-    from ted_scale.zero import build_network
+    from ted_scale.weights import build_network
 
     make(tokenizer, tmp_path / "student", "--set", *SMALL["llama"])
     make_corpus(tmp_path / "corpus", vocabulary=100)

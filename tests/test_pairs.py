@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ted_scale.config import Pairs
+from ted_scale.config_method import Pairs
 from ted_scale.errors import UserError
 from ted_scale.pairs import CUT, cut_map, match_layers, spread
 

@@ -12,10 +12,10 @@ from tiny import make_model, make_run
 
 from ted_scale import checkpoint_files as files
 from ted_scale import resume, sealed
-from ted_scale.checkpoint_files import Progress
 from ted_scale.errors import UserError
 from ted_scale.feed import open_feed
 from ted_scale.plan import make_plan
+from ted_scale.progress import PROGRESS, Progress, progress_as_bytes, read_progress
 from ted_scale.schedule import stages_of
 
 
@@ -54,8 +54,8 @@ def leave_checkpoint(run, identity: dict, step: int = 4) -> Path:
     part = files.checkpoints_of(run.folder) / (files.checkpoint_name(step) + files.PART)
     part.mkdir(parents=True)
     at = Progress(step, step * 256, blend=blend_of(run), wandb_id="wandb-id", identity=identity)
-    entry = sealed.write_file(part / files.PROGRESS, [files.progress_as_bytes(at)])
-    sealed.seal(part, {files.PROGRESS: entry}, {"step": step, "forks": []})
+    entry = sealed.write_file(part / PROGRESS, [progress_as_bytes(at)])
+    sealed.seal(part, {PROGRESS: entry}, {"step": step, "forks": []})
     return sealed.publish(part)
 
 
@@ -64,7 +64,7 @@ def test_the_run_s_own_checkpoint_is_accepted(world):
     checkpoint = leave_checkpoint(run, make_plan(run, 1).identity())
     assert make_plan(run, 1)
     assert files.newest_checkpoint(run.folder) == checkpoint
-    assert files.read_progress(checkpoint).wandb_id == "wandb-id"
+    assert read_progress(checkpoint).wandb_id == "wandb-id"
 
 
 def test_what_may_change_over_a_resume_is_accepted(world):
@@ -148,10 +148,10 @@ def test_every_key_of_an_identity_can_be_named(world):
 def test_a_checkpoint_of_an_earlier_version_knows_fewer_keys_and_resumes(world):
     run = make_run(world)
     checkpoint = leave_checkpoint(run, {"method": "ted", "seed": 0, "data.seq_len": 16})
-    values = json.loads((checkpoint / files.PROGRESS).read_text())
+    values = json.loads((checkpoint / PROGRESS).read_text())
     del values["run"]
-    entry = sealed.write_file(checkpoint / files.PROGRESS, [json.dumps(values).encode()])
-    sealed.seal(checkpoint, {files.PROGRESS: entry}, {"step": 4, "forks": []})
+    entry = sealed.write_file(checkpoint / PROGRESS, [json.dumps(values).encode()])
+    sealed.seal(checkpoint, {PROGRESS: entry}, {"step": 4, "forks": []})
     assert make_plan(run, 1)
     assert "seed must be 0, but is 1" in refusal(world, seed=1)
 

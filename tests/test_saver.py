@@ -19,9 +19,9 @@ from ted_scale import attempts, build, sealed
 from ted_scale import checkpoint_files as files
 from ted_scale import saver as saving
 from ted_scale.checkpoint import Snapshot
-from ted_scale.checkpoint_files import Progress
-from ted_scale.config import Checkpoint
+from ted_scale.config_operation import Checkpoint
 from ted_scale.errors import Gone, UserError
+from ted_scale.progress import Progress
 from ted_scale.run_folder import resume_point
 from ted_scale.saver import Saver
 from ted_scale.state_files import State, key_of
@@ -228,7 +228,7 @@ def test_stage_i_s_filters_that_cannot_be_written_are_one_sentence_and_leave_the
         module = types.SimpleNamespace(filters_s=None, filters_t=None)
 
     monkeypatch.setattr(attempts, "PAUSES_S", (0, 0))
-    monkeypatch.setattr(build.checkpoint, "gather_filters", lambda sides: {"w": torch.ones(3)})
+    monkeypatch.setattr(build, "gather_filters", lambda sides: {"w": torch.ones(3)})
     build.save_filters(Plan, Engine)
     before = Plan.filters_file.read_bytes()
     for number in range(1, 6):

@@ -12,6 +12,7 @@ from damages import flip
 from ted_scale import checkpoint_files as files
 from ted_scale import sealed
 from ted_scale.errors import UserError
+from ted_scale.progress import PROGRESS, Progress, progress_as_bytes
 
 
 def leave(run: Path, step: int, validation: float | None = None, forks: tuple[int, ...] = ()) -> Path:
@@ -19,8 +20,8 @@ def leave(run: Path, step: int, validation: float | None = None, forks: tuple[in
     rng = random.Random(step)
     part = files.checkpoints_of(run) / (files.checkpoint_name(step, len(forks)) + sealed.PART)
     part.mkdir(parents=True)
-    progress = files.progress_as_bytes(files.Progress(step, step * 256, step * 8))
-    entries = {files.PROGRESS: sealed.write_file(part / files.PROGRESS, [progress])}
+    progress = progress_as_bytes(Progress(step, step * 256, step * 8))
+    entries = {PROGRESS: sealed.write_file(part / PROGRESS, [progress])}
     for rank in range(2):
         name = f"rank_{rank:05d}.safetensors"
         entries[name] = sealed.write_file(part / name, [rng.randbytes(300), b"", rng.randbytes(77)])
@@ -114,7 +115,7 @@ def test_other_names_are_no_checkpoints(name):
 
 def test_publishing_over_a_damaged_one_of_the_same_step_replaces_it(original, tmp_path):
     run = shutil.copytree(original, tmp_path / "run")
-    (files.checkpoints_of(run) / "step_00000012" / files.PROGRESS).unlink()
+    (files.checkpoints_of(run) / "step_00000012" / PROGRESS).unlink()
     leave(run, 12)
     assert newest_whole(run).name == "step_00000012"
     assert not list(files.checkpoints_of(run).glob(f"*{sealed.PART}"))

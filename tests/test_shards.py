@@ -104,3 +104,8 @@ def test_a_sidecar_names_an_id_outside_the_vocabulary_before_anything_is_read(tm
 def test_checking_shards_imports_neither_torch_nor_megatron():
     code = "import sys, ted_scale.shards; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_file():
+    with pytest.raises(UserError, match="must exist, but is missing"):
+        read_index("corpus\0")

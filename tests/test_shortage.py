@@ -58,7 +58,7 @@ def test_a_whole_run_is_watched_for_it_with_its_own_advice(tmp_path, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(build, "check_engine_config", lambda plan: None)
-    monkeypatch.setattr(build, "start_ranks", lambda run: torch.device("cpu"))
+    monkeypatch.setattr(build, "start_ranks", lambda run, check: torch.device("cpu"))
     monkeypatch.setattr(build, "train_run", full)
     plan = SimpleNamespace(run=make_run(tmp_path, train={"micro_batch": 4}), ds_config=DS_CONFIG)
     with pytest.raises(

@@ -18,6 +18,7 @@ from tiny import make_corpus, make_model, make_run, pretrain_command, write_run
 
 from ted_scale import checkpoint_files as files
 from ted_scale.processes import descendants_of, parent_of, ranks_below, words_of
+from ted_scale.progress import read_progress
 
 pytestmark = pytest.mark.soak
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +61,7 @@ def last_step(folder: Path) -> int:
 
 def saved_step(folder: Path) -> int:
     newest = files.newest_checkpoint(folder)
-    return files.read_progress(newest).step if newest else 0
+    return read_progress(newest).step if newest else 0
 
 
 def signalled_life(command: list[str], folder: Path, number: int) -> dict:
@@ -183,4 +184,4 @@ def test_a_fault_in_the_real_trainer_ends_both_ranks_and_says_why(tmp_path, kind
         assert done.stderr.count("Traceback") == 1
     if kind == "die":
         assert done.returncode in (5, 247) and "error: rank 1 must give a sign" in ours[-1]
-    assert files.read_progress(files.newest_checkpoint(run.folder)).step == 6
+    assert read_progress(files.newest_checkpoint(run.folder)).step == 6

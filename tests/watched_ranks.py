@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ted_scale import exits, pulse, shortage, stop, watch
-from ted_scale.config import Limits
+from ted_scale.config_operation import Limits
 from ted_scale.errors import Preempted, UserError
 from ted_scale.exits import run_main
 from ted_scale.run_folder import where_it_stands

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 from ted_scale import checkpoint_files as files
 from ted_scale import sealed
 from ted_scale.checkpoint_files import Standing
-from ted_scale.config import Checkpoint
+from ted_scale.config_operation import Checkpoint
 from ted_scale.errors import UserError
 from ted_scale.exits import run_main
 from ted_scale.run_file import load_run

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own f
 from ted_scale import checkpoint_files as files
 from ted_scale.errors import RunStopped, UserError
 from ted_scale.exits import run_main
+from ted_scale.progress import read_progress
 from ted_scale.run_file import load_run
 from ted_scale.sealed import write_durably
 from tools import demo_table
@@ -123,7 +124,7 @@ def trained(config: Path) -> bool:
 
     run = load_run(config)
     newest = files.newest_checkpoint(run.folder)
-    return newest is not None and files.read_progress(newest).step >= stages_of(run)[-1].last_step
+    return newest is not None and read_progress(newest).step >= stages_of(run)[-1].last_step
 
 
 def collect_text() -> None:

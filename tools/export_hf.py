@@ -16,6 +16,7 @@ from ted_scale import sealed
 from ted_scale.config import Run
 from ted_scale.errors import UserError
 from ted_scale.exits import run_main
+from ted_scale.progress import read_progress
 from ted_scale.run_file import load_run
 
 NETWORK = "network."  # the student's name inside the trained module; filters and the loss's head stand beside it
@@ -44,7 +45,7 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
 def check_trained(run: Run, checkpoint: Path) -> None:
     from ted_scale.schedule import stages_of
 
-    step, first = files.read_progress(checkpoint).step, stages_of(run)[0]
+    step, first = read_progress(checkpoint).step, stages_of(run)[0]
     if first.learns_filters and step <= first.last_step:
         raise UserError(
             f"a checkpoint to export must be of stage II, but {checkpoint.name} is at step {step} of stage I "

@@ -20,7 +20,7 @@ BYTES = 12  # of state a parameter: fp32 master and two moments
 
 class Run:
     def __init__(self, folder: Path):
-        from ted_scale.config import Checkpoint
+        from ted_scale.config_operation import Checkpoint
 
         self.folder, self.name, self.checkpoint = folder, "saving", Checkpoint(keep=1)
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 def measure(folder: Path, parameters: int, rounds: int) -> list[tuple[float, float]]:
     """(stall, save that is waited for) in seconds, of the slowest rank, after one of each that is not counted."""
-    from ted_scale.checkpoint_files import Progress
+    from ted_scale.progress import Progress
     from ted_scale.saver import Saver
 
     engine, saver, times = make_engine(parameters), Saver(Run(folder), None, print), []

@@ -4,12 +4,17 @@ checkpoint_files.Progress is the same as a dataclass, for the program; this file
 are not named here pass, for checkpoint_files.py knows its own.
 """
 
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from ted_scale import order
-from ted_scale.parsing import COUNT_LIMIT
+from ted_scale.errors import UserError
+from ted_scale.parsing import COUNT_LIMIT, parse_json
 
 Count = Annotated[int, Field(ge=0, lt=COUNT_LIMIT)]
 Size = Annotated[int, Field(gt=0, lt=COUNT_LIMIT)]
@@ -90,3 +95,51 @@ def check_blend(blend: dict, samples: int) -> None:
             raise ValueError(f"blend.domains.{name}.tokens must hold a window of {blend['seq_len']}")
         if row["token"] > order.units(row["tokens"], row["unit"]) * row["unit"]:
             raise ValueError(f"blend.domains.{name}.token must be within its epoch")
+
+
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. With the shards beside it, all that a resume needs: the schedule follows from it."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0  # of this stage's data
+    blend: dict | None = None  # blend.as_dict
+    adaptive: dict | None = None  # feed.Measured
+    skipped: int = 0  # steps whose update was dropped
+    health: dict | None = None  # health.State
+    wandb_id: str | None = None
+    identity: dict = dataclasses.field(default_factory=dict)  # plan.identity
+    run: dict | None = None  # the whole run file, resolved; earlier versions wrote none
+    validation: float | None = None  # the student's loss, where it was measured at this very step
+    forks: tuple[int, ...] = ()  # the step that each line of the run but the first began behind
+
+    def advanced(self, samples: int, seq_len: int) -> "Progress":
+        tokens = self.tokens + samples * seq_len
+        return dataclasses.replace(
+            self, step=self.step + 1, tokens=tokens, samples=self.samples + samples, validation=None
+        )
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    path = checkpoint / PROGRESS
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} must be a progress file, but is not: {error}") from None
+    return parse_progress(text, str(path))
+
+
+def parse_progress(text: str, where: str) -> Progress:
+    try:
+        values = checked(parse_json(text))
+        return Progress(**{**values, "forks": tuple(values.get("forks", ()))})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where} must be a progress file, but is not: {error}") from None
+
+
+def progress_as_bytes(progress: Progress) -> bytes:
+    return json.dumps(dataclasses.asdict(progress), indent=1).encode()

@@ -1,0 +1,87 @@
+"""What is read: corpora, how they are blended, and how those in object storage are fetched."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ted_scale.config_types import Fraction, NonNegative, Positive, PositiveInt, Section
+
+
+class Corpus(Section):
+    """A domain of the blend."""
+
+    path: str = Field(description="a .bin/.idx prefix, or a folder of them; on disk, or under s3:// or msc://")
+    name: str = Field("", description="what logs and metrics call it; default: the path's last part")
+    weight: NonNegative = 1.0
+    repeat: bool = Field(True, description="false: refuse a run that reads it more than once")
+    validation: Fraction = Field(0.0, description="share of the corpus's tokens, at its end, held out")
+
+    @model_validator(mode="before")
+    @classmethod
+    def the_path_names_it(cls, values):
+        if isinstance(values, dict) and not values.get("name") and isinstance(values.get("path"), str):
+            return {**values, "name": Path(values["path"]).name}
+        return values
+
+
+class Blend(Section):
+    """Which share of the samples a corpus gives."""
+
+    kind: Literal["static", "temperature", "adaptive"] = Field(
+        "static", description="static: by data.corpora.weight; adaptive: DDK, weight is where it starts from"
+    )
+    temperature: Positive = Field(
+        1.0, description="share by (weight * tokens)^(1/temperature): 1 by size, more is flatter"
+    )
+    every: PositiveInt = Field(1000, description="adaptive: steps from one measurement to the next")
+    smoothing: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="adaptive: share that follows the measurement; the rest is alike for all corpora"
+    )
+
+
+class Streaming(Section):
+    """How corpora under s3:// and msc:// are read; those on disk need none of it."""
+
+    folder: str = Field("", description="indices and chunks, on a disk of the node; default: in the temporary folder")
+    cache_gib: NonNegative = Field(
+        4.0, description="bound of the chunks on disk, for all processes of the node; 0: none"
+    )
+    chunk_kib: Annotated[int, Field(ge=4, multiple_of=4)] = Field(
+        256, description="read at once; docs/data.md has the cost"
+    )
+    ahead: PositiveInt = Field(64, description="windows that are being fetched before they are needed, a process")
+    requests: PositiveInt = Field(16, description="at the same time, a process")
+    patience_s: Positive = Field(300.0, description="how long a request that fails is tried again before the run ends")
+
+    @property
+    def place(self) -> Path:
+        return Path(self.folder or f"{tempfile.gettempdir()}/ted_scale-{os.getuid()}")
+
+
+class Data(Section):
+    corpora: list[Corpus] = Field(min_length=1)
+    blend: Blend = Blend()
+    stream: Streaming = Streaming()
+    seq_len: PositiveInt
+    attention: Literal["causal", "document"] = Field(
+        "causal", description="document: none across a document's border, and positions restart there"
+    )
+    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0, description="processes a rank that read; 0: a thread of the rank"
+    )
+    prefetch: PositiveInt = Field(2, description="steps that are read ahead")
+
+    @model_validator(mode="after")
+    def names_differ(self):
+        names = [corpus.name for corpus in self.corpora]
+        if not all(names):
+            raise ValueError("data.corpora.name must be set where the path ends in none, but is ''; set name")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"data.corpora.name must be another for every corpus, but '{twice}' is there twice; set name"
+            )
+        return self

@@ -1,0 +1,116 @@
+"""How the student learns: matched blocks, filters, losses, optimizer and validation."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ted_scale.config_types import Count, Fraction, NonNegative, Positive, PositiveInt, Section
+
+
+class Pairs(Section):
+    rule: Literal["cut", "uniform"] = Field(
+        "cut", description="cut: as tools/cut_student.py cut the student from this teacher; uniform where it did not"
+    )
+    explicit: list[tuple[int, int]] = Field([], description="(student block, teacher block), from 0; replaces the rule")
+    skip_last: Count = 0
+
+    @field_validator("explicit", mode="before")
+    @classmethod
+    def lists_are_pairs(cls, value):
+        return [tuple(v) if isinstance(v, list) else v for v in value] if isinstance(value, list) else value
+
+
+class Filters(Section):
+    """Stage I: what is learned, and how."""
+
+    steps: Count = Field(0, description="0: no stage I; filters are as they start, and the student's train in stage II")
+    width: PositiveInt | Literal["auto", "full"] = Field(
+        "auto",
+        description="common width D of both filtered states; auto: 5 % of the student's parameters; full: the teacher's",
+    )
+    mlp: Count = Field(0, description="hidden width of a residual MLP before the linear; 0: none")
+    head: Literal["shared", "own", "per_layer"] = "shared"
+    start: Literal["states", "random"] = Field(
+        "states",
+        description="principal directions of the teacher's states; random: the identity where it fits, else random",
+    )
+    lr: Positive = 1e-3
+    sample_tokens: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+        "auto",
+        description="share of the tokens that stage I reads a step, drawn for each pair; auto: heads cost two bodies",
+    )
+    sample_pairs: PositiveInt | None = Field(None, description="pairs that stage I reads a step; default: all")
+    from_run: str | None = Field(None, alias="from", description="reuse stage I of this run folder")
+
+
+class Schedule(Section):
+    """A loss weight over stage II, `at` a fraction of it."""
+
+    start: NonNegative
+    end: NonNegative | None = Field(None, description="constant has none")
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    off_after: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="0 from this fraction on")
+
+    @model_validator(mode="after")
+    def shape_and_end_belong_together(self):
+        if self.shape == "constant" and self.end not in (None, self.start):
+            raise ValueError("shape must be linear or cosine when end is set, but is 'constant'")
+        if self.shape != "constant" and self.end is None:
+            raise ValueError(f"end must be set when shape is '{self.shape}', but is missing")
+        return self
+
+
+Weight = Schedule | NonNegative
+
+
+PRESETS = {
+    # The paper's stage II: plain MSE, temperature 2, constant weights.
+    "paper": {"temperature": 2.0, "kind": "mse"},
+    # Hidden states as an early hint (METHOD: HLD, REPA): the layer loss ends after a tenth of stage II.
+    "hint": {"layer": {"start": 1.0, "off_after": 0.1}},
+}
+
+
+class Loss(Section):
+    preset: Literal["paper", "hint"] | None = None
+    ce: Weight = 1.0
+    kl: Weight = 1.0
+    layer: Weight = 1.0
+    temperature: Positive = 1.0
+    kind: Literal["nmse", "mse", "cosine"] = "nmse"
+    backend: Literal["auto", "triton", "torch", "compiled"] = Field("auto", description="ted_scale/kernels/README.md")
+    mode: Literal["chunked", "strict"] = Field(
+        "chunked", description="strict: no logits in memory, 1.6 times the work of the logit losses"
+    )
+    chunk_tokens: PositiveInt | None = Field(None, description="tokens a chunk; default: what the scratch budget holds")
+
+    @model_validator(mode="before")
+    @classmethod
+    def preset_fills_what_is_not_written(cls, values):
+        return {**PRESETS.get(str(values.get("preset")), {}), **values} if isinstance(values, dict) else values
+
+
+class Train(Section):
+    steps: PositiveInt = Field(description="optimizer steps of ce, kd, lwd, and of TED's stage II")
+    tokens_per_step: PositiveInt = Field(description="over all ranks; gradient accumulation is derived")
+    micro_batch: PositiveInt
+    precision: Literal["bf16", "fp32"] = "bf16"
+    lr: Positive
+    min_lr: NonNegative = Field(0.0, description="learning rate at the end of the schedule")
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: Count = 0
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="wsd: the last part, which decays")
+    clip: NonNegative = Field(1.0, description="largest gradient norm; 0: no clipping")
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def list_is_pair(cls, value):
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Validation(Section):
+    every: Count = Field(0, description="steps; 0: only at the start and the end of a stage")
+    tokens: PositiveInt = Field(65536, description="over all corpora that hold some out, as many of each")

@@ -1,0 +1,83 @@
+"""How a run is kept alive and watched: checkpoints, health, time limits, Weights & Biases."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ted_scale import resume
+from ted_scale.config_types import PositiveInt, Seconds, Section
+
+
+class Checkpoint(Section):
+    every: PositiveInt = Field(1000, description="steps")
+    keep: PositiveInt = Field(2, description="the last ones")
+    keep_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="those of every so many steps stay for ever; 0: none"
+    )
+    keep_best: bool = Field(False, description="the one with the lowest validation loss of its step stays")
+    background: bool = Field(True, description="false: a step waits until its checkpoint is on disk")
+    max_failed: PositiveInt = Field(3, description="saves in a row that may fail; the next one ends the run")
+    copy_to: Annotated[str, Field(pattern=r"^(s3://[^/]+.*)?$")] = Field(
+        "",
+        description="s3://BUCKET/PREFIX that has every checkpoint, too, and that a run without its folder goes on from",
+    )
+
+
+class Resume(Section):
+    """What a run goes on with from a checkpoint that was written with another run file."""
+
+    allow: list[str] = Field([], description="keys that may differ although they decide the result, see resume.py")
+
+    @model_validator(mode="after")
+    def names_are_known(self):
+        for name in self.allow:
+            if (hint := resume.unknown_name(name)) is not None:
+                raise ValueError(f"allow must name keys that decide the result, but has '{name}'; {hint}")
+        return self
+
+
+class Health(Section):
+    """What a run does where its numbers go wrong; docs/health.md."""
+
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="a loss or gradient that is not finite; skip: drop the step's update, count it and go on"
+    )
+    max_skipped: PositiveInt = Field(10, description="steps in a row that may be dropped; the next one stops the run")
+    max_skipped_all: PositiveInt = Field(100, description="steps of the whole run that may be dropped")
+    on_spike: Literal["alert", "rewind", "off"] = Field(
+        "alert", description="rewind: back to the last good checkpoint, and on with samples not yet read"
+    )
+    spike_factor: Annotated[float, Field(gt=1)] = Field(
+        1.5, description="a spike is a loss/total above this many medians of the steps before it"
+    )
+    spike_window: Annotated[int, Field(ge=4)] = Field(
+        128, description="steps of that median; a spike is looked for once a quarter of them is there"
+    )
+    max_rewinds: PositiveInt = Field(3, description="without a step past the spike; the next one stops the run")
+    replicas_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps after which ranks compare the bits that must be alike, as before each save; 0: never"
+    )
+
+
+class Limits(Section):
+    """What takes longer ends the run with a reason, for nobody watches a cluster at night."""
+
+    step_s: Seconds = Field(1800.0, description="a step, a batch of validation, a checkpoint")
+    start_s: Seconds = Field(3600.0, description="start-up and a stage's first step, which compiles; at least step_s")
+    silence_s: Annotated[Seconds, Field(ge=3)] = Field(
+        20.0,
+        description="no sign of a rank: it is taken for dead, before DeepSpeed's launcher kills the others after 30 s",
+    )
+
+    @property
+    def longest_s(self) -> float:
+        return max(self.step_s, self.start_s)
+
+
+class Wandb(Section):
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
+    mode: Literal["auto", "online", "offline"] = Field("auto", description="auto: online with an API key, else offline")
+    entity: str | None = None
+    group: str | None = None
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field([])
+    notes: str | None = None

@@ -1,0 +1,28 @@
+"""What the run file's sections are made of: numbers with bounds, and a section that refuses unknown keys."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ted_scale.parsing import COUNT_LIMIT
+
+Count = Annotated[int, Field(ge=0, lt=COUNT_LIMIT)]
+
+
+PositiveInt = Annotated[int, Field(gt=0, lt=COUNT_LIMIT)]
+
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+Seconds = Annotated[float, Field(gt=0, le=1e6)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

@@ -1,0 +1,121 @@
+"""Where a stage's filters start: measured on a little training text, the same on any number of ranks, kept in a file.
+
+principal.py has the mathematics; here the models run, and every rank solves some of the pairs.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ted_scale import pulse, zero_hooks
+from ted_scale.agree import broadcast
+from ted_scale.attempts import attempt
+from ted_scale.config import Model
+from ted_scale.data import validation_batches
+from ted_scale.engines import build_filters, build_teacher
+from ted_scale.feed import open_feed
+from ted_scale.filters import has_lift
+from ted_scale.filters_file import filter_tensors, write_filters
+from ted_scale.principal import TOKENS_A_WIDTH, Moments, Start, add_moments, over_ranks, start_of
+from ted_scale.progress import Progress
+from ted_scale.saver import give_up, sentence
+from ted_scale.signal import Weights
+
+log = logging.getLogger("ted_scale")
+
+
+READ = Weights(ce=0.0, kl=0.0, layer=1.0)
+
+
+def write_start(plan, stage, teacher, device, path: Path) -> Path:
+    """The filters that `stage` begins with, in a file like stage I's result; every rank takes part."""
+    starts = measured_starts(plan, stage, teacher, device) if needs_states(plan) else []
+    failure = None
+    if dist.get_rank() == 0:
+        tensors = filter_tensors(filled(plan, stage, starts))
+        failure, _ = attempt(write_filters, path, tensors, plan.filters_identity())
+    if failure := broadcast(failure):
+        give_up(sentence(path, 0, failure))
+    return path
+
+
+def needs_states(plan) -> bool:
+    """Filters between models of one width that are as wide start as the identity, which needs no text; wider than the teacher
+    they start at random."""
+    widths = {plan.width, plan.student.width, plan.teacher.width}
+    return plan.run.filters.start == "states" and len(widths) > 1 and plan.width <= plan.teacher.width
+
+
+def filled(plan, stage, starts: list[Start]) -> dict:
+    """Plain filters with their starting weights, by side. Heads of their own are no part of the file: they begin where the
+    module makes them."""
+    made = stage if has_lift(plan.run, plan.teacher) else plan.stages[-1]
+    filters_s, filters_t = build_filters(plan, made)
+    begin(filters_s, filters_t, starts)
+    return {"student": filters_s.requires_grad_(False), "teacher": filters_t.requires_grad_(False)}
+
+
+@torch.no_grad()
+def begin(filters_s, filters_t, starts: list[Start]) -> None:
+    for of_student, of_teacher, start in zip(filters_s, filters_t, starts, strict=False):
+        if start.student is not None:
+            of_student.weight.copy_(start.student)
+        if start.teacher is not None:
+            of_teacher.weight.copy_(start.teacher)
+            if of_teacher.lift_weight is not None:
+                of_teacher.lift_weight.copy_(start.teacher.t())
+
+
+def measured_starts(plan, stage, teacher, device) -> list[Start]:
+    """A pair's sums and solution on one rank, then everywhere. A student that begins anew has no states worth a look."""
+    student = None if plan.run.student.init == "random" else build_teacher(as_teacher(plan))
+    tokens, sums = TOKENS_A_WIDTH * max(plan.student.width, plan.teacher.width), None
+    for batch in batches(plan, stage, tokens, device):
+        states = [side(batch, READ).layers_NE if side else () for side in (teacher, student)]
+        sums = add_moments(sums, batch, *states)
+    if student:
+        zero_hooks.destroy(student.engine)
+    over_ranks(sums)
+    if dist.get_rank() == 0:
+        log.info(f"filters start from the states of {tokens:,} tokens")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    own = {k: start_of(pair, plan.width) for k, pair in enumerate(sums) if k % world == rank}  # all ranks at once
+    return [known_to_all(plan, k, pair, own.get(k, (None, None))) for k, pair in enumerate(sums)]
+
+
+def as_teacher(plan):
+    """The student as a frozen model whose matched blocks are read."""
+    run = plan.run.model_copy(update={"teacher": Model(path=plan.run.student.path)})
+    return replace(plan, run=run, teacher=plan.student, pairs=[(s, s) for s, _ in plan.pairs])
+
+
+def batches(plan, stage, tokens: int, device) -> Iterator:
+    """The stage's first windows, the same on any number of ranks."""
+    vocabulary = min(plan.student.vocab_size, plan.teacher.vocab_size)
+    stream, _, _ = open_feed(plan.run, stage, Progress(stage.first_step), vocabulary)
+    stream = stream._replace(count=-(-tokens // stream.seq_len))
+    return validation_batches(
+        stream, tokens=tokens, micro_batch=plan.run.train.micro_batch, rank=dist.get_rank(), world=dist.get_world_size(),
+        device=device,
+    )  # fmt: skip
+
+
+def known_to_all(plan, k: int, pair: Moments, start) -> Start:
+    """The start of pair k, from the rank that had its sums."""
+    pulse.beat(f"the start of the filters of pair {k}")
+    owner, device = k % dist.get_world_size(), pair.tt.device
+    narrow, student = plan.width < plan.teacher.width, pair.ts is not None
+    shapes = [narrow and (plan.width, plan.teacher.width), student and (plan.width, plan.student.width)]
+    return Start(*(from_rank(owner, weight, shape, device) for weight, shape in zip(start, shapes, strict=True)))
+
+
+def from_rank(owner: int, weight, shape, device):
+    if not shape:
+        return None
+    whole = weight.contiguous() if dist.get_rank() == owner else torch.empty(shape, device=device)
+    dist.broadcast(whole, src=owner)
+    return whole.cpu()

@@ -1,0 +1,69 @@
+"""Filters as one safetensors file: stage I's result, and where stage II starts from."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ted_scale import resume, sealed
+from ted_scale.errors import UserError
+from ted_scale.parsing import parse_json
+from ted_scale.state_files import as_bytes
+from ted_scale.weights import load_file
+from ted_scale.zero import gathered
+
+
+def filter_tensors(sides: dict) -> dict[str, torch.nn.Parameter]:
+    """Name → parameter of the filters of `sides` ({"student": filters_s, …}); stage I's heads are thrown away."""
+    named = {f"{side}.{name}": p for side, filters in sides.items() for name, p in filters.named_parameters()}
+    return {name: p for name, p in named.items() if not name.rpartition(".")[2].startswith("head_")}
+
+
+def gather_filters(sides: dict) -> dict[str, torch.Tensor]:
+    """Stage I's result in fp32, on rank 0; every rank takes part."""
+    tensors = {}
+    for name, parameter in filter_tensors(sides).items():
+        value = full_precision(parameter)
+        if dist.get_rank() == 0:
+            tensors[name] = value.to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def full_precision(parameter) -> torch.Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    master = safe_get_full_fp32_param(parameter)
+    if master is not None:
+        return master
+    with gathered([parameter]):
+        return parameter.detach().float().clone()
+
+
+def write_filters(path: Path, tensors: dict, identity: dict) -> None:
+    part = path.with_name(path.name + sealed.PART)
+    sealed.write_file(part, as_bytes(tensors, {"identity": json.dumps(identity)}))
+    part.rename(path)
+    sealed.sync(path.parent)
+
+
+def load_filters(path: Path, sides: dict) -> None:
+    """Fill the filters with stage I's; every rank reads its own part."""
+    targets = filter_tensors(sides)
+    missing = targets.keys() - load_file(path, targets)
+    if missing:
+        raise UserError(f"{path} must hold every filter of this run, but {min(missing)} is missing; run stage I again")
+
+
+def check_filters(path: Path, identity: dict) -> None:
+    """`filters.from` names a run whose stage I is done and fits this one."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"filters.from must name a run folder whose stage I is done, but {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            written = dict(parse_json(tensors.metadata()["identity"]))
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"filters.from must name filters that this project wrote, but {path} is not: {error}") from None
+    resume.refuse_other_filters(path, written, identity)
