@@ -19,18 +19,21 @@ def main() -> None:
     import data_scenarios
     import health_scenarios
     import number_scenarios
+    import recorded_losses
     import scenarios
     import stop_scenarios
     import traffic_scenarios
 
     from ted_scale.ranks import start_ranks
 
+    homes = (
+        scenarios, data_scenarios, health_scenarios, number_scenarios, recorded_losses, stop_scenarios, traffic_scenarios
+    )  # fmt: skip
     device, rank = start_ranks(), os.environ["RANK"]
     for name in names:
         gc.collect()
         gc.freeze()  # DeepSpeed looks for garbage at every engine's start; what is imported, and what it keeps, is none
         try:
-            homes = (scenarios, data_scenarios, health_scenarios, number_scenarios, stop_scenarios, traffic_scenarios)
             scenario = next(getattr(home, name) for home in homes if hasattr(home, name))
             result = scenario(folder, device)
         except Exception:

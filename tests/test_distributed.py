@@ -6,12 +6,13 @@ import statistics
 from pathlib import Path
 
 import pytest
+import recorded_losses
 import torch
 from corpus import steps
 from launching import run_ranks
 from number_scenarios import FAR
 from scenarios import beside, rows, sections_for_liger, sections_of_families
-from tiny import FAMILIES, MORE, make_corpus, make_model, make_run
+from tiny import FAMILIES, MORE, make_model, make_run
 
 from ted_scale.checkpoint_files import newest_checkpoint
 from ted_scale.plan import make_plan
@@ -20,7 +21,7 @@ TWO_RANKS = (
     "ten_steps", "all_methods", "residency", "resumes", "resumes_with_other_settings", "poisoned_loss", "poisoned_gradient",
     "undisturbed_to_six", "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
-    "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one",
+    "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
 )  # fmt: skip
 
 
@@ -32,8 +33,7 @@ def launch(folder: Path, ranks: int, names) -> None:
 def world(tmp_path_factory):
     """The folder after both launches."""
     folder = tmp_path_factory.mktemp("ranks")
-    make_model(folder / "teacher", "llama", num_hidden_layers=4, hidden_size=48, vocab_size=160)
-    make_model(folder / "student", "gpt2", num_hidden_layers=2, seed=1)
+    recorded_losses.make_inputs(folder)
     make_model(folder / "narrow", "qwen2", num_hidden_layers=2, hidden_size=48, seed=2)
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 8192}
     make_model(folder / "large", "llama", max_shard_size="40MB", **sizes)
@@ -43,7 +43,6 @@ def world(tmp_path_factory):
         make_model(folder / family, family)
     one_head = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 2}
     make_model(folder / "far", "llama", max_position_embeddings=FAR, **one_head)
-    make_corpus(folder / "corpus")
     launch(folder, 2, TWO_RANKS)
     launch(folder, 1, ("ten_steps", "all_methods", "kinds_of_filters", "alone"))
     return folder
@@ -151,6 +150,13 @@ def test_every_family_has_the_losses_of_plain_torch_as_a_sharded_student_and_tea
     plain = plain_losses(world, **sections_of_families(world, student, teacher))
     assert len(sharded) == 3
     assert max(abs(a - b) for a, b in zip(sharded, plain, strict=True)) < 1e-5
+
+
+def test_every_method_has_the_losses_that_were_recorded(world):
+    result(world, "recorded_runs")
+    recorded, numbers = json.loads(recorded_losses.RECORDED.read_text()), recorded_losses.numbers_of(world)
+    assert len(numbers) > 150
+    assert recorded_losses.first_difference(recorded["numbers"], numbers, recorded_losses.tolerance(recorded)) is None
 
 
 def test_the_norms_of_student_and_filters_are_parts_of_the_whole_one(world):
