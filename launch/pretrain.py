@@ -12,8 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
 from ted_scale import stop
-from ted_scale.errors import UserError
-from ted_scale.exits import run_main
+from ted_scale.base.errors import UserError
+from ted_scale.base.exits import run_main
 from ted_scale.run_file import load_run
 
 

@@ -26,8 +26,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ted_scale import checkpoint_files as files
-from ted_scale.errors import DONE, MEANINGS, MEMORY, MISTAKE, NUMBERS, RESUME, UserError
-from ted_scale.exits import run_main
+from ted_scale.base.errors import DONE, MEANINGS, MEMORY, MISTAKE, NUMBERS, RESUME, UserError
+from ted_scale.base.exits import run_main
 from ted_scale.processes import descendants_of, ranks_below
 from ted_scale.progress import read_progress
 from ted_scale.run_file import load_run

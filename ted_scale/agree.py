@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 
 LONGEST_WRITE = timedelta(hours=12)
 

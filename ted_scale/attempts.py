@@ -5,8 +5,8 @@ import logging
 import time
 from typing import NamedTuple
 
-from ted_scale.errors import SENTENCES
-from ted_scale.sealed import Damaged
+from ted_scale.base.errors import SENTENCES
+from ted_scale.base.sealed import Damaged
 
 log = logging.getLogger("ted_scale")
 PAUSES_S = (1, 5)  # before a write is tried again: a shared file system hiccups

@@ -17,14 +17,12 @@ import torch.distributed as dist
 from ted_scale import (
     attention,
     checkpoint,
-    exits,
     feed,
     fused,
     health,
     kernels,
     metrics,
     pulse,
-    redact,
     replicas,
     resume,
     shortage,
@@ -34,9 +32,10 @@ from ted_scale import (
 from ted_scale import checkpoint_files as files
 from ted_scale.agree import broadcast, first_of_all, share
 from ted_scale.attempts import attempt
+from ted_scale.base import exits, redact
+from ted_scale.base.errors import Preempted, RunStopped, UserError
 from ted_scale.console import say
 from ted_scale.engines import DTYPES, build_student, build_teacher, check_engine_config
-from ted_scale.errors import Preempted, RunStopped, UserError
 from ted_scale.filter_start import write_start
 from ted_scale.filters_file import gather_filters, write_filters
 from ted_scale.flops import step_flops

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ted_scale import sealed
-from ted_scale.errors import UserError
+from ted_scale.base import sealed
+from ted_scale.base.errors import UserError
 from ted_scale.state_files import KINDS, State, cut, key_of
 from ted_scale.zero import shape_of
 

@@ -8,10 +8,11 @@ import contextlib
 from pathlib import Path
 
 from ted_scale import checkpoint_files as files
-from ted_scale import object_store, sealed
-from ted_scale.errors import files_at
+from ted_scale import object_store
+from ted_scale.base import sealed
+from ted_scale.base.errors import files_at
+from ted_scale.base.sealed import MANIFEST, Damaged
 from ted_scale.progress import PROGRESS, Progress, parse_progress
-from ted_scale.sealed import MANIFEST, Damaged
 
 PATIENCE_S = 600
 

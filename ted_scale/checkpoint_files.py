@@ -14,10 +14,10 @@ from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale import sealed
-from ted_scale.errors import UserError
-from ted_scale.parsing import is_count
-from ted_scale.sealed import PART, Damaged
+from ted_scale.base import sealed
+from ted_scale.base.errors import UserError
+from ted_scale.base.parsing import is_count
+from ted_scale.base.sealed import PART, Damaged
 
 FILTERS = "filters.safetensors"
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ted_scale import redact
+from ted_scale.base import redact
 from ted_scale.config_data import Data
 from ted_scale.config_method import Filters, Loss, Pairs, Train, Validation
 from ted_scale.config_operation import Checkpoint, Health, Limits, Resume, Wandb

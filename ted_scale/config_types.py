@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ted_scale.parsing import COUNT_LIMIT
+from ted_scale.base.parsing import COUNT_LIMIT
 
 Count = Annotated[int, Field(ge=0, lt=COUNT_LIMIT)]
 

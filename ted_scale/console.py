@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ted_scale import redact
+from ted_scale.base import redact
 
 log = logging.getLogger("ted_scale")
 

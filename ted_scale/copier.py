@@ -15,7 +15,7 @@ from ted_scale import checkpoint_copies as copies
 from ted_scale import pulse
 from ted_scale.agree import gather, new_group
 from ted_scale.attempts import Failure, attempt, first_failure, warn_of_old_ones
-from ted_scale.sealed import MANIFEST
+from ted_scale.base.sealed import MANIFEST
 
 
 class Copier:

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy
 
 from ted_scale import remote_shards
+from ted_scale.base.errors import UserError
 from ted_scale.chunks import chunks_of
-from ted_scale.errors import UserError
 from ted_scale.megatron import Shard
 from ted_scale.object_store import is_remote
 from ted_scale.shards import (

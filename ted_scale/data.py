@@ -13,9 +13,9 @@ import numpy
 import torch
 
 from ted_scale import blend, order
+from ted_scale.base.errors import UserError
 from ted_scale.blend import Domain, Interval
 from ted_scale.corpora import Part, open_part
-from ted_scale.errors import UserError
 from ted_scale.kernels.tokens import IGNORED
 from ted_scale.packing import Packing, pack
 

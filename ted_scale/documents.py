@@ -17,8 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.errors import UserError
-from ted_scale.parsing import parse_json
+from ted_scale.base.errors import UserError
+from ted_scale.base.parsing import parse_json
 
 # fmt: off
 TEXT = {

@@ -7,8 +7,8 @@ run minutes later. What is refused has a reason; engines.check_engine_config ask
 import difflib
 from pathlib import Path
 
-from ted_scale.errors import UserError, shown
-from ted_scale.parsing import parse_json
+from ted_scale.base.errors import UserError, shown
+from ted_scale.base.parsing import parse_json
 
 HOME = Path(__file__).resolve().parents[1]  # where ds_configs/ is, in a checkout
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from ted_scale import replicas, zero_hooks
+from ted_scale.base.errors import UserError
 from ted_scale.engine_config import engine_config
-from ted_scale.errors import UserError
 from ted_scale.filters import Filter, has_lift
 from ted_scale.filters_file import load_filters
 from ted_scale.fused import fuse

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ted_scale import blend, ddk, order
+from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.data import Stream, open_held_out, open_stream, refuse_repetition
-from ted_scale.errors import RunStopped, UserError
 from ted_scale.progress import Progress
 from ted_scale.validate import perplexity, student_losses, teacher_losses, tokens_of_each
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import resume, sealed
-from ted_scale.errors import UserError
-from ted_scale.parsing import parse_json
+from ted_scale import resume
+from ted_scale.base import sealed
+from ted_scale.base.errors import UserError
+from ted_scale.base.parsing import parse_json
 from ted_scale.state_files import as_bytes
 from ted_scale.weights import load_file
 from ted_scale.zero import gathered

@@ -14,7 +14,7 @@ import types
 
 import torch
 
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 from ted_scale.kernels.triton.device import device_name, interprets, runs_triton
 
 # Liger has more; these are the ones whose logits and gradients a test compares with transformers' own.

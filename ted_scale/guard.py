@@ -13,7 +13,7 @@ import torch
 
 from ted_scale import health, stop
 from ted_scale.agree import of_all_ranks
-from ted_scale.errors import RunStopped
+from ted_scale.base.errors import RunStopped
 from ted_scale.norms import norms_apart, sides_of
 from ted_scale.progress import Progress
 from ted_scale.report import Event, write_report

@@ -6,7 +6,7 @@ What can only be a path is never asked of the hub, which is tried again for a mi
 import difflib
 from pathlib import Path
 
-from ted_scale.errors import UserError, files_at, shortened
+from ted_scale.base.errors import UserError, files_at, shortened
 
 MODEL = ("*.safetensors", "*.json", "*.model", "*.txt")
 TOKENIZER = ("*.json", "*.model", "*.txt")

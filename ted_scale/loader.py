@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import torch
 
+from ted_scale.base.errors import SENTENCES, Gone, UserError
 from ted_scale.data import Batch, Stream, batch, read_ahead
-from ted_scale.errors import SENTENCES, Gone, UserError
 from ted_scale.stop import SIGNALS
 
 # Not fork: by now there are threads of CUDA and gloo, and a child inherits their locks as they stand. Not spawn: every

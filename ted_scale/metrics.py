@@ -14,7 +14,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from ted_scale import redact
+from ted_scale.base import redact
 from ted_scale.clock import Clock
 from ted_scale.config import Run
 from ted_scale.console import say

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ted_scale import attention
-from ted_scale.errors import UserError, shown
+from ted_scale.base.errors import UserError, shown
 from ted_scale.hub import find_folder
 from ted_scale.packing import whole_rows
 

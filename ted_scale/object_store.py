@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.errors import Gone, UserError
-from ted_scale.redact import holds_secret
+from ted_scale.base.errors import Gone, UserError
+from ted_scale.base.redact import holds_secret
 
 PACKAGES = {"s3": ("boto3", "boto3"), "msc": ("multistorageclient", "multi-storage-client")}  # scheme: module, package
 OPENING_S = 20  # what is wrong at the start of a run is rarely an outage

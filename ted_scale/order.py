@@ -9,7 +9,7 @@ import hashlib
 from functools import lru_cache
 from typing import NamedTuple
 
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 
 BLOCK = 1000
 ROUNDS = 6

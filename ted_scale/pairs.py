@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale.anatomy import Anatomy
+from ted_scale.base.errors import UserError, files_at, shown
+from ted_scale.base.parsing import fits, parse_json
 from ted_scale.config_method import Pairs
-from ted_scale.errors import UserError, files_at, shown
-from ted_scale.parsing import fits, parse_json
 
 CUT = "cut.json"
 FORM = {"blocks": list, "teacher": dict}

@@ -12,11 +12,11 @@ from pathlib import Path
 from ted_scale import checkpoint_files as files
 from ted_scale import feed, fused, price, resume, standing
 from ted_scale.anatomy import Anatomy
+from ted_scale.base.errors import UserError
 from ted_scale.config import Model, Run
 from ted_scale.corpora import read_corpus
 from ted_scale.data import open_held_out, open_stream, text_lengths
 from ted_scale.ds_config import load_ds_config
-from ted_scale.errors import UserError
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.filters_file import check_filters
 from ted_scale.flops import keys_of, step_flops

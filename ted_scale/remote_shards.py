@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale import object_store, shards
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
+from ted_scale.base.paths import checked_name, own_folder
 from ted_scale.object_store import Object
-from ted_scale.paths import checked_name, own_folder
 from ted_scale.shards import Files, ShardIndex
 
 log = logging.getLogger("ted_scale")

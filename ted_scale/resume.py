@@ -9,8 +9,8 @@ stands: stage I's length may change only while stage I goes on.
 import difflib
 import json
 
-from ted_scale.errors import UserError, shown
-from ted_scale.parsing import is_count
+from ted_scale.base.errors import UserError, shown
+from ted_scale.base.parsing import is_count
 
 SHAPE = ("family", "layers", "width", "vocab_size", "parameters")
 DECISIVE = (

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from ted_scale.base.errors import UserError, shown
+from ted_scale.base.parsing import parse_toml
 from ted_scale.config import Run
-from ted_scale.errors import UserError, shown
-from ted_scale.parsing import parse_toml
 
 REPLACED = {"data.mask_documents": "data.attention = 'document'"}
 # What other trainers call it.

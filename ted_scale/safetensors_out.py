@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 
 PART = ".part"
 TOKENIZER_FILES = (

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy
 
-from ted_scale.errors import UserError
-from ted_scale.parsing import fits
+from ted_scale.base.errors import UserError
+from ted_scale.base.parsing import fits
 from ted_scale.shards import DTYPES, HEADER, MAGIC, read_sidecar
 
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy
 
-from ted_scale.errors import UserError, files_at
+from ted_scale.base.errors import UserError, files_at
+from ted_scale.base.parsing import fits, parse_json
 from ted_scale.object_store import Object
-from ted_scale.parsing import fits, parse_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders

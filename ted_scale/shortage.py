@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from ted_scale import pulse
-from ted_scale.errors import OutOfMemory, shortened
+from ted_scale.base.errors import OutOfMemory, shortened
 
 HERE = Path(__file__)
 FULL = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")  # of hosts, and of a device

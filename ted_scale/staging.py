@@ -11,9 +11,9 @@ import re
 import shutil
 from pathlib import Path
 
-from ted_scale.errors import UserError
-from ted_scale.parsing import fits, parse_json
-from ted_scale.paths import checked_name, inside
+from ted_scale.base.errors import UserError
+from ted_scale.base.parsing import fits, parse_json
+from ted_scale.base.paths import checked_name, inside
 from ted_scale.shard_writer import as_text, finished_shards, part, sync, write_whole
 from ted_scale.shards import unfinished
 

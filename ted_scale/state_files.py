@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ted_scale.errors import UserError
-from ted_scale.parsing import fits, is_count
-from ted_scale.sealed import MANIFEST
+from ted_scale.base.errors import UserError
+from ted_scale.base.parsing import fits, is_count
+from ted_scale.base.sealed import MANIFEST
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")  # the master weight and AdamW's moments, all in fp32
 BYTES = 4

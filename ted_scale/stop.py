@@ -11,8 +11,8 @@ import os
 import signal
 import threading
 
-from ted_scale.errors import RESUME, Preempted
-from ted_scale.exits import leave, say_where_it_stands, speak
+from ted_scale.base.errors import RESUME, Preempted
+from ted_scale.base.exits import leave, say_where_it_stands, speak
 from ted_scale.processes import parent_of, words_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

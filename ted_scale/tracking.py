@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from ted_scale import redact
+from ted_scale.base import redact
 from ted_scale.config import Run
 
 log = logging.getLogger("ted_scale")

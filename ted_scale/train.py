@@ -1,7 +1,7 @@
 """The whole run, top to bottom. What happens once lives in build.py; what happens every step is all here, in order."""
 
 from ted_scale import pulse, stop
-from ted_scale.errors import Preempted
+from ted_scale.base.errors import Preempted
 from ted_scale.losses import count_valid, for_engine
 from ted_scale.schedule import set_rates
 

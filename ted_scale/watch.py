@@ -19,9 +19,10 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from ted_scale import exits, pulse, redact, stop
-from ted_scale.errors import FAULT, GONE, HUNG, RESUME, Gone, Preempted
-from ted_scale.exits import leave, speak
+from ted_scale import pulse, stop
+from ted_scale.base import exits, redact
+from ted_scale.base.errors import FAULT, GONE, HUNG, RESUME, Gone, Preempted
+from ted_scale.base.exits import leave, speak
 
 BEAT_S = 1.0
 ROUNDS_A_LOOK = 5  # rank 0 reads everyone's beat every so many of its own

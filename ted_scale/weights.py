@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ted_scale.anatomy import Anatomy
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 from ted_scale.models import empty_model, read_config
 from ted_scale.zero import is_sharded, own_part, own_range, shape_of, sharded_construction
 

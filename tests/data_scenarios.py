@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 from scenarios import put_back, start
 
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 
 DOMAINS = ("prose", "code", "reference")
 ADAPTIVE = {

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from tiny import FAMILIES, make_run
 
-from ted_scale import attempts, build, checkpoint_files, fused, saver, sealed
+from ted_scale import attempts, build, checkpoint_files, fused, saver
+from ted_scale.base import sealed
+from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.checkpoint import Snapshot
 from ted_scale.engine_config import engine_config
-from ted_scale.errors import RunStopped, UserError
 from ted_scale.kernels.arguments import check_labels
 from ted_scale.kernels.products import all_count
 from ted_scale.metrics import Metrics

@@ -9,7 +9,7 @@ from scenarios import start
 
 from ted_scale import build, feed, stop
 from ted_scale import checkpoint_files as files
-from ted_scale.errors import Preempted
+from ted_scale.base.errors import Preempted
 from ted_scale.guard import Guard
 from ted_scale.progress import read_progress
 

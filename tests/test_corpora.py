@@ -17,8 +17,8 @@ import pytest
 from corpus import counting_documents, data_section, write_shard
 
 from ted_scale import megatron
+from ted_scale.base.errors import UserError
 from ted_scale.data import open_stream
-from ted_scale.errors import UserError
 from ted_scale.megatron import OPEN_SHARDS, mapped
 from ted_scale.staging import sealed
 
@@ -120,7 +120,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 from corpus import data_section, steps
 from ted_scale.megatron import megatron_indexed
 from ted_scale.data import open_stream
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 from ted_scale.staging import sealed
 megatron_indexed()
 began = time.monotonic()

@@ -21,7 +21,7 @@ from tiny import make_corpus, make_model, make_run, write_run
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
-from ted_scale.errors import UserError  # noqa: E402
+from ted_scale.base.errors import UserError  # noqa: E402
 
 TOKENS = torch.arange(3, 43).reshape(2, 20)
 BIG = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_key_value_heads": 4}

@@ -19,7 +19,7 @@ from launching import ended, start_ranks
 from tiny import make_corpus, make_model, make_run, write_run
 
 from ted_scale import checkpoint_files as files
-from ted_scale import sealed
+from ted_scale.base import sealed
 from ted_scale.state_files import KINDS, State
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,7 @@ from plain import build, make_batch, make_shard, make_world, run_step
 from safetensors.torch import save_file
 from tiny import make_model
 
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 from ted_scale.filters import Filter
 from ted_scale.filters_file import check_filters
 from ted_scale.signal import Weights

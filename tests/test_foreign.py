@@ -13,11 +13,11 @@ from plain import make_world
 from tiny import make_run
 
 from ted_scale import corpora, remote_shards, staging
+from ted_scale.base.errors import UserError
+from ted_scale.base.paths import own_folder
 from ted_scale.config_data import Streaming
-from ted_scale.errors import UserError
 from ted_scale.models import inspect
 from ted_scale.object_store import Object
-from ted_scale.paths import own_folder
 from ted_scale.safetensors_out import TOKENIZER_FILES, copy_files
 from ted_scale.tokenizer import load_tokenizer
 from ted_scale.vocabulary import read_vocabulary

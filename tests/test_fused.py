@@ -12,7 +12,7 @@ from tiny import FAMILIES, GQA, MORE, make_corpus, make_model, make_run
 
 from ted_scale import fused
 from ted_scale.anatomy import head_of
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 from ted_scale.fused import describe, fuse
 from ted_scale.kernels import filtered_ce
 from ted_scale.models import inspect

@@ -33,14 +33,15 @@ from safetensors.torch import save_file
 from tiny import make_run, run_values
 
 from ted_scale import checkpoint_files as files
-from ted_scale import feed, models, pairs, plan, resume, sealed, staging
+from ted_scale import feed, models, pairs, plan, resume, staging
+from ted_scale.base import sealed
+from ted_scale.base.errors import UserError, files_at
 from ted_scale.config_data import Streaming
 from ted_scale.config_operation import Checkpoint
 from ted_scale.corpora import read_corpus
 from ted_scale.data import batch, open_held_out, open_stream
 from ted_scale.documents import read_documents
 from ted_scale.ds_config import load_ds_config
-from ted_scale.errors import UserError, files_at
 from ted_scale.filters import Filter
 from ted_scale.filters_file import check_filters, filter_tensors, load_filters
 from ted_scale.megatron import mapped

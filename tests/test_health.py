@@ -11,9 +11,10 @@ import pytest
 import torch
 from tiny import make_run
 
-from ted_scale import build, health, replicas, report, sealed
+from ted_scale import build, health, replicas, report
 from ted_scale import guard as guards
-from ted_scale.errors import RunStopped
+from ted_scale.base import sealed
+from ted_scale.base.errors import RunStopped
 from ted_scale.guard import Guard
 from ted_scale.progress import PROGRESS, Progress, progress_as_bytes
 from ted_scale.rewind import Rewind, choose, gone_back

@@ -14,7 +14,7 @@ import pytest
 from corpus import write_shard
 
 from ted_scale import staging
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 from ted_scale.shards import expand, read_index, tokenizer_of
 from tools import inspect_corpus, tokenize_corpus, train_tokenizer
 from tools.length_picture import Lengths, bins, picture

@@ -19,8 +19,8 @@ from scenarios import rows
 from tiny import make_corpus, make_model, make_run, pretrain_command, write_run
 
 from ted_scale import blend
+from ted_scale.base.errors import Gone, UserError
 from ted_scale.data import batch, open_stream
-from ted_scale.errors import Gone, UserError
 from ted_scale.loader import Ahead, Loader
 
 VOCAB = 60000

@@ -11,7 +11,7 @@ from plain import load_model, own_model
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_model
 
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 from ted_scale.models import inspect
 from ted_scale.weights import build_network
 

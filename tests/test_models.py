@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING
 
 from ted_scale.anatomy import Anatomy, Taps, head_of, run_body, soften
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 from ted_scale.kernels import filtered_ce
 from ted_scale.models import inspect
 

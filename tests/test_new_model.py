@@ -10,7 +10,7 @@ from tiny import make_corpus, make_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/ is not an installed package
 
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 from ted_scale.models import inspect
 from tools.new_model import main
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ted_scale.errors import UserError
-from ted_scale.paths import checked_name, inside
+from ted_scale.base.errors import UserError
+from ted_scale.base.paths import checked_name, inside
 
 NAMES = ["a", "a.bin", "web-00001", "step_00000004", "a/b.safetensors", "..a", "a..", "é", "名 前", "-x", "~"]
 OTHERS = {

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from tiny import make_model, make_run
 
 from ted_scale import checkpoint_files as files
-from ted_scale import resume, sealed
-from ted_scale.errors import UserError
+from ted_scale import resume
+from ted_scale.base import sealed
+from ted_scale.base.errors import UserError
 from ted_scale.feed import open_feed
 from ted_scale.plan import make_plan
 from ted_scale.progress import PROGRESS, Progress, progress_as_bytes, read_progress

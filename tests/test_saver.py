@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from damages import DAMAGES, copy_run, mix_up
 
-from ted_scale import attempts, build, sealed
+from ted_scale import attempts, build
 from ted_scale import checkpoint_files as files
 from ted_scale import saver as saving
+from ted_scale.base import sealed
+from ted_scale.base.errors import Gone, UserError
 from ted_scale.checkpoint import Snapshot
 from ted_scale.config_operation import Checkpoint
-from ted_scale.errors import Gone, UserError
 from ted_scale.progress import Progress
 from ted_scale.run_folder import resume_point
 from ted_scale.saver import Saver

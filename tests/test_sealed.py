@@ -10,8 +10,8 @@ import pytest
 from damages import flip
 
 from ted_scale import checkpoint_files as files
-from ted_scale import sealed
-from ted_scale.errors import UserError
+from ted_scale.base import sealed
+from ted_scale.base.errors import UserError
 from ted_scale.progress import PROGRESS, Progress, progress_as_bytes
 
 

@@ -12,8 +12,9 @@ import pytest
 from tiny import make_corpus, make_model, make_run, run_values, write_run
 from wandb_file import read_records
 
-from ted_scale import object_store, redact, tracking
-from ted_scale.errors import RunStopped, UserError
+from ted_scale import object_store, tracking
+from ted_scale.base import redact
+from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.run_file import load_run, toml_value
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,7 +114,7 @@ def test_a_long_text_of_somebody_else_s_takes_no_time(text):
 
 def test_a_thread_s_traceback_hides_it_too(environment):
     code = (
-        "import os, threading\nfrom ted_scale.exits import run_main\n"
+        "import os, threading\nfrom ted_scale.base.exits import run_main\n"
         "def fail(): raise KeyError(os.environ['HF_TOKEN'])\n"
         "def main():\n    t = threading.Thread(target=fail)\n    t.start()\n    t.join()\nrun_main(main)"
     )
@@ -171,7 +172,7 @@ def test_records_of_every_logger_are_cleaned_and_tracebacks_too(environment, tmp
 
 def test_an_exception_that_nobody_expected_ends_with_a_traceback_without_secrets(environment):
     code = (
-        "import os\nfrom ted_scale.exits import run_main\n"
+        "import os\nfrom ted_scale.base.exits import run_main\n"
         "def main(): raise KeyError(os.environ['HF_TOKEN'] + 's3://k:secretsecret@b')\nrun_main(main)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from corpus import write_shard
 
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 from ted_scale.shards import check_vocabulary, expand, read_index
 
 DOCUMENTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]

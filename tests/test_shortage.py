@@ -9,7 +9,7 @@ import torch
 from tiny import make_run
 
 from ted_scale import build, shortage
-from ted_scale.errors import MEMORY, OutOfMemory
+from ted_scale.base.errors import MEMORY, OutOfMemory
 
 DS_CONFIG = {"zero_optimization": {"stage": 3}}
 

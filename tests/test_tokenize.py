@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
+from ted_scale.base.errors import UserError  # noqa: E402
 from ted_scale.documents import find_files, read_documents  # noqa: E402
-from ted_scale.errors import UserError  # noqa: E402
 from ted_scale.megatron import megatron_indexed  # noqa: E402
 from ted_scale.shards import expand, read_index, unfinished  # noqa: E402
 from tools import tokenize_corpus, train_tokenizer  # noqa: E402

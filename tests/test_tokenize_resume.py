@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ted_scale import staging
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 from ted_scale.shard_writer import finished_shards
 from ted_scale.shards import expand, read_index, unfinished
 from tools import tokenize_corpus, train_tokenizer

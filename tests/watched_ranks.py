@@ -21,10 +21,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ted_scale import exits, pulse, shortage, stop, watch
+from ted_scale import pulse, shortage, stop, watch
+from ted_scale.base import exits
+from ted_scale.base.errors import Preempted, UserError
+from ted_scale.base.exits import run_main
 from ted_scale.config_operation import Limits
-from ted_scale.errors import Preempted, UserError
-from ted_scale.exits import run_main
 from ted_scale.run_folder import where_it_stands
 
 PYTHON = ctypes.PyDLL(None)  # calls through it keep Python's lock

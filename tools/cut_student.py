@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ted_scale.anatomy import Anatomy
-from ted_scale.errors import UserError
-from ted_scale.exits import run_main
+from ted_scale.base.errors import UserError
+from ted_scale.base.exits import run_main
 from ted_scale.hub import find_folder
 from ted_scale.models import empty_model, inspect, read_config
 from ted_scale.pairs import CUT, cut_map, spread

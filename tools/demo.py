@@ -25,11 +25,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is on the path, its parent is not
 
 from ted_scale import checkpoint_files as files
-from ted_scale.errors import RunStopped, UserError
-from ted_scale.exits import run_main
+from ted_scale.base.errors import RunStopped, UserError
+from ted_scale.base.exits import run_main
+from ted_scale.base.sealed import write_durably
 from ted_scale.progress import read_progress
 from ted_scale.run_file import load_run
-from ted_scale.sealed import write_durably
 from tools import demo_table
 
 ROOT = Path(__file__).resolve().parents[1]

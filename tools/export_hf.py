@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from ted_scale import checkpoint_files as files
-from ted_scale import sealed
+from ted_scale.base import sealed
+from ted_scale.base.errors import UserError
+from ted_scale.base.exits import run_main
 from ted_scale.config import Run
-from ted_scale.errors import UserError
-from ted_scale.exits import run_main
 from ted_scale.progress import read_progress
 from ted_scale.run_file import load_run
 

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own f
 import numpy
 
 from ted_scale import object_store
+from ted_scale.base.errors import UserError
+from ted_scale.base.exits import run_main
 from ted_scale.config_data import Streaming
 from ted_scale.corpora import manifest_files, prefixes_of, read_shards
-from ted_scale.errors import UserError
-from ted_scale.exits import run_main
 from ted_scale.shards import (
     SHARD_NUMBER,
     ShardIndex,

@@ -13,8 +13,8 @@ from pathlib import Path
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
-from ted_scale.errors import UserError
-from ted_scale.exits import run_main
+from ted_scale.base.errors import UserError
+from ted_scale.base.exits import run_main
 from ted_scale.models import inspect
 from ted_scale.safetensors_out import TOKENIZER_FILES, copy_files, new_folder, write_json
 from ted_scale.tokenizer import hugging_face, load_tokenizer

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy
 
 from ted_scale import staging
+from ted_scale.base.errors import UserError, files_at
+from ted_scale.base.exits import run_main
 from ted_scale.documents import find_files, read_documents, stop
-from ted_scale.errors import UserError, files_at
-from ted_scale.exits import run_main
 from ted_scale.shard_writer import Encoded, Mark, Writer, dtype_of
 from ted_scale.shards import unfinished
 from ted_scale.tokenizer import Tokenizer, digest, load_tokenizer

@@ -13,9 +13,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ted_scale.base.errors import UserError, files_at
+from ted_scale.base.exits import run_main
 from ted_scale.documents import find_files, read_documents
-from ted_scale.errors import UserError, files_at
-from ted_scale.exits import run_main
 from ted_scale.tokenizer import load_tokenizer
 
 SPACE = "\u2581"  # how both write a space inside a piece

@@ -19,8 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ted_scale.errors import UserError
-from ted_scale.exits import run_main
+from ted_scale.base.errors import UserError
+from ted_scale.base.exits import run_main
 from ted_scale.kernels.triton import shapes
 from ted_scale.kernels.triton.layers import difference_kernel
 from ted_scale.kernels.triton.rows import rows_kernel

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder is on the path, its parent is not
 
-from ted_scale.errors import UserError
-from ted_scale.exits import run_main
+from ted_scale.base.errors import UserError
+from ted_scale.base.exits import run_main
 from ted_scale.processes import PROC
 from tools.bench import gpu_report
 from tools.bench.gpu_needs import needs

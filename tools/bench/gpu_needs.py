@@ -7,8 +7,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from ted_scale.errors import UserError
-from ted_scale.parsing import parse_toml
+from ted_scale.base.errors import UserError
+from ted_scale.base.parsing import parse_toml
 
 ROOT = Path(__file__).resolve().parents[2]
 BESIDE = ("liger-kernel", "pytest")  # Liger is an arm of the losses; the rest works without it

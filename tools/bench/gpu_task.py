@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 from tools.bench import gpu_report
 from tools.bench.gpu_report import PART, Row
 

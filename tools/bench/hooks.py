@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from ted_scale.exits import run_main
+from ted_scale.base.exits import run_main
 
 BLOCKS = 28
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 
 MIB = 1 << 20
 PACKAGES = {"torch": "torch", "triton": "triton", "liger": "liger-kernel", "cce": "cut-cross-entropy"}

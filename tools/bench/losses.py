@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own f
 
 import torch
 
-from ted_scale.errors import UserError
-from ted_scale.exits import run_main
+from ted_scale.base.errors import UserError
+from ted_scale.base.exits import run_main
 from tools.bench import loss_report
 from tools.bench.loss_arms import ARMS, Case, kl_ce_arms, layers_case, logit_case, means, normal
 from tools.bench.memory import peak_bytes

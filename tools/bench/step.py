@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ted_scale.errors import UserError
-from ted_scale.exits import run_main
+from ted_scale.base.errors import UserError
+from ted_scale.base.exits import run_main
 from ted_scale.run_file import load_run
 
 METHODS = ("ce", "kd", "lwd", "ted")

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder is on the path, its parent is not
 
+from ted_scale.base.errors import UserError
+from ted_scale.base.exits import run_main
 from ted_scale.documents import find_files, read_documents
-from ted_scale.errors import UserError
-from ted_scale.exits import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
 

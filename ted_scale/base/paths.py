@@ -10,7 +10,7 @@ import stat
 import unicodedata
 from pathlib import Path
 
-from ted_scale.errors import UserError
+from ted_scale.base.errors import UserError
 
 LONGEST = 255  # bytes of one part of a path, on every file system that is in use
 

@@ -7,7 +7,7 @@ file or a library: what is not printable is escaped, so that it is one line and 
 
 import contextlib
 
-from ted_scale import redact
+from ted_scale.base import redact
 
 LONGEST_VALUE, LONGEST_SENTENCE = 200, 4000  # characters
 

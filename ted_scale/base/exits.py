@@ -11,8 +11,8 @@ import threading
 import time
 import traceback
 
-from ted_scale import redact
-from ted_scale.errors import FAULT, SENTENCES, Preempted
+from ted_scale.base import redact
+from ted_scale.base.errors import FAULT, SENTENCES, Preempted
 
 # Set for a run: watch.py's, which ends all its ranks with these words, and what Ctrl-C says of where it stands.
 end_together = None

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.errors import UserError, shown
-from ted_scale.parsing import is_count, parse_json
-from ted_scale.paths import checked_name
+from ted_scale.base.errors import UserError, shown
+from ted_scale.base.parsing import is_count, parse_json
+from ted_scale.base.paths import checked_name
 
 MANIFEST = "manifest.json"
 PART = ".part"
