@@ -1,6 +1,6 @@
 """A run's checkpoints under s3://: copied as they are published, fetched where the run's folder has none as new.
 
-Requests, credentials and their sentences are object_store.py's. The surprise: a copy's manifest is its last object, so
+Requests, credentials and their sentences are objects.py's. The surprise: a copy's manifest is its last object, so
 that one without is not there, and a fetched one is held against it like any other.
 """
 
@@ -8,11 +8,11 @@ import contextlib
 from pathlib import Path
 
 from ted_scale import checkpoint_files as files
-from ted_scale import object_store
 from ted_scale.base import sealed
 from ted_scale.base.errors import files_at
 from ted_scale.base.sealed import MANIFEST, Damaged
 from ted_scale.progress import PROGRESS, Progress, parse_progress
+from ted_scale.storage import objects
 
 PATIENCE_S = 600
 
@@ -24,34 +24,34 @@ def place_of(run) -> str:
 def send(checkpoint: Path, place: str, names: list[str]) -> None:
     for name in names:
         url = f"{place}/{checkpoint.name}/{name}"
-        object_store.upload(checkpoint / name, url, f"checkpoint {url} must be written", PATIENCE_S)
+        objects.upload(checkpoint / name, url, f"checkpoint {url} must be written", PATIENCE_S)
 
 
 def remove(place: str, name: str) -> None:
     """The manifest first: what breaks off in between is no checkpoint."""
     folder = f"{place}/{name}"
-    found = object_store.listed(folder, "", PATIENCE_S)
+    found = objects.listed(folder, "", PATIENCE_S)
     for thing in sorted(found, key=lambda name: name != MANIFEST):
-        object_store.delete(f"{folder}/{thing}", f"checkpoint {folder} must be removed", PATIENCE_S)
+        objects.delete(f"{folder}/{thing}", f"checkpoint {folder} must be removed", PATIENCE_S)
 
 
 def names(place: str) -> list[str]:
     """Newest first; one whose manifest is not there yet may be among them."""
     what = f"checkpoint.copy_to {place} must be listed"
-    found = object_store.folders(place, what, object_store.OPENING_S)
+    found = objects.folders(place, what, objects.OPENING_S)
     return sorted(filter(files.key_of, found), key=files.key_of, reverse=True)
 
 
 def manifest_of(place: str, name: str) -> dict | None:
     """None where the copy was never whole; Damaged where its manifest is no longer one."""
     url = f"{place}/{name}/{MANIFEST}"
-    text = object_store.text(url, f"checkpoint {url} must be read", PATIENCE_S)
+    text = objects.text(url, f"checkpoint {url} must be read", PATIENCE_S)
     return None if text is None else files.checked(sealed.parse_manifest(text), name)
 
 
 def progress_of(place: str, name: str) -> Progress:
     url = f"{place}/{name}/{PROGRESS}"
-    text = object_store.text(url, f"checkpoint {url} must be read", PATIENCE_S)
+    text = objects.text(url, f"checkpoint {url} must be read", PATIENCE_S)
     return parse_progress(text or "", url)
 
 
@@ -87,5 +87,5 @@ def fetch(place: str, part: Path, manifest: dict, names: list[str]) -> str | Non
 
 def take(place: str, part: Path, name: str) -> None:
     url = f"{place}/{part.name.removesuffix(sealed.PART)}/{name}"
-    object_store.download(url, part / name, f"checkpoint {url} must be read", PATIENCE_S)
+    objects.download(url, part / name, f"checkpoint {url} must be read", PATIENCE_S)
     sealed.sync(part / name)

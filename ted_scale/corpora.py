@@ -19,9 +19,7 @@ import numpy
 
 from ted_scale import remote_shards
 from ted_scale.base.errors import UserError
-from ted_scale.chunks import chunks_of
 from ted_scale.megatron import Shard
-from ted_scale.object_store import is_remote
 from ted_scale.shards import (
     SHARD_NUMBER,
     ShardIndex,
@@ -31,6 +29,8 @@ from ted_scale.shards import (
     read_index,
 )
 from ted_scale.staging import manifest_path, read_manifest
+from ted_scale.storage.chunks import chunks_of
+from ted_scale.storage.objects import is_remote
 
 
 class Part(NamedTuple):

@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ted_scale import attention
 from ted_scale.base.errors import UserError, shown
-from ted_scale.hub import find_folder
 from ted_scale.packing import whole_rows
+from ted_scale.storage.hub import find_folder
 
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MOST_LAYERS = 1000

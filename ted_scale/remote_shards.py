@@ -14,11 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale import object_store, shards
+from ted_scale import shards
 from ted_scale.base.errors import UserError
 from ted_scale.base.paths import checked_name, own_folder
-from ted_scale.object_store import Object
 from ted_scale.shards import Files, ShardIndex
+from ted_scale.storage import objects
+from ted_scale.storage.objects import Object
 
 log = logging.getLogger("ted_scale")
 PARALLEL = 32
@@ -46,7 +47,7 @@ class Wanted(NamedTuple):
 def listing(path: str, patience_s: float) -> dict[str, dict[str, Object]]:
     """The shards that a path means, as shards.expand has them on disk, each with its files by ending. A process lists a
     path once: what comes into a folder during a run is for the next one."""
-    object_store.check_package(path)
+    objects.check_package(path)
     path = path.rstrip("/")
     for ending in (".bin", ".idx"):
         path = path.removesuffix(ending)
@@ -65,7 +66,7 @@ def listing(path: str, patience_s: float) -> dict[str, dict[str, Object]]:
 
 def in_folder(folder: str, start: str, patience_s: float) -> dict[str, dict[str, Object]]:
     found: dict[str, dict[str, Object]] = {}
-    for name, thing in object_store.listed(folder, start, patience_s).items():
+    for name, thing in objects.listed(folder, start, patience_s).items():
         stem, dot, ending = name.rpartition(".")
         if dot + ending in ENDINGS and stem and not name.startswith("."):
             checked_name(
@@ -82,7 +83,7 @@ def manifested(prefix: str, found: dict[str, dict[str, Object]]) -> dict[str, Ob
 
 
 def opening_patience_s(settings) -> float:
-    return min(object_store.OPENING_S, settings.patience_s)
+    return min(objects.OPENING_S, settings.patience_s)
 
 
 @lru_cache(maxsize=64)
@@ -171,7 +172,7 @@ def fetch_one(want: Wanted, copy: Path, patience_s: float) -> None:
     with staged.open("wb") as file:
         for start in range(0, thing.size, PIECE):
             stop = min(start + PIECE, thing.size)
-            piece = object_store.read(thing, start, stop, f"corpus file {thing.url} must be readable", patience_s)
+            piece = objects.read(thing, start, stop, f"corpus file {thing.url} must be readable", patience_s)
             digest.update(piece)
             file.write(piece)
     if want.sha256:

@@ -18,7 +18,7 @@ import numpy
 
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import fits, parse_json
-from ted_scale.object_store import Object
+from ted_scale.storage.objects import Object
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders

@@ -12,8 +12,8 @@ from ted_scale import checkpoint_files as files
 from ted_scale import resume
 from ted_scale.base.errors import UserError
 from ted_scale.base.sealed import Damaged
-from ted_scale.object_store import check_package
 from ted_scale.progress import Progress, read_progress
+from ted_scale.storage.objects import check_package
 
 
 def of(run, identity: dict) -> tuple[str, Progress]:

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale import hub
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import parse_json
+from ted_scale.storage import hub
 
 MOST_PIECES = 1 << 24  # a list of a vocabulary's pieces is made, by id
 NO_EOD = "must have an end-of-sequence token to end documents with, but has none; set one in the tokenizer"

@@ -12,13 +12,13 @@ from test_saver import Run, content, one_rank  # noqa: F401 - a fixture of this 
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
-from ted_scale import object_store
 from ted_scale.base import sealed
 from ted_scale.base.errors import SENTENCES, UserError
 from ted_scale.progress import PROGRESS
 from ted_scale.run_folder import resume_point
 from ted_scale.saver import Saver
 from ted_scale.standing import newest_progress
+from ted_scale.storage import objects as object_store
 from tools.bench.object_server import serving
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ted_scale.chunk_cache import ChunkCache, geometry, key_of
-from ted_scale.object_store import Object
+from ted_scale.storage.chunk_cache import ChunkCache, geometry, key_of
+from ted_scale.storage.objects import Object
 
 CHUNK = 4096
 BOUND = 1 << 20

@@ -17,8 +17,8 @@ from ted_scale.base.errors import UserError
 from ted_scale.base.paths import own_folder
 from ted_scale.config_data import Streaming
 from ted_scale.models import inspect
-from ted_scale.object_store import Object
 from ted_scale.safetensors_out import TOKENIZER_FILES, copy_files
+from ted_scale.storage.objects import Object
 from ted_scale.tokenizer import load_tokenizer
 from ted_scale.vocabulary import read_vocabulary
 from tools.train_tokenizer import train, write_folder
@@ -140,7 +140,7 @@ def test_a_manifest_names_shards_of_its_own_folder(world, name):
 )
 def test_a_listing_names_objects_of_its_own_folder(monkeypatch, key):
     pages = [Object(f"s3://bucket/{key}", 10, "v")]
-    monkeypatch.setattr("ted_scale.object_store._s3_pages", lambda *_: pages)
+    monkeypatch.setattr("ted_scale.storage.objects._s3_pages", lambda *_: pages)
     with pytest.raises(
         UserError, match=r"the listing of s3://bucket/corpora must name files of its own folder, but names "
     ):

@@ -12,10 +12,11 @@ import pytest
 from tiny import make_corpus, make_model, make_run, run_values, write_run
 from wandb_file import read_records
 
-from ted_scale import object_store, tracking
+from ted_scale import tracking
 from ted_scale.base import redact
 from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.run_file import load_run, toml_value
+from ted_scale.storage import objects
 
 ROOT = Path(__file__).resolve().parents[1]
 PLANTED = {
@@ -133,7 +134,7 @@ def test_what_a_store_s_library_says_is_cleaned():
         raise OSError("GET https://b.s3.amazonaws.com/k?X-Amz-Signature=abcdef0123 failed for s3://key:secretsecret@b")
 
     with pytest.raises(UserError) as caught:
-        object_store.persist("corpus s3://b/k must be readable", request, 1.0)
+        objects.persist("corpus s3://b/k must be readable", request, 1.0)
     assert (
         "failed for" in str(caught.value)
         and "abcdef0123" not in str(caught.value)
@@ -144,7 +145,7 @@ def test_what_a_store_s_library_says_is_cleaned():
 @pytest.mark.parametrize("path", ["s3://key:secretsecret@bucket/x", "msc://key:secretsecret@profile/x"])
 def test_a_tool_refuses_credentials_in_a_path(path):
     with pytest.raises(UserError, match="must hold no credentials, but does") as caught:
-        object_store.check_package(path)
+        objects.check_package(path)
     assert "secretsecret" not in str(caught.value)
 
 

@@ -12,13 +12,14 @@ import time
 import pytest
 from corpus import counting_documents, data_section, steps, write_shard
 
-from ted_scale import object_store, remote_shards
+from ted_scale import remote_shards
 from ted_scale.base.errors import Gone, UserError
-from ted_scale.chunks import chunks_of
 from ted_scale.config_data import Streaming
 from ted_scale.corpora import read_corpus
 from ted_scale.data import open_held_out, open_stream, validation_batches
 from ted_scale.staging import as_text, sealed
+from ted_scale.storage import objects
+from ted_scale.storage.chunks import chunks_of
 from tools import inspect_corpus
 from tools.bench.object_server import serving
 
@@ -59,7 +60,7 @@ def fresh(endpoint):
     """As a new process: nothing is known of listings, clients and faults."""
     remote_shards.listing.cache_clear()
     remote_shards.read_corpus.cache_clear()
-    object_store.s3_client.cache_clear()
+    objects.s3_client.cache_clear()
     endpoint.faults()
 
 
@@ -298,7 +299,7 @@ def without_keys(monkeypatch):
 
 def without(module):
     return lambda monkeypatch: monkeypatch.setattr(
-        object_store.importlib.util, "find_spec", lambda name: None if name == module else object()
+        objects.importlib.util, "find_spec", lambda name: None if name == module else object()
     )
 
 

@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from ted_scale.anatomy import Anatomy
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
-from ted_scale.hub import find_folder
 from ted_scale.models import empty_model, inspect, read_config
 from ted_scale.pairs import CUT, cut_map, spread
 from ted_scale.safetensors_out import (
@@ -29,6 +28,7 @@ from ted_scale.safetensors_out import (
     write_json,
     write_shards,
 )
+from ted_scale.storage.hub import find_folder
 from ted_scale.weights import renamer
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,

@@ -108,9 +108,9 @@ def name_of(dtype) -> str:
 def copy_tokenizer(run: Run, student: Path, target: Path) -> None:
     """The student's tokenizer; the teacher's, which is the same, for a student that came without one. And which of the
     teacher's blocks it was cut from, for runs that go on from there."""
-    from ted_scale.hub import find_folder
     from ted_scale.pairs import CUT
     from ted_scale.safetensors_out import TOKENIZER_FILES, copy_files
+    from ted_scale.storage.hub import find_folder
 
     copy_files(student, target, ["generation_config.json", CUT])
     if not copy_files(student, target, TOKENIZER_FILES) and run.teacher:
@@ -139,8 +139,8 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch  # seconds of imports that a wrong folder should not cost
 
-    from ted_scale.hub import find_folder
     from ted_scale.safetensors_out import new_folder, write_shards
+    from ted_scale.storage.hub import find_folder
 
     student = find_folder("student.path", arguments.student or run.student.path)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype or run.train.precision]

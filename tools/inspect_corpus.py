@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own f
 
 import numpy
 
-from ted_scale import object_store
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.config_data import Streaming
@@ -34,6 +33,7 @@ from ted_scale.shards import (
     tokenizer_of,
 )
 from ted_scale.staging import TOTALS, read_manifest
+from ted_scale.storage import objects
 from ted_scale.tokenizer import Tokenizer, digest, load_tokenizer
 from tools.length_picture import Lengths, bins, picture, subtitle
 
@@ -128,9 +128,7 @@ def show_documents(indices: list[ShardIndex], tokenizer: Tokenizer, number: int,
 def tokens_of(index: ShardIndex, begin: int, end: int) -> numpy.ndarray:
     if thing := index.files.remote_bin:
         what, size = f"corpus shard {index.prefix} must be readable", index.dtype.itemsize
-        return numpy.frombuffer(
-            object_store.read(thing, begin * size, end * size, what, STREAM.patience_s), index.dtype
-        )
+        return numpy.frombuffer(objects.read(thing, begin * size, end * size, what, STREAM.patience_s), index.dtype)
     return numpy.memmap(index.prefix + ".bin", index.dtype, "r", shape=(index.tokens,))[begin:end]
 
 
@@ -142,7 +140,7 @@ def read_shard(prefix: str) -> ShardIndex:
 def damages(prefixes: list[str], names: list[str], vocabulary: int | None) -> list[str]:
     """One sentence for every shard and manifest that is not as it was written."""
     here = (Path(prefix + ending).exists() for prefix in prefixes for ending in (".bin", ".idx"))
-    if not object_store.is_remote(prefixes[0]) and not any(here):
+    if not objects.is_remote(prefixes[0]) and not any(here):
         read_shard(prefixes[0])  # a path without anything is a mistake and no damage
     checks = [(check_shard, (prefix, vocabulary)) for prefix in prefixes]
     checks += [(check_manifest, (name, prefixes)) for name in names]

@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.object_store import Object
+from ted_scale.storage.objects import Object
 
 log = logging.getLogger("ted_scale")
 HEADER = struct.Struct("<32sIIQ16x")  # key, length, crc32, nanoseconds of the last use

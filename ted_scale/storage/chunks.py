@@ -1,6 +1,6 @@
 """Bytes of objects in aligned chunks, fetched before they are needed by threads of this process.
 
-corpora.py says what is coming and what is needed now; chunk_cache.py keeps chunks on disk, object_store.py fetches. The
+corpora.py says what is coming and what is needed now; chunk_cache.py keeps chunks on disk, objects.py fetches. The
 surprise: a chunk stays in memory until all windows that announced themselves have read it, so reading ahead cannot push
 out what it has fetched. Threads start at the first chunk, and a forked process has its own.
 """
@@ -12,9 +12,9 @@ from collections import OrderedDict
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from ted_scale import object_store
-from ted_scale.chunk_cache import ChunkCache, key_of
-from ted_scale.object_store import Object
+from ted_scale.storage import objects
+from ted_scale.storage.chunk_cache import ChunkCache, key_of
+from ted_scale.storage.objects import Object
 
 KEPT = 32  # chunks that were read and stay in memory, because the next window may lie in them too
 
@@ -93,7 +93,7 @@ class Chunks:
         if content is None:
             start, stop = number * self.size, min((number + 1) * self.size, thing.size)
             what = f"corpus shard {thing.url.removesuffix('.bin')} of {corpus} must be readable"
-            content = object_store.read(thing, start, stop, what, self.settings.patience_s)
+            content = objects.read(thing, start, stop, what, self.settings.patience_s)
             self.cache.put(key, content)
         return content
 
