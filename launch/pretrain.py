@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 from ted_scale import stop
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
-from ted_scale.run_file import load_run
+from ted_scale.config.run_file import load_run
 
 
 def main() -> None:
@@ -38,8 +38,8 @@ def main() -> None:
     plan = make_plan(run, world=arguments.ranks or int(os.environ.get("WORLD_SIZE", "1")))
     if arguments.dry_run:
         from ted_scale import memory
+        from ted_scale.config.run_file import to_toml
         from ted_scale.engines import check_engine_config
-        from ted_scale.run_file import to_toml
 
         logging.disable(logging.WARNING)  # DeepSpeed's go to stdout, where the run file is printed
         check_engine_config(plan)

@@ -24,7 +24,6 @@ from ted_scale import (
     metrics,
     pulse,
     replicas,
-    resume,
     shortage,
     watch,
     zero_hooks,
@@ -34,6 +33,7 @@ from ted_scale.agree import broadcast, first_of_all, share
 from ted_scale.attempts import attempt
 from ted_scale.base import exits, redact
 from ted_scale.base.errors import Preempted, RunStopped, UserError
+from ted_scale.config import changes
 from ted_scale.console import say
 from ted_scale.engines import DTYPES, build_student, build_teacher, check_engine_config
 from ted_scale.filter_start import write_start
@@ -99,8 +99,8 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     if wandb_run:
         wandb_run.config.update({"plan": redact.cleaned(as_dict(plan))}, allow_val_change=True)
     wandb_id = wandb_run.id if wandb_run else progress.wandb_id
-    written, identity = resume.as_written(plan.run), plan.identity()
-    changed = resume.changes(progress.identity, identity, progress.run, written, progress.step) if newest else []
+    written, identity = changes.as_written(plan.run), plan.identity()
+    changed = changes.changes(progress.identity, identity, progress.run, written, progress.step) if newest else []
     progress = replace(progress, wandb_id=wandb_id, identity=identity, run=written)
     teacher = build_teacher(plan)
     numbers = metrics.Metrics(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ted_scale import pulse, zero_hooks
 from ted_scale.agree import broadcast
 from ted_scale.attempts import attempt
-from ted_scale.config import Model
+from ted_scale.config.run import Model
 from ted_scale.data import validation_batches
 from ted_scale.engines import build_filters, build_teacher
 from ted_scale.feed import open_feed

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ted_scale.anatomy import Anatomy, Head
-from ted_scale.config import Run
+from ted_scale.config.run import Run
 
 
 def has_lift(run: Run, teacher: Anatomy) -> bool:

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import resume
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import parse_json
+from ted_scale.config import changes
 from ted_scale.state_files import as_bytes
 from ted_scale.weights import load_file
 from ted_scale.zero import gathered
@@ -67,4 +67,4 @@ def check_filters(path: Path, identity: dict) -> None:
             written = dict(parse_json(tensors.metadata()["identity"]))
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"filters.from must name filters that this project wrote, but {path} is not: {error}") from None
-    resume.refuse_other_filters(path, written, identity)
+    changes.refuse_other_filters(path, written, identity)

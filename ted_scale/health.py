@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from ted_scale.config_operation import Health
+from ted_scale.config.operation import Health
 from ted_scale.progress import Progress
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ted_scale.base import redact
 from ted_scale.clock import Clock
-from ted_scale.config import Run
+from ted_scale.config.run import Run
 from ted_scale.console import say
 from ted_scale.flops import Work, keys_of, lengths_of
 from ted_scale.peaks import device_peak

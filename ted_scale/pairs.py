@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ted_scale.anatomy import Anatomy
 from ted_scale.base.errors import UserError, files_at, shown
 from ted_scale.base.parsing import fits, parse_json
-from ted_scale.config_method import Pairs
+from ted_scale.config.method import Pairs
 
 CUT = "cut.json"
 FORM = {"blocks": list, "teacher": dict}

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ted_scale import checkpoint_files as files
-from ted_scale import feed, fused, price, resume, standing
+from ted_scale import feed, fused, price, standing
 from ted_scale.anatomy import Anatomy
 from ted_scale.base.errors import UserError
-from ted_scale.config import Model, Run
+from ted_scale.config import changes
+from ted_scale.config.ds_config import load_ds_config
+from ted_scale.config.run import Model, Run
 from ted_scale.corpora import read_corpus
 from ted_scale.data import open_held_out, open_stream, text_lengths
-from ted_scale.ds_config import load_ds_config
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.filters_file import check_filters
 from ted_scale.flops import keys_of, step_flops
@@ -67,9 +68,9 @@ class Plan:
         return {
             "method": run.method,
             "seed": run.seed,
-            **{f"loss.{k}": resume.plain(getattr(loss, k)) for k in ("ce", "kl", "layer", "temperature", "kind")},
-            **{f"train.{k}": resume.plain(getattr(train, k)) for k in ("precision", "betas", "eps", "weight_decay")},
-            **{f"{s}.{k}": getattr(a, k) for s, a in sides.items() if a for k in resume.SHAPE},
+            **{f"loss.{k}": changes.plain(getattr(loss, k)) for k in ("ce", "kl", "layer", "temperature", "kind")},
+            **{f"train.{k}": changes.plain(getattr(train, k)) for k in ("precision", "betas", "eps", "weight_decay")},
+            **{f"{s}.{k}": getattr(a, k) for s, a in sides.items() if a for k in changes.SHAPE},
             **self.filters_identity(),
             **filters,
         }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ted_scale import flops
 from ted_scale.anatomy import Anatomy
 from ted_scale.base.errors import UserError
-from ted_scale.config import Run
+from ted_scale.config.run import Run
 from ted_scale.filters import has_lift
 
 SHARE = 0.05  # of the student's parameters: what stage I trains, both sides and the lifts; docs/design has the evidence

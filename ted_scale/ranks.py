@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 
 from ted_scale import watch
-from ted_scale.config import Run
+from ted_scale.config.run import Run
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 

@@ -15,15 +15,16 @@ import torch.distributed as dist
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
-from ted_scale import memory, pulse, resume
+from ted_scale import memory, pulse
 from ted_scale.agree import broadcast, first_of_all, refuse_together, share
 from ted_scale.base.errors import Gone, files_at
 from ted_scale.base.sealed import MANIFEST, PART, Damaged, publish, read_manifest, sync, write_durably
+from ted_scale.config import changes
+from ted_scale.config.run_file import to_toml
 from ted_scale.console import open_log
 from ted_scale.plan import Plan, describe
 from ted_scale.progress import Progress, read_progress
 from ted_scale.rows import trim_rows
-from ted_scale.run_file import to_toml
 
 log = logging.getLogger("ted_scale")
 held: list = []  # the run folder's lock, for the life of the process
@@ -41,7 +42,7 @@ def claim_folder(plan: Plan):
     progress = read_progress(newest) if newest else Progress()
     progress = replace(progress, forks=progress.forks + (progress.step,) * (line - len(progress.forks)))
     if newest:
-        resume.refuse_another_run(newest, progress.identity, plan.identity(), plan.run.resume.allow, progress.step)
+        changes.refuse_another_run(newest, progress.identity, plan.identity(), plan.run.resume.allow, progress.step)
     if writes:
         with files_at(folder):
             trim_rows(folder / "metrics.jsonl", progress.step)

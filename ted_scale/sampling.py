@@ -6,7 +6,7 @@ draw knows nothing of ranks, micro-batches or accumulation, and every token has 
 
 import torch
 
-from ted_scale.config_method import Filters
+from ted_scale.config.method import Filters
 from ted_scale.order import mix
 
 

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from ted_scale.config import Run
-from ted_scale.config_method import Schedule, Train
+from ted_scale.config.method import Schedule, Train
+from ted_scale.config.run import Run
 from ted_scale.order import mix
 from ted_scale.sampling import drawn_pairs
 from ted_scale.signal import Weights

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
-from ted_scale import resume
 from ted_scale.base.errors import UserError
 from ted_scale.base.sealed import Damaged
+from ted_scale.config import changes
 from ted_scale.progress import Progress, read_progress
 from ted_scale.storage.objects import check_package
 
@@ -29,7 +29,7 @@ def of(run, identity: dict) -> tuple[str, Progress]:
         )
     where, progress = newest_progress(run)
     if where:
-        resume.refuse_another_run(where, progress.identity, identity, run.resume.allow, progress.step)
+        changes.refuse_another_run(where, progress.identity, identity, run.resume.allow, progress.step)
     return where, progress
 
 

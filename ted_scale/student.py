@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ted_scale.anatomy import Anatomy, Taps, head_of, run_body
-from ted_scale.config import Run
+from ted_scale.config.run import Run
 from ted_scale.filters import OutputHead
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.tokens import valid_weights

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from ted_scale.base import redact
-from ted_scale.config import Run
+from ted_scale.config.run import Run
 
 log = logging.getLogger("ted_scale")
 # A run's end, and a fault's last words, do not wait for ever for a network; what is not uploaded stays for `wandb sync`.

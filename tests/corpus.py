@@ -5,7 +5,7 @@ import struct
 
 import numpy
 
-from ted_scale.config_data import Data
+from ted_scale.config.data import Data
 
 
 def write_shard(prefix, documents, dtype=numpy.uint16, sidecar=None):

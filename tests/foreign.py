@@ -28,7 +28,7 @@ def program(mark: Path) -> str:
 
 def plant(folder: Path, mark: Path) -> None:
     """Everything that would be run by somebody who runs what comes with a model."""
-    for name in ("configuration_foreign.py", "modeling_foreign.py", "tokenization_foreign.py", "config.py", "setup.py"):
+    for name in ("configuration_foreign.py", "modeling_foreign.py", "tokenization_foreign.py", "run.py", "setup.py"):
         (folder / name).write_text(program(mark))
     for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "vocab.pkl", "vocab.bin"):
         (folder / name).write_bytes(pickle.dumps(Bomb(mark)))

@@ -9,9 +9,9 @@ import pytest
 from tiny import run_values
 
 from ted_scale.base.errors import UserError
-from ted_scale.config import Run
-from ted_scale.ds_config import CANNOT, DS_OWNED_BY_RUN, USABLE, load_ds_config
-from ted_scale.run_file import CALLED, load_run, to_toml, toml_value
+from ted_scale.config.ds_config import CANNOT, DS_OWNED_BY_RUN, USABLE, load_ds_config
+from ted_scale.config.run import Run
+from ted_scale.config.run_file import CALLED, load_run, to_toml, toml_value
 
 ROOT = Path(__file__).resolve().parents[1]
 

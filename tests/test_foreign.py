@@ -15,7 +15,7 @@ from tiny import make_run
 from ted_scale import corpora, remote_shards, staging
 from ted_scale.base.errors import UserError
 from ted_scale.base.paths import own_folder
-from ted_scale.config_data import Streaming
+from ted_scale.config.data import Streaming
 from ted_scale.models import inspect
 from ted_scale.safetensors_out import TOKENIZER_FILES, copy_files
 from ted_scale.storage.objects import Object

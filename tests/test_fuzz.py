@@ -33,15 +33,17 @@ from safetensors.torch import save_file
 from tiny import make_run, run_values
 
 from ted_scale import checkpoint_files as files
-from ted_scale import feed, models, pairs, plan, resume, staging
+from ted_scale import feed, models, pairs, plan, staging
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError, files_at
-from ted_scale.config_data import Streaming
-from ted_scale.config_operation import Checkpoint
+from ted_scale.config import changes
+from ted_scale.config.data import Streaming
+from ted_scale.config.ds_config import load_ds_config
+from ted_scale.config.operation import Checkpoint
+from ted_scale.config.run_file import load_run, to_toml, toml_value
 from ted_scale.corpora import read_corpus
 from ted_scale.data import batch, open_held_out, open_stream
 from ted_scale.documents import read_documents
-from ted_scale.ds_config import load_ds_config
 from ted_scale.filters import Filter
 from ted_scale.filters_file import check_filters, filter_tensors, load_filters
 from ted_scale.megatron import mapped
@@ -49,7 +51,6 @@ from ted_scale.models import inspect
 from ted_scale.plan import describe, make_plan
 from ted_scale.progress import Progress, read_progress
 from ted_scale.rows import rows_at, trim_rows
-from ted_scale.run_file import load_run, to_toml, toml_value
 from ted_scale.shards import document_borders, read_index
 from ted_scale.state_files import KINDS, State, as_bytes, key_of, rank_file
 from ted_scale.tokenizer import digest, load_tokenizer
@@ -161,18 +162,18 @@ def progress(data, at: Place) -> Callable:
     adaptive = feed.Measured(2, {"corpus": 1.0}, {"corpus": 2.5}, {"corpus": "text"})._asdict()
     tree = {
         "step": 4, "tokens": 1024, "samples": 32, "blend": stands.blend, "adaptive": adaptive, "wandb_id": "abc",
-        "identity": {**IDENTITY, "method": "ted", "filters.steps": 4}, "run": resume.as_written(run),
+        "identity": {**IDENTITY, "method": "ted", "filters.steps": 4}, "run": changes.as_written(run),
     }  # fmt: skip
     (at.folder / "progress.json").write_bytes(text_of(data, tree, at))
     other = data.draw(st.sampled_from(({}, {"filters.steps": 9}, {"filters.mlp": 4, "method": "kd"})))
 
     def read():
         found = read_progress(at.folder)
-        ours, written = {**tree["identity"], **other}, resume.as_written(run)
-        resume.changes(found.identity, ours, found.run, written, found.step)
+        ours, written = {**tree["identity"], **other}, changes.as_written(run)
+        changes.changes(found.identity, ours, found.run, written, found.step)
         stream, _, _ = feed.open_feed(run, stage, found, VOCABULARY)
         batch(stream, [found.samples])
-        resume.refuse_another_run(at.folder, found.identity, ours, ["method"], found.step)
+        changes.refuse_another_run(at.folder, found.identity, ours, ["method"], found.step)
 
     return read
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from ted_scale.base.errors import UserError
-from ted_scale.config_method import Pairs
+from ted_scale.config.method import Pairs
 from ted_scale.pairs import CUT, cut_map, match_layers, spread
 
 

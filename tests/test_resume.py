@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from tiny import make_model, make_run
 
 from ted_scale import checkpoint_files as files
-from ted_scale import resume
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
+from ted_scale.config import changes
 from ted_scale.feed import open_feed
 from ted_scale.plan import make_plan
 from ted_scale.progress import PROGRESS, Progress, progress_as_bytes, read_progress
@@ -143,7 +143,7 @@ def test_a_checkpoint_of_other_shapes_is_refused_and_one_of_other_ranks_is_not(w
 
 def test_every_key_of_an_identity_can_be_named(world):
     for sections in ({}, {"method": "kd"}, {"method": "ce"}, {"method": "lwd"}):
-        assert make_plan(make_run(world, **sections), 1).identity().keys() <= set(resume.DECISIVE)
+        assert make_plan(make_run(world, **sections), 1).identity().keys() <= set(changes.DECISIVE)
 
 
 def test_a_checkpoint_of_an_earlier_version_knows_fewer_keys_and_resumes(world):
@@ -163,8 +163,8 @@ def test_what_changed_is_said_key_by_key(world):
         world, log_every=5, seed=1, train={"steps": 9}, loss={"kl": {"start": 1.0, "end": 0.0, "shape": "linear"}},
         data={"corpora": [{"path": "x/b", "weight": 3.0}]},
     )  # fmt: skip
-    written, ours = (json.loads(json.dumps(resume.as_written(run))) for run in (before, after))
-    assert resume.changes({"seed": 0}, {"seed": 1}, written, ours, 7) == [
+    written, ours = (json.loads(json.dumps(changes.as_written(run))) for run in (before, after))
+    assert changes.changes({"seed": 0}, {"seed": 1}, written, ours, 7) == [
         f"{change} from step 7 on"
         for change in (
             "seed is 1 instead of 0",
@@ -186,8 +186,8 @@ def test_what_changed_is_said_key_by_key(world):
             "loss.kl.shape is 'linear' instead of None",
         )
     ]
-    assert resume.changes({"seed": 0}, {"seed": 0}, ours, ours, 7) == []
-    assert resume.changes({"seed": 0}, {"seed": 1}, None, ours, 7) == ["seed is 1 instead of 0 from step 7 on"]
+    assert changes.changes({"seed": 0}, {"seed": 0}, ours, ours, 7) == []
+    assert changes.changes({"seed": 0}, {"seed": 1}, None, ours, 7) == ["seed is 1 instead of 0 from step 7 on"]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(world):

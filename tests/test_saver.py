@@ -21,7 +21,7 @@ from ted_scale import saver as saving
 from ted_scale.base import sealed
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.checkpoint import Snapshot
-from ted_scale.config_operation import Checkpoint
+from ted_scale.config.operation import Checkpoint
 from ted_scale.progress import Progress
 from ted_scale.run_folder import resume_point
 from ted_scale.saver import Saver

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from tiny import make_run
 
-from ted_scale.config_method import Train
+from ted_scale.config.method import Train
 from ted_scale.schedule import Stage, rate_at, set_rates, stages_of, weight_at
 from ted_scale.signal import Weights
 

@@ -14,7 +14,7 @@ from corpus import counting_documents, data_section, steps, write_shard
 
 from ted_scale import remote_shards
 from ted_scale.base.errors import Gone, UserError
-from ted_scale.config_data import Streaming
+from ted_scale.config.data import Streaming
 from ted_scale.corpora import read_corpus
 from ted_scale.data import open_held_out, open_stream, validation_batches
 from ted_scale.staging import as_text, sealed

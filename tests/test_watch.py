@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ted_scale import pulse, stop, watch
 from ted_scale.base.errors import FAULT, GONE, HUNG, MEMORY, MISTAKE, RESUME, Gone, Preempted
-from ted_scale.config_operation import Limits
+from ted_scale.config.operation import Limits
 
 SCRIPT = Path(__file__).with_name("watched_ranks.py")
 

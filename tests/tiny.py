@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from ted_scale.config import Run
+from ted_scale.config.run import Run
 
 VOCABULARY = 128
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -91,7 +91,7 @@ def make_run(root: Path, **sections) -> Run:
 
 
 def write_run(path: Path, run: Run) -> Path:
-    from ted_scale.run_file import to_toml
+    from ted_scale.config.run_file import to_toml
 
     path.write_text(to_toml(run), encoding="utf-8")
     return path

@@ -25,7 +25,7 @@ from ted_scale import pulse, shortage, stop, watch
 from ted_scale.base import exits
 from ted_scale.base.errors import Preempted, UserError
 from ted_scale.base.exits import run_main
-from ted_scale.config_operation import Limits
+from ted_scale.config.operation import Limits
 from ted_scale.run_folder import where_it_stands
 
 PYTHON = ctypes.PyDLL(None)  # calls through it keep Python's lock

@@ -18,8 +18,8 @@ from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.checkpoint_files import Standing
-from ted_scale.config_operation import Checkpoint
-from ted_scale.run_file import load_run
+from ted_scale.config.operation import Checkpoint
+from ted_scale.config.run_file import load_run
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

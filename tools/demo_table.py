@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from ted_scale.config import Run
-from ted_scale.run_file import load_run
+from ted_scale.config.run import Run
+from ted_scale.config.run_file import load_run
 
 
 def render(teacher_config: Path, ted_config: Path, student: Path, sample: Path, table: Path) -> str:

@@ -15,9 +15,9 @@ from ted_scale import checkpoint_files as files
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
-from ted_scale.config import Run
+from ted_scale.config.run import Run
+from ted_scale.config.run_file import load_run
 from ted_scale.progress import read_progress
-from ted_scale.run_file import load_run
 
 NETWORK = "network."  # the student's name inside the trained module; filters and the loss's head stand beside it
 

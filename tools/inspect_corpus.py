@@ -21,7 +21,7 @@ import numpy
 
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
-from ted_scale.config_data import Streaming
+from ted_scale.config.data import Streaming
 from ted_scale.corpora import manifest_files, prefixes_of, read_shards
 from ted_scale.shards import (
     SHARD_NUMBER,

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from ted_scale.base.exits import run_main
-from ted_scale.config import Run
+from ted_scale.config.run import Run
 from ted_scale.engines import build_filters, parameter_groups
 from ted_scale.filter_start import READ, begin
 from ted_scale.flops import keys_of, step_flops

@@ -13,7 +13,7 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.config import Run
+from ted_scale.config.run import Run
 from tools import cut_student, demo, export_hf, new_model, tokenize_corpus, train_tokenizer
 
 ZERO3 = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3.json"

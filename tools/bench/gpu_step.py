@@ -19,7 +19,7 @@ import transformers
 from ted_scale import engines
 from ted_scale.build import start_ranks
 from ted_scale.clock import Clock
-from ted_scale.config import Run
+from ted_scale.config.run import Run
 from ted_scale.data import open_stream
 from ted_scale.flops import step_flops
 from ted_scale.guard import Guard

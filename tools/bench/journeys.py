@@ -36,7 +36,7 @@ import ted_scale
 from ted_scale import stop
 from ted_scale.base.errors import RESUME, run_main
 from ted_scale.build import run_plan, save
-from ted_scale.config import Run
+from ted_scale.config.run import Run
 from ted_scale.copier import Copier
 from ted_scale.guard import Guard
 from ted_scale.loader import Loader

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder is on the path, its parent is not
 
 from ted_scale.base.exits import run_main
-from ted_scale.config_data import Data
+from ted_scale.config.data import Data
 from ted_scale.data import batch, open_stream
 from ted_scale.loader import Loader
 from ted_scale.megatron import without_noise

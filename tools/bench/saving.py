@@ -20,7 +20,7 @@ BYTES = 12  # of state a parameter: fp32 master and two moments
 
 class Run:
     def __init__(self, folder: Path):
-        from ted_scale.config_operation import Checkpoint
+        from ted_scale.config.operation import Checkpoint
 
         self.folder, self.name, self.checkpoint = folder, "saving", Checkpoint(keep=1)
 

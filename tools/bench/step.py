@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
-from ted_scale.run_file import load_run
+from ted_scale.config.run_file import load_run
 
 METHODS = ("ce", "kd", "lwd", "ted")
 GIB = 1 << 30

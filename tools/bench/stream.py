@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from a che
 import numpy
 
 from ted_scale import remote_shards
-from ted_scale.config_data import Data
+from ted_scale.config.data import Data
 from ted_scale.shard_writer import dtype_of, index_bytes
 from tools.bench.object_server import Endpoint, serving
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ted_scale.config_types import Fraction, NonNegative, Positive, PositiveInt, Section
+from ted_scale.config.types import Fraction, NonNegative, Positive, PositiveInt, Section
 
 
 class Corpus(Section):

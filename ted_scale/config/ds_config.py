@@ -10,7 +10,7 @@ from pathlib import Path
 from ted_scale.base.errors import UserError, shown
 from ted_scale.base.parsing import parse_json
 
-HOME = Path(__file__).resolve().parents[1]  # where ds_configs/ is, in a checkout
+HOME = Path(__file__).resolve().parents[2]  # where ds_configs/ is, in a checkout
 
 USABLE = (
     "zero_optimization", "communication_data_type", "zero_allow_untested_optimizer", "timers", "wall_clock_breakdown",

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ted_scale.config_types import Count, Fraction, NonNegative, Positive, PositiveInt, Section
+from ted_scale.config.types import Count, Fraction, NonNegative, Positive, PositiveInt, Section
 
 
 class Pairs(Section):

@@ -1,8 +1,4 @@
-"""The run file's sections: every key, its type, its default. One TOML a run; run_file.py reads and writes it.
-
-This is the one home of every number of a run. ds_configs/*.json say how ZeRO shards, offloads and communicates, and
-nothing else. What follows from a run (pairs, accumulation, parameter counts) is worked out in plan.py.
-"""
+"""A run: its sections, and what holds across them."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,10 +6,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ted_scale.base import redact
-from ted_scale.config_data import Data
-from ted_scale.config_method import Filters, Loss, Pairs, Train, Validation
-from ted_scale.config_operation import Checkpoint, Health, Limits, Resume, Wandb
-from ted_scale.config_types import Count, PositiveInt, Section
+from ted_scale.config.data import Data
+from ted_scale.config.method import Filters, Loss, Pairs, Train, Validation
+from ted_scale.config.operation import Checkpoint, Health, Limits, Resume, Wandb
+from ted_scale.config.types import Count, PositiveInt, Section
 
 Method = Literal["ce", "kd", "lwd", "ted"]
 

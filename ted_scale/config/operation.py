@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ted_scale import resume
-from ted_scale.config_types import PositiveInt, Seconds, Section
+from ted_scale.config import changes
+from ted_scale.config.types import PositiveInt, Seconds, Section
 
 
 class Checkpoint(Section):
@@ -26,12 +26,12 @@ class Checkpoint(Section):
 class Resume(Section):
     """What a run goes on with from a checkpoint that was written with another run file."""
 
-    allow: list[str] = Field([], description="keys that may differ although they decide the result, see resume.py")
+    allow: list[str] = Field([], description="keys that may differ although they decide the result, see changes.py")
 
     @model_validator(mode="after")
     def names_are_known(self):
         for name in self.allow:
-            if (hint := resume.unknown_name(name)) is not None:
+            if (hint := changes.unknown_name(name)) is not None:
                 raise ValueError(f"allow must name keys that decide the result, but has '{name}'; {hint}")
         return self
 

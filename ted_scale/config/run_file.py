@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from ted_scale.base.errors import UserError, shown
 from ted_scale.base.parsing import parse_toml
-from ted_scale.config import Run
+from ted_scale.config.run import Run
 
 REPLACED = {"data.mask_documents": "data.attention = 'document'"}
 # What other trainers call it.
