@@ -11,14 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
-from ted_scale import stop
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.config.run_file import load_run
+from ted_scale.ranks import signals
 
 
 def main() -> None:
-    stop.listen()
+    signals.listen()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="the run file, TOML")
     parser.add_argument(

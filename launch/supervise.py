@@ -29,8 +29,8 @@ from ted_scale import checkpoint_files as files
 from ted_scale.base.errors import DONE, MEANINGS, MEMORY, MISTAKE, NUMBERS, RESUME, UserError
 from ted_scale.base.exits import run_main
 from ted_scale.config.run_file import load_run
-from ted_scale.processes import descendants_of, ranks_below
 from ted_scale.progress import read_progress
+from ted_scale.ranks.processes import descendants_of, ranks_below
 
 PR_SET_CHILD_SUBREAPER = 36
 FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1, signal.SIGINT: signal.SIGTERM}

@@ -14,22 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import (
-    attention,
-    checkpoint,
-    feed,
-    fused,
-    health,
-    kernels,
-    metrics,
-    pulse,
-    replicas,
-    shortage,
-    watch,
-    zero_hooks,
-)
+from ted_scale import attention, checkpoint, feed, fused, health, kernels, metrics, replicas, zero_hooks
 from ted_scale import checkpoint_files as files
-from ted_scale.agree import broadcast, first_of_all, share
 from ted_scale.attempts import attempt
 from ted_scale.base import exits, redact
 from ted_scale.base.errors import Preempted, RunStopped, UserError
@@ -44,7 +30,9 @@ from ted_scale.guard import Guard
 from ted_scale.loader import Loader
 from ted_scale.plan import Plan, as_dict
 from ted_scale.progress import Progress, read_progress
-from ted_scale.ranks import start_ranks
+from ted_scale.ranks import pulse, shortage, watch
+from ted_scale.ranks.agree import broadcast, first_of_all, share
+from ted_scale.ranks.group import start_ranks
 from ted_scale.rewind import Rewind, gone_back
 from ted_scale.run_folder import claim_folder, filters_files, where_it_stands
 from ted_scale.saver import Saver, give_up, sentence

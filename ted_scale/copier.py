@@ -12,10 +12,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ted_scale import checkpoint_copies as copies
-from ted_scale import pulse
-from ted_scale.agree import gather, new_group
 from ted_scale.attempts import Failure, attempt, first_failure, warn_of_old_ones
 from ted_scale.base.sealed import MANIFEST
+from ted_scale.ranks import pulse
+from ted_scale.ranks.agree import gather, new_group
 
 
 class Copier:

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import pulse, zero_hooks
-from ted_scale.agree import broadcast
+from ted_scale import zero_hooks
 from ted_scale.attempts import attempt
 from ted_scale.config.run import Model
 from ted_scale.data import validation_batches
@@ -22,6 +21,8 @@ from ted_scale.filters import has_lift
 from ted_scale.filters_file import filter_tensors, write_filters
 from ted_scale.principal import TOKENS_A_WIDTH, Moments, Start, add_moments, over_ranks, start_of
 from ted_scale.progress import Progress
+from ted_scale.ranks import pulse
+from ted_scale.ranks.agree import broadcast
 from ted_scale.saver import give_up, sentence
 from ted_scale.signal import Weights
 

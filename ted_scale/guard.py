@@ -11,11 +11,12 @@ import math
 
 import torch
 
-from ted_scale import health, stop
-from ted_scale.agree import of_all_ranks
+from ted_scale import health
 from ted_scale.base.errors import RunStopped
 from ted_scale.norms import norms_apart, sides_of
 from ted_scale.progress import Progress
+from ted_scale.ranks import signals
+from ted_scale.ranks.agree import of_all_ranks
 from ted_scale.report import Event, write_report
 from ted_scale.rewind import Rewind, ways_back
 from ted_scale.schedule import Stage
@@ -43,7 +44,9 @@ class Guard:
     def arm(self, progress: Progress) -> None:
         """Call before the engine step that updates: everything of this step is in `add` by now."""
         self.before, self.reading = progress, True
-        asked = self.local.new_full((1,), float(stop.asked.is_set()))  # filled on the device: nobody waits for a copy
+        asked = self.local.new_full(
+            (1,), float(signals.asked.is_set())
+        )  # filled on the device: nobody waits for a copy
         everyone = of_all_ranks(torch.cat([self.local, asked]))
         self.shares, self.asked, self.local = everyone[:, :-1], everyone[:, -1], None
 

@@ -23,7 +23,7 @@ import torch
 
 from ted_scale.base.errors import SENTENCES, Gone, UserError
 from ted_scale.data import Batch, Stream, batch, read_ahead
-from ted_scale.stop import SIGNALS
+from ted_scale.ranks.signals import SIGNALS
 
 # Not fork: by now there are threads of CUDA and gloo, and a child inherits their locks as they stand. Not spawn: every
 # worker would import torch and megatron itself, 9 s and half a GB each.

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ted_scale.agree import of_all_ranks
 from ted_scale.base.errors import RunStopped
+from ted_scale.ranks.agree import of_all_ranks
 from ted_scale.zero import is_sharded, own_part
 
 AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ted_scale.agree import of_all_ranks
 from ted_scale.base.sealed import write_durably
 from ted_scale.checkpoint_files import checkpoint_name
 from ted_scale.health import state_of
 from ted_scale.progress import Progress
+from ted_scale.ranks.agree import of_all_ranks
 from ted_scale.schedule import Stage
 from ted_scale.zero import own_part
 

@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from ted_scale import checkpoint
 from ted_scale import checkpoint_files as files
-from ted_scale.agree import gather, new_group
 from ted_scale.attempts import Failure, attempt, first_failure, warn_of_old_ones
 from ted_scale.base import sealed
 from ted_scale.base.errors import Gone, UserError
@@ -26,6 +25,7 @@ from ted_scale.base.sealed import PART, Entry
 from ted_scale.checkpoint_files import FILTERS
 from ted_scale.copier import Copier
 from ted_scale.progress import PROGRESS, Progress, progress_as_bytes
+from ted_scale.ranks.agree import gather, new_group
 from ted_scale.state_files import as_bytes, rank_file
 
 LAST_PAUSES_S = (5, 15, 45)  # before the last save is

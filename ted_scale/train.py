@@ -1,8 +1,8 @@
 """The whole run, top to bottom. What happens once lives in build.py; what happens every step is all here, in order."""
 
-from ted_scale import pulse, stop
 from ted_scale.base.errors import Preempted
 from ted_scale.losses import count_valid, for_engine
+from ted_scale.ranks import pulse, signals
 from ted_scale.schedule import set_rates
 
 
@@ -35,7 +35,7 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
             progress, stopping = validate(student, progress)
         if stage.saves(progress.step) or stopping:
             save(student, progress)
-            stopping = stop.anywhere(student.device)  # also a signal that came while it was saved
+            stopping = signals.anywhere(student.device)  # also a signal that came while it was saved
         if stopping:
             raise Preempted
     return progress

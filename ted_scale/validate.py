@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ted_scale import pulse, stop
 from ted_scale.base.errors import Preempted
 from ted_scale.data import Stream, open_held_out, validation_batches
 from ted_scale.losses import count_valid
+from ted_scale.ranks import pulse, signals
 from ted_scale.signal import Weights
 
 
@@ -70,7 +70,7 @@ def measure(plan, streams: dict[str, Stream], summed_loss: Callable, device) -> 
     for k, stream in enumerate(streams.values()):
         for batch in batches(plan, stream, device):
             pulse.beat("a batch of validation")
-            if stop.anywhere(device):
+            if signals.anywhere(device):
                 raise Preempted
             sums[0, k] += summed_loss(batch)
             sums[1, k] += count_valid([batch])

@@ -1,4 +1,4 @@
-"""Scenarios of ranks.py about what a run reads: an adaptive blend over three kinds of text, and a run that goes on with other
+"""Scenarios of group.py about what a run reads: an adaptive blend over three kinds of text, and a run that goes on with other
 data settings."""
 
 import shutil

@@ -1,4 +1,4 @@
-"""Scenarios of ranks.py about numbers that go wrong: updates that are dropped, loss spikes that send a run back, and bits that
+"""Scenarios of group.py about numbers that go wrong: updates that are dropped, loss spikes that send a run back, and bits that
 flip. What is wrong comes with the text that is read, so that it comes again wherever that text is read again."""
 
 import contextlib

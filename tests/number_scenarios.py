@@ -1,4 +1,4 @@
-"""Sharded models beside those that transformers builds, on real ranks (ranks.py)."""
+"""Sharded models beside those that transformers builds, on real ranks (group.py)."""
 
 from pathlib import Path
 

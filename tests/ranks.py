@@ -24,7 +24,7 @@ def main() -> None:
     import stop_scenarios
     import traffic_scenarios
 
-    from ted_scale.ranks import start_ranks
+    from ted_scale.ranks.group import start_ranks
 
     homes = (
         scenarios, data_scenarios, health_scenarios, number_scenarios, recorded_losses, stop_scenarios, traffic_scenarios

@@ -32,7 +32,7 @@ def main(task: str, file: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder)
-        run_ranks(2, HERE / "ranks.py", folder, recorded_runs.__name__)
+        run_ranks(2, HERE / "group.py", folder, recorded_runs.__name__)
         said = [path.read_text() for path in folder.glob("*.json")]
         assert said == ["null"] * 2, "\n".join(said)
         numbers = numbers_of(folder)
@@ -50,7 +50,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def recorded_runs(folder: Path, device) -> None:
-    """A scenario of ranks.py."""
+    """A scenario of group.py."""
     for method, sections in RUNS.items():
         start(folder, device, name=f"recorded_{method}", method=method, **sections)
 

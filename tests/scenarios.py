@@ -1,4 +1,4 @@
-"""The scenarios of ranks.py: each is called on every rank with the folder of models and corpus, and returns plain
+"""The scenarios of group.py: each is called on every rank with the folder of models and corpus, and returns plain
 values."""
 
 import errno

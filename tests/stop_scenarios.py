@@ -1,4 +1,4 @@
-"""Scenarios of ranks.py: a run that real signals stop, each at another moment, and that goes on each time."""
+"""Scenarios of group.py: a run that real signals stop, each at another moment, and that goes on each time."""
 
 import os
 import signal
@@ -7,11 +7,12 @@ from pathlib import Path
 import torch.distributed as dist
 from scenarios import start
 
-from ted_scale import build, feed, stop
+from ted_scale import build, feed
 from ted_scale import checkpoint_files as files
 from ted_scale.base.errors import Preempted
 from ted_scale.guard import Guard
 from ted_scale.progress import read_progress
+from ted_scale.ranks import signals
 
 # stage II takes steps 3 to 10; it saves at 3, 6, 9 and 10, validates at 2, 4, 6, 8 and 10, weighs its blend at 2 and 7
 CORPORA = [{"path": "corpus", "name": name, "validation": 0.1} for name in ("one", "other")]
@@ -31,8 +32,8 @@ def stopped_by_signals(folder: Path, device):
     settings, seen = settings_of(folder), {}
     start(folder, device, name="unsignalled", **settings)
     originals = Guard.arm, build.save, feed.weigh, build.validate
-    stop.listen()
-    stop.watched.set()  # by this scenario
+    signals.listen()
+    signals.watched.set()  # by this scenario
     try:
         for moment in [*MOMENTS, "done"]:
             put_signal_into(moment, *originals)
@@ -41,14 +42,14 @@ def stopped_by_signals(folder: Path, device):
                 start(folder, device, name="signalled", **settings)
             except Preempted:
                 stopped = True
-            stop.asked.clear()
+            signals.asked.clear()
             newest = files.newest_checkpoint(folder / "runs" / "signalled")
             seen[moment] = [stopped, read_progress(newest).step]
             dist.barrier()
     finally:
         Guard.arm, build.save, feed.weigh, build.validate = originals
         signal.set_wakeup_fd(-1)
-        for number in stop.SIGNALS:
+        for number in signals.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
     return seen
 
@@ -59,7 +60,7 @@ def put_signal_into(moment: str, arm, save, weigh, validate) -> None:
     def tell(at: str, step: int, rank: int) -> None:
         if (moment, dist.get_rank(), step) == (at, rank, MOMENTS.get(at)):
             os.kill(os.getpid(), signal.SIGUSR1 if rank == 0 else signal.SIGTERM)
-            assert stop.asked.wait(5)
+            assert signals.asked.wait(5)
 
     def armed(self, progress):
         tell("step", progress.step + 1, 1)

@@ -26,7 +26,7 @@ TWO_RANKS = (
 
 
 def launch(folder: Path, ranks: int, names) -> None:
-    run_ranks(ranks, Path(__file__).with_name("ranks.py"), folder, ",".join(names))
+    run_ranks(ranks, Path(__file__).with_name("group.py"), folder, ",".join(names))
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def test_buffers_on_the_device_are_those_that_transformers_builds(root):
 BUFFERS = """
 import sys, torch, transformers
 from ted_scale.models import inspect
-from ted_scale.ranks import start_ranks
+from ted_scale.ranks.group import start_ranks
 from ted_scale.zero import build_network
 device = start_ranks()
 config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}

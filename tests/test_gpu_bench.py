@@ -13,7 +13,7 @@ import torch
 from plain import build, make_batch, make_world, run_step
 from torch.autograd import DeviceType
 
-from ted_scale.processes import parent_of
+from ted_scale.ranks.processes import parent_of
 from tools.bench import gpu, gpu_losses, gpu_report, gpu_task, gpu_trace, plain_step
 from tools.bench.gpu_report import PART, Row
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny import make_run
 
-from ted_scale import build, shortage
+from ted_scale import build
 from ted_scale.base.errors import MEMORY, OutOfMemory
+from ted_scale.ranks import shortage
 
 DS_CONFIG = {"zero_optimization": {"stage": 3}}
 

@@ -12,8 +12,8 @@ import pytest
 from tiny import make_run, write_run
 
 from launch.supervise import Standing, pause_after, run_file_of
-from ted_scale import processes
 from ted_scale.base.errors import MEANINGS, UserError
+from ted_scale.ranks import processes
 
 SCRIPT = Path(__file__).with_name("supervised.py")
 SETTINGS = argparse.Namespace(attempts=5, pause_s=10.0, longest_pause_s=600.0)

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from ted_scale import pulse, stop, watch
 from ted_scale.base.errors import FAULT, GONE, HUNG, MEMORY, MISTAKE, RESUME, Gone, Preempted
 from ted_scale.config.operation import Limits
+from ted_scale.ranks import pulse, watch
+from ted_scale.ranks import signals as stop
 
 SCRIPT = Path(__file__).with_name("watched_ranks.py")
 

@@ -1,4 +1,4 @@
-"""Scenarios of ranks.py about what a micro-step asks of the device and of the network."""
+"""Scenarios of group.py about what a micro-step asks of the device and of the network."""
 
 import gc
 import json

@@ -2,7 +2,7 @@
 
 `python tests/watched_ranks.py FOLDER deepspeed.launcher.none` imports torch once, forks the ranks of all faults, and
 writes FOLDER/results.json: of each fault the ranks' exit codes and how long after it they left; FOLDER/FAULT.err is what
-both ranks wrote, in order. The second word makes this process a launcher in the eyes of stop.py.
+both ranks wrote, in order. The second word makes this process a launcher in the eyes of signals.py.
 """
 
 import ctypes
@@ -21,11 +21,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ted_scale import pulse, shortage, stop, watch
 from ted_scale.base import exits
 from ted_scale.base.errors import Preempted, UserError
 from ted_scale.base.exits import run_main
 from ted_scale.config.operation import Limits
+from ted_scale.ranks import pulse, shortage, signals, watch
 from ted_scale.run_folder import where_it_stands
 
 PYTHON = ctypes.PyDLL(None)  # calls through it keep Python's lock
@@ -70,7 +70,7 @@ def fault(name: str, folder: Path) -> None:
 
 
 def rank_of(name: str, folder: Path) -> None:
-    stop.listen()
+    signals.listen()
     rank, faulty = dist_rank(), 0 if name in ("die0", "interrupt") else 1
     step_s = 4.0 if name == "hang" else 40.0
     silence_s = {"die": 4.0, "die0": 4.0, "lock": 5.0}.get(name, 20.0)
@@ -88,7 +88,7 @@ def rank_of(name: str, folder: Path) -> None:
         if rank == faulty and step == FAULTY_STEP:
             with shortage.enough("lower something"):
                 fault(name, folder)
-        asked = torch.tensor([float(stop.asked.is_set())])
+        asked = torch.tensor([float(signals.asked.is_set())])
         dist.all_reduce(asked)
         if asked.item():
             dist.barrier()

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own f
 
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
-from ted_scale.processes import PROC
+from ted_scale.ranks.processes import PROC
 from tools.bench import gpu_report
 from tools.bench.gpu_needs import needs
 from tools.bench.gpu_report import PART, Row

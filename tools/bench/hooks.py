@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15)
     turns = parser.parse_args().turns
 
-    from ted_scale.ranks import start_ranks
+    from ted_scale.ranks.group import start_ranks
 
     start_ranks()
     torch.set_num_threads(1)

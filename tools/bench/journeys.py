@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import transformers
 
 import ted_scale
-from ted_scale import stop
 from ted_scale.base.errors import RESUME, run_main
 from ted_scale.build import run_plan, save
 from ted_scale.config.run import Run
@@ -42,6 +41,7 @@ from ted_scale.guard import Guard
 from ted_scale.loader import Loader
 from ted_scale.metrics import Metrics
 from ted_scale.plan import Plan, make_plan
+from ted_scale.ranks import signals
 from ted_scale.saver import Saver
 from ted_scale.train import train
 from tools.bench.gpu_step import ZERO3, write_corpus
@@ -101,7 +101,7 @@ def plan_of(folder: Path) -> Plan:
 def watched(plan: Plan) -> None:
     threading.setprofile(note)
     sys.setprofile(note)
-    stop.listen()
+    signals.listen()
     run_plan(plan)
 
 
@@ -116,7 +116,7 @@ def note(frame, kind: str, _) -> None:
     log.append(Event(threading.current_thread().name, kind, code, again))
     if kind == "call" and code is Guard.arm.__code__ and len(calls(Guard.arm)) == SIGNAL:
         os.kill(os.getpid(), signal.SIGTERM)
-        stop.asked.wait(10)
+        signals.asked.wait(10)
 
 
 def wait_for_threads() -> None:
@@ -169,8 +169,8 @@ def checkpoint() -> list[str]:
 
 def ended_by_signal() -> list[str]:
     seen, saved = calls(Guard.arm)[SIGNAL - 1], calls(save)[-1]
-    heeding, main = thread_of(stop.heed), thread_of(train)
-    heed = [file_of(stop.heed.__code__), *entries(seen, len(log), heeding)]
+    heeding, main = thread_of(signals.heed), thread_of(train)
+    heed = [file_of(signals.heed.__code__), *entries(seen, len(log), heeding)]
     ways = entries(seen, saved, main), ["save"], entries(end_of(saved), len(log), main)
     return joined(heed, [file_of(train.__code__)], *ways)
 

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
-    from ted_scale.ranks import start_ranks
+    from ted_scale.ranks.group import start_ranks
 
     start_ranks()
     folder = [tempfile.mkdtemp(dir=arguments.folder)]

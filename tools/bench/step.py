@@ -54,7 +54,7 @@ def measure(run, arguments) -> None:
     import torch
     import torch.distributed as dist
 
-    from ted_scale.ranks import start_ranks
+    from ted_scale.ranks.group import start_ranks
 
     device = start_ranks()
     arms = trainer_arms(run, arguments.methods, device)

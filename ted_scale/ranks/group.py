@@ -8,8 +8,8 @@ from datetime import timedelta
 
 import torch
 
-from ted_scale import watch
 from ted_scale.config.run import Run
+from ted_scale.ranks import watch
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 

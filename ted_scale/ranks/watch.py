@@ -19,16 +19,16 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from ted_scale import pulse, stop
 from ted_scale.base import exits, redact
 from ted_scale.base.errors import FAULT, GONE, HUNG, RESUME, Gone, Preempted
 from ted_scale.base.exits import leave, speak
+from ted_scale.ranks import pulse, signals
 
 BEAT_S = 1.0
 ROUNDS_A_LOOK = 5  # rank 0 reads everyone's beat every so many of its own
 GRACE_S = 10.0  # for what every rank still has to do when the end is claimed
 MEETING_S = 600.0  # nodes do not start at the same moment
-HERE = f"{Path(__file__).parent}{os.sep}"
+HERE = f"{Path(__file__).parents[1]}{os.sep}"
 
 current: "Watch | None" = None
 
@@ -40,7 +40,7 @@ def start(limits, folder: Path) -> None:
     watch = patiently(lambda: begun(rank, world, limits, folder), 2 * limits.silence_s + 2 * GRACE_S)
     current = watch  # not before: it would speak over another run's store
     exits.end_together = watch.end
-    stop.watched.set()
+    signals.watched.set()
 
 
 def begun(rank: int, world: int, limits, folder: Path) -> "Watch":
@@ -129,8 +129,8 @@ class Watch:
         while not closed:
             faulthandler.dump_traceback_later(silence_s)
             signal.setitimer(signal.ITIMER_REAL, 3 * silence_s)
-            if stop.launcher_is_gone():
-                stop.asked.set()
+            if signals.launcher_is_gone():
+                signals.asked.set()
             if time.monotonic() - self.met > silence_s:
                 self.without_rank_0()
             closed = self.closed.wait(BEAT_S)
@@ -155,7 +155,7 @@ class Watch:
         limit, key = self.limit_of(now)
         if time.monotonic() - now.since > limit:
             self.end(f"error: {now.what} must end within limits.{key} ({limit:g} s), but did not", HUNG)
-        if stop.asked.is_set() and not now.unsaved:
+        if signals.asked.is_set() and not now.unsaved:
             self.end(f"stopped: {Preempted.SENTENCE}", RESUME)
         if self.rank == 0 and self.beats % ROUNDS_A_LOOK == 0:
             self.look_for_silence()

@@ -9,10 +9,11 @@ import errno
 import traceback
 from pathlib import Path
 
-from ted_scale import pulse
 from ted_scale.base.errors import OutOfMemory, shortened
+from ted_scale.ranks import pulse
 
 HERE = Path(__file__)
+PACKAGE = HERE.parents[1]
 FULL = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")  # of hosts, and of a device
 
 
@@ -45,7 +46,7 @@ def reason_of(error: BaseException) -> str:
 def line_of(error: BaseException) -> str:
     """The innermost line of this package."""
     files = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    here = [f"{path.name}:{line}" for path, line in files if path.parent == HERE.parent and path != HERE]
+    here = [f"{path.name}:{line}" for path, line in files if path.is_relative_to(PACKAGE) and path != HERE]
     return f" (in {here[-1]})" if here else ""
 
 

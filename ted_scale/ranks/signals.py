@@ -13,7 +13,7 @@ import threading
 
 from ted_scale.base.errors import RESUME, Preempted
 from ted_scale.base.exits import leave, say_where_it_stands, speak
-from ted_scale.processes import parent_of, words_of
+from ted_scale.ranks.processes import parent_of, words_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 IN_TIME = "which is finished and saved first; a second Ctrl-C ends the run at once, and DeepSpeed's launcher does after 30 s: then "
