@@ -1,6 +1,6 @@
 """Packed windows of the corpora as batches, by position.
 
-blend.py says which window stands at a position, corpora.py reads it; this file masks and batches; loader.py says who reads
+blend.py says which window stands at a position, corpus.py reads it; this file masks and batches; loader.py says who reads
 what and when. No array grows with tokens, documents or run length. The surprise: a stream is addressed by position, so
 "resume" is nothing but another start, and ranks only decide who reads what.
 """
@@ -15,7 +15,7 @@ import torch
 from ted_scale import blend, order
 from ted_scale.base.errors import UserError
 from ted_scale.blend import Domain, Interval
-from ted_scale.corpora import Part, open_part
+from ted_scale.corpora.corpus import Part, open_part
 from ted_scale.kernels.tokens import IGNORED
 from ted_scale.packing import Packing, pack
 

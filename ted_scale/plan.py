@@ -16,7 +16,8 @@ from ted_scale.base.errors import UserError
 from ted_scale.config import changes
 from ted_scale.config.ds_config import load_ds_config
 from ted_scale.config.run import Model, Run
-from ted_scale.corpora import read_corpus
+from ted_scale.corpora.corpus import read_corpus
+from ted_scale.corpora.shards import check_vocabulary
 from ted_scale.data import open_held_out, open_stream, text_lengths
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.filters_file import check_filters
@@ -26,7 +27,6 @@ from ted_scale.pairs import Matched, match_layers
 from ted_scale.progress import Progress
 from ted_scale.rows import last_row
 from ted_scale.schedule import Stage, stages_of
-from ted_scale.shards import check_vocabulary
 from ted_scale.tracking import has_key
 from ted_scale.vocabulary import check_corpus_tokenizer, check_same_tokenizer
 

@@ -5,6 +5,6 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no worker has business on a GPU
 
 from ted_scale import loader  # noqa: F401
-from ted_scale.megatron import megatron_indexed
+from ted_scale.corpora.megatron import megatron_indexed
 
 megatron_indexed()

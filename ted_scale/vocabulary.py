@@ -5,9 +5,9 @@ from pathlib import Path
 
 from ted_scale.anatomy import Anatomy
 from ted_scale.base.errors import UserError
+from ted_scale.corpora.shards import ShardIndex, tokenizer_of
+from ted_scale.corpora.tokenizer import digest, hugging_face, load_tokenizer
 from ted_scale.models import quiet_transformers
-from ted_scale.shards import ShardIndex, tokenizer_of
-from ted_scale.tokenizer import digest, hugging_face, load_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

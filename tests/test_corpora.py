@@ -16,11 +16,11 @@ import numpy
 import pytest
 from corpus import counting_documents, data_section, write_shard
 
-from ted_scale import megatron
 from ted_scale.base.errors import UserError
+from ted_scale.corpora import megatron
+from ted_scale.corpora.megatron import OPEN_SHARDS, mapped
+from ted_scale.corpora.output import sealed
 from ted_scale.data import open_stream
-from ted_scale.megatron import OPEN_SHARDS, mapped
-from ted_scale.staging import sealed
 
 VOCAB = 60000
 
@@ -118,10 +118,10 @@ TEN_THOUSAND = """
 import resource, sys, time; sys.path[:0] = ["tests", "."]
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 from corpus import data_section, steps
-from ted_scale.megatron import megatron_indexed
+from ted_scale.corpora.megatron import megatron_indexed
 from ted_scale.data import open_stream
 from ted_scale.base.errors import UserError
-from ted_scale.staging import sealed
+from ted_scale.corpora.output import sealed
 megatron_indexed()
 began = time.monotonic()
 stream = open_stream(data_section(sys.argv[1], seq_len=256, validation=0.01), 1, 60000)

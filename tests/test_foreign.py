@@ -12,14 +12,14 @@ from foreign import AUTO_MAP, plant
 from plain import make_world
 from tiny import make_run
 
-from ted_scale import corpora, remote_shards, staging
 from ted_scale.base.errors import UserError
 from ted_scale.base.paths import own_folder
 from ted_scale.config.data import Streaming
+from ted_scale.corpora import corpus, output, remote
+from ted_scale.corpora.tokenizer import load_tokenizer
 from ted_scale.models import inspect
 from ted_scale.safetensors_out import TOKENIZER_FILES, copy_files
 from ted_scale.storage.objects import Object
-from ted_scale.tokenizer import load_tokenizer
 from ted_scale.vocabulary import read_vocabulary
 from tools.train_tokenizer import train, write_folder
 
@@ -123,15 +123,15 @@ def test_the_hub_s_snapshots_are_links_and_are_copied(tmp_path):
 def test_a_manifest_names_shards_of_its_own_folder(world, name):
     shutil.copytree(world, world / "inner", ignore=shutil.ignore_patterns("inner", "student", "teacher", "tokenizer"))
     totals = {"documents": 20, "tokens": 990, "empty": 0, "skipped": 0, "sources": []}
-    manifest = staging.sealed({**totals, "shards": [{"name": name, "sidecar_sha256": "0"}]})
-    path = staging.manifest_path(world / "inner" / "corpus")
+    manifest = output.sealed({**totals, "shards": [{"name": name, "sidecar_sha256": "0"}]})
+    path = output.manifest_path(world / "inner" / "corpus")
     path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"corpus.manifest.json must name files of its own folder, but names "):
-        corpora.read_corpus(str(world / "inner"), Streaming())
-    (folder := staging.unfinished(world / "inner" / "corpus")).mkdir()
+        corpus.read_corpus(str(world / "inner"), Streaming())
+    (folder := output.unfinished(world / "inner" / "corpus")).mkdir()
     path.rename(folder / "manifest.json")
     with pytest.raises(UserError, match=r"manifest.json must name files of its own folder"):
-        staging.publish(world / "inner" / "corpus", {})
+        output.publish(world / "inner" / "corpus", {})
     assert (world / "corpus.idx").exists()
 
 
@@ -144,7 +144,7 @@ def test_a_listing_names_objects_of_its_own_folder(monkeypatch, key):
     with pytest.raises(
         UserError, match=r"the listing of s3://bucket/corpora must name files of its own folder, but names "
     ):
-        remote_shards.in_folder("s3://bucket/corpora", "", 1.0)
+        remote.in_folder("s3://bucket/corpora", "", 1.0)
 
 
 def test_the_default_folder_of_chunks_is_this_user_s_alone(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from tiny import make_run, run_values
 
 from ted_scale import checkpoint_files as files
-from ted_scale import feed, models, pairs, plan, staging
+from ted_scale import feed, models, pairs, plan
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.config import changes
@@ -41,19 +41,20 @@ from ted_scale.config.data import Streaming
 from ted_scale.config.ds_config import load_ds_config
 from ted_scale.config.operation import Checkpoint
 from ted_scale.config.run_file import load_run, to_toml, toml_value
-from ted_scale.corpora import read_corpus
+from ted_scale.corpora import output
+from ted_scale.corpora.corpus import read_corpus
+from ted_scale.corpora.documents import read_documents
+from ted_scale.corpora.megatron import mapped
+from ted_scale.corpora.shards import document_borders, read_index
+from ted_scale.corpora.tokenizer import digest, load_tokenizer
 from ted_scale.data import batch, open_held_out, open_stream
-from ted_scale.documents import read_documents
 from ted_scale.filters import Filter
 from ted_scale.filters_file import check_filters, filter_tensors, load_filters
-from ted_scale.megatron import mapped
 from ted_scale.models import inspect
 from ted_scale.plan import describe, make_plan
 from ted_scale.progress import Progress, read_progress
 from ted_scale.rows import rows_at, trim_rows
-from ted_scale.shards import document_borders, read_index
 from ted_scale.state_files import KINDS, State, as_bytes, key_of, rank_file
-from ted_scale.tokenizer import digest, load_tokenizer
 from ted_scale.vocabulary import read_vocabulary
 from ted_scale.weights import build_network, load_weights
 from tools import inspect_corpus, train_tokenizer
@@ -268,23 +269,23 @@ def manifest(data, at: Place) -> Callable:
         "tokens": read_index(prefix).tokens, "empty": 0, "skipped": 0,
         "shards": [{"name": prefix.name, "sidecar_sha256": "0" * 64}],
     }  # fmt: skip
-    content = text_of(data, staging.sealed(tree), at)
+    content = text_of(data, output.sealed(tree), at)
     with suppress(ValueError, AttributeError, RecursionError):
-        content = json_text(staging.sealed(json.loads(content)))
+        content = json_text(output.sealed(json.loads(content)))
     staged = data.draw(st.booleans())
-    path = staging.manifest_path(prefix)
+    path = output.manifest_path(prefix)
     if staged:
-        staging.unfinished(prefix).mkdir()
-        path = staging.unfinished(prefix) / "manifest.json"
+        output.unfinished(prefix).mkdir()
+        path = output.unfinished(prefix) / "manifest.json"
     path.write_bytes(content)
 
     def read():
         if staged:
             with files_at(prefix):
-                staging.publish(prefix, staging.staged_manifest(prefix))
+                output.publish(prefix, output.staged_manifest(prefix))
             return
         indices = read_corpus(str(prefix.parent), Streaming())
-        print(inspect_corpus.summary(str(prefix), indices, {str(prefix): staging.read_manifest(path)}))
+        print(inspect_corpus.summary(str(prefix), indices, {str(prefix): output.read_manifest(path)}))
         inspect_corpus.check_manifest(str(prefix), [str(prefix)])
 
     return read
@@ -293,7 +294,7 @@ def manifest(data, at: Place) -> Callable:
 def job(data, at: Place) -> Callable:
     """What a killed tokenize_corpus left: its job and the sidecar of a finished shard."""
     out = at.folder / "out"
-    folder = staging.unfinished(out)
+    folder = output.unfinished(out)
     folder.mkdir()
     now = {"tokenizer": "t", "options": {"text_key": "text"}, "sources": []}
     left = {
@@ -307,7 +308,7 @@ def job(data, at: Place) -> Callable:
     which = data.draw(st.sampled_from(sorted(texts)))
     for name, tree in texts.items():
         (folder / name).write_bytes(text_of(data, tree, at) if name == which else json_text(tree))
-    return lambda: staging.begin(out, now, overwrite=False)
+    return lambda: output.begin(out, now, overwrite=False)
 
 
 def filters(data, at: Place) -> Callable:

@@ -13,9 +13,9 @@ import numpy
 import pytest
 from corpus import write_shard
 
-from ted_scale import staging
 from ted_scale.base.errors import UserError
-from ted_scale.shards import expand, read_index, tokenizer_of
+from ted_scale.corpora import output
+from ted_scale.corpora.shards import expand, read_index, tokenizer_of
 from tools import inspect_corpus, tokenize_corpus, train_tokenizer
 from tools.length_picture import Lengths, bins, picture
 
@@ -121,7 +121,7 @@ DAMAGES = {
     "manifest_cut": (lambda c: manifest(c).write_text("{"), "c.manifest.json must be as it was written"),
     "manifest_of_another": (
         lambda c: manifest(c).write_text(
-            json.dumps(staging.sealed(json.loads(manifest(c).read_text()) | {"tokens": 1}))
+            json.dumps(output.sealed(json.loads(manifest(c).read_text()) | {"tokens": 1}))
         ),
         "tokens as its shards do, but counts 1",
     ),
@@ -149,7 +149,7 @@ def test_a_wrong_digest_or_size_is_refused_when_a_shard_is_opened(corpus):
 
 
 def test_a_large_index_is_hashed_by_inspection_only(corpus, capsys, monkeypatch):
-    monkeypatch.setattr("ted_scale.shards.SMALL_INDEX", 10)
+    monkeypatch.setattr("ted_scale.corpora.shards.SMALL_INDEX", 10)
     flip(second(corpus, ".idx"), 60)
     read_index(second(corpus, ""))
     with pytest.raises(SystemExit):

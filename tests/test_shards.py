@@ -9,7 +9,7 @@ import pytest
 from corpus import write_shard
 
 from ted_scale.base.errors import UserError
-from ted_scale.shards import check_vocabulary, expand, read_index
+from ted_scale.corpora.shards import check_vocabulary, expand, read_index
 
 DOCUMENTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 

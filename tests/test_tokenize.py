@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError  # noqa: E402
-from ted_scale.documents import find_files, read_documents  # noqa: E402
-from ted_scale.megatron import megatron_indexed  # noqa: E402
-from ted_scale.shards import expand, read_index, unfinished  # noqa: E402
+from ted_scale.corpora.documents import find_files, read_documents  # noqa: E402
+from ted_scale.corpora.megatron import megatron_indexed  # noqa: E402
+from ted_scale.corpora.shards import expand, read_index, unfinished  # noqa: E402
 from tools import tokenize_corpus, train_tokenizer  # noqa: E402
 
 HARSH = [
@@ -230,7 +230,7 @@ def full(*_, **__):
 
 def test_a_disk_that_is_full_is_a_sentence_of_both_tools(tmp_path, folder, texts, monkeypatch):
     source = write_jsonl(tmp_path / "texts.jsonl", texts[:20])
-    monkeypatch.setattr("ted_scale.shard_writer.Writer._append", full)
+    monkeypatch.setattr("ted_scale.corpora.writer.Writer._append", full)
     said = refused(folder, tmp_path / "c", source)
     assert said.startswith(
         f"{tmp_path}/c must be a file or folder that this user can use, on a disk with room, but is not: No sp"
@@ -247,7 +247,7 @@ def test_an_input_that_cannot_be_opened_is_a_sentence(tmp_path, folder, texts, m
     def denied(*_):
         raise PermissionError(13, "Permission denied", str(source))
 
-    monkeypatch.setattr("ted_scale.documents._open", denied)
+    monkeypatch.setattr("ted_scale.corpora.documents._open", denied)
     assert refused(folder, tmp_path / "c", source).startswith(
         f"{source} must be a file or folder that this user can use"
     )
@@ -369,7 +369,7 @@ def test_a_killed_run_leaves_nothing_that_loads_no_worker_behind_and_a_second_ru
 def test_idle_workers_end_with_a_killed_run(folder):
     code = f"""
 import multiprocessing, time
-from ted_scale.tokenizer import load_tokenizer
+from ted_scale.corpora.tokenizer import load_tokenizer
 from tools.tokenize_corpus import Batch, encode_all
 
 def groups():

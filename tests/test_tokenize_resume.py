@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ted_scale import staging
 from ted_scale.base.errors import UserError
-from ted_scale.shard_writer import finished_shards
-from ted_scale.shards import expand, read_index, unfinished
+from ted_scale.corpora import output as staging
+from ted_scale.corpora.shards import expand, read_index, unfinished
+from ted_scale.corpora.writer import finished_shards
 from tools import tokenize_corpus, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

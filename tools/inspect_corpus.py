@@ -22,8 +22,9 @@ import numpy
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.config.data import Streaming
-from ted_scale.corpora import manifest_files, prefixes_of, read_shards
-from ted_scale.shards import (
+from ted_scale.corpora.corpus import manifest_files, prefixes_of, read_shards
+from ted_scale.corpora.output import TOTALS, read_manifest
+from ted_scale.corpora.shards import (
     SHARD_NUMBER,
     ShardIndex,
     check_digest,
@@ -32,9 +33,8 @@ from ted_scale.shards import (
     out_of_vocabulary,
     tokenizer_of,
 )
-from ted_scale.staging import TOTALS, read_manifest
+from ted_scale.corpora.tokenizer import Tokenizer, digest, load_tokenizer
 from ted_scale.storage import objects
-from ted_scale.tokenizer import Tokenizer, digest, load_tokenizer
 from tools.length_picture import Lengths, bins, picture, subtitle
 
 SHOWN = 400  # characters of a document

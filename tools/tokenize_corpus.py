@@ -1,6 +1,6 @@
 """Text in, Megatron .bin/.idx shards out: python tools/tokenize_corpus.py --tokenizer T --out FOLDER/NAME INPUT...
 
-Reading is documents.py's part, writing shard_writer.py's, going on after a kill staging.py's. Workers tokenize, this
+Reading is documents.py's part, writing writer.py's, going on after a kill output.py's. Workers tokenize, this
 process reads and writes in input order. The surprise: so the shards do not depend on workers or kills, byte for byte.
 """
 
@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import numpy
 
-from ted_scale import staging
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
-from ted_scale.documents import find_files, read_documents, stop
-from ted_scale.shard_writer import Encoded, Mark, Writer, dtype_of
-from ted_scale.shards import unfinished
-from ted_scale.tokenizer import Tokenizer, digest, load_tokenizer
+from ted_scale.corpora import output
+from ted_scale.corpora.documents import find_files, read_documents, stop
+from ted_scale.corpora.shards import unfinished
+from ted_scale.corpora.tokenizer import Tokenizer, digest, load_tokenizer
+from ted_scale.corpora.writer import Encoded, Mark, Writer, dtype_of
 
 BATCH_CHARACTERS = 1 << 18
 BATCH_DOCUMENTS = 256
@@ -123,8 +123,8 @@ def describe_sources(files: list[Path]) -> list[dict]:
 def tokenize(args, files: list[Path], tokenizer: Tokenizer, job: dict) -> dict:
     """Everything from files to finished shards and their manifest, behind the shards that are finished already."""
     about = {key: job[key] for key in ("tokenizer", "tokenizer_digest", "vocab_size", "eod_id")}
-    finished = staging.begin(args.out, job, args.overwrite)
-    if manifest := staging.staged_manifest(args.out):
+    finished = output.begin(args.out, job, args.overwrite)
+    if manifest := output.staged_manifest(args.out):
         return manifest
     writer = Writer(unfinished(args.out), about, args.shard_tokens, finished)
     mark = Mark(**finished[-1]["read"]) if finished else Mark()
@@ -143,7 +143,7 @@ def tokenize(args, files: list[Path], tokenizer: Tokenizer, job: dict) -> dict:
         )
     if describe_sources(files) != job["sources"]:
         raise UserError("the input files must stay as they are while they are read, but one changed; pass --overwrite")
-    return staging.describe(args.out.name, job, writer.sidecars, dict(counts))
+    return output.describe(args.out.name, job, writer.sidecars, dict(counts))
 
 
 def write(groups, writer: Writer, sources: list[dict]) -> None:
@@ -203,12 +203,12 @@ def make(args) -> tuple[dict, int]:
     size = sum(path.stat().st_size for path in files)
     args.workers = args.workers or min(len(os.sched_getaffinity(0)), 1 + (size >> 21))
     tokenizer = load_tokenizer(args.tokenizer, args.parse_special)
-    lock = staging.claim(args.out)
+    lock = output.claim(args.out)
     try:
         manifest = tokenize(args, files, tokenizer, describe_job(args, files, tokenizer))
-        staging.publish(args.out, manifest)
+        output.publish(args.out, manifest)
     finally:
-        staging.leave(args.out)
+        output.leave(args.out)
         lock.close()
     return manifest, size
 

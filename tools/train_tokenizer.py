@@ -15,8 +15,8 @@ from pathlib import Path
 
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
-from ted_scale.documents import find_files, read_documents
-from ted_scale.tokenizer import load_tokenizer
+from ted_scale.corpora.documents import find_files, read_documents
+from ted_scale.corpora.tokenizer import load_tokenizer
 
 SPACE = "\u2581"  # how both write a space inside a piece
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}

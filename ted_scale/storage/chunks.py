@@ -1,6 +1,6 @@
 """Bytes of objects in aligned chunks, fetched before they are needed by threads of this process.
 
-corpora.py says what is coming and what is needed now; chunk_cache.py keeps chunks on disk, objects.py fetches. The
+corpus.py says what is coming and what is needed now; chunk_cache.py keeps chunks on disk, objects.py fetches. The
 surprise: a chunk stays in memory until all windows that announced themselves have read it, so reading ahead cannot push
 out what it has fetched. Threads start at the first chunk, and a forked process has its own.
 """

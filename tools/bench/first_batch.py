@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder is on the path, its parent is not
 
 from ted_scale.config.data import Data
+from ted_scale.corpora.megatron import megatron_indexed
 from ted_scale.data import open_stream
 from ted_scale.loader import Loader
-from ted_scale.megatron import megatron_indexed
 from tools.bench.loader import VOCABULARY, write_corpus
 
 FAR = 10**9

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own f
 
 from ted_scale.base.exits import run_main
 from ted_scale.config.data import Data
+from ted_scale.corpora.megatron import without_noise
+from ted_scale.corpora.shards import document_borders, read_index
+from ted_scale.corpora.writer import index_bytes
 from ted_scale.data import batch, open_stream
 from ted_scale.loader import Loader
-from ted_scale.megatron import without_noise
-from ted_scale.shard_writer import index_bytes
-from ted_scale.shards import document_borders, read_index
 
 VOCABULARY = 50257
 END = 0  # ends a document and stands nowhere else, which is how megatron finds documents

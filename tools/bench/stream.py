@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from a che
 
 import numpy
 
-from ted_scale import remote_shards
 from ted_scale.config.data import Data
-from ted_scale.shard_writer import dtype_of, index_bytes
+from ted_scale.corpora import remote as remote_shards
+from ted_scale.corpora.writer import dtype_of, index_bytes
 from tools.bench.object_server import Endpoint, serving
 
 VOCAB = 60000
@@ -64,9 +64,9 @@ def first_step_s(path: str, folder: Path) -> float:
 
 
 def print_first_step(path: str, folder: Path) -> None:
+    from ted_scale.corpora.megatron import megatron_indexed
     from ted_scale.data import open_stream
     from ted_scale.loader import Loader
-    from ted_scale.megatron import megatron_indexed
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
     megatron_indexed()

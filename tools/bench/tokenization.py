@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own f
 
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
-from ted_scale.documents import find_files, read_documents
+from ted_scale.corpora.documents import find_files, read_documents
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,11 +15,7 @@ from typing import NamedTuple
 
 import numpy
 
-from ted_scale.shards import (
-    Files,
-    ShardIndex,
-    out_of_order,
-)
+from ted_scale.corpora.shards import Files, ShardIndex, out_of_order
 
 QUIET = threading.RLock()
 

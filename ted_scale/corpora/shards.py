@@ -1,7 +1,7 @@
 """What a corpus is on disk: Megatron .bin/.idx pairs, and the sidecar .json that tools/tokenize_corpus.py adds.
 
 Everything is checked from headers and file sizes, in constant time per shard and without torch or megatron, so that a
-dry run can do it. remote_shards.py finds the same files in object storage, corpora.py reads tokens. The surprise: the
+dry run can do it. remote.py finds the same files in object storage, corpus.py reads tokens. The surprise: the
 .idx counts one document more than there are, because it stores borders.
 """
 

@@ -1,6 +1,6 @@
 """Shards out: encoded documents to .bin and .idx in megatron's format, and a sidecar that says what a reader may expect.
 
-Files end in .part until staging.py publishes them; what a reader accepts is shards.py's. The surprise: the sidecar is
+Files end in .part until output.py publishes them; what a reader accepts is shards.py's. The surprise: the sidecar is
 written last and at once, so a shard that has one is finished, and it says where the inputs stood: a restart begins there.
 """
 
@@ -14,7 +14,7 @@ import numpy
 
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import fits
-from ted_scale.shards import DTYPES, HEADER, MAGIC, read_sidecar
+from ted_scale.corpora.shards import DTYPES, HEADER, MAGIC, read_sidecar
 
 
 class Encoded(NamedTuple):

@@ -1,6 +1,6 @@
 """An output in the making: the hidden folder .NAME.unfinished beside it, until its shards and manifest are published.
 
-shard_writer.py fills it. The manifest says what is true of the whole output: its job (tokenizer, options, source files),
+writer.py fills it. The manifest says what is true of the whole output: its job (tokenizer, options, source files),
 totals, and a digest of every shard's sidecar, which owns what is true of the shard. The surprise: a staged manifest
 means that renaming has begun, and a restart then only goes on renaming.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import fits, parse_json
 from ted_scale.base.paths import checked_name, inside
-from ted_scale.shard_writer import as_text, finished_shards, part, sync, write_whole
-from ted_scale.shards import unfinished
+from ted_scale.corpora.shards import unfinished
+from ted_scale.corpora.writer import as_text, finished_shards, part, sync, write_whole
 
 TOTALS = ("documents", "tokens")
 MANIFEST = {"shards": list, "sources": list, "documents": int, "tokens": int, "empty": int, "skipped": int}

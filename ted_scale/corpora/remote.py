@@ -14,10 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale import shards
 from ted_scale.base.errors import UserError
 from ted_scale.base.paths import checked_name, own_folder
-from ted_scale.shards import Files, ShardIndex
+from ted_scale.corpora import shards
+from ted_scale.corpora.shards import Files, ShardIndex
 from ted_scale.storage import objects
 from ted_scale.storage.objects import Object
 

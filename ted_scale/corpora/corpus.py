@@ -17,18 +17,11 @@ from typing import NamedTuple
 
 import numpy
 
-from ted_scale import remote_shards
 from ted_scale.base.errors import UserError
-from ted_scale.megatron import Shard
-from ted_scale.shards import (
-    SHARD_NUMBER,
-    ShardIndex,
-    check_vocabulary,
-    expand,
-    out_of_vocabulary,
-    read_index,
-)
-from ted_scale.staging import manifest_path, read_manifest
+from ted_scale.corpora import remote
+from ted_scale.corpora.megatron import Shard
+from ted_scale.corpora.output import manifest_path, read_manifest
+from ted_scale.corpora.shards import SHARD_NUMBER, ShardIndex, check_vocabulary, expand, out_of_vocabulary, read_index
 from ted_scale.storage.chunks import chunks_of
 from ted_scale.storage.objects import is_remote
 
@@ -104,14 +97,12 @@ def _joined(arrays: list[numpy.ndarray]) -> numpy.ndarray:
 
 def prefixes_of(path: str, stream) -> list[str]:
     """The shards that a corpus's path means, by name."""
-    return (
-        list(remote_shards.listing(path, remote_shards.opening_patience_s(stream))) if is_remote(path) else expand(path)
-    )
+    return list(remote.listing(path, remote.opening_patience_s(stream))) if is_remote(path) else expand(path)
 
 
 def read_shards(path: str, stream) -> list[ShardIndex]:
     """Checked headers of the shards that a corpus's path means, on disk or in object storage."""
-    return remote_shards.read_corpus(path, stream) if is_remote(path) else [read_index(p) for p in expand(path)]
+    return remote.read_corpus(path, stream) if is_remote(path) else [read_index(p) for p in expand(path)]
 
 
 def read_corpus(path: str, stream) -> list[ShardIndex]:
@@ -142,7 +133,7 @@ def listed_shards(name: str, file: Path, _written: int) -> tuple[str, ...]:
 def manifest_files(path: str, prefixes: Iterable[str], stream) -> dict[str, Path]:
     """The manifests of the outputs that `path` means, by output, on local disk; other tools write none."""
     if is_remote(path):
-        return remote_shards.manifests(path, stream)
+        return remote.manifests(path, stream)
     names = {SHARD_NUMBER.sub("", prefix) for prefix in prefixes}
     return {name: manifest_path(name) for name in sorted(names) if manifest_path(name).exists()}
 
