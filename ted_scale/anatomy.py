@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ted_scale import attention
-from ted_scale.packing import Packing
+from ted_scale.data.packing import Packing
 
 
 @dataclass(frozen=True, kw_only=True)

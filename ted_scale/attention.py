@@ -20,8 +20,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ted_scale.attention_paths import flex, tiled, varlen
+from ted_scale.data.packing import Packing, whole_rows
 from ted_scale.kernels.triton.device import device_name, runs_triton
-from ted_scale.packing import Packing, whole_rows
 
 NAME = "ted_scale"
 PATHS = {"varlen": varlen, "flex": flex, "tiled": tiled}

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from ted_scale.packing import Packing
+from ted_scale.data.packing import Packing
 
 BLOCK = 128  # of flex attention: tokens a side
 TILE = 256  # queries that `tiled` takes at a time where it needs a mask or whole scores

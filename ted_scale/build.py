@@ -21,13 +21,13 @@ from ted_scale.base import exits, redact
 from ted_scale.base.errors import Preempted, RunStopped, UserError
 from ted_scale.config import changes
 from ted_scale.console import say
+from ted_scale.data.loader import Loader
 from ted_scale.engines import DTYPES, build_student, build_teacher, check_engine_config
 from ted_scale.filter_start import write_start
 from ted_scale.filters_file import gather_filters, write_filters
 from ted_scale.flops import step_flops
 from ted_scale.fused import describe as describe_blocks
 from ted_scale.guard import Guard
-from ted_scale.loader import Loader
 from ted_scale.plan import Plan, as_dict
 from ted_scale.progress import Progress, read_progress
 from ted_scale.ranks import pulse, shortage, watch

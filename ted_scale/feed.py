@@ -1,6 +1,6 @@
 """What a stage reads: its stream opened where the run stands, and its blend measured and set anew where it adapts.
 
-data.py reads windows, blend.py counts them, ddk.py is the rule. A stage's data comes in stretches with one set of
+stream.py reads windows, blend.py counts them, ddk.py is the rule. A stage's data comes in stretches with one set of
 shares, from one border to the next, so that nothing is read ahead of a measurement. The surprise: a measurement is not
 in the checkpoint that was written at its step; a resume takes it again, from the same weights.
 """
@@ -9,9 +9,9 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from ted_scale import blend, ddk, order
 from ted_scale.base.errors import RunStopped, UserError
-from ted_scale.data import Stream, open_held_out, open_stream, refuse_repetition
+from ted_scale.data import blend, ddk, order
+from ted_scale.data.stream import Stream, open_held_out, open_stream, refuse_repetition
 from ted_scale.progress import Progress
 from ted_scale.validate import perplexity, student_losses, teacher_losses, tokens_of_each
 

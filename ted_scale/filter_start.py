@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ted_scale import zero_hooks
 from ted_scale.attempts import attempt
 from ted_scale.config.run import Model
-from ted_scale.data import validation_batches
+from ted_scale.data.stream import validation_batches
 from ted_scale.engines import build_filters, build_teacher
 from ted_scale.feed import open_feed
 from ted_scale.filters import has_lift

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ted_scale import attention
 from ted_scale.base.errors import UserError, shown
-from ted_scale.packing import whole_rows
+from ted_scale.data.packing import whole_rows
 from ted_scale.storage.hub import find_folder
 
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -18,7 +18,7 @@ from ted_scale.config.ds_config import load_ds_config
 from ted_scale.config.run import Model, Run
 from ted_scale.corpora.corpus import read_corpus
 from ted_scale.corpora.shards import check_vocabulary
-from ted_scale.data import open_held_out, open_stream, text_lengths
+from ted_scale.data.stream import open_held_out, open_stream, text_lengths
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.filters_file import check_filters
 from ted_scale.flops import keys_of, step_flops

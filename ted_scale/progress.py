@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ted_scale import order
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import COUNT_LIMIT, parse_json
+from ted_scale.data import order
 
 Count = Annotated[int, Field(ge=0, lt=COUNT_LIMIT)]
 Size = Annotated[int, Field(gt=0, lt=COUNT_LIMIT)]

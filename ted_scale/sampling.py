@@ -7,7 +7,7 @@ draw knows nothing of ranks, micro-batches or accumulation, and every token has 
 import torch
 
 from ted_scale.config.method import Filters
-from ted_scale.order import mix
+from ted_scale.data.order import mix
 
 
 def drawn_pairs(filters: Filters, count: int, draw: int) -> list[int]:

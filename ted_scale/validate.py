@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ted_scale.base.errors import Preempted
-from ted_scale.data import Stream, open_held_out, validation_batches
+from ted_scale.data.stream import Stream, open_held_out, validation_batches
 from ted_scale.losses import count_valid
 from ted_scale.ranks import pulse, signals
 from ted_scale.signal import Weights

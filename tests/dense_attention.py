@@ -3,7 +3,7 @@
 import numpy
 import torch
 
-from ted_scale.packing import Packing, pack
+from ted_scale.data.packing import Packing, pack
 
 
 def packing_of(lengths, length: int) -> Packing:

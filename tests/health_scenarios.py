@@ -15,7 +15,7 @@ from tiny import make_run
 
 from ted_scale import build
 from ted_scale.base.errors import RunStopped
-from ted_scale.data import open_stream
+from ted_scale.data.stream import open_stream
 from ted_scale.metrics import Metrics
 from ted_scale.student import Student
 

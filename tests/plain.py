@@ -8,12 +8,12 @@ import transformers
 from corpus import write_shard
 from tiny import make_model, make_run
 
-from ted_scale.data import Batch
+from ted_scale.data.packing import pack
+from ted_scale.data.stream import Batch
 from ted_scale.engines import build_filters
 from ted_scale.kernels.tokens import IGNORED
 from ted_scale.losses import count_valid
 from ted_scale.models import inspect
-from ted_scale.packing import pack
 from ted_scale.plan import Plan, make_plan
 from ted_scale.schedule import Stage
 from ted_scale.signal import Weights

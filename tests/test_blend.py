@@ -9,10 +9,10 @@ import pytest
 from corpus import counting_documents, data_section, steps, write_shard
 from tiny import make_run
 
-from ted_scale import blend, order
 from ted_scale.base.errors import UserError
-from ted_scale.blend import Cursor, Domain
-from ted_scale.data import open_stream, refuse_repetition
+from ted_scale.data import blend, order
+from ted_scale.data.blend import Cursor, Domain
+from ted_scale.data.stream import open_stream, refuse_repetition
 from ted_scale.feed import open_feed
 from ted_scale.kernels.tokens import IGNORED
 from ted_scale.metrics import Metrics

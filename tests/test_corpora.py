@@ -20,7 +20,7 @@ from ted_scale.base.errors import UserError
 from ted_scale.corpora import megatron
 from ted_scale.corpora.megatron import OPEN_SHARDS, mapped
 from ted_scale.corpora.output import sealed
-from ted_scale.data import open_stream
+from ted_scale.data.stream import open_stream
 
 VOCAB = 60000
 
@@ -119,7 +119,7 @@ import resource, sys, time; sys.path[:0] = ["tests", "."]
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 from corpus import data_section, steps
 from ted_scale.corpora.megatron import megatron_indexed
-from ted_scale.data import open_stream
+from ted_scale.data.stream import open_stream
 from ted_scale.base.errors import UserError
 from ted_scale.corpora.output import sealed
 megatron_indexed()

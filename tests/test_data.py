@@ -9,9 +9,9 @@ import pytest
 import torch
 from corpus import counting_documents, data_section, steps, write_shard
 
-from ted_scale import order
 from ted_scale.base.errors import UserError
-from ted_scale.data import open_held_out, open_stream, validation_batches
+from ted_scale.data import order
+from ted_scale.data.stream import open_held_out, open_stream, validation_batches
 from ted_scale.kernels.tokens import IGNORED
 
 VOCAB = 60000

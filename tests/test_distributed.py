@@ -60,7 +60,7 @@ def losses(folder: Path, name: str) -> list[float]:
 
 def plain_losses(folder: Path, **sections) -> list[float]:
     """The same run without DeepSpeed: the module, AdamW, and a loop of ten lines a stage."""
-    from ted_scale.data import open_stream
+    from ted_scale.data.stream import open_stream
     from ted_scale.engines import build_filters, parameter_groups
     from ted_scale.losses import count_valid
     from ted_scale.student import Student

@@ -9,7 +9,7 @@ from tiny import FAMILIES, MORE, make_corpus, make_model, make_run
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
-from ted_scale.data import Batch, batch, open_stream, text_lengths
+from ted_scale.data.stream import Batch, batch, open_stream, text_lengths
 from ted_scale.flops import body_flops, head_flops, keys_of, lengths_of, step_flops
 from ted_scale.losses import count_valid
 from ted_scale.models import inspect

@@ -47,7 +47,7 @@ from ted_scale.corpora.documents import read_documents
 from ted_scale.corpora.megatron import mapped
 from ted_scale.corpora.shards import document_borders, read_index
 from ted_scale.corpora.tokenizer import digest, load_tokenizer
-from ted_scale.data import batch, open_held_out, open_stream
+from ted_scale.data.stream import batch, open_held_out, open_stream
 from ted_scale.filters import Filter
 from ted_scale.filters_file import check_filters, filter_tensors, load_filters
 from ted_scale.models import inspect

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import make_corpus, make_model, make_run, pretrain, write_run
 
-from ted_scale.data import batch, open_stream
-from ted_scale.loader import Loader
+from ted_scale.data.loader import Loader
+from ted_scale.data.stream import batch, open_stream
 
 pytestmark = [
     pytest.mark.gpu,

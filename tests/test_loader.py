@@ -18,10 +18,10 @@ from corpus import counting_documents, data_section, steps, write_shard
 from scenarios import rows
 from tiny import make_corpus, make_model, make_run, pretrain_command, write_run
 
-from ted_scale import blend
 from ted_scale.base.errors import Gone, UserError
-from ted_scale.data import batch, open_stream
-from ted_scale.loader import Ahead, Loader
+from ted_scale.data import blend
+from ted_scale.data.loader import Ahead, Loader
+from ted_scale.data.stream import batch, open_stream
 
 VOCAB = 60000
 
@@ -198,10 +198,10 @@ def test_thread_and_workers_end_with_their_loader(stream, closed):
 
 OPENED = """
 import sys; sys.path.insert(0, "tests")
-from ted_scale.loader import Loader
+from ted_scale.data.loader import Loader
 loaders = [Loader(workers=n, prefetch=2, micro_batch=2, rank=0, world=1, device="cpu") for n in (2, 0)]
 from corpus import data_section
-from ted_scale.data import open_stream
+from ted_scale.data.stream import open_stream
 stream = open_stream(data_section({path!r}), 1, 60000)
 drawn = [loader.steps(stream, start=0, samples_per_step=8) for loader in loaders]
 for steps in drawn:
@@ -210,7 +210,7 @@ print(*(worker.process.pid for worker in loaders[0].hired.result()))
 """
 KILLED = """
 import time
-from ted_scale.loader import Loader
+from ted_scale.data.loader import Loader
 loader = Loader(workers=2, prefetch=2, micro_batch=2, rank=0, world=1, device="cpu")
 print(*(worker.process.pid for worker in loader.hired.result()), flush=True)
 time.sleep(60)

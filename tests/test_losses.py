@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ted_scale.anatomy import Head
-from ted_scale.data import Batch
+from ted_scale.data.stream import Batch
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.tokens import IGNORED
 from ted_scale.losses import count_valid

@@ -11,7 +11,7 @@ from tiny import make_run
 from wandb_file import read_config, read_records, read_rows
 
 from ted_scale.clock import Clock
-from ted_scale.data import Batch
+from ted_scale.data.stream import Batch
 from ted_scale.flops import Work
 from ted_scale.metrics import Metrics, mean_rows, shown
 from ted_scale.progress import Progress

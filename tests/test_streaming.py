@@ -17,7 +17,7 @@ from ted_scale.config.data import Streaming
 from ted_scale.corpora import remote as remote_shards
 from ted_scale.corpora.corpus import read_corpus
 from ted_scale.corpora.output import as_text, sealed
-from ted_scale.data import open_held_out, open_stream, validation_batches
+from ted_scale.data.stream import open_held_out, open_stream, validation_batches
 from ted_scale.storage import objects
 from ted_scale.storage.chunks import chunks_of
 from tools import inspect_corpus

@@ -1,6 +1,6 @@
 """Corpora opened for reading: the shards of one corpus as one run of tokens, cut in a training and a held-out part.
 
-shards.py says what a sound shard is, data.py asks for windows, chunks.py fetches what is in object storage. A part holds
+shards.py says what a sound shard is, stream.py asks for windows, chunks.py fetches what is in object storage. A part holds
 checked headers and nothing that is open, so that it can be sent to another process. Megatron's readers are opened when
 they are needed, OPEN_SHARDS at a time, and megatron is imported late, because that takes seconds. The surprise: a view
 of a shard that was closed is a crash and no exception, so whoever reads holds the shard and copies.

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ted_scale.attention import PATHS, Layer, causal_attention, path
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
-from ted_scale.packing import Packing, pack, whole_rows
+from ted_scale.data.packing import Packing, pack, whole_rows
 from tools.bench.memory import peak_bytes
 
 CASES = {  # documents, window, soft-cap

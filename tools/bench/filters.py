@@ -112,7 +112,7 @@ def arm_of(plan, stage, teacher, network, moments=None, learnt=None) -> Arm:
 
 def batches(plan, held_out: bool = False):
     """Micro-batches of the training stream, or of what is held out."""
-    from ted_scale.data import batch, open_held_out, open_stream
+    from ted_scale.data.stream import batch, open_held_out, open_stream
 
     vocabulary, data = plan.student.vocab_size, plan.run.data
     stream = (

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own f
 
 from ted_scale.config.data import Data
 from ted_scale.corpora.megatron import megatron_indexed
-from ted_scale.data import open_stream
-from ted_scale.loader import Loader
+from ted_scale.data.loader import Loader
+from ted_scale.data.stream import open_stream
 from tools.bench.loader import VOCABULARY, write_corpus
 
 FAR = 10**9

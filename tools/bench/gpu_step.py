@@ -21,10 +21,10 @@ from ted_scale.build import start_ranks
 from ted_scale.clock import Clock
 from ted_scale.config.run import Run
 from ted_scale.corpora.writer import dtype_of, index_bytes
-from ted_scale.data import open_stream
+from ted_scale.data.loader import Loader
+from ted_scale.data.stream import open_stream
 from ted_scale.flops import step_flops
 from ted_scale.guard import Guard
-from ted_scale.loader import Loader
 from ted_scale.metrics import Metrics
 from ted_scale.peaks import device_peak
 from ted_scale.plan import Plan, make_plan

@@ -37,8 +37,8 @@ from ted_scale.base.errors import RESUME, run_main
 from ted_scale.build import run_plan, save
 from ted_scale.config.run import Run
 from ted_scale.copier import Copier
+from ted_scale.data.loader import Loader
 from ted_scale.guard import Guard
-from ted_scale.loader import Loader
 from ted_scale.metrics import Metrics
 from ted_scale.plan import Plan, make_plan
 from ted_scale.ranks import signals

@@ -25,8 +25,8 @@ from ted_scale.config.data import Data
 from ted_scale.corpora.megatron import without_noise
 from ted_scale.corpora.shards import document_borders, read_index
 from ted_scale.corpora.writer import index_bytes
-from ted_scale.data import batch, open_stream
-from ted_scale.loader import Loader
+from ted_scale.data.loader import Loader
+from ted_scale.data.stream import batch, open_stream
 
 VOCABULARY = 50257
 END = 0  # ends a document and stands nowhere else, which is how megatron finds documents

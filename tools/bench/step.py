@@ -170,8 +170,8 @@ def in_turn(arms: dict, steps: int, run, device):
 def batches(run, device):
     import torch.distributed as dist
 
-    from ted_scale.data import open_stream
-    from ted_scale.loader import Loader
+    from ted_scale.data.loader import Loader
+    from ted_scale.data.stream import open_stream
     from ted_scale.models import inspect
 
     vocabulary = inspect("student.path", run.student.path).vocab_size

@@ -65,8 +65,8 @@ def first_step_s(path: str, folder: Path) -> float:
 
 def print_first_step(path: str, folder: Path) -> None:
     from ted_scale.corpora.megatron import megatron_indexed
-    from ted_scale.data import open_stream
-    from ted_scale.loader import Loader
+    from ted_scale.data.loader import Loader
+    from ted_scale.data.stream import open_stream
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
     megatron_indexed()
@@ -91,8 +91,8 @@ def upload(endpoint: Endpoint, folder: Path, bucket: str) -> None:
 
 def waits_ms(path: str, folder: Path, count: int, step_ms: float, **stream) -> tuple[list[float], str, int]:
     """(waits of steps behind the warm-up, digest of all samples, most bytes of the cache on disk)."""
-    from ted_scale.data import open_stream
-    from ted_scale.loader import Loader
+    from ted_scale.data.loader import Loader
+    from ted_scale.data.stream import open_stream
 
     opened = open_stream(section(path, folder, **stream), 1, VOCAB)
     loader = Loader(workers=0, prefetch=2, micro_batch=8, rank=0, world=1, device="cpu")

@@ -9,7 +9,7 @@ together from such units until the epoch ends, so that no token of it comes twic
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ted_scale import order
+from ted_scale.data import order
 
 
 class Cursor(NamedTuple):

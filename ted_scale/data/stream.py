@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy
 import torch
 
-from ted_scale import blend, order
 from ted_scale.base.errors import UserError
-from ted_scale.blend import Domain, Interval
 from ted_scale.corpora.corpus import Part, open_part
+from ted_scale.data import blend, order
+from ted_scale.data.blend import Domain, Interval
+from ted_scale.data.packing import Packing, pack
 from ted_scale.kernels.tokens import IGNORED
-from ted_scale.packing import Packing, pack
 
 
 class Batch(NamedTuple):

@@ -1,7 +1,7 @@
 """The loader: optimizer steps as micro-batches by position, read ahead by a thread or by worker processes, and on the device
 when they are asked for.
 
-data.py reads a batch at given positions; this file says which positions are this rank's and who reads them when. The
+stream.py reads a batch at given positions; this file says which positions are this rank's and who reads them when. The
 surprise: a thread collects what workers read, in the order that it was asked for, so the stream is the same for any
 number of them; why they are not torch's DataLoader stands in docs/design/0015-workers-on-pipes.md.
 """
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from ted_scale.base.errors import SENTENCES, Gone, UserError
-from ted_scale.data import Batch, Stream, batch, read_ahead
+from ted_scale.data.stream import Batch, Stream, batch, read_ahead
 from ted_scale.ranks.signals import SIGNALS
 
 # Not fork: by now there are threads of CUDA and gloo, and a child inherits their locks as they stand. Not spawn: every
@@ -161,7 +161,7 @@ class Worker(NamedTuple):
 
 
 def hire(workers: int, rank: int) -> tuple[Worker, ...]:
-    PROCESSES.set_forkserver_preload(["ted_scale.preloaded"])
+    PROCESSES.set_forkserver_preload(["ted_scale.data.preloaded"])
     return tuple(start_worker(number, rank) for number in range(workers))
 
 

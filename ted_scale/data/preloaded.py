@@ -4,7 +4,7 @@ import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no worker has business on a GPU
 
-from ted_scale import loader  # noqa: F401
 from ted_scale.corpora.megatron import megatron_indexed
+from ted_scale.data import loader  # noqa: F401
 
 megatron_indexed()
