@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import attention, checkpoint, feed, fused, health, kernels, metrics, replicas, zero_hooks
+from ted_scale import checkpoint, feed, health, kernels, metrics, replicas
 from ted_scale import checkpoint_files as files
 from ted_scale.attempts import attempt
 from ted_scale.base import exits, redact
@@ -26,8 +26,9 @@ from ted_scale.engines import DTYPES, build_student, build_teacher, check_engine
 from ted_scale.filter_start import write_start
 from ted_scale.filters_file import gather_filters, write_filters
 from ted_scale.flops import step_flops
-from ted_scale.fused import describe as describe_blocks
 from ted_scale.guard import Guard
+from ted_scale.models import attention, fused, zero_hooks
+from ted_scale.models.fused import describe as describe_blocks
 from ted_scale.plan import Plan, as_dict
 from ted_scale.progress import Progress, read_progress
 from ted_scale.ranks import pulse, shortage, watch

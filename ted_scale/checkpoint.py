@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
+from ted_scale.models.zero import shape_of
 from ted_scale.state_files import KINDS, State, cut, key_of
-from ted_scale.zero import shape_of
 
 
 class Snapshot(NamedTuple):

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import torch
 
-from ted_scale import replicas, zero_hooks
+from ted_scale import replicas
 from ted_scale.base.errors import UserError
-from ted_scale.engine_config import engine_config
 from ted_scale.filters import Filter, has_lift
 from ted_scale.filters_file import load_filters
-from ted_scale.fused import fuse
+from ted_scale.models import zero_hooks
+from ted_scale.models.engine_config import engine_config
+from ted_scale.models.fused import fuse
+from ted_scale.models.weights import build_network
+from ted_scale.models.zero import shape_of, sharded_construction
 from ted_scale.plan import Plan
 from ted_scale.schedule import Stage
 from ted_scale.student import Student
 from ted_scale.teacher import Teacher, TeacherBody
-from ted_scale.weights import build_network
-from ted_scale.zero import shape_of, sharded_construction
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

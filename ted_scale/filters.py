@@ -10,8 +10,8 @@ forward runs.
 import torch
 from torch import nn
 
-from ted_scale.anatomy import Anatomy, Head
 from ted_scale.config.run import Run
+from ted_scale.models.anatomy import Anatomy, Head
 
 
 def has_lift(run: Run, teacher: Anatomy) -> bool:

@@ -8,10 +8,10 @@ were not cut is another one than the cut's. It is the method's own, and matches 
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.anatomy import Anatomy
 from ted_scale.base.errors import UserError, files_at, shown
 from ted_scale.base.parsing import fits, parse_json
 from ted_scale.config.method import Pairs
+from ted_scale.models.anatomy import Anatomy
 
 CUT = "cut.json"
 FORM = {"blocks": list, "teacher": dict}

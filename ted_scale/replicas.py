@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from ted_scale.base.errors import RunStopped
+from ted_scale.models.zero import is_sharded, own_part
 from ted_scale.ranks.agree import of_all_ranks
-from ted_scale.zero import is_sharded, own_part
 
 AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 GOLDEN = -7046029254386353131  # 2^64 over the golden ratio, as a signed number: places are far apart

@@ -8,12 +8,12 @@ from tiny import FAMILIES, MORE, make_run
 from transformers import AutoModelForCausalLM
 
 from ted_scale import engines
-from ted_scale.anatomy import run_body
-from ted_scale.engine_config import engine_config
-from ted_scale.models import inspect
+from ted_scale.models.anatomy import run_body
+from ted_scale.models.engine_config import engine_config
+from ted_scale.models.inspection import inspect
+from ted_scale.models.weights import build_network
+from ted_scale.models.zero import gathered
 from ted_scale.plan import make_plan
-from ted_scale.weights import build_network
-from ted_scale.zero import gathered
 
 FAR = 4096
 

@@ -12,19 +12,20 @@ import torch
 import torch.distributed as dist
 from tiny import FAMILIES, make_run
 
-from ted_scale import attempts, build, checkpoint_files, fused, saver
+from ted_scale import attempts, build, checkpoint_files, saver
 from ted_scale.base import sealed
 from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.checkpoint import Snapshot
-from ted_scale.engine_config import engine_config
 from ted_scale.kernels.arguments import check_labels
 from ted_scale.kernels.products import all_count
 from ted_scale.metrics import Metrics
+from ted_scale.models import fused
+from ted_scale.models.engine_config import engine_config
+from ted_scale.models.zero import gathered, resident_share, shape_of
 from ted_scale.plan import make_plan
 from ted_scale.progress import Progress
 from ted_scale.state_files import KINDS, key_of
 from ted_scale.student import Student
-from ted_scale.zero import gathered, resident_share, shape_of
 
 TEN_STEPS = {"filters": {"steps": 4}, "train": {"steps": 6}}
 THREE_STEPS = {"filters": {"steps": 1}, "train": {"steps": 2}}
@@ -296,8 +297,8 @@ def layer_loss_ends(folder: Path, device):
 
 def loading_memory(folder: Path, device):
     """Peak host memory of this rank while a model of many files loads, and the sizes it is compared with."""
-    from ted_scale.models import inspect
-    from ted_scale.weights import build_network
+    from ted_scale.models.inspection import inspect
+    from ted_scale.models.weights import build_network
 
     anatomy = inspect("student.path", str(folder / "large"))
     sizes = [f.stat().st_size for f in anatomy.folder.glob("*.safetensors")]

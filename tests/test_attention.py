@@ -11,9 +11,9 @@ from plain import load_model
 from test_models import LENGTHS, NUDGED, differences, no_host_reads
 from tiny import MORE, make_model
 
-from ted_scale import attention, attention_paths
-from ted_scale.anatomy import run_body
-from ted_scale.attention import PATHS, Layer, describe, path
+from ted_scale.models import attention, attention_paths
+from ted_scale.models.anatomy import run_body
+from ted_scale.models.attention import PATHS, Layer, describe, path
 from tools.bench.memory import peak_bytes
 
 T = 600  # blocks of 128 and tiles of 256 are cut off

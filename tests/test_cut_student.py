@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError  # noqa: E402
 from ted_scale.config.method import Pairs  # noqa: E402
-from ted_scale.models import inspect  # noqa: E402
+from ted_scale.models.inspection import inspect  # noqa: E402
 from ted_scale.pairs import match_layers  # noqa: E402
 from tools.cut_student import main  # noqa: E402
 

@@ -63,9 +63,9 @@ def plain_losses(folder: Path, **sections) -> list[float]:
     from ted_scale.data.stream import open_stream
     from ted_scale.engines import build_filters, parameter_groups
     from ted_scale.losses import count_valid
+    from ted_scale.models.weights import build_network
     from ted_scale.student import Student
     from ted_scale.teacher import Teacher, TeacherBody
-    from ted_scale.weights import build_network
 
     run = make_run(folder, name="plain", **sections)
     plan = make_plan(run, 1)

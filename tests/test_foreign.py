@@ -17,10 +17,10 @@ from ted_scale.base.paths import own_folder
 from ted_scale.config.data import Streaming
 from ted_scale.corpora import corpus, output, remote
 from ted_scale.corpora.tokenizer import load_tokenizer
-from ted_scale.models import inspect
-from ted_scale.safetensors_out import TOKENIZER_FILES, copy_files
+from ted_scale.models.inspection import inspect
+from ted_scale.models.model_folder import TOKENIZER_FILES, copy_files
+from ted_scale.models.vocabulary import read_vocabulary
 from ted_scale.storage.objects import Object
-from ted_scale.vocabulary import read_vocabulary
 from tools.train_tokenizer import train, write_folder
 
 

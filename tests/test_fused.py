@@ -10,12 +10,12 @@ from plain import load_model
 from test_models import logits_and_gradients, logits_of, tokens
 from tiny import FAMILIES, GQA, MORE, make_corpus, make_model, make_run
 
-from ted_scale import fused
-from ted_scale.anatomy import head_of
 from ted_scale.base.errors import UserError
-from ted_scale.fused import describe, fuse
 from ted_scale.kernels import filtered_ce
-from ted_scale.models import inspect
+from ted_scale.models import fused
+from ted_scale.models.anatomy import head_of
+from ted_scale.models.fused import describe, fuse
+from ted_scale.models.inspection import inspect
 from ted_scale.plan import make_plan
 
 pytest.importorskip("liger_kernel")

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from tiny import make_run, run_values
 
 from ted_scale import checkpoint_files as files
-from ted_scale import feed, models, pairs, plan
+from ted_scale import feed, pairs, plan
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.config import changes
@@ -50,13 +50,14 @@ from ted_scale.corpora.tokenizer import digest, load_tokenizer
 from ted_scale.data.stream import batch, open_held_out, open_stream
 from ted_scale.filters import Filter
 from ted_scale.filters_file import check_filters, filter_tensors, load_filters
-from ted_scale.models import inspect
+from ted_scale.models import inspection
+from ted_scale.models.inspection import inspect
+from ted_scale.models.vocabulary import read_vocabulary
+from ted_scale.models.weights import build_network, load_weights
 from ted_scale.plan import describe, make_plan
 from ted_scale.progress import Progress, read_progress
 from ted_scale.rows import rows_at, trim_rows
 from ted_scale.state_files import KINDS, State, as_bytes, key_of, rank_file
-from ted_scale.vocabulary import read_vocabulary
-from ted_scale.weights import build_network, load_weights
 from tools import inspect_corpus, train_tokenizer
 
 LONGEST_S = 20  # a first import is in it
@@ -451,7 +452,7 @@ def plans_inspect_once(monkeypatch):
         raise OSError("there is no network here")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", out_of_reach)
-    monkeypatch.setattr(plan, "inspect", cache(models.inspect))
+    monkeypatch.setattr(plan, "inspect", cache(inspection.inspect))
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.__name__)

@@ -59,9 +59,9 @@ def test_buffers_on_the_device_are_those_that_transformers_builds(root):
 
 BUFFERS = """
 import sys, torch, transformers
-from ted_scale.models import inspect
+from ted_scale.models.inspection import inspect
 from ted_scale.ranks.group import start_ranks
-from ted_scale.zero import build_network
+from ted_scale.models.zero import build_network
 device = start_ranks()
 config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
 ours = build_network(inspect("model", sys.argv[1]), ds_config=config, dtype=torch.bfloat16)

@@ -7,10 +7,10 @@ from dense_attention import dense, packing_of, visible
 from plain import load_model
 from tiny import FAMILIES, MORE, make_model
 
-from ted_scale import attention_paths
-from ted_scale.anatomy import run_body
-from ted_scale.attention import PATHS, Layer, path
 from ted_scale.data.packing import whole_rows
+from ted_scale.models import attention_paths
+from ted_scale.models.anatomy import run_body
+from ted_scale.models.attention import PATHS, Layer, path
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = torch.device("cuda")

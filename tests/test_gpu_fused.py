@@ -8,7 +8,7 @@ import torch
 from test_fused import LIGER, tiny
 from test_models import logits_of, tokens
 
-from ted_scale.fused import fuse
+from ted_scale.models.fused import fuse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

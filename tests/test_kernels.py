@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_losses import HEADS, SETTINGS, SIDES, doubled, filtered, heads, naive_kl_ce, naive_mse, ours, tensors
 
-from ted_scale.anatomy import soften
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.tokens import IGNORED
 from ted_scale.kernels.triton import layers as triton_layers
 from ted_scale.kernels.triton import shapes
 from ted_scale.kernels.triton import strict as triton_strict
+from ted_scale.models.anatomy import soften
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_kernels.py compiles them")
 A_UNIT = {torch.float32: 5e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_model
 
 from ted_scale.base.errors import UserError
-from ted_scale.models import inspect
-from ted_scale.weights import build_network
+from ted_scale.models.inspection import inspect
+from ted_scale.models.weights import build_network
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from tiny import FAMILIES, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING
 
-from ted_scale.anatomy import Anatomy, Taps, head_of, run_body, soften
 from ted_scale.base.errors import UserError
 from ted_scale.kernels import filtered_ce
-from ted_scale.models import inspect
+from ted_scale.models.anatomy import Anatomy, Taps, head_of, run_body, soften
+from ted_scale.models.inspection import inspect
 
 LENGTH = 24
 

@@ -11,7 +11,7 @@ from tiny import make_corpus, make_run
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError
-from ted_scale.models import inspect
+from ted_scale.models.inspection import inspect
 from tools.new_model import main
 
 SMALL = {
@@ -49,8 +49,8 @@ def test_what_is_set_arrives_and_the_model_is_accepted(family, tokenizer, tmp_pa
 
 
 def test_a_run_is_planned_over_it_and_its_weights_are_drawn(tokenizer, tmp_path):
+    from ted_scale.models.weights import build_network
     from ted_scale.plan import make_plan
-    from ted_scale.weights import build_network
 
     make(tokenizer, tmp_path / "student", "--set", *SMALL["llama"])
     make_corpus(tmp_path / "corpus", vocabulary=100)

@@ -8,7 +8,7 @@ from plain import make_world
 from tiny import make_model, make_run
 
 from ted_scale import flops
-from ted_scale.models import inspect
+from ted_scale.models.inspection import inspect
 from ted_scale.plan import describe, make_plan
 from ted_scale.price import LEAST_ROWS, SHARE, TILE, auto_width, filter_parameters, resolved
 from ted_scale.schedule import stages_of

@@ -6,9 +6,9 @@ import transformers
 from plain import build, cut, make_batch, make_shard, make_world, run_step
 from tiny import make_model
 
-from ted_scale.anatomy import Taps
 from ted_scale.kernels.tokens import IGNORED
 from ted_scale.losses import count_valid
+from ted_scale.models.anatomy import Taps
 from ted_scale.signal import Weights
 
 ON = Weights(ce=0.5, kl=2.0, layer=3.0)

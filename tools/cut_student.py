@@ -14,12 +14,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ted_scale.anatomy import Anatomy
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
-from ted_scale.models import empty_model, inspect, read_config
-from ted_scale.pairs import CUT, cut_map, spread
-from ted_scale.safetensors_out import (
+from ted_scale.models.anatomy import Anatomy
+from ted_scale.models.inspection import empty_model, inspect, read_config
+from ted_scale.models.model_folder import (
     TOKENIZER_FILES,
     Recipe,
     copy_files,
@@ -28,8 +27,9 @@ from ted_scale.safetensors_out import (
     write_json,
     write_shards,
 )
+from ted_scale.models.weights import renamer
+from ted_scale.pairs import CUT, cut_map, spread
 from ted_scale.storage.hub import find_folder
-from ted_scale.weights import renamer
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip

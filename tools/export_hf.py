@@ -68,8 +68,8 @@ def recipes(checkpoint: Path, student: Path, dtype) -> list:
     """The network's tensors, and nothing else of the trained module, under the names its family gives them."""
     import torch
 
-    from ted_scale.models import empty_model, read_config
-    from ted_scale.safetensors_out import Recipe, saved_tensors
+    from ted_scale.models.inspection import empty_model, read_config
+    from ted_scale.models.model_folder import Recipe, saved_tensors
 
     with torch.device("meta"):
         model = empty_model(read_config("student.path", student))
@@ -93,7 +93,7 @@ def whole(state, name: str, dtype):
 
 def write_config(student: Path, target: Path, dtype) -> None:
     """The student's own config.json but for the dtype: what training switched off, like dropout, stands as it was."""
-    from ted_scale.safetensors_out import write_json
+    from ted_scale.models.model_folder import write_json
 
     values = json.loads((student / "config.json").read_text(encoding="utf-8"))
     for key in {"dtype", "torch_dtype"} & values.keys() or {"dtype"}:
@@ -108,8 +108,8 @@ def name_of(dtype) -> str:
 def copy_tokenizer(run: Run, student: Path, target: Path) -> None:
     """The student's tokenizer; the teacher's, which is the same, for a student that came without one. And which of the
     teacher's blocks it was cut from, for runs that go on from there."""
+    from ted_scale.models.model_folder import TOKENIZER_FILES, copy_files
     from ted_scale.pairs import CUT
-    from ted_scale.safetensors_out import TOKENIZER_FILES, copy_files
     from ted_scale.storage.hub import find_folder
 
     copy_files(student, target, ["generation_config.json", CUT])
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch  # seconds of imports that a wrong folder should not cost
 
-    from ted_scale.safetensors_out import new_folder, write_shards
+    from ted_scale.models.model_folder import new_folder, write_shards
     from ted_scale.storage.hub import find_folder
 
     student = find_folder("student.path", arguments.student or run.student.path)

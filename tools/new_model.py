@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.corpora.tokenizer import hugging_face, load_tokenizer
-from ted_scale.models import inspect
-from ted_scale.safetensors_out import TOKENIZER_FILES, copy_files, new_folder, write_json
+from ted_scale.models.inspection import inspect
+from ted_scale.models.model_folder import TOKENIZER_FILES, copy_files, new_folder, write_json
 
 OWNED = {"vocab_size": "--tokenizer and --pad-vocab-to", "model_type": "--family", "architectures": "--family"}
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")

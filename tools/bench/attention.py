@@ -1,4 +1,4 @@
-"""What keeping documents apart costs: every way of ted_scale/attention.py beside a dense [T, T] mask, in turn, in one process.
+"""What keeping documents apart costs: every way of ted_scale/models/attention.py beside a dense [T, T] mask, in turn, in one process.
 
 One layer's attention, forward and backward, over a row of T tokens of documents with lognormal lengths (median 300). The
 dense arm is what SDPA does with a mask, or plain torch where scores are soft-capped.
@@ -15,10 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ted_scale.attention import PATHS, Layer, causal_attention, path
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.data.packing import Packing, pack, whole_rows
+from ted_scale.models.attention import PATHS, Layer, causal_attention, path
 from tools.bench.memory import peak_bytes
 
 CASES = {  # documents, window, soft-cap

@@ -58,7 +58,7 @@ def sharded(*, lean: bool, trained: bool):
     """Every weight sharded; one rank has nothing to gather, and runs all the hooks."""
     import deepspeed
 
-    from ted_scale import zero_hooks
+    from ted_scale.models import zero_hooks
 
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     config = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}

@@ -172,7 +172,7 @@ def batches(run, device):
 
     from ted_scale.data.loader import Loader
     from ted_scale.data.stream import open_stream
-    from ted_scale.models import inspect
+    from ted_scale.models.inspection import inspect
 
     vocabulary = inspect("student.path", run.student.path).vocab_size
     settings = {"workers": run.data.workers, "prefetch": run.data.prefetch, "micro_batch": run.train.micro_batch}

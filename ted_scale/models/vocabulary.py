@@ -3,11 +3,11 @@ not."""
 
 from pathlib import Path
 
-from ted_scale.anatomy import Anatomy
 from ted_scale.base.errors import UserError
 from ted_scale.corpora.shards import ShardIndex, tokenizer_of
 from ted_scale.corpora.tokenizer import digest, hugging_face, load_tokenizer
-from ted_scale.models import quiet_transformers
+from ted_scale.models.anatomy import Anatomy
+from ted_scale.models.inspection import quiet_transformers
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ted_scale import attention
 from ted_scale.data.packing import Packing
+from ted_scale.models import attention
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 Transformers' own path asks the device whether a batch holds packed sequences (`.all()` in every forward); a name it has
 no mask function for skips that question. `path` is the one rule of who computes a layer, attention_paths.py has the
 ways. The surprise: documents reach a layer as a keyword that the family's own modules hand down without knowing it, so
-that a block computed again for its gradient is given the same ones; models.py finds the families that lose it.
+that a block computed again for its gradient is given the same ones; inspection.py finds the families that lose it.
 
 `sdpa`    nothing but causal: torch's fused kernels, every device
 `varlen`  a window or documents in 16 bits on CUDA from sm_80 on: flash attention over the documents' borders
@@ -19,9 +19,9 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ted_scale.attention_paths import flex, tiled, varlen
 from ted_scale.data.packing import Packing, whole_rows
 from ted_scale.kernels.triton.device import device_name, runs_triton
+from ted_scale.models.attention_paths import flex, tiled, varlen
 
 NAME = "ted_scale"
 PATHS = {"varlen": varlen, "flex": flex, "tiled": tiled}

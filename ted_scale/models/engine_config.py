@@ -1,6 +1,6 @@
 """DeepSpeed's configuration for one model: its file's part, what the run file owns, and sizes that follow from the model."""
 
-from ted_scale.anatomy import Anatomy
+from ted_scale.models.anatomy import Anatomy
 
 
 def engine_config(plan, model: Anatomy, **trained) -> dict:

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ted_scale.anatomy import Anatomy
 from ted_scale.base.errors import UserError
-from ted_scale.models import empty_model, read_config
-from ted_scale.zero import is_sharded, own_part, own_range, shape_of, sharded_construction
+from ted_scale.models.anatomy import Anatomy
+from ted_scale.models.inspection import empty_model, read_config
+from ted_scale.models.zero import is_sharded, own_part, own_range, shape_of, sharded_construction
 
 
 def build_network(anatomy: Anatomy, *, ds_config: dict | None, dtype, init: str = "weights", seed: int = 0):

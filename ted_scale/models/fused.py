@@ -2,7 +2,7 @@
 
 Liger knows which of its kernels a family's modules are; `fuse` has it put them into one network, whose parameters stay where
 they are. The surprise: on the way Liger also changes the family's file in transformers for every model of the process, those
-too that models.py only looks at on the meta device, where no kernel runs. So that file gets its names back, and a function
+too that inspection.py only looks at on the meta device, where no kernel runs. So that file gets its names back, and a function
 that a module would have looked up there is given to that module alone.
 """
 
