@@ -37,8 +37,8 @@ def main() -> None:
 
     plan = make_plan(run, world=arguments.ranks or int(os.environ.get("WORLD_SIZE", "1")))
     if arguments.dry_run:
-        from ted_scale import memory
         from ted_scale.config.run_file import to_toml
+        from ted_scale.distill import memory
         from ted_scale.engines import check_engine_config
 
         logging.disable(logging.WARNING)  # DeepSpeed's go to stdout, where the run file is printed

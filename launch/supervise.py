@@ -127,7 +127,7 @@ def step_of(run) -> int:
 
 def is_done(run) -> bool:
     """A launcher that is killed is `deepspeed`'s exit code 0 as well."""
-    from ted_scale.schedule import stages_of  # torch, seconds and memory that are not needed before
+    from ted_scale.distill.stages import stages_of  # torch, seconds and memory that are not needed before
 
     return step_of(run) >= stages_of(run)[-1].last_step
 

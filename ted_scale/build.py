@@ -22,10 +22,11 @@ from ted_scale.base.errors import Preempted, RunStopped, UserError
 from ted_scale.config import changes
 from ted_scale.console import say
 from ted_scale.data.loader import Loader
+from ted_scale.distill.flops import step_flops
+from ted_scale.distill.stages import Stage
 from ted_scale.engines import DTYPES, build_student, build_teacher, check_engine_config
 from ted_scale.filter_start import write_start
 from ted_scale.filters_file import gather_filters, write_filters
-from ted_scale.flops import step_flops
 from ted_scale.guard import Guard
 from ted_scale.models import attention, fused, zero_hooks
 from ted_scale.models.fused import describe as describe_blocks
@@ -37,7 +38,6 @@ from ted_scale.ranks.group import start_ranks
 from ted_scale.rewind import Rewind, gone_back
 from ted_scale.run_folder import claim_folder, filters_files, where_it_stands
 from ted_scale.saver import Saver, give_up, sentence
-from ted_scale.schedule import Stage
 from ted_scale.tracking import open_wandb
 from ted_scale.train import train
 from ted_scale.validate import holds_out, validate

@@ -10,7 +10,10 @@ import torch
 
 from ted_scale import replicas
 from ted_scale.base.errors import UserError
-from ted_scale.filters import Filter, has_lift
+from ted_scale.distill.filters import Filter, has_lift
+from ted_scale.distill.stages import Stage
+from ted_scale.distill.student import Student
+from ted_scale.distill.teacher import Teacher, TeacherBody
 from ted_scale.filters_file import load_filters
 from ted_scale.models import zero_hooks
 from ted_scale.models.engine_config import engine_config
@@ -18,9 +21,6 @@ from ted_scale.models.fused import fuse
 from ted_scale.models.weights import build_network
 from ted_scale.models.zero import shape_of, sharded_construction
 from ted_scale.plan import Plan
-from ted_scale.schedule import Stage
-from ted_scale.student import Student
-from ted_scale.teacher import Teacher, TeacherBody
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -13,6 +13,8 @@ import torch
 
 from ted_scale import health
 from ted_scale.base.errors import RunStopped
+from ted_scale.distill.signal import Losses, Weights
+from ted_scale.distill.stages import Stage
 from ted_scale.models.zero import forget_gradients
 from ted_scale.norms import norms_apart, sides_of
 from ted_scale.progress import Progress
@@ -20,8 +22,6 @@ from ted_scale.ranks import signals
 from ted_scale.ranks.agree import of_all_ranks
 from ted_scale.report import Event, write_report
 from ted_scale.rewind import Rewind, ways_back
-from ted_scale.schedule import Stage
-from ted_scale.signal import Losses, Weights
 
 
 class Guard:

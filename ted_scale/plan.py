@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ted_scale import checkpoint_files as files
-from ted_scale import feed, price, standing
+from ted_scale import feed, standing
 from ted_scale.base.errors import UserError
 from ted_scale.config import changes
 from ted_scale.config.ds_config import load_ds_config
@@ -18,17 +18,18 @@ from ted_scale.config.run import Model, Run
 from ted_scale.corpora.corpus import read_corpus
 from ted_scale.corpora.shards import check_vocabulary
 from ted_scale.data.stream import open_held_out, open_stream, text_lengths
+from ted_scale.distill import price
+from ted_scale.distill.flops import keys_of, step_flops
+from ted_scale.distill.pairs import Matched, match_layers
+from ted_scale.distill.stages import Stage, stages_of
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.filters_file import check_filters
-from ted_scale.flops import keys_of, step_flops
 from ted_scale.models import fused
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import inspect
 from ted_scale.models.vocabulary import check_corpus_tokenizer, check_same_tokenizer
-from ted_scale.pairs import Matched, match_layers
 from ted_scale.progress import Progress
 from ted_scale.rows import last_row
-from ted_scale.schedule import Stage, stages_of
 from ted_scale.tracking import has_key
 
 

@@ -15,12 +15,12 @@ import torch.distributed as dist
 
 from ted_scale import checkpoint_copies as copies
 from ted_scale import checkpoint_files as files
-from ted_scale import memory
 from ted_scale.base.errors import Gone, files_at
 from ted_scale.base.sealed import MANIFEST, PART, Damaged, publish, read_manifest, sync, write_durably
 from ted_scale.config import changes
 from ted_scale.config.run_file import to_toml
 from ted_scale.console import open_log
+from ted_scale.distill import memory
 from ted_scale.plan import Plan, describe
 from ted_scale.progress import Progress, read_progress
 from ted_scale.ranks import pulse

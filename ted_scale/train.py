@@ -1,9 +1,9 @@
 """The whole run, top to bottom. What happens once lives in build.py; what happens every step is all here, in order."""
 
 from ted_scale.base.errors import Preempted
-from ted_scale.losses import count_valid, for_engine
+from ted_scale.distill.normalization import count_valid, for_engine
+from ted_scale.distill.stages import set_rates
 from ted_scale.ranks import pulse, signals
-from ted_scale.schedule import set_rates
 
 
 def train(stage, student, teacher, data, guard, metrics, progress, verify, validate, save):

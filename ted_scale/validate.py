@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from ted_scale.base.errors import Preempted
 from ted_scale.data.stream import Stream, open_held_out, validation_batches
-from ted_scale.losses import count_valid
+from ted_scale.distill.normalization import count_valid
+from ted_scale.distill.signal import Weights
 from ted_scale.ranks import pulse, signals
-from ted_scale.signal import Weights
 
 
 class Loss(NamedTuple):

@@ -16,8 +16,8 @@ from tiny import make_run
 from ted_scale import build
 from ted_scale.base.errors import RunStopped
 from ted_scale.data.stream import open_stream
+from ted_scale.distill.student import Student
 from ted_scale.metrics import Metrics
-from ted_scale.student import Student
 
 NAN, INF = float("nan"), float("inf")
 

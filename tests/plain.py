@@ -10,16 +10,16 @@ from tiny import make_model, make_run
 
 from ted_scale.data.packing import pack
 from ted_scale.data.stream import Batch
+from ted_scale.distill.normalization import count_valid
+from ted_scale.distill.signal import Weights
+from ted_scale.distill.stages import Stage
+from ted_scale.distill.student import Student
+from ted_scale.distill.teacher import Teacher, TeacherBody
 from ted_scale.engines import build_filters
 from ted_scale.kernels.tokens import IGNORED
-from ted_scale.losses import count_valid
 from ted_scale.models.inspection import inspect
 from ted_scale.models.weights import build_network
 from ted_scale.plan import Plan, make_plan
-from ted_scale.schedule import Stage
-from ted_scale.signal import Weights
-from ted_scale.student import Student
-from ted_scale.teacher import Teacher, TeacherBody
 
 VOCABULARY = 128
 

@@ -16,6 +16,7 @@ from ted_scale import attempts, build, checkpoint_files, saver
 from ted_scale.base import sealed
 from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.checkpoint import Snapshot
+from ted_scale.distill.student import Student
 from ted_scale.kernels.arguments import check_labels
 from ted_scale.kernels.products import all_count
 from ted_scale.metrics import Metrics
@@ -25,7 +26,6 @@ from ted_scale.models.zero import gathered, resident_share, shape_of
 from ted_scale.plan import make_plan
 from ted_scale.progress import Progress
 from ted_scale.state_files import KINDS, key_of
-from ted_scale.student import Student
 
 TEN_STEPS = {"filters": {"steps": 4}, "train": {"steps": 6}}
 THREE_STEPS = {"filters": {"steps": 1}, "train": {"steps": 2}}

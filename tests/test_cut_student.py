@@ -15,8 +15,8 @@ sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError  # noqa: E402
 from ted_scale.config.method import Pairs  # noqa: E402
+from ted_scale.distill.pairs import match_layers  # noqa: E402
 from ted_scale.models.inspection import inspect  # noqa: E402
-from ted_scale.pairs import match_layers  # noqa: E402
 from tools.cut_student import main  # noqa: E402
 
 TOKENS = torch.arange(3, 43).reshape(2, 20)

@@ -61,11 +61,11 @@ def losses(folder: Path, name: str) -> list[float]:
 def plain_losses(folder: Path, **sections) -> list[float]:
     """The same run without DeepSpeed: the module, AdamW, and a loop of ten lines a stage."""
     from ted_scale.data.stream import open_stream
+    from ted_scale.distill.normalization import count_valid
+    from ted_scale.distill.student import Student
+    from ted_scale.distill.teacher import Teacher, TeacherBody
     from ted_scale.engines import build_filters, parameter_groups
-    from ted_scale.losses import count_valid
     from ted_scale.models.weights import build_network
-    from ted_scale.student import Student
-    from ted_scale.teacher import Teacher, TeacherBody
 
     run = make_run(folder, name="plain", **sections)
     plan = make_plan(run, 1)

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from tiny import make_run, run_values
 
 from ted_scale import checkpoint_files as files
-from ted_scale import feed, pairs, plan
+from ted_scale import feed, plan
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.config import changes
@@ -48,7 +48,8 @@ from ted_scale.corpora.megatron import mapped
 from ted_scale.corpora.shards import document_borders, read_index
 from ted_scale.corpora.tokenizer import digest, load_tokenizer
 from ted_scale.data.stream import batch, open_held_out, open_stream
-from ted_scale.filters import Filter
+from ted_scale.distill import pairs
+from ted_scale.distill.filters import Filter
 from ted_scale.filters_file import check_filters, filter_tensors, load_filters
 from ted_scale.models import inspection
 from ted_scale.models.inspection import inspect

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ted_scale.data.stream import Batch
+from ted_scale.distill.normalization import count_valid
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.tokens import IGNORED
-from ted_scale.losses import count_valid
 from ted_scale.models.anatomy import Head
 
 N, D_S, D_T, WIDTH, V_S, V_T = 13, 6, 9, 7, 23, 19

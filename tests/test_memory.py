@@ -7,7 +7,7 @@ import torch
 from plain import make_world
 from tiny import make_run
 
-from ted_scale import memory
+from ted_scale.distill import memory
 from ted_scale.models.anatomy import run_body
 from ted_scale.models.weights import build_network
 from ted_scale.plan import make_plan

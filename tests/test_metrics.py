@@ -12,7 +12,7 @@ from wandb_file import read_config, read_records, read_rows
 
 from ted_scale.clock import Clock
 from ted_scale.data.stream import Batch
-from ted_scale.flops import Work
+from ted_scale.distill.flops import Work
 from ted_scale.metrics import Metrics, mean_rows, shown
 from ted_scale.progress import Progress
 from ted_scale.rows import trim_rows

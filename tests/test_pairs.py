@@ -8,7 +8,7 @@ import pytest
 
 from ted_scale.base.errors import UserError
 from ted_scale.config.method import Pairs
-from ted_scale.pairs import CUT, cut_map, match_layers, spread
+from ted_scale.distill.pairs import CUT, cut_map, match_layers, spread
 
 
 def model(layers: int, folder="nowhere", **other) -> SimpleNamespace:

@@ -17,11 +17,11 @@ from ted_scale.base.sealed import seal
 from ted_scale.build import train_run
 from ted_scale.config.run_file import load_run
 from ted_scale.corpora.tokenizer import digest, load_tokenizer
+from ted_scale.distill.pairs import cut_map
+from ted_scale.distill.price import filter_parameters
 from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.feed import Reading
-from ted_scale.pairs import cut_map
 from ted_scale.plan import describe, make_plan, stage_flops
-from ted_scale.price import filter_parameters
 from ted_scale.progress import Progress, progress_as_bytes
 
 

@@ -7,11 +7,11 @@ import transformers
 from plain import make_world
 from tiny import make_model, make_run
 
-from ted_scale import flops
+from ted_scale.distill import flops
+from ted_scale.distill.price import LEAST_ROWS, SHARE, TILE, auto_width, filter_parameters, resolved
+from ted_scale.distill.stages import stages_of
 from ted_scale.models.inspection import inspect
 from ted_scale.plan import describe, make_plan
-from ted_scale.price import LEAST_ROWS, SHARE, TILE, auto_width, filter_parameters, resolved
-from ted_scale.schedule import stages_of
 
 PAIRS = {  # teacher's width and parameters, student's width and parameters, pairs
     "70B to 8B": (8192, 70.6e9, 4096, 8.03e9, 32),

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ted_scale.distill.principal import add_moments, directions, start_of
 from ted_scale.kernels.tokens import IGNORED
-from ted_scale.principal import add_moments, directions, start_of
 
 TOKENS, WIDTH_T, WIDTH_S, NARROW = 400, 12, 9, 5
 

@@ -5,7 +5,7 @@ import torch
 from plain import build, cut, make_batch, make_world, run_step
 
 from ted_scale.config.method import Filters
-from ted_scale.sampling import drawn_pairs, drawn_rows
+from ted_scale.distill.sampling import drawn_pairs, drawn_rows
 
 PART = {"sample_tokens": 0.25, "sample_pairs": 1}
 

@@ -9,8 +9,8 @@ import pytest
 from tiny import make_run
 
 from ted_scale.config.method import Train
-from ted_scale.schedule import Stage, rate_at, set_rates, stages_of, weight_at
-from ted_scale.signal import Weights
+from ted_scale.distill.signal import Weights
+from ted_scale.distill.stages import Stage, rate_at, set_rates, stages_of, weight_at
 
 FLOOR = 0.1
 

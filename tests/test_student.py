@@ -6,10 +6,10 @@ import transformers
 from plain import build, cut, make_batch, make_shard, make_world, run_step
 from tiny import make_model
 
+from ted_scale.distill.normalization import count_valid
+from ted_scale.distill.signal import Weights
 from ted_scale.kernels.tokens import IGNORED
-from ted_scale.losses import count_valid
 from ted_scale.models.anatomy import Taps
-from ted_scale.signal import Weights
 
 ON = Weights(ce=0.5, kl=2.0, layer=3.0)
 
@@ -135,7 +135,7 @@ def test_the_teacher_s_head_is_asked_for_before_its_last_block_runs(world, monke
     """Later, the student would wait for it: nobody else asks for it ahead."""
     parts, seen = build(world), []
     body = parts.teacher.body
-    monkeypatch.setattr("ted_scale.teacher.ask", lambda parameters, **_: seen.append(list(parameters)))
+    monkeypatch.setattr("ted_scale.distill.teacher.ask", lambda parameters, **_: seen.append(list(parameters)))
     body.network.get_submodule(body.anatomy.blocks)[-1].register_forward_hook(lambda *_: seen.append("last block"))
     parts.teacher(make_batch(), ON)
     parts.teacher(make_batch(), ON._replace(kl=0.0))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
+from ted_scale.distill.pairs import CUT, cut_map, spread
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import empty_model, inspect, read_config
 from ted_scale.models.model_folder import (
@@ -28,7 +29,6 @@ from ted_scale.models.model_folder import (
     write_shards,
 )
 from ted_scale.models.weights import renamer
-from ted_scale.pairs import CUT, cut_map, spread
 from ted_scale.storage.hub import find_folder
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,

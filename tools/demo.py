@@ -120,7 +120,7 @@ def environment() -> dict[str, str]:
 
 
 def trained(config: Path) -> bool:
-    from ted_scale.schedule import stages_of
+    from ted_scale.distill.stages import stages_of
 
     run = load_run(config)
     newest = files.newest_checkpoint(run.folder)

@@ -43,7 +43,7 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
 
 
 def check_trained(run: Run, checkpoint: Path) -> None:
-    from ted_scale.schedule import stages_of
+    from ted_scale.distill.stages import stages_of
 
     step, first = read_progress(checkpoint).step, stages_of(run)[0]
     if first.learns_filters and step <= first.last_step:
@@ -108,8 +108,8 @@ def name_of(dtype) -> str:
 def copy_tokenizer(run: Run, student: Path, target: Path) -> None:
     """The student's tokenizer; the teacher's, which is the same, for a student that came without one. And which of the
     teacher's blocks it was cut from, for runs that go on from there."""
+    from ted_scale.distill.pairs import CUT
     from ted_scale.models.model_folder import TOKENIZER_FILES, copy_files
-    from ted_scale.pairs import CUT
     from ted_scale.storage.hub import find_folder
 
     copy_files(student, target, ["generation_config.json", CUT])

@@ -18,17 +18,17 @@ import transformers
 
 from ted_scale.base.exits import run_main
 from ted_scale.config.run import Run
+from ted_scale.distill.flops import keys_of, step_flops
+from ted_scale.distill.normalization import count_valid
+from ted_scale.distill.price import with_filters
+from ted_scale.distill.principal import TOKENS_A_WIDTH, Moments, add_moments, start_of
+from ted_scale.distill.signal import Weights
+from ted_scale.distill.student import Student
+from ted_scale.distill.teacher import Teacher, TeacherBody
 from ted_scale.engines import build_filters, parameter_groups
 from ted_scale.filter_start import READ, begin
-from ted_scale.flops import keys_of, step_flops
-from ted_scale.losses import count_valid
 from ted_scale.models.weights import build_network
 from ted_scale.plan import make_plan
-from ted_scale.price import with_filters
-from ted_scale.principal import TOKENS_A_WIDTH, Moments, add_moments, start_of
-from ted_scale.signal import Weights
-from ted_scale.student import Student
-from ted_scale.teacher import Teacher, TeacherBody
 
 LEARN = {"all rows": {"sample_tokens": 1.0}, "drawn": {}}
 DISTIL = {

@@ -7,10 +7,10 @@ alone. The surprise: at full width and on all rows stage I's heads would be most
 
 from typing import NamedTuple
 
-from ted_scale import flops
 from ted_scale.base.errors import UserError
 from ted_scale.config.run import Run
-from ted_scale.filters import has_lift
+from ted_scale.distill import flops
+from ted_scale.distill.filters import has_lift
 from ted_scale.models.anatomy import Anatomy
 
 SHARE = 0.05  # of the student's parameters: what stage I trains, both sides and the lifts; docs/design has the evidence

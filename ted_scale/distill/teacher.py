@@ -2,10 +2,10 @@
 
 import torch
 
+from ted_scale.distill.signal import Signal, Weights
 from ted_scale.kernels import linear_kl_ce
 from ted_scale.models.anatomy import Anatomy, Taps, head_of, run_body
 from ted_scale.models.zero import ask, gathered
-from ted_scale.signal import Signal, Weights
 
 
 class TeacherBody(torch.nn.Module):

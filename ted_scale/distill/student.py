@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from ted_scale.config.run import Run
-from ted_scale.filters import OutputHead
+from ted_scale.distill.filters import OutputHead
+from ted_scale.distill.sampling import drawn_pairs, drawn_rows
+from ted_scale.distill.signal import Losses, Signal, Weights
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.tokens import valid_weights
 from ted_scale.models.anatomy import Anatomy, Taps, head_of, run_body
 from ted_scale.models.zero import ask, gathered
-from ted_scale.sampling import drawn_pairs, drawn_rows
-from ted_scale.signal import Losses, Signal, Weights
 
 
 class Student(nn.Module):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy
 
-from ted_scale.filters import has_lift
+from ted_scale.distill.filters import has_lift
 from ted_scale.models.anatomy import Anatomy
 
 Keys = Callable[[int | None], float]  # a layer's window → keys that a query sees, on average

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from ted_scale.config.method import Schedule, Train
 from ted_scale.config.run import Run
 from ted_scale.data.order import mix
+from ted_scale.distill.sampling import drawn_pairs
+from ted_scale.distill.signal import Weights
 from ted_scale.models.zero import forget_gradients
-from ted_scale.sampling import drawn_pairs
-from ted_scale.signal import Weights
 
 
 @dataclass(frozen=True)

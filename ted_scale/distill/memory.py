@@ -17,12 +17,12 @@ The process itself (0.53 GiB on a CPU) and what an allocator does not give back 
 
 import torch
 
+from ted_scale.distill.price import filter_parameters
+from ted_scale.distill.stages import Stage
 from ted_scale.kernels.backend import CHUNK_BYTES
 from ted_scale.models.anatomy import Anatomy, run_body
 from ted_scale.models.engine_config import engine_config
 from ted_scale.models.inspection import empty_model, read_config
-from ted_scale.price import filter_parameters
-from ted_scale.schedule import Stage
 
 TRIAL = 8  # tokens; more would show what attention keeps of pairs of them where it is not fused
 
