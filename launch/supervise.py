@@ -25,11 +25,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ted_scale import checkpoint_files as files
 from ted_scale.base.errors import DONE, MEANINGS, MEMORY, MISTAKE, NUMBERS, RESUME, UserError
 from ted_scale.base.exits import run_main
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.progress import read_progress
 from ted_scale.config.run_file import load_run
-from ted_scale.progress import read_progress
 from ted_scale.ranks.processes import descendants_of, ranks_below
 
 PR_SET_CHILD_SUBREAPER = 36

@@ -14,11 +14,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import checkpoint, feed, health, kernels, metrics, replicas
-from ted_scale import checkpoint_files as files
-from ted_scale.attempts import attempt
+from ted_scale import feed, health, kernels, metrics, replicas
 from ted_scale.base import exits, redact
 from ted_scale.base.errors import Preempted, RunStopped, UserError
+from ted_scale.checkpoints import engine_state
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.attempts import attempt
+from ted_scale.checkpoints.filters_file import gather_filters, write_filters
+from ted_scale.checkpoints.progress import Progress, read_progress
+from ted_scale.checkpoints.saver import Saver, give_up, sentence
 from ted_scale.config import changes
 from ted_scale.console import say
 from ted_scale.data.loader import Loader
@@ -26,18 +30,15 @@ from ted_scale.distill.flops import step_flops
 from ted_scale.distill.stages import Stage
 from ted_scale.engines import DTYPES, build_student, build_teacher, check_engine_config
 from ted_scale.filter_start import write_start
-from ted_scale.filters_file import gather_filters, write_filters
 from ted_scale.guard import Guard
 from ted_scale.models import attention, fused, zero_hooks
 from ted_scale.models.fused import describe as describe_blocks
 from ted_scale.plan import Plan, as_dict
-from ted_scale.progress import Progress, read_progress
 from ted_scale.ranks import pulse, shortage, watch
 from ted_scale.ranks.agree import broadcast, first_of_all, share
 from ted_scale.ranks.group import start_ranks
 from ted_scale.rewind import Rewind, gone_back
 from ted_scale.run_folder import claim_folder, filters_files, where_it_stands
-from ted_scale.saver import Saver, give_up, sentence
 from ted_scale.tracking import open_wandb
 from ted_scale.train import train
 from ted_scale.validate import holds_out, validate
@@ -140,7 +141,7 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
     gc.collect()  # an earlier stage's engine, which holds itself in circles
     engine = build_student(plan, stage, teacher, source)
     if resumed:
-        checkpoint.load(engine, resumed)
+        engine_state.load(engine, resumed)
     saver.prepare(engine)
     vocabulary = min(a.vocab_size for a in (plan.student, plan.teacher) if a)
     stream, progress, changed = feed.open_feed(run, stage, progress, vocabulary)
@@ -212,7 +213,7 @@ def go_back(stage: Stage, engine, rewind: Rewind, numbers) -> Progress:
         pulse.beat(f"the way back to {place.name}")
         if (fault := first_of_all(files.check_digests(place, share()))) is None:
             progress = gone_back(read_progress(place), rewind.progress)
-            checkpoint.load(engine, place)
+            engine_state.load(engine, place)
             numbers.go_back(progress)
             return health.begin(progress, stage)
         numbers.alert("a damaged checkpoint", files.skipped(place, fault))

@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ted_scale.base.errors import RunStopped, UserError
+from ted_scale.checkpoints.progress import Progress
 from ted_scale.data import blend, ddk, order
 from ted_scale.data.stream import Stream, open_held_out, open_stream, refuse_repetition
-from ted_scale.progress import Progress
 from ted_scale.validate import perplexity, student_losses, teacher_losses, tokens_of_each
 
 # Up to here repeated text is worth nearly what new text is, and in the end nothing (Muennighoff et al., NeurIPS 2023).

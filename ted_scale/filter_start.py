@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale.attempts import attempt
+from ted_scale.checkpoints.attempts import attempt
+from ted_scale.checkpoints.filters_file import filter_tensors, write_filters
+from ted_scale.checkpoints.progress import Progress
+from ted_scale.checkpoints.saver import give_up, sentence
 from ted_scale.config.run import Model
 from ted_scale.data.stream import validation_batches
 from ted_scale.distill.filters import has_lift
@@ -19,12 +22,9 @@ from ted_scale.distill.principal import TOKENS_A_WIDTH, Moments, Start, add_mome
 from ted_scale.distill.signal import Weights
 from ted_scale.engines import build_filters, build_teacher
 from ted_scale.feed import open_feed
-from ted_scale.filters_file import filter_tensors, write_filters
 from ted_scale.models import zero_hooks
-from ted_scale.progress import Progress
 from ted_scale.ranks import pulse
 from ted_scale.ranks.agree import broadcast
-from ted_scale.saver import give_up, sentence
 
 log = logging.getLogger("ted_scale")
 

@@ -13,11 +13,11 @@ import torch
 
 from ted_scale import health
 from ted_scale.base.errors import RunStopped
+from ted_scale.checkpoints.progress import Progress
 from ted_scale.distill.signal import Losses, Weights
 from ted_scale.distill.stages import Stage
 from ted_scale.models.zero import forget_gradients
 from ted_scale.norms import norms_apart, sides_of
-from ted_scale.progress import Progress
 from ted_scale.ranks import signals
 from ted_scale.ranks.agree import of_all_ranks
 from ted_scale.report import Event, write_report

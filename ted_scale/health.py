@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from ted_scale.checkpoints.progress import Progress
 from ted_scale.config.operation import Health
-from ted_scale.progress import Progress
 
 
 class State(NamedTuple):

@@ -9,9 +9,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ted_scale import checkpoint_files as files
-from ted_scale import feed, standing
+from ted_scale import feed
 from ted_scale.base.errors import UserError
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints import standing
+from ted_scale.checkpoints.filters_file import check_filters
+from ted_scale.checkpoints.progress import Progress
 from ted_scale.config import changes
 from ted_scale.config.ds_config import load_ds_config
 from ted_scale.config.run import Model, Run
@@ -23,12 +26,10 @@ from ted_scale.distill.flops import keys_of, step_flops
 from ted_scale.distill.pairs import Matched, match_layers
 from ted_scale.distill.stages import Stage, stages_of
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
-from ted_scale.filters_file import check_filters
 from ted_scale.models import fused
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import inspect
 from ted_scale.models.vocabulary import check_corpus_tokenizer, check_same_tokenizer
-from ted_scale.progress import Progress
 from ted_scale.rows import last_row
 from ted_scale.tracking import has_key
 

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 from ted_scale.base.sealed import write_durably
-from ted_scale.checkpoint_files import checkpoint_name
+from ted_scale.checkpoints.folder import checkpoint_name
+from ted_scale.checkpoints.progress import Progress
 from ted_scale.distill.stages import Stage
 from ted_scale.health import state_of
 from ted_scale.models.zero import own_part
-from ted_scale.progress import Progress
 from ted_scale.ranks.agree import of_all_ranks
 
 CHUNK = 1 << 22  # entries that are looked at together: in fp64 a whole shard may find no room

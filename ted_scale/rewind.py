@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ted_scale import checkpoint_files as files
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.progress import Progress
 from ted_scale.health import state_of
-from ted_scale.progress import Progress
 
 
 class Rewind(Exception):

@@ -1,7 +1,7 @@
 """The run's folder, as all ranks see it: claimed for this process, shared by all nodes, and the checkpoint that it goes on
 from.
 
-What stands in the folder is checkpoint_files.py's. The surprise: every rank reads its share of the bytes of a checkpoint
+What stands in the folder is folder.py's. The surprise: every rank reads its share of the bytes of a checkpoint
 before one is trusted, and the verdict is all ranks'.
 """
 
@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ted_scale import checkpoint_copies as copies
-from ted_scale import checkpoint_files as files
 from ted_scale.base.errors import Gone, files_at
 from ted_scale.base.sealed import MANIFEST, PART, Damaged, publish, read_manifest, sync, write_durably
+from ted_scale.checkpoints import copies
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.config import changes
 from ted_scale.config.run_file import to_toml
 from ted_scale.console import open_log
 from ted_scale.distill import memory
 from ted_scale.plan import Plan, describe
-from ted_scale.progress import Progress, read_progress
 from ted_scale.ranks import pulse
 from ted_scale.ranks.agree import broadcast, first_of_all, refuse_together, share
 from ted_scale.rows import trim_rows

@@ -12,10 +12,14 @@ import torch
 import torch.distributed as dist
 from tiny import FAMILIES, make_run
 
-from ted_scale import attempts, build, checkpoint_files, saver
+from ted_scale import build
 from ted_scale.base import sealed
 from ted_scale.base.errors import RunStopped, UserError
-from ted_scale.checkpoint import Snapshot
+from ted_scale.checkpoints import attempts, saver
+from ted_scale.checkpoints import folder as checkpoint_files
+from ted_scale.checkpoints.engine_state import Snapshot
+from ted_scale.checkpoints.pieces import KINDS, key_of
+from ted_scale.checkpoints.progress import Progress
 from ted_scale.distill.student import Student
 from ted_scale.kernels.arguments import check_labels
 from ted_scale.kernels.products import all_count
@@ -24,8 +28,6 @@ from ted_scale.models import fused
 from ted_scale.models.engine_config import engine_config
 from ted_scale.models.zero import gathered, resident_share, shape_of
 from ted_scale.plan import make_plan
-from ted_scale.progress import Progress
-from ted_scale.state_files import KINDS, key_of
 
 TEN_STEPS = {"filters": {"steps": 4}, "train": {"steps": 6}}
 THREE_STEPS = {"filters": {"steps": 1}, "train": {"steps": 2}}

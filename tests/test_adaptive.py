@@ -17,11 +17,11 @@ from test_distributed import launch, result, without_clocks
 from tiny import make_model, make_run
 
 from ted_scale.base.errors import RunStopped, UserError
-from ted_scale.checkpoint_files import newest_checkpoint
+from ted_scale.checkpoints.folder import newest_checkpoint
+from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.config.run_file import load_run
 from ted_scale.data import blend, ddk, order
 from ted_scale.feed import known_of_teacher, refuse_no_number, text_of
-from ted_scale.progress import Progress, read_progress
 
 
 def plain_ddk(student, teacher, before, alpha, prior=1.0):

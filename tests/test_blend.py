@@ -10,6 +10,7 @@ from corpus import counting_documents, data_section, steps, write_shard
 from tiny import make_run
 
 from ted_scale.base.errors import UserError
+from ted_scale.checkpoints.progress import Progress
 from ted_scale.data import blend, order
 from ted_scale.data.blend import Cursor, Domain
 from ted_scale.data.stream import open_stream, refuse_repetition
@@ -17,7 +18,6 @@ from ted_scale.distill.stages import stages_of
 from ted_scale.feed import open_feed
 from ted_scale.kernels.tokens import IGNORED
 from ted_scale.metrics import Metrics
-from ted_scale.progress import Progress
 
 A, B, C = Domain("a", 1000), Domain("b", 77), Domain("c", 3000)
 VOCAB = 60000

@@ -10,14 +10,14 @@ import test_saver
 import torch.distributed as dist
 from test_saver import Run, content, one_rank  # noqa: F401 - a fixture of this module, too
 
-from ted_scale import checkpoint_copies as copies
-from ted_scale import checkpoint_files as files
 from ted_scale.base import sealed
 from ted_scale.base.errors import SENTENCES, UserError
-from ted_scale.progress import PROGRESS
+from ted_scale.checkpoints import copies
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.progress import PROGRESS
+from ted_scale.checkpoints.saver import Saver
+from ted_scale.checkpoints.standing import newest_progress
 from ted_scale.run_folder import resume_point
-from ted_scale.saver import Saver
-from ted_scale.standing import newest_progress
 from ted_scale.storage import objects as object_store
 from tools.bench.object_server import serving
 

@@ -14,7 +14,7 @@ from number_scenarios import FAR
 from scenarios import beside, rows, sections_for_liger, sections_of_families
 from tiny import FAMILIES, MORE, make_model, make_run
 
-from ted_scale.checkpoint_files import newest_checkpoint
+from ted_scale.checkpoints.folder import newest_checkpoint
 from ted_scale.plan import make_plan
 
 TWO_RANKS = (

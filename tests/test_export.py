@@ -32,8 +32,8 @@ def train_and_gather() -> None:
     from deepspeed.utils import safe_get_full_fp32_param
     from safetensors.torch import save_file
 
+    from ted_scale.checkpoints.saver import Saver
     from ted_scale.models.zero import gathered
-    from ted_scale.saver import Saver
 
     save = Saver.save
 

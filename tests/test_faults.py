@@ -18,9 +18,9 @@ import torch
 from launching import ended, start_ranks
 from tiny import make_corpus, make_model, make_run, write_run
 
-from ted_scale import checkpoint_files as files
 from ted_scale.base import sealed
-from ted_scale.state_files import KINDS, State
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.pieces import KINDS, State
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARDED, PERSISTENT, OFFLOADED = (

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from tiny import make_model
 
 from ted_scale.base.errors import UserError
+from ted_scale.checkpoints.filters_file import check_filters
 from ted_scale.distill.filters import Filter
 from ted_scale.distill.signal import Weights
-from ted_scale.filters_file import check_filters
 
 
 def apply(filter: Filter, states):

@@ -164,7 +164,7 @@ def test_the_default_folder_of_chunks_is_this_user_s_alone(tmp_path, monkeypatch
 
 
 def test_a_checkpoint_s_wandb_id_makes_no_path(world):
-    from ted_scale.progress import PROGRESS, Progress, progress_as_bytes, read_progress
+    from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes, read_progress
 
     run = make_run(world)
     run.folder.mkdir(parents=True)

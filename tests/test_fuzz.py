@@ -32,10 +32,13 @@ from plain import VOCABULARY, make_world
 from safetensors.torch import save_file
 from tiny import make_run, run_values
 
-from ted_scale import checkpoint_files as files
 from ted_scale import feed, plan
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError, files_at
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.filters_file import check_filters, filter_tensors, load_filters
+from ted_scale.checkpoints.pieces import KINDS, State, as_bytes, key_of, rank_file
+from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.config import changes
 from ted_scale.config.data import Streaming
 from ted_scale.config.ds_config import load_ds_config
@@ -50,15 +53,12 @@ from ted_scale.corpora.tokenizer import digest, load_tokenizer
 from ted_scale.data.stream import batch, open_held_out, open_stream
 from ted_scale.distill import pairs
 from ted_scale.distill.filters import Filter
-from ted_scale.filters_file import check_filters, filter_tensors, load_filters
 from ted_scale.models import inspection
 from ted_scale.models.inspection import inspect
 from ted_scale.models.vocabulary import read_vocabulary
 from ted_scale.models.weights import build_network, load_weights
 from ted_scale.plan import describe, make_plan
-from ted_scale.progress import Progress, read_progress
 from ted_scale.rows import rows_at, trim_rows
-from ted_scale.state_files import KINDS, State, as_bytes, key_of, rank_file
 from tools import inspect_corpus, train_tokenizer
 
 LONGEST_S = 20  # a first import is in it

@@ -15,11 +15,11 @@ from ted_scale import build, health, replicas, report
 from ted_scale import guard as guards
 from ted_scale.base import sealed
 from ted_scale.base.errors import RunStopped
+from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
 from ted_scale.distill.signal import Losses, Weights
 from ted_scale.distill.stages import stages_of
 from ted_scale.guard import Guard
 from ted_scale.models.zero import own_part
-from ted_scale.progress import PROGRESS, Progress, progress_as_bytes
 from ted_scale.rewind import Rewind, choose, gone_back
 
 NAN, INF = math.nan, math.inf

@@ -10,11 +10,11 @@ import torch
 from tiny import make_run
 from wandb_file import read_config, read_records, read_rows
 
+from ted_scale.checkpoints.progress import Progress
 from ted_scale.clock import Clock
 from ted_scale.data.stream import Batch
 from ted_scale.distill.flops import Work
 from ted_scale.metrics import Metrics, mean_rows, shown
-from ted_scale.progress import Progress
 from ted_scale.rows import trim_rows
 from ted_scale.tracking import has_key, open_wandb
 

@@ -10,14 +10,14 @@ from plain import make_world
 from safetensors.torch import save_file
 from tiny import make_model, make_run
 
-from ted_scale import checkpoint_files as files
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes, read_progress
 from ted_scale.config import changes
 from ted_scale.distill.stages import stages_of
 from ted_scale.feed import open_feed
 from ted_scale.plan import make_plan
-from ted_scale.progress import PROGRESS, Progress, progress_as_bytes, read_progress
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,18 @@ import torch
 import torch.distributed as dist
 from damages import DAMAGES, copy_run, mix_up
 
-from ted_scale import attempts, build
-from ted_scale import checkpoint_files as files
-from ted_scale import saver as saving
+from ted_scale import build
 from ted_scale.base import sealed
 from ted_scale.base.errors import Gone, UserError
-from ted_scale.checkpoint import Snapshot
+from ted_scale.checkpoints import attempts
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints import saver as saving
+from ted_scale.checkpoints.engine_state import Snapshot
+from ted_scale.checkpoints.pieces import State, key_of
+from ted_scale.checkpoints.progress import Progress
+from ted_scale.checkpoints.saver import Saver
 from ted_scale.config.operation import Checkpoint
-from ted_scale.progress import Progress
 from ted_scale.run_folder import resume_point
-from ted_scale.saver import Saver
-from ted_scale.state_files import State, key_of
 
 log = logging.getLogger("ted_scale")
 WRITES = ("open", "write", "fsync", "rename", "mkdir", "link", "unlink", "rmdir")
@@ -302,7 +303,7 @@ def test_a_step_waits_for_the_copy_alone_and_the_next_save_for_the_first(tmp_pat
 @pytest.mark.parametrize(("before", "after"), [(4, 3), (3, 4), (1, 5), (5, 1), (2, 2)])
 def test_any_ranks_read_what_any_ranks_wrote(tmp_path, before, after):
     """Every stretch that one of `after` ranks holds, of tensors larger and smaller than the ranks that wrote them."""
-    from ted_scale.state_files import as_bytes, cut, rank_file
+    from ted_scale.checkpoints.pieces import as_bytes, cut, rank_file
 
     shapes = {"large": [7, 11], "small": [2], "one": [1]}
     whole = {name: torch.randn(shape) for name, shape in shapes.items()}

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from damages import flip
 
-from ted_scale import checkpoint_files as files
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
-from ted_scale.progress import PROGRESS, Progress, progress_as_bytes
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
 
 
 def leave(run: Path, step: int, validation: float | None = None, forks: tuple[int, ...] = ()) -> Path:

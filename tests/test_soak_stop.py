@@ -16,8 +16,8 @@ import pytest
 from soak_report import commit
 from tiny import make_corpus, make_model, make_run, pretrain_command, write_run
 
-from ted_scale import checkpoint_files as files
-from ted_scale.progress import read_progress
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.progress import read_progress
 from ted_scale.ranks.processes import descendants_of, parent_of, ranks_below, words_of
 
 pytestmark = pytest.mark.soak

@@ -4,8 +4,8 @@ import weakref
 from types import SimpleNamespace
 
 from ted_scale import train as loop
+from ted_scale.checkpoints.progress import Progress
 from ted_scale.clock import Clock
-from ted_scale.progress import Progress
 
 
 class Signal:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
-from ted_scale import checkpoint_files as files
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
-from ted_scale.checkpoint_files import Standing
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.folder import Standing
 from ted_scale.config.operation import Checkpoint
 from ted_scale.config.run_file import load_run
 

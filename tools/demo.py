@@ -24,12 +24,12 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is on the path, its parent is not
 
-from ted_scale import checkpoint_files as files
 from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.base.exits import run_main
 from ted_scale.base.sealed import write_durably
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.progress import read_progress
 from ted_scale.config.run_file import load_run
-from ted_scale.progress import read_progress
 from tools import demo_table
 
 ROOT = Path(__file__).resolve().parents[1]

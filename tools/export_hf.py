@@ -11,13 +11,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from ted_scale import checkpoint_files as files
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.progress import read_progress
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import load_run
-from ted_scale.progress import read_progress
 
 NETWORK = "network."  # the student's name inside the trained module; filters and the loss's head stand beside it
 
@@ -55,7 +55,7 @@ def check_trained(run: Run, checkpoint: Path) -> None:
 
 def open_state(checkpoint: Path):
     """The trained module's tensors, each put together from the ranks' mapped files when asked for."""
-    from ted_scale.state_files import State
+    from ted_scale.checkpoints.pieces import State
 
     if fault := files.check_digests(checkpoint):
         raise UserError(

@@ -1,7 +1,7 @@
 """With which run file a run may go on from a checkpoint: what differs, key by key, and what of it matters.
 
 What decides the result (model, filters, loss, optimizer) must stay, unless resume.allow names it; everything else may
-change and is said. plan.py tells this file what a run is (Plan.identity), checkpoint_files.py keeps it. The surprise: a
+change and is said. plan.py tells this file what a run is (Plan.identity), folder.py keeps it. The surprise: a
 few keys cannot even be allowed, because the checkpoint's tensors would not fit, and which ones depends on where it
 stands: stage I's length may change only while stage I goes on.
 """

@@ -35,14 +35,14 @@ import transformers
 import ted_scale
 from ted_scale.base.errors import RESUME, run_main
 from ted_scale.build import run_plan, save
+from ted_scale.checkpoints.copier import Copier
+from ted_scale.checkpoints.saver import Saver
 from ted_scale.config.run import Run
-from ted_scale.copier import Copier
 from ted_scale.data.loader import Loader
 from ted_scale.guard import Guard
 from ted_scale.metrics import Metrics
 from ted_scale.plan import Plan, make_plan
 from ted_scale.ranks import signals
-from ted_scale.saver import Saver
 from ted_scale.train import train
 from tools.bench.gpu_step import ZERO3, write_corpus
 from tools.bench.object_server import serving

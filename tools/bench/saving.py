@@ -55,8 +55,8 @@ def main() -> None:
 
 def measure(folder: Path, parameters: int, rounds: int) -> list[tuple[float, float]]:
     """(stall, save that is waited for) in seconds, of the slowest rank, after one of each that is not counted."""
-    from ted_scale.progress import Progress
-    from ted_scale.saver import Saver
+    from ted_scale.checkpoints.progress import Progress
+    from ted_scale.checkpoints.saver import Saver
 
     engine, saver, times = make_engine(parameters), Saver(Run(folder), None, print), []
     for number in range(rounds + 1):

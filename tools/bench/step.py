@@ -77,9 +77,9 @@ class TrainerArm:
         from dataclasses import replace
 
         from ted_scale import health
+        from ted_scale.checkpoints.progress import Progress
         from ted_scale.guard import Guard
         from ted_scale.metrics import Metrics
-        from ted_scale.progress import Progress
 
         self.plan, self.stage, self.engine, self.teacher = plan, stage, engine, teacher
         settings = {"total_steps": stage.last_step, "step": 0, "device": device, "wandb_run": None}

@@ -1,7 +1,7 @@
 """The engine's state to host memory and back: every rank its own pieces; the frozen teacher is never saved.
 
 Where the pieces lie is DeepSpeed's: flat groups of fp32 masters, each with AdamW's moments. How they become files:
-state_files.py; when, and by whom: saver.py; what stands beside them: checkpoint_files.py. The surprise: DeepSpeed's own
+pieces.py; when, and by whom: saver.py; what stands beside them: folder.py. The surprise: DeepSpeed's own
 save and load are not used (design note 16): they pickle, tie files to the number of ranks, and restore rates that a run
 file has changed.
 """
@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
+from ted_scale.checkpoints.pieces import KINDS, State, cut, key_of
 from ted_scale.models.zero import shape_of
-from ted_scale.state_files import KINDS, State, cut, key_of
 
 
 class Snapshot(NamedTuple):

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import parse_json
+from ted_scale.checkpoints.pieces import as_bytes
 from ted_scale.config import changes
 from ted_scale.models.weights import load_file
 from ted_scale.models.zero import gathered
-from ted_scale.state_files import as_bytes
 
 
 def filter_tensors(sides: dict) -> dict[str, torch.nn.Parameter]:

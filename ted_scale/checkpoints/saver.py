@@ -16,17 +16,17 @@ from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from ted_scale import checkpoint
-from ted_scale import checkpoint_files as files
-from ted_scale.attempts import Failure, attempt, first_failure, warn_of_old_ones
 from ted_scale.base import sealed
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.base.sealed import PART, Entry
-from ted_scale.checkpoint_files import FILTERS
-from ted_scale.copier import Copier
-from ted_scale.progress import PROGRESS, Progress, progress_as_bytes
+from ted_scale.checkpoints import engine_state
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.attempts import Failure, attempt, first_failure, warn_of_old_ones
+from ted_scale.checkpoints.copier import Copier
+from ted_scale.checkpoints.folder import FILTERS
+from ted_scale.checkpoints.pieces import as_bytes, rank_file
+from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
 from ted_scale.ranks.agree import gather, new_group
-from ted_scale.state_files import as_bytes, rank_file
 
 LAST_PAUSES_S = (5, 15, 45)  # before the last save is
 
@@ -57,7 +57,7 @@ class Saver:
         insists = self.failed >= self.settings.max_failed
         self.prepare(engine)
         place = files.checkpoints_of(self.folder) / files.checkpoint_name(progress.step, len(progress.forks))
-        self.begin((place, checkpoint.snapshot(engine, self.buffers), progress, with_filters))
+        self.begin((place, engine_state.snapshot(engine, self.buffers), progress, with_filters))
         if insists:
             row |= self.finish()
         elif not self.settings.background:
@@ -67,7 +67,7 @@ class Saver:
     def prepare(self, engine) -> None:
         """Memory for its copies, before a step would wait for it."""
         if self.engine is not engine:
-            self.engine, self.buffers = engine, checkpoint.kept_buffers(engine)
+            self.engine, self.buffers = engine, engine_state.kept_buffers(engine)
 
     def begin(self, what: tuple) -> None:
         self.what, place = what, what[0]

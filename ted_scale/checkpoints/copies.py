@@ -7,11 +7,11 @@ that one without is not there, and a fetched one is held against it like any oth
 import contextlib
 from pathlib import Path
 
-from ted_scale import checkpoint_files as files
 from ted_scale.base import sealed
 from ted_scale.base.errors import files_at
 from ted_scale.base.sealed import MANIFEST, Damaged
-from ted_scale.progress import PROGRESS, Progress, parse_progress
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.progress import PROGRESS, Progress, parse_progress
 from ted_scale.storage import objects
 
 PATIENCE_S = 600

@@ -1,7 +1,7 @@
 """What a checkpoint's progress.json may hold, to the last number: it decides which data are read and what W&B is told.
 
 checkpoint_files.Progress is the same as a dataclass, for the program; this file is for what comes from a disk. Keys that
-are not named here pass, for checkpoint_files.py knows its own.
+are not named here pass, for folder.py knows its own.
 """
 
 import dataclasses

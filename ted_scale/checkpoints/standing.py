@@ -7,12 +7,12 @@ run_folder.py looks again once the ranks are there, and reads every byte.
 import os
 from pathlib import Path
 
-from ted_scale import checkpoint_copies as copies
-from ted_scale import checkpoint_files as files
 from ted_scale.base.errors import UserError
 from ted_scale.base.sealed import Damaged
+from ted_scale.checkpoints import copies
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.config import changes
-from ted_scale.progress import Progress, read_progress
 from ted_scale.storage.objects import check_package
 
 

@@ -1,7 +1,7 @@
 """Copies of published checkpoints to object storage, beside training and beside the next save: one at a time, in a thread of
 its own on every rank.
 
-What a copy is: checkpoint_copies.py. The surprise: a checkpoint that is published while an earlier one is still on its way has
+What a copy is: copies.py. The surprise: a checkpoint that is published while an earlier one is still on its way has
 no copy; the next one has.
 """
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ted_scale import checkpoint_copies as copies
-from ted_scale.attempts import Failure, attempt, first_failure, warn_of_old_ones
 from ted_scale.base.sealed import MANIFEST
+from ted_scale.checkpoints import copies
+from ted_scale.checkpoints.attempts import Failure, attempt, first_failure, warn_of_old_ones
 from ted_scale.ranks import pulse
 from ted_scale.ranks.agree import gather, new_group
 
