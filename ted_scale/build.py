@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import feed, health, kernels, metrics, replicas
+from ted_scale import feed, kernels, metrics
 from ted_scale.base import exits, redact
 from ted_scale.base.errors import Preempted, RunStopped, UserError
 from ted_scale.checkpoints import engine_state
@@ -30,14 +30,15 @@ from ted_scale.distill.flops import step_flops
 from ted_scale.distill.stages import Stage
 from ted_scale.engines import DTYPES, build_student, build_teacher, check_engine_config
 from ted_scale.filter_start import write_start
-from ted_scale.guard import Guard
+from ted_scale.health import replicas, spikes
+from ted_scale.health.guard import Guard
+from ted_scale.health.rewind import Rewind, gone_back
 from ted_scale.models import attention, fused, zero_hooks
 from ted_scale.models.fused import describe as describe_blocks
 from ted_scale.plan import Plan, as_dict
 from ted_scale.ranks import pulse, shortage, watch
 from ted_scale.ranks.agree import broadcast, first_of_all, share
 from ted_scale.ranks.group import start_ranks
-from ted_scale.rewind import Rewind, gone_back
 from ted_scale.run_folder import claim_folder, filters_files, where_it_stands
 from ted_scale.tracking import open_wandb
 from ted_scale.train import train
@@ -146,7 +147,7 @@ def run_stage(plan: Plan, stage: Stage, teacher, progress: Progress, resumed, nu
     vocabulary = min(a.vocab_size for a in (plan.student, plan.teacher) if a)
     stream, progress, changed = feed.open_feed(run, stage, progress, vocabulary)
     numbers.say_changes(changed)
-    progress = health.begin(progress, stage)
+    progress = spikes.begin(progress, stage)
     check = partial(validate, plan, teacher, numbers, vocabulary, device)
     keep, guard = partial(save, plan, stage, numbers, saver), Guard(engine, stage, numbers.alert, saver.wait)
     verify = partial(replicas.verify, teacher)
@@ -215,7 +216,7 @@ def go_back(stage: Stage, engine, rewind: Rewind, numbers) -> Progress:
             progress = gone_back(read_progress(place), rewind.progress)
             engine_state.load(engine, place)
             numbers.go_back(progress)
-            return health.begin(progress, stage)
+            return spikes.begin(progress, stage)
         numbers.alert("a damaged checkpoint", files.skipped(place, fault))
     raise RunStopped(f"{stage.run.folder} must hold a whole checkpoint to go back to, but all there are are damaged")
 

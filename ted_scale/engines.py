@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from ted_scale import replicas
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints.filters_file import load_filters
 from ted_scale.distill.filters import Filter, has_lift
 from ted_scale.distill.stages import Stage
 from ted_scale.distill.student import Student
 from ted_scale.distill.teacher import Teacher, TeacherBody
+from ted_scale.health import replicas
 from ted_scale.models import zero_hooks
 from ted_scale.models.engine_config import engine_config
 from ted_scale.models.fused import fuse

@@ -24,7 +24,7 @@ def fall_over(kind: str) -> None:
 
 
 def put_fault_in(kind: str, rank: str, step: str) -> None:
-    from ted_scale.guard import Guard
+    from ted_scale.health.guard import Guard
 
     arm = Guard.arm
 

@@ -11,7 +11,7 @@ from ted_scale import build, feed
 from ted_scale.base.errors import Preempted
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import read_progress
-from ted_scale.guard import Guard
+from ted_scale.health.guard import Guard
 from ted_scale.ranks import signals
 
 # stage II takes steps 3 to 10; it saves at 3, 6, 9 and 10, validates at 2, 4, 6, 8 and 10, weighs its blend at 2 and 7

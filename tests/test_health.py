@@ -11,16 +11,18 @@ import pytest
 import torch
 from tiny import make_run
 
-from ted_scale import build, health, replicas, report
-from ted_scale import guard as guards
+from ted_scale import build
 from ted_scale.base import sealed
 from ted_scale.base.errors import RunStopped
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
 from ted_scale.distill.signal import Losses, Weights
 from ted_scale.distill.stages import stages_of
-from ted_scale.guard import Guard
+from ted_scale.health import bad_step as report
+from ted_scale.health import guard as guards
+from ted_scale.health import replicas, spikes
+from ted_scale.health.guard import Guard
+from ted_scale.health.rewind import Rewind, choose, gone_back
 from ted_scale.models.zero import own_part
-from ted_scale.rewind import Rewind, choose, gone_back
 
 NAN, INF = math.nan, math.inf
 ALL_ON = Weights(1.0, 1.0, 1.0)
@@ -66,7 +68,7 @@ class World:
         monkeypatch.setattr(guards, "ways_back", lambda folder, first, rewinds: self.checkpoints)
         engine = SimpleNamespace(optimizer=self.zero, module=None)
         self.guard = Guard(engine, self.stage, lambda title, text: self.alerts.append(text), lambda: None)
-        self.progress = health.begin(Progress(self.stage.first_step), self.stage)
+        self.progress = spikes.begin(Progress(self.stage.first_step), self.stage)
 
     def step(self, ce: float = 1.0, norm: float = 1.0) -> dict:
         terms = torch.tensor([ce, ce, 0.0, 0.0])
@@ -89,7 +91,7 @@ def test_a_step_without_a_number_updates_no_sub_group_and_the_next_one_all(world
     assert at.step(**numbers).keys() == {"optim/lr"} and at.zero.updated == []
     assert (at.progress.step, at.progress.samples, at.progress.skipped) == (at.stage.first_step + 2, 16, 1)
     assert at.step()["loss/ce"] == 1.0 and at.zero.updated == [0, 1, 2]
-    assert health.state_of(at.progress).losses == [1.0, 1.0]
+    assert spikes.state_of(at.progress).losses == [1.0, 1.0]
     assert len(at.alerts) == 1 and "its update is dropped, 1 in a row, 1 in all" in at.alerts[0]
 
 
@@ -175,7 +177,7 @@ def test_a_lasting_level_becomes_the_median(world):
 def test_a_resumed_run_judges_as_a_straight_one(world):
     at = world(spike_window=8, spike_factor=2.0)
     losses_until(at, [1.0, 1.1, 0.9])
-    at.progress = health.begin(Progress(**json.loads(json.dumps(asdict(at.progress)))), at.stage)
+    at.progress = spikes.begin(Progress(**json.loads(json.dumps(asdict(at.progress)))), at.stage)
     at.step(2.3)
     assert len(at.alerts) == 1
 
@@ -184,9 +186,9 @@ def test_another_stage_or_another_loss_has_a_window_of_its_own(world, tmp_path):
     at = world(spike_window=4)
     losses_until(at, [1.0, 1.0])
     for run in (at.run, make_run(tmp_path, train={"lr": 1e-5}, checkpoint={"every": 3})):
-        assert health.state_of(health.begin(at.progress, stages_of(run)[-1])).losses == [1.0, 1.0]
+        assert spikes.state_of(spikes.begin(at.progress, stages_of(run)[-1])).losses == [1.0, 1.0]
     for stage in (stages_of(at.run)[0], stages_of(make_run(tmp_path, loss={"kl": 4.0}))[-1]):
-        assert health.state_of(health.begin(at.progress, stage)).losses == ()
+        assert spikes.state_of(spikes.begin(at.progress, stage)).losses == ()
 
 
 def test_a_spike_sends_the_run_back_so_often_without_a_step_past_it(world):
@@ -253,9 +255,9 @@ def test_a_way_back_leads_into_the_same_engine_and_judges_by_the_run_file_of_now
     way = Rewind([there], at.progress.advanced(8, 32))
     back = build.go_back(at.stage, "engine", way, numbers)
     assert told == [("engine", way.checkpoints[0]), back]
-    assert (back.step, back.samples, health.state_of(back).losses) == (at.progress.step, 24, [1.0, 1.0])
+    assert (back.step, back.samples, spikes.state_of(back).losses) == (at.progress.step, 24, [1.0, 1.0])
     other = stages_of(make_run(tmp_path, loss={"kl": 4.0}))[-1]
-    back = health.state_of(build.go_back(other, "engine", way, numbers))
+    back = spikes.state_of(build.go_back(other, "engine", way, numbers))
     assert (back.losses, back.rewinds) == ((), 1)
     newer = tmp_path / "step_00000004"
     shutil.copytree(there, newer)

@@ -25,7 +25,7 @@ from ted_scale.corpora.writer import dtype_of, index_bytes
 from ted_scale.data.loader import Loader
 from ted_scale.data.stream import open_stream
 from ted_scale.distill.flops import step_flops
-from ted_scale.guard import Guard
+from ted_scale.health.guard import Guard
 from ted_scale.metrics import Metrics
 from ted_scale.peaks import device_peak
 from ted_scale.plan import Plan, make_plan

@@ -76,16 +76,16 @@ class TrainerArm:
     def __init__(self, plan, stage, engine, teacher, device):
         from dataclasses import replace
 
-        from ted_scale import health
         from ted_scale.checkpoints.progress import Progress
-        from ted_scale.guard import Guard
+        from ted_scale.health import spikes
+        from ted_scale.health.guard import Guard
         from ted_scale.metrics import Metrics
 
         self.plan, self.stage, self.engine, self.teacher = plan, stage, engine, teacher
         settings = {"total_steps": stage.last_step, "step": 0, "device": device, "wandb_run": None}
         self.numbers = Metrics(plan.run, writes=False, **settings)
         self.guard = Guard(engine, stage, lambda *said: print(*said), lambda: None)
-        self.progress = health.begin(replace(Progress(), step=stage.first_step), stage)
+        self.progress = spikes.begin(replace(Progress(), step=stage.first_step), stage)
 
     def step(self, micro_batches, watch) -> None:
         from ted_scale.train import train

@@ -11,17 +11,17 @@ import math
 
 import torch
 
-from ted_scale import health
 from ted_scale.base.errors import RunStopped
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.distill.signal import Losses, Weights
 from ted_scale.distill.stages import Stage
+from ted_scale.health import spikes
+from ted_scale.health.bad_step import Event, write_report
+from ted_scale.health.norms import norms_apart, sides_of
+from ted_scale.health.rewind import Rewind, ways_back
 from ted_scale.models.zero import forget_gradients
-from ted_scale.norms import norms_apart, sides_of
 from ted_scale.ranks import signals
 from ted_scale.ranks.agree import of_all_ranks
-from ted_scale.report import Event, write_report
-from ted_scale.rewind import Rewind, ways_back
 
 
 class Guard:
@@ -73,14 +73,14 @@ class Guard:
         self.norms, self.sums = rest[: len(self.apart)], rest[len(self.apart) :]
         self.stopping = asked > 0  # on any rank: all leave after the same step
         self.finite = all(v - v == 0 for v in (self.norm, *self.sums))
-        self.median = health.spiked_over(health.state_of(self.before), self.settings, self.sums[0])
+        self.median = spikes.spiked_over(spikes.state_of(self.before), self.settings, self.sums[0])
         if not self.finite or self.median is not None:
             said = self.spike() if self.finite else self.fault()
             event = Event(self.before, self.stage, said, self.norm, self.stage.terms(len(self.sums) - 4), self.shares)
             self.said = f"step {self.before.step + 1}: {said}; {write_report(self.engine, event)}"
 
     def spike(self) -> str:
-        loss, steps = self.sums[0], len(health.state_of(self.before).losses)
+        loss, steps = self.sums[0], len(spikes.state_of(self.before).losses)
         return f"loss/total is {loss:.4g}, {loss / self.median:.3g} times its median over {steps} steps"
 
     def fault(self) -> str:
@@ -102,10 +102,10 @@ class Guard:
             return self.settle_dropped(progress)
         if self.median is not None:
             self.settle_spike(progress)
-        return health.taken(progress, self.settings, self.sums[0])
+        return spikes.taken(progress, self.settings, self.sums[0])
 
     def settle_dropped(self, progress: Progress) -> Progress:
-        state, limit = health.state_of(progress), self.settings.max_skipped
+        state, limit = spikes.state_of(progress), self.settings.max_skipped
         if self.settings.on_nonfinite == "stop":
             raise self.stopped("lower train.lr or look at the data of this step, then start the same command again")
         if state.in_a_row == limit:
@@ -115,13 +115,13 @@ class Guard:
                 f"health.max_skipped_all = {limit} steps of the run were dropped before it: lower train.lr"
             )
         forget_gradients(self.engine.module)  # a parameter that gets no new one would bring this one to the next step
-        progress = health.dropped(progress)
+        progress = spikes.dropped(progress)
         row = f"{state.in_a_row + 1} in a row, {progress.skipped} in all"
         self.alert("a step was skipped", f"{self.said}; its update is dropped, {row}")
         return progress
 
     def settle_spike(self, progress: Progress) -> None:
-        rewinds, limit = health.state_of(progress).rewinds, self.settings.max_rewinds
+        rewinds, limit = spikes.state_of(progress).rewinds, self.settings.max_rewinds
         if self.settings.on_spike == "alert":
             self.alert("loss spike", self.said)
             return

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import Progress
-from ted_scale.health import state_of
+from ted_scale.health.spikes import state_of
 
 
 class Rewind(Exception):

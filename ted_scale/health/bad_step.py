@@ -18,7 +18,7 @@ from ted_scale.base.sealed import write_durably
 from ted_scale.checkpoints.folder import checkpoint_name
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.distill.stages import Stage
-from ted_scale.health import state_of
+from ted_scale.health.spikes import state_of
 from ted_scale.models.zero import own_part
 from ted_scale.ranks.agree import of_all_ranks
 

@@ -1,7 +1,7 @@
 """Whether a step's loss is a spike, and how often a run dropped an update or went back, as pure functions of what stands in a
 checkpoint.
 
-guard.py reads the numbers, report.py says whose they were, rewind.py goes back; this file counts and compares floats that are
+guard.py reads the numbers, bad_step.py says whose they were, rewind.py goes back; this file counts and compares floats that are
 the same on every rank, so that all come to the same end without asking each other. The surprise: what a spike is judged by
 is in the checkpoint, so that a resumed run judges as a straight one does.
 """

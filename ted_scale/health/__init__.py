@@ -1,0 +1,1 @@
+"""Whether a step's numbers are sound, and what happens where they are not: skip, go back, or end the run."""
