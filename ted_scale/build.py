@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale import feed, kernels, metrics
+from ted_scale import feed, kernels
 from ted_scale.base import exits, redact
 from ted_scale.base.errors import Preempted, RunStopped, UserError
 from ted_scale.checkpoints import engine_state
@@ -24,7 +24,6 @@ from ted_scale.checkpoints.filters_file import gather_filters, write_filters
 from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.checkpoints.saver import Saver, give_up, sentence
 from ted_scale.config import changes
-from ted_scale.console import say
 from ted_scale.data.loader import Loader
 from ted_scale.distill.flops import step_flops
 from ted_scale.distill.stages import Stage
@@ -33,6 +32,9 @@ from ted_scale.filter_start import write_start
 from ted_scale.health import replicas, spikes
 from ted_scale.health.guard import Guard
 from ted_scale.health.rewind import Rewind, gone_back
+from ted_scale.metrics import metrics
+from ted_scale.metrics.console import say
+from ted_scale.metrics.tracking import open_wandb
 from ted_scale.models import attention, fused, zero_hooks
 from ted_scale.models.fused import describe as describe_blocks
 from ted_scale.plan import Plan, as_dict
@@ -40,7 +42,6 @@ from ted_scale.ranks import pulse, shortage, watch
 from ted_scale.ranks.agree import broadcast, first_of_all, share
 from ted_scale.ranks.group import start_ranks
 from ted_scale.run_folder import claim_folder, filters_files, where_it_stands
-from ted_scale.tracking import open_wandb
 from ted_scale.train import train
 from ted_scale.validate import holds_out, validate
 

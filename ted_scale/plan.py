@@ -26,12 +26,12 @@ from ted_scale.distill.flops import keys_of, step_flops
 from ted_scale.distill.pairs import Matched, match_layers
 from ted_scale.distill.stages import Stage, stages_of
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
+from ted_scale.metrics.rows import last_row
+from ted_scale.metrics.tracking import has_key
 from ted_scale.models import fused
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import inspect
 from ted_scale.models.vocabulary import check_corpus_tokenizer, check_same_tokenizer
-from ted_scale.rows import last_row
-from ted_scale.tracking import has_key
 
 
 @dataclass(frozen=True, kw_only=True)

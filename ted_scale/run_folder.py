@@ -20,12 +20,12 @@ from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.config import changes
 from ted_scale.config.run_file import to_toml
-from ted_scale.console import open_log
 from ted_scale.distill import memory
+from ted_scale.metrics.console import open_log
+from ted_scale.metrics.rows import trim_rows
 from ted_scale.plan import Plan, describe
 from ted_scale.ranks import pulse
 from ted_scale.ranks.agree import broadcast, first_of_all, refuse_together, share
-from ted_scale.rows import trim_rows
 
 log = logging.getLogger("ted_scale")
 held: list = []  # the run folder's lock, for the life of the process

@@ -17,7 +17,7 @@ from ted_scale import build
 from ted_scale.base.errors import RunStopped
 from ted_scale.data.stream import open_stream
 from ted_scale.distill.student import Student
-from ted_scale.metrics import Metrics
+from ted_scale.metrics.metrics import Metrics
 
 NAN, INF = float("nan"), float("inf")
 

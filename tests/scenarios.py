@@ -23,7 +23,7 @@ from ted_scale.checkpoints.progress import Progress
 from ted_scale.distill.student import Student
 from ted_scale.kernels.arguments import check_labels
 from ted_scale.kernels.products import all_count
-from ted_scale.metrics import Metrics
+from ted_scale.metrics.metrics import Metrics
 from ted_scale.models import fused
 from ted_scale.models.engine_config import engine_config
 from ted_scale.models.zero import gathered, resident_share, shape_of

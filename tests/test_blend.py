@@ -17,7 +17,7 @@ from ted_scale.data.stream import open_stream, refuse_repetition
 from ted_scale.distill.stages import stages_of
 from ted_scale.feed import open_feed
 from ted_scale.kernels.tokens import IGNORED
-from ted_scale.metrics import Metrics
+from ted_scale.metrics.metrics import Metrics
 
 A, B, C = Domain("a", 1000), Domain("b", 77), Domain("c", 3000)
 VOCAB = 60000

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ted_scale.data.stream import Batch, batch, open_stream, text_lengths
 from ted_scale.distill.flops import body_flops, head_flops, keys_of, lengths_of, step_flops
 from ted_scale.distill.normalization import count_valid
+from ted_scale.metrics.peaks import device_peak, peak_of
 from ted_scale.models.inspection import inspect
-from ted_scale.peaks import device_peak, peak_of
 
 LENGTH = 20
 

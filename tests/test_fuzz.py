@@ -53,12 +53,12 @@ from ted_scale.corpora.tokenizer import digest, load_tokenizer
 from ted_scale.data.stream import batch, open_held_out, open_stream
 from ted_scale.distill import pairs
 from ted_scale.distill.filters import Filter
+from ted_scale.metrics.rows import rows_at, trim_rows
 from ted_scale.models import inspection
 from ted_scale.models.inspection import inspect
 from ted_scale.models.vocabulary import read_vocabulary
 from ted_scale.models.weights import build_network, load_weights
 from ted_scale.plan import describe, make_plan
-from ted_scale.rows import rows_at, trim_rows
 from tools import inspect_corpus, train_tokenizer
 
 LONGEST_S = 20  # a first import is in it

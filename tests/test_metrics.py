@@ -11,12 +11,12 @@ from tiny import make_run
 from wandb_file import read_config, read_records, read_rows
 
 from ted_scale.checkpoints.progress import Progress
-from ted_scale.clock import Clock
 from ted_scale.data.stream import Batch
 from ted_scale.distill.flops import Work
-from ted_scale.metrics import Metrics, mean_rows, shown
-from ted_scale.rows import trim_rows
-from ted_scale.tracking import has_key, open_wandb
+from ted_scale.metrics.clock import Clock
+from ted_scale.metrics.metrics import Metrics, mean_rows, shown
+from ted_scale.metrics.rows import trim_rows
+from ted_scale.metrics.tracking import has_key, open_wandb
 
 CPU = torch.device("cpu")
 
@@ -363,7 +363,7 @@ class Lost:
 
 def test_a_run_whose_wandb_process_is_ended_keeps_its_numbers_and_says_so_once(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("ted_scale.metrics.say", said.append)
+    monkeypatch.setattr("ted_scale.metrics.metrics.say", said.append)
     run = make_run(tmp_path, log_every=1)
     numbers = metrics(run, wandb_run=Lost())
     take_steps(numbers, 1, 4)

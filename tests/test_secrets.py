@@ -12,10 +12,10 @@ import pytest
 from tiny import make_corpus, make_model, make_run, run_values, write_run
 from wandb_file import read_records
 
-from ted_scale import tracking
 from ted_scale.base import redact
 from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.config.run_file import load_run, toml_value
+from ted_scale.metrics import tracking
 from ted_scale.storage import objects
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from ted_scale import train as loop
 from ted_scale.checkpoints.progress import Progress
-from ted_scale.clock import Clock
+from ted_scale.metrics.clock import Clock
 
 
 class Signal:

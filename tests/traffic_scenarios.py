@@ -11,7 +11,7 @@ from counting import as_on_cuda
 from scenarios import start
 from tiny import make_model
 
-from ted_scale.metrics import Metrics
+from ted_scale.metrics.metrics import Metrics
 
 MICRO_STEPS = 2
 

@@ -19,15 +19,15 @@ import transformers
 from ted_scale import engines
 from ted_scale.build import start_ranks
 from ted_scale.checkpoints.progress import Progress
-from ted_scale.clock import Clock
 from ted_scale.config.run import Run
 from ted_scale.corpora.writer import dtype_of, index_bytes
 from ted_scale.data.loader import Loader
 from ted_scale.data.stream import open_stream
 from ted_scale.distill.flops import step_flops
 from ted_scale.health.guard import Guard
-from ted_scale.metrics import Metrics
-from ted_scale.peaks import device_peak
+from ted_scale.metrics.clock import Clock
+from ted_scale.metrics.metrics import Metrics
+from ted_scale.metrics.peaks import device_peak
 from ted_scale.plan import Plan, make_plan
 from ted_scale.train import train
 from tools.bench import plain_step

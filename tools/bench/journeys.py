@@ -40,7 +40,7 @@ from ted_scale.checkpoints.saver import Saver
 from ted_scale.config.run import Run
 from ted_scale.data.loader import Loader
 from ted_scale.health.guard import Guard
-from ted_scale.metrics import Metrics
+from ted_scale.metrics.metrics import Metrics
 from ted_scale.plan import Plan, make_plan
 from ted_scale.ranks import signals
 from ted_scale.train import train

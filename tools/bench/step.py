@@ -79,7 +79,7 @@ class TrainerArm:
         from ted_scale.checkpoints.progress import Progress
         from ted_scale.health import spikes
         from ted_scale.health.guard import Guard
-        from ted_scale.metrics import Metrics
+        from ted_scale.metrics.metrics import Metrics
 
         self.plan, self.stage, self.engine, self.teacher = plan, stage, engine, teacher
         settings = {"total_steps": stage.last_step, "step": 0, "device": device, "wandb_run": None}

@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from ted_scale.base import redact
 from ted_scale.checkpoints.progress import Progress
-from ted_scale.clock import Clock
 from ted_scale.config.run import Run
-from ted_scale.console import say
 from ted_scale.distill.flops import Work, keys_of, lengths_of
-from ted_scale.peaks import device_peak
-from ted_scale.rows import rows_at, trim_rows
+from ted_scale.metrics.clock import Clock
+from ted_scale.metrics.console import say
+from ted_scale.metrics.peaks import device_peak
+from ted_scale.metrics.rows import rows_at, trim_rows
 
 log = logging.getLogger("ted_scale")
 
