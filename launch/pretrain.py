@@ -46,7 +46,7 @@ def main() -> None:
         print(to_toml(run), describe(plan), *memory.describe(plan), sep="\n")
         return
 
-    from ted_scale.build import run_plan
+    from ted_scale.run import run_plan
 
     run_plan(plan)
 

@@ -1,7 +1,7 @@
 """What follows from a run file, worked out and checked before any process group exists.
 
 Everything a user can get wrong and that files can tell is refused here, in one sentence. `describe` is what --dry-run
-prints; build.py carries the plan out.
+prints; run.py carries the plan out.
 """
 
 import dataclasses

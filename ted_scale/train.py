@@ -1,4 +1,4 @@
-"""The whole run, top to bottom. What happens once lives in build.py; what happens every step is all here, in order."""
+"""The whole run, top to bottom. What happens once lives in run.py; what happens every step is all here, in order."""
 
 from ted_scale.base.errors import Preempted
 from ted_scale.distill.normalization import count_valid, for_engine

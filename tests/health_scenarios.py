@@ -13,7 +13,7 @@ from data_scenarios import again_from
 from scenarios import start
 from tiny import make_run
 
-from ted_scale import build
+from ted_scale import run as build
 from ted_scale.base.errors import RunStopped
 from ted_scale.data.stream import open_stream
 from ted_scale.distill.student import Student

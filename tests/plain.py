@@ -1,4 +1,4 @@
-"""The student module and its teacher over tiny models without DeepSpeed, as build.py would put them together."""
+"""The student module and its teacher over tiny models without DeepSpeed, as run.py would put them together."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tiny import FAMILIES, make_run
 
-from ted_scale import build
+from ted_scale import run as build
 from ted_scale.base import sealed
 from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.checkpoints import attempts, saver

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import make_run
 
-from ted_scale import build
+from ted_scale import run as build
 from ted_scale.base import sealed
 from ted_scale.base.errors import RunStopped
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes

@@ -14,7 +14,6 @@ from transformers import FalconH1Config, Lfm2Config, PreTrainedTokenizerFast, St
 
 from ted_scale.base.errors import UserError
 from ted_scale.base.sealed import seal
-from ted_scale.build import train_run
 from ted_scale.checkpoints.progress import Progress, progress_as_bytes
 from ted_scale.config.run_file import load_run
 from ted_scale.corpora.tokenizer import digest, load_tokenizer
@@ -23,6 +22,7 @@ from ted_scale.distill.price import filter_parameters
 from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.feed import Reading
 from ted_scale.plan import describe, make_plan, stage_flops
+from ted_scale.run import train_run
 
 
 @pytest.fixture(scope="module")

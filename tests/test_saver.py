@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from damages import DAMAGES, copy_run, mix_up
 
-from ted_scale import build
+from ted_scale import run as build
 from ted_scale.base import sealed
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.checkpoints import attempts

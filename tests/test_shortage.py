@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import make_run
 
-from ted_scale import build
+from ted_scale import run as build
 from ted_scale.base.errors import MEMORY, OutOfMemory
 from ted_scale.ranks import shortage
 

@@ -1,4 +1,4 @@
-"""Ranks without a model, two for each fault: an all-reduce a step, watched as build.py has its ranks watched.
+"""Ranks without a model, two for each fault: an all-reduce a step, watched as run.py has its ranks watched.
 
 `python tests/watched_ranks.py FOLDER deepspeed.launcher.none` imports torch once, forks the ranks of all faults, and
 writes FOLDER/results.json: of each fault the ranks' exit codes and how long after it they left; FOLDER/FAULT.err is what

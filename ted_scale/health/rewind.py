@@ -1,7 +1,7 @@
 """Back to an earlier checkpoint after a loss spike: weights, moments, step and schedule are the checkpoint's, samples and blend
 go on where they stand, so that the text which the run stumbled over is not read again.
 
-build.py carries it out. The surprise: nothing is written when a run goes back. One that is
+run.py carries it out. The surprise: nothing is written when a run goes back. One that is
 killed before its next save resumes from the same checkpoint, meets the same spike, and goes back the same way.
 """
 

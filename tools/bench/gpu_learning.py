@@ -71,7 +71,7 @@ def seconds_of_training(left: float, task) -> float:
 
 def start_ranks():
     """Once a process, and behind what forks: CUDA stands no fork."""
-    from ted_scale.build import start_ranks
+    from ted_scale.run import start_ranks
 
     device = start_ranks()
     gc.collect()
@@ -182,8 +182,8 @@ def run_of(
 
 def trained(run: Run, device) -> list[dict]:
     """The run's rows; a run of that name from before is gone first."""
-    from ted_scale.build import train_run
     from ted_scale.plan import make_plan
+    from ted_scale.run import train_run
 
     shutil.rmtree(run.folder, ignore_errors=True)
     train_run(make_plan(run, 1), device)

@@ -34,7 +34,6 @@ import transformers
 
 import ted_scale
 from ted_scale.base.errors import RESUME, run_main
-from ted_scale.build import run_plan, save
 from ted_scale.checkpoints.copier import Copier
 from ted_scale.checkpoints.saver import Saver
 from ted_scale.config.run import Run
@@ -43,6 +42,7 @@ from ted_scale.health.guard import Guard
 from ted_scale.metrics.metrics import Metrics
 from ted_scale.plan import Plan, make_plan
 from ted_scale.ranks import signals
+from ted_scale.run import run_plan, save
 from ted_scale.train import train
 from tools.bench.gpu_step import ZERO3, write_corpus
 from tools.bench.object_server import serving

@@ -118,7 +118,7 @@ def count_traffic(arms: dict, run, device) -> None:
 def trainer_arms(run, methods, device) -> dict:
     import torch.distributed as dist
 
-    from ted_scale import build
+    from ted_scale import run as build
     from ted_scale.plan import make_plan
 
     plans = {method: make_plan(variant(run, method), dist.get_world_size()) for method in methods}
