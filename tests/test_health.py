@@ -249,7 +249,7 @@ def test_a_way_back_leads_into_the_same_engine_and_judges_by_the_run_file_of_now
     sealed.seal(there, {PROGRESS: entry}, {"step": 2, "forks": []})
     monkeypatch.setattr(build, "first_of_all", lambda fault: fault)
     monkeypatch.setattr(build, "share", lambda: (0, 1))
-    monkeypatch.setattr(build.checkpoint, "load", lambda engine, checkpoint: told.append((engine, checkpoint)))
+    monkeypatch.setattr(build.engine_state, "load", lambda engine, checkpoint: told.append((engine, checkpoint)))
     alerts = []
     numbers = SimpleNamespace(go_back=told.append, alert=lambda title, text: alerts.append(text))
     way = Rewind([there], at.progress.advanced(8, 32))

@@ -288,8 +288,8 @@ def test_a_step_waits_for_the_copy_alone_and_the_next_save_for_the_first(tmp_pat
         return write_file(*arguments)
 
     monkeypatch.setattr(sealed, "write_file", slowly)
-    monkeypatch.setattr(saving.checkpoint, "kept_buffers", lambda engine: None)
-    monkeypatch.setattr(saving.checkpoint, "snapshot", lambda engine, buffers: state(4))
+    monkeypatch.setattr(saving.engine_state, "kept_buffers", lambda engine: None)
+    monkeypatch.setattr(saving.engine_state, "snapshot", lambda engine, buffers: state(4))
     row = saver.save("engine", Progress(4, 4, 4), with_filters=True)
     assert not files.published(tmp_path) and row.keys() == {"checkpoint/stall_ms"} and row["checkpoint/stall_ms"] < 5000
     timer = threading.Timer(0.2, free.set)

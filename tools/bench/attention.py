@@ -1,4 +1,4 @@
-"""What keeping documents apart costs: every way of ted_scale/models/attention.py beside a dense [T, T] mask, in turn, in one process.
+"""What keeping documents apart costs: every way of models/attention.py beside a dense [T, T] mask, in turn, in one process.
 
 One layer's attention, forward and backward, over a row of T tokens of documents with lognormal lengths (median 300). The
 dense arm is what SDPA does with a mask, or plain torch where scores are soft-capped.

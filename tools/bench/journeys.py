@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import transformers
 
 import ted_scale
-from ted_scale.base.errors import RESUME, run_main
+from ted_scale.base.errors import RESUME
+from ted_scale.base.exits import run_main
 from ted_scale.checkpoints.copier import Copier
 from ted_scale.checkpoints.saver import Saver
 from ted_scale.config.run import Run
