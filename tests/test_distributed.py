@@ -11,6 +11,7 @@ import torch
 from corpus import steps
 from launching import run_ranks
 from number_scenarios import FAR
+from places import HARNESS
 from scenarios import beside, rows, sections_for_liger, sections_of_families
 from tiny import FAMILIES, MORE, make_model, make_run
 
@@ -26,7 +27,7 @@ TWO_RANKS = (
 
 
 def launch(folder: Path, ranks: int, names) -> None:
-    run_ranks(ranks, Path(__file__).with_name("group.py"), folder, ",".join(names))
+    run_ranks(ranks, HARNESS / "ranks.py", folder, ",".join(names))
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,16 @@ import pytest
 import soak_report
 import torch
 from launching import ended, start_ranks
+from places import ROOT
 from tiny import make_corpus, make_model, make_run, write_run
 
 from ted_scale.base import sealed
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.pieces import KINDS, State
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARDED, PERSISTENT, OFFLOADED = (
-    str(ROOT / path) for path in ("tests/zero3_all_sharded.json", "ds_configs/zero3.json", "tests/zero3_offload.json")
+    str(ROOT / path)
+    for path in ("tests/harness/zero3_all_sharded.json", "ds_configs/zero3.json", "tests/harness/zero3_offload.json")
 )
 SETTINGS = {
     "ds_config": PERSISTENT,  # small tensors, all there are here, stay whole on every rank

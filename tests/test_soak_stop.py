@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from places import ROOT
 from soak_report import commit
 from tiny import make_corpus, make_model, make_run, pretrain_command, write_run
 
@@ -21,7 +22,6 @@ from ted_scale.checkpoints.progress import read_progress
 from ted_scale.ranks.processes import descendants_of, parent_of, ranks_below, words_of
 
 pytestmark = pytest.mark.soak
-ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "runs" / "soak_stop"  # outlives a soak that is broken off; git ignores it
 SAID = PLACE / "said"
 REPORT = ROOT / "docs" / "soak_stop.md"
@@ -169,7 +169,7 @@ def test_a_fault_in_the_real_trainer_ends_both_ranks_and_says_why(tmp_path, kind
     make_corpus(tmp_path / "corpus")
     run = make_run(tmp_path, limits={"step_s": 10.0, "silence_s": 10.0}, checkpoint={"every": 2})
     command = command_of(write_run(tmp_path / "run.toml", run))
-    command = [word.replace("launch/pretrain.py", "tests/faulty_pretrain.py") for word in command]
+    command = [word.replace("launch/pretrain.py", "tests/harness/faulty_pretrain.py") for word in command]
     env = {**os.environ, "FAULT": f"{kind}:1:7"}
     began = time.monotonic()
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)

@@ -28,7 +28,9 @@ def imported_by(path: Path) -> set[str]:
         whole = [f"{node.module}.{name}" for name in names] if isinstance(node, ast.ImportFrom) else names
         for name in (name.removeprefix("ted_scale.") for name in whole if name.startswith("ted_scale.")):
             package = name.rpartition(".")[0]
-            found.add(next(file for file in (name, package, f"{name}.__init__", f"{package}.__init__") if file in FILES))
+            found.add(
+                next(file for file in (name, package, f"{name}.__init__", f"{package}.__init__") if file in FILES)
+            )
     return found
 
 

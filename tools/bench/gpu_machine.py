@@ -63,7 +63,7 @@ def best(action, device: str, times: int = 10) -> float:
 def tests(task, write) -> None:
     """`pytest -m gpu` until the part's time is over; a test that passed in an earlier call is not run again."""
     os.chdir(ROOT)
-    files = [str(path) for path in sorted(Path("tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    files = [str(path) for path in sorted(Path("tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     reporter = Reporter(task, write, passed_before(task))
     code = pytest.main(["-m", "gpu", "-q", "-W", "ignore", *files], plugins=[reporter])
     if reporter.is_late:

@@ -1,0 +1,161 @@
+"""A corpus of many shards: few of them are open at a time, whoever reads, and it starts within seconds."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+from pathlib import Path
+
+import numpy
+import pytest
+from corpus import counting_documents, data_section, write_shard
+
+from ted_scale.base.errors import UserError
+from ted_scale.corpora import megatron
+from ted_scale.corpora.megatron import OPEN_SHARDS, mapped
+from ted_scale.corpora.output import sealed
+from ted_scale.data.stream import open_stream
+
+VOCAB = 60000
+
+
+def many_shards(folder, count):
+    """Hard links of one signed shard: as many files to open, in a second."""
+    documents = counting_documents([30] * 20)
+    one = Path(write_shard(folder / "one" / "shard", documents))
+    idx = one.with_name("shard.idx").read_bytes()
+    facts = {"tokens": 600, "max_token_id": 599, "bin_bytes": 1200, "idx_sha256": hashlib.sha256(idx).hexdigest()}
+    one.with_name("shard.json").write_text(json.dumps(facts))
+    for number in range(1, count + 1):
+        for ending in (".bin", ".idx", ".json"):
+            os.link(one.with_name("shard" + ending), folder / f"web-{number:05d}{ending}")
+    return str(folder / "web")
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """400 shards, which would take 1200 descriptors if all were open."""
+    path = many_shards(tmp_path_factory.mktemp("many"), 400)
+    return open_stream(data_section(path, seq_len=32), 1, VOCAB)
+
+
+def target(link):
+    with contextlib.suppress(FileNotFoundError):
+        return str(link.readlink())
+    return ""
+
+
+def open_files():
+    """Of shards: other tests leave sockets behind that come and go."""
+    return sum("/web-" in target(link) for link in Path("/proc/self/fd").iterdir())
+
+
+def mappings():
+    return sum("/web-" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def sound(window):
+    return (window.labels - window.tokens)[window.labels % 600 != 0] == 1
+
+
+def test_open_files_and_mappings_are_bounded_however_many_shards_there_are(stream):
+    most = (0, 0)
+    for position in range(2000):
+        assert sound(stream.sample(position)).all()
+        most = max(most, (open_files(), mappings())) if position % 100 == 0 else most
+    assert 0 < most[0] <= 3 * OPEN_SHARDS and 0 < most[1] <= 2 * OPEN_SHARDS
+
+
+def test_threads_that_read_at_once_close_no_shard_under_another(stream, monkeypatch):
+    monkeypatch.setattr(megatron, "mapped", lru_cache(maxsize=2)(mapped.__wrapped__))
+    expected = [stream.sample(position).tokens for position in range(300)]
+    wrong = []
+
+    def read(first):
+        for position in range(first, first + 300):
+            if not numpy.array_equal(stream.sample(position % 300).tokens, expected[position % 300]):
+                wrong.append(position)
+
+    threads = [threading.Thread(target=read, args=(first,)) for first in (0, 70, 150, 220)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_stream_can_be_sent_to_another_process(stream):
+    sent = pickle.loads(pickle.dumps(stream))
+    assert all(numpy.array_equal(sent.sample(p).tokens, stream.sample(p).tokens) for p in range(20))
+
+
+@pytest.mark.parametrize("place", [-2, 900, 1 << 40])
+def test_a_document_that_begins_outside_its_shard_holds_out_nothing(tmp_path, place):
+    """A flipped bit in a pointer was a border between text to train on and text held out."""
+    prefix = write_shard(tmp_path / "shard", counting_documents([30] * 20))
+    index, pointers = tmp_path / "shard.idx", 34 + 4 * 20  # behind the header and the lengths
+    content = bytearray(index.read_bytes())
+    content[pointers + 8 * 10 : pointers + 8 * 11] = (2 * place).to_bytes(8, "little", signed=True)
+    index.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard\.idx must hold lengths that add up and borders in order"):
+        open_stream(data_section(prefix, validation=0.5), 1, VOCAB)
+
+
+def test_a_shard_written_anew_is_read_anew(tmp_path):
+    first = [
+        open_stream(data_section(write_shard(tmp_path / "a", [[low] * 100])), 1, VOCAB).sample(0) for low in (5, 7)
+    ]
+    assert [set(window.tokens) for window in first] == [{5}, {7}]
+
+
+TEN_THOUSAND = """
+import resource, sys, time; sys.path[:0] = ["tests/harness", "."]
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+from corpus import data_section, steps
+from ted_scale.corpora.megatron import megatron_indexed
+from ted_scale.data.stream import open_stream
+from ted_scale.base.errors import UserError
+from ted_scale.corpora.output import sealed
+megatron_indexed()
+began = time.monotonic()
+stream = open_stream(data_section(sys.argv[1], seq_len=256, validation=0.01), 1, 60000)
+data = steps(stream, samples_per_step=512, micro_batch=64)
+next(data)
+print(f"{time.monotonic() - began:.2f} s to the first step")
+for _ in range(10):
+    next(data)
+"""
+
+
+@pytest.mark.soak
+def test_ten_thousand_shards_start_in_ten_seconds_under_a_limit_of_1024_descriptors(tmp_path):
+    path = many_shards(tmp_path, 10_000)
+    command = [sys.executable, "-c", TEN_THOUSAND, path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
+    assert float(re.match(r"[\d.]+", done.stdout)[0]) < 10
+
+
+def test_a_family_that_lost_a_whole_shard_is_refused_by_its_manifest_and_one_shard_alone_is_not(tmp_path):
+    for number in (1, 2, 3):
+        write_shard(tmp_path / f"web-{number:05d}", [[1, 2, 3] * 30])
+    totals = {"documents": 3, "tokens": 270, "empty": 0, "skipped": 0, "sources": []}
+    shards = [{"name": f"web-{number:05d}", "sidecar_sha256": ""} for number in (1, 2, 3)]
+    manifest = sealed({**totals, "shards": shards})
+    (tmp_path / "web.manifest.json").write_text(json.dumps(manifest))
+    assert open_stream(data_section(str(tmp_path / "web")), 1, VOCAB).sample(0)
+    for ending in (".bin", ".idx"):
+        (tmp_path / "web-00002").with_suffix(ending).unlink()
+    for path in (tmp_path / "web", tmp_path):
+        with pytest.raises(
+            UserError, match=r"must hold the shards that .*web.manifest.json lists, but .*web-00002 is missing"
+        ):
+            open_stream(data_section(str(path)), 1, VOCAB)
+    assert open_stream(data_section(str(tmp_path / "web-00001")), 1, VOCAB).sample(0)

@@ -1,0 +1,60 @@
+"""Scenarios of ranks.py about what a run reads: an adaptive blend over three kinds of text, and a run that goes on with other
+data settings."""
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+from scenarios import put_back, start
+
+from ted_scale.base.errors import UserError
+
+DOMAINS = ("prose", "code", "reference")
+ADAPTIVE = {
+    "filters": {"steps": 2}, "train": {"steps": 10}, "checkpoint": {"every": 1, "keep": 100},
+    "validation": {"tokens": 1536},
+}  # fmt: skip
+
+
+def corpora(folder: Path, **weights) -> list[dict]:
+    weight = {name: weights.get(name, 1.0) for name in DOMAINS}
+    return [{"path": str(folder / name), "validation": 0.2, "weight": weight[name]} for name in DOMAINS]
+
+
+def again_from(folder: Path, name: str, step: int, copy: str) -> None:
+    """Rank 0 copies a run's folder and puts it back to the checkpoint of `step`."""
+    if dist.get_rank() == 0:
+        target = folder / "runs" / copy
+        shutil.copytree(folder / "runs" / name, target)
+        put_back(target, step)
+    dist.barrier()
+
+
+def adaptive(folder: Path, device):
+    """Twelve steps straight, measured at 2, 6 and 10; then again from the checkpoints of 6, where it is measured, and of 8."""
+    settings = {"data": {"blend": {"kind": "adaptive", "every": 4}, "corpora": corpora(folder, code=2.0)}, **ADAPTIVE}
+    start(folder, device, name="adaptive", **settings)
+    for step in (6, 8):
+        again_from(folder, "adaptive", step, f"adaptive_from_{step}")
+        start(folder, device, name=f"adaptive_from_{step}", **settings)
+
+
+def other_data(folder: Path, device):
+    """A kd run of 6 steps that goes on to 10 with half the seq_len, twice the step and other weights."""
+    first = {"method": "kd", "data": {"corpora": corpora(folder)}, "train": {"steps": 6}, "name": "other_data"}
+    start(folder, device, **first)
+    then = {
+        **first, "data": {"corpora": corpora(folder, prose=0.0, code=3.0), "seq_len": 16},
+        "train": {"steps": 10, "tokens_per_step": 512},
+    }  # fmt: skip
+    start(folder, device, **then)
+
+
+def runs_out(folder: Path, device):
+    """`short` must not repeat and holds enough for the first stretch of an adaptive blend, not for the second."""
+    short = {"path": str(folder / "short"), "validation": 0.2, "weight": 1.0, "repeat": False}
+    data = {"blend": {"kind": "adaptive", "every": 3}, "corpora": [*corpora(folder)[:1], short]}
+    try:
+        start(folder, device, name="runs_out", method="kd", data=data, train={"steps": 9})
+    except UserError as error:
+        return str(error)

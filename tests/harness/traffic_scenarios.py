@@ -1,0 +1,84 @@
+"""Scenarios of ranks.py about what a micro-step asks of the device and of the network."""
+
+import gc
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from counting import as_on_cuda
+from scenarios import start
+from tiny import make_model
+
+from ted_scale.metrics.metrics import Metrics
+
+MICRO_STEPS = 2
+
+
+def deep(folder: Path, blocks: int, **sizes) -> dict:
+    """Sections of a run whose student and teacher have `blocks` blocks each, all of them matched."""
+    if dist.get_rank() == 0:
+        make_model(folder / f"deep_{blocks}", "llama", num_hidden_layers=blocks, **sizes)
+        nothing_kept = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+        (folder / "nothing_kept.json").write_text(json.dumps({"zero_optimization": nothing_kept}))
+    dist.barrier()
+    path = {"path": str(folder / f"deep_{blocks}")}
+    train = {"tokens_per_step": 32 * dist.get_world_size() * MICRO_STEPS, "steps": 5}
+    return {"teacher": path, "student": path, "train": train, "filters": {"steps": 5}}
+
+
+def traffic(folder: Path, device):
+    """Counts of each optimizer step: with 4 pairs, and with 16 where no weight stays whole until backward."""
+    return {
+        "4": traffic_of(folder, device, "4", **deep(folder, 4)),
+        "tied": traffic_of(folder, device, "tied", **deep(folder, 2, tie_word_embeddings=True), method="kd"),
+        "16": traffic_of(folder, device, "16", **deep(folder, 16), ds_config=str(folder / "nothing_kept.json")),
+    }
+
+
+def traffic_of(folder: Path, device, name: str, **sections) -> list[dict]:
+    steps: list[dict] = []
+
+    def add(self, *arguments, **named):
+        steps.append(asdict(counts))
+        counts.clear()
+        return Metrics_add(self, *arguments, **named)
+
+    Metrics_add, Metrics.add = Metrics.add, add
+    try:
+        with as_on_cuda() as counts:
+            start(folder, device, name=f"traffic_{name}", **sections)
+    finally:
+        Metrics.add = Metrics_add
+    return steps
+
+
+def stage_two_memory(folder: Path, device):
+    """Bytes of tensors that live in stage II, beyond what lived before the run: after stage I in the same process, and
+    alone."""
+    filters = {"from": str(folder / "runs/after_filters")}
+    after = bytes_in_stage_two(folder, device, name="after_filters", **deep(folder, 4))
+    return after, bytes_in_stage_two(folder, device, name="alone", **{**deep(folder, 4), "filters": filters})
+
+
+def bytes_in_stage_two(folder: Path, device, **sections) -> int:
+    before, seen = bytes_alive(), []
+
+    def add(self, progress, values, **named):
+        if "loss/ce" in values:
+            seen.append(bytes_alive() - before)
+        return Metrics_add(self, progress, values, **named)
+
+    Metrics_add, Metrics.add = Metrics.add, add
+    try:
+        start(folder, device, **sections)
+    finally:
+        Metrics.add = Metrics_add
+    return seen[2]
+
+
+def bytes_alive() -> int:
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,0 +1,151 @@
+"""The trainer as a user starts it: `deepspeed launch/pretrain.py` on two CPU ranks, killed, resumed, and refused."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from places import ROOT
+from tiny import make_corpus, make_model, make_run, pretrain, pretrain_command, write_run
+
+from ted_scale.base.errors import Preempted
+from ted_scale.ranks.processes import ranks_below
+
+SETTINGS = {"filters": {"steps": 4}, "train": {"steps": 10}, "checkpoint": {"every": 2}, "wandb": {"project": "tiny"}}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    make_model(folder / "teacher", "llama", hidden_size=48)
+    make_model(folder / "student", "gpt2", num_hidden_layers=2, seed=1)
+    make_corpus(folder / "corpus")
+    return folder
+
+
+def steps_of(run) -> list[int]:
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if "loss/total" in row]
+
+
+def at_step(process, run, step: int) -> list[int]:
+    """The ranks, when `step` is in the metrics."""
+    metrics, deadline = run.folder / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    return ranks_below(process.pid)
+
+
+def gone(pids, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal(root):
+    """One rank is killed -9 in the first life, one is told to stop in the second, the third comes to the end. That all numbers
+    are those of an undisturbed run is in test_faults.py and test_distributed.py."""
+    unlucky = make_run(root, name="unlucky", **SETTINGS, limits={"silence_s": 4.0})
+    config = write_run(root / "unlucky.toml", unlucky)
+    supervise = [
+        sys.executable,
+        str(ROOT / "launch" / "supervise.py"),
+        "--pause-s",
+        "0.1",
+    ]
+    with (root / "said").open("w") as said:
+        command = [*supervise, "--", *pretrain_command("--config", config, ranks=2)]
+        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+    first = at_step(process, unlucky, 9)
+    os.kill(first[1], signal.SIGKILL)
+    assert gone(first, 60)
+    before = json.loads((unlucky.folder / "checkpoints" / "step_00000008" / "progress.json").read_text())
+    os.kill(at_step(process, unlucky, 11)[1], signal.SIGUSR1)
+    assert process.wait(300) == 0
+    assert steps_of(unlucky) == list(range(1, 15))
+
+    said = (root / "said").read_text()
+    assert "error: rank 1 must give a sign at least every limits.silence_s (4 s)" in said
+    starts = [line for line in said.splitlines() if line.startswith("supervise: ")]
+    assert len(starts) == 3 and "starting again in 0 s" in starts[1] and "exit code 75" in starts[1]
+    resumed = int(re.findall(r"resuming from .*step_(\d+)", said)[-1])
+    assert resumed >= 11, "the step that was signalled was saved"
+    assert said.count(Preempted.SENTENCE) == 1 and "Traceback" not in said
+
+    after = json.loads((unlucky.folder / "checkpoints" / "step_00000014" / "progress.json").read_text())
+    assert before["wandb_id"] == after["wandb_id"] is not None
+    assert len(list((unlucky.folder / "wandb").glob("offline-run-*"))) == 3
+    left = sorted(p.name for p in (unlucky.folder / "checkpoints").iterdir())
+    assert left == ["step_00000012", "step_00000014"]
+
+    again = pretrain("--config", config, "--set", "seed=7")
+    assert again.returncode == 2
+    assert "step_00000014, seed must be 0, but is 7; " in again.stderr
+    assert "Traceback" not in again.stderr + again.stdout
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2_through_the_launcher(root):
+    done = pretrain("--config", write_run(root / "x.toml", make_run(root, name="x")), "--set", "loss.kll=1.0", ranks=2)
+    assert done.returncode == 2
+    assert (done.stderr + done.stdout).count("unknown key loss.kll; did you mean loss.kl?") == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (root / "runs" / "x").exists()
+
+
+def test_a_backend_that_the_device_has_not_is_refused_and_the_chosen_one_is_in_the_log(root):
+    config = write_run(root / "backend.toml", make_run(root, name="backend", **SETTINGS))
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = pretrain("--config", config, "--set", "loss.backend='triton'", env=env)
+    assert done.returncode == 2
+    assert "loss.backend must be auto, torch or compiled on cpu, but is 'triton'" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    log = (root / "runs" / "unlucky" / "log.txt").read_text()
+    assert log.count("losses: torch kernels on cpu (auto)") == 3  # lives
+
+
+def test_a_run_folder_that_another_run_is_in_is_refused_and_left_alone(root):
+    run = make_run(root, name="taken")
+    (run.folder / "checkpoints").mkdir(parents=True)
+    with (run.folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        done = pretrain("--config", write_run(root / "taken.toml", run))
+    said = f"runs must be used by one process at a time, but another is at work in {run.folder}; wait for it, or give "
+    assert done.returncode == 5  # a lost node's lock goes by itself
+    assert (done.stderr + done.stdout).count(f"error: {said}this run another name\n") == 1
+    assert sorted(p.name for p in run.folder.iterdir()) == [".lock", "checkpoints"]
+
+
+def test_a_run_folder_that_nodes_do_not_share_is_refused_on_every_node(root, tmp_path):
+    """Two nodes on one machine: each has its own working directory, and `runs` is relative to it."""
+    config = write_run(tmp_path / "nodes.toml", make_run(root, name="nodes", runs="runs"))
+    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    script = str(ROOT / "launch" / "pretrain.py")
+    nodes = []
+    for rank in (0, 1):
+        home = tmp_path / f"node{rank}"
+        home.mkdir()
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(tmp_path / "hosts"), "--no_ssh"]
+        command += ["--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", "29733"]
+        nodes.append(
+            subprocess.Popen(
+                [*command, script, "--config", str(config)],
+                cwd=home,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    said = [node.communicate(timeout=150)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 2], said
+    assert "runs must be a folder that all nodes share, but rank 1 sees another runs/nodes" in said[0]
+    assert not any("Traceback" in text for text in said)

@@ -1,0 +1,192 @@
+"""launch/supervise.py: what it starts again, when, how often, whom it tells of a signal, and that nothing is left."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from places import HARNESS
+from tiny import make_run, write_run
+
+from launch.supervise import Standing, pause_after, run_file_of
+from ted_scale.base.errors import MEANINGS, UserError
+from ted_scale.ranks import processes
+
+SCRIPT = HARNESS / "supervised.py"
+SETTINGS = argparse.Namespace(attempts=5, pause_s=10.0, longest_pause_s=600.0)
+
+
+def start(folder: Path, lives: str, *options) -> subprocess.Popen:
+    (folder / "lives").write_text(lives.replace(",", "\n"))
+    config = write_run(folder / "run.toml", make_run(folder))
+    command = [sys.executable, str(SCRIPT), str(folder), str(config), "--pause-s", "0.2", *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen) -> str:
+    said = process.communicate(timeout=30)[1]
+    assert "Traceback" not in said, said
+    return said
+
+
+def at_work(folder: Path) -> None:
+    """Both ranks have begun."""
+    end = time.monotonic() + 20
+    while not (folder / "pids").exists() or (folder / "pids").read_text().count("\n") < 2:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def nobody_is_left(folder: Path) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in (folder / "pids").read_text().split())
+
+
+def test_a_failure_pauses_a_stop_does_not_and_done_ends_it(tmp_path):
+    process = start(tmp_path, "1 3,1 3,75 5,247 6,0 9")
+    said = finished(process)
+    assert process.returncode == 0
+    first, second, third, fourth, fifth = map(float, (tmp_path / "started").read_text().split())
+    assert second - first >= 0.15 and third - second >= 0.3 and fifth - fourth >= 0.15
+    assert (
+        "exit code 75 (asked to stop, every step saved; the same command goes on) at step 5; starting again in 0 s"
+        in said
+    )
+    assert "exit code 247 (ended by a signal, or by its launcher) at step 6" in said
+
+
+@pytest.mark.parametrize("code", [2, 3, 6])
+def test_what_a_new_start_would_not_help_is_not_started_again(tmp_path, code):
+    process = start(tmp_path, f"{code} 3,0 9")
+    finished(process)
+    assert process.returncode == code
+    assert (tmp_path / "started").read_text().count("\n") == 1
+
+
+def test_it_gives_up_where_no_checkpoint_gets_newer(tmp_path):
+    process = start(tmp_path, "1 3,5 4,4 4,75 4,0 9", "--attempts", "3")
+    said = finished(process)
+    assert process.returncode == 75
+    assert "at step 4; gave up after 3 ends without a newer checkpoint" in said
+
+
+def test_an_exit_code_0_before_the_last_step_is_a_launcher_that_was_killed(tmp_path):
+    process = start(tmp_path, "0 3,0 9")
+    assert "the command left with 0 before the last step" in finished(process)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("sent", "heard"), [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGUSR1"), ("SIGINT", "SIGTERM")])
+def test_a_signal_goes_to_the_ranks_which_save_and_nothing_starts_again(tmp_path, sent, heard):
+    process = start(tmp_path, "wait 4,0 9")
+    at_work(tmp_path)
+    process.send_signal(signal.Signals[sent])
+    finished(process)
+    assert process.returncode == 75
+    assert (tmp_path / "heard").read_text() == f"{heard}\n" * 2
+    assert (tmp_path / "started").read_text().count("\n") == 1 and nobody_is_left(tmp_path)
+
+
+def test_ranks_that_hear_nothing_are_killed_in_the_end(tmp_path):
+    process = start(tmp_path, "stubborn 4,0 9", "--patience-s", "0.5")
+    at_work(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    finished(process)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert nobody_is_left(tmp_path)
+
+
+def test_ranks_whose_launcher_was_killed_may_save_before_the_next_start(tmp_path):
+    process = start(tmp_path, "orphans 4,0 9")
+    said = finished(process)
+    assert process.returncode == 0
+    assert "exit code 75" in said  # theirs
+    first, second = map(float, (tmp_path / "started").read_text().split())
+    assert second - first > 1.0  # the ranks' time
+    assert nobody_is_left(tmp_path)
+
+
+def test_a_signal_in_a_pause_ends_it(tmp_path):
+    process = start(tmp_path, "1 4,0 9", "--pause-s", "60")
+    while not (tmp_path / "step").exists():
+        time.sleep(0.02)
+    time.sleep(0.6)
+    process.send_signal(signal.SIGTERM)
+    finished(process)
+    assert process.returncode == 75
+    assert (tmp_path / "started").read_text().count("\n") == 1
+
+
+SIGNALLED_AT_ONCE = """
+import os, signal
+from launch import supervise
+
+def spawn(command):
+    supervise.received.append(signal.SIGTERM)
+    return os.posix_spawn(command[0], command, os.environ)
+
+supervise.spawn = spawn
+print(supervise.run_once(["/bin/sleep", "30"], 60))
+"""
+
+
+def test_a_signal_that_comes_while_the_command_starts_is_passed_on():
+    """In a process of its own: it kills whatever is left below it, and that would be W&B's service of this one."""
+    began = time.monotonic()
+    command = [sys.executable, "-c", SIGNALLED_AT_ONCE]
+    done = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True, timeout=30, check=True)
+    assert int(done.stdout) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 10
+
+
+def test_a_process_whose_name_is_no_text_is_a_process():
+    code = "import time; open('/proc/self/comm', 'wb').write(b'caf\\xc3 (x) y'); print(flush=True); time.sleep(30)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        child.stdout.readline()
+        assert b"caf\xc3 (x) y" in Path(f"/proc/{child.pid}/stat").read_bytes()
+        assert processes.parent_of(child.pid) == os.getpid()
+        assert child.pid in processes.descendants_of(os.getpid())
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_pauses_double_up_to_the_longest_and_are_spread():
+    assert [pause_after(1, ends, SETTINGS, 0.5) for ends in (1, 2, 3, 9)] == [10, 20, 40, 600]
+    assert (pause_after(5, 1, SETTINGS, 0.0), pause_after(5, 1, SETTINGS, 1.0)) == (7.5, 12.5)
+    assert pause_after(75, 4, SETTINGS, 0.5) == 0
+
+
+def test_every_exit_code_stands_in_the_docs_with_its_meaning():
+    table = (SCRIPT.parents[1] / "docs" / "operations.md").read_text()
+    for code, meaning in MEANINGS.items():
+        assert f"| {code} | {meaning} |" in table
+
+
+def test_ends_are_counted_at_a_step():
+    standing, counts = Standing(), []
+    for step in (0, 0, 4, 4, 4, 8):
+        standing = standing.after(step)
+        counts.append(standing.ends)
+    assert counts == [1, 2, 1, 2, 3, 1]
+
+
+def test_the_run_file_is_read_from_the_command():
+    words = [
+        "deepspeed",
+        "--num_gpus",
+        "2",
+        "launch/pretrain.py",
+        "--config=a.toml",
+        "--set",
+        "seed=1",
+        "--set",
+        "loss.kl=0.5",
+    ]
+    assert run_file_of(words) == ("a.toml", ["seed=1", "loss.kl=0.5"])
+    with pytest.raises(UserError, match="the command must name its run file by --config"):
+        run_file_of(["sleep", "1"])

@@ -1,0 +1,311 @@
+"""How ranks end together: real pairs of ranks, each with another fault, and the rules between two watches of one process."""
+
+import contextlib
+import inspect
+import itertools
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+from places import HARNESS
+
+from ted_scale.base.errors import FAULT, GONE, HUNG, MEMORY, MISTAKE, RESUME, Gone, Preempted
+from ted_scale.config.operation import Limits
+from ted_scale.ranks import pulse, watch
+from ted_scale.ranks import signals as stop
+
+SCRIPT = HARNESS / "watched_ranks.py"
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """By fault: exit codes of both ranks, seconds from the fault to each one's exit, and what they wrote."""
+    folder = tmp_path_factory.mktemp("ends")
+    command = [sys.executable, str(SCRIPT), str(folder), "deepspeed.launcher.none"]
+    subprocess.run(command, check=True, timeout=120)
+    found = {}
+    for name, result in json.loads((folder / "results.json").read_text()).items():
+        at = folder / f"{name}.at"
+        began = float(at.read_text()) if at.exists() else 0.0
+        took = [left and left - began for left in result["left"]]
+        found[name] = (result["codes"], took, (folder / f"{name}.err").read_text())
+    return found, folder
+
+
+def test_a_rank_that_fails_ends_all_and_its_traceback_is_the_last_thing_said_and_said_once(ends):
+    codes, took, said = ends[0]["raise"]
+    assert codes == [FAULT, FAULT]
+    assert max(took) < 6
+    assert said.count("Traceback") == said.count("what really went wrong\n") == 1
+    assert said.startswith("rank 1: Traceback")
+    assert said.rstrip().endswith("ValueError: what really went wrong")
+
+
+def test_a_rank_s_sentence_ends_all_with_its_code(ends):
+    codes, took, said = ends[0]["sentence"]
+    assert codes == [MISTAKE, MISTAKE]
+    assert max(took) < 6
+    assert said == "rank 1: error: a file must be there, but is not\n"
+
+
+def test_a_rank_that_runs_out_of_memory_alone_ends_all_with_that_cause_and_a_code_of_its_own(ends):
+    codes, took, said = ends[0]["memory"]
+    assert codes == [MEMORY, MEMORY]
+    assert max(took) < 9
+    assert said == (
+        "rank 1: error: a rank's memory must hold step 10, but does not (DefaultCPUAllocator: can't allocate memory: you tried "
+        "to allocate 4611686018427387904 bytes. Error code 12 (Cannot allocate memory)); lower something\n"
+    )
+
+
+@pytest.mark.parametrize(("name", "rank"), [("die", 1), ("die0", 0)])
+def test_a_rank_that_is_killed_is_named_and_all_end(ends, name, rank):
+    codes, took, said = ends[0][name]
+    assert sorted(codes) == [-9, GONE] and codes[rank] == -9
+    assert max(took) < 15
+    assert "Traceback" not in said
+    assert (
+        said.rstrip()
+        .splitlines()[-1]
+        .startswith(f"error: rank {rank} must give a sign at least every limits.silence_s")
+    )
+
+
+def test_a_hang_shows_the_stacks_of_both_ranks_and_where_each_was(ends):
+    codes, took, said = ends[0]["hang"]
+    folder = ends[1] / "hang" / "stacks"
+    assert codes == [HUNG, HUNG]
+    assert max(took) < 4 + 6
+    for rank, line in ((0, "all_reduce"), (1, "in fault")):
+        assert any(text.startswith(f"rank {rank}| ") and line in text for text in said.splitlines()), said
+        assert line in (folder / f"rank_{rank}.txt").read_text()
+    last = said.rstrip().splitlines()[-1]
+    assert last.startswith("error: step 10 must end within limits.step_s (4 s), but did not: rank")
+
+
+def test_a_rank_that_never_gives_python_s_lock_back_is_dead_to_the_others_and_ended_by_the_alarm(ends):
+    codes, took, said = ends[0]["lock"]
+    assert codes == [GONE, -14]
+    assert took[0] < 20 and took[1] < 30
+    assert "error: rank 1 must give a sign" in said
+    assert "in fault" in said  # its stack, written without the lock
+
+
+@pytest.mark.parametrize("name", ["signal", "orphan"])
+def test_a_signal_to_one_rank_or_the_end_of_the_launcher_stops_all_after_a_step(ends, name):
+    codes, took, said = ends[0][name]
+    assert codes == [RESUME, RESUME]
+    assert max(took) < 8
+    assert said == f"stopped: {Preempted.SENTENCE}\n"
+
+
+def test_a_ctrl_c_says_where_the_run_stands_and_stops_all_after_a_step_and_a_second_one_does_not_wait(ends):
+    """Under `deepspeed` it left a traceback, and nothing of what was saved and what was not."""
+    codes, took, said = ends[0]["interrupt"]
+    assert codes == [RESUME, RESUME]
+    assert max(took) < 8
+    first, last = said.splitlines()
+    assert re.match(
+        r"interrupted in step 1\d, which is finished and saved first; a second Ctrl-C ends the run at once", first
+    )
+    assert first.endswith("then there is no checkpoint yet; the same command goes on")
+    assert last == f"stopped: {Preempted.SENTENCE}"
+    handle = stop.once_more(itertools.count())
+    handle(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        handle(signal.SIGINT, None)
+
+
+def test_a_signal_before_the_first_step_ends_all_at_once(ends):
+    codes, took, said = ends[0]["early"]
+    assert codes == [RESUME, RESUME]
+    assert max(took) < 6
+    assert said == f"rank 1: stopped: {Preempted.SENTENCE}\n"
+
+
+def test_ranks_that_are_done_leave_without_a_word(ends):
+    codes, _, said = ends[0]["none"]
+    assert (codes, said) == ([0, 0], "")
+
+
+class Left(SystemExit):
+    """Instead of the process, a thread ends."""
+
+
+@pytest.fixture
+def pair(tmp_path, monkeypatch):
+    """Two watches over one real store, and what they said and left with."""
+    monkeypatch.setattr(watch, "BEAT_S", 0.02)
+    monkeypatch.setattr(watch, "GRACE_S", 0.5)
+    monkeypatch.setattr(pulse, "now", pulse.Pulse("step 7", time.monotonic(), first=False, unsaved=True))
+    monkeypatch.setattr(stop, "asked", threading.Event())
+    server = dist.TCPStore("127.0.0.1", 0, 2, True, timeout=timedelta(seconds=10), wait_for_workers=False)
+    left, said, watches = {}, [], []
+
+    def leaver(rank):
+        def leave(code):
+            left[rank] = code
+            raise Left(code)
+
+        return leave
+
+    for rank in (0, 1):
+        client = dist.TCPStore(
+            "127.0.0.1", server.port, 2, False, timeout=timedelta(seconds=10), wait_for_workers=False
+        )
+        limits = Limits.model_construct(step_s=30.0, start_s=60.0, silence_s=0.6)
+        made = watch.Watch(client, rank, 2, limits, tmp_path, leave=leaver(rank), speak=said.append)
+        made.store.set(f"beat/{rank}", "0")
+        watches.append(made)
+    yield watches, left, said, server
+    for made in watches:
+        made.closed.set()
+
+
+def meeting(made) -> threading.Thread:
+    def until_it_leaves():
+        with contextlib.suppress(Left):
+            made.meet()
+
+    thread = threading.Thread(target=until_it_leaves)
+    thread.start()
+    return thread
+
+
+def watched(*watches) -> None:
+    """Let them meet until every one of them has left."""
+    for thread in [meeting(made) for made in watches]:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_only_a_rank_without_a_sign_is_named(pair):
+    watches, left, said, _ = pair
+    watched(watches[0])
+    assert left == {0: GONE}
+    assert len(said) == 1 and said[0].startswith("error: rank 1 must give a sign")
+
+
+def test_a_rank_that_has_left_is_not_missed(pair):
+    watches, left, said, _ = pair
+    watches[1].close()
+    thread = meeting(watches[0])
+    thread.join(1.5)
+    assert thread.is_alive() and not left and not said
+    watches[0].closed.set()
+    thread.join(5)
+
+
+def test_a_failure_beside_a_dead_rank_is_told_as_its_echo(pair):
+    watches, left, said, _ = pair
+    with pytest.raises(Left):
+        watches[0].end("Traceback (most recent call last):\n  ...\nRuntimeError: Connection closed by peer\n", FAULT)
+    assert left == {0: GONE}
+    assert said[0].startswith("rank 0 met: RuntimeError: Connection closed by peer\nerror: rank 1 must give a sign")
+
+
+def test_a_rank_of_another_run_at_this_port_does_not_speak_for_one_of_ours(pair):
+    watches, left, said, _ = pair
+    watches[1].store.set("beat/1", "another host 17")
+    with pytest.raises(Gone, match="MASTER_PORT must be free on rank 0's node"):
+        watch.patiently(watches[1].begin, 0.1)
+    assert watches[0].store.get("beat/1") == b"another host 17" and not left and not said
+
+
+def test_the_first_claim_wins_and_the_other_rank_is_silent(pair):
+    watches, left, said, _ = pair
+    other = meeting(watches[0])
+    with pytest.raises(Left):
+        watches[1].end("Traceback ...\nValueError: first\n", FAULT)
+    other.join(5)
+    assert left == {0: FAULT, 1: FAULT}
+    assert said == ["rank 1: Traceback ...\nValueError: first\n"]
+
+
+def test_a_signal_that_is_the_echo_of_a_rank_that_died_names_the_rank(pair):
+    """DeepSpeed's launcher sends SIGTERM to all when one has died, and while nothing is unsaved they would leave at once."""
+    watches, left, said, _ = pair
+    pulse.building("the build of stage student")
+    stop.asked.set()
+    watched(watches[0])
+    assert left == {0: GONE}
+    assert said[0].startswith(f"rank 0 met: stopped: {Preempted.SENTENCE}\nerror: rank 1 must give a sign")
+
+
+def test_a_reason_is_said_before_deepspeed_s_launcher_kills_the_others():
+    from deepspeed.launcher.launch import terminate_process_tree
+
+    kills_after_s = float(re.search(r"timeout=(\d+)", inspect.getsource(terminate_process_tree))[1])
+    assert Limits().silence_s + watch.ROUNDS_A_LOOK * watch.BEAT_S + 3 * watch.BEAT_S < kills_after_s
+
+
+def test_a_secret_in_a_traceback_reaches_no_log(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "planted-in-a-traceback")
+    watches, _, said, _ = pair
+    handler = logging.FileHandler(tmp_path / "log.txt")
+    monkeypatch.setattr(logging.getLogger("ted_scale"), "handlers", [handler])
+    other = meeting(watches[0])
+    with pytest.raises(Left):
+        watches[1].end("Traceback ...\nValueError: denied for planted-in-a-traceback\n", FAULT)
+    other.join(5)
+    handler.close()
+    assert said == ["rank 1: Traceback ...\nValueError: denied for ***\n"]
+    assert (tmp_path / "log.txt").read_text().count("denied for ***") == 1
+
+
+def test_two_threads_of_a_rank_that_end_it_at_once_say_one_thing(pair):
+    watches, left, said, _ = pair
+    watches[1].close()
+    stop.asked.set()
+    pulse.building("stage II")
+    with pytest.raises(Left):
+        watches[0].end(f"stopped: {Preempted.SENTENCE}", RESUME)
+    other = threading.Thread(target=watches[0].round)
+    other.start()
+    other.join(10)
+    assert left == {0: RESUME} and len(said) == 1
+
+
+@pytest.mark.parametrize(("first", "key"), [(False, "limits.step_s (30 s)"), (True, "limits.start_s (60 s)")])
+def test_a_step_has_its_limit_and_a_first_step_a_longer_one(pair, first, key, monkeypatch):
+    watches, left, said, _ = pair
+    monkeypatch.setattr(pulse, "now", pulse.Pulse("step 8", time.monotonic() - 45, first=first, unsaved=True))
+    if first:
+        watches[0].round()
+        assert not left
+        pulse.now = pulse.now._replace(since=time.monotonic() - 61)
+    watched(*watches)
+    assert left == {0: HUNG, 1: HUNG}
+    assert f"error: step 8 must end within {key}, but did not: ranks 0, 1 in no line of ted_scale" in said[-1]
+
+
+def test_a_signal_ends_all_at_once_only_while_nothing_is_unsaved(pair):
+    watches, left, said, _ = pair
+    stop.asked.set()
+    for made in watches:
+        made.round()
+    assert not left
+    pulse.building("stage II")
+    watched(*watches)
+    assert left == {0: RESUME, 1: RESUME}
+    assert len(said) == 1
+
+
+def test_a_first_step_is_the_first_after_building():
+    before = pulse.now
+    pulse.building("stage I")
+    seen = []
+    for number in (1, 2):
+        pulse.beat("a batch of validation")
+        pulse.step(number)
+        seen.append((pulse.now.first, pulse.now.unsaved))
+    pulse.put(before)
+    assert seen == [(True, True), (False, True)]
