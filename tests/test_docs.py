@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "ted_scale/kernels/README.md", *ROOT.glob("docs/**/*.md")]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "ted_scale/kernels/README.md",
+    *ROOT.glob("docs/**/*.md"),
+]
 PATHS = re.compile(r"(?<![\w/.-])(?:ted_scale|tests|tools|docs|launch|ds_configs)/[\w./-]*\w")
 LINKS = re.compile(r"\]\(([^)\s]+)\)")
 PLACEHOLDERS = {"launch/runs/NAME.toml"}
