@@ -1,6 +1,6 @@
 """Train the run of a run file: `deepspeed launch/pretrain.py --config launch/runs/NAME.toml [--set section.key=value]`.
 
-The launcher starts one process a rank and passes --local_rank; the environment holds the same number.
+The launcher starts one process a rank and passes --local_rank; the environment has the same number.
 """
 
 import argparse
@@ -22,18 +22,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="the run file, TOML")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="section.key=value", help="on top of the run file"
+        "--set", action="append", default=[], metavar="section.key=value", help="overrides the run file"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved run and its arithmetic, start nothing"
+        "--dry-run", action="store_true", help="print the resolved run and its arithmetic, and start nothing"
     )
-    parser.add_argument("--ranks", type=int, help="ranks to assume in a dry run; default: what the launcher says, or 1")
+    parser.add_argument("--ranks", type=int, help="ranks to assume in a dry run; default: the launcher's, or 1")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     check_ranks(arguments.ranks, arguments.dry_run)
     run = load_run(arguments.config, arguments.set)
 
-    from ted_scale.plan import describe, make_plan  # seconds of imports that a typing mistake should not cost
+    from ted_scale.plan import describe, make_plan  # imports take seconds; a typing mistake should not wait for them
 
     plan = make_plan(run, world=arguments.ranks or int(os.environ.get("WORLD_SIZE", "1")))
     if arguments.dry_run:
@@ -41,7 +41,7 @@ def main() -> None:
         from ted_scale.distill import memory
         from ted_scale.engines import check_engine_config
 
-        logging.disable(logging.WARNING)  # DeepSpeed's go to stdout, where the run file is printed
+        logging.disable(logging.WARNING)  # DeepSpeed logs to stdout, where the run file is printed
         check_engine_config(plan)
         print(to_toml(run), describe(plan), *memory.describe(plan), sep="\n")
         return
@@ -52,13 +52,13 @@ def main() -> None:
 
 
 def check_ranks(ranks: int | None, dry_run: bool) -> None:
-    """A real run has the ranks its launcher started; accumulation for others would train other steps than it says."""
+    """A real run has the ranks that its launcher started; with accumulation for others it would train other steps."""
     if ranks is not None and not dry_run:
         raise UserError(
-            f"--ranks must come with --dry-run, but is {ranks} without it; the launcher says how many start"
+            f"--ranks must come with --dry-run, but is {ranks} without it; the launcher decides how many start"
         )
     if ranks is not None and ranks < 1:
-        raise UserError(f"--ranks must be at least 1, but is {ranks}; leave it out for what the launcher says")
+        raise UserError(f"--ranks must be at least 1, but is {ranks}; leave it out to use the launcher's number")
 
 
 if __name__ == "__main__":

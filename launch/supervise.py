@@ -2,14 +2,13 @@
 
     python launch/supervise.py -- deepspeed launch/pretrain.py --config launch/runs/NAME.toml
 
-starts the command, and starts it again as long as its exit code says that this helps: at once where it was asked to stop
-and has saved (75), after a growing pause where something failed, never after "done" (0), a mistake (2), bad
-numbers (3) or memory that ran out (6).
-It gives up after --attempts ends without a newer checkpoint. SIGTERM, SIGUSR1 and Ctrl-C go to the ranks alone, which
-finish their step and save; when this program leaves, nothing of the command is left.
+starts the command, and restarts it if its exit code says that this can help: at once after a requested stop with a save
+(75), after a growing pause after a failure, never after "done" (0), a mistake (2), bad numbers (3) or memory that ran
+out (6). It gives up after --attempts exits without a newer checkpoint. SIGTERM, SIGUSR1 and Ctrl-C are forwarded to the
+ranks only, which finish their step and save. When this program exits, no process of the command is left.
 
-The surprise: `deepspeed` passes no signal on and does not outlive one, so the ranks are found by the words they were
-started with, and this process adopts whatever loses its parent, as a container's first process must anyway.
+Note: `deepspeed` does not forward signals and dies of them. So the ranks are found by their command lines, and this process
+adopts every process that loses its parent, as the first process of a container must do anyway.
 """
 
 import argparse
@@ -34,19 +33,19 @@ from ted_scale.ranks.processes import descendants_of, ranks_below
 
 PR_SET_CHILD_SUBREAPER = 36
 FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1, signal.SIGINT: signal.SIGTERM}
-LOOK_S = 0.3
-KILLED_S = 60  # a process that waits for a device or a file system does not hear SIGKILL
+POLL_S = 0.3
+KILLED_S = 60  # a process that waits for a device or a file system does not react to SIGKILL
 received: list[int] = []
 
 
-class Standing(NamedTuple):
-    """The newest checkpoint's step when the command last ended, and how many ends in a row there were at it."""
+class Exits(NamedTuple):
+    """The step of the newest checkpoint at the last exit of the command, and the number of exits in a row at this step."""
 
     step: int | None = None
-    ends: int = 0
+    count: int = 0
 
-    def after(self, step: int) -> "Standing":
-        return Standing(step, self.ends + 1 if step == self.step else 1)
+    def after(self, step: int) -> "Exits":
+        return Exits(step, self.count + 1 if step == self.step else 1)
 
 
 def main() -> None:
@@ -60,11 +59,11 @@ def main() -> None:
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attempts", type=int, default=5, help="ends without a newer checkpoint; then it gives up")
-    parser.add_argument("--pause-s", type=float, default=10, help="before the second start at a step; doubles")
+    parser.add_argument("--attempts", type=int, default=5, help="exits without a newer checkpoint, before it gives up")
+    parser.add_argument("--pause-s", type=float, default=10, help="before the second start at a step; it doubles each time")
     parser.add_argument("--longest-pause-s", type=float, default=600)
     parser.add_argument(
-        "--patience-s", type=float, default=300, help="for ranks that were asked to stop; then they are killed"
+        "--patience-s", type=float, default=300, help="for ranks to stop when asked; then they are killed"
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")
     settings = parser.parse_args(words)
@@ -82,43 +81,43 @@ def run_file_of(command: list[str]) -> tuple[str, list[str]]:
     known, _ = parser.parse_known_args(command)
     if known.config is None:
         raise UserError(
-            "the command must name its run file by --config, but does not; it tells where the checkpoints are"
+            "the command must name its run file by --config, but does not; the run file says where the checkpoints are"
         )
     return known.config, known.set
 
 
 def supervise(run, command: list[str], settings) -> int:
-    standing = Standing()
+    exits = Exits()
     while True:
         code = run_once(command, settings.patience_s)
         if code == DONE and not is_done(run):
-            say("the command left with 0 before the last step: its launcher was killed")
+            log("the command exited with 0 before the last step: its launcher was killed")
             code = 1
-        standing = standing.after(step_of(run))
-        said = (
-            f"exit code {code} ({MEANINGS.get(code, 'ended by a signal, or by its launcher')}) at step {standing.step}"
+        exits = exits.after(step_of(run))
+        report = (
+            f"exit code {code} ({MEANINGS.get(code, 'ended by a signal, or by its launcher')}) at step {exits.step}"
         )
         if code in (DONE, MISTAKE, NUMBERS, MEMORY) or received:
-            say(said)
+            log(report)
             return code
-        if standing.ends >= settings.attempts:
-            say(f"{said}; gave up after {standing.ends} ends without a newer checkpoint")
+        if exits.count >= settings.attempts:
+            log(f"{report}; gave up after {exits.count} exits without a newer checkpoint")
             return code
-        pause = pause_after(code, standing.ends, settings, random.random())
-        say(f"{said}; starting again in {pause:.0f} s, {settings.attempts - standing.ends} more times at this step")
-        if asked_within(pause):
+        pause = pause_after(code, exits.count, settings, random.random())
+        log(f"{report}; restarting in {pause:.0f} s, {settings.attempts - exits.count} more times at this step")
+        if signalled_within(pause):
             return RESUME
 
 
-def pause_after(code: int, ends: int, settings, draw: float) -> float:
-    """Seconds; `draw` from 0 to 1 spreads the starts of many that failed together."""
+def pause_after(code: int, exits: int, settings, draw: float) -> float:
+    """Seconds; `draw`, from 0 to 1, spreads the restarts of many runs that failed together."""
     if code == RESUME:
         return 0.0
-    return min(settings.longest_pause_s, settings.pause_s * 2 ** (ends - 1)) * (0.75 + draw / 2)
+    return min(settings.longest_pause_s, settings.pause_s * 2 ** (exits - 1)) * (0.75 + draw / 2)
 
 
 def step_of(run) -> int:
-    """Of the newest checkpoint; a damaged one is the trainer's to tell of."""
+    """Of the newest checkpoint; the trainer reports a damaged one."""
     with contextlib.suppress(UserError):
         newest = files.newest_checkpoint(run.folder)
         return read_progress(newest).step if newest else 0
@@ -126,38 +125,38 @@ def step_of(run) -> int:
 
 
 def is_done(run) -> bool:
-    """A launcher that is killed is `deepspeed`'s exit code 0 as well."""
-    from ted_scale.distill.stages import stages_of  # torch, seconds and memory that are not needed before
+    """`deepspeed` also exits with 0 if its launcher was killed."""
+    from ted_scale.distill.stages import stages_of  # imports torch: seconds and memory that are not needed earlier
 
     return step_of(run) >= stages_of(run)[-1].last_step
 
 
 def run_once(command: list[str], patience_s: float) -> int:
-    """The command's exit code, or that of ranks that outlived it, when nothing of it is left."""
+    """The exit code of the command, or of ranks that outlived it, once no process of it is left."""
     main_pid, code = spawn(command), None
-    passed_on, end, orphans, left = 0, None, set(), []
+    forwarded, end, orphans, orphan_codes = 0, None, set(), []
     while code is None or orphans:
         for pid, status in reap().items():
             if pid == main_pid:
                 code = status
             elif pid in orphans:
-                left.append(status)
+                orphan_codes.append(status)
         if code is not None:
-            orphans = set(ranks_below(os.getpid()))  # they saw their launcher go: they save and leave
+            orphans = set(ranks_below(os.getpid()))  # they noticed that their launcher is gone: they save and exit
             end = end or time.monotonic() + patience_s
-        if len(received) > passed_on:
-            pass_on(received[passed_on], main_pid)
-            passed_on, end = len(received), end or time.monotonic() + patience_s
+        if len(received) > forwarded:
+            forward(received[forwarded], main_pid)
+            forwarded, end = len(received), end or time.monotonic() + patience_s
         if (end and time.monotonic() > end) or received.count(signal.SIGINT) > 1:
             break
-        time.sleep(LOOK_S)
-    kill_what_is_left()
-    status = max(*left, code, code) if code is not None else -signal.SIGKILL
-    return 128 - status if status < 0 else status  # as a shell says it
+        time.sleep(POLL_S)
+    kill_remaining()
+    status = max(*orphan_codes, code, code) if code is not None else -signal.SIGKILL
+    return 128 - status if status < 0 else status  # as a shell reports it
 
 
 def spawn(command: list[str]) -> int:
-    """In a session of its own: a Ctrl-C of the terminal reaches this process only, which passes it on."""
+    """In a session of its own: a Ctrl-C in the terminal reaches only this process, which forwards it."""
     defaults = [signal.SIGPIPE, signal.SIGXFSZ, *FORWARDED]
     try:
         return os.posix_spawnp(command[0], command, os.environ, setsid=True, setsigdef=defaults)
@@ -166,7 +165,7 @@ def spawn(command: list[str]) -> int:
 
 
 def reap() -> dict[int, int]:
-    """What has ended by now, orphans too, with its exit code, or the negative number of its signal."""
+    """Processes that have exited by now, orphans too: exit code, or the negative number of the signal, by pid."""
     ended = {}
     with contextlib.suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
@@ -174,34 +173,34 @@ def reap() -> dict[int, int]:
     return ended
 
 
-def pass_on(number: int, main_pid: int) -> None:
-    """To the ranks; a command that has none below it (no launcher, or srun's) is told itself."""
+def forward(number: int, main_pid: int) -> None:
+    """To the ranks; to the command itself if it started none (no launcher, or srun)."""
     for pid in ranks_below(os.getpid()) or [main_pid]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, FORWARDED[number])
 
 
-def kill_what_is_left() -> None:
+def kill_remaining() -> None:
     end = time.monotonic() + KILLED_S
     while (alive := descendants_of(os.getpid())) and time.monotonic() < end:
         for pid in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(LOOK_S / 3)
+        time.sleep(POLL_S / 3)
         reap()
     if alive:
-        say(f"processes {alive} cannot be killed: a device or a file system holds them")
+        log(f"processes {alive} cannot be killed: a device or a file system holds them")
 
 
-def asked_within(seconds: float) -> bool:
+def signalled_within(seconds: float) -> bool:
     end = time.monotonic() + seconds
     while not received and time.monotonic() < end:
         reap()
-        time.sleep(min(LOOK_S, seconds))
+        time.sleep(min(POLL_S, seconds))
     return bool(received)
 
 
-def say(sentence: str) -> None:
+def log(sentence: str) -> None:
     print(f"supervise: {sentence}", file=sys.stderr, flush=True)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One rank, as srun starts it: Slurm's numbers under the names that torch and DeepSpeed read. It becomes the rank by exec, so
+# One rank, started by srun. It gives Slurm's numbers the names that torch and DeepSpeed read, and becomes the rank by exec, so
 # that Slurm's signals reach the trainer and its exit code reaches srun.
 set -euo pipefail
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS

@@ -44,7 +44,7 @@ class Filters(Section):
 
 
 class Schedule(Section):
-    """A loss weight over stage II, `at` a fraction of it."""
+    """A loss weight over the steps of stage II: from `start` to `end`, and 0 from `off_after` on, a fraction of the stage."""
 
     start: NonNegative
     end: NonNegative | None = Field(None, description="constant has none")

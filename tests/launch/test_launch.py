@@ -77,7 +77,7 @@ def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal(root
     said = (root / "said").read_text()
     assert "error: rank 1 must give a sign at least every limits.silence_s (4 s)" in said
     starts = [line for line in said.splitlines() if line.startswith("supervise: ")]
-    assert len(starts) == 3 and "starting again in 0 s" in starts[1] and "exit code 75" in starts[1]
+    assert len(starts) == 3 and "restarting in 0 s" in starts[1] and "exit code 75" in starts[1]
     resumed = int(re.findall(r"resuming from .*step_(\d+)", said)[-1])
     assert resumed >= 11, "the step that was signalled was saved"
     assert said.count(Preempted.SENTENCE) == 1 and "Traceback" not in said

@@ -1,4 +1,4 @@
-"""launch/slurm with a Slurm of three small programs: what a rank finds in its environment, and what goes back into the queue."""
+"""launch/slurm with three small programs in place of Slurm: the environment of a rank, and which jobs are requeued."""
 
 import os
 import stat
@@ -34,7 +34,7 @@ exit "$CODE"
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Run the script with ranks that leave with `code`: (its exit code, what it said)."""
+    """Run the script with ranks that exit with `code`: (its exit code, its output)."""
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "python": PYTHON}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(stat.S_IRWXU)
@@ -51,7 +51,7 @@ def slurm(tmp_path):
     return run
 
 
-def test_every_rank_finds_its_place_and_the_meeting_point(slurm, tmp_path):
+def test_every_rank_gets_its_numbers_and_the_address_of_rank_0(slurm, tmp_path):
     assert slurm(0)[0] == 0
     assert (tmp_path / "ranks").read_text().splitlines() == [
         f"{rank} {rank % 2} 4 2 3 node7 21234: -u launch/pretrain.py --config a b.toml" for rank in range(4)
@@ -59,13 +59,13 @@ def test_every_rank_finds_its_place_and_the_meeting_point(slurm, tmp_path):
 
 
 @pytest.mark.parametrize("code", [75, 1, 4, 5, 137])
-def test_what_a_new_start_helps_goes_back_into_the_queue(slurm, tmp_path, code):
+def test_exit_codes_that_a_restart_can_help_are_requeued(slurm, tmp_path, code):
     assert slurm(code)[0] == 0
     assert (tmp_path / "requeued").read_text() == "31234\n"
 
 
 @pytest.mark.parametrize("code", [0, 2, 3, 6])
-def test_what_it_would_not_help_does_not(slurm, tmp_path, code):
+def test_exit_codes_that_a_restart_cannot_help_are_not_requeued(slurm, tmp_path, code):
     assert slurm(code)[0] == code
     assert not (tmp_path / "requeued").exists()
 
@@ -77,7 +77,7 @@ def test_restarts_are_bounded(slurm, tmp_path):
     assert slurm(75, SLURM_RESTART_COUNT="2", MAX_RESTARTS="3")[0] == 0
 
 
-def test_the_job_asks_slurm_for_a_warning_to_the_ranks_and_keeps_its_log():
+def test_the_job_asks_slurm_to_warn_the_ranks_and_keeps_its_log():
     asked = [
         line.split(maxsplit=1)[1]
         for line in (SCRIPTS / "pretrain.sbatch").read_text().splitlines()

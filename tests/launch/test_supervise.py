@@ -1,4 +1,4 @@
-"""launch/supervise.py: what it starts again, when, how often, whom it tells of a signal, and that nothing is left."""
+"""launch/supervise.py: what it restarts, when, how often, to whom it forwards signals, and that no process is left."""
 
 import argparse
 import os
@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from places import HARNESS
+from places import HARNESS, ROOT
 from tiny import make_run, write_run
 
-from launch.supervise import Standing, pause_after, run_file_of
+from launch.supervise import Exits, pause_after, run_file_of
 from ted_scale.base.errors import MEANINGS, UserError
 from ted_scale.ranks import processes
 
@@ -33,83 +33,83 @@ def finished(process: subprocess.Popen) -> str:
     return said
 
 
-def at_work(folder: Path) -> None:
-    """Both ranks have begun."""
+def wait_for_ranks(folder: Path) -> None:
+    """Wait until both ranks have started."""
     end = time.monotonic() + 20
     while not (folder / "pids").exists() or (folder / "pids").read_text().count("\n") < 2:
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
-def nobody_is_left(folder: Path) -> bool:
+def no_process_is_left(folder: Path) -> bool:
     return not any(Path(f"/proc/{pid}").exists() for pid in (folder / "pids").read_text().split())
 
 
-def test_a_failure_pauses_a_stop_does_not_and_done_ends_it(tmp_path):
+def test_a_failure_restarts_after_a_pause_a_stop_at_once_and_done_never(tmp_path):
     process = start(tmp_path, "1 3,1 3,75 5,247 6,0 9")
     said = finished(process)
     assert process.returncode == 0
     first, second, third, fourth, fifth = map(float, (tmp_path / "started").read_text().split())
     assert second - first >= 0.15 and third - second >= 0.3 and fifth - fourth >= 0.15
     assert (
-        "exit code 75 (asked to stop, every step saved; the same command goes on) at step 5; starting again in 0 s"
+        "exit code 75 (asked to stop, every step saved; the same command goes on) at step 5; restarting in 0 s"
         in said
     )
     assert "exit code 247 (ended by a signal, or by its launcher) at step 6" in said
 
 
 @pytest.mark.parametrize("code", [2, 3, 6])
-def test_what_a_new_start_would_not_help_is_not_started_again(tmp_path, code):
+def test_exit_codes_that_a_restart_cannot_help_are_not_restarted(tmp_path, code):
     process = start(tmp_path, f"{code} 3,0 9")
     finished(process)
     assert process.returncode == code
     assert (tmp_path / "started").read_text().count("\n") == 1
 
 
-def test_it_gives_up_where_no_checkpoint_gets_newer(tmp_path):
+def test_it_gives_up_without_a_newer_checkpoint(tmp_path):
     process = start(tmp_path, "1 3,5 4,4 4,75 4,0 9", "--attempts", "3")
     said = finished(process)
     assert process.returncode == 75
-    assert "at step 4; gave up after 3 ends without a newer checkpoint" in said
+    assert "at step 4; gave up after 3 exits without a newer checkpoint" in said
 
 
-def test_an_exit_code_0_before_the_last_step_is_a_launcher_that_was_killed(tmp_path):
+def test_exit_code_0_before_the_last_step_counts_as_a_killed_launcher(tmp_path):
     process = start(tmp_path, "0 3,0 9")
-    assert "the command left with 0 before the last step" in finished(process)
+    assert "the command exited with 0 before the last step" in finished(process)
     assert process.returncode == 0
 
 
 @pytest.mark.parametrize(("sent", "heard"), [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGUSR1"), ("SIGINT", "SIGTERM")])
-def test_a_signal_goes_to_the_ranks_which_save_and_nothing_starts_again(tmp_path, sent, heard):
+def test_a_signal_is_forwarded_to_the_ranks_and_nothing_is_restarted(tmp_path, sent, heard):
     process = start(tmp_path, "wait 4,0 9")
-    at_work(tmp_path)
+    wait_for_ranks(tmp_path)
     process.send_signal(signal.Signals[sent])
     finished(process)
     assert process.returncode == 75
     assert (tmp_path / "heard").read_text() == f"{heard}\n" * 2
-    assert (tmp_path / "started").read_text().count("\n") == 1 and nobody_is_left(tmp_path)
+    assert (tmp_path / "started").read_text().count("\n") == 1 and no_process_is_left(tmp_path)
 
 
-def test_ranks_that_hear_nothing_are_killed_in_the_end(tmp_path):
+def test_ranks_that_ignore_signals_are_killed_after_the_patience(tmp_path):
     process = start(tmp_path, "stubborn 4,0 9", "--patience-s", "0.5")
-    at_work(tmp_path)
+    wait_for_ranks(tmp_path)
     process.send_signal(signal.SIGTERM)
     finished(process)
     assert process.returncode == 128 + signal.SIGKILL
-    assert nobody_is_left(tmp_path)
+    assert no_process_is_left(tmp_path)
 
 
-def test_ranks_whose_launcher_was_killed_may_save_before_the_next_start(tmp_path):
+def test_ranks_without_a_launcher_may_save_before_the_restart(tmp_path):
     process = start(tmp_path, "orphans 4,0 9")
     said = finished(process)
     assert process.returncode == 0
     assert "exit code 75" in said  # theirs
     first, second = map(float, (tmp_path / "started").read_text().split())
     assert second - first > 1.0  # the ranks' time
-    assert nobody_is_left(tmp_path)
+    assert no_process_is_left(tmp_path)
 
 
-def test_a_signal_in_a_pause_ends_it(tmp_path):
+def test_a_signal_during_a_pause_ends_the_supervisor(tmp_path):
     process = start(tmp_path, "1 4,0 9", "--pause-s", "60")
     while not (tmp_path / "step").exists():
         time.sleep(0.02)
@@ -133,16 +133,16 @@ print(supervise.run_once(["/bin/sleep", "30"], 60))
 """
 
 
-def test_a_signal_that_comes_while_the_command_starts_is_passed_on():
-    """In a process of its own: it kills whatever is left below it, and that would be W&B's service of this one."""
+def test_a_signal_during_the_start_of_the_command_is_forwarded():
+    """In a process of its own, because it kills all its children; here W&B's service would be one."""
     began = time.monotonic()
     command = [sys.executable, "-c", SIGNALLED_AT_ONCE]
-    done = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
     assert int(done.stdout) == 128 + signal.SIGTERM
     assert time.monotonic() - began < 10
 
 
-def test_a_process_whose_name_is_no_text_is_a_process():
+def test_a_process_name_may_be_any_bytes():
     code = "import time; open('/proc/self/comm', 'wb').write(b'caf\\xc3 (x) y'); print(flush=True); time.sleep(30)"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
@@ -155,23 +155,23 @@ def test_a_process_whose_name_is_no_text_is_a_process():
         child.communicate()
 
 
-def test_pauses_double_up_to_the_longest_and_are_spread():
-    assert [pause_after(1, ends, SETTINGS, 0.5) for ends in (1, 2, 3, 9)] == [10, 20, 40, 600]
+def test_pauses_double_up_to_the_longest_and_vary():
+    assert [pause_after(1, exits, SETTINGS, 0.5) for exits in (1, 2, 3, 9)] == [10, 20, 40, 600]
     assert (pause_after(5, 1, SETTINGS, 0.0), pause_after(5, 1, SETTINGS, 1.0)) == (7.5, 12.5)
     assert pause_after(75, 4, SETTINGS, 0.5) == 0
 
 
-def test_every_exit_code_stands_in_the_docs_with_its_meaning():
-    table = (SCRIPT.parents[1] / "docs" / "operations.md").read_text()
+def test_the_docs_list_every_exit_code_with_its_meaning():
+    table = (ROOT / "docs" / "operations.md").read_text()
     for code, meaning in MEANINGS.items():
         assert f"| {code} | {meaning} |" in table
 
 
-def test_ends_are_counted_at_a_step():
-    standing, counts = Standing(), []
+def test_exits_are_counted_at_a_step():
+    exits, counts = Exits(), []
     for step in (0, 0, 4, 4, 4, 8):
-        standing = standing.after(step)
-        counts.append(standing.ends)
+        exits = exits.after(step)
+        counts.append(exits.count)
     assert counts == [1, 2, 1, 2, 3, 1]
 
 
