@@ -60,7 +60,9 @@ def main() -> None:
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attempts", type=int, default=5, help="exits without a newer checkpoint, before it gives up")
-    parser.add_argument("--pause-s", type=float, default=10, help="before the second start at a step; it doubles each time")
+    parser.add_argument(
+        "--pause-s", type=float, default=10, help="before the second start at a step; it doubles each time"
+    )
     parser.add_argument("--longest-pause-s", type=float, default=600)
     parser.add_argument(
         "--patience-s", type=float, default=300, help="for ranks to stop when asked; then they are killed"

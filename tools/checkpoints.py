@@ -1,8 +1,8 @@
 """A run's checkpoints: python tools/checkpoints.py RUN list | verify | prune
 
-`list` looks at names and sizes, `verify` reads every byte and ends with code 1 where one is not as it was written, `prune`
-removes what the run file's [checkpoint] does not keep, damaged ones and what a crash left half-way. The surprise: prune is
-a dry run until --yes is given.
+`list` checks names and sizes. `verify` reads every byte and exits with 1 if one is not as it was written. `prune` removes
+checkpoints that the run file's [checkpoint] does not keep, damaged ones, and what a crash left unfinished. Without --yes,
+prune only lists them.
 """
 
 import argparse
@@ -26,10 +26,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("action", choices=("list", "verify", "prune"))
-    parser.add_argument("--keep", type=int, help="the last ones; default: the run file's")
-    parser.add_argument("--keep-every", type=int, metavar="STEPS", help="those stay for ever; default: the run file's")
-    parser.add_argument("--keep-best", action="store_true", default=None, help="the lowest validation loss stays")
-    parser.add_argument("--yes", action="store_true", help="prune: do it")
+    parser.add_argument("--keep", type=int, help="how many of the newest are kept; default: the run file's")
+    parser.add_argument(
+        "--keep-every",
+        type=int,
+        metavar="STEPS",
+        help="checkpoints of these steps are kept for ever; default: the run file's",
+    )
+    parser.add_argument("--keep-best", action="store_true", default=None, help="keep the lowest validation loss")
+    parser.add_argument("--yes", action="store_true", help="prune: remove them")
     arguments = parser.parse_args(argv)
     if not files.checkpoints_of(arguments.run).is_dir():
         raise UserError(f"RUN must be a run's folder, with checkpoints in it, but {arguments.run} is not")
@@ -46,7 +51,7 @@ def describe(standing: Standing, fault: str | None) -> str:
 
 
 def settings_of(arguments) -> Checkpoint:
-    """The run file's, with what the command line says on top."""
+    """The run file's settings; the command line overrides them."""
     path = arguments.run / "run.toml"
     written = load_run(path).checkpoint if path.is_file() else Checkpoint()
     given = {"keep": arguments.keep, "keep_every": arguments.keep_every, "keep_best": arguments.keep_best}
@@ -59,7 +64,7 @@ def settings_of(arguments) -> Checkpoint:
 
 
 def to_remove(folder: Path, settings: Checkpoint) -> list[Path]:
-    """Every byte is read before: one that is damaged inside must not stay in place of a whole one."""
+    """Reads every byte first: a checkpoint that is damaged inside must not be kept instead of a complete one."""
     standings = [s._replace(fault=s.fault or files.check_digests(s.path)) for s in files.published(folder)]
     whole = {s.path.name: s.manifest for s in standings if s.fault is None}
     if standings and not whole:
@@ -74,7 +79,7 @@ def prune(arguments) -> None:
 
     if arguments.yes and not lock(arguments.run):
         raise UserError(
-            f"RUN must not be at work when it is pruned, but a process trains in {arguments.run}; wait for it"
+            f"RUN must not be training when it is pruned, but a process trains in {arguments.run}; wait for it"
         )
     if arguments.yes:
         sealed.put_back(files.checkpoints_of(arguments.run))
@@ -84,7 +89,7 @@ def prune(arguments) -> None:
         if arguments.yes:
             shutil.rmtree(path) if path.name.endswith(sealed.PART) else sealed.remove(path)
     if doomed and not arguments.yes:
-        print("nothing was removed; add --yes to do it")
+        print("nothing was removed; add --yes to remove them")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             print(describe(standing, fault), flush=True)
             damaged += bool(fault)
-        except FileNotFoundError:  # a run at work keeps the last ones only
+        except FileNotFoundError:  # a run that trains keeps the newest ones only
             print(f"{standing.path.name}  removed meanwhile", flush=True)
     for part in sorted(files.checkpoints_of(arguments.run).glob(f"*{sealed.PART}")):
         print(f"{part.name}  unfinished")

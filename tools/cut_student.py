@@ -1,9 +1,8 @@
 """A student of some of a teacher's blocks: python tools/cut_student.py TEACHER OUT --layers N [--keep 0,2,5]
 
-Keeps embeddings, tail and head, and by default the first and the last block with the rest spread between. Which blocks they
-were stands in OUT/cut.json, by which a run matches them with its teacher's. Tensors go from file to file one shard at a time.
-The surprise: every per-layer list of the config is written out and cut, also one that the teacher's config.json leaves to a
-default.
+Keeps embeddings, tail and head, and by default the first and the last block, with the others spread evenly between. OUT/cut.json
+records which blocks they were; a run uses it to match them with its teacher's. Tensors are copied one shard at a time. Note:
+every per-layer list of the config is written out and cut, also a list that the teacher's config.json leaves to a default.
 """
 
 import argparse
@@ -33,11 +32,11 @@ from ted_scale.storage.hub import find_folder
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
-NO_LAYERS = ("architectures", "id2label", "label2id")  # lists whose length may equal the depth by chance, and token ids
+NO_LAYERS = ("architectures", "id2label", "label2id")  # their length may equal the depth by chance
 
 
 def choose_blocks(layers: int, count: int | None, keep: str | None) -> list[int]:
-    """The teacher's blocks of the student, in order."""
+    """Which of the teacher's blocks the student gets, in order."""
     if keep is not None:
         return parse_keep(layers, count, keep)
     if count is None or not 1 <= count <= layers:
@@ -58,7 +57,7 @@ def parse_keep(layers: int, count: int | None, keep: str) -> list[int]:
 
 
 def cut_config(folder: Path, blocks: list[int]) -> dict:
-    """The teacher's config.json with fewer layers; keys that a class renames (gpt2's n_layer) stay as they are."""
+    """The teacher's config.json with fewer layers; keys that a class renames (gpt2's n_layer) keep their name."""
     config = read_config("TEACHER", folder)
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise UserError(
@@ -74,7 +73,7 @@ def cut_config(folder: Path, blocks: list[int]) -> dict:
 
 
 def find_tensors(anatomy: Anatomy) -> dict[str, tuple[Path, str]]:
-    """Name in the teacher → where it is read; a tied tensor stands under its first name, whatever its file calls it."""
+    """Name in the teacher → where it is read. A tied tensor has its first name, whatever its file calls it."""
     with torch.device("meta"):
         model = empty_model(read_config("TEACHER", anatomy.folder))
     targets = model.state_dict(keep_vars=True)
@@ -97,7 +96,7 @@ def opened(file: Path, read):
 
 
 def recipes(teacher: Anatomy, student: Path, blocks: list[int]) -> list[Recipe]:
-    """The student's tensors: those of the blocks under their new numbers, and all that is in no block."""
+    """The student's tensors: those of the blocks under their new numbers, and those outside of blocks."""
     with torch.device("meta"):
         model = empty_model(read_config("OUT", student))
     places = find_tensors(teacher)

@@ -1,9 +1,9 @@
-"""A whole life of a model on two CPU ranks, nothing downloaded: python tools/demo.py (what `make demo` runs)
+"""From text to an exported model on two CPU ranks, without downloads: python tools/demo.py (`make demo` runs it)
 
 Text of this machine's Python library, tokenizer, shards, a teacher from scratch, a student cut from it, TED's two
-stages, export, a few generated lines, one table; all by the commands a user types, all under runs/demo. The surprise:
-a phase whose result is there is skipped, and one that runs first removes what later phases made of its old result, so
-an ended demo goes on where it was and never mixes two lives.
+stages, export, a few generated lines, one table. All by the commands that a user types, all under runs/demo. A phase
+whose result exists is skipped. A phase that runs first removes what later phases made from its old result. So an
+interrupted demo continues where it was, and never mixes the results of two demos.
 """
 
 import argparse
@@ -40,7 +40,7 @@ UNTRAINED, TEACHER_HF, CUT, STUDENT_HF = (DEMO / n for n in ("untrained", "teach
 SAMPLE, TABLE, LOCK = DEMO / "sample.txt", DEMO / "table.txt", DEMO / ".lock"
 RANKS = 2
 TEXT_BYTES = 8_000_000
-# Not text to learn from, or not installed everywhere; encodings are copies of each other, which would leak into validation.
+# Not text to learn from, or not installed everywhere. Encodings are copies of each other and would leak into validation.
 LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "encodings"}
 SHAPE = ["hidden_size=192", "num_hidden_layers=6", "num_attention_heads=4", "num_key_value_heads=4",
          "intermediate_size=512", "max_position_embeddings=512", "initializer_range=0.06", "tie_word_embeddings=true"]  # fmt: skip
@@ -56,7 +56,7 @@ class Phase(NamedTuple):
 
 
 def phase(title: str, result: Path, run: Callable[[], None], done: Callable[[], bool] | None = None) -> Phase:
-    """Done when its result is there, for most results get their name in one rename when they are whole."""
+    """By default done when its result exists, because most results are renamed when they are complete."""
     return Phase(title, result, run, done or result.exists)
 
 
@@ -96,24 +96,24 @@ def start(*command) -> None:
         code = process.wait()
     except KeyboardInterrupt:
         end_group(process)
-        raise RunStopped("the demo was interrupted; `make demo` goes on from here") from None
+        raise RunStopped("the demo was interrupted; `make demo` continues from here") from None
     if code:
-        raise RunStopped(f"the demo needs every phase, but {words[1]} ended with exit code {code}; see above")
+        raise RunStopped(f"the demo needs every phase, but {words[1]} exited with code {code}; see above")
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """The command and what it started, for `deepspeed` passes no signal on to its ranks and does not outwait them."""
+    """End the command and its children: `deepspeed` forwards no signal to its ranks and does not wait for them."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
             process.wait()
             for _ in range(50):
                 time.sleep(0.2)
-                os.killpg(process.pid, 0)  # raises once nobody is left
+                os.killpg(process.pid, 0)  # raises once no process is left
 
 
 def environment() -> dict[str, str]:
-    """This interpreter's deepspeed and ninja first; the cores shared out to the ranks, for torch takes all in each."""
+    """This interpreter's deepspeed and ninja first. The ranks share the cores; torch would use all of them in each."""
     threads = max(1, len(os.sched_getaffinity(0)) // RANKS)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return {"OMP_NUM_THREADS": str(threads), **os.environ, "DS_ACCELERATOR": "cpu", "PATH": path}
@@ -133,14 +133,14 @@ def collect_text() -> None:
 
 
 def source_names(library: Path) -> list[Path]:
-    """Ordered by a hash, so that the held-out end is of every kind."""
+    """Ordered by a hash, so that the held-out end has every kind of file."""
     names = [path.relative_to(library) for kind in ("py", "txt", "rst") for path in library.rglob(f"*.{kind}")]
     names = [name for name in names if not LEFT_OUT & set(name.parts)]
     return sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
 
 
 def write_sources(library: Path, names: list[Path], text: Path, limit: int) -> None:
-    """One document a source file, those that fit into `limit` characters."""
+    """One document a source file, as many as fit into `limit` characters."""
     part, size, count = text.with_suffix(".part"), 0, 0
     with part.open("w", encoding="utf-8") as file:
         for name in names:
@@ -156,7 +156,7 @@ def write_sources(library: Path, names: list[Path], text: Path, limit: int) -> N
 
 
 def write_sample() -> None:
-    """What the exported student writes, loaded as anyone would load it."""
+    """Text of the exported student, loaded as any user would load it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -176,13 +176,13 @@ def write_sample() -> None:
 
 
 def claim_folder() -> None:
-    """One demo at a time; the commands it starts hold the lock too, so one that outlives it counts as well."""
+    """One demo at a time. The commands that it starts hold the lock too, so one that outlives it counts as well."""
     DEMO.mkdir(parents=True, exist_ok=True)
     held.append(LOCK.open("w"))
     try:
         fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"{DEMO} must be used by one demo at a time, but another is at work; wait for it") from None
+        raise UserError(f"{DEMO} must be used by one demo at a time, but another runs in it; wait for it") from None
 
 
 def remove(path: Path) -> None:
@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends the demo ends the command it waits for
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a signal to the demo also ends the command it waits for
     claim_folder()
     began, todo = time.perf_counter(), phases()
     for number, (title, result, run, done) in enumerate(todo, 1):

@@ -1,6 +1,6 @@
-"""The demo's last table, read from what the runs wrote: metrics.jsonl, config.json and safetensors headers.
+"""The demo's last table, read from files of the runs: metrics.jsonl, config.json and safetensors headers.
 
-Knows nothing of how the demo runs; demo.py shows and keeps what `render` returns.
+It knows nothing about how the demo runs. demo.py prints and saves what `render` returns.
 """
 
 import json
@@ -21,7 +21,7 @@ def render(teacher_config: Path, ted_config: Path, student: Path, sample: Path, 
 
 
 def losses(teacher: Run, ted: Run, student: Path) -> list[str]:
-    """Validation of all three models on one text, as stage II's first and last validation wrote it."""
+    """Validation of all three models on one text, from stage II's first and last validation."""
     rows = [row for row in read_rows(ted) if "val/loss" in row]
     before, after, best = rows[0]["val/loss"], rows[-1]["val/loss"], rows[0]["val/teacher_loss"]
     closed = (before - after) / (before - best)
@@ -69,7 +69,7 @@ def places(teacher: Run, ted: Run, student: Path, sample: Path, table: Path) -> 
         f"curves in the terminal:  wandb leet {ted.folder}/wandb",
         "the same student without a teacher, to compare val/loss with:",
         "  deepspeed --num_gpus 2 launch/pretrain.py --config launch/runs/demo_ted.toml --set name=ce --set method=ce",
-        "begin again:  rm -r runs/demo && make demo",
+        "start over:  rm -r runs/demo && make demo",
     ]
 
 
@@ -78,7 +78,7 @@ def read_rows(run: Run) -> list[dict]:
 
 
 def parameters(folder: Path) -> int:
-    """Elements in a model folder's files; a tied weight stands there once."""
+    """Elements in a model folder's files; a tied weight is saved once."""
     count = 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:

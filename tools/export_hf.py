@@ -1,8 +1,8 @@
 """A run's student as a Hugging Face folder: python tools/export_hf.py RUN_OR_CHECKPOINT [OUT]
 
-Reads the ranks' files memory-mapped, once their digests are as written, and writes shard by shard: no GPU, no process
-group, one output shard in memory. The surprise: a bf16 run is exported in bf16, whatever the student was saved in,
-because that is the network its forward ran; --dtype fp32 gives the master weights.
+Verifies the digests of the ranks' files, memory-maps them, and writes shard by shard: no GPU, no process group, one output
+shard in memory. Note: a bf16 run is exported in bf16, whatever type the student was saved in, because its forward ran in
+bf16; --dtype fp32 gives the master weights.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from ted_scale.checkpoints.progress import read_progress
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import load_run
 
-NETWORK = "network."  # the student's name inside the trained module; filters and the loss's head stand beside it
+NETWORK = "network."  # the student's name inside the trained module, which also has filters and the loss's head
 
 
 def find_checkpoint(source: Path) -> tuple[Path, Path]:
@@ -38,7 +38,7 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
             f"RUN must be a run folder (with a run.toml) or a checkpoint (with a progress.json), but {source} is not"
         )
     if not (folder / "run.toml").is_file():
-        raise UserError(f"a checkpoint must stand in its run folder, but {folder} has no run.toml; copy that, too")
+        raise UserError(f"a checkpoint must be in its run folder, but {folder} has no run.toml; copy that, too")
     return checkpoint, folder
 
 
@@ -49,12 +49,12 @@ def check_trained(run: Run, checkpoint: Path) -> None:
     if first.learns_filters and step <= first.last_step:
         raise UserError(
             f"a checkpoint to export must be of stage II, but {checkpoint.name} is at step {step} of stage I "
-            f"({first.steps} steps), which does not train the student; go on with the run, or export a later checkpoint"
+            f"({first.steps} steps), which does not train the student; continue the run, or export a later checkpoint"
         )
 
 
 def open_state(checkpoint: Path):
-    """The trained module's tensors, each put together from the ranks' mapped files when asked for."""
+    """The trained module's tensors; each is read from the ranks' mapped files when needed."""
     from ted_scale.checkpoints.pieces import State
 
     if fault := files.check_digests(checkpoint):
@@ -65,7 +65,7 @@ def open_state(checkpoint: Path):
 
 
 def recipes(checkpoint: Path, student: Path, dtype) -> list:
-    """The network's tensors, and nothing else of the trained module, under the names its family gives them."""
+    """The network's tensors under their family's names, and nothing else of the trained module."""
     import torch
 
     from ted_scale.models.inspection import empty_model, read_config
@@ -92,7 +92,7 @@ def whole(state, name: str, dtype):
 
 
 def write_config(student: Path, target: Path, dtype) -> None:
-    """The student's own config.json but for the dtype: what training switched off, like dropout, stands as it was."""
+    """The student's own config.json except the dtype: settings that training switched off, like dropout, keep their values."""
     from ted_scale.models.model_folder import write_json
 
     values = json.loads((student / "config.json").read_text(encoding="utf-8"))
@@ -106,8 +106,8 @@ def name_of(dtype) -> str:
 
 
 def copy_tokenizer(run: Run, student: Path, target: Path) -> None:
-    """The student's tokenizer; the teacher's, which is the same, for a student that came without one. And which of the
-    teacher's blocks it was cut from, for runs that go on from there."""
+    """The student's tokenizer, or the teacher's, which is the same, if the student has none. Also the record of the cut, for
+    runs that start from the export."""
     from ted_scale.distill.pairs import CUT
     from ted_scale.models.model_folder import TOKENIZER_FILES, copy_files
     from ted_scale.storage.hub import find_folder
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     run = load_run(folder / "run.toml")
     check_trained(run, checkpoint)
 
-    import torch  # seconds of imports that a wrong folder should not cost
+    import torch  # imports take seconds; a wrong folder should not wait for them
 
     from ted_scale.models.model_folder import new_folder, write_shards
     from ted_scale.storage.hub import find_folder

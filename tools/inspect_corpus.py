@@ -1,9 +1,8 @@
-"""A corpus, looked at: python tools/inspect_corpus.py PATH [--verify] [--picture FILE.svg] [--tokenizer T]
+"""Show and verify a corpus: python tools/inspect_corpus.py PATH [--verify] [--picture FILE.svg] [--tokenizer T]
 
-Counts, a histogram of document lengths and a few documents in words; --verify reads every byte and leaves exit code 1
-where something is damaged. PATH is what a run file takes: a prefix, a shard, or a folder, on disk or under s3:// or
-msc://. The surprise: shards of other tools have neither digests nor a vocabulary, so less of them can be verified, and
-the last line says how much was.
+Counts, a histogram of document lengths and a few documents as text. --verify reads every byte and exits with 1 if something
+is damaged. PATH is the same as in a run file: a prefix, a shard, or a folder, on disk or under s3:// or msc://. Note: shards
+of other tools have neither digests nor a vocabulary, so less of them can be verified; the last line says how much was.
 """
 
 import argparse
@@ -40,11 +39,11 @@ from tools.length_picture import Lengths, bins, picture, subtitle
 SHOWN = 400  # characters of a document
 BAR = 50
 CHUNK = 1 << 24  # tokens in memory at once
-STREAM = Streaming()  # where a remote corpus's indices go
+STREAM = Streaming()  # says where indices of a remote corpus are kept
 
 
 def lengths_of(indices: list[ShardIndex]) -> Lengths:
-    """Of all documents, exactly; in memory there is one shard's index at a time."""
+    """Of all documents, exactly; one shard's index is in memory at a time."""
     counts: collections.Counter[int] = collections.Counter()
     for index in indices:
         values, times = numpy.unique(numpy.diff(document_borders(index)), return_counts=True)
@@ -86,20 +85,22 @@ def histogram(lengths: Lengths) -> str:
 
 
 def choose_tokenizer(arguments, indices: list[ShardIndex]) -> Tokenizer | None:
-    """The one that is asked for, or for documents in words the one that the corpus names; it must be the corpus's own."""
+    """The one on the command line, or, to show documents, the one that the corpus names. It must be the corpus's own."""
     written = tokenizer_of(f"corpus {arguments.path}", indices)
     named = next((i.sidecar["tokenizer"] for i in indices if "tokenizer" in (i.sidecar or {})), None)
     path = arguments.tokenizer or (named if arguments.documents else None)
     if path is None:
         if arguments.documents:
             raise UserError(
-                f"corpus {arguments.path} must say its tokenizer to be shown in words, but does not; pass --tokenizer, or "
+                f"corpus {arguments.path} must name its tokenizer to be shown as text, but does not; pass --tokenizer, or "
                 "--documents 0"
             )
         return None
-    if path != arguments.tokenizer and not Path(path).exists():  # nor does a corpus decide what is fetched from a hub
+    if (
+        path != arguments.tokenizer and not Path(path).exists()
+    ):  # a corpus must not decide what is downloaded from a hub
         raise UserError(
-            f"corpus {arguments.path} must name a tokenizer that is here to be shown in words, but names {path}; pass "
+            f"corpus {arguments.path} must name a tokenizer that is on this machine to be shown as text, but names {path}; pass "
             "--tokenizer, or --documents 0"
         )
     tokenizer = load_tokenizer(path)
@@ -138,10 +139,10 @@ def read_shard(prefix: str) -> ShardIndex:
 
 
 def damages(prefixes: list[str], names: list[str], vocabulary: int | None) -> list[str]:
-    """One sentence for every shard and manifest that is not as it was written."""
+    """One sentence for every shard and manifest that is damaged."""
     here = (Path(prefix + ending).exists() for prefix in prefixes for ending in (".bin", ".idx"))
     if not objects.is_remote(prefixes[0]) and not any(here):
-        read_shard(prefixes[0])  # a path without anything is a mistake and no damage
+        read_shard(prefixes[0])  # an empty path is a mistake and not damage
     checks = [(check_shard, (prefix, vocabulary)) for prefix in prefixes]
     checks += [(check_manifest, (name, prefixes)) for name in names]
     found = []
@@ -175,7 +176,7 @@ def check_manifest(name: str, prefixes: list[str]) -> None:
     listed = [folder + shard["name"] for shard in manifest["shards"]]
     ours = [prefix for prefix in prefixes if SHARD_NUMBER.sub("", prefix) == name]
     for prefix in sorted(set(listed) ^ set(ours)):
-        state = "is missing" if prefix in listed else "is there as well"
+        state = "is missing" if prefix in listed else "is not listed"
         raise UserError(f"the shards of {path} must be those beside it, but {prefix} {state}; copy the corpus again")
     indices = [read_shard(prefix) for prefix in listed]
     for index, shard in zip(indices, manifest["shards"], strict=True):
@@ -190,7 +191,7 @@ def check_manifest(name: str, prefixes: list[str]) -> None:
 
 
 def outputs_of(prefixes: list[str]) -> list[str]:
-    """Those with a manifest and all of their shards asked for: one shard alone is not held against the whole."""
+    """Outputs that have a manifest and all of their shards in `prefixes`: one shard alone is not compared with the manifest."""
     names = sorted({SHARD_NUMBER.sub("", prefix) for prefix in prefixes})
     return [
         name
@@ -202,8 +203,8 @@ def outputs_of(prefixes: list[str]) -> list[str]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Show what a corpus holds, and verify it.")
     parser.add_argument("path", metavar="PATH", help="prefix of shards, one shard, or a folder")
-    parser.add_argument("--tokenizer", help="to decode with; default: the one that the corpus names")
-    parser.add_argument("--documents", type=int, default=3, help="random documents to print in words")
+    parser.add_argument("--tokenizer", help="for decoding; default: the one that the corpus names")
+    parser.add_argument("--documents", type=int, default=3, help="random documents to print as text")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of documents")
     parser.add_argument("--verify", action="store_true", help="check digests, sizes and ids; exit code 1 for damage")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the distribution of document lengths")

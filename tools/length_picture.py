@@ -1,7 +1,6 @@
-"""How long a corpus's documents are, as bins and as an SVG picture that needs nothing but a viewer.
+"""Document lengths of a corpus, as bins and as an SVG picture without dependencies. inspect_corpus.py calls it.
 
-inspect_corpus.py says of what corpus. The surprise: bins are equally wide on the logarithmic axis only from four tokens
-up, because there is no length between one and two.
+Note: bins are equally wide on the logarithmic axis only from four tokens up, because no length is between one and two.
 """
 
 import math
@@ -101,14 +100,14 @@ def line(x1: float, y1: float, x2: float, y2: float, colour: str, more: str = ""
 
 
 def ticks(first: float, last: float) -> list[int]:
-    """1, 10, 100 … of the axis; 1, 2, 5, 10 … where it is short."""
+    """1, 10, 100 … of the axis; 1, 2, 5, 10 … on a short axis."""
     steps = (1,) if last / first > 1000 else (1, 2, 5)
     candidates = [s * 10**n for n in range(13) for s in steps]
     return [c for c in candidates if first <= c <= last]
 
 
 def nice(count: int) -> int:
-    """The least of 4, 8, 20, 40, 80, 200 … that is not below the count: its quarters are round."""
+    """The smallest of 4, 8, 20, 40, 80, 200 … that is at least the count: its quarters are round numbers."""
     return next(step * 10**n for n in range(18) for step in (4, 8, 20) if step * 10**n >= count)
 
 

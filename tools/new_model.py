@@ -1,8 +1,8 @@
 """A model folder without weights: python tools/new_model.py --family llama --tokenizer FOLDER --out OUT [--set K=V ...]
 
-For `student.init = "random"` in a run file: config.json of the family's defaults and what is set on top, with the
-tokenizer's files, vocabulary and special ids. The surprise: the model is built once without weights before OUT gets its
-name, so a config that no model can be made of ends here and not on a cluster.
+For `student.init = "random"` in a run file. config.json has the family's defaults and the --set values, with the tokenizer's
+files, vocabulary and special ids. The model is built once without weights before OUT gets its name, so an impossible
+config fails here and not on a cluster.
 """
 
 import argparse
@@ -26,11 +26,11 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 def default_config(family: str):
     if family not in KNOWN:
         raise UserError(
-            f"--family must be one that transformers {transformers.__version__} has a causal LM of, but is "
+            f"--family must be a causal LM of transformers {transformers.__version__}, but is "
             f"'{family}'{did_you_mean(family, KNOWN)}"
         )
     config = transformers.AutoConfig.for_model(family)
-    if not hasattr(config, "num_hidden_layers"):  # its text model stands in a config of its own
+    if not hasattr(config, "num_hidden_layers"):  # its text model has a config of its own
         text = f"{family}_text"
         raise UserError(f"--family must be a text model, but is '{family}'{did_you_mean(text, KNOWN)}")
     return config
@@ -42,7 +42,7 @@ def did_you_mean(word: str, known) -> str:
 
 
 def parse_settings(default, pairs: list[str]) -> dict:
-    """`key=value` strings, the value JSON or a bare word, of keys that the family's config has."""
+    """Parse `key=value` strings: the value is JSON or a bare word, the key one of the family's config."""
     known = {*default.to_dict(), *default.attribute_map} - {"transformers_version"}
     settings = {}
     for pair in pairs:
@@ -66,14 +66,14 @@ def parse_value(text: str):
 
 
 def make_config(family: str, tokenizer: Path, multiple: int, pairs: list[str]):
-    """The family's config for this tokenizer, with what was set."""
+    """The family's config for this tokenizer, with the --set values."""
     settings = parse_settings(default_config(family), pairs)
     vocabulary = len(load_tokenizer(str(tokenizer)).pieces)
     ids = special_ids(tokenizer)
     padded = -(-vocabulary // multiple) * multiple
     try:
         return transformers.AutoConfig.for_model(family, **{**ids, **settings, "vocab_size": padded})
-    except Exception as error:  # a family's own checks raise whatever they like
+    except Exception as error:  # a family's own checks may raise anything
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"--set must give values that a {family} config takes, but: {reason}") from None
 

@@ -1,7 +1,7 @@
 """Text in, Megatron .bin/.idx shards out: python tools/tokenize_corpus.py --tokenizer T --out FOLDER/NAME INPUT...
 
-Reading is documents.py's part, writing writer.py's, going on after a kill output.py's. Workers tokenize, this
-process reads and writes in input order. The surprise: so the shards do not depend on workers or kills, byte for byte.
+documents.py reads, writer.py writes, output.py continues after a kill. Workers tokenize; this process reads and writes in
+input order. So the bytes of the shards do not depend on workers or kills.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def _start_worker(encode, eod: int, dtype: numpy.dtype) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     if parent:
-        # The parent's end is the worker's end, even by kill -9; Ctrl-C is the parent's to handle.
+        # The worker exits with its parent, even after kill -9. The parent handles Ctrl-C.
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker.update(encode=encode, eod=eod, dtype=dtype)
@@ -59,7 +59,7 @@ def _encode(texts: list[str]) -> Encoded:
 
 
 def batches(documents, counts: collections.Counter):
-    """Documents grouped for a worker; empty ones are counted and left out."""
+    """Documents grouped for a worker; empty ones are counted and skipped."""
     texts, marks, characters, consumed = [], [], 0, 0
     for document in documents:
         consumed = document.consumed
@@ -99,7 +99,7 @@ def encode_all(groups, workers: int, tokenizer: Tokenizer):
 
 
 def describe_job(args, files: list[Path], tokenizer: Tokenizer) -> dict:
-    """All that decides the output's bytes: who goes on with an unfinished one must have the same."""
+    """Everything that decides the output's bytes. Only a command with the same job may continue an unfinished output."""
     options = ("text_key", "document_per", "parse_special", "on_error", "shard_tokens")
     return {
         "tokenizer": str(args.tokenizer),
@@ -121,7 +121,7 @@ def describe_sources(files: list[Path]) -> list[dict]:
 
 
 def tokenize(args, files: list[Path], tokenizer: Tokenizer, job: dict) -> dict:
-    """Everything from files to finished shards and their manifest, behind the shards that are finished already."""
+    """From files to shards and their manifest; shards that are finished already are skipped."""
     about = {key: job[key] for key in ("tokenizer", "tokenizer_digest", "vocab_size", "eod_id")}
     finished = output.begin(args.out, job, args.overwrite)
     if manifest := output.staged_manifest(args.out):
@@ -142,12 +142,14 @@ def tokenize(args, files: list[Path], tokenizer: Tokenizer, job: dict) -> dict:
             f"({counts['empty']} empty, {counts['skipped']} skipped); check the files and --text-key"
         )
     if describe_sources(files) != job["sources"]:
-        raise UserError("the input files must stay as they are while they are read, but one changed; pass --overwrite")
+        raise UserError(
+            "the input files must stay as they are while they are read, but one changed; pass --overwrite to start over"
+        )
     return output.describe(args.out.name, job, writer.sidecars, dict(counts))
 
 
 def write(groups, writer: Writer, sources: list[dict]) -> None:
-    """Batches into shards, with a bar of the input's bytes."""
+    """Write batches into shards, with a progress bar of the input's bytes."""
     from tqdm import tqdm
 
     tokens, began = 0, time.perf_counter()
@@ -169,25 +171,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="prefix of the shards: FOLDER/NAME")
     parser.add_argument("--text-key", default="text", help="key or column of the text in .jsonl and .parquet")
     parser.add_argument(
-        "--shard-tokens", type=int, default=SHARD_TOKENS, help="begin NAME-00002 … before a shard grows beyond this"
+        "--shard-tokens", type=int, default=SHARD_TOKENS, help="start NAME-00002 … before a shard exceeds this"
     )
     parser.add_argument(
         "--workers", type=int, help="processes that tokenize; default: one a core, fewer for little text"
     )
     parser.add_argument(
-        "--on-error", choices=("stop", "skip"), default="stop", help="at a document that cannot be read"
+        "--on-error", choices=("stop", "skip"), default="stop", help="what to do at a document that cannot be read"
     )
     parser.add_argument(
         "--document-per",
         choices=("file", "line", "auto"),
         default="auto",
-        help="plain text, and .json and .csv where it is said; auto: file",
+        help="for plain text, and for .json and .csv if given; auto: file",
     )
     parser.add_argument(
-        "--parse-special", action="store_true", help="special tokens spelled out in a text become tokens"
+        "--parse-special", action="store_true", help="turn special tokens that a text spells out into tokens"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an output of this name, or what another command left of it"
+        "--overwrite",
+        action="store_true",
+        help="replace an output of this name, or an unfinished one of another command",
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text, .jsonl, .parquet, also .gz/.zst; or folders")
     args = parser.parse_args(argv)
@@ -198,7 +202,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def make(args) -> tuple[dict, int]:
-    """(manifest of what stands at --out now, bytes of the inputs)."""
+    """(manifest of the output, bytes of the inputs)."""
     files = find_files(args.inputs)
     size = sum(path.stat().st_size for path in files)
     args.workers = args.workers or min(len(os.sched_getaffinity(0)), 1 + (size >> 21))

@@ -1,8 +1,8 @@
 """Texts in, a tokenizer folder out: python tools/train_tokenizer.py --vocab-size 4096 --out FOLDER INPUT...
 
-The folder is a sentencepiece model (tokenizer.model, BPE with byte fallback, nothing normalized) and a Hugging Face
-tokenizer (tokenizer.json) at once. The surprise: both must encode alike to the last id, so the tool compares them on
-the texts it trained on before it gives the folder its name.
+The folder holds a sentencepiece model (tokenizer.model, BPE with byte fallback, nothing normalized) and a Hugging Face
+tokenizer (tokenizer.json). Both must give the same ids, so the tool compares them on its training texts before it gives the
+folder its name.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from ted_scale.base.exits import run_main
 from ted_scale.corpora.documents import find_files, read_documents
 from ted_scale.corpora.tokenizer import load_tokenizer
 
-SPACE = "\u2581"  # how both write a space inside a piece
+SPACE = "\u2581"  # both write a space inside a piece like this
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-CHUNK = 2000  # characters; the trainer drops sentences above 4192 bytes in silence
+CHUNK = 2000  # characters; the trainer drops sentences above 4192 bytes without a message
 COMPARED = 1 << 20
 
 
 def chunks(documents, limit: int) -> Iterator[str]:
-    """Pieces of the texts of at most CHUNK characters, cut at line ends where there are any, up to `limit` in all."""
+    """Parts of the texts of at most CHUNK characters, cut at line ends if possible, up to `limit` characters in all."""
     taken = 0
     for document in documents:
         for chunk in _chunks(document.text):
@@ -50,7 +50,7 @@ def _chunks(text: str) -> Iterator[str]:
 
 
 def train(texts: Iterator[str], vocab_size: int) -> bytes:
-    """A serialized sentencepiece model that keeps every character, spaces in a row included."""
+    """A serialized sentencepiece model that keeps every character, also several spaces in a row."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -77,14 +77,14 @@ def train(texts: Iterator[str], vocab_size: int) -> bytes:
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"--vocab-size must be a size that the texts can fill, but is {vocab_size} and sentencepiece says "
+            f"--vocab-size must be a size that the texts can fill, but is {vocab_size} and sentencepiece reports "
             f"{reason}; change it or give more text"
         ) from None
     return model.getvalue()
 
 
 def to_hugging_face(model_file: Path):
-    """The same model as a `tokenizers` pipeline: BPE over the whole text, spaces written as pieces write them."""
+    """The same model as a `tokenizers` pipeline: BPE over the whole text, with spaces as in the pieces."""
     from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -101,7 +101,7 @@ def to_hugging_face(model_file: Path):
     )
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    # No piece holds a space behind another character, so cutting there changes no merge and makes words cacheable.
+    # No piece has a space after another character, so cutting there changes no merge and lets words be cached.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"), behavior="isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL.values()])
@@ -109,7 +109,7 @@ def to_hugging_face(model_file: Path):
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, best score first: sentencepiece merges any pair that makes a piece."""
+    """Every way to join two pieces into a third, best score first; sentencepiece merges any pair that forms a piece."""
     ranked = sorted((p for p in scores if len(p) > 1), key=lambda p: -scores[p])
     return [(p[:i], p[i:]) for p in ranked for i in range(len(p) - 1, 0, -1) if p[:i] in scores and p[i:] in scores]
 
@@ -129,7 +129,7 @@ def write_folder(model: bytes, folder: Path) -> None:
 
 
 def compare(folder: Path, texts: list[str]) -> None:
-    """Both halves of the folder encode every text alike, or the folder is not one tokenizer."""
+    """Check that both tokenizers of the folder give the same ids for every text."""
     one, other = load_tokenizer(str(folder / "tokenizer.model")), load_tokenizer(str(folder))
     assert one.pieces == other.pieces, "the two vocabularies differ"
     for text, ids, others in zip(texts, one.encode(texts), other.encode(texts), strict=True):
@@ -138,13 +138,13 @@ def compare(folder: Path, texts: list[str]) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a sentencepiece BPE tokenizer that Hugging Face loads too.")
-    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, with 256 bytes and 4 special ones in it")
+    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, including 256 bytes and 4 special ones")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--sample-mb", type=float, default=200, help="millions of characters to train on at most")
     parser.add_argument("--text-key", default="text", help="key or column of the text in .jsonl and .parquet")
     parser.add_argument(
         "--document-per", choices=("file", "line", "auto"), default="auto",
-        help="plain text, and .json and .csv where it is said; auto: file",
+        help="for plain text, and for .json and .csv if given; auto: file",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the folder")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text, .jsonl, .parquet, also .gz/.zst; or folders")

@@ -168,7 +168,7 @@ def test_shards_of_another_tool_are_shown_and_their_ids_held_against_a_tokenizer
         end.value.code == 1
         and "must hold token ids in 0..499 (vocabulary size 500), but holds 550" in capsys.readouterr().err
     )
-    with pytest.raises(UserError, match="must say its tokenizer to be shown in words"):
+    with pytest.raises(UserError, match="must name its tokenizer to be shown as text"):
         inspect(capsys, prefix)
 
 
