@@ -71,7 +71,7 @@ def seconds_of_training(left: float, task) -> float:
 
 def start_ranks():
     """Once a process, and behind what forks: CUDA stands no fork."""
-    from ted_scale.run import start_ranks
+    from ted_scale.ranks.group import start_ranks
 
     device = start_ranks()
     gc.collect()

@@ -28,7 +28,7 @@ from ted_scale.metrics.clock import Clock
 from ted_scale.metrics.metrics import Metrics
 from ted_scale.metrics.peaks import device_peak
 from ted_scale.plan import Plan, make_plan
-from ted_scale.run import start_ranks
+from ted_scale.ranks.group import start_ranks
 from ted_scale.train import train
 from tools.bench import plain_step
 from tools.bench.gpu_task import Skipped

@@ -118,13 +118,13 @@ def count_traffic(arms: dict, run, device) -> None:
 def trainer_arms(run, methods, device) -> dict:
     import torch.distributed as dist
 
-    from ted_scale import run as build
+    from ted_scale.engines import build_student, build_teacher
     from ted_scale.plan import make_plan
 
     plans = {method: make_plan(variant(run, method), dist.get_world_size()) for method in methods}
     asked = max(plans, key=lambda method: METHODS.index(method))  # its teacher has the taps of all
-    teacher = build.build_teacher(plans[asked])
-    engines = {m: build.build_student(p, p.stages[-1], teacher, p.filters_file) for m, p in plans.items()}
+    teacher = build_teacher(plans[asked])
+    engines = {m: build_student(p, p.stages[-1], teacher, p.filters_file) for m, p in plans.items()}
     return {m: TrainerArm(p, p.stages[-1], engines[m], teacher, device) for m, p in plans.items()}
 
 
@@ -137,7 +137,7 @@ def variant(run, method: str):
 
 
 def plain_arms(run, device) -> dict:
-    from tools.bench.step_parts import Alone, PlainTorch
+    from tools.bench.plain_step import Alone, PlainTorch
 
     if run.teacher is None:
         raise UserError("teacher.path must be set to be compared with plain torch, but there is no [teacher]")

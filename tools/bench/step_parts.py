@@ -1,7 +1,7 @@
-"""What tools/bench/step.py looks at: a step's parts on a stopwatch, the bytes that ranks send each other, and plain torch.
+"""What tools/bench/step.py measures in a step: the time of its parts, and the bytes that ranks send each other.
 
-The surprise: parts are told apart from outside, by functions put around DeepSpeed's and ours while a step is looked at, so
-that the trainer has no clock for each of them and its undisturbed steps are timed without.
+Parts are measured from outside, by wrappers around functions of DeepSpeed and ours. So the trainer needs no clock for each
+part, and steps without wrappers are timed as they are.
 """
 
 import contextlib
@@ -9,11 +9,10 @@ import time
 from collections import Counter, defaultdict
 
 import torch
-from torch.nn import functional
 
 
 class Stopwatch:
-    """Seconds by part; what a part spends inside another is the other's."""
+    """Seconds by part; time in an inner part is not counted for the outer one."""
 
     def __init__(self, device: torch.device, *, detailed: bool = False):
         self.device, self.detailed, self.seconds, self.inner = device, detailed, defaultdict(float), []
@@ -31,7 +30,7 @@ class Stopwatch:
                 self.inner[-1] += took
 
     def now(self) -> float:
-        if self.device.type == "cuda":  # a part ends when its work has: so the sum of parts is longer than a step
+        if self.device.type == "cuda":  # waits for the work of each part, so the sum of parts is longer than a step
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
@@ -45,7 +44,7 @@ class Stopwatch:
 
 @contextlib.contextmanager
 def replaced(places: list[tuple], around):
-    """`owner.method` stands behind `around(method, name)` inside, for every (owner, method, name)."""
+    """Inside, `owner.method` is replaced by `around(method, name)`, for every (owner, method, name)."""
     before = [(owner, method, vars(owner).get(method)) for owner, method, _ in places]
     for owner, method, name in places:
         setattr(owner, method, around(getattr(owner, method), name))
@@ -57,7 +56,7 @@ def replaced(places: list[tuple], around):
 
 
 def places(engine, teacher) -> list[tuple]:
-    """Where the parts of a step begin and end; what is in none of them is `the rest`, hooks above all."""
+    """The functions that make up the parts of a step. Time in none of them is `the rest`, mostly hooks."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
@@ -74,7 +73,7 @@ def places(engine, teacher) -> list[tuple]:
 
 
 class Traffic:
-    """What one rank is sent: how often each weight was gathered, and the bytes of reductions."""
+    """What one rank receives: how often each weight was gathered, and the bytes of reductions."""
 
     def __init__(self, engine, teacher):
         sides = {"student": engine.module}
@@ -101,8 +100,8 @@ class Traffic:
         return counted
 
     def lines(self, micro_steps: int) -> list[str]:
-        """Beside the least there is: a weight once a micro-step (one that trains twice where it is too much to stay whole until
-        backward), its fp32 gradient once."""
+        """Beside the minimum: each weight once a micro-step (a trained one twice if it cannot stay whole until backward), its
+        fp32 gradient once."""
         least, gathered, gradients = Counter(), Counter(), 0
         for p, (side, _) in self.weights.items():
             whole = p.ds_numel * p.element_size()
@@ -121,75 +120,3 @@ class Traffic:
             if extra > 0:
                 found[f"{side} {name}"] = extra * p.ds_numel * p.element_size()
         return [f"  more than once a pass: {name}, {extra / 1e6:.1f} MB more" for name, extra in found.most_common(8)]
-
-
-class PlainTorch:
-    """The same step as people write it: transformers' models with SDPA, losses on whole fp32 logits, fused AdamW."""
-
-    def __init__(self, run, teacher: str, student: str, device: torch.device):
-        from transformers import AutoModelForCausalLM
-
-        def load(path: str):
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-            return model.to(device)
-
-        self.run, self.teacher, self.student = run, load(teacher).requires_grad_(False).eval(), load(student).train()
-        train = run.train
-        settings = {"lr": train.lr, "betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay}
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), **settings, fused=True)
-
-    def step(self, micro_batches, watch: Stopwatch) -> float:
-        count = sum((b.labels_BT >= 0).sum() for b in micro_batches)
-        total = 0.0
-        for batch in micro_batches:
-            with watch.part("teacher"), torch.no_grad():
-                logits_t = self.teacher(batch.tokens_BT, use_cache=False).logits
-            with watch.part("student forward"):
-                logits_s = self.student(batch.tokens_BT, use_cache=False).logits
-            with watch.part("losses"):
-                loss = plain_loss(logits_s, logits_t, batch.labels_BT) / count
-            with watch.part("backward"):
-                loss.backward()
-            total += loss.item()
-        with watch.part("optimizer"):
-            torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.run.train.clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        return total
-
-
-def plain_loss(logits_s, logits_t, labels_BT):
-    log_q, log_p = (logits.flatten(0, 1).float().log_softmax(-1) for logits in (logits_s, logits_t))
-    kl = functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    labels = labels_BT.flatten()
-    return kl[labels >= 0].sum() + functional.nll_loss(log_q, labels, ignore_index=-100, reduction="sum")
-
-
-class Alone:
-    """The parts that a step of kd cannot do without, each by itself on plain modules: bodies, our losses, AdamW."""
-
-    def __init__(self, plain: PlainTorch):
-        self.plain = plain
-
-    def step(self, micro_batches, watch: Stopwatch) -> None:
-        student, teacher = self.plain.student, self.plain.teacher
-        for batch in micro_batches:
-            with watch.part("teacher"), torch.no_grad():
-                last_t = teacher.model(batch.tokens_BT, use_cache=False)[0].flatten(0, 1)
-            with watch.part("student body"):
-                last_s = student.model(batch.tokens_BT, use_cache=False)[0]
-            states = last_s.detach().flatten(0, 1).requires_grad_()
-            with watch.part("KL + CE"):
-                self.losses(states, last_t, batch)
-            with watch.part("student body"):
-                last_s.backward(states.grad.view_as(last_s))
-        with watch.part("AdamW"):
-            self.plain.optimizer.step()
-            self.plain.optimizer.zero_grad(set_to_none=True)
-
-    def losses(self, states, last_t, batch) -> None:
-        from ted_scale.kernels import linear_kl_ce
-
-        heads = [model.get_output_embeddings().weight for model in (self.plain.student, self.plain.teacher)]
-        labels, weights = batch.labels_BT.flatten(), batch.weights_BT.flatten()
-        linear_kl_ce(states, heads[0], last_t, heads[1], labels, weights, denom=weights.sum())[0].backward()
