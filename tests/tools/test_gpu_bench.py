@@ -130,7 +130,7 @@ def test_rows_of_another_folder_are_taken_over_but_never_mixed(tmp_path):
     assert gpu_report.read(tmp_path / "rows.csv") == gpu_report.read(tmp_path / "old.csv")
     with pytest.raises(gpu.UserError, match="must come with a new --out"):
         gpu.take_over(tmp_path / "old.csv", tmp_path / "rows.csv")
-    with pytest.raises(gpu.UserError, match="is no file"):
+    with pytest.raises(gpu.UserError, match="is not a file"):
         gpu.take_over(tmp_path / "none.csv", tmp_path / "rows.csv")
 
 

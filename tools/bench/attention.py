@@ -1,7 +1,7 @@
-"""What keeping documents apart costs: every way of models/attention.py beside a dense [T, T] mask, in turn, in one process.
+"""The cost of keeping documents apart: every path of models/attention.py beside a dense [T, T] mask, in turn, in one process.
 
 One layer's attention, forward and backward, over a row of T tokens of documents with lognormal lengths (median 300). The
-dense arm is what SDPA does with a mask, or plain torch where scores are soft-capped.
+dense arm is SDPA with a mask, or plain torch if scores are soft-capped.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What filters are worth for their price: python tools/bench/filters.py PART CORPUS TEACHER STUDENT
+"""The gain of filters for their price: python tools/bench/filters.py PART CORPUS TEACHER STUDENT
 
-PART learn: stage I on all rows and on drawn ones at the same FLOPs, mean filtered CE of all pairs on held-out text.
-PART distil: stage II with filters of other widths and starts beside kd, held-out loss; every arm reads the same batches.
-PART price: seconds and FLOPs of a stage I step beside a stage II step, of a model of Gemma-3-270m's shape and its equal,
-drawn at random. All in one process without DeepSpeed, fp32; CORPUS is a prefix of tools/tokenize_corpus.py.
+PART learn: stage I on all rows and on sampled rows at the same FLOPs; mean filtered CE of all pairs on held-out text.
+PART distil: stage II with filters of other widths and starts beside kd; held-out loss; every arm reads the same batches.
+PART price: seconds and FLOPs of a stage I step beside a stage II step, for a random model of Gemma-3-270m's shape and one
+of the same size. All in one process without DeepSpeed, fp32; CORPUS is a prefix of tools/tokenize_corpus.py.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("student", nargs="?")
     parser.add_argument("--pairs", help="student,teacher student,teacher …; default: as cut, else uniform")
     parser.add_argument(
-        "--filters", type=json.loads, default={}, help="JSON on top of the run file's defaults, in every arm"
+        "--filters", type=json.loads, default={}, help="JSON that overrides the run file's defaults, in every arm"
     )
     parser.add_argument("--arms", help="names of distil's arms, separated by ';'")
     parser.add_argument("--steps", type=int, default=10, help="of the first arm, or of every arm of distil")
@@ -92,7 +92,7 @@ def models(arguments):
 
 
 def arm_of(plan, stage, teacher, network, moments=None, learnt=None) -> Arm:
-    """A stage's student on `network`, its filters started from `moments` or taken from a stage I that is done."""
+    """A stage's student on `network`; its filters start from `moments`, or come from a finished stage I."""
     filters_s, filters_t = build_filters(plan, stage)
     if plan.pairs and plan.run.filters.start == "states" and moments:
         begin(filters_s, filters_t, [start_of(pair, plan.width) for pair in moments])
@@ -111,7 +111,7 @@ def arm_of(plan, stage, teacher, network, moments=None, learnt=None) -> Arm:
 
 
 def batches(plan, held_out: bool = False):
-    """Micro-batches of the training stream, or of what is held out."""
+    """Micro-batches of the training stream, or of the held-out text."""
     from ted_scale.data.stream import batch, open_held_out, open_stream
 
     vocabulary, data = plan.student.vocab_size, plan.run.data
@@ -137,7 +137,7 @@ def moments_of(plan, teacher, network) -> list[Moments]:
 
 
 def one_step(arm: Arm, step: int, micro, signal) -> float:
-    """The step's loss; its seconds are the caller's to take."""
+    """The step's loss; the caller measures its time."""
     for group in arm.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * arm.stage.rate(step)
     losses = arm.student(micro, signal, arm.stage.weights(step), count_valid([micro]))

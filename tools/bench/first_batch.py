@@ -1,7 +1,7 @@
 """The first batch at position 0 beside that at 10^9: python tools/bench/first_batch.py
 
-Processes take turns, each forked from one that has imported everything: it opens a corpus of generated documents, draws
-the first step of a loader at its position and says how long that took and by how much its memory peaked above its start.
+Processes take turns, each forked from one that has imported everything. Each opens a corpus of generated documents, reads
+the first step of a loader at its position, and reports its time and its peak memory above the start.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def first_batch(prefixes: list[str], position: int, said) -> None:
 
 
 def alone(prefixes: list[str], position: int) -> tuple[float, float]:
-    """(milliseconds, MiB) of a process of its own."""
+    """(milliseconds, MiB), in a process of its own."""
     context = multiprocessing.get_context("fork")  # nothing here has threads yet
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=first_batch, args=(prefixes, position, theirs))

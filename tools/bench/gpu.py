@@ -1,9 +1,9 @@
-"""Everything that waits for a GPU, in one command: python tools/bench/gpu.py --minutes 9 --out FOLDER
+"""All measurements that need a GPU, in one command: python tools/bench/gpu.py --minutes 9 --out FOLDER
 
-The most valuable first, each part in a process of its own with a limit of its own: what fails, hangs or is killed costs its
-own rows alone. rows.csv grows as values come, summary.md is written anew after each part, log.txt has every word. The same
-command again goes on: parts that were never begun first, then those that did not end well. `--tiny` rehearses all of it on
-a CPU; `--needs` lists what a machine without a network must be brought.
+The most valuable parts run first, each in a process of its own with a time limit. A part that fails, hangs or is killed
+loses only its own rows. rows.csv grows with every value, summary.md is written again after each part, log.txt has all
+output. The same command again continues: first parts that never started, then parts that did not succeed. `--tiny`
+rehearses everything on a CPU; `--needs` lists the packages to bring to a machine without a network.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tools.bench.gpu_task import Task, run
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG_BYTES = 400_000  # of one part
-LEAST = 20.0  # seconds: a part that would have fewer is not begun
+LEAST = 20.0  # seconds: a part with less time left is not started
 
 REHEARSAL = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
@@ -93,19 +93,27 @@ def main() -> None:
         run_part(arguments)
         return
     take_over(arguments.resume, arguments.out / "rows.csv")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends this command ends the part it waits for
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a signal to this command also ends the part it waits for
     with scratch(arguments.work) as work:
         run_all(arguments, work)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9, help="for all of it")
+    parser.add_argument("--minutes", type=float, default=9, help="for all parts together")
     parser.add_argument("--out", type=Path, help="folder of rows.csv, summary.md and log.txt")
-    parser.add_argument("--only", nargs="+", default=[], metavar="b.kl_ce", help="these parts, or those that begin so")
-    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU, with tiny sizes")
-    parser.add_argument("--resume", type=Path, metavar="ROWS.csv", help="go on from the rows of an earlier call")
-    parser.add_argument("--commit", default="", help="of the code, where there is no git to ask")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="b.kl_ce",
+        help="only these parts, or parts whose names begin with this",
+    )
+    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU with tiny sizes")
+    parser.add_argument("--resume", type=Path, metavar="ROWS.csv", help="continue from the rows of an earlier call")
+    parser.add_argument("--commit", default="", help="of the code, where there is no git")
     parser.add_argument("--work", type=Path, help="folder for models and corpora; default: a temporary one")
     parser.add_argument("--needs", nargs="?", const="", metavar="FREEZE.txt", help="packages to bring; FREEZE.txt: "
                         "`pip freeze` of the machine that has the GPU")  # fmt: skip
@@ -113,7 +121,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.needs is None and arguments.out is None:
-        raise UserError("--out must name a folder for the results, but is not there; add --out FOLDER")
+        raise UserError("--out must name a folder for the results, but is missing; add --out FOLDER")
     unknown = [word for word in arguments.only if not any(name.startswith(word) for name in NAMES)]
     if unknown:
         raise UserError(f"--only must name parts ({', '.join(NAMES)}), but has '{unknown[0]}'")
@@ -121,14 +129,14 @@ def parse() -> argparse.Namespace:
 
 
 def take_over(resume: Path | None, rows: Path) -> None:
-    """The rows of an earlier call, wherever they are, become those of this one."""
+    """Copy the rows of an earlier call into this one's folder."""
     if resume is None or resume.resolve() == rows.resolve():
         return
     if not resume.is_file():
-        raise UserError(f"--resume must name the rows.csv of an earlier call, but {resume} is no file")
+        raise UserError(f"--resume must name the rows.csv of an earlier call, but {resume} is not a file")
     if rows.exists():
         raise UserError(
-            f"--resume must come with a new --out, but {rows} is there; leave --resume out to go on from it"
+            f"--resume must come with a new --out, but {rows} exists; leave --resume out to continue from it"
         )
     shutil.copyfile(resume, rows)
 
@@ -150,7 +158,7 @@ def run_all(arguments, work: Path) -> None:
             left = deadline - time.monotonic()
             if left < LEAST:
                 break
-            limit = min(left, 300 if arguments.tiny else part.seconds)  # two busy cores are no GPU
+            limit = min(left, 300 if arguments.tiny else part.seconds)  # CPU cores need more time than a GPU
             print(f"{part.name}: up to {limit:.0f} s", flush=True)
             run_in_its_process(part, limit, arguments, work)
             gpu_report.write_page(arguments.out / "summary.md", gpu_report.read(rows), NAMES)
@@ -160,7 +168,7 @@ def run_all(arguments, work: Path) -> None:
 
 
 def todo(rows: list[dict], arguments) -> list[Part]:
-    """What did not end well yet, the parts that were never begun first."""
+    """Parts that have not succeeded yet; first those that never started."""
     ends = gpu_report.last_status(rows, "tiny" if arguments.tiny else "")
     chosen = [p for p in PARTS if not arguments.only or p.name.startswith(tuple(arguments.only))]
     return sorted([p for p in chosen if ends.get(p.name) != "ok"], key=lambda p: p.name in ends)
@@ -178,7 +186,7 @@ def run_in_its_process(part: Part, limit: float, arguments, work: Path) -> None:
         )  # fmt: skip
     try:
         code = process.wait(timeout=limit)
-        reason = "" if code == 0 else f"its process ended with exit code {code}; see log.txt"
+        reason = "" if code == 0 else f"its process exited with code {code}; see log.txt"
     except subprocess.TimeoutExpired:
         reason = f"killed at its limit of {limit:.0f} s"
     finally:
@@ -197,7 +205,7 @@ def command(part: Part, limit: float, arguments, work: Path) -> list[str]:
 
 
 def environment(tiny: bool, mark: str) -> dict[str, str]:
-    """A rehearsal sees no GPU. Nothing asks a network: a machine without one would wait."""
+    """A rehearsal sees no GPU. No library may use the network: without one it would wait."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     found = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     found |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"} | dict([mark.split("=")])
@@ -205,8 +213,8 @@ def environment(tiny: bool, mark: str) -> dict[str, str]:
 
 
 def end(process: subprocess.Popen, mark: str) -> None:
-    """With all that it started, in whatever sessions and whoever is their parent by now: what keeps the GPU's memory spoils
-    the next part."""
+    """Kill the part and every process that it started, in whatever session and with whatever parent: one that keeps the GPU's
+    memory would spoil the next part."""
     for pid in {process.pid, *marked(mark)} if process.poll() is None else marked(mark):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
@@ -223,7 +231,7 @@ def marked(mark: str) -> list[int]:
 
 
 def trim(log: Path, start: int) -> None:
-    """A part that wrote too much keeps the beginning and the end of it."""
+    """Keep only the beginning and the end of a part's log if it is too long."""
     words = log.read_bytes()
     if len(words) - start > LOG_BYTES:
         head, tail = words[: start + LOG_BYTES // 4], words[-LOG_BYTES // 2 :]
@@ -236,7 +244,7 @@ def run_part(arguments) -> None:
     task = Task(part=part.name, out=arguments.out, work=work, limit=limit, tiny=arguments.tiny, commit=arguments.commit)
     run(task, part.module, part.function, part.settings)
     sys.stdout.flush()
-    os._exit(0)  # every row is written: what libraries do at their exit may hang
+    os._exit(0)  # every row is written; the exit of a library may hang
 
 
 if __name__ == "__main__":

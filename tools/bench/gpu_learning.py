@@ -1,8 +1,9 @@
-"""Part d of tools/bench/gpu.py: does it learn? A teacher of 30 M parameters trained on the spot on the Python packages of this
-machine, then students of half its blocks by each method, all for the same seconds.
+"""Part d of tools/bench/gpu.py: does it learn? Trains a teacher of 30 M parameters on the Python packages of this machine, then
+students of half its blocks by each method, all for the same seconds.
 
-A method's speed is measured by a short run of its own, and its steps follow from it, so that each has its whole schedule. The
-seconds of its steps stand beside its loss; start-up does not count, nor the pass over some thousand tokens in which filters start.
+A short run measures the speed of a method and gives its number of steps, so that each method has its whole schedule. The
+row has the seconds of its steps with its loss. Start-up does not count, nor the pass over some thousand tokens in which
+filters start.
 """
 
 import gc
@@ -53,8 +54,8 @@ def teacher(task, write) -> None:
 
 
 def prepare(task, write, until: float) -> None:
-    """Text, tokenizer, shards, teacher, the students' start; what is there already is taken as it is. `until` is what the task
-    may have left then."""
+    """Text, tokenizer, shards, teacher, the students' start; results that exist are reused. `until` is how much time the task
+    may have left after it."""
     folder, sizes = task.work / "learning", TINY if task.tiny else FULL
     folder.mkdir(parents=True, exist_ok=True)
     write_corpus(folder, sizes)
@@ -70,12 +71,12 @@ def seconds_of_training(left: float, task) -> float:
 
 
 def start_ranks():
-    """Once a process, and behind what forks: CUDA stands no fork."""
+    """Once a process, and after everything that forks: CUDA does not survive a fork."""
     from ted_scale.ranks.group import start_ranks
 
     device = start_ranks()
     gc.collect()
-    gc.freeze()  # DeepSpeed looks for garbage at every engine's start; what is imported is none
+    gc.freeze()  # DeepSpeed collects garbage at every engine's start; imported modules are none
     return device
 
 
@@ -94,7 +95,7 @@ def write_corpus(folder: Path, sizes: Sizes) -> None:
 
 
 def write_text(text: Path, sizes: Sizes) -> None:
-    """Of everybody's packages as many files as are needed; a rehearsal reads the standard library, which is found faster."""
+    """As many files of installed packages as needed; a rehearsal reads the standard library, which is faster to find."""
     library = Path(sysconfig.get_path("stdlib" if sizes is TINY else "purelib"))
     chosen, size = [], 0
     for name in demo.source_names(library):
@@ -110,7 +111,7 @@ def keep_teacher(folder: Path, sizes: Sizes) -> None:
 
 
 def students(task, write) -> None:
-    """On a machine where no teacher is left of an earlier call, half of the time makes one."""
+    """If no teacher is left from an earlier call, half of the time trains one."""
     folder, sizes = task.work / "learning", TINY if task.tiny else FULL
     task.device()
     prepare(task, write, task.limit / 2)
@@ -120,7 +121,7 @@ def students(task, write) -> None:
         settings = {"method": name, **sections}
         try:
             write_found(write, name, train_for(folder, sizes, device, seconds, name, **settings), sizes)
-        except Exception as error:  # of one method: the others are still worth their time
+        except Exception as error:  # of one method; the others still run
             write("held-out loss", arm=name, status="failed", reason=f"{type(error).__name__}: {error}")
 
 
@@ -131,7 +132,7 @@ def write_found(write, arm: str, found: dict, sizes: Sizes) -> None:
 
 
 def train_for(folder: Path, sizes: Sizes, device, seconds: float, name: str, method: str, **more) -> dict:
-    """Train about that long; what came of it, by figure: (value, unit)."""
+    """Train about that long; results by figure: (value, unit)."""
     each = seconds_a_step(folder, sizes, device, name, method, **more)
     steps = min(max(int(seconds / each), LEAST_STEPS), sizes.most_steps)
     rows = trained(run_of(folder, sizes, name, method, steps, **more), device)
@@ -148,7 +149,7 @@ def train_for(folder: Path, sizes: Sizes, device, seconds: float, name: str, met
 
 
 def seconds_a_step(folder: Path, sizes: Sizes, device, name: str, method: str, **more) -> float:
-    """By a run of a few steps, of which the first allocate and compile."""
+    """From a run of a few steps; the first ones allocate and compile."""
     run = run_of(folder, sizes, f"{name}-speed", method, LEAST_STEPS if sizes is TINY else SPEED_STEPS, **more)
     spent = milliseconds(trained(run, device))
     shutil.rmtree(run.folder)
@@ -169,8 +170,8 @@ def run_of(
         "teacher": {"path": str(folder / "teacher")} if method != "ce" else None,
         "data": {"seq_len": sizes.seq_len, "attention": "document",
                  "corpora": [{"path": str(folder / "shards"), "validation": 0.02}]},
-        "pairs": {"explicit": list(enumerate(map(int, sizes.keep.split(","))))},  # block k began as that one
-        "filters": {"steps": 0},  # filters begin where the teacher's states lie; evidence asks for no stage I
+        "pairs": {"explicit": list(enumerate(map(int, sizes.keep.split(","))))},  # block k began as this one
+        "filters": {"steps": 0},  # filters start from the teacher's states; measurements showed no gain of stage I
         "loss": dict(loss),
         "train": {"steps": steps, "tokens_per_step": sizes.tokens_per_step, "micro_batch": sizes.micro_batch, "lr": 1e-3,
                   "min_lr": 1e-4, "warmup_steps": steps // 20},
@@ -181,7 +182,7 @@ def run_of(
 
 
 def trained(run: Run, device) -> list[dict]:
-    """The run's rows; a run of that name from before is gone first."""
+    """The run's rows; an earlier run of this name is removed first."""
     from ted_scale.plan import make_plan
     from ted_scale.run import train_run
 

@@ -1,5 +1,5 @@
-"""Part b of tools/bench/gpu.py: the losses of tools/bench/losses.py at real sizes, and what the row kernel makes of the memory's
-bandwidth. Arms that compile nothing take their turns first, so that a slow compiler costs only its own rows."""
+"""Part b of tools/bench/gpu.py: the losses of tools/bench/losses.py at real sizes, and how much of the memory's bandwidth the
+row kernel uses. Arms that compile nothing run first, so that a slow compiler costs only its own rows."""
 
 from argparse import Namespace
 
@@ -18,7 +18,7 @@ ROW_BYTES = 18  # a logit: both sides' fp32 read for the losses and read again f
 
 
 def operation(task, write, operation: str, size: str) -> None:
-    """Every arm of one operation; each set of arms has naive eager, which ratios are to."""
+    """Every arm of one operation; each set of arms has naive eager, the base of the ratios."""
     device = task.device()
     arms = list(ARMS[operation](device))
     compiles = [arm for arm in arms if "compile" in arm][: 1 if task.tiny else None]
@@ -52,14 +52,14 @@ def left_out(write, arms: list[str], rows) -> None:
 
 
 def gradient_error(task, write) -> None:
-    """Near the teacher, where two softmaxes nearly cancel; against fp64."""
+    """Near the teacher, where two softmaxes nearly cancel; compared with fp64."""
     for row in losses.gradient_errors(Namespace(device=task.device(), arms=None)):
         end = {"status": "failed", "reason": row.failed} if row.failed else {}
         write("gradient error", row.gradient_error, "", arm=row.arm, sizes=row.sizes, **end)
 
 
 def chunk_sizes(task, write) -> None:
-    """What the chunk's budget is worth: more tokens re-read the weights less often and need more scratch."""
+    """The effect of the chunk's budget: with more tokens, weights are read less often and scratch is larger."""
     device = task.device()
     case = logit_case("linear_kl_ce", arguments(task, device, "cuda", []), torch.bfloat16, device)
     arms = {f"{n} tokens": lambda n=n: ours_kl_ce(chunk_tokens=n) for n in ((64, 128) if task.tiny else CHUNKS)}
@@ -77,7 +77,7 @@ def row_kernel(task, write) -> None:
     labels, weight = torch.randint(0, vocab, (rows,), device=device), means(rows, device)["token_weight"]
     loss, of_rows = LogitLoss(1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0), row_losses(choose("auto", torch.device(device)))
     room = torch.empty(rows, vocab, dtype=torch.bfloat16, device=device)
-    seconds = best(lambda: of_rows(z_s, z_t, labels, weight, loss, True, room), device)  # on CPU z_s is lost
+    seconds = best(lambda: of_rows(z_s, z_t, labels, weight, loss, True, room), device)  # on CPU z_s is overwritten
     rate, copy = ROW_BYTES * rows * vocab / seconds, copy_rate(device, 1 << (22 if task.tiny else 32))
     where = {"arm": "ours", "sizes": f"rows={rows} V={vocab}"}
     write("bandwidth", rate / 1e9, "GB/s", **where)

@@ -1,4 +1,4 @@
-"""Part a of tools/bench/gpu.py: what the machine is and can, and the tests that need a GPU, the most telling first."""
+"""Part a of tools/bench/gpu.py: the machine and its speed, and the tests that need a GPU, the most important first."""
 
 import os
 import subprocess
@@ -13,13 +13,13 @@ from tools.bench.gpu_task import Late
 from tools.bench.losses import elapsed
 
 ROOT = Path(__file__).resolve().parents[2]
-# Parts of tests' names: what decides whether the rest means anything comes first; those that start the trainer come last, for
-# on a new machine DeepSpeed compiles for a minute what its CPU ranks need.
+# Parts of tests' names. First the tests that decide whether the others mean anything. Last the ones that start the trainer,
+# because on a new machine DeepSpeed compiles for a minute what its CPU ranks need.
 TELLING = (
     "test_no_host_read", "test_memory_beyond", "test_logit_losses", "test_layer_losses", "test_32768_tokens",
     "test_batches_on", "test_gpu_kernels", "test_gpu_attention", "",
 )  # fmt: skip
-ENOUGH = 12.0  # seconds: with fewer left no further test begins
+ENOUGH = 12.0  # seconds: with less time left no further test starts
 
 
 def machine(task, write) -> None:
@@ -40,7 +40,7 @@ def driver() -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
-        return f"nvidia-smi told nothing: {error}"
+        return f"nvidia-smi failed: {error}"
 
 
 def copy_rate(device: str, count: int) -> float:
@@ -56,7 +56,7 @@ def product_rate(device: str, size: int) -> float:
 
 
 def best(action, device: str, times: int = 10) -> float:
-    """Seconds of the quickest of some calls, the first ones left out."""
+    """Seconds of the fastest of some calls, without the first ones."""
     return min([elapsed(action, device) for _ in range(times + 2)][2:])
 
 
@@ -67,9 +67,9 @@ def tests(task, write) -> None:
     reporter = Reporter(task, write, passed_before(task))
     code = pytest.main(["-m", "gpu", "-q", "-W", "ignore", *files], plugins=[reporter])
     if reporter.is_late:
-        raise Late("the tests that are left want a second call")
+        raise Late("the remaining tests need a second call")
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        raise RuntimeError(f"pytest ended with {pytest.ExitCode(code).name}; its rows and log.txt say more")
+        raise RuntimeError(f"pytest exited with {pytest.ExitCode(code).name}; see its rows and log.txt")
 
 
 def passed_before(task) -> set[str]:
@@ -119,4 +119,4 @@ def bench(task, write, script: str, words: list[str], tiny: list[str]) -> None:
             if line.strip():
                 write("said", reason=line)
     if process.returncode:
-        raise RuntimeError(f"{script} ended with exit code {process.returncode}; see log.txt")
+        raise RuntimeError(f"{script} exited with code {process.returncode}; see log.txt")

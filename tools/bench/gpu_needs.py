@@ -1,5 +1,5 @@
-"""What `tools/bench/gpu.py --needs` lists: packages that the bench runs on, down to what those need, in the versions of
-.ci/python312.txt, else of this environment, without what the other machine has already."""
+"""The list of `tools/bench/gpu.py --needs`: packages that the bench needs, and their requirements. Versions are those of
+.ci/python312.txt, else of this environment. Packages that the other machine already has are left out."""
 
 import re
 from importlib import metadata
@@ -19,7 +19,9 @@ OTHER_PYTHON = ROOT / ".ci" / "python312.txt"
 def needs(freeze: str) -> str:
     """Lines for `pip download --no-deps -r`."""
     if freeze and not Path(freeze).is_file():
-        raise UserError(f"--needs must name a file that `pip freeze` wrote, but {freeze} is none; leave it out for all")
+        raise UserError(
+            f"--needs must name a file that `pip freeze` wrote, but {freeze} is not one; leave it out to list all"
+        )
     there = set(versions_in(Path(freeze).read_text(encoding="utf-8"))) if freeze else set()
     pinned = versions_in(OTHER_PYTHON.read_text(encoding="utf-8"))
     names = sorted(closure([*asked_by_the_project(), *BESIDE]) - there)
@@ -27,13 +29,13 @@ def needs(freeze: str) -> str:
 
 
 def asked_by_the_project() -> list[str]:
-    """It may run from a checkout, uninstalled."""
+    """From pyproject.toml: the checkout may not be installed."""
     project = parse_toml((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return [Requirement(text).name for text in project["dependencies"]]
 
 
 def closure(roots) -> set[str]:
-    """Every distribution that these ask for on Linux, through all of theirs; one that is not installed ends there."""
+    """Every distribution that these require on Linux, recursively; the search ends at one that is not installed."""
     found, todo = set(), [canonical(root) for root in roots]
     while todo:
         name = todo.pop()

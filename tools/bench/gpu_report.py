@@ -1,7 +1,7 @@
-"""What tools/bench/gpu.py writes: one value a CSV row, appended as it comes, and a page made of all rows there are.
+"""The output of tools/bench/gpu.py: a CSV with one value a row, appended at once, and a page made from all rows.
 
-A part's last row is its own: `ok`, `failed`, `skipped` or `late`, with the reason. The page reads nothing but the rows, so a
-second call shows what the first one measured, too.
+The last row of a part is about the part: `ok`, `failed`, `skipped` or `late`, with the reason. The page is made from the rows
+alone, so a second call also shows the measurements of the first.
 """
 
 import csv
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 FACTS = ("hardware", "torch", "triton", "deepspeed", "transformers", "liger", "python", "commit")
 COLUMNS = ("part", "figure", "arm", "value", "unit", "sizes", "status", "reason", "tiny", *FACTS)
-PART = "part"  # the figure of a part's own row
+PART = "part"  # the figure of the row about a part
 
 
 class Row(NamedTuple):
@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
 
 def append(path: Path, rows: list[Row], facts: dict) -> None:
-    """Whole lines in one write: who reads the file meanwhile, or ends the writer, has whole rows."""
+    """Whole lines in one write, so a reader, or a kill of the writer, finds complete rows."""
     is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -47,11 +47,11 @@ def read(path: Path) -> list[dict]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]  # a torn last line has too few
+        return [row for row in csv.DictReader(file) if None not in row.values()]  # an incomplete last line has too few
 
 
 def last_status(rows: list[dict], tiny: str) -> dict[str, str]:
-    """How each part that was begun ended last; a rehearsal's rows say nothing of a measurement."""
+    """The last status of each part that started; rows of a rehearsal do not count for a measurement."""
     return {row["part"]: row["status"] for row in rows if row["figure"] == PART and row["tiny"] == tiny}
 
 
@@ -106,14 +106,14 @@ def about(rows: list[dict]) -> list[str]:
         return ["Nothing was measured yet."]
     last = next((row for row in reversed(rows) if row["hardware"]), rows[-1])
     versions = ", ".join(f"{name} {last[name]}" for name in FACTS if name != "hardware" and last[name])
-    said = [f"{last['hardware']}; {versions}. Every value stands in rows.csv, every word in log.txt."]
+    said = [f"{last['hardware']}; {versions}. rows.csv has every value, log.txt all output."]
     if last["tiny"]:
         said.append("A rehearsal: sizes are tiny, and no number here says anything about speed.")
     return said
 
 
 def targets(rows: list[dict]) -> list[str]:
-    """What an H100 should do, beside what was measured."""
+    """Targets for an H100, beside the measurements."""
     lines = ["| target | wanted | measured | |", "| --- | --- | --- | --- |"]
     for part, figure, arm, limit, at_least in TARGETS:
         found = next(
@@ -139,7 +139,7 @@ def parts(rows: list[dict], order: list[str]) -> list[str]:
 
 
 def group(rows: list[dict]) -> list[str]:
-    """Figures across, parts and their arms down; below it what was told in words, and what has no value and why."""
+    """A table of figures by parts and arms. Below it remarks, and missing values with their reasons."""
     passed = [row for row in rows if row["arm"] == "passed"]
     good = [row for row in rows if row["status"] == "ok" and row not in passed]
     valued = [row for row in good if row["value"] and not row["figure"].startswith("op ")]

@@ -1,7 +1,8 @@
-"""Part c of tools/bench/gpu.py: a training step of ours, by the trainer's own loop and engines, beside plain Hugging Face's.
+"""Part c of tools/bench/gpu.py: a training step of the trainer's own loop and engines, beside plain Hugging Face.
 
-Models are random, drawn on the device and never written. Plain runs first and is gone before ours begins, for what DeepSpeed
-was once given it keeps. Parts are timed by events around what the loop calls, so the steps that are timed are the trainer's.
+Models are random, made on the device and never written. Plain runs first and is freed before ours starts, because DeepSpeed
+keeps every module that it was given. Parts are timed by events around the functions of the loop, so the timed steps are the
+trainer's own.
 """
 
 import gc
@@ -41,7 +42,7 @@ WARM_UP = 3
 
 
 class Shape(NamedTuple):
-    """Of a Llama-like pair; what is not said of the student is as the teacher's."""
+    """Of a Llama-like pair; sizes not given for the student are the teacher's."""
 
     teacher: dict
     student: dict
@@ -67,7 +68,7 @@ TINY_SHAPES = {
 
 
 def measure(task, write, shape: str, method: str) -> None:
-    """Both arms, and how ours stands beside plain."""
+    """Both arms, and ratios of ours to plain."""
     task.device()
     plan = plan_of(task.work / task.part, (TINY_SHAPES if task.tiny else SHAPES)[shape], method)
     device = start_ranks()
@@ -76,7 +77,7 @@ def measure(task, write, shape: str, method: str) -> None:
     for arm, build in ((PLAIN, build_plain), (OURS, build_ours)):
         try:
             found[arm] = measure_arm(plan, device, build, batches, 2 if task.tiny else 10, write_of(write, plan, arm))
-        except Exception as error:  # plain's end, whatever it is, is not ours
+        except Exception as error:  # a failure of plain must not end ours
             traceback.print_exc()
             write("tokens/s", arm=arm, status="failed", reason=f"{type(error).__name__}: {error}")
         gc.collect()
@@ -86,7 +87,7 @@ def measure(task, write, shape: str, method: str) -> None:
         write("tokens/s beside plain", found[OURS][0] / found[PLAIN][0], "", arm=OURS)
         write("memory beyond states beside plain", found[OURS][1] / found[PLAIN][1], "", arm=OURS)
     if OURS not in found:
-        raise RuntimeError("ours did not run; its row says why")
+        raise RuntimeError("ours did not run; its row has the reason")
 
 
 def plan_of(folder: Path, shape: Shape, method: str) -> Plan:
@@ -106,7 +107,7 @@ def plan_of(folder: Path, shape: Shape, method: str) -> Plan:
 
 
 def write_corpus(prefix: Path, vocab: int, tokens: int) -> None:
-    """Random ids, one document a thousand."""
+    """Random ids, in documents of a thousand."""
     dtype, lengths = dtype_of(vocab), numpy.full(max(tokens // 1000, 2), 1000, numpy.int32)
     ids = numpy.random.default_rng(0).integers(1, vocab, lengths.sum())
     prefix.with_name(prefix.name + ".bin").write_bytes(ids.astype(dtype).tobytes())
@@ -143,14 +144,14 @@ def build_plain(plan: Plan, device: torch.device, batches, clock: Clock) -> Call
 
 def build_ours(plan: Plan, device: torch.device, batches, clock: Clock) -> Callable:
     stage, teacher = plan.stages[-1], engines.build_teacher(plan)
-    engine = engines.build_student(plan, stage, teacher, None)  # filters as they are made: it is time that is measured
+    engine = engines.build_student(plan, stage, teacher, None)  # filters as made: only time is measured
     numbers = Metrics(plan.run, writes=False, total_steps=1, step=0, device=device, wandb_run=None)
     guard = Guard(engine, stage, lambda *said: print(*said), lambda: None)
     at = [Progress(stage.first_step)]
     teacher = watched(clock, engine, teacher)
 
     def step():
-        """The trainer's own, for one step's data."""
+        """The trainer's own loop, on the data of one step."""
         data = itertools.islice(batches, 1)
         at[0] = train(stage, engine, teacher, data, guard, numbers, at[0], None, None, None)
         return guard.sums[0]
@@ -190,7 +191,7 @@ def write_of(write, plan: Plan, arm: str) -> Callable:
 
 
 def measure_arm(plan: Plan, device: torch.device, build: Callable, batches, steps: int, write) -> tuple[float, float]:
-    """(tokens a second, bytes beyond the models' states); the first steps allocate and compile, and count nowhere."""
+    """(tokens a second, bytes beyond the models' states); the first steps allocate and compile, and do not count."""
     arm, clock = PLAIN if build is build_plain else OURS, Clock(device)
     step = build(plan, device, batches, clock)
     write("loss", float(step()), "nats")
@@ -220,18 +221,18 @@ def settle(device: torch.device) -> None:
 
 
 def write_mfu(plan: Plan, device: torch.device, rate: float, write) -> None:
-    """By the project's own convention for both: what is computed again is nobody's merit."""
+    """By the project's convention for both arms: recomputed FLOPs do not count."""
     stage = plan.stages[-1]
     work = step_flops(plan, stage, stage.first_step, plan.attended.__getitem__).model
     write("work of a token", work / 1e9, "GFLOP")
     if peak := device_peak(device, plan.run.train.precision):
         write("MFU", rate * work / peak, "")
     else:
-        write("MFU", None, "", status="skipped", reason=f"no peak is known of this {device.type}")
+        write("MFU", None, "", status="skipped", reason=f"the peak of this {device.type} is not known")
 
 
 def write_memory(plan: Plan, device: torch.device, arm: str, step: Callable, write) -> float:
-    """On a CPU nobody counts what is there between steps: the peak is beyond that alone."""
+    """On a CPU, memory between steps is not counted: the peak is beyond that."""
     rest = torch.cuda.memory_allocated() if device.type == "cuda" else states(plan, arm)
     peak = rest + peak_bytes(step, device.type)
     write("memory between steps", rest / 1e9, "GB")

@@ -1,4 +1,4 @@
-"""One part of tools/bench/gpu.py in its own process: what it is told, and the row that says how it ended."""
+"""One part of tools/bench/gpu.py in its own process: its arguments, and the row with its outcome."""
 
 import importlib
 import time
@@ -13,11 +13,11 @@ from tools.bench.gpu_report import PART, Row
 
 
 class Skipped(Exception):
-    """What this machine cannot do, and why."""
+    """This machine cannot do it; the reason."""
 
 
 class Late(Exception):
-    """Some of it is done, and a second call goes on."""
+    """A part of it is done; a second call continues."""
 
 
 ENDS = {Skipped: "skipped", Late: "late"}
@@ -27,8 +27,8 @@ ENDS = {Skipped: "skipped", Late: "late"}
 class Task:
     part: str
     out: Path
-    work: Path  # for models and corpora: nothing of it is a result
-    limit: float  # seconds; the process is killed after them
+    work: Path  # for models and corpora, no results
+    limit: float  # seconds until the process is killed
     tiny: bool
     commit: str
     began: float = field(default_factory=time.monotonic)
@@ -57,7 +57,7 @@ class Task:
 
 
 def run(task: Task, module: str, function: str, settings: dict) -> None:
-    """Its rows as they come, its own row last."""
+    """Run it and write its rows at once; the row about the part is the last."""
     facts = surroundings(task)
     write = partial(write_row, task, facts)
     try:

@@ -1,5 +1,5 @@
-"""What torch's profiler sees of two steps: the longest operations, how often the host waited for the device, and how long the
-device had nothing to do. On a CPU the operations are the host's, and nothing waits."""
+"""Results of torch's profiler for two steps: the longest operations, how often the host waited for the device, and how long
+the device was idle. On a CPU the operations are the host's, and nothing waits."""
 
 from collections.abc import Callable
 
@@ -35,7 +35,7 @@ def write_trace(step: Callable, device: torch.device, write) -> None:
 
 
 def waits_of(host) -> list:
-    """Without the profiler's own, before and after the steps."""
+    """Without the profiler's own operations before and after the steps."""
     steps = [event.time_range for event in host if event.name == MARK]
     waits = [event for event in host if event.name in WAITS]
     return [w for w in waits if any(step.start <= w.time_range.start <= step.end for step in steps)]
@@ -49,7 +49,7 @@ def kernels(events, host) -> list[tuple[str, float, float]]:
 
 
 def idle_share(spans: list[tuple[float, float]]) -> float:
-    """Of the time from the first start to the last end, whatever streams the spans are on."""
+    """Share of the time from the first start to the last end, over all streams."""
     spans = sorted(spans)
     busy, (start, end) = 0.0, spans[0]
     for begins, ends in spans[1:]:

@@ -1,7 +1,7 @@
-"""The host's time for one pass through 28 small blocks: plain, under ZeRO-3 as DeepSpeed makes it, and with our lean hooks.
+"""The host's time for one pass through 28 small blocks: plain, under DeepSpeed's ZeRO-3, and with our lean hooks.
 
-The blocks are so small that what is measured is what the host does for them, which a GPU would wait for. One process, the
-arms in turn, medians; one rank.
+The blocks are so small that the measured time is the host's work for them, for which a GPU would wait. One process and one
+rank, the arms in turn, medians.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def plain():
 
 
 def sharded(*, lean: bool, trained: bool):
-    """Every weight sharded; one rank has nothing to gather, and runs all the hooks."""
+    """Every weight is sharded. One rank has nothing to gather, but runs all hooks."""
     import deepspeed
 
     from ted_scale.models import zero_hooks

@@ -1,9 +1,10 @@
 """The losses that tools/bench/losses.py measures, each written plainly, by other libraries and by ours.
 
-A case is a list of calls' keyword arguments (one per pair of blocks; the logit losses have one); an arm is a maker of
-`f(**arguments) -> loss`, so that imports and compiling happen only for arms that run. An ImportError from a maker means
-that its library, or that part of it, is not there. All tokens count with weight 1: others know no token weights, and
-every arm then means the same loss. The naive arms weight all the same where ours does: it costs them N products.
+A case is a list of keyword arguments, one for each call (one per pair of blocks; the logit losses have one). An arm makes
+`f(**arguments) -> loss`, so imports and compilation happen only for arms that run. An ImportError from an arm means that its
+library, or the needed part of it, is not installed. All tokens have weight 1, because other libraries have no token weights;
+so every arm computes the same loss. The naive arms still multiply by the weights where ours does, which costs them N
+products.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ class Case(NamedTuple):
     operation: str
     sizes: str
     calls: list[dict]
-    states: list[torch.Tensor]  # of the student; they and `weights` are what gets gradients
+    states: list[torch.Tensor]  # of the student; these and `weights` get gradients
     weights: list[torch.Tensor]
 
     def loss(self, arm: Callable):
@@ -125,12 +126,12 @@ ARMS = {
 
 
 def naive_kl_ce(*, h_s, w_s, h_t, w_t, **call):
-    """As trainers have it: logits in the model's type, the losses on their fp32 copies."""
+    """As in most trainers: logits in the model's type, the losses on their fp32 copies."""
     return plain_kl_ce(functional.linear(h_s, w_s).float(), functional.linear(h_t, w_t).float(), **call)
 
 
 def plain_kl_ce(z_s, z_t, *, labels, token_weight, denom, kl_weight, ce_weight):
-    """A term without a weight is not computed; without a teacher there is none but CE."""
+    """A term with weight 0 is not computed; without a teacher only CE is."""
     rows = 0.0
     if kl_weight:
         kl = functional.kl_div(z_s.log_softmax(-1), z_t.log_softmax(-1), log_target=True, reduction="none").sum(-1)
@@ -200,7 +201,7 @@ def cut_cross_entropy(**settings) -> Callable:
 
 
 def cce_kahan() -> Callable:
-    """Compensated sums and every gradient of the weight: the repository has it, the release 25.1.1 does not."""
+    """Compensated sums and every gradient of the weight; only in the repository, not in the release 25.1.1."""
     from cut_cross_entropy import cce_utils  # noqa: F401  it came with the presets
 
     return cut_cross_entropy(impl="cce_kahan_full_c")

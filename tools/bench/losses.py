@@ -1,8 +1,8 @@
 """Time and peak memory of the fused losses beside plain torch and other libraries: forward and backward.
 
-Each operation has a process of its own, in which its arms take turns, so that the machine's mood touches all alike;
-medians are printed with their ratio to naive eager. Memory is what one forward and backward needs beyond its inputs,
-measured apart from the time. `--check` holds the numbers against the project's targets.
+Each operation has a process of its own. Its arms take turns there, so that other work on the machine affects all alike. Medians
+are printed with their ratio to naive eager. Memory is the need of one forward and backward beyond its inputs, measured
+separately. `--check` compares the numbers with the project's targets.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tools.bench import loss_report
 from tools.bench.loss_arms import ARMS, Case, kl_ce_arms, layers_case, logit_case, means, normal
 from tools.bench.memory import peak_bytes
 
-SIZES = {  # a device's own, and the one that Liger published rows of
+SIZES = {  # of each device, and the one of Liger's published rows
     "cpu": {"tokens": 2048, "d_s": 512, "d_t": 512, "vocab": 32000, "width": 512, "pairs": 8},
     "cuda": {"tokens": 8192, "d_s": 2048, "d_t": 4096, "vocab": 128256, "width": 2048, "pairs": 16},
     "liger": {"tokens": 8192, "d_s": 4096, "d_t": 4096, "vocab": 128256, "width": 4096, "pairs": 16},
@@ -39,7 +39,7 @@ OPERATIONS = ("linear_kl_ce", "filtered_mse", "linear_ce")
 
 @dataclass
 class Row:
-    """What one arm of one operation gave; `failed` is why it gave nothing."""
+    """The result of one arm of one operation; `failed` is the reason if there is none."""
 
     operation: str
     arm: str
@@ -69,7 +69,7 @@ def main() -> None:
     arguments = parse()
     print(f"{loss_report.hardware(arguments.device)}, {arguments.dtype}, {loss_report.versions()}", flush=True)
     if (load := loss_report.load()) > 0.25:
-        print(f"other work keeps {load:.0%} of the cores: these times are of a busy machine", flush=True)
+        print(f"other work uses {load:.0%} of the cores, which affects these times", flush=True)
     rows = []
     for operation in [o for o in ARMS if o.startswith(tuple(arguments.only))]:
         rows += (found := alone(operation_rows, operation, arguments))
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def alone(function: Callable, *arguments):
-    """In a process of its own: what one operation leaves of heap, caches and compilers is not another's to pay or to use."""
+    """In a process of its own, so that heap, caches and compilers of one operation do not affect another."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
@@ -111,7 +111,7 @@ def parse() -> Namespace:
     parser.add_argument("--device", choices=DTYPES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=SIZES, help="the defaults of the sizes below; default: the device's")
     parser.add_argument("--only", nargs="+", choices=[*OPERATIONS, "gradient_error"], default=OPERATIONS)
-    parser.add_argument("--arms", nargs="+", help="these alone; naive is what ratios are to")
+    parser.add_argument("--arms", nargs="+", help="only these; ratios are relative to naive")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int)
     parser.add_argument(
@@ -170,7 +170,7 @@ def forward_backward(case: Case, arm: Callable):
 
 
 def warm_up(case: Case, step: Callable, row: Row, reference) -> None:
-    """It compiles and tunes what there is to compile and to tune, and is also where an arm's result is looked at."""
+    """The first call of an arm: it compiles and tunes, and its result is checked."""
     row.loss = step().item()
     row.gradient = case.states[0].grad.float()
     if reference is not None:
@@ -198,12 +198,12 @@ def elapsed(step: Callable, device: str) -> float:
 
 
 def attempt(row: Row, action: Callable, case: Case, device: str) -> None:
-    """An arm that fails once is out, and says why; no gradient stays behind."""
+    """An arm that fails once is left out, with the reason; no gradient remains."""
     if row.failed:
         return
     try:
         action()
-    except Exception as error:  # whatever another library raises
+    except Exception as error:  # another library may raise anything
         row.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     for tensor in (*case.states, *case.weights):
         tensor.grad = None

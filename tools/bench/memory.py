@@ -1,5 +1,5 @@
-"""The most memory alive at once during an action, beyond what was alive before it: on CPU a meter fed by the allocator
-itself (what an operator needs inside counts, too), on CUDA the caching allocator's own count."""
+"""Peak memory during an action, beyond the memory in use before it. On CPU a meter in the allocator measures it, also inside
+operators; on CUDA the caching allocator counts it."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(action: Callable, device: str = "cpu") -> int:
-    """The action's result is kept until the end."""
+    """The result of the action is kept until the end."""
     return cuda_peak_bytes(action) if device == "cuda" else cpu_peak_bytes(action)
 
 

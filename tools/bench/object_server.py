@@ -1,9 +1,9 @@
-"""An S3 endpoint with faults, for tests and stream.py: moto's server, and before it a proxy that delays and fails.
+"""An S3 endpoint with faults, for tests and stream.py: moto's server, behind a proxy that delays and fails.
 
-Started as a process of its own, so that it takes no time of the reader's interpreter. It prints the proxy's and moto's
-port, and ends with its standard input. The proxy listens to POST /_faults {"latency_ms", "fail", "remember"}: of the
-requests for objects and listings the share `fail` is answered by a 503, by half of the body, or by a connection that
-breaks, in turn. `remember` keeps pages of listings, because moto goes through the whole bucket for each of them.
+It is a process of its own, so that it does not slow the reader's interpreter. It prints the ports of the proxy and of moto,
+and exits when its standard input closes. The proxy accepts POST /_faults {"latency_ms", "fail", "remember"}: a share `fail` of
+the requests for objects and listings gets a 503, half of the body, or a broken connection, in turn. `remember` caches pages
+of listings, because moto reads the whole bucket for each of them.
 """
 
 import http.client
@@ -120,7 +120,7 @@ class Endpoint:
         self.moto = f"http://127.0.0.1:{port}"
 
     def faults(self, latency_ms: float = 0.0, fail: float = 0.0, remember: bool = False) -> dict:
-        """Set them; what was counted since the last time."""
+        """Set the faults; returns the counts since the last call."""
         wanted = {"latency_ms": latency_ms, "fail": fail, "remember": remember}
         connection = http.client.HTTPConnection("127.0.0.1", self.port)
         connection.request("POST", "/_faults", json.dumps(wanted))
@@ -141,7 +141,7 @@ class Endpoint:
 
 @contextmanager
 def serving():
-    """A server until the block ends, with the environment that its readers need."""
+    """A server until the block ends, and the environment that its readers need."""
     needed = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
     command = [sys.executable, str(Path(__file__).resolve())]
     process = subprocess.Popen(

@@ -1,5 +1,5 @@
-"""What a save costs a training step: the copy to kept host memory beside a save that is waited for, in turn, on real ZeRO-3
-engines of a given size of state a rank. `deepspeed --num_gpus 2 tools/bench/saving.py --megabytes 500`
+"""What a save costs a training step: only the copy to host memory, beside a save that the step waits for, in turn, on real
+ZeRO-3 engines with a given size of state a rank. `deepspeed --num_gpus 2 tools/bench/saving.py --megabytes 500`
 """
 
 import argparse
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 
-BYTES = 12  # of state a parameter: fp32 master and two moments
+BYTES = 12  # of state for each parameter: fp32 master and two moments
 
 
 class Run:
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def measure(folder: Path, parameters: int, rounds: int) -> list[tuple[float, float]]:
-    """(stall, save that is waited for) in seconds, of the slowest rank, after one of each that is not counted."""
+    """(stall, synchronous save) in seconds, of the slowest rank, after one of each that is not counted."""
     from ted_scale.checkpoints.progress import Progress
     from ted_scale.checkpoints.saver import Saver
 

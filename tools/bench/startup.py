@@ -1,7 +1,7 @@
 """How long the trainer takes from the command to its first step, beside the same launcher running only its imports.
 
-Each round starts both, one after the other, so that the machine's mood touches both; printed are the medians and their
-difference. A round of the trainer uses a run folder of its own, which is thrown away.
+Each round starts both, one after the other, so that other work on the machine affects both. The medians and their difference
+are printed. A round of the trainer uses a run folder of its own, which is removed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def command(ranks: int, script: Path, *arguments: str) -> list[str]:
 
 
 def seconds_until(reached, arguments: list[str]) -> float:
-    """From the start of the command until `reached()`; the command is then left to finish."""
+    """Seconds from the start of the command until `reached()`; then waits for the command to finish."""
     start = time.monotonic()
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output = []

@@ -1,8 +1,8 @@
-"""Where a training step's time goes, beside plain torch in the same process, and what ranks send each other.
+"""The time of a training step by parts, beside plain torch in the same process, and the bytes that ranks send each other.
 
 Arms take turns on the same micro-batches: the trainer's own loop for each method, plain torch as people write it, and the
-parts of `kd` alone. One process is measured twice, with the allocator as it comes and with memory that it keeps; several
-ranks (`deepspeed --num_gpus 2 tools/bench/step.py …`) count bytes against the least that ZeRO-3 must move.
+parts of `kd` alone. One process is measured twice: with the default allocator, and with one that keeps its memory. Several
+ranks (`deepspeed --num_gpus 2 tools/bench/step.py …`) compare bytes with the minimum that ZeRO-3 must move.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> None:
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="a run file; ted takes the filters of its run's own folder")
+    parser.add_argument("--config", required=True, help="a run file; ted uses the filters in the run's folder")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["kd"])
     parser.add_argument("--steps", type=int, default=7)
@@ -99,7 +99,7 @@ class TrainerArm:
 
 
 def count_traffic(arms: dict, run, device) -> None:
-    """Of the second of two steps: after the first DeepSpeed knows the order of modules."""
+    """In the second of two steps: DeepSpeed learns the order of modules in the first."""
     import torch.distributed as dist
 
     from tools.bench.step_parts import Stopwatch, Traffic, replaced
@@ -122,14 +122,14 @@ def trainer_arms(run, methods, device) -> dict:
     from ted_scale.plan import make_plan
 
     plans = {method: make_plan(variant(run, method), dist.get_world_size()) for method in methods}
-    asked = max(plans, key=lambda method: METHODS.index(method))  # its teacher has the taps of all
+    asked = max(plans, key=lambda method: METHODS.index(method))  # its teacher has the taps that all methods need
     teacher = build_teacher(plans[asked])
     engines = {m: build_student(p, p.stages[-1], teacher, p.filters_file) for m, p in plans.items()}
     return {m: TrainerArm(p, p.stages[-1], engines[m], teacher, device) for m, p in plans.items()}
 
 
 def variant(run, method: str):
-    """The run with another method, long enough, alone in its folder, and stage I taken from its own."""
+    """The run with another method, enough steps, a folder of its own, and the filters of the original run."""
     filters = run.filters.model_copy(update={"from_run": str(run.folder)})
     train = run.train.model_copy(update={"steps": 10**6})
     named = {"method": method, "name": f"{run.name}-{method}-step", "filters": filters, "train": train}
@@ -146,7 +146,7 @@ def plain_arms(run, device) -> dict:
 
 
 def in_turn(arms: dict, steps: int, run, device):
-    """(seconds of undisturbed steps, seconds by part of watched ones) by arm: one of each a round, after one of neither."""
+    """(seconds of plain steps, seconds by part of watched steps) by arm: one of each a round, after one that does not count."""
     from tools.bench.step_parts import Stopwatch
 
     seconds, parts = defaultdict(list), defaultdict(list)
@@ -195,7 +195,7 @@ def table(seconds: dict, parts: dict, tokens: int) -> list[str]:
 
 
 def ratios(seconds: dict) -> list[str]:
-    """Of times, a round's to the same round's; the trainer's speed beside plain torch the other way round."""
+    """Ratios of times within a round; for plain torch the ratio is inverted, so it is the trainer's speed beside it."""
     pairs = [("ted", "kd"), ("kd", "parts alone"), ("plain torch", "kd")]
     there = [(a, b) for a, b in pairs if a in seconds and b in seconds]
     of_rounds = {(a, b): [x / y for x, y in zip(seconds[a], seconds[b], strict=True)] for a, b in there}

@@ -1,10 +1,10 @@
-"""Corpora of many shards and corpora in object storage: how fast they start, and what a step waits for.
+"""Corpora of many shards and corpora in object storage: start-up times, and how long a step waits for data.
 
-Prints four figures: start-up on disk under a limit of 1024 descriptors; start-up from object storage, the first time and
-after; waits of a consumer whose steps take --step-ms, at 50 ms latency without and with a fifth of the requests failing;
-and the size of the cache on disk while its bound was far below the corpus. Everything runs on this machine: moto's
-server and the proxy before it share its cores with the reader, so the times are upper bounds; pages of listings are the
-proxy's from the second start on, because moto takes a second for each of a bucket of 30,000.
+Prints four figures: start-up from disk under a limit of 1024 descriptors; start-up from object storage, the first time and
+later; waits of a consumer whose steps take --step-ms, at 50 ms latency, without and with a fifth of the requests failing;
+and the size of the cache on disk with a bound far below the corpus. Everything runs on this machine: moto's server and its
+proxy share the cores with the reader, so the times are upper bounds. From the second start on, the proxy serves pages of
+listings, because moto takes a second for each in a bucket of 30,000.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def upload(endpoint: Endpoint, folder: Path, bucket: str) -> None:
 
 
 def waits_ms(path: str, folder: Path, count: int, step_ms: float, **stream) -> tuple[list[float], str, int]:
-    """(waits of steps behind the warm-up, digest of all samples, most bytes of the cache on disk)."""
+    """(waits of steps after the warm-up, digest of all samples, peak bytes of the cache on disk)."""
     from ted_scale.data.loader import Loader
     from ted_scale.data.stream import open_stream
 
@@ -146,7 +146,7 @@ def waiting(endpoint: Endpoint, folder: Path, count: int, step_ms: float) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=int, default=10_000, help="on disk")
-    parser.add_argument("--remote-shards", type=int, default=1000, help="three objects each, to put there first")
+    parser.add_argument("--remote-shards", type=int, default=1000, help="uploaded first, three objects each")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--step-ms", type=float, default=300.0)
     parser.add_argument("--first-step", help=argparse.SUPPRESS)

@@ -1,8 +1,8 @@
 """tokenize_corpus.py beside the tokenizer alone: python tools/bench/tokenization.py --tokenizer FOLDER INPUT...
 
-The tool's time is that of the whole command, from its start to published shards. The tokenizer's is one
-encode_batch_fast of the `tokenizers` library over all texts, which are in memory already, on all of its own threads;
-its loading is left out. Both take turns; medians are compared.
+The tool's time is that of the whole command, from its start to published shards. The tokenizer's time is one
+encode_batch_fast of the `tokenizers` library over all texts, already in memory, on all of its threads, without its loading.
+Both take turns; medians are compared.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def tool_seconds(tokenizer: str, inputs: list[str]) -> float:
 
 
 def alone_seconds(tokenizer: str, texts: list[str]) -> float:
-    """With a tokenizer of its own each time: words that one met before are in its cache."""
+    """With a new tokenizer each time, because a used one has its words in a cache."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
