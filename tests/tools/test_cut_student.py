@@ -60,7 +60,7 @@ def test_a_cut_is_the_teacher_without_the_other_blocks(family, arguments, blocks
 
 
 @pytest.mark.parametrize(("arguments", "blocks"), [(["--layers", "3"], [0, 3, 6]), (["--layers", "1"], [0])])
-def test_a_cut_keeps_both_ends_and_a_run_matches_its_blocks_with_those_they_were(arguments, blocks, tmp_path):
+def test_a_cut_keeps_both_ends_and_a_run_matches_blocks_by_the_cut(arguments, blocks, tmp_path):
     teacher = make_model(tmp_path / "teacher", "llama", num_hidden_layers=7)
     main([str(teacher), str(tmp_path / "cut"), *arguments])
     whole, cut = loaded(teacher).model.layers, loaded(tmp_path / "cut").model.layers
@@ -83,7 +83,7 @@ def test_layer_types_follow_their_blocks(written, tmp_path):
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["layer_types"] == [types[b] for b in (0, 2, 3)]
 
 
-def test_the_rest_of_the_config_and_the_tokenizer_are_the_teachers(tmp_path):
+def test_other_config_values_and_the_tokenizer_are_the_teachers(tmp_path):
     teacher = make_model(tmp_path / "teacher", "gpt2", attn_pdrop=0.3, eos_token_id=[2, 3, 4, 5])
     (teacher / "merges.txt").write_text("a b\n")
     main([str(teacher), str(tmp_path / "cut"), "--layers", "2"])
@@ -106,7 +106,7 @@ def test_a_checkpoint_without_the_base_models_prefix_is_read(tmp_path):
     torch.testing.assert_close(logits(loaded(tmp_path / "cut")), expected, rtol=0, atol=0)
 
 
-def test_the_dtype_of_the_weights_stays(tmp_path):
+def test_the_dtype_of_the_weights_is_kept(tmp_path):
     teacher = make_model(tmp_path / "teacher", "llama", dtype=torch.bfloat16)
     main([str(teacher), str(tmp_path / "cut"), "--layers", "1"])
     assert loaded(tmp_path / "cut").dtype == torch.bfloat16
@@ -131,7 +131,7 @@ def test_wrong_numbers_are_refused(arguments, sentence, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["teacher"]
 
 
-def test_an_existing_folder_stays_unless_overwritten_and_the_teacher_always(tmp_path):
+def test_an_existing_folder_is_kept_without_overwrite_and_the_teacher_always(tmp_path):
     teacher = make_model(tmp_path / "teacher", "llama")
     other = make_model(tmp_path / "other", "gpt2")
     notes = tmp_path / "notes"
@@ -160,7 +160,7 @@ def test_a_damaged_teacher_leaves_nothing_behind(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["teacher"]
 
 
-def test_the_command_ends_with_a_sentence_and_code_2(tmp_path):
+def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path):
     command = [sys.executable, ROOT / "tools/cut_student.py", tmp_path / "none", tmp_path / "cut", "--layers", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -134,14 +134,14 @@ def test_an_export_has_the_logits_of_the_weights_that_zero3_gathers(world, expor
     torch.testing.assert_close(logits(model), logits(student), rtol=0, atol=0)
 
 
-def test_every_tensor_is_the_gathered_one_and_stands_once(world, exported):
+def test_every_tensor_equals_the_gathered_one_and_is_saved_once(world, exported):
     ours, theirs = tensors_of(exported[0]), gathered_weights(world / "runs" / "tiny", 4)
     assert ours.keys() == tensors_of(world / "student").keys()  # as save_pretrained names them: no filters, no head
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_fp32_of_a_bf16_run_is_its_masters(world, tmp_path):
+def test_an_fp32_export_of_a_bf16_run_is_its_master_weights(world, tmp_path):
     run = world / "runs" / "tiny"
     export_here(run, tmp_path / "out", "--dtype", "fp32")
     masters = gathered_tensors(run, 4)
@@ -161,7 +161,7 @@ def test_an_earlier_checkpoint_can_be_named(world, tmp_path):
     assert not torch.equal(third[name], fourth[name])
 
 
-def test_the_config_is_the_students_but_for_the_dtype(world, exported):
+def test_the_config_is_the_students_except_the_dtype(world, exported):
     ours, theirs = (json.loads((f / "config.json").read_text()) for f in (exported[0], world / "student"))
     assert (ours["attn_pdrop"], ours["resid_pdrop"]) == (0.1, 0.2)
     assert ours == {**theirs, "dtype": "bfloat16"}
@@ -233,7 +233,7 @@ def refused(*arguments) -> str:
     return str(caught.value)
 
 
-def test_what_is_no_run_is_refused_with_code_2(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused_with_code_2(tmp_path):
     done = export(tmp_path / "none")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: RUN must be a run folder")
@@ -258,7 +258,7 @@ def test_a_missing_file_of_a_named_checkpoint_is_refused(rank, copy, tmp_path):
     assert not any(tmp_path.glob("out*"))
 
 
-def test_a_flipped_bit_is_refused_and_a_cut_off_file_is_passed_over_for_the_one_before(copy, tmp_path, capsys):
+def test_a_flipped_bit_is_refused_and_a_truncated_checkpoint_is_skipped(copy, tmp_path, capsys):
     shard = copy / "checkpoints" / "step_00000004" / "rank_00001.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-200] + bytes([whole[-200] ^ 4]) + whole[-199:])
@@ -277,7 +277,7 @@ def test_another_students_folder_is_refused(world, copy, tmp_path):
     assert not any(tmp_path.glob("out*"))
 
 
-def test_an_existing_folder_stays_unless_overwritten(world, tmp_path):
+def test_an_existing_folder_is_kept_without_overwrite(world, tmp_path):
     out = make_model(tmp_path / "out", "llama")
     assert "OUT must be a new or an empty folder" in refused(world / "runs" / "tiny", out)
     export_here(world / "runs" / "tiny", out, "--overwrite")

@@ -52,7 +52,7 @@ def program(name: str, out: Path) -> str:
     return row + ends[name]
 
 
-def test_what_hangs_or_dies_costs_its_own_rows_alone(tmp_path, monkeypatch):
+def test_a_part_that_hangs_or_dies_loses_only_its_own_rows(tmp_path, monkeypatch):
     out, names = tmp_path / "out", ["hangs", "dies", "floods"]
     monkeypatch.setattr(gpu, "PARTS", [gpu.Part(name, 5, "", "", {}) for name in names])
     monkeypatch.setattr(gpu, "NAMES", names)
@@ -71,7 +71,7 @@ def test_what_hangs_or_dies_costs_its_own_rows_alone(tmp_path, monkeypatch):
     assert "| hangs | failed |" in page and "killed at its limit" in page and "| floods | ok |" in page
 
 
-def test_no_part_begins_without_time(tmp_path, monkeypatch):
+def test_no_part_starts_without_enough_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "run_in_its_process", lambda *_: pytest.fail("it began"))
     gpu.run_all(arguments_of(tmp_path, minutes=0.3), tmp_path)
     assert "Nothing was measured yet" in (tmp_path / "summary.md").read_text()
@@ -86,7 +86,7 @@ def test_no_part_begins_without_time(tmp_path, monkeypatch):
         (ValueError("of\nany kind"), ("failed", "ValueError: of any kind")),
     ],
 )
-def test_a_part_says_how_it_ended(tmp_path, monkeypatch, raised, end):
+def test_a_part_reports_how_it_ended(tmp_path, monkeypatch, raised, end):
     def part(task, write):
         write("time", 2.5, "ms", arm="ours")
         if raised:
@@ -115,7 +115,7 @@ def test_without_a_gpu_a_part_is_skipped_with_the_reason(tmp_path):
     assert row["status"] == "skipped" and "no CUDA device" in row["reason"]
 
 
-def test_a_second_call_begins_with_what_was_never_begun_and_leaves_out_what_ended_well(tmp_path):
+def test_a_second_call_starts_with_new_parts_and_skips_successful_ones(tmp_path):
     names = gpu.NAMES
     rows = [Row(names[0], PART, status="failed"), Row(names[1], PART), Row(names[2], PART, status="skipped")]
     gpu_report.append(tmp_path / "rows.csv", rows, FACTS)
@@ -124,7 +124,7 @@ def test_a_second_call_begins_with_what_was_never_begun_and_leaves_out_what_ende
     assert left == [*names[3:], names[0], names[2]]
 
 
-def test_rows_of_another_folder_are_taken_over_but_never_mixed(tmp_path):
+def test_rows_of_another_folder_are_copied_but_never_mixed(tmp_path):
     gpu_report.append(tmp_path / "old.csv", [Row("a.machine", PART)], FACTS)
     gpu.take_over(tmp_path / "old.csv", tmp_path / "rows.csv")
     assert gpu_report.read(tmp_path / "rows.csv") == gpu_report.read(tmp_path / "old.csv")
@@ -134,14 +134,14 @@ def test_rows_of_another_folder_are_taken_over_but_never_mixed(tmp_path):
         gpu.take_over(tmp_path / "none.csv", tmp_path / "rows.csv")
 
 
-def test_a_torn_last_row_is_no_row(tmp_path):
+def test_an_incomplete_last_row_is_ignored(tmp_path):
     path = tmp_path / "rows.csv"
     gpu_report.append(path, [Row("a.machine", "cores", value=2)], FACTS)
     path.write_text(path.read_text() + "a.machine,co")
     assert [row["figure"] for row in gpu_report.read(path)] == ["cores"]
 
 
-def test_the_page_holds_targets_against_what_was_measured_last(tmp_path):
+def test_the_page_compares_targets_with_the_last_measurement(tmp_path):
     def page(facts, *rows) -> str:
         path = tmp_path / "rows.csv"
         gpu_report.append(path, list(rows), facts)
@@ -163,7 +163,7 @@ def test_the_device_is_idle_where_no_stream_has_a_kernel():
     assert gpu_trace.idle_share([(0, 2), (2, 4)]) == 0
 
 
-def test_of_a_trace_only_the_device_s_own_work_and_the_steps_own_waits_count():
+def test_a_trace_counts_only_device_work_and_waits_of_the_steps():
     def event(device, name, start, end):
         return types.SimpleNamespace(
             device_type=device, name=name, time_range=types.SimpleNamespace(start=start, end=end)
@@ -196,7 +196,7 @@ def test_parts_that_call_the_kernels_themselves_run_on_a_cpu(part):
     assert rows and not [where for _, where in rows if where.get("status") == "failed"]
 
 
-def test_needs_are_what_the_other_machine_has_not(tmp_path):
+def test_needs_lists_packages_that_the_other_machine_lacks(tmp_path):
     (tmp_path / "freeze.txt").write_text("torch==2.11.0\ntyping_extensions==4\nPyYAML\n")
     done = call("--needs", tmp_path / "freeze.txt")
     names = [line.partition("==")[0] for line in done.stdout.splitlines()]
@@ -213,8 +213,8 @@ def test_mistakes_are_one_sentence(tmp_path):
         assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
 
 
-def test_plain_s_losses_are_ours(tmp_path):
-    """What is timed beside ours means the same loss: total and gradients of a TED step, in fp32 on the same weights."""
+def test_plain_losses_equal_ours(tmp_path):
+    """The baseline computes the same loss as ours: total and gradients of a TED step, in fp32 on the same weights."""
     sections = {"pairs": {"explicit": [[0, 1], [1, 3]], "skip_last": 1}, "loss": {"kl": 0.7, "layer": 0.3}}
     parts = build(make_world(tmp_path), **sections)
     batch, weights = make_batch(), parts.stage.weights(parts.stage.first_step)
@@ -250,7 +250,7 @@ def test_parts_c_and_d_run_on_a_cpu(tmp_path):
 
 
 @pytest.mark.soak
-def test_all_of_it_is_rehearsed_in_five_minutes(tmp_path):
+def test_the_whole_bench_is_rehearsed_in_five_minutes(tmp_path):
     began = time.monotonic()
     done = call("--tiny", "--minutes", "5", "--out", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -128,7 +128,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_damage_is_named_and_leaves_exit_code_1(corpus, capsys, case):
+def test_damage_is_named_and_gives_exit_code_1(corpus, capsys, case):
     harm, sentence = DAMAGES[case]
     harm(corpus)
     with pytest.raises(SystemExit) as end:
@@ -159,7 +159,7 @@ def test_one_shard_of_several_is_inspected_alone(corpus, capsys):
     assert "verified: 1 shard(s), digests of 1, 0 manifest(s)" in inspect(capsys, second(corpus, ""), "--verify")
 
 
-def test_shards_of_another_tool_are_shown_and_their_ids_held_against_a_tokenizer(tmp_path, tokenizers, capsys):
+def test_shards_of_another_tool_are_shown_and_their_ids_checked_by_a_tokenizer(tmp_path, tokenizers, capsys):
     prefix = write_shard(tmp_path / "foreign", [[5, 6, 7], [8, 9], [550, 2]])
     assert "digests of 0, 0 manifest(s)" in inspect(capsys, prefix, "--verify", "--documents", 0)
     with pytest.raises(SystemExit) as end:
@@ -219,7 +219,7 @@ def test_every_document_is_in_one_bin_and_any_lengths_can_be_drawn(values):
         (["nowhere", "--picture", "a.png"], "--picture must be an .svg file in a folder that exists, but is a.png"),
     ],
 )
-def test_a_wrong_command_ends_with_one_sentence_and_code_2(arguments, sentence):
+def test_a_wrong_command_is_one_sentence_and_exit_code_2(arguments, sentence):
     command = [sys.executable, ROOT / "tools/inspect_corpus.py", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

@@ -41,7 +41,7 @@ def make(tokenizer, out, *arguments, family="llama"):
 
 
 @pytest.mark.parametrize("family", SMALL)
-def test_what_is_set_arrives_and_the_model_is_accepted(family, tokenizer, tmp_path):
+def test_set_values_are_in_the_config_and_the_model_is_accepted(family, tokenizer, tmp_path):
     make(tokenizer, tmp_path / "new", "--set", *SMALL[family], family=family)
     anatomy = inspect("student.path", str(tmp_path / "new"), needs_weights=False)
     assert (anatomy.family, anatomy.layers, anatomy.width, anatomy.vocab_size) == (family, 3, 32, 100)
@@ -60,7 +60,7 @@ def test_a_run_is_planned_over_it_and_its_weights_are_drawn(tokenizer, tmp_path)
     assert 0.01 < network.model.layers[0].mlp.up_proj.weight.std() < 0.03
 
 
-def test_the_tokenizer_comes_along_with_its_special_ids(tokenizer, tmp_path):
+def test_the_tokenizer_is_copied_with_its_special_ids(tokenizer, tmp_path):
     from transformers import AutoTokenizer, GenerationConfig
 
     config = make(tokenizer, tmp_path / "new", "--set", *SMALL["llama"])

@@ -186,7 +186,7 @@ def run_in_its_process(part: Part, limit: float, arguments, work: Path) -> None:
         )  # fmt: skip
     try:
         code = process.wait(timeout=limit)
-        reason = "" if code == 0 else f"its process exited with code {code}; see log.txt"
+        reason = "" if code == 0 else f"its process failed with exit code {code}; see log.txt"
     except subprocess.TimeoutExpired:
         reason = f"killed at its limit of {limit:.0f} s"
     finally:
