@@ -1,4 +1,4 @@
-"""tools/bench/gpu.py: what fails or hangs costs its own rows alone, a second call goes on, and parts c and d run on a CPU before
+"""tools/bench/gpu.py: a part that fails or hangs loses only its own rows, a second call continues, and parts c and d run on a CPU before
 they meet a GPU."""
 
 import csv

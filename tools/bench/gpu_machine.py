@@ -98,7 +98,7 @@ class Reporter:
     def pytest_runtest_logfinish(self, nodeid, location) -> None:
         if self.task.left < ENOUGH:
             self.is_late = True
-            self.session.shouldstop = "its time is over; a second call goes on"
+            self.session.shouldstop = "its time is over; a second call continues"
 
 
 def verdict(report) -> dict:
