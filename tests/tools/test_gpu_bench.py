@@ -1,5 +1,5 @@
-"""tools/bench/gpu.py: a part that fails or hangs loses only its own rows, a second call continues, and parts c and d run on a CPU before
-they meet a GPU."""
+"""tools/bench/gpu.py: a part that fails or hangs loses only its own rows, a second call continues, and parts c and d run on a
+CPU, before they run on a GPU."""
 
 import csv
 import subprocess
