@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# For the ranks, which run this file as a program: the harness, and tools/, which is not an installed package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "harness"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from launching import run_ranks
 from places import ROOT
 from tiny import make_corpus, make_model, make_run, write_run
-
-sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError
 
