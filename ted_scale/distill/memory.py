@@ -19,7 +19,7 @@ import torch
 
 from ted_scale.distill.price import filter_parameters
 from ted_scale.distill.stages import Stage
-from ted_scale.kernels.backend import CHUNK_BYTES
+from ted_scale.kernels.products import CHUNK_BYTES
 from ted_scale.models.anatomy import Anatomy, run_body
 from ted_scale.models.engine_config import engine_config
 from ted_scale.models.inspection import empty_model, read_config

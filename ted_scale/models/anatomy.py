@@ -38,12 +38,6 @@ class Anatomy:
     blocks_apart: int
 
 
-def soften(logits: torch.Tensor, softcap: float | None, scale: float) -> torch.Tensor:
-    """cap * tanh(scale * z / cap): what a family does to its logits."""
-    logits = logits * scale if scale != 1.0 else logits
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
 @dataclass(frozen=True)
 class Head:
     """Everything a model applies after its last block. Whoever reads it gathers `parameters` first (see

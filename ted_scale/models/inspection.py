@@ -11,8 +11,6 @@ import logging
 import os
 from pathlib import Path
 
-from ted_scale.models.anatomy import Anatomy, soften
-
 os.environ.setdefault(
     "USE_HUB_KERNELS", "NO"
 )  # kernels from the hub are programs; transformers reads this at its import
@@ -22,7 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ted_scale.base.errors import UserError, shown
 from ted_scale.data.packing import whole_rows
+from ted_scale.kernels.formulas.logits import soften
 from ted_scale.models import attention
+from ted_scale.models.anatomy import Anatomy
 from ted_scale.storage.hub import find_folder
 
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -1,14 +1,18 @@
-"""The losses as torch operations: compiled, checked, called wrongly, and what they leave alone."""
+"""The losses as torch operations: torch.compile, wrong arguments, and what they must not touch or keep."""
 
 import weakref
+from typing import get_args
 
 import pytest
 import torch
 from test_losses import D_S, TRAINED, WIDTH, filtered, heads, ours, tensors
 
+from ted_scale.config.method import Loss
 from ted_scale.kernels import choose, describe, filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.arguments import check_labels
-from ted_scale.kernels.logit_loss import logit_chunks
+from ted_scale.kernels.backend import CHOICES
+from ted_scale.kernels.formulas.layers import KINDS
+from ted_scale.kernels.logit_loss import MODES, logit_chunks
 from ted_scale.kernels.products import all_count, live_rows
 from ted_scale.kernels.tokens import IGNORED
 
@@ -43,7 +47,13 @@ CALLS = {
 }
 
 
-def test_only_what_stands_on_a_cpu_is_looked_at():
+@pytest.mark.parametrize(("key", "known"), [("kind", KINDS), ("backend", CHOICES), ("mode", MODES)])
+def test_the_run_file_offers_exactly_what_the_kernels_know(key, known):
+    """kernels/ and config/ may not import each other, so each has its own list."""
+    assert get_args(Loss.model_fields[key].annotation) == known
+
+
+def test_values_are_read_on_a_cpu_only():
     states, weight, labels = torch.randn(3, 2), torch.ones(3), torch.tensor([0, 9, IGNORED])
     assert live_rows(states, weight) is states and all_count(weight)
     assert not all_count(torch.tensor([1.0, 0.0])) and not all_count(weight.to("meta"))  # reading a meta tensor raises
@@ -84,7 +94,7 @@ def test_the_compiled_backend_has_the_same_values(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_second_backward_is_refused_or_right(name):
-    """Gradients formed with the loss are scaled in place: twice would be wrong in silence."""
+    """The gradients are scaled in place: a second scaling would give wrong values without an error."""
     make, trained, loss = CALLS[name]
     values = {k: v.clone().requires_grad_() if k in trained else v for k, v in make().items()}
     out = loss(**values)
@@ -106,7 +116,7 @@ def test_without_grad_there_is_no_gradient_work(name, monkeypatch):
     with_grad = loss(**values)
 
     def refuse(*_):
-        raise AssertionError("a gradient was formed")
+        raise AssertionError("a gradient was computed")
 
     for module in ("logit_loss", "layer_loss", "filter_loss"):
         monkeypatch.setattr(f"ted_scale.kernels.{module}.add_gradients", refuse)
@@ -145,7 +155,7 @@ def test_a_subsample_is_unbiased_and_reads_no_other_row():
     assert trained.grad.abs().sum(1).nonzero().flatten().tolist() == [2, 5]
 
 
-def test_a_row_drawn_twice_pulls_twice():
+def test_a_row_drawn_twice_counts_twice():
     grads = []
     for rows in ([2], [2, 2]):  # each counts 13-fold, and 13/2-fold
         trained = stage_one()["h"].requires_grad_()
@@ -154,7 +164,7 @@ def test_a_row_drawn_twice_pulls_twice():
     assert torch.allclose(*grads, atol=1e-6) and grads[0].any()
 
 
-def test_what_stands_in_masked_tokens_reaches_no_loss_of_stage_one():
+def test_masked_tokens_do_not_change_stage_one_s_loss():
     values = stage_one()
     masked = (values["labels"] == IGNORED) | (values["token_weight"] == 0)
     bad = {**values, "h": torch.where(masked[:, None], float("nan"), values["h"])}
@@ -191,7 +201,7 @@ def test_a_loss_is_compiled_once_for_vocabularies_of_any_size(mode):
 
 
 def test_a_gradient_of_16_bits_has_room_for_the_sum_before_it_is_divided():
-    """4096 tokens of one label: Σ of the head's gradient leaves fp16, its mean does not."""
+    """4096 tokens of one label: the sum of the head's gradient overflows fp16, its mean does not."""
     n = 4096
     values = {"h_s": torch.full((n, 8), 20.0, dtype=torch.float16), "h_t": None, "w_t": None}
     values |= {"w_s": torch.zeros(16, 8, dtype=torch.float16), "labels": torch.zeros(n, dtype=torch.int64)}
@@ -264,7 +274,7 @@ def test_a_norm_that_gives_another_width_than_the_head_reads_is_named():
         filtered_ce(**stage_one(), **reading)
 
 
-def test_cpu_takes_torch_and_says_so(monkeypatch):
+def test_a_cpu_uses_torch_and_logs_it(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cpu = torch.device("cpu")
     assert choose("auto", cpu) == "torch"

@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING
 
 from ted_scale.base.errors import UserError
 from ted_scale.kernels import filtered_ce
-from ted_scale.models.anatomy import Anatomy, Taps, head_of, run_body, soften
+from ted_scale.kernels.formulas.logits import soften
+from ted_scale.models.anatomy import Anatomy, Taps, head_of, run_body
 from ted_scale.models.inspection import inspect
 
 LENGTH = 24
