@@ -42,8 +42,12 @@ CALLS = {
     "chunked": (tensors, TRAINED, linear_kl_ce),
     "strict": (tensors, TRAINED, lambda **values: linear_kl_ce(**values, mode="strict")),
     "layers": (filtered, FILTERS, nmse),
-    "stage one": (stage_one, STAGE_ONE, lambda **values: filtered_ce(**values, **HEAD.reading)),
-    "stage one, lifted": (lifted, (*STAGE_ONE, "lift_w"), lambda **values: filtered_ce(**values, **HEAD.reading)),
+    "stage one": (stage_one, STAGE_ONE, lambda **values: filtered_ce(**values, **HEAD.filtered_ce_arguments)),
+    "stage one, lifted": (
+        lifted,
+        (*STAGE_ONE, "lift_w"),
+        lambda **values: filtered_ce(**values, **HEAD.filtered_ce_arguments),
+    ),
 }
 
 
@@ -147,11 +151,11 @@ def test_strict_mode_saves_the_parameter_itself():
 def test_a_subsample_is_unbiased_and_reads_no_other_row():
     values, head = stage_one(), heads()
     n = len(values["labels"])
-    whole = filtered_ce(**values, **head.reading)
-    parts = [filtered_ce(**values, **head.reading, rows=torch.tensor([i])) for i in range(n)]
+    whole = filtered_ce(**values, **head.filtered_ce_arguments)
+    parts = [filtered_ce(**values, **head.filtered_ce_arguments, rows=torch.tensor([i])) for i in range(n)]
     assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), rel=1e-5)
     trained = values["h"].clone().requires_grad_()
-    filtered_ce(**{**values, "h": trained}, **head.reading, rows=torch.tensor([2, 5])).backward()
+    filtered_ce(**{**values, "h": trained}, **head.filtered_ce_arguments, rows=torch.tensor([2, 5])).backward()
     assert trained.grad.abs().sum(1).nonzero().flatten().tolist() == [2, 5]
 
 
@@ -159,7 +163,7 @@ def test_a_row_drawn_twice_counts_twice():
     grads = []
     for rows in ([2], [2, 2]):  # each counts 13-fold, and 13/2-fold
         trained = stage_one()["h"].requires_grad_()
-        filtered_ce(**{**stage_one(), "h": trained}, **HEAD.reading, rows=torch.tensor(rows)).backward()
+        filtered_ce(**{**stage_one(), "h": trained}, **HEAD.filtered_ce_arguments, rows=torch.tensor(rows)).backward()
         grads.append(trained.grad)
     assert torch.allclose(*grads, atol=1e-6) and grads[0].any()
 
@@ -168,10 +172,10 @@ def test_masked_tokens_do_not_change_stage_one_s_loss():
     values = stage_one()
     masked = (values["labels"] == IGNORED) | (values["token_weight"] == 0)
     bad = {**values, "h": torch.where(masked[:, None], float("nan"), values["h"])}
-    clean, dirty = (ours(v, filtered_ce, STAGE_ONE, **HEAD.reading) for v in (values, bad))
+    clean, dirty = (ours(v, filtered_ce, STAGE_ONE, **HEAD.filtered_ce_arguments) for v in (values, bad))
     assert all(torch.equal(a, b) for a, b in zip([clean[0], *clean[1]], [dirty[0], *dirty[1]], strict=True))
     none = {**values, "labels": torch.full_like(values["labels"], IGNORED), "denom": torch.tensor(0.0)}
-    loss, grads = ours(none, filtered_ce, STAGE_ONE, **HEAD.reading)
+    loss, grads = ours(none, filtered_ce, STAGE_ONE, **HEAD.filtered_ce_arguments)
     assert loss == 0 and all(g.count_nonzero() == 0 for g in grads)
 
 
@@ -265,11 +269,11 @@ def test_a_wrong_argument_of_filtered_mse_is_named_in_one_sentence(sentence):
 @pytest.mark.parametrize("rows", [torch.ones(13, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.int64)])
 def test_rows_of_stage_one_must_be_numbers_of_rows(rows):
     with pytest.raises(ValueError, match=r"rows must be int64 of shape \[n\], but is"):
-        filtered_ce(**stage_one(), **HEAD.reading, rows=rows)
+        filtered_ce(**stage_one(), **HEAD.filtered_ce_arguments, rows=rows)
 
 
 def test_a_norm_that_gives_another_width_than_the_head_reads_is_named():
-    reading = {**heads().reading, "norm": lambda states: states[:, 1:]}
+    reading = {**heads().filtered_ce_arguments, "norm": lambda states: states[:, 1:]}
     with pytest.raises(ValueError, match=r"norm's result must be of shape \[13, 7\], but is \[13, 6\]"):
         filtered_ce(**stage_one(), **reading)
 

@@ -262,7 +262,7 @@ def test_stage_one_s_loss(dtype, options):
         own = typed(head, torch.float64) if side == "true" else typed(head, dtype)
         loss = functools.partial(plain_stage_one, own)
         if side == "triton":
-            loss = functools.partial(filtered_ce, **own.reading, chunk_tokens=5, backend="triton")
+            loss = functools.partial(filtered_ce, **own.filtered_ce_arguments, chunk_tokens=5, backend="triton")
         value, grads = ours(doubled(values) if side == "true" else values, loss, trained)
         found.append(([value], [*grads, own.weight.grad]))
     assert_follows_the_rule(*found, dtype, loss_unit=A_UNIT[dtype])  # between filter and head a state is of their type

@@ -242,7 +242,7 @@ def test_stage_one_s_loss_equals_the_naive_formula_in_value_and_every_gradient(s
         terms = [-w * row.log_softmax(0)[y] for row, y, w in zip(z, labels, token_weight, strict=True) if y != IGNORED]
         return sum(terms) / denom
 
-    mine, grads = ours(values, filtered_ce, trained, **head.reading, chunk_tokens=5)
+    mine, grads = ours(values, filtered_ce, trained, **head.filtered_ce_arguments, chunk_tokens=5)
     head_grad, head.weight.grad = head.weight.grad, None
     theirs, true_grads = ours(doubled(values), naive, trained)
     assert_equal([mine, *grads, head_grad], [theirs, *true_grads, head.weight.grad])
