@@ -31,6 +31,7 @@ class Teacher:
 
     def __init__(self, engine, body: TeacherBody):
         self.engine, self.body, self.head = engine, body, head_of(body.network, body.anatomy)
+        self.projection = self.head.projection
         self.tied = body.network.get_input_embeddings().weight is self.head.weight
         self.at_load = None  # the digests of its shards, if replicas are compared
 
@@ -42,7 +43,7 @@ class Teacher:
 
     def run(self, batch, wants_layers: bool, wants_head: bool) -> Signal:
         """A head that is also the embedding is gathered before the look-up, and stays whole until the loss has used it."""
-        wanted = self.head.projection if wants_head else []
+        wanted = self.projection if wants_head else []
         if self.tied:
             start_gather(wanted, wait=True)
         else:
@@ -53,7 +54,7 @@ class Teacher:
     def ce(self, batch, denom) -> torch.Tensor:
         """The teacher's own next-token loss, for validation."""
         last = self.run(batch, False, True).last_NE
-        with gathered(self.head.projection):
+        with gathered(self.projection):
             return linear_kl_ce(
                 last, self.head.weight, None, None, batch.labels_BT.flatten(), batch.weights_BT.flatten(), denom=denom,
                 kl_weight=0.0, **self.head.linear_kl_ce_arguments("s"),

@@ -36,8 +36,8 @@ def check(wish: str, models: dict) -> None:
     for side, anatomy in models.items():
         if anatomy and anatomy.family not in FAMILIES:
             raise UserError(
-                f"fused_blocks must be auto or off for a {side} of family {anatomy.family}, but is 'liger', which is known for "
-                f"{', '.join(FAMILIES)}; leave it out"
+                f"fused_blocks must be auto or off for a {side} of family {anatomy.family}, but is 'liger', which "
+                f"supports {', '.join(FAMILIES)}; leave it out"
             )
 
 
@@ -61,7 +61,7 @@ def why_not(wish: str, family: str, device: torch.device) -> str | None:
         return f"no Triton on {device_name(device)}"
     if not installed():
         return "liger-kernel is not installed"
-    return None if family in FAMILIES else f"Liger is not known for {family}"
+    return None if family in FAMILIES else f"Liger does not support {family}"
 
 
 def describe(wish: str, models: dict, device: torch.device) -> str:

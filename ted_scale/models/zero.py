@@ -108,11 +108,3 @@ def forget_gradients(module) -> None:
     for parameter in module.parameters():
         if is_sharded(parameter) and parameter.requires_grad:
             safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
-
-
-def resident_share(module) -> float:
-    """This rank's elements, gathered ones and shards, as a share of the elements of the whole module."""
-    parameters = list(module.parameters())
-    whole = sum(torch.Size(shape_of(p)).numel() for p in parameters)
-    here = sum(p.data.numel() + (p.ds_tensor.numel() if is_sharded(p) else 0) for p in parameters)
-    return here / whole

@@ -92,7 +92,7 @@ def test_liger_s_kernels_give_a_family_s_own_logits_and_gradients(models, family
 def test_a_family_without_kernels_stays_as_it_is_and_is_named(models, family):
     anatomy, network = tiny(models, family)
     assert not changed(fuse(network, "liger"))
-    assert f"Liger is not known for {anatomy.family}" in describe("liger", {"student": anatomy}, CPU)
+    assert f"Liger does not support {anatomy.family}" in describe("liger", {"student": anatomy}, CPU)
     with pytest.raises(UserError, match=rf"for a student of family {anatomy.family}, but is 'liger'"):
         fused.check("liger", {"teacher": None, "student": anatomy})
 
