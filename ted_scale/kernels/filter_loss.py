@@ -22,7 +22,7 @@ from ted_scale.kernels.products import (
     operand,
     project,
     rows_per_chunk,
-)  # fmt: skip
+)
 from ted_scale.kernels.tokens import valid_weights
 
 

@@ -20,7 +20,7 @@ from ted_scale.kernels.products import (
     operand,
     project,
     rows_per_chunk,
-)  # fmt: skip
+)
 
 
 def filtered_mse(
