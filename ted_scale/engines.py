@@ -61,10 +61,10 @@ def build_teacher(plan: Plan):
     network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision], **start)
     fuse(network, plan.run.fused_blocks)
     body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
-    zero_hooks.mend()
-    zero_hooks.blocks_at_once(network.get_submodule(plan.teacher.blocks))
+    zero_hooks.patch_deepspeed()
+    zero_hooks.gather_whole_blocks(network.get_submodule(plan.teacher.blocks))
     teacher = Teacher(deepspeed.initialize(model=body, config=config)[0], body)
-    zero_hooks.never_backward(teacher.engine, body)
+    zero_hooks.drop_backward_hooks(teacher.engine, body)
     if plan.run.health.replicas_every:
         teacher.at_load = replicas.digests(replicas.shards_of(body), teacher.engine.device)
     return teacher
@@ -95,12 +95,12 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
     module.train()
     settings = {"lr": run.train.lr, "betas": run.train.betas, "eps": run.train.eps, "fused": True}
     optimizer = torch.optim.AdamW(parameter_groups(run, module), **settings)
-    zero_hooks.mend()
-    zero_hooks.blocks_at_once(network.get_submodule(plan.student.blocks))
+    zero_hooks.patch_deepspeed()
+    zero_hooks.gather_whole_blocks(network.get_submodule(plan.student.blocks))
     engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
     for part in frozen_parts(module, stage):
-        zero_hooks.never_backward(engine, part)
-    zero_hooks.quick_signatures(engine)
+        zero_hooks.drop_backward_hooks(engine, part)
+    zero_hooks.cache_signatures(engine)
     return engine
 
 

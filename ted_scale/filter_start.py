@@ -1,6 +1,6 @@
 """Where a stage's filters start: measured on a little training text, the same on any number of ranks, kept in a file.
 
-principal.py has the mathematics; here the models run, and every rank solves some of the pairs.
+filter_init.py has the mathematics; here the models run, and every rank solves some of the pairs.
 """
 
 import logging
@@ -17,8 +17,8 @@ from ted_scale.checkpoints.progress import Progress
 from ted_scale.checkpoints.saver import give_up, sentence
 from ted_scale.config.run import Model
 from ted_scale.data.stream import validation_batches
+from ted_scale.distill.filter_init import TOKENS_A_WIDTH, Moments, Start, add_moments, over_ranks, start_of
 from ted_scale.distill.filters import has_lift
-from ted_scale.distill.principal import TOKENS_A_WIDTH, Moments, Start, add_moments, over_ranks, start_of
 from ted_scale.distill.signal import Weights
 from ted_scale.engines import build_filters, build_teacher
 from ted_scale.feed import open_feed

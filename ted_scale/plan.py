@@ -21,7 +21,7 @@ from ted_scale.config.run import Model, Run
 from ted_scale.corpora.corpus import read_corpus
 from ted_scale.corpora.shards import check_vocabulary
 from ted_scale.data.stream import open_held_out, open_stream, text_lengths
-from ted_scale.distill import price
+from ted_scale.distill import filter_sizes
 from ted_scale.distill.flops import keys_of, step_flops
 from ted_scale.distill.pairs import Matched, match_layers
 from ted_scale.distill.stages import Stage, stages_of
@@ -95,7 +95,7 @@ def make_plan(run: Run, world: int) -> Plan:
         check_same_tokenizer(student, teacher)
     vocabulary = min(a.vocab_size for a in (student, teacher) if a)
     matched = match_layers(run.pairs, student, teacher) if run.matches_layers else Matched([], "")
-    run = price.resolved(run, student, teacher, matched.pairs) if matched.pairs else run
+    run = filter_sizes.resolved(run, student, teacher, matched.pairs) if matched.pairs else run
     width = run.filters.width if matched.pairs else 0
     fused.check(run.fused_blocks, {"student": student, "teacher": teacher})
     check_wandb(run)
@@ -216,7 +216,7 @@ def describe(plan: Plan) -> str:
     if plan.pairs:
         pairs = " ".join(f"({s},{t})" for s, t in plan.pairs)
         lines.append(f"pairs (student block, teacher block), {plan.pairs_origin}: {pairs}")
-        lines.append(price.describe(plan))
+        lines.append(filter_sizes.describe(plan))
     lines.append(
         f"step: {train.tokens_per_step:,} tokens = {plan.accumulation} accumulation * {train.micro_batch} micro-batch * "
         f"{plan.world} ranks * {run.data.seq_len} tokens"

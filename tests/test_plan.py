@@ -17,8 +17,8 @@ from ted_scale.base.sealed import seal
 from ted_scale.checkpoints.progress import Progress, progress_as_bytes
 from ted_scale.config.run_file import load_run
 from ted_scale.corpora.tokenizer import digest, load_tokenizer
+from ted_scale.distill.filter_sizes import filter_parameters
 from ted_scale.distill.pairs import cut_map
-from ted_scale.distill.price import filter_parameters
 from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.feed import Reading
 from ted_scale.plan import describe, make_plan, stage_flops
@@ -58,7 +58,7 @@ def test_a_dry_run_prints_the_resolved_run_and_its_arithmetic_and_starts_nothing
     done = pretrain("--config", file, "--dry-run", "--ranks", 2, "--set", "train.lr=0.25")
     assert (done.returncode, done.stderr) == (0, "")
     text, _, arithmetic = done.stdout.partition("\n\nrun tiny: ")
-    uniform = "uniform, for cut.json in student.path is not there"
+    uniform = "uniform, because student.path has no cut.json"
     assert f"pairs (student block, teacher block), {uniform}: (0,1) (1,3)\n" in arithmetic
     assert "step: 256 tokens = 4 accumulation * 1 micro-batch * 2 ranks * 32 tokens\n" in arithmetic
     assert "memory a rank in stage filters, estimated for c" in arithmetic

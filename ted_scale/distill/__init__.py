@@ -1,1 +1,1 @@
-"""The method: teacher and student in a step, filters and pairs, what losses are divided by, stages, and their cost."""
+"""The method: teacher and student in a step, filters and pairs, token normalization, stages, and their FLOPs and memory."""

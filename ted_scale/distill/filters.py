@@ -1,10 +1,10 @@
 """The task-aware filters that sit on matched blocks.
 
-A filter is a linear map with bias into the common width D, optionally behind a residual MLP; where they start,
-principal.py says. Where D is narrower than what stage I's head reads, the teacher's filter of a pair owns a map back,
-its lift, that both sides of the pair share: so both narrow spaces are one. A filter's forward lends its weights to the
-loss that is passed in: fused losses read weights as tensors, and under ZeRO-3 a weight is whole only while its owner's
-forward runs.
+A filter is a linear map with bias into the common width D, optionally after a residual MLP; filter_init.py computes its
+initial weights. Where D is narrower than the input of stage I's head, the teacher's filter of a pair owns a map back to
+that width, its lift. Both sides of the pair use it, so that both narrow spaces are the same. A filter's forward calls a
+loss function with its weights: fused losses read weights as tensors, and under ZeRO-3 a weight is whole only while the
+forward of its module runs.
 """
 
 import torch
@@ -15,12 +15,12 @@ from ted_scale.models.anatomy import Anatomy, Head
 
 
 def has_lift(run: Run, teacher: Anatomy) -> bool:
-    """Whether stage I reads a narrow state through a map back to the teacher's width."""
+    """Whether stage I's head reads a narrow state through a map back to the teacher's width."""
     return run.filters.head != "per_layer" and run.filters.width < teacher.width
 
 
-class Silent(nn.Linear):
-    """A linear map that starts at 0. ZeRO-3 shards its weights as soon as they are made, so that it must be born so."""
+class ZeroLinear(nn.Linear):
+    """A linear map that starts at 0. The constructor must set the zeros: ZeRO-3 shards the weights directly after it."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -28,8 +28,7 @@ class Silent(nn.Linear):
 
 
 class Filter(nn.Module):
-    """[N, E] → [N, D]; for stage I alone, `vocab` adds a head of the filter's own (head = "per_layer"), and `lift` a map
-    from D to that width."""
+    """[N, E] → [N, D]. For stage I alone: `vocab` adds an own head (head = "per_layer"), `lift` a map from D to that width."""
 
     def __init__(
         self, width_in: int, width_out: int, *, mlp: int = 0, random: bool = False, vocab: int = 0, lift: int = 0,
@@ -40,15 +39,15 @@ class Filter(nn.Module):
         self.weight = nn.Parameter(torch.empty(width_out, width_in))
         self.bias = nn.Parameter(torch.zeros(width_out))
         self.up = nn.Linear(width_in, mlp) if mlp else None
-        self.down = Silent(mlp, width_in) if mlp else None
+        self.down = ZeroLinear(mlp, width_in) if mlp else None
         self.lift_weight = nn.Parameter(torch.empty(lift, width_out)) if lift else None
         self.head_weight = nn.Parameter(torch.empty(vocab, width_out)) if vocab else None
         self.head_bias = nn.Parameter(torch.zeros(vocab)) if vocab else None
         with torch.no_grad():
-            self.start(random or width_in != width_out)
+            self.initialize(random or width_in != width_out)
 
-    def start(self, random: bool) -> None:
-        """Written inside the constructor, while ZeRO-3 still lets every rank see the whole tensor."""
+    def initialize(self, random: bool) -> None:
+        """Runs inside the constructor, where every rank still has whole tensors under ZeRO-3."""
         if random:
             nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
         else:
@@ -58,20 +57,19 @@ class Filter(nn.Module):
         if self.lift_weight is not None:
             nn.init.normal_(self.lift_weight, std=self.weight.shape[0] ** -0.5)
 
-    def bend(self, states_NE):
-        """The residual MLP."""
+    def residual_mlp(self, states_NE):
         if self.up is None:
             return states_NE
         return states_NE + self.down(torch.nn.functional.gelu(self.up(states_NE)))
 
     def forward(self, states_NE, loss):
-        """`loss(states, weight, bias, own_head, lift)` while the weights are whole."""
+        """Calls `loss(states, weight, bias, own_head, lift)` while the weights are whole."""
         head = None if self.head_weight is None else Head((), self.head_weight, self.head_bias, None, 1.0)
-        return loss(self.bend(states_NE), self.weight, self.bias, head, self.lift_weight)
+        return loss(self.residual_mlp(states_NE), self.weight, self.bias, head, self.lift_weight)
 
 
 class OutputHead(nn.Module):
-    """Owns the network's (maybe tied) output projection once more, to lend it to the fused logit losses."""
+    """Holds the network's (maybe tied) output projection a second time, to call the fused logit losses with it."""
 
     def __init__(self, weight, bias):
         super().__init__()
@@ -79,4 +77,4 @@ class OutputHead(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, states_ND, loss):
-        return loss(states_ND, self.weight, self.bias)
+        return loss(states_ND, self.weight)

@@ -1,34 +1,34 @@
-"""What a rank of a stage needs of memory, by terms, in bytes: an estimate from shapes, before anything starts.
+"""The memory of a rank in each stage, in bytes by term: an estimate from shapes, before anything starts.
 
     weights          b · (student + teacher + filters) / R          b: 2 bytes in bf16, else 4; R ranks
     optimizer        12 · trained / R                               fp32 masters and Adam's two moments
-    gradients        4 · (trained / R + sub-group)                  summed in fp32, and once more a sub-group for its update
-    reduction        4 · bucket + b · largest matrix                whole gradients on their way; between ranks 4 · bucket more
-    gathered         b · (live student + a block, prefetch and head of the teacher), where there are other ranks
-    activations      what autograd keeps of N tokens, asked of a trial on the meta device; with checkpointing a state a
-                     block, and one block whole
-    states           b · N · (pairs · width + head's width) of the teacher, and of the student in stage I
+    gradients        4 · (trained / R + sub-group)                  summed in fp32; one sub-group twice, for its update
+    reduction        4 · bucket + b · largest matrix                whole gradients in reduction; on several ranks 4 · bucket more
+    gathered         b · (live student + a block, prefetch and head of the teacher), on several ranks
+    activations      what autograd keeps of N tokens, found by a trial on the meta device; with checkpointing one state a
+                     block, and one whole block
+    states           b · N · (pairs · width + head's width) of the teacher, in stage I also of the student
     losses           4 · head's and filters' weights (their gradients), b · N · width a pair, one chunk's logits
-    copy for a save  12 · trained / R, on a CPU, where host and device are one
+    copy for a save  12 · trained / R, on a CPU, where the host is the device
 
-The process itself (0.53 GiB on a CPU) and what an allocator does not give back come on top: measured peaks were 1.08 to
-1.19 times the sum (docs/benchmarks.md).
+The process itself (0.53 GiB on a CPU) and memory that the allocator keeps are not included: measured peaks were 1.08 to 1.19
+times the sum (docs/benchmarks.md).
 """
 
 import torch
 
-from ted_scale.distill.price import filter_parameters
+from ted_scale.distill.filter_sizes import filter_parameters
 from ted_scale.distill.stages import Stage
-from ted_scale.kernels.backend import CHUNK_BYTES
+from ted_scale.kernels.products import CHUNK_BYTES
 from ted_scale.models.anatomy import Anatomy, run_body
 from ted_scale.models.engine_config import engine_config
 from ted_scale.models.inspection import empty_model, read_config
 
-TRIAL = 8  # tokens; more would show what attention keeps of pairs of them where it is not fused
+TRIAL = 8  # tokens; with more, the scores that attention keeps where it is not fused would count
 
 
 def describe(plan) -> list[str]:
-    """A line a stage, for the device at hand, its largest terms first."""
+    """One line a stage, for this machine's device, largest terms first."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return [line_of(stage, *terms(plan, stage, device), device) for stage in plan.stages]
 
@@ -39,7 +39,7 @@ def line_of(stage: Stage, here: dict[str, float], away: float, device: str) -> s
     host = f"; {away / 2**30:,.3g} GiB offloaded" if away else ""
     total = f"{sum(here.values()) / 2**30:,.3g} GiB"
     return (
-        f"memory a rank in stage {stage.name}, estimated for {device}, beside the process itself: {total} = {of}{host}"
+        f"memory a rank in stage {stage.name}, estimated for {device}, without the process itself: {total} = {of}{host}"
     )
 
 
@@ -69,7 +69,7 @@ def terms(plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
 
 
 def setting(plan, key: str, model: Anatomy | None = None) -> float:
-    """Of the ds_config, else as engines.py derives it from the model; a number may be written as a string."""
+    """A value of the ds_config, or the default that follows from the model. DeepSpeed parses numbers in strings."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     config = DeepSpeedZeroConfig(**engine_config(plan, model or plan.student)["zero_optimization"])
@@ -78,13 +78,14 @@ def setting(plan, key: str, model: Anatomy | None = None) -> float:
 
 
 def own_heads(plan) -> int:
-    """Of `filters.head = "per_layer"`, a head of its own for each filter."""
+    """Parameters of the filters' own heads, with `filters.head = "per_layer"`."""
     vocabularies = [a.vocab_size for a in (plan.student, plan.teacher) if a]
     return len(plan.pairs) * (plan.width + 1) * sum(vocabularies) if plan.run.filters.head == "per_layer" else 0
 
 
 def reduction(plan, trained: float, b: int, device: str) -> float:
-    """A host gives memory that is touched, a device all that is asked for. A matrix beyond the bucket goes alone."""
+    """A host only provides memory that is touched, a device all that is allocated. A matrix larger than the bucket is reduced
+    alone."""
     bucket, contiguous = setting(plan, "reduce_bucket_size"), setting(plan, "contiguous_gradients")
     used, largest = min(bucket, trained), min(trained, plan.student.vocab_size * plan.student.head_width)
     buffer = (used if device == "cpu" else bucket) if contiguous else 0
@@ -93,19 +94,19 @@ def reduction(plan, trained: float, b: int, device: str) -> float:
 
 
 def gathered(plan, stage: Stage) -> float:
-    """What trains stays gathered between forward and backward; what only runs forward goes block by block."""
+    """Trained weights stay gathered between forward and backward; a frozen model is gathered block by block."""
 
-    def passing(a: Anatomy) -> float:
+    def of_frozen(a: Anatomy) -> float:
         blocks = a.block_parameters + setting(plan, "stage3_prefetch_bucket_size", a)
         return min(a.parameters, blocks + a.vocab_size * a.head_width)
 
     live = min(plan.student.parameters, setting(plan, "stage3_max_live_parameters"))
-    ours = passing(plan.student) if stage.learns_filters else live
-    return ours + (passing(plan.teacher) if plan.teacher else 0)
+    ours = of_frozen(plan.student) if stage.learns_filters else live
+    return ours + (of_frozen(plan.teacher) if plan.teacher else 0)
 
 
 def activations(plan, stage: Stage, tokens: int, b: int) -> float:
-    """Of the student's graph; a frozen model has but a block's at a time."""
+    """Of the student's graph; a frozen model only has those of one block at a time."""
     dtype = torch.bfloat16 if b == 2 else torch.float32
     kept = {a: kept_a_token(a, dtype) for a in (plan.student, plan.teacher) if a}
     block = max(size / a.layers for a, size in kept.items())
@@ -117,7 +118,7 @@ def activations(plan, stage: Stage, tokens: int, b: int) -> float:
 
 
 def kept_a_token(anatomy: Anatomy, dtype) -> float:
-    """Bytes that autograd keeps of a forward of the body, weights apart."""
+    """Bytes a token that autograd keeps of a forward of the body, without weights."""
     with torch.device("meta"):
         network = empty_model(read_config("model", anatomy.folder), dtype)
         tokens = torch.zeros(1, TRIAL, dtype=torch.long)
@@ -125,7 +126,7 @@ def kept_a_token(anatomy: Anatomy, dtype) -> float:
     kept = {}
 
     def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor  # alive, so that no other takes its place
+        kept[tensor.untyped_storage()._cdata] = tensor  # kept alive, so that its address is not used again
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -134,14 +135,14 @@ def kept_a_token(anatomy: Anatomy, dtype) -> float:
 
 
 def states(plan, stage: Stage) -> int:
-    """Numbers a token that live from the teacher's forward to the losses."""
+    """Elements a token that are kept from the teacher's forward to the losses."""
     sides = [plan.teacher] if plan.teacher else []
     matched = [*sides, plan.student] if stage.learns_filters else sides
     return sum(len(plan.pairs) * a.width for a in matched) + sum(a.head_width for a in sides)
 
 
 def losses(plan, stage: Stage, tokens: int, b: int, filters: int, device: str) -> float:
-    """Gradients that are formed in the forward wait for the backward; a chunk's logits are gone by then."""
+    """Gradients that are computed in the forward are kept until the backward; a chunk's logits are freed before."""
     a, t = plan.student, plan.teacher
     if stage.learns_filters:
         rows, heads, waiting = t.vocab_size * (4 + b), t.vocab_size * t.head_width, 4 * (filters + own_heads(plan))

@@ -1,8 +1,8 @@
-"""Which tokens count, and what every loss term is divided by.
+"""Token normalization: the number that every loss term is divided by.
 
-All terms obey one rule, which lives here alone: a term is the sum over tokens of token weight times the token's
-value, divided by `denom`, the number of valid tokens of the whole optimizer step (over ranks and accumulation). A
-token is valid when its weight is > 0 and its label is not ignored. A denom of 0 gives 0. Sums are fp32.
+One rule holds for all terms. A term is the sum over tokens of token weight times the token's value, divided by `denom`: the
+number of valid tokens of the whole optimizer step, over ranks and accumulation. A token is valid if its weight is > 0 and
+its label is not ignored (kernels/tokens.py). A denom of 0 gives 0. Sums are fp32.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""Which blocks of student and teacher are matched: as listed, as the student was cut, or by a rule.
+"""Which blocks of student and teacher are matched: the listed ones, those of the cut, or by a rule.
 
-tools/cut_student.py leaves a map in the student's folder (CUT): which of its teacher's blocks each of its own was. It is the
-default beside a teacher of that shape, the one it was cut from or one tuned further. The surprise: the rule for students that
-were not cut is another one than the cut's. It is the method's own, and matches no first block.
+tools/cut_student.py writes a map into the student's folder (CUT): the teacher's block from which each of the student's blocks
+comes. The map is the default if the teacher has that shape: it is the cut teacher, or one trained further. The rule for
+students that were not cut differs from the rule of the cut: it is the method's own, and it matches no first block.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ SAME = ("family", "layers", "width", "vocab_size", "parameters")
 
 class Matched(NamedTuple):
     pairs: list[tuple[int, int]]  # (student block, teacher block), from 0
-    origin: str  # what the dry run and the log say of them
+    origin: str  # where they come from, for the dry run and the log
 
 
 def match_layers(pairs: Pairs, student: Anatomy, teacher: Anatomy) -> Matched:
@@ -41,12 +41,12 @@ def choose(pairs: Pairs, student: Anatomy, teacher: Anatomy) -> Matched:
         return Matched(uniform(student.layers, teacher.layers), "by pairs.rule = 'uniform'")
     if (cut := read_cut(student)) and cut["teacher"] == shape_of(teacher):
         return Matched(list(enumerate(cut["blocks"])), "as the student was cut from the teacher")
-    reason = "is of another teacher" if cut else "is not there"
-    return Matched(uniform(student.layers, teacher.layers), f"uniform, for {CUT} in student.path {reason}")
+    reason = f"{CUT} in student.path is of another teacher" if cut else f"student.path has no {CUT}"
+    return Matched(uniform(student.layers, teacher.layers), f"uniform, because {reason}")
 
 
 def uniform(layers_s: int, layers_t: int) -> list[tuple[int, int]]:
-    """Student block k with the last teacher block of its share: ceil((k+1)·K_t/K_s) − 1."""
+    """Student block k gets the last teacher block of its share: ceil((k+1)·K_t/K_s) − 1."""
     if layers_s > layers_t:
         raise UserError(
             f"pairs.explicit must list pairs where the student is deeper, but it has {layers_s} blocks over {layers_t}"
@@ -55,14 +55,14 @@ def uniform(layers_s: int, layers_t: int) -> list[tuple[int, int]]:
 
 
 def spread(count: int, layers: int) -> list[int]:
-    """`count` of `layers` blocks, the first and the last among them and the rest evenly between; a single one is the first,
-    which knows what to do with embeddings."""
+    """`count` of `layers` blocks: the first, the last, and the others evenly between. A single one is the first, which was
+    trained on embeddings."""
     gaps = max(1, count - 1)
     return [(2 * k * (layers - 1) + gaps) // (2 * gaps) for k in range(count)]
 
 
 def shape_of(teacher: Anatomy) -> dict:
-    """What tells one teacher from another, and not from one that was tuned further."""
+    """Values that differ between two teachers, but not between a teacher and a version of it that was trained further."""
     return {key: getattr(teacher, key) for key in SAME}
 
 

@@ -1,4 +1,4 @@
-"""What teacher, student and loop hand each other in a micro-batch."""
+"""The values that teacher, student and training loop exchange in a micro-batch."""
 
 from typing import NamedTuple
 
@@ -6,21 +6,23 @@ import torch
 
 
 class Signal(NamedTuple):
-    """What the teacher says about one micro-batch: the matched blocks' states, one a pair, and the head's input."""
+    """The teacher's output for one micro-batch: the states of the matched blocks, one a pair, and the head's input."""
 
     layers_NE: tuple
     last_NE: torch.Tensor
 
 
 class Weights(NamedTuple):
+    """The weights of a step's loss terms."""
+
     ce: float
     kl: float
     layer: float
-    draw: int = 0  # seeds the step's sub-sample of stage I
+    sample_seed: int = 0  # stage I: which pairs and tokens the step reads
 
 
 class Losses(NamedTuple):
-    """This rank's share of the step's means; only `total` has a gradient. `layers` is one value a pair (stage I: the
+    """This rank's share of the step's means; only `total` has a gradient. `layers` has one value a pair (stage I: the
     teacher's filters, then the student's)."""
 
     total: torch.Tensor

@@ -13,8 +13,8 @@ from ted_scale.models.zero import forget_gradients
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of optimizer steps with one set of trained parameters. Every stage reads the data from position 0, so
-    that stage II of any two runs sees the same tokens."""
+    """A range of optimizer steps with one set of trained parameters. Every stage reads the data from position 0, so that
+    stage II of any two runs sees the same tokens."""
 
     name: str  # "filters" or "student"
     first_step: int
@@ -36,13 +36,13 @@ class Stage:
     def validates(self, step: int) -> bool:
         every = self.run.validation.every
         due = step == self.last_step or (every > 0 and step % every == 0)
-        return due and not self.learns_filters  # the student stands still in stage I
+        return due and not self.learns_filters  # stage I does not change the student
 
     def saves(self, step: int) -> bool:
         return step == self.last_step or step % self.run.checkpoint.every == 0
 
     def verifies(self, step: int) -> bool:
-        """Also before a save, so that no checkpoint is written past a disagreement."""
+        """Also before a save, so that no checkpoint is written after replicas have come to differ."""
         every = self.run.health.replicas_every
         return every > 0 and (step % every == 0 or self.saves(step))
 
@@ -51,7 +51,7 @@ class Stage:
         return self.run.adapts and not self.learns_filters
 
     def border(self, step: int) -> int:
-        """The step up to which the blend is settled after `step` steps of the run."""
+        """The last step whose blend is already known after `step` steps of the run."""
         if not self.adapts:
             return self.last_step
         every = self.run.data.blend.every
@@ -60,7 +60,7 @@ class Stage:
     def weights(self, step: int) -> Weights:
         """Loss weights of the step after `step` steps of the run."""
         if self.learns_filters:
-            return Weights(ce=0.0, kl=0.0, layer=1.0, draw=mix(self.run.seed, step))
+            return Weights(ce=0.0, kl=0.0, layer=1.0, sample_seed=mix(self.run.seed, step))
         loss, method = self.run.loss, self.run.method
         fraction = (step - self.first_step) / self.steps
         ce = weight_at(loss.ce, fraction)
@@ -69,18 +69,18 @@ class Stage:
         return Weights(ce, kl, layer)
 
     def terms(self, layers: int) -> list[str]:
-        """The keys of all of the guard's sums, whether they are on or off."""
+        """The keys of all sums of the guard, also of terms that are off."""
         sides, each = (("filter_t", "filter_s"), layers // 2) if self.learns_filters else (("layer",), layers)
         of_layers = [f"loss/{side}/{k}" for side in sides for k in range(each)]
         return ["loss/total", "loss/ce", "loss/kl", "loss/layer", *of_layers]
 
     def name_losses(self, sums: list[float], weights: Weights) -> dict[str, float]:
-        """The guard's sums under their keys; a term that was off has no value."""
+        """The guard's sums by key, without terms that were off."""
         total, ce, kl, layer, *layers = sums
         if self.learns_filters:
             half = len(layers) // 2
             sides = {"filter_t": layers[:half], "filter_s": layers[half:]}
-            pairs = drawn_pairs(self.run.filters, half, weights.draw)
+            pairs = drawn_pairs(self.run.filters, half, weights.sample_seed)
             return {"loss/total": total, **{f"loss/{s}/{k}": vs[k] for s, vs in sides.items() for k in pairs}}
         named = {"loss/total": total}
         named |= {"loss/ce": ce} if weights.ce else {}
@@ -104,7 +104,7 @@ def stages_of(run: Run) -> list[Stage]:
 
 
 def set_rates(engine, share: float, weights: Weights) -> None:
-    """Every group's learning rate; filters stand still, and give no gradient, while the layer loss is off."""
+    """Sets every group's learning rate. While the layer loss is off, filters have rate 0 and no gradient."""
     for group in engine.optimizer.param_groups:
         off = group["role"] == "filters" and not weights.layer
         group["lr"] = 0.0 if off else group["peak_lr"] * share
@@ -124,7 +124,7 @@ def weight_at(weight: float | Schedule, fraction: float) -> float:
 
 
 def rate_at(train: Train, done: int) -> float:
-    """Warm-up, then cosine to min_lr, or flat with a linear decay over the last decay_fraction (wsd), or flat."""
+    """Warm-up, then cosine to min_lr, or constant with a linear decay over the last decay_fraction (wsd), or constant."""
     floor = train.min_lr / train.lr
     left = (done - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
     if done < train.warmup_steps or train.schedule == "constant":

@@ -1,9 +1,10 @@
-"""Network, filters and losses as one module: what ZeRO-3 shards is whole only inside the forward of the engine it is
-in.
+"""Network, filters and losses as one module, so that the losses run inside the forward of the engine that shards them.
 
-Stage I (`learns_filters`) runs frozen bodies and trains the filters of both sides on the next token; stage II trains
-the network and its filters. One micro-batch in, one `Losses` out.
+Stage I (`learns_filters`) runs frozen bodies and trains the filters of both sides on the next token. Stage II trains the
+network and its filters. A micro-batch goes in, and `Losses` come out.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,24 +15,31 @@ from ted_scale.distill.sampling import drawn_pairs, drawn_rows
 from ted_scale.distill.signal import Losses, Signal, Weights
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.tokens import valid_weights
-from ted_scale.models.anatomy import Anatomy, Taps, head_of, run_body
-from ted_scale.models.zero import ask, gathered
+from ted_scale.models.anatomy import Anatomy, Head, StateRecorder, head_of, run_body
+from ted_scale.models.zero import gathered, start_gather
+
+
+class Heads(NamedTuple):
+    """Plain values, so that the teacher's head is not in the student's module tree."""
+
+    own: Head
+    teacher: Head | None
+    for_student: Head | None  # reads the student's filtered states in stage I
 
 
 class Student(nn.Module):
     def __init__(self, run: Run, network, anatomy: Anatomy, pairs, *, learns_filters, filters_s, filters_t, head_t):
         super().__init__()
         self.run, self.anatomy, self.learns_filters = run, anatomy, learns_filters
-        self.code = {"backend": run.loss.backend, "chunk_tokens": run.loss.chunk_tokens}
+        self.backend = {"backend": run.loss.backend, "chunk_tokens": run.loss.chunk_tokens}
         self.network = network
+        # Looked up once, here: inside a forward DeepSpeed takes a look-up of a sharded weight for a use by that module.
         own = head_of(network, anatomy)
+        self.heads = Heads(own, head_t, own if run.filters.head == "own" else head_t)
         self.head = OutputHead(own.weight, own.bias)
-        self.taps = Taps(network, anatomy, [s for s, _ in pairs])
         self.blocks = [s for s, _ in pairs]
+        self.recorder = StateRecorder(network, anatomy, self.blocks)
         self.filters_s, self.filters_t = filters_s, filters_t
-        # A tuple keeps the teacher's head out of the module tree. The own head's weights are looked up here, once: DeepSpeed
-        # takes a look at a sharded weight inside a forward for its use by that module.
-        self.heads = (head_t, own if run.filters.head == "own" else head_t)
 
     def forward(self, batch, signal: Signal | None, weights: Weights, denom) -> Losses:
         losses = self.filter_losses if self.learns_filters else self.student_losses
@@ -40,7 +48,8 @@ class Student(nn.Module):
     def student_losses(self, batch, signal, weights, denom) -> Losses:
         last_ND, states = self.run_network(batch, weights.layer != 0)
         total, kl, ce = self.logit_losses(batch, last_ND, signal, weights, denom)
-        layers = [self.layer_loss(k, states[k], signal, batch, denom) for k in range(len(states))]
+        mask = valid_weights(batch.labels_BT, batch.weights_BT).flatten() if states else None
+        layers = [self.layer_loss(k, states[k], signal, mask, denom) for k in range(len(states))]
         layers = torch.stack(layers) if layers else total.new_zeros(len(self.blocks))
         layer = layers.mean() if len(layers) else total.new_zeros(())
         if weights.layer:
@@ -48,82 +57,78 @@ class Student(nn.Module):
         return Losses(total, ce.detach(), kl.detach(), layer.detach(), layers.detach())
 
     def run_network(self, batch, wants_layers: bool):
-        """The head's input and the matched blocks' states, flattened to tokens; no graph where the body is frozen."""
+        """(the head's input, the matched blocks' states), one row a token; a frozen body makes no graph."""
         grad = torch.is_grad_enabled() and not self.learns_filters
-        with torch.set_grad_enabled(grad), self.taps.record(wants_layers) as states:
+        with torch.set_grad_enabled(grad), self.recorder.record(wants_layers) as states:
             last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.packing)
         return last.flatten(0, 1), [states[block].flatten(0, 1) for block in self.blocks] if wants_layers else []
 
     def logit_losses(self, batch, last_ND, signal, weights, denom):
-        head_t = self.heads[0] if weights.kl else None
+        head_t = self.heads.teacher if weights.kl else None
+        settings = self.heads.own.linear_kl_ce_arguments("s")
+        settings |= head_t.linear_kl_ce_arguments("t") if head_t else {}
 
-        def loss(h_s, w_s, b_s):
+        def loss(h_s, w_s):
             return linear_kl_ce(
                 h_s, w_s, signal.last_NE if head_t else None, head_t and head_t.weight,
                 batch.labels_BT.flatten(), batch.weights_BT.flatten(), denom=denom,
                 temperature=self.run.loss.temperature, kl_weight=weights.kl, ce_weight=weights.ce,
-                softcap_s=self.anatomy.softcap, softcap_t=head_t and head_t.softcap,
-                logit_scale_s=self.anatomy.logit_scale, logit_scale_t=head_t.logit_scale if head_t else 1.0,
-                head_bias_s=b_s, head_bias_t=head_t and head_t.bias, mode=self.run.loss.mode, gather=gathered, **self.code,
+                mode=self.run.loss.mode, gather=gathered, **settings, **self.backend,
             )  # fmt: skip
 
         with gathered(head_t.projection if head_t else []):
             return self.head(last_ND, loss)
 
-    def layer_loss(self, k: int, states_ND, signal, batch, denom):
-        """Teacher's filter around student's: the loss leaves both by `made`, for a frozen filter's output has no graph."""
-        mask, made, h_t = token_mask(batch), [], signal.layers_NE[k]
+    def layer_loss(self, k: int, states_ND, signal, mask, denom):
+        # The kernel needs both filters' weights, and ZeRO-3 gathers a filter's weights only while its forward runs.
+        # So the student's filter runs inside the teacher's forward, and the kernel inside both.
+        # The result goes into `losses`: a return through the frozen filter's hooks would lose its graph.
+        settings, losses = {"denom": denom, "kind": self.run.loss.kind, **self.backend}, []
 
-        def teacher_side(h_t, w_t, b_t, *_):
-            def loss(h_s, w_s, b_s, *_):
-                settings = {"denom": denom, "kind": self.run.loss.kind, **self.code}
+        def in_teacher_filter(h_t, w_t, b_t, *_):
+            def in_both_filters(h_s, w_s, b_s, *_):
                 return filtered_mse(h_t, w_t, b_t, h_s, w_s, b_s, mask, **settings)
 
-            made.append(self.filters_s[k](states_ND, loss))
+            losses.append(self.filters_s[k](states_ND, in_both_filters))
 
         if self.filters_t is None:  # lwd: the teacher's raw states
-            teacher_side(h_t, None, None)
+            in_teacher_filter(signal.layers_NE[k], None, None)
         else:
-            self.filters_t[k](h_t, teacher_side)
-        return made[0]
+            self.filters_t[k](signal.layers_NE[k], in_teacher_filter)
+        return losses[0]
 
     def filter_losses(self, batch, signal, weights, denom) -> Losses:
-        """Mean over pairs of the teacher's filters' next-token loss, plus the same of the student's."""
-        if self.run.filters.head != "per_layer":
-            ask(self.heads[0].parameters)  # the own head's are this network's: it gathers them first
+        """The mean over pairs of the next-token loss of the teacher's filters, plus that of the student's."""
+        settings, heads = self.run.filters, self.heads
+        shares_heads = settings.head != "per_layer"
+        if shares_heads:
+            start_gather(heads.teacher.parameters)  # the own head's are the network's, which gathers them first
         _, states = self.run_network(batch, True)
-        head_t, head_s = self.heads
-        settings, (rows, length) = self.run.filters, batch.tokens_BT.shape
-        pairs = drawn_pairs(settings, len(self.blocks), weights.draw)
-        device = batch.tokens_BT.device
-        drawn = [drawn_rows(settings, pairs, k, weights.draw, rows, length, device) for k in range(len(self.blocks))]
-        heads = [] if settings.head == "per_layer" else [*head_t.parameters, *head_s.parameters]
-        with gathered(heads):
-            of_pairs = [
-                self.pair_losses(k, signal.layers_NE[k], states[k], drawn[k], batch, denom)
-                for k in range(len(self.blocks))
-            ]
+        pairs, every = drawn_pairs(settings, len(self.blocks), weights.sample_seed), range(len(self.blocks))
+        shape, device = batch.tokens_BT.shape, batch.tokens_BT.device
+        rows = [drawn_rows(settings, pairs, k, weights.sample_seed, *shape, device) for k in every]
+        with gathered([*heads.teacher.parameters, *heads.for_student.parameters] if shares_heads else []):
+            of_pairs = [self.pair_losses(k, signal.layers_NE[k], states[k], rows[k], batch, denom) for k in every]
         layers = torch.stack([value for side in zip(*of_pairs, strict=True) for value in side])
         total = layers.sum() / len(pairs)
         zero = torch.zeros_like(total.detach())
         return Losses(total, zero, zero, zero, layers.detach())
 
     def pair_losses(self, k: int, states_t, states_s, rows, batch, denom):
-        """(teacher's, student's) value, the latter inside the forward of the filter that owns the lift of both; a pair that
-        is not drawn reads no token: its filters are gathered like the others, on all ranks, and have a gradient of 0."""
-        head_t, head_s = self.heads
+        """(teacher's, student's) value. A pair that is not drawn reads no token, but its filters run like all others: every
+        rank gathers them, and their gradient is 0."""
         labels, mask = batch.labels_BT.flatten(), batch.weights_BT.flatten()
-        settings = {"labels": labels, "token_weight": mask, "denom": denom, "rows": rows, **self.code}
+        settings = {"labels": labels, "token_weight": mask, "denom": denom, "rows": rows, **self.backend}
 
-        def of_teacher(h, w, b, own_head, lift):
-            def of_student(h, w, b, own_head, _):
-                return filtered_ce(h, w, b, lift_w=lift, **(own_head or head_s).reading, **settings)
+        # Both sides use the lift, which the teacher's filter owns: ZeRO-3 gathers it only while that filter's forward runs.
+        # So the student's filter runs inside it.
+        def in_teacher_filter(h, w, b, own_head, lift):
+            def in_both_filters(h, w, b, own_head, _):
+                head = own_head or self.heads.for_student
+                return filtered_ce(h, w, b, lift_w=lift, **head.filtered_ce_arguments, **settings)
 
-            value = filtered_ce(h, w, b, lift_w=lift, **(own_head or head_t).reading, **settings)
-            return value, self.filters_s[k](states_s, of_student)
+            head = own_head or self.heads.teacher
+            value = filtered_ce(h, w, b, lift_w=lift, **head.filtered_ce_arguments, **settings)
+            return value, self.filters_s[k](states_s, in_both_filters)
 
-        return self.filters_t[k](states_t, of_teacher)
-
-
-def token_mask(batch):
-    return valid_weights(batch.labels_BT, batch.weights_BT).flatten()
+        return self.filters_t[k](states_t, in_teacher_filter)

@@ -19,7 +19,7 @@ from ted_scale.checkpoints.folder import checkpoint_name
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.distill.stages import Stage
 from ted_scale.health.spikes import state_of
-from ted_scale.models.zero import own_part
+from ted_scale.models.zero import without_padding
 from ted_scale.ranks.agree import of_all_ranks
 
 CHUNK = 1 << 22  # entries that are looked at together: in fp64 a whole shard may find no room
@@ -81,7 +81,7 @@ def look_at(parameter) -> torch.Tensor:
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
 
     sides = (safe_get_local_grad(parameter), safe_get_local_fp32_param(parameter))
-    return torch.stack([measure(own_part(parameter, side)) for side in sides])
+    return torch.stack([measure(without_padding(parameter, side)) for side in sides])
 
 
 def measure(values: torch.Tensor) -> torch.Tensor:

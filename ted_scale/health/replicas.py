@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ted_scale.base.errors import RunStopped
-from ted_scale.models.zero import is_sharded, own_part
+from ted_scale.models.zero import is_sharded, without_padding
 from ted_scale.ranks.agree import of_all_ranks
 
 AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -49,7 +49,7 @@ def mixed(bits: torch.Tensor, start: int) -> torch.Tensor:
 def shards_of(module) -> dict[str, torch.Tensor]:
     """This rank's part of every parameter."""
     named = module.named_parameters()
-    return {name: own_part(p, p.ds_tensor) if is_sharded(p) else p for name, p in named}
+    return {name: without_padding(p, p.ds_tensor) if is_sharded(p) else p for name, p in named}
 
 
 def copies_of(module) -> dict[str, torch.Tensor]:

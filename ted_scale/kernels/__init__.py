@@ -1,4 +1,4 @@
-"""Losses that never store what they compute: README.md has the algebra, the memory and the measurements."""
+"""Losses straight from states and weights, without whole logits in memory: README.md has the algebra and the memory."""
 
 from ted_scale.kernels.backend import choose, describe
 from ted_scale.kernels.filter_loss import filtered_ce

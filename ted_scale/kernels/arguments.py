@@ -1,4 +1,4 @@
-"""What a loss may be called with; anything else is one sentence naming the argument, before any launch."""
+"""Checks of the losses' arguments: a wrong one gives one sentence that names it, before any kernel runs."""
 
 import torch
 
@@ -19,7 +19,7 @@ def check_vector(name: str, vector, length: int) -> None:
 
 
 def check_weight(name: str, weight, width: int | None, bias_name: str, bias) -> None:
-    """A projection [V, width] and its bias [V]; a width of None is any."""
+    """A projection [V, width] and its bias [V]; a width of None accepts any."""
     if weight is None:
         if bias is not None:
             raise ValueError(f"{bias_name} must be None where {name} is None, but is of shape {list(bias.shape)}")
@@ -30,7 +30,7 @@ def check_weight(name: str, weight, width: int | None, bias_name: str, bias) -> 
 
 
 def check_common(first: str, tensors: dict, fixed: tuple[str, ...] = ()) -> None:
-    """One device, known types, a side's operands of one type; nothing of the teacher's is trained."""
+    """One device and known types; no tensor named in `fixed` may require a gradient."""
     device = tensors[first].device
     for name, tensor in tensors.items():
         if tensor is None:
@@ -49,7 +49,7 @@ def check_type(name: str, tensor, like_name: str, like) -> None:
 
 
 def check_labels(labels, rows: int, vocabulary: int, token_weight) -> None:
-    """Their values only on a CPU: a device would wait for the look."""
+    """Values are checked on a CPU only: on a device, reading them would make the host wait."""
     check_vector("labels", labels, rows)
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, but is {short(labels.dtype)}")

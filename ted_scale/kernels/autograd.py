@@ -1,22 +1,31 @@
-"""How a loss whose gradients are formed with it takes part in autograd."""
+"""How a loss takes part in autograd when its gradients are computed together with it, in the forward."""
 
 import torch
 
 
-def attach(total, values, denom, trained: list, gradients: list):
-    """`values` (the first is what `total` carries a gradient for) over denom; 0 where denom is 0.
+def wants_gradient(operands) -> list[bool]:
+    return [t is not None and t.requires_grad and torch.is_grad_enabled() for t in operands]
 
-    `gradients` are ∂total/∂ each of `trained`, before denom. Backward only scales them, on the device and in place: a
-    second backward through the same loss raises. Not one of `trained` is kept: what ZeRO-3 gathered may go.
+
+def attach(total, values, denom, operands, wanted, gradients):
+    """(total / denom with its gradients, values / denom without); 0 where denom is 0.
+
+    `gradients` are ∂total/∂ each of `operands`, before the division. Backward only scales them, on the device and in
+    place: a second backward through the same loss raises. No operand is kept: what ZeRO-3 gathered may be released.
     """
+    denom = as_scalar(denom, values.device)
     scale = torch.where(denom > 0, 1.0 / denom, 0.0)
     scaled = values * scale
+    trained = [t for t, wants in zip(operands, wanted, strict=True) if wants]
     if not trained:
         return scaled[0], scaled
-    return Formed.apply(total * scale, scale, len(trained), *trained, *gradients), scaled
+    formed = [gradient for gradient, wants in zip(gradients, wanted, strict=True) if wants]
+    return FormedEarly.apply(total * scale, scale, len(trained), *trained, *formed), scaled
 
 
-class Formed(torch.autograd.Function):
+class FormedEarly(torch.autograd.Function):
+    """Takes (total, scale, count, `count` operands, their gradients); only the gradients are kept for backward."""
+
     @staticmethod
     def forward(ctx, total, scale, count, *tensors):
         ctx.dtypes = [t.dtype for t in tensors[:count]]
@@ -24,7 +33,7 @@ class Formed(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # a second derivative would be 0 in silence
+    @torch.autograd.function.once_differentiable  # without it a second derivative would be 0, and no error
     def backward(ctx, g):
         scale, *gradients = ctx.saved_tensors
         scaled = [scale_by_(grad, g * scale).to(d) for grad, d in zip(gradients, ctx.dtypes, strict=True)]
@@ -32,7 +41,7 @@ class Formed(torch.autograd.Function):
 
 
 def scale_by_(gradient, factor):
-    """In fp32 also where the gradient is of 16 bits: a factor rounded to 16 bits would bend every entry alike."""
+    """The factor stays fp32 for a 16-bit gradient, too: rounded to 16 bits it would change all entries alike."""
     if gradient.dtype == torch.float32:
         return gradient.mul_(factor)
     return torch.mul(gradient, factor.reshape(1), out=gradient)

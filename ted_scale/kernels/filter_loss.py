@@ -1,8 +1,7 @@
 """Stage I's loss: next-token cross-entropy read off a filtered state, over rows that are (layer, token) pairs.
 
-A narrow filter has a map back to the head's width, `lift_w`, which both sides of a pair share.
-
-One chunk at a time goes through filter, norm, head and back: nothing of all tokens' filtered states is ever kept.
+A narrow filter has a map back to the head's width, `lift_w`, which both sides of a pair share. One chunk at a time goes
+through filter, lift, norm and head, and back: the filtered states of all tokens are never kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,11 +9,20 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ted_scale.kernels import arguments
-from ted_scale.kernels.autograd import as_scalar, attach
-from ted_scale.kernels.backend import choose, chunks, rows_per_chunk
+from ted_scale.kernels.autograd import attach, wants_gradient
+from ted_scale.kernels.backend import choose
 from ted_scale.kernels.formulas.logits import LogitLoss
-from ted_scale.kernels.logit_loss import add_gradients, empty_gradients, row_losses
-from ted_scale.kernels.products import live_rows, matmul, operand, project
+from ted_scale.kernels.logit_loss import row_losses_of
+from ted_scale.kernels.products import (
+    add_gradients,
+    chunks,
+    empty_gradients,
+    live_rows,
+    matmul,
+    operand,
+    project,
+    rows_per_chunk,
+)
 from ted_scale.kernels.tokens import valid_weights
 
 
@@ -22,26 +30,23 @@ def filtered_ce(
     h, filter_w, filter_b, norm: Callable, head_w, head_b, labels, token_weight, *, denom, lift_w=None, softcap=None,
     logit_scale=1.0, rows=None, backend="auto", chunk_tokens=None,
 ):  # fmt: skip
-    """CE of soften(head_w·norm(lift_w·(filter_w·h + filter_b)) + head_b), weighted, over denom; no lift_w: none.
+    """CE of soften(head_w·norm(lift_w·(filter_w·h + filter_b)) + head_b), weighted, over denom; lift_w may be None.
 
     Gradients go to h, filter_w, filter_b, lift_w, head_w and head_b; `norm` is any differentiable function of rows.
-    `rows` (int64) reads those alone, each counting len(h)/len(rows)-fold: drawn uniformly, the estimate is unbiased.
+    With `rows` (int64) only those are read, and each counts len(h)/len(rows) times: unbiased where they are drawn uniformly.
     """
     check(h, filter_w, filter_b, lift_w, head_w, head_b, labels, token_weight, rows)
     arguments.check_positive("chunk_tokens", chunk_tokens)
     weight = valid_weights(labels, token_weight)
-    trainable = (h, filter_w, filter_b, lift_w, head_w, head_b)
-    wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in trainable]
+    operands = (h, filter_w, filter_b, lift_w, head_w, head_b)
+    wanted, backend = wants_gradient(operands), choose(backend, h.device)
     f = LogitLoss(1.0, 0.0, 1.0, softcap or 0.0, 0.0, logit_scale, 1.0, False)
-    backend = choose(backend, h.device)
     with torch.no_grad():
-        values, grads = filter_chunks(*trainable, norm, labels, weight, rows, f, wanted, backend, chunk_tokens)
+        value, gradients = filter_chunks(*operands, norm, labels, weight, rows, f, wanted, backend, chunk_tokens)
     if rows is not None and len(rows):
         scale = len(h) / len(rows)
-        values, grads = values * scale, [g.mul_(scale) for g in grads]
-    trained = [t for t, wants in zip(trainable, wanted, strict=True) if wants]
-    grads = [g for g, wants in zip(grads, wanted, strict=True) if wants]
-    return attach(values, values[None], as_scalar(denom, h.device), trained, grads)[0]
+        value, gradients = value * scale, [g.mul_(scale) for g in gradients]
+    return attach(value, value[None], denom, operands, wanted, gradients)[0]
 
 
 def check(h, filter_w, filter_b, lift_w, head_w, head_b, labels, token_weight, rows) -> None:
@@ -66,7 +71,7 @@ def filter_chunks(
 ):  # fmt: skip
     """(Σ weight·CE, gradients for h, filter_w, filter_b, lift_w, head_w, head_b)"""
     dh, dw, db = empty_gradients(h, filter_w, filter_b, wanted[:3])
-    dh.zero_()  # of rows that are not drawn
+    dh.zero_()  # for the rows that are not drawn
     dlift = empty_gradients(h, lift_w, None, [False, wanted[3], False])[1]
     dhead_w, dhead_b = empty_gradients(h, head_w, head_b, [False, *wanted[4:]])[1:]
     filter_w, lift_w, head_w = (operand(w, backend) for w in (filter_w, lift_w, head_w))
@@ -78,13 +83,13 @@ def filter_chunks(
         states = live_rows(h[at], weight[at])
         narrow = project(states, filter_w, filter_b).to(h.dtype)
         filtered = narrow if lift_w is None else project(narrow, lift_w, None).to(h.dtype)
-        y, pull = through(norm, filtered, any(wanted[:4]))
+        y, norm_backward = apply_norm(norm, filtered, any(wanted[:4]))
         arguments.check_states("norm's result", y, head_w.shape[1], len(filtered))  # OPT's tail changes the width
         wants = [any(wanted[:4]), *wanted[4:]]
         value, dy = head_chunk(y, head_w, head_b, labels[at], weight[at], dhead_w, dhead_b, list(f), wants, backend)
         total += value
         if wants[0]:
-            dy = lowered(pull(dy), narrow, lift_w, wanted[3], dlift)
+            dy = lift_backward(norm_backward(dy), narrow, lift_w, wanted[3], dlift)
             part = torch.empty_like(states) if wanted[0] else None
             add_gradients(dy, states, filter_w, wanted, part, dw, db)
             if wanted[0] and rows is not None:
@@ -94,8 +99,8 @@ def filter_chunks(
     return total, [dh, dw, db, dlift, dhead_w, dhead_b]
 
 
-def lowered(dfiltered, narrow, lift_w, wants_lift: bool, dlift):
-    """∂/∂narrow of what lift_w made of it; lift_w's own is added to dlift where wanted."""
+def lift_backward(dfiltered, narrow, lift_w, wants_lift: bool, dlift):
+    """∂/∂narrow from ∂/∂(lift_w·narrow); ∂/∂lift_w is added to dlift where wanted."""
     if lift_w is None:
         return dfiltered
     dnarrow = torch.empty_like(narrow)
@@ -103,13 +108,13 @@ def lowered(dfiltered, narrow, lift_w, wants_lift: bool, dlift):
     return dnarrow
 
 
-def through(norm: Callable, filtered, wants_gradient: bool):
-    """(norm(filtered), the function that takes ∂/∂norm(filtered) to ∂/∂filtered)"""
+def apply_norm(norm: Callable, filtered, wants_gradient: bool):
+    """(norm(filtered), its backward: a function from ∂/∂norm(filtered) to ∂/∂filtered)"""
     if not wants_gradient:
         return norm(filtered), None
-    if torch.compiler.is_compiling():  # it traces vjp and not autograd.grad; vjp refuses some hand-written norms
-        y, pull = torch.func.vjp(norm, filtered)
-        return y, lambda dy: pull(dy.to(y.dtype))[0]
+    if torch.compiler.is_compiling():  # a trace takes vjp but not autograd.grad; vjp fails with some hand-written norms
+        y, backward = torch.func.vjp(norm, filtered)
+        return y, lambda dy: backward(dy.to(y.dtype))[0]
     with torch.enable_grad():
         leaf = filtered.detach().requires_grad_()
         y = norm(leaf)
@@ -121,11 +126,11 @@ def head_chunk(
     y: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, labels: torch.Tensor, weight: torch.Tensor,
     dw: torch.Tensor, db: torch.Tensor, loss: Sequence[float], wanted: Sequence[bool], backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(Σ weight·CE, its gradient for y, empty where not wanted); the head's is added to dw and db where wanted."""
+    """(Σ weight·CE, ∂/∂y, empty where not wanted); the head's gradients are added to dw and db where wanted."""
     y = y.to(w.dtype)
     apart = backend == "triton" and w.dtype != torch.float32 and any(wanted)
     room = y.new_empty(len(y), len(w)) if apart else None
-    _, ce, dz = row_losses(backend)(project(y, w, b), None, labels, weight, LogitLoss(*loss), any(wanted), room)
+    _, ce, dz = row_losses_of(backend)(project(y, w, b), None, labels, weight, LogitLoss(*loss), any(wanted), room)
     dy = matmul(dz, w) if wanted[0] else y.new_empty(0, dtype=torch.float32)
     if any(wanted[1:]):
         add_gradients(dz, y, w, [False, *wanted[1:]], None, dw, db)

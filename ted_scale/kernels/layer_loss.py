@@ -1,6 +1,6 @@
-"""The layer loss of one pair straight from both blocks' states and both filters: no filtered state is kept.
+"""The layer loss of one pair, straight from both blocks' states and both filters: no filtered state is kept.
 
-formulas/layers.py has what is computed of each row; here it is done chunk by chunk, and the gradients with it.
+formulas/layers.py has the formula of a row. This file applies it chunk by chunk and computes the gradients with it.
 """
 
 from collections.abc import Sequence
@@ -8,12 +8,19 @@ from collections.abc import Sequence
 import torch
 
 from ted_scale.kernels import arguments
-from ted_scale.kernels.autograd import as_scalar, attach
-from ted_scale.kernels.backend import choose, chunks, rows_per_chunk
-from ted_scale.kernels.formulas.layers import KINDS, Difference, row_squares, row_values, scaled
-from ted_scale.kernels.formulas.logits import row_dot
-from ted_scale.kernels.logit_loss import add_gradients, empty_gradients
-from ted_scale.kernels.products import all_count, live_rows, operand, project
+from ted_scale.kernels.autograd import attach, wants_gradient
+from ted_scale.kernels.backend import choose
+from ted_scale.kernels.formulas.layers import KINDS, difference, row_gradients, row_values
+from ted_scale.kernels.products import (
+    add_gradients,
+    all_count,
+    chunks,
+    empty_gradients,
+    live_rows,
+    operand,
+    project,
+    rows_per_chunk,
+)
 
 
 def filtered_mse(
@@ -27,14 +34,13 @@ def filtered_mse(
     arguments.check_choice("kind", kind, KINDS)
     arguments.check_positive("chunk_tokens", chunk_tokens)
     student = (h_s, w_s, b_s)
-    wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in student]
-    backend, weight = choose(backend, h_s.device), torch.where(token_weight > 0, token_weight, 0.0).float()
-    form = layer_chunks if torch.compiler.is_compiling() else form_chunks  # an operation's call costs 0.3 ms, a pair
+    wanted, backend = wants_gradient(student), choose(backend, h_s.device)
+    weight = torch.where(token_weight > 0, token_weight, 0.0).float()
+    # Only a trace needs the registered operation: its call costs 0.3 ms a pair.
+    form = layer_chunks if torch.compiler.is_compiling() else form_chunks
     with torch.no_grad():
-        value, *grads = form(h_t, w_t, b_t, *student, weight, kind, wanted, backend, chunk_tokens or 0)
-    trained = [t for t, wants in zip(student, wanted, strict=True) if wants]
-    grads = [g for g, wants in zip(grads, wanted, strict=True) if wants]
-    return attach(value, value[None], as_scalar(denom, h_s.device), trained, grads)[0]
+        value, *gradients = form(h_t, w_t, b_t, *student, weight, kind, wanted, backend, chunk_tokens or 0)
+    return attach(value, value[None], denom, student, wanted, gradients)[0]
 
 
 def check(h_t, w_t, b_t, h_s, w_s, b_s, token_weight) -> None:
@@ -59,23 +65,28 @@ def form_chunks(
     w_s: torch.Tensor | None, b_s: torch.Tensor | None, weight: torch.Tensor, kind: str, wanted: Sequence[bool],
     backend: str, chunk_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(Σ of the rows' values, ∂/∂h_s, ∂/∂w_s, ∂/∂b_s); a gradient not wanted is empty."""
-    difference, wants = difference_of(backend), any(wanted)
+    """(Σ of the rows' values, ∂/∂h_s, ∂/∂w_s, ∂/∂b_s); a gradient that is not wanted is empty."""
+    if backend == "triton":
+        from ted_scale.kernels.triton.layers import launch_difference
+    width, wants = h_s.shape[1] if w_s is None else len(w_s), any(wanted)
+    # A chunk's ∂/∂h_s is written last: until then its memory holds the filtered states s, where they fit.
+    reuses = wanted[0] and h_s.dtype == torch.float32 and width <= h_s.shape[1]
+    chunk = rows_per_chunk(len(h_s), 12 * width, h_s.device, chunk_tokens or default_rows(weight, reuses))
     dh, dw, db = gradients = empty_gradients(h_s, w_s, b_s, wanted)
-    values = torch.zeros_like(weight)
-    operand_type = h_s.dtype if backend == "triton" else torch.float32
     w_t, w_s = operand(w_t, backend), operand(w_s, backend)
-    width = h_s.shape[1] if w_s is None else len(w_s)
-    lends = wanted[0] and dh.dtype == torch.float32 and width <= dh.shape[1]
-    chunk = rows_per_chunk(len(h_s), 12 * width, h_s.device, chunk_tokens or default_rows(weight, lends))
+    operand_type = h_s.dtype if backend == "triton" else torch.float32
+    values = torch.zeros_like(weight)
     for at in chunks(len(h_s), chunk):
         live, h = weight[at], live_rows(h_s[at], weight[at])
-        room = lent(dh[at], width) if lends else None
-        rows = difference(h_t[at], w_t, b_t, h, w_s, b_s, live, kind, wants, room)
-        values[at], scale, tilt = row_values(rows, live, kind, width)
+        if backend == "triton":
+            rows = launch_difference(h_t[at], w_t, b_t, h, w_s, b_s, live, kind, wants)
+        else:
+            room = dh[at].view(-1)[: len(h) * width].view(-1, width) if reuses else None
+            rows = difference(project(live_rows(h_t[at], live), w_t, b_t), project(h, w_s, b_s, room), kind)
+        values[at], scale, along_s = row_values(rows, live, kind, width)
         if wants:
-            add_gradients(scaled(rows, scale, tilt, operand_type), h, w_s, wanted, dh[at], dw, db)
-        del h, rows  # before the next chunk's are made
+            add_gradients(row_gradients(rows, scale, along_s, operand_type), h, w_s, wanted, dh[at], dw, db)
+        del h, rows  # freed before the next chunk allocates
     return values.sum(), *gradients
 
 
@@ -87,31 +98,9 @@ def _(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind, wanted, backend, chunk_tokens)
     return weight.new_empty(()), *empty_gradients(h_s, w_s, b_s, wanted)
 
 
-def default_rows(weight, lends: bool) -> int | None:
-    """Few rows stay in a CPU's cache, many make products fast: 768 in all buffers of [rows, width] together, which are
-    t, s where no gradient lends its place, and copies of both states where some tokens do not count."""
+def default_rows(weight, reuses: bool) -> int | None:
+    """Few rows stay in a CPU's cache, many make products fast: 768 in all [rows, width] buffers together. These are t, s
+    unless it lies in its gradient's memory, and copies of both states where some tokens do not count."""
     if not weight.is_cpu:
         return None
-    return 768 // (3 if not all_count(weight) else 1 if lends else 2)
-
-
-def lent(gradient, width: int):
-    """The memory of a chunk's ∂/∂h_s, which is written last, as room for its s."""
-    return gradient.view(-1)[: len(gradient) * width].view(-1, width)
-
-
-def difference_of(backend: str):
-    if backend == "triton":
-        from ted_scale.kernels.triton.layers import launch_difference
-
-        return launch_difference
-    return difference
-
-
-def difference(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind: str, wants_gradient: bool, room=None) -> Difference:
-    t, s = project(live_rows(h_t, weight), w_t, b_t), project(h_s, w_s, b_s, room)
-    tt = None if kind == "mse" else row_squares(t)
-    d = torch.sub(s, t, out=t)
-    if kind != "cosine":
-        return Difference(d, row_squares(d), tt)
-    return Difference(d, row_squares(d), tt, s, row_squares(s), row_dot(s, d))
+    return 768 // (3 if not all_count(weight) else 1 if reuses else 2)

@@ -1,25 +1,35 @@
 """Logit losses straight from states and output weights: next-token cross-entropy and KL to a teacher.
 
-`chunked` holds the logits of one token chunk and forms the gradients with the loss; `strict` (logit_loss_strict.py) never holds
-logits and forms them in backward.
+`chunked` holds the logits of one chunk of tokens and computes the gradients with the loss. `strict` (logit_loss_strict.py)
+never holds logits and computes the gradients in backward.
 """
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from ted_scale.kernels import arguments
-from ted_scale.kernels.autograd import as_scalar, attach
-from ted_scale.kernels.backend import choose, chunks, rows_per_chunk
+from ted_scale.kernels.autograd import attach, wants_gradient
+from ted_scale.kernels.backend import choose
 from ted_scale.kernels.formulas import logits
 from ted_scale.kernels.formulas.logits import LogitLoss
-from ted_scale.kernels.products import add_matmul, live_rows, matmul_into, operand, project
+from ted_scale.kernels.products import (
+    add_gradients,
+    chunks,
+    empty_gradients,
+    live_rows,
+    operand,
+    project,
+    rows_per_chunk,
+)
 from ted_scale.kernels.tokens import valid_weights
 
 MODES = ("chunked", "strict")
-# Chunks of logits to one product for the weight's gradient. Its fp32 sum is read and written each time, 8 bytes an entry, which
-# takes as long as the product of 900 rows on an H100 (680 TFLOP/s, 3 TB/s); a row of bf16 slopes costs a quarter of its logits.
+# Chunks of logits for one product of the weight's gradient. Each product reads and writes that fp32 sum, 8 bytes an entry,
+# which takes as long as the product of 900 rows on an H100 (680 TFLOP/s, 3 TB/s). A row's gradient in bf16 has a quarter of
+# the size of its logits.
 SPAN = 4
 
 
@@ -30,9 +40,9 @@ def linear_kl_ce(
 ):  # fmt: skip
     """(total, kl, ce), total = ce_weight·ce + kl_weight·kl, from states [N, d] and output weights [V, d].
 
-    kl is T²·KL(teacher ‖ student) at temperature T over the vocabulary both sides have; ce is over the student's whole
+    kl is T²·KL(teacher ‖ student) at temperature T over the vocabulary that both sides have. ce is over the student's whole
     vocabulary. Only `total` carries a gradient: for h_s, w_s and head_bias_s. A weight of 0 skips its term's work.
-    In strict mode `gather([w_t, head_bias_t])` is a context in which they are whole in backward, too.
+    Strict mode reads w_t and head_bias_t again in backward: `gather([w_t, head_bias_t])` is a context that makes them whole.
     """
     if not kl_weight:
         h_t = w_t = head_bias_t = None
@@ -41,21 +51,18 @@ def linear_kl_ce(
     arguments.check_positive("temperature", temperature)
     arguments.check_positive("chunk_tokens", chunk_tokens)
     caps, scales = (softcap_s or 0.0, softcap_t or 0.0), (logit_scale_s, logit_scale_t)
-    covers = 1.0 if w_t is not None and len(w_t) >= len(w_s) else 0.0  # a trace with any V has no bool to make it of
-    loss = LogitLoss(temperature, kl_weight, ce_weight, *caps, *scales, covers)
-    backend, denom = choose(backend, h_s.device), as_scalar(denom, h_s.device)
+    covers = 1.0 if w_t is not None and len(w_t) >= len(w_s) else 0.0  # bool() would bind a trace to one size of V
+    loss = [float(x) for x in LogitLoss(temperature, kl_weight, ce_weight, *caps, *scales, False)[:-1]] + [covers]
     student, teacher = (h_s, w_s, head_bias_s), (h_t, w_t, head_bias_t)
-    weight, loss = valid_weights(labels, token_weight), [float(x) for x in loss[:-1]] + [covers]
+    backend, weight = choose(backend, h_s.device), valid_weights(labels, token_weight)
     if mode == "strict":
         from ted_scale.kernels.logit_loss_strict import strict_kl_ce
 
         return strict_kl_ce(student, teacher, labels, weight, denom, loss, backend, chunk_tokens or 0, gather)
-    wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in student]
+    wanted = wants_gradient(student)
     with torch.no_grad():
-        values, *grads = logit_chunks(*student, *teacher, labels, weight, loss, wanted, backend, chunk_tokens or 0)
-    trained = [t for t, wants in zip(student, wanted, strict=True) if wants]
-    grads = [g for g, wants in zip(grads, wanted, strict=True) if wants]
-    total, values = attach(values[0], values, denom, trained, grads)
+        values, *gradients = logit_chunks(*student, *teacher, labels, weight, loss, wanted, backend, chunk_tokens or 0)
+    total, values = attach(values[0], values, denom, student, wanted, gradients)
     return total, values[1], values[2]
 
 
@@ -84,16 +91,19 @@ def logit_chunks(
     w_t: torch.Tensor | None, b_t: torch.Tensor | None, labels: torch.Tensor, weight: torch.Tensor,
     loss: Sequence[float], wanted: Sequence[bool], backend: str, chunk_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """((total, kl, ce) summed over rows, ∂total/∂h_s, /∂w_s, /∂b_s); a gradient not wanted is empty."""
-    f, rows = LogitLoss(*loss), row_losses(backend)
-    dh, dw, db = gradients = empty_gradients(h_s, w_s, b_s, wanted)
-    kl, ce = weight.new_zeros(2, len(weight)).unbind()
-    teacher = shared_operands(w_s, w_t, b_t, backend)
-    w_s, wants = operand(w_s, backend), any(wanted)
+    """((total, kl, ce) summed over rows, ∂total/∂h_s, /∂w_s, /∂b_s); a gradient that is not wanted is empty."""
+    f, wants, row_losses = LogitLoss(*loss), any(wanted), row_losses_of(backend)
+    if w_t is not None:  # the vocabulary that the student has, too
+        w_t, b_t = w_t[: len(w_s)], None if b_t is None else b_t[: len(w_s)]
+    # `span` chunks of logits are one span: a single product for the weight's gradient, from `slopes`.
     span = SPAN if wants and backend == "triton" and h_s.dtype != torch.float32 else 1
-    chunk = rows_of_chunk(h_s, w_s, teacher[0], span, chunk_tokens)
-    logits_s, logits_t = (scratch(chunk, w, weight) for w in (w_s, teacher[0]))
-    slopes = scratch(min(span * chunk, len(h_s)), w_s, h_s) if span > 1 else None
+    chunk = rows_of_chunk(h_s, w_s, w_t, span, chunk_tokens)
+    dh, dw, db = gradients = empty_gradients(h_s, w_s, b_s, wanted)
+    w_s, w_t = operand(w_s, backend), operand(w_t, backend)
+    logits_s = weight.new_empty(chunk, len(w_s))  # the same memory for every chunk
+    logits_t = None if w_t is None else weight.new_empty(chunk, len(w_t))
+    slopes = h_s.new_empty(min(span * chunk, len(h_s)), len(w_s)) if span > 1 else None
+    kl, ce = weight.new_zeros(2, len(weight)).unbind()
     if not (f.kl_weight or f.ce_weight):
         dh.zero_()
     for at in chunks(len(h_s), span * chunk) if f.kl_weight or f.ce_weight else ():
@@ -102,23 +112,13 @@ def logit_chunks(
         for part in chunks(len(h), chunk):
             count = len(h[part])
             z_s = project(h[part], w_s, b_s, logits_s[:count])
-            z_t = None if t is None else project(t[part], *teacher, logits_t[:count])
+            z_t = None if t is None else project(t[part], w_t, b_t, logits_t[:count])
             room = None if slopes is None else slopes[part]
-            kl[at][part], ce[at][part], dz = rows(z_s, z_t, labels[at][part], live[part], f, wants, room)
+            kl[at][part], ce[at][part], dz = row_losses(z_s, z_t, labels[at][part], live[part], f, wants, room)
         if wants:
             add_gradients(dz if slopes is None else slopes[: len(h)], h, w_s, wanted, dh[at], dw, db)
     kl, ce = kl.sum(), ce.sum()
     return torch.stack([f.ce_weight * ce + f.kl_weight * kl, kl, ce]), *gradients
-
-
-def add_gradients(dz, h, w, wanted, dh, dw, db) -> None:
-    """One chunk's, of y = h·wᵀ + b: written to dh, added to dw and db; what is not wanted is not touched."""
-    if wanted[0]:
-        dh.copy_(dz) if w is None else matmul_into(dh, dz, w)
-    if wanted[1]:
-        add_matmul(dw, dz.t(), h)
-    if wanted[2]:
-        db.add_(dz.sum(dim=0, dtype=torch.float32))
 
 
 @logit_chunks.register_fake
@@ -126,37 +126,16 @@ def _(h_s, w_s, b_s, h_t, w_t, b_t, labels, weight, loss, wanted, backend, chunk
     return weight.new_empty(3), *empty_gradients(h_s, w_s, b_s, wanted)
 
 
-def empty_gradients(h, w, b, wanted):
-    """A row's gradient is written once, in its own type; a weight's is a sum over chunks, in fp32, from 0 on. An op cannot
-    return None: what is not wanted has no entries."""
-    makers = (torch.empty, h.dtype), (torch.zeros, torch.float32), (torch.zeros, torch.float32)
-    return [
-        make(t.shape if wants else 0, dtype=dtype, device=h.device)
-        for t, (make, dtype), wants in zip((h, w, b), makers, wanted, strict=True)
-    ]
-
-
-def shared_operands(w_s, w_t, b_t, backend: str):
-    """The teacher's output weight and bias over the vocabulary that the student has, too."""
-    shared = len(w_s)
-    return (None, None) if w_t is None else (operand(w_t[:shared], backend), None if b_t is None else b_t[:shared])
-
-
-def scratch(rows: int, w, like):
-    """One chunk's logits, the same memory for every chunk."""
-    return None if w is None else like.new_empty(rows, len(w))
-
-
 def rows_of_chunk(h_s, w_s, w_t, span: int, chunk_tokens: int) -> int:
-    """Of fp32 logits; where their gradient has room of its own, `span` times as many rows of that."""
+    """A row takes its fp32 logits and, where their gradient has memory of its own, `span` rows of that."""
     logits = 4 * (len(w_s) + (0 if w_t is None else len(w_t)))
     apart = span * h_s.element_size() * len(w_s) if h_s.is_cuda and h_s.element_size() == 2 else 0
     return rows_per_chunk(len(h_s), logits + apart, h_s.device, chunk_tokens)
 
 
-def row_losses(backend: str):
-    """`f(z_s, z_t, labels, weight, loss, wants_gradient, room) -> (kl, ce, dz)`; it may overwrite z_s and z_t, and dz is in
-    `room`, or in the place of z_s where that is None."""
+def row_losses_of(backend: str):
+    """`f(z_s, z_t, labels, weight, loss, wants_gradient, room) -> (kl, ce, dz)`. It may overwrite z_s and z_t. dz is in
+    `room`, or in z_s where `room` is None."""
     if backend == "triton":
         from ted_scale.kernels.triton.rows import launch_rows
 
@@ -165,10 +144,6 @@ def row_losses(backend: str):
     return lambda z_s, z_t, labels, weight, f, wants, room: whole_rows(z_s, z_t, labels, weight, f, wants)
 
 
+@functools.cache
 def compiled_rows():
-    global _compiled
-    _compiled = _compiled or torch.compile(logits.whole_rows, dynamic=False)
-    return _compiled
-
-
-_compiled = None
+    return torch.compile(logits.whole_rows, dynamic=False)

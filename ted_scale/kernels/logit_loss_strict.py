@@ -1,24 +1,25 @@
-"""linear_kl_ce without logits in memory: statistics in forward, gradients slice by slice of the vocabulary in backward.
+"""linear_kl_ce without logits in memory: statistics in forward, gradients in backward, one slice of the vocabulary at a time.
 
-Forward keeps three normalizers a token. Backward recomputes each slice's logits, writes that slice's ∂/∂logits in the
-states' type, and multiplies it into ∂/∂h_s (an fp32 sum) and into the slice's rows of ∂/∂w_s, which are final at once:
-there is no [V, d] sum in fp32. 1.6 times the matrix work of `chunked`.
+Forward keeps three normalizers a token. Backward computes each slice's logits again and writes that slice's ∂/∂logits in
+the states' type. It multiplies them into ∂/∂h_s (an fp32 sum) and into the slice's rows of ∂/∂w_s. Those rows are final
+at once, so there is no [V, d] sum in fp32. The matrix work is 1.6 times that of `chunked`.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from ted_scale.kernels.backend import chunks
+from ted_scale.kernels.autograd import as_scalar
 from ted_scale.kernels.formulas import logits
 from ted_scale.kernels.formulas.logits import LogitLoss, Normalizers, Statistics
-from ted_scale.kernels.products import add_matmul, live_rows, matmul, project
+from ted_scale.kernels.products import add_matmul, chunks, live_rows, matmul, project
 
-SLICE = 4096  # columns of the vocabulary that backward holds for all tokens
+SLICE = 4096  # columns of the vocabulary: backward holds one slice for all tokens
 
 
 def strict_kl_ce(student, teacher, labels, weight, denom, loss, backend: str, chunk_tokens: int, gather):
-    """(total, kl, ce). The tensors of both sides are saved as they are; `gather` makes the teacher's whole for backward."""
+    """(total, kl, ce). Both sides' tensors are saved by reference; `gather` makes the teacher's whole in backward."""
+    denom = as_scalar(denom, weight.device)
     with torch.no_grad():
         values, normalizers = strict_losses(*student, *teacher, labels, weight, loss, backend, chunk_tokens)
         scale = torch.where(denom > 0, 1.0 / denom, 0.0)
@@ -86,7 +87,7 @@ def strict_gradients(
         if wanted[0]:
             add_matmul(dh, dz, w_s[at])
         if wanted[1]:
-            grads[1][at] = matmul(dz.t(), live).mul_(scale)  # before it is rounded: fp16 has no room for a sum
+            grads[1][at] = matmul(dz.t(), live).mul_(scale)  # before rounding: a sum may exceed fp16
         if wanted[2]:
             grads[2][at] = dz.sum(dim=0, dtype=torch.float32) * scale
     if wanted[0]:

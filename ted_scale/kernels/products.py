@@ -1,15 +1,72 @@
-"""Matrix products of 16- or 32-bit operands with fp32 results, by the vendor's library.
+"""Chunks of rows and their matrix products: 16- or 32-bit operands, fp32 results, by the vendor's library.
 
-CUDA and ROCm accumulate and write fp32 from 16-bit operands at full speed. CPU has no such product, so there the
-operands become fp32: exact, and slower.
+CUDA and ROCm multiply 16-bit operands, sum in fp32 and write fp32 at full speed. A CPU has no such product: there the
+operands become fp32 first, which is exact and slower.
 """
 
 import torch
 
+CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}  # scratch of one chunk; fewer chunks read the weights less often
+
+
+def rows_per_chunk(rows: int, bytes_a_row: int, device: torch.device, chunk_tokens: int | None) -> int:
+    """As many as fit into the budget, in multiples of 128 where possible, the tile size of the products."""
+    if chunk_tokens:
+        return min(chunk_tokens, max(rows, 1))
+    fit = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // bytes_a_row
+    fit = fit // 128 * 128 if fit >= 128 else max(fit, 16)
+    return max(1, min(fit, rows))
+
+
+def chunks(rows: int, chunk: int):
+    return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+
+
+def live_rows(states, weight):
+    """Zeros where a token does not count, so that not even a NaN in it reaches a product."""
+    return states if all_count(weight) else torch.where((weight > 0)[:, None], states, 0)
+
+
+def all_count(weight) -> bool:
+    """Whether every token is known to count. Only a CPU looks, to spare copies: a device would have to wait for the
+    answer, and a trace has none."""
+    return weight.is_cpu and not torch.compiler.is_compiling() and bool((weight > 0).all())
+
 
 def operand(weight, backend: str):
-    """A weight as its many products want it: on CPU one fp32 copy a call instead of one a chunk."""
+    """A weight in the form that its products want: on a CPU one fp32 copy a call, not one a chunk."""
     return weight if weight is None or weight.is_cuda or backend == "triton" else weight.float()
+
+
+def project(states, weight, bias, out=None):
+    """states·weightᵀ + bias in fp32, in `out` or a new tensor; a weight of None is the identity."""
+    if out is None:
+        width = states.shape[1] if weight is None else len(weight)
+        out = torch.empty(len(states), width, dtype=torch.float32, device=states.device)
+    if weight is not None and bias is not None and not states.is_cuda:
+        return torch.addmm(bias.float(), states.float(), weight.float().t(), out=out)
+    y = out.copy_(states) if weight is None else matmul_into(out, states, weight.t())
+    return y if bias is None else y.add_(bias)
+
+
+def empty_gradients(h, w, b, wanted):
+    """Tensors for the gradients of h·wᵀ + b. A row's gradient is written once, in its own type. A weight's is a sum over
+    chunks: fp32, starting at 0. An op cannot return None, so a gradient that is not wanted has no entries."""
+    makers = (torch.empty, h.dtype), (torch.zeros, torch.float32), (torch.zeros, torch.float32)
+    return [
+        make(t.shape if wants else 0, dtype=dtype, device=h.device)
+        for t, (make, dtype), wants in zip((h, w, b), makers, wanted, strict=True)
+    ]
+
+
+def add_gradients(dy, h, w, wanted, dh, dw, db) -> None:
+    """One chunk's gradients of y = h·wᵀ + b: written to dh, added to dw and db. What is not wanted is not touched."""
+    if wanted[0]:
+        dh.copy_(dy) if w is None else matmul_into(dh, dy, w)
+    if wanted[1]:
+        add_matmul(dw, dy.t(), h)
+    if wanted[2]:
+        db.add_(dy.sum(dim=0, dtype=torch.float32))
 
 
 def matmul(a, b):
@@ -32,28 +89,5 @@ def add_matmul(total, a, b) -> None:
     """total += a·b; total is fp32."""
     if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(total, a, b.to(a.dtype), out_dtype=torch.float32, out=total)
-    else:
-        total.t().addmm_(
-            b.float().t(), a.float().t()
-        )  # the same sum; a CPU's library does it 4 % faster this way round
-
-
-def project(states, weight, bias, out=None):
-    """states·weightᵀ + bias in fp32, in `out` or a new tensor; a weight of None is the identity."""
-    if out is None:
-        width = states.shape[1] if weight is None else len(weight)
-        out = torch.empty(len(states), width, dtype=torch.float32, device=states.device)
-    if weight is not None and bias is not None and not states.is_cuda:
-        return torch.addmm(bias.float(), states.float(), weight.float().t(), out=out)
-    y = out.copy_(states) if weight is None else matmul_into(out, states, weight.t())
-    return y if bias is None else y.add_(bias)
-
-
-def live_rows(states, weight):
-    """Zeros where a token does not count, so that not even a NaN in it reaches a product."""
-    return states if all_count(weight) else torch.where((weight > 0)[:, None], states, 0)
-
-
-def all_count(weight) -> bool:
-    """Whether every token is known to count: a look, which spares a CPU copies; a device would wait for it, a trace cannot."""
-    return weight.is_cpu and not torch.compiler.is_compiling() and bool((weight > 0).all())
+    else:  # the transposed product is the same sum, and 4 % faster in a CPU's library
+        total.t().addmm_(b.float().t(), a.float().t())

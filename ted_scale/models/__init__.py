@@ -1,1 +1,1 @@
-"""Hugging Face causal LMs: learnt from their config, sharded by ZeRO-3, filled from safetensors, with our attention."""
+"""Hugging Face causal LMs: inspected from their config, sharded by ZeRO-3, loaded from safetensors, with our attention."""

@@ -1,7 +1,7 @@
-"""Where a causal LM keeps what distillation needs, and how it is read there: body, matched blocks, output head.
+"""The parts of a causal LM that distillation reads: body, matched blocks, output head.
 
-Block k's state is the output of block k, counted from 0, before the tail (what is applied after the last block): not
-`hidden_states[k]`, whose last entry is behind the final norm in most families. inspection.py fills an Anatomy.
+Block k's state is the output of block k, counted from 0, before the tail (the modules after the last block). It is not
+`hidden_states[k]`, whose last entry comes after the final norm in most families. inspection.py creates an Anatomy.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from ted_scale.models import attention
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """Where a family keeps what distillation needs; names are module paths inside the causal LM."""
+    """The parts and sizes of a model; names are module paths inside the causal LM."""
 
     folder: Path
     family: str
@@ -31,23 +31,16 @@ class Anatomy:
     logit_scale: float
     parameters: int
     block_parameters: int  # of the largest block
-    matrices: int  # elements that a token's state is multiplied by, before the output projection
+    matrices: int  # elements of all matrices that multiply a token's state before the output projection
     max_length: int | None
     attention: tuple[attention.Layer, ...]
-    scores: tuple[tuple[int, int | None], ...]  # a layer's width of all queries and values together, and its window
-    blocks_apart: int
-
-
-def soften(logits: torch.Tensor, softcap: float | None, scale: float) -> torch.Tensor:
-    """cap * tanh(scale * z / cap): what a family does to its logits."""
-    logits = logits * scale if scale != 1.0 else logits
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    scores: tuple[tuple[int, int | None], ...]  # of each layer: the width of all queries and values, and the window
+    blocks_apart: int  # blocks that can keep documents apart
 
 
 @dataclass(frozen=True)
 class Head:
-    """Everything a model applies after its last block. Whoever reads it gathers `parameters` first (see
-    zero.gathered)."""
+    """Everything that a model applies after its last block. Gather `parameters` before reading it (zero.gathered)."""
 
     tail: tuple
     weight: torch.nn.Parameter
@@ -56,18 +49,25 @@ class Head:
     logit_scale: float
 
     def norm(self, states):
-        """The tail, past DeepSpeed's hooks: they belong to the forward of the engine that owns these modules."""
+        """The tail, without DeepSpeed's hooks: they belong to the forward of the engine that owns these modules."""
         for module in self.tail:
             states = module.forward(states)
         return states
 
     @property
-    def reading(self) -> dict:
-        """What `filtered_ce` is told of a head."""
+    def filtered_ce_arguments(self) -> dict:
         return {
             "norm": self.norm, "head_w": self.weight, "head_b": self.bias,
             "softcap": self.softcap, "logit_scale": self.logit_scale,
         }  # fmt: skip
+
+    def linear_kl_ce_arguments(self, side: str) -> dict:
+        """`side` is "s" or "t"; states and weight are positional arguments there."""
+        return {
+            f"softcap_{side}": self.softcap,
+            f"logit_scale_{side}": self.logit_scale,
+            f"head_bias_{side}": self.bias,
+        }
 
     @property
     def projection(self) -> list:
@@ -84,9 +84,9 @@ def head_of(network, anatomy: Anatomy) -> Head:
     return Head(tail, output.weight, output.bias, anatomy.softcap, anatomy.logit_scale)
 
 
-class Taps:
-    """Forward hooks that keep the chosen blocks' outputs while `recording`; a recompute of a checkpointed block is
-    not."""
+class StateRecorder:
+    """Forward hooks that keep the chosen blocks' outputs while `recording`. When a checkpointed block is computed again,
+    in backward, nothing is recorded."""
 
     def __init__(self, network, anatomy: Anatomy, indices):
         self.states: dict[int, torch.Tensor] = {}
@@ -112,7 +112,6 @@ class Taps:
 
 
 def run_body(network, anatomy: Anatomy, tokens_BT, packing: Packing | None = None):
-    """The input of the output projection, [B, T, head_width]; documents see only themselves where `packing` names
-    them."""
+    """The input of the output projection, [B, T, head_width]; with `packing`, each document sees only itself."""
     body = network.get_submodule(anatomy.body)
-    return body(input_ids=tokens_BT, use_cache=False, **attention.told_of(packing))[0]
+    return body(input_ids=tokens_BT, use_cache=False, **attention.packing_arguments(packing))[0]

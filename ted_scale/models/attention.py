@@ -1,14 +1,15 @@
 """The attention of every Hugging Face family: causal, and where asked in windows, soft-capped, apart by document.
 
-Transformers' own path asks the device whether a batch holds packed sequences (`.all()` in every forward); a name it has
-no mask function for skips that question. `path` is the one rule of who computes a layer, attention_paths.py has the
-ways. The surprise: documents reach a layer as a keyword that the family's own modules hand down without knowing it, so
-that a block computed again for its gradient is given the same ones; inspection.py finds the families that lose it.
+Transformers' own path reads from the device whether a batch holds packed sequences (`.all()` in every forward). For an
+attention name without a mask function it does not. `choose_path` is the one rule that selects the code for a layer;
+attention_paths.py has the code. Documents reach a layer as a keyword argument, which the family's modules pass on without
+knowing it. So a block that is computed again for its gradient gets the same documents. inspection.py finds the families
+that drop the keyword.
 
-`sdpa`    nothing but causal: torch's fused kernels, every device
+`sdpa`    only causal: torch's fused kernels, every device
 `varlen`  a window or documents in 16 bits on CUDA from sm_80 on: flash attention over the documents' borders
-`flex`    what is left on a GPU (soft-capped scores, fp32, ROCm, other head widths): flex attention, compiled by Triton
-`tiled`   what is left: document by document, tile by tile, in torch
+`flex`    other cases on a GPU (soft-capped scores, fp32, ROCm, other head widths): flex attention, compiled by Triton
+`tiled`   all other cases: document by document, tile by tile, in torch
 """
 
 import contextlib
@@ -25,14 +26,14 @@ from ted_scale.models.attention_paths import flex, tiled, varlen
 
 NAME = "ted_scale"
 PATHS = {"varlen": varlen, "flex": flex, "tiled": tiled}
-# What `causal_attention` does as told, and what asks nothing of it: positions are in the states, a cache is never there.
-UNDERSTOOD = {
+# Keywords that `causal_attention` obeys or may ignore: positions are in the states already, and there is never a cache.
+KNOWN = {
     "scaling", "dropout", "sliding_window", "softcap", "is_causal", "position_ids", "cache_position", "packing",
 }  # fmt: skip
 
 
 class Layer(NamedTuple):
-    """What decides who computes a layer's attention."""
+    """The properties of a layer's attention that select its path."""
 
     width: int  # of a query and a key
     value_width: int
@@ -41,17 +42,17 @@ class Layer(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a module asked of `causal_attention`."""
+    """A module's call of `causal_attention`."""
 
     module: torch.nn.Module
     layer: Layer
     heads: int  # of the queries
     causal: bool
-    foreign: set[str]  # arguments that are set and would be ignored
-    packed: bool  # told of documents
+    unknown: set[str]  # arguments that are set and would be ignored
+    packed: bool  # whether it was given documents
 
 
-def path(layer: Layer, length: int, packed: bool, dtype: torch.dtype, device: torch.device) -> str:
+def choose_path(layer: Layer, length: int, packed: bool, dtype: torch.dtype, device: torch.device) -> str:
     windowed = layer.window is not None and layer.window < length
     if not packed and not windowed and layer.softcap is None:
         return "sdpa"
@@ -60,55 +61,55 @@ def path(layer: Layer, length: int, packed: bool, dtype: torch.dtype, device: to
     flash = layer.width == layer.value_width <= 256 and layer.width % 8 == 0 and dtype != torch.float32
     if flash and layer.softcap is None and torch.version.hip is None:
         return "varlen"
-    return "flex" if min(layer.width, layer.value_width) >= 16 else "tiled"  # what its matrix products need
+    return "flex" if min(layer.width, layer.value_width) >= 16 else "tiled"  # the minimum of its matrix products
 
 
 def causal_attention(
     module, query, key, value, attention_mask, sliding_window=None, softcap=None, packing=None, scaling=None, **kwargs
 ):
-    """`packing` is None where a row is one text."""
-    assert attention_mask is None, "transformers has no mask function for our name, and made a mask"
+    """`packing` is None if a row is one text."""
+    assert attention_mask is None, "transformers has no mask function for our name, but made a mask"
     rows, _, length, width = query.shape
     layer = Layer(width, value.shape[-1], sliding_window, softcap)
-    way = path(layer, length, packing is not None, query.dtype, query.device)
-    if way == "sdpa":
+    path = choose_path(layer, length, packing is not None, query.dtype, query.device)
+    if path == "sdpa":
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
     packing = packing or whole_rows(rows, length, query.device)
     window = sliding_window if sliding_window is not None and sliding_window < length else None
-    return PATHS[way](query, key, value, packing, window, scaling, softcap), None
+    return PATHS[path](query, key, value, packing, window, scaling, softcap), None
 
 
-def told_of(packing: Packing | None) -> dict:
-    """What a body's forward is given, so that its positions restart and its attention knows why."""
+def packing_arguments(packing: Packing | None) -> dict:
+    """The keywords of a body's forward that restart its positions and tell its attention of the documents."""
     return {} if packing is None else {"position_ids": packing.positions_BT, "packing": packing}
 
 
 def describe(mode: str, models: dict[str, Iterable[Layer]], length: int, dtype: torch.dtype, device) -> str:
-    """The log's line."""
-    ways = {
-        side: sorted({path(layer, length, mode == "document", dtype, device) for layer in layers})
+    """The line for the log."""
+    paths = {
+        side: sorted({choose_path(layer, length, mode == "document", dtype, device) for layer in layers})
         for side, layers in models.items()
     }
     return f"attention: {mode} on {device_name(device)}, " + ", ".join(
-        f"{s} by {' and '.join(w)}" for s, w in ways.items()
+        f"{s} by {' and '.join(p)}" for s, p in paths.items()
     )
 
 
 @contextlib.contextmanager
-def watched():
-    """The calls of `causal_attention` while a model is tried; outside, nothing stands between it and the layers."""
+def recorded_calls():
+    """The calls of `causal_attention` inside the context, for a trial of a model; outside it nothing is recorded."""
     calls: list[Call] = []
 
-    def note(module, query, key, value, attention_mask, **kwargs):
+    def record(module, query, key, value, attention_mask, **kwargs):
         given = {name for name, value in kwargs.items() if value is not None and value is not False}
         given |= {"attention_mask"} if attention_mask is not None else set()
         asked = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if asked is None else asked
         layer = Layer(query.shape[-1], value.shape[-1], kwargs.get("sliding_window"), kwargs.get("softcap"))
-        calls.append(Call(module, layer, query.shape[1], bool(causal), given - UNDERSTOOD, "packing" in given))
+        calls.append(Call(module, layer, query.shape[1], bool(causal), given - KNOWN, "packing" in given))
         return causal_attention(module, query, key, value, None, **kwargs)
 
-    AttentionInterface.register(NAME, note)
+    AttentionInterface.register(NAME, record)
     try:
         yield calls
     finally:

@@ -1,7 +1,7 @@
-"""Three ways to attend to a part of the past, none of which holds a [T, T] tensor; attention.py says which is taken.
+"""Three ways to attend to a part of the past; none holds a [T, T] tensor. attention.py selects one.
 
-A query sees the tokens of its own document up to itself, and of these the `window` newest. All ways take [B, H, T, D]
-with key heads that several query heads may share, and return [B, T, H, D].
+A query sees the tokens of its own document up to itself, and only the `window` newest of them. All three take [B, H, T, D],
+where several query heads may share a key head, and return [B, T, H, D].
 """
 
 import functools
@@ -15,25 +15,25 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from ted_scale.data.packing import Packing
 
-BLOCK = 128  # of flex attention: tokens a side
-TILE = 256  # queries that `tiled` takes at a time where it needs a mask or whole scores
-# torch 2.11 takes shared key heads as they are; later ones want to be told.
+BLOCK = 128  # tokens a side of a block of flex attention
+TILE = 256  # queries that `tiled` computes at once where it needs a mask or whole scores
+# Later versions than torch 2.11 need a flag for shared key heads.
 SHARED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def varlen(query, key, value, packing: Packing, window=None, scaling=None, softcap=None):
-    """Flash attention over all documents of a batch at once. It knows no soft-cap."""
+    """Flash attention over all documents of a batch at once. It has no soft-cap."""
     assert softcap is None
     rows, _, length, _ = query.shape
     flat = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     borders, longest = packing.borders, packing.longest
-    sides = (-1 if window is None else window - 1, 0)  # tokens before and behind the query
+    sides = (-1 if window is None else window - 1, 0)  # tokens before and after the query
     out = varlen_attn(*flat, borders, borders, longest, longest, scale=scaling, window_size=sides, **SHARED_HEADS)
     return out.unflatten(0, (rows, length))
 
 
 def flex(query, key, value, packing: Packing, window=None, scaling=None, softcap=None):
-    """Flex attention, compiled: blocks of 128 x 128 in which nobody sees anybody are never computed."""
+    """Flex attention, compiled: blocks of 128 x 128 in which no query sees a key are never computed."""
 
     def capped(score, *_):
         return torch.tanh(score / softcap) * softcap
@@ -47,16 +47,17 @@ def flex(query, key, value, packing: Packing, window=None, scaling=None, softcap
 
 @functools.cache
 def compiled_flex():
-    """One compilation a shape, cap and gradient mode: two models with two kinds of layers, trained and validated, are more
-    than the 8 that dynamo allows, behind which it would run unfused, or refuse, as it is told here."""
+    """One compilation for each shape, cap and gradient mode. Two models with two kinds of layers, trained and validated, need
+    more than dynamo's limit of 8. Beyond it flex attention would run unfused or, with fullgraph, raise an error."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-@functools.lru_cache(maxsize=4)  # every layer of both models asks for the same one or two of a micro-batch
+@functools.lru_cache(maxsize=4)  # all layers of both models share one or two masks of a micro-batch
 def block_mask(positions_BT: torch.Tensor, window: int | None) -> BlockMask:
-    """What torch's create_block_mask would find in a [T, T] mask, from the oldest token that each query sees: in a row of
-    documents that never falls, so a block of queries sees a range of blocks, and all of those behind its last query's."""
+    """The same result as torch's create_block_mask, without its [T, T] mask: it follows from the oldest token that each query
+    sees. Along a row of documents that token never decreases, so a block of queries sees one range of blocks. It sees all of a
+    block that begins at or after its last query's oldest token."""
     length = positions_BT.shape[1]
     token = torch.arange(length, device=positions_BT.device)
     oldest_BT = token - positions_BT
@@ -67,7 +68,7 @@ def block_mask(positions_BT: torch.Tensor, window: int | None) -> BlockMask:
     first, last = number * BLOCK, (number * BLOCK + BLOCK - 1).clamp(max=length - 1)
     nearest = (oldest_BT[:, first] // BLOCK)[:, None, :, None]
     whole_from = ((oldest_BT[:, last] + BLOCK - 1) // BLOCK)[:, None, :, None]
-    complete = first + BLOCK <= length  # torch has it so, too: what is cut off is not whole
+    complete = first + BLOCK <= length  # as in torch: a block that is cut off is not whole
     whole = (number >= whole_from) & (number < number[:, None]) & complete[:, None]
     part = (number >= nearest) & (number <= number[:, None]) & ~whole
 
@@ -80,20 +81,20 @@ def block_mask(positions_BT: torch.Tensor, window: int | None) -> BlockMask:
 
 
 def in_order(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(how many blocks a block of queries sees, their numbers first) of a bool [B, 1, blocks, blocks]."""
+    """(count of the blocks that a block of queries sees, all block numbers with these first) of a bool [B, 1, blocks, blocks]"""
     numbers = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(dim=-1, dtype=torch.int32), numbers.to(torch.int32)
 
 
 def tiled(query, key, value, packing: Packing, window=None, scaling=None, softcap=None):
-    """Document by document: SDPA where all of it is seen, else tiles of queries against the keys that they see."""
+    """Document by document: SDPA where a query sees all before it, else tiles of queries against the keys that they see."""
     tiles = list(tiles_of(packing, query.shape[2], window, softcap))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return Tiled.apply(query, key, value, tiles, (window, scaling, softcap)).transpose(1, 2).contiguous()
 
 
 def tiles_of(packing: Packing, row_length: int, window, softcap) -> Iterator[tuple[int, int, int, int]]:
-    """(row, first query, one past the last, first key that one of them sees)."""
+    """(row, first query, one past the last query, first key that one of them sees)"""
     begin = 0
     for length in packing.lengths:
         row, start = divmod(begin, row_length)
@@ -106,7 +107,7 @@ def tiles_of(packing: Packing, row_length: int, window, softcap) -> Iterator[tup
 
 
 class Tiled(torch.autograd.Function):
-    """Computes a tile again for its gradient, so that neither scores nor slices of it outlive it."""
+    """Computes each tile again for its gradient, so that its scores and slices are freed after the forward."""
 
     @staticmethod
     def forward(ctx, query, key, value, tiles, settings):
@@ -121,7 +122,7 @@ class Tiled(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
-        (tiles, settings), saved = ctx.work, ctx.saved_tensors  # read once: a recomputed block allows no more
+        (tiles, settings), saved = ctx.work, ctx.saved_tensors  # read once: a checkpointed block allows one read only
         gradients = [torch.zeros_like(t) for t in saved]
         for tile in tiles:
             queries, keys = slices(tile)
@@ -143,7 +144,7 @@ def slices(tile):
 
 
 def attend(query, key, value, window, scaling, softcap):
-    """The last queries of a stretch of keys: [1, H, Q, D] against [1, G, K, D]."""
+    """[1, H, Q, D] against [1, G, K, D]; the queries are those of the last Q keys."""
     groups, count, total = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if softcap is None and count == total and (window is None or total <= window):

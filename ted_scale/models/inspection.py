@@ -1,9 +1,8 @@
-"""What a Hugging Face causal LM is made of, learnt from its config alone: no weights, no process group.
+"""Finds the parts of a Hugging Face causal LM from its config alone: no weights, no process group.
 
-The model is built on the meta device and run once: the run shows which module is the body, where its blocks are, what
-is applied after the last block (the tail) and what happens to the logits. Nothing is guessed from a family's name.
-Block k's state is the output of block k, counted from 0, before the tail: not `hidden_states[k]`, whose last entry is
-behind the final norm in most families. No code that comes with a model is run (docs/security.md).
+The model is built on the meta device and run once. The run shows which module is the body, where its blocks are, which
+modules come after the last block (the tail) and what the family does to its logits. Nothing is guessed from a family's
+name. No code that comes with a model is run (docs/security.md).
 """
 
 import contextlib
@@ -11,18 +10,18 @@ import logging
 import os
 from pathlib import Path
 
-from ted_scale.models.anatomy import Anatomy, soften
-
 os.environ.setdefault(
     "USE_HUB_KERNELS", "NO"
-)  # kernels from the hub are programs; transformers reads this at its import
+)  # kernels from the hub are programs; transformers reads this when it is imported
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ted_scale.base.errors import UserError, shown
 from ted_scale.data.packing import whole_rows
+from ted_scale.kernels.formulas.logits import soften
 from ted_scale.models import attention
+from ted_scale.models.anatomy import Anatomy
 from ted_scale.storage.hub import find_folder
 
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -33,12 +32,12 @@ PROBE_LOGITS = torch.tensor([-40.0, -3.0, -0.5, 0.0, 1.0, 7.0, 55.0])
 def read_config(key: str, folder: Path):
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers has many, and each family checks its own keys
+    except Exception as error:  # transformers raises many kinds, and each family checks its own keys
         reason = " ".join(str(error).split("\n", 2)[:2]).strip()
         if "trust_remote_code" in str(error):
             reason = (
-                "its model_type is none that transformers has, and code that comes with a model is not run; name a model in "
-                "a format that transformers has itself"
+                "transformers does not know its model_type, and code that comes with a model is not run; choose a model that "
+                "transformers supports itself"
             )
         raise UserError(
             f"{key} must hold the config.json of a known model family, but {folder} does not: {reason}"
@@ -55,12 +54,12 @@ def read_config(key: str, folder: Path):
         raise UserError(f"{key} must be a dense model for now, but {folder} has {experts} experts; choose a dense one")
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)  # distillation compares states: what one side dropped would count as distance
+            setattr(config, name, 0.0)  # distillation compares states: dropout would add to their distance
     return config
 
 
 def empty_model(config, dtype=None):
-    """The family's module tree under the caller's device context, without running its weight initialization."""
+    """The family's modules on the caller's device, without weight initialization."""
     from transformers.initialization import no_init_weights
 
     with quiet_transformers(), no_init_weights():
@@ -74,7 +73,7 @@ def empty_model(config, dtype=None):
 
 @contextlib.contextmanager
 def quiet_transformers():
-    """A new model has no generation config yet; transformers prints a page about it."""
+    """transformers logs a long warning about a model without a generation config."""
     logger = logging.getLogger("transformers")
     level, _ = logger.level, logger.setLevel(logging.ERROR)
     try:
@@ -84,11 +83,11 @@ def quiet_transformers():
 
 
 def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
-    """Learn a model's anatomy; `key` is the run file's name for it, for the sentences."""
+    """The anatomy of a model; error messages name it by `key`, its key in the run file."""
     folder = find_folder(key, path)
     if needs_weights and not any(folder.glob("*.safetensors")):
         quantized = any(folder.glob("*.gguf"))
-        out = "name the model that its GGUF is made of" if quantized else "save the model with save_pretrained"
+        out = "choose the model from which the GGUF was made" if quantized else "save the model with save_pretrained"
         raise UserError(f"{key} must hold *.safetensors weights, but {folder} has none; {out}")
     config = read_config(key, folder)
     model, order, logits, calls = run_once(key, folder, config)
@@ -126,66 +125,65 @@ def size_of(module) -> int:
 
 
 def matrices(model, head) -> int:
-    """Elements of what is multiplied with every token's state; an embedding is looked up."""
+    """Elements of all matrices that multiply every token's state; an embedding is a look-up."""
     products = [m for m in model.modules() if m is not head and not isinstance(m, torch.nn.Embedding)]
     return sum(p.numel() for m in products for p in m.parameters(recurse=False) if p.dim() > 1)
 
 
 def run_once(key: str, folder: Path, config):
-    """(model without weights, what `trace` saw of it, its calls of our attention); what any family's code raises here
-    becomes one sentence."""
+    """(model without weights, the results of `trace`, its calls of our attention). Whatever exception a family's code raises
+    here becomes one error message."""
     try:
         with torch.device("meta"):
             model = empty_model(config)
-        with attention.watched() as calls:
+        with attention.recorded_calls() as calls:
             return model, *trace(model), calls
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if attention.NAME in reason:
-            reason = "its attention is not behind transformers' attention interface"
+            reason = "it does not use transformers' attention interface"
         raise UserError(
             f"{key} must be a decoder-only causal LM, but {folder} ({config.model_type}) is not: {reason}"
         ) from None
 
 
 def blocks_apart(model, body: str, blocks: str) -> int:
-    """Blocks that can keep documents apart: attention that is told of them is all that mixes tokens in them. Recurrent
-    layers carry a state over a border, and have a convolution over time; some families lose the keyword."""
-    with attention.watched() as calls, torch.no_grad(), contextlib.suppress(Exception):
+    """How many blocks can keep documents apart. In such a block only attention mixes tokens, and it receives the documents.
+    Recurrent layers do not count: they carry a state over a border (and have a convolution over time). Some families drop
+    the keyword."""
+    with attention.recorded_calls() as calls, torch.no_grad(), contextlib.suppress(Exception):
         tokens = torch.zeros(1, 4, dtype=torch.long, device="meta")
-        documents = attention.told_of(whole_rows(1, 4, tokens.device))
+        documents = attention.packing_arguments(whole_rows(1, 4, tokens.device))
         model.get_submodule(body)(input_ids=tokens, use_cache=False, **documents)
-    told = {call.module: call.packed for call in calls}
+    received = {call.module: call.packed for call in calls}
 
     def apart(block) -> bool:
-        asked = [told[m] for m in block.modules() if m in told]
+        asked = [received[m] for m in block.modules() if m in received]
         return bool(asked) and all(asked) and not any(isinstance(m, torch.nn.Conv1d) for m in block.modules())
 
     return sum(apart(block) for block in model.get_submodule(blocks))
 
 
 def check_attention(key: str, config, calls: list[attention.Call]) -> None:
-    """No mask is handed to a family: whose attention is not ours, or is asked for more than ours does, runs wrongly."""
+    """A family gets no mask. It would give wrong results with another attention, or with keywords that ours ignores."""
     family = config.model_type
     if not calls:
         raise UserError(
-            f"{key} must be a causal LM whose attention is behind transformers' attention interface, but {family}'s is "
-            "not; choose another family"
+            f"{key} must be a causal LM that uses transformers' attention interface, but {family} does not; choose "
+            "another family"
         )
     if not all(call.causal for call in calls):
+        raise UserError(f"{key} must be a causal LM, but {family} lets every token see later ones; choose a decoder")
+    unknown = set().union(*(call.unknown for call in calls))
+    if unknown:
         raise UserError(
-            f"{key} must be a causal LM, but {family} lets every token see the ones after it; choose a decoder"
-        )
-    foreign = set().union(*(call.foreign for call in calls))
-    if foreign:
-        raise UserError(
-            f"{key} must have attention of queries, keys and values alone, but {family}'s takes {min(foreign)}, which is "
+            f"{key} must have attention of queries, keys and values alone, but {family}'s takes {min(unknown)}, which is "
             "not known here; choose another family"
         )
 
 
 def check_way_to_head(key: str, model, after: list[str], body: str) -> None:
-    """The output projection must read the body's output as it is, for only the tail is applied to filtered states."""
+    """The output projection must read the body's output directly, because filtered states go through the tail only."""
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     between = [n for n in after[: after.index(head)] if not body.startswith(f"{n}.")]
     if between:
@@ -196,7 +194,7 @@ def check_way_to_head(key: str, model, after: list[str], body: str) -> None:
 
 
 def logit_settings(key: str, config, logits: torch.Tensor) -> tuple[float | None, float]:
-    """(soft-cap, scale) from the config, if they explain what the family made of PROBE_LOGITS."""
+    """(soft-cap, scale) from the config, if they give the family's own result for PROBE_LOGITS."""
     softcap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     if torch.allclose(logits.float().flatten(), soften(PROBE_LOGITS, softcap, scale), rtol=1e-4, atol=1e-5):
@@ -207,7 +205,7 @@ def logit_settings(key: str, config, logits: torch.Tensor) -> tuple[float | None
 
 
 def trace(model) -> tuple[list[str], torch.Tensor]:
-    """Module names in the order they finish, and what the family makes of PROBE_LOGITS put in the head's place."""
+    """(module names in the order in which they finish, the family's logits where PROBE_LOGITS replace the head's output)"""
     order: list[str] = []
     names = {module: name for name, module in model.named_modules()}
     hooks = [m.register_forward_hook(lambda module, *_: order.append(names[module])) for m in names]

@@ -1,7 +1,7 @@
 """Write a Hugging Face model folder: safetensors shards, one at a time, and the small files beside them.
 
-What a tensor holds and how it is read is the caller's part: each comes as a recipe and is made when its turn comes,
-so one shard is all that is in memory. The surprise: all is written to OUT.part, which gets its name when it is whole.
+The caller describes each tensor by a recipe, which is executed when its shard is written. So only one shard is in memory.
+Everything is written to OUT.part, which is renamed to OUT when it is complete.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class Recipe(NamedTuple):
 
 
 def saved_tensors(model) -> dict[str, torch.Tensor]:
-    """Name → parameter or buffer as a model's files hold them: tied ones once, under the first of their names."""
+    """Name → parameter or buffer, as in a model's files: a tied tensor once, under its first name."""
     first = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         first.setdefault(id(tensor), (name, tensor))
@@ -48,7 +48,7 @@ def saved_tensors(model) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def new_folder(out: Path, *, overwrite: bool, sources: Iterable[Path] = ()):
-    """A folder to fill, which becomes `out` if all goes well and vanishes if not."""
+    """A folder to fill. It is renamed to `out` at the end, or deleted after an error."""
     out = Path(out).resolve()
     check_out(out, overwrite, sources)
     part = out.with_name(out.name + PART)
@@ -80,7 +80,7 @@ def check_out(out: Path, overwrite: bool, sources: Iterable[Path]) -> None:
 
 
 def write_shards(folder: Path, recipes: Iterable[Recipe], limit: float) -> int:
-    """Write the tensors in files of at most `limit` bytes (one tensor at least) and their index; returns all bytes."""
+    """Write the tensors in files of at most `limit` bytes (or one tensor) and their index; returns the size of all."""
     shards = split(recipes, limit)
     places = {}
     for number, shard in enumerate(shards, 1):
@@ -108,12 +108,14 @@ def write_shard(path: Path, shard: list[Recipe]) -> None:
     tensors = {recipe.name: recipe.make() for recipe in shard}
     for recipe in shard:
         made = tensors[recipe.name]
-        assert (made.dtype, tuple(made.shape)) == (recipe.dtype, recipe.shape), f"not as its recipe says: {recipe.name}"
+        assert (made.dtype, tuple(made.shape)) == (recipe.dtype, recipe.shape), (
+            f"differs from its recipe: {recipe.name}"
+        )
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from None
-    path.chmod(0o644)  # the library makes it readable to its owner only
+    path.chmod(0o644)  # the library lets only the owner read it
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -121,8 +123,8 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def check_link(folder: Path, path: Path) -> None:
-    """A folder that came from elsewhere may hold a link to a file of this user's, which a copy would publish. The hub's
-    snapshots are links into the folder that holds them."""
+    """A downloaded folder may hold a link to a private file of this user, which a copy would publish. Snapshots of the hub
+    are links, too, but into the folder above them."""
     root = folder.resolve()
     root = root.parents[1] if root.parent.name == "snapshots" else root
     if not path.resolve().is_relative_to(root):
@@ -132,7 +134,7 @@ def check_link(folder: Path, path: Path) -> None:
 
 
 def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> int:
-    """Copy what is there of `patterns`; returns how many files that is."""
+    """Copy the files that match `patterns`; returns their number."""
     source = Path(source)
     found = {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}
     for path in found:

@@ -1,5 +1,4 @@
-"""Do two models, and a corpus and a model, mean the same text by the same token id? Training is noise where they do
-not."""
+"""Checks that two models, or a corpus and a model, have the same tokenizer: otherwise training learns noise."""
 
 from pathlib import Path
 
@@ -9,11 +8,11 @@ from ted_scale.corpora.tokenizer import digest, hugging_face, load_tokenizer
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import quiet_transformers
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+COMPARED_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def check_same_tokenizer(student: Anatomy, teacher: Anatomy) -> None:
-    """Vocabularies may be padded to different sizes; an id that both have must be the same token."""
+    """Vocabularies may be padded to different sizes; an id in both must be the same token."""
     if same_file(student.folder, teacher.folder):
         return
     vocabularies = [read_vocabulary(a.folder) for a in (student, teacher)]
@@ -31,7 +30,7 @@ def check_same_tokenizer(student: Anatomy, teacher: Anatomy) -> None:
 
 
 def check_corpus_tokenizer(indices: list[ShardIndex], student: Anatomy) -> None:
-    """Ids of another tokenizer are in range as well, so only the digests in the sidecars tell; who has none passes."""
+    """Ids of another tokenizer are also in range, so only the digests in the sidecars show it. A corpus without one passes."""
     written = tokenizer_of("data.corpora", indices)
     if not written:
         return
@@ -51,8 +50,8 @@ def student_tokenizer(folder: Path):
 
 
 def same_file(*folders: Path) -> bool:
-    """A quick yes: one of the tokenizer's files is byte for byte the same."""
-    for name in TOKENIZER_FILES:
+    """A fast test: whether the first of the tokenizer's files that both have is the same, byte for byte."""
+    for name in COMPARED_FILES:
         paths = [folder / name for folder in folders]
         if all(p.is_file() for p in paths):
             try:
@@ -63,7 +62,7 @@ def same_file(*folders: Path) -> bool:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return any((folder / name).is_file() for name in COMPARED_FILES)
 
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:

@@ -1,7 +1,7 @@
-"""A network's weights: each rank's shard straight from safetensors, or drawn at random.
+"""A network's weights: each rank's shard straight from safetensors, or random.
 
-Transformers' own loader merges all files on rank 0 first. Here every rank reads only the rows it keeps: peak host
-memory is one rank's part, whatever the size of the model.
+Transformers' own loader merges all files on rank 0 first. Here every rank reads only the rows that it keeps, so that the
+peak of host memory is one rank's part of the model.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from ted_scale.base.errors import UserError
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import empty_model, read_config
-from ted_scale.models.zero import is_sharded, own_part, own_range, shape_of, sharded_construction
+from ted_scale.models.zero import is_sharded, shape_of, shard_range, sharded_construction, without_padding
 
 
 def build_network(anatomy: Anatomy, *, ds_config: dict | None, dtype, init: str = "weights", seed: int = 0):
-    """The causal LM, sharded as it is made where `ds_config` is given, holding its folder's or fresh random weights."""
+    """The causal LM with its folder's weights or random ones; with `ds_config`, it is sharded while it is constructed."""
     config = read_config("model", anatomy.folder)
     with sharded_construction(ds_config, overrides=()) as context:
         network = empty_model(config, dtype)
@@ -31,8 +31,8 @@ def build_network(anatomy: Anatomy, *, ds_config: dict | None, dtype, init: str 
 
 
 def draw_weights(network, seed: int) -> None:
-    """The family's own initialization, module by module, drawn on rank 0 so that it is the same on any number of
-    ranks."""
+    """The family's own initialization, module by module. Rank 0 draws the numbers, so that they do not depend on the number
+    of ranks."""
     torch.manual_seed(seed)
     for module in network.modules():
         own = list(module.parameters(recurse=False))
@@ -42,7 +42,7 @@ def draw_weights(network, seed: int) -> None:
 
 
 def writable(parameters):
-    """Like `gathered`, and what rank 0 writes is what every rank keeps."""
+    """Like `gathered`; afterwards every rank has the values that rank 0 wrote."""
     if not any(is_sharded(p) for p in parameters):
         return contextlib.nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
@@ -51,11 +51,11 @@ def writable(parameters):
 
 
 def load_weights(network, folder: Path) -> None:
-    """Fill `network` from the folder's safetensors; names are mapped as transformers maps them."""
+    """Fill `network` from the folder's safetensors; names are mapped as in transformers."""
     targets = dict(network.named_parameters(remove_duplicate=False))
     kept = network.state_dict()
     targets |= {name: buffer for name, buffer in network.named_buffers() if name in kept}
-    owners = {}  # a tied tensor stands in the file under any of its names
+    owners = {}  # a tied tensor is in the file under any of its names
     for name, tensor in targets.items():
         owners.setdefault(id(tensor), name)
     filled = set()
@@ -71,7 +71,7 @@ def load_weights(network, folder: Path) -> None:
 
 
 def load_file(file: Path, targets: dict, rename=lambda name: name) -> set[str]:
-    """Copy this rank's part of every known tensor of one file; returns the names that were filled."""
+    """Copy this rank's part of every known tensor in one file; returns the names that were filled."""
     filled = set()
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -103,8 +103,7 @@ def renamer(network, targets):
 
 @torch.no_grad()
 def fill(parameter, source, what: str) -> None:
-    """Write `source` (a safetensors slice) into a parameter: this rank's shard of it, or the whole where it is
-    whole."""
+    """Write `source` (a safetensors slice) into a parameter: this rank's shard, or all of a parameter that is not sharded."""
     shape = tuple(source.get_shape())
     if shape != shape_of(parameter):
         raise UserError(
@@ -113,8 +112,8 @@ def fill(parameter, source, what: str) -> None:
     if not is_sharded(parameter):
         parameter.data.copy_(source[:] if shape else source[...])
         return
-    first, last = own_range(parameter)
-    own_part(parameter, parameter.ds_tensor.data).copy_(flat_range(source, shape, first, last))
+    first, last = shard_range(parameter)
+    without_padding(parameter, parameter.ds_tensor.data).copy_(flat_range(source, shape, first, last))
 
 
 def flat_range(source, shape, first: int, last: int) -> torch.Tensor:

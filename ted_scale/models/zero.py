@@ -1,8 +1,6 @@
-"""ZeRO-3's view of a parameter: build sharded, fill each rank's shard straight from safetensors, gather to read.
+"""Parameters under ZeRO-3: construct them sharded, find a rank's shard, gather them to read.
 
-Transformers' own loader merges all files on rank 0 first. Here every rank reads only the rows it keeps: peak host
-memory is one rank's part, whatever the size of the model. Everything works on plain (unsharded) parameters too, which
-is what tools, tests and a single process without DeepSpeed have.
+Everything also works on plain parameters, for tools, tests and a process without DeepSpeed.
 """
 
 import contextlib
@@ -20,29 +18,29 @@ def shape_of(parameter) -> tuple[int, ...]:
     return tuple(parameter.ds_shape if is_sharded(parameter) else parameter.shape)
 
 
-def ask(parameters, *, whole: bool = False) -> None:
-    """Begin to gather `parameters` for the next `gathered` of them, until when no hook of DeepSpeed's gives them back. A
-    collective under ZeRO-3; nobody waits for it here, unless they must be `whole` at once."""
+def start_gather(parameters, *, wait: bool = False) -> None:
+    """Start to gather `parameters`, in the background unless `wait`. They stay whole until the next `gathered` of them ends:
+    DeepSpeed's hooks do not release them before. Under ZeRO-3 this is a collective."""
     absent = [p for p in dict.fromkeys(parameters) if is_sharded(p) and p.ds_status.name == "NOT_AVAILABLE"]
     if absent:
         handle = absent[0].all_gather_coalesced(absent)
         for parameter in absent:
-            parameter.asked = handle
-            parameter.ds_active_sub_modules.add("asked")
-        if whole:
+            parameter.gather_handle = handle
+            parameter.ds_active_sub_modules.add("start_gather")
+        if wait:
             handle.wait()
 
 
 @contextlib.contextmanager
 def gathered(parameters):
-    """Whole values of `parameters` inside the context, shards again after it; the device alone waits, never the host."""
+    """Whole values of `parameters` inside the context, shards again after it. Only the device waits, never the host."""
     parameters = list(dict.fromkeys(parameters))
-    ask(parameters)
-    ours = [p for p in parameters if getattr(p, "asked", None) is not None]
+    start_gather(parameters)
+    ours = [p for p in parameters if getattr(p, "gather_handle", None) is not None]
     for parameter in ours:
-        parameter.asked.wait()
-        parameter.asked = None
-        parameter.ds_active_sub_modules.discard("asked")
+        parameter.gather_handle.wait()
+        parameter.gather_handle = None
+        parameter.ds_active_sub_modules.discard("start_gather")
     try:
         yield
     finally:
@@ -52,9 +50,9 @@ def gathered(parameters):
 
 @contextlib.contextmanager
 def sharded_construction(ds_config: dict | None, overrides: tuple | None = None):
-    """DeepSpeed would make every tensor on the device and in the training type, buffers and what they are worked out from as
-    well: rotary frequencies in bf16. Without `overrides` a family makes its own as it means them, on the CPU, and only
-    parameters are on the device from the start."""
+    """DeepSpeed would create every tensor on the device and in the training type, also buffers and their inputs: rotary
+    frequencies would be bf16. With `overrides=()` only parameters are created on the device; all other tensors are created on
+    the CPU in the family's own type."""
     if ds_config is None:
         yield None
         return
@@ -64,12 +62,12 @@ def sharded_construction(ds_config: dict | None, overrides: tuple | None = None)
     chosen = {} if overrides is None else {"tensor_overrides": overrides}
     context = deepspeed.zero.Init(config_dict_or_path=ds_config, **chosen)
     context._zero_init_param = partial(shard, context)
-    with context, contextlib.nullcontext() if overrides is None else EmptyOn(context.local_device):
+    with context, contextlib.nullcontext() if overrides is None else EmptyOnDevice(context.local_device):
         yield context
 
 
-class EmptyOn(TorchFunctionMode):
-    """torch.empty, of which parameters are made, on a device; all else stays where it is made."""
+class EmptyOnDevice(TorchFunctionMode):
+    """Puts the result of torch.empty on a device, for parameters are created by it. Other functions are not changed."""
 
     def __init__(self, device):
         super().__init__()
@@ -83,38 +81,30 @@ class EmptyOn(TorchFunctionMode):
 
 
 def shard(context, parameter) -> None:
-    """Without DeepSpeed's broadcast of every whole tensor from rank 0: what is not read from a file afterwards is drawn
-    from the same seed on every rank. A whole tensor's memory is thus never even touched."""
+    """DeepSpeed would broadcast every whole tensor from rank 0. That is not needed: every value is later read from a file, or
+    drawn from the same seed on every rank. So the memory of a whole tensor is never touched."""
     context._convert_to_deepspeed_param(parameter)
     parameter.partition()
 
 
-def own_range(parameter) -> tuple[int, int]:
-    """The elements of the flattened tensor that this rank's shard holds."""
+def shard_range(parameter) -> tuple[int, int]:
+    """The range of the flattened tensor that this rank's shard holds."""
     size = parameter.ds_tensor.numel()
     first = min(torch.distributed.get_rank(parameter.ds_process_group) * size, parameter.ds_numel)
     return first, min(first + size, parameter.ds_numel)
 
 
-def own_part(parameter, shard) -> torch.Tensor:
-    """A shard (of the parameter, its gradient, its master) without what pads it: that is never set."""
-    first, last = own_range(parameter)
+def without_padding(parameter, shard) -> torch.Tensor:
+    """A shard (of the parameter, its gradient, its master) without its padding, which is never set."""
+    first, last = shard_range(parameter)
     return shard.flatten()[: last - first]
 
 
 def forget_gradients(module) -> None:
-    """ZeRO-3 keeps a parameter's last gradient until a new one comes: without this an unused parameter would count in
+    """ZeRO-3 keeps a parameter's last gradient until there is a new one. Without this, an unused parameter would count in
     the gradient norm for ever."""
     from deepspeed.utils import safe_set_local_grad
 
     for parameter in module.parameters():
         if is_sharded(parameter) and parameter.requires_grad:
             safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
-
-
-def resident_share(module) -> float:
-    """Elements of this rank's parameters, gathered ones and shards alike, as a share of the whole module's."""
-    parameters = list(module.parameters())
-    whole = sum(torch.Size(shape_of(p)).numel() for p in parameters)
-    here = sum(p.data.numel() + (p.ds_tensor.numel() if is_sharded(p) else 0) for p in parameters)
-    return here / whole

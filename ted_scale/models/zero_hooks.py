@@ -1,8 +1,8 @@
-"""DeepSpeed's hooks made lean: what they do for others and need not do here, and what they would get wrong.
+"""Changes to DeepSpeed's hooks: work that is not needed here is removed, and one error is corrected.
 
-Everything here reaches into DeepSpeed 0.19.8 and is held by tests/test_distributed.py -k asks, which counts what a micro-step
-waits for and sends. The surprise: which weights stay whole until backward is remembered for ever, also from a pass that had
-no backward. A validation before the first step thus had every later backward gather each weight again, when it was needed.
+Everything here uses internals of DeepSpeed 0.19.8. tests/test_distributed.py -k asks guards it: the test counts waits and
+collectives of a micro-step. DeepSpeed remembers for ever which weights stay whole until backward, also from a pass without a
+backward. So after a validation before the first step, every backward gathered each weight again, at the moment of its use.
 """
 
 import functools
@@ -12,25 +12,25 @@ import torch.distributed as dist
 from torch import nn
 
 
-def blocks_at_once(blocks) -> None:
-    """A block's weights are asked for together, by one hook: call it before the engine is made."""
+def gather_whole_blocks(blocks) -> None:
+    """One hook gathers all weights of a block together. Call it before the engine is created."""
     from deepspeed.utils import set_z3_leaf_module
 
     for block in blocks:
         set_z3_leaf_module(block, True)
 
 
-def never_backward(engine, module: nn.Module) -> None:
-    """Of `module`, which has no gradient of its own, nothing is gathered in backward, and no tensor goes through its hooks."""
+def drop_backward_hooks(engine, module: nn.Module) -> None:
+    """For a frozen `module`: backward gathers none of its weights and passes no tensor through its hooks."""
     theirs = {id(hooks) for m in module.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)}
-    for hook in offload_of(engine).backward_hooks:
+    for hook in hook_owner(engine).backward_hooks:
         if id(hook.hooks_dict_ref()) in theirs:
             hook.remove()
 
 
-def quick_signatures(engine) -> None:
-    """torch inspects a function's signature at each of its calls, here two a tensor and module, and one a linear layer: an
-    answer at hand is quick."""
+def cache_signatures(engine) -> None:
+    """torch inspects a function's signature at every call: two calls for each tensor of a module, one for each linear layer.
+    A stored signature saves that time."""
     from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 
     hooks = [getattr(m, name, None) for m in engine.module.modules() for name in ("pre_bwd_fn", "post_bwd_fn")]
@@ -38,22 +38,22 @@ def quick_signatures(engine) -> None:
         function.forward.__signature__ = inspect.signature(function.forward)
 
 
-def offload_of(engine):
-    """What owns the hooks: a frozen model's optimizer is nothing else."""
+def hook_owner(engine):
+    """The object that owns the hooks. In the engine of a frozen model, `optimizer` is that object itself."""
     return getattr(engine.optimizer, "parameter_offload", engine.optimizer)
 
 
 def destroy(engine) -> None:
-    """The engine and all that it holds, where DeepSpeed keeps the module in a list of its own for ever."""
+    """Frees the engine and its tensors. DeepSpeed keeps every module in a global list, from which this one is removed."""
     from deepspeed.runtime.zero import parameter_offload
 
     engine.destroy()
     parameter_offload.FWD_MODULE_STACK[:] = [m for m in parameter_offload.FWD_MODULE_STACK if m is not engine.module]
-    forget_releases()
+    clear_release_cache()
 
 
-def forget_releases() -> None:
-    """Which weights a module releases follows from the order of modules, of which this is a memory."""
+def clear_release_cache() -> None:
+    """DeepSpeed caches which weights a module releases; this depends on the order in which modules run."""
     release_rule().cache_clear()
 
 
@@ -64,34 +64,34 @@ def release_rule():
 
 
 @functools.cache
-def mend() -> None:
-    """Once a process, before the first engine."""
+def patch_deepspeed() -> None:
+    """Patches DeepSpeed, once a process, before the first engine."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import partition_parameters, stage3
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
-    # Asked for the gradient's norm alone, which would first copy every gradient to twice its size.
+    # DeepSpeed asks this only for the gradient's norm. With fp64 it would first copy every gradient to twice its size.
     get_accelerator().is_fp64_supported = lambda: False
     if dist.get_world_size() == 1:
-        stage3.reduce_scatter_coalesced = whole
+        stage3.reduce_scatter_coalesced = flat_gradients
     invalidate = Coordinator._invalidate_trace
 
-    def invalidate_releases_too(coordinator) -> None:
-        forget_releases()
+    def invalidate_with_cache(coordinator) -> None:
+        clear_release_cache()
         invalidate(coordinator)
 
-    Coordinator._invalidate_trace = invalidate_releases_too
+    Coordinator._invalidate_trace = invalidate_with_cache
     for handle in (partition_parameters.NoGatherHandle, partition_parameters.NoGatherCoalescedHandle):
-        handle.wait = functools.partialmethod(wait_alone, f"_{handle.__name__}__")
+        handle.wait = functools.partialmethod(wait_on_single_rank, f"_{handle.__name__}__")
 
 
-def whole(gradients, group=None) -> list:
-    """One rank alone keeps all of every gradient: DeepSpeed would divide it by 1, and gloo copy it there and back."""
+def flat_gradients(gradients, group=None) -> list:
+    """A single rank keeps every gradient whole: DeepSpeed would divide it by 1, and gloo would copy it twice."""
     return [gradient.view(-1) for gradient in gradients]
 
 
-def wait_alone(handle, private: str, **_) -> None:
-    """One rank alone has its weights whole already: DeepSpeed would have the host wait until the device is done."""
+def wait_on_single_rank(handle, private: str, **_) -> None:
+    """A single rank always has whole weights: DeepSpeed would make the host wait for the device."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     if not getattr(handle, f"{private}complete"):

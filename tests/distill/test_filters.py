@@ -1,4 +1,4 @@
-"""How filters start, what a filters file must fit, and that equal models do not move."""
+"""Initial filters, checks of a filters file, and equal models get no gradient."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_a_square_filter_starts_as_exactly_the_identity(mlp):
     assert torch.equal(apply(Filter(8, 8, mlp=mlp), states), states)
 
 
-def test_the_mlp_of_a_filter_learns_although_it_starts_silent():
+def test_the_mlp_of_a_filter_learns_although_it_starts_at_0():
     torch.manual_seed(0)
     filter, states, target = Filter(8, 8, mlp=24), torch.randn(64, 8), torch.randn(64, 8)
     optimizer = torch.optim.Adam(filter.parameters(), lr=0.02)
@@ -44,7 +44,7 @@ def test_a_filter_between_widths_keeps_the_size_of_its_states():
     assert apply(Filter(64, 200), states).std().item() == pytest.approx(1.0, abs=0.1)
 
 
-def test_a_filter_s_start_is_its_seed_s_whatever_was_drawn_before():
+def test_a_filter_s_initial_weights_follow_its_seed_alone():
     torch.manual_seed(1)
     first = Filter(8, 12, mlp=16, vocab=5, seed=7).state_dict()
     torch.manual_seed(2)
@@ -115,7 +115,7 @@ def test_a_student_that_is_its_teacher_has_no_distance_and_no_gradient(twins, ki
     assert max(g.abs().max().item() for g in gradients.values()) <= 10 * bound
 
 
-def test_the_same_test_sees_a_student_that_differs(tmp_path):
+def test_a_student_that_differs_has_a_distance_and_a_gradient(tmp_path):
     losses, gradients = run_step(build(make_world(tmp_path)), [make_batch()], Weights(ce=0.0, kl=1.0, layer=1.0))
     assert losses[0].kl > 0.1 and losses[0].layers.min() > 0.1
     assert max(g.abs().max().item() for g in gradients.values()) > 0.01

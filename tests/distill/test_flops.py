@@ -1,4 +1,4 @@
-"""What is counted as work: against torch's own count of the products that run, and pair by pair for who sees whom."""
+"""Counted FLOPs against torch's own count of the products that run, and against the pairs of query and key one by one."""
 
 import importlib
 
@@ -24,7 +24,7 @@ def world(tmp_path_factory):
 
 
 def counted(run) -> tuple[float, float]:
-    """FLOPs of the products with weights that `run` makes, and of those of states with states."""
+    """FLOPs of `run`: of products with weights, and of products of states with states."""
     own = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}  # torch has none for it
     with FlopCounterMode(display=False, custom_mapping=own) as counter:
         run()

@@ -1,4 +1,4 @@
-"""The estimate of a rank's memory: its terms against what models are, and its activations against a forward's own."""
+"""The estimate of a rank's memory: its terms against real models, its activations against those of a forward."""
 
 import json
 
@@ -23,8 +23,8 @@ def of(world, stage: int = -1, ranks: int = 1, device: str = "cpu", **sections):
     return plan, *memory.terms(plan, plan.stages[stage], device)
 
 
-def test_what_every_parameter_costs_is_shared_by_the_ranks_and_the_teacher_counts(world):
-    """Only the student's state was counted: 0.69 GiB of 3.8."""
+def test_memory_of_parameters_is_divided_by_the_ranks_and_includes_the_teacher(world):
+    """An earlier version counted only the student's state: 0.69 GiB of 3.8."""
     plan, one, _ = of(world, method="kd")
     _, two, _ = of(world, method="kd", ranks=2)
     student, teacher = plan.student.parameters, plan.teacher.parameters
@@ -43,7 +43,7 @@ def test_stage_one_trains_filters_alone(world):
     assert heads["optimizer"] == 12 * (filters + 2 * (48 + 1) * (128 + 128))
 
 
-def test_offloaded_state_is_not_the_device_s_and_a_bucket_is(world, tmp_path):
+def test_offloaded_state_does_not_count_for_the_device_and_a_bucket_does(world, tmp_path):
     zero = {
         "stage": 3,
         "offload_optimizer": {"device": "cpu"},
@@ -72,7 +72,7 @@ def test_activations_are_what_a_forward_s_graph_keeps(world, side):
     assert memory.kept_a_token(anatomy, torch.float32) == pytest.approx(real, rel=0.2)
 
 
-def test_checkpointing_lowers_the_activations_and_the_line_says_of_what_it_is_the_sum(world):
+def test_checkpointing_lowers_the_activations_and_the_line_lists_all_terms(world):
     _, whole, _ = of(world)
     plan, checkpointed, _ = of(world, student={"gradient_checkpointing": True})
     assert checkpointed["activations"] < whole["activations"]

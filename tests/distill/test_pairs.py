@@ -1,4 +1,4 @@
-"""Which layers are matched: the method's rule, a list, and the map of a student that was cut."""
+"""Matched layers: by the method's rule, from a list, and from the map of a student that was cut."""
 
 import json
 from itertools import pairwise
@@ -112,11 +112,11 @@ def test_a_cut_student_is_matched_as_it_was_cut_beside_a_teacher_of_that_shape_a
     for other in (model(9), model(8, family="qwen2"), model(8, parameters=8001)):
         pairs, origin = match_layers(Pairs(), student, other)
         assert pairs == match(Pairs(), 3, other.layers)
-        assert origin == "uniform, for cut.json in student.path is of another teacher"
-    assert match_layers(Pairs(), model(3, tmp_path / "none"), model(8)).origin.endswith("is not there")
+        assert origin == "uniform, because cut.json in student.path is of another teacher"
+    assert match_layers(Pairs(), model(3, tmp_path / "none"), model(8)).origin.endswith("student.path has no cut.json")
 
 
-def test_what_the_run_file_says_of_pairs_comes_before_the_cut(tmp_path):
+def test_pairs_of_the_run_file_take_precedence_over_the_cut(tmp_path):
     student = cut_student(tmp_path, [0, 2, 7], model(8))
     listed = match_layers(Pairs(explicit=[(2, 5)]), student, model(8))
     assert listed == ([(2, 5)], "as pairs.explicit lists them")

@@ -1,4 +1,4 @@
-"""Stage I on a part of the (layer, token) pairs: unbiased, seeded by the step, and blind to ranks and accumulation."""
+"""Stage I on a part of the pairs and tokens: unbiased, seeded by the step, independent of ranks and accumulation."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_over_many_steps_the_sub_sample_s_gradient_is_the_whole_one(world):
     draws = 400
     total, sums = 0.0, {name: torch.zeros_like(g) for name, g in grads.items()}
     for draw in range(draws):
-        found, own = run_step(part, [batch], weights._replace(draw=draw))
+        found, own = run_step(part, [batch], weights._replace(sample_seed=draw))
         total += found[0].total.item() / draws
         for name, g in own.items():
             sums[name] += g / draws
@@ -59,10 +59,10 @@ def test_accumulation_changes_nothing(world):
     assert all(torch.allclose(whole[name], parts[name], atol=1e-6) for name in whole)
 
 
-def test_only_drawn_pairs_have_a_logged_value(world):
+def test_only_drawn_pairs_are_logged(world):
     stage = build(world, "filters", filters={"steps": 4, **PART}).stage
     named = stage.name_losses([1.0, 0.0, 0.0, 0.0, 2.0, 3.0, 4.0, 5.0], stage.weights(1))
-    (pair,) = drawn_pairs(stage.run.filters, 2, stage.weights(1).draw)
+    (pair,) = drawn_pairs(stage.run.filters, 2, stage.weights(1).sample_seed)
     assert named == {
         "loss/total": 1.0,
         f"loss/filter_t/{pair}": [2.0, 3.0][pair],

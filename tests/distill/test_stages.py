@@ -1,4 +1,4 @@
-"""Stages, learning rates and loss weights by step: what a resume computes again must be the same function."""
+"""Stages, learning rates and loss weights by step: pure functions, so that a resume gets the same values."""
 
 import math
 from itertools import pairwise
@@ -123,7 +123,7 @@ def test_a_method_switches_on_its_own_terms_only(method, expected):
 def test_stage_one_has_the_filters_loss_alone():
     weights = stages()[0].weights(2)
     assert weights[:3] == Weights(0.0, 0.0, 1.0)[:3]
-    assert weights == stages()[0].weights(2) and weights.draw != stages()[0].weights(3).draw
+    assert weights == stages()[0].weights(2) and weights.sample_seed != stages()[0].weights(3).sample_seed
 
 
 def test_the_hint_preset_ends_the_layer_loss_after_a_tenth_of_stage_two():
@@ -133,7 +133,7 @@ def test_the_hint_preset_ends_the_layer_loss_after_a_tenth_of_stage_two():
 
 
 def test_weights_follow_the_stage_s_own_clock():
-    """The same fraction of stage II whether or not a stage I came before."""
+    """They depend on the fraction of stage II, whether or not there was a stage I."""
     kl = {"kl": {"start": 1, "end": 0, "shape": "linear"}}
     second, alone = stages(loss=kl)[1], stages(loss=kl, filters={"from": "/x"})[0]
     assert [second.weights(4 + k) for k in range(6)] == [alone.weights(k) for k in range(6)]
@@ -154,7 +154,7 @@ def engine(*roles):
     return SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups), module=module)
 
 
-def test_every_group_has_its_own_peak_and_filters_stand_still_without_layer_loss():
+def test_every_group_has_its_own_peak_and_filters_have_rate_0_without_layer_loss():
     student = engine(("decay", 1e-3), ("plain", 1e-3), ("filters", 4e-3))
     set_rates(student, 0.5, Weights(1.0, 1.0, 1.0))
     assert [g["lr"] for g in student.optimizer.param_groups] == [5e-4, 5e-4, 2e-3]
@@ -172,7 +172,7 @@ def test_saves_and_validations_come_when_due_and_at_the_end_of_a_stage():
     assert [s for s in range(5, 11) if only_end.validates(s)] == [10]
 
 
-def test_a_term_that_is_off_has_no_number_and_stage_one_names_both_sides():
+def test_a_term_that_is_off_is_not_logged_and_stage_one_names_both_sides():
     first, second = stages()
     sums = [9.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     logits, layers = {"loss/ce": 1.0, "loss/kl": 2.0}, {"loss/layer": 3.0, "loss/layer/0": 4.0, "loss/layer/1": 5.0}

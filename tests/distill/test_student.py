@@ -1,4 +1,4 @@
-"""The student module of both stages against transformers' own models and losses written out here."""
+"""The student module of both stages against transformers' own models and against losses written out here."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tiny import make_model
 from ted_scale.distill.normalization import count_valid
 from ted_scale.distill.signal import Weights
 from ted_scale.kernels.tokens import IGNORED
-from ted_scale.models.anatomy import Taps
+from ted_scale.models.anatomy import StateRecorder
 
 ON = Weights(ce=0.5, kl=2.0, layer=3.0)
 
@@ -131,11 +131,11 @@ def test_stage_two_trains_the_network_and_the_student_s_filters_only(world, widt
     assert frozen and all(not p.requires_grad and p.grad is None for p in frozen)
 
 
-def test_the_teacher_s_head_is_asked_for_before_its_last_block_runs(world, monkeypatch):
-    """Later, the student would wait for it: nobody else asks for it ahead."""
+def test_the_gather_of_the_teacher_s_head_starts_before_its_last_block(world, monkeypatch):
+    """If it started later, the student would have to wait for it."""
     parts, seen = build(world), []
     body = parts.teacher.body
-    monkeypatch.setattr("ted_scale.distill.teacher.ask", lambda parameters, **_: seen.append(list(parameters)))
+    monkeypatch.setattr("ted_scale.distill.teacher.start_gather", lambda parameters, **_: seen.append(list(parameters)))
     body.network.get_submodule(body.anatomy.blocks)[-1].register_forward_hook(lambda *_: seen.append("last block"))
     parts.teacher(make_batch(), ON)
     parts.teacher(make_batch(), ON._replace(kl=0.0))
@@ -161,8 +161,8 @@ def test_ce_needs_no_teacher_and_ignores_one_that_is_given(world):
 
 
 def test_without_layer_weight_nothing_is_captured_and_filters_get_no_gradient(world, monkeypatch):
-    wanted, record = [], Taps.record
-    monkeypatch.setattr(Taps, "record", lambda self, w: (wanted.append(w), record(self, w))[1])
+    wanted, record = [], StateRecorder.record
+    monkeypatch.setattr(StateRecorder, "record", lambda self, w: (wanted.append(w), record(self, w))[1])
     parts, batch = build(world), make_batch()
     off = ON._replace(layer=0.0)
     assert parts.teacher(batch, off).layers_NE == ()
@@ -175,7 +175,7 @@ def test_without_layer_weight_nothing_is_captured_and_filters_get_no_gradient(wo
     assert all(torch.equal(gradients[n], g) for n, g in kd_gradients.items())
 
 
-def test_a_teacher_that_no_term_asks_for_does_not_run(world):
+def test_a_teacher_that_no_term_needs_does_not_run(world):
     parts = build(world)
     parts.teacher.engine.forward = None
     assert parts.teacher(make_batch(), Weights(1.0, 0.0, 0.0)) is None
@@ -243,7 +243,7 @@ def test_stage_one_is_every_filter_s_own_next_token_loss(world, same_width, head
 
 def test_stage_one_needs_no_graph_through_the_body(world):
     parts = build(world, "filters")
-    with Taps(parts.student.network, parts.plan.student, [0]).record(True) as states:
+    with StateRecorder(parts.student.network, parts.plan.student, [0]).record(True) as states:
         parts.student.run_network(make_batch(), True)
         assert not states[0].requires_grad
 

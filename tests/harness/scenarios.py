@@ -26,7 +26,7 @@ from ted_scale.kernels.products import all_count
 from ted_scale.metrics.metrics import Metrics
 from ted_scale.models import fused
 from ted_scale.models.engine_config import engine_config
-from ted_scale.models.zero import gathered, resident_share, shape_of
+from ted_scale.models.zero import gathered, is_sharded, shape_of
 from ted_scale.plan import make_plan
 
 TEN_STEPS = {"filters": {"steps": 4}, "train": {"steps": 6}}
@@ -65,6 +65,14 @@ def all_methods(folder: Path, device):
     """ce, kd and lwd take the same path."""
     for method in ("ce", "kd", "lwd"):
         start(folder, device, name=f"{method}_{dist.get_world_size()}", method=method, **TEN_STEPS)
+
+
+def resident_share(module) -> float:
+    """This rank's elements, gathered ones and shards, as a share of the elements of the whole module."""
+    parameters = list(module.parameters())
+    whole = sum(torch.Size(shape_of(p)).numel() for p in parameters)
+    here = sum(p.data.numel() + (p.ds_tensor.numel() if is_sharded(p) else 0) for p in parameters)
+    return here / whole
 
 
 def residency(folder: Path, device):

@@ -22,7 +22,7 @@ from ted_scale.health import guard as guards
 from ted_scale.health import replicas, spikes
 from ted_scale.health.guard import Guard
 from ted_scale.health.rewind import Rewind, choose, gone_back
-from ted_scale.models.zero import own_part
+from ted_scale.models.zero import without_padding
 
 NAN, INF = math.nan, math.inf
 ALL_ON = Weights(1.0, 1.0, 1.0)
@@ -313,8 +313,8 @@ def test_bits_are_compared_every_so_many_steps_and_before_every_save(tmp_path):
 def test_what_pads_a_shard_is_no_part_of_it(monkeypatch, rank, kept):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: rank)
     parameter = SimpleNamespace(ds_tensor=torch.zeros(3), ds_numel=5, ds_process_group=None)
-    assert own_part(parameter, torch.tensor([1.0, 1.0, NAN])).tolist()[:2] == [1.0, 1.0][:kept]
-    assert len(own_part(parameter, torch.zeros(3))) == kept
+    assert without_padding(parameter, torch.tensor([1.0, 1.0, NAN])).tolist()[:2] == [1.0, 1.0][:kept]
+    assert len(without_padding(parameter, torch.zeros(3))) == kept
 
 
 def test_what_is_not_finite_is_counted_and_left_out_of_norm_and_max(monkeypatch):

@@ -1,4 +1,4 @@
-"""Every shipped shape of every Triton kernel compiles for its architecture and spills nothing, on no GPU."""
+"""Every tile shape of every Triton kernel compiles for its architecture without a spill; needs no GPU."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from places import ROOT
 
 
 def report(*arguments: str) -> subprocess.CompletedProcess:
-    """In a process of its own: this one interprets kernels. There it must not matter that the environment says so."""
+    """In a separate process, because this one interprets kernels. The variable must make no difference there."""
     command = [sys.executable, str(ROOT / "tools" / "bench" / "compile_report.py"), *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)

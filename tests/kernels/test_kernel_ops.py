@@ -1,14 +1,18 @@
-"""The losses as torch operations: compiled, checked, called wrongly, and what they leave alone."""
+"""The losses as torch operations: torch.compile, wrong arguments, and what they must not touch or keep."""
 
 import weakref
+from typing import get_args
 
 import pytest
 import torch
 from test_losses import D_S, TRAINED, WIDTH, filtered, heads, ours, tensors
 
+from ted_scale.config.method import Loss
 from ted_scale.kernels import choose, describe, filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.arguments import check_labels
-from ted_scale.kernels.logit_loss import logit_chunks
+from ted_scale.kernels.backend import CHOICES
+from ted_scale.kernels.formulas.layers import KINDS
+from ted_scale.kernels.logit_loss import MODES, logit_chunks
 from ted_scale.kernels.products import all_count, live_rows
 from ted_scale.kernels.tokens import IGNORED
 
@@ -38,12 +42,22 @@ CALLS = {
     "chunked": (tensors, TRAINED, linear_kl_ce),
     "strict": (tensors, TRAINED, lambda **values: linear_kl_ce(**values, mode="strict")),
     "layers": (filtered, FILTERS, nmse),
-    "stage one": (stage_one, STAGE_ONE, lambda **values: filtered_ce(**values, **HEAD.reading)),
-    "stage one, lifted": (lifted, (*STAGE_ONE, "lift_w"), lambda **values: filtered_ce(**values, **HEAD.reading)),
+    "stage one": (stage_one, STAGE_ONE, lambda **values: filtered_ce(**values, **HEAD.filtered_ce_arguments)),
+    "stage one, lifted": (
+        lifted,
+        (*STAGE_ONE, "lift_w"),
+        lambda **values: filtered_ce(**values, **HEAD.filtered_ce_arguments),
+    ),
 }
 
 
-def test_only_what_stands_on_a_cpu_is_looked_at():
+@pytest.mark.parametrize(("key", "known"), [("kind", KINDS), ("backend", CHOICES), ("mode", MODES)])
+def test_the_run_file_offers_exactly_what_the_kernels_know(key, known):
+    """kernels/ and config/ may not import each other, so each has its own list."""
+    assert get_args(Loss.model_fields[key].annotation) == known
+
+
+def test_values_are_read_on_a_cpu_only():
     states, weight, labels = torch.randn(3, 2), torch.ones(3), torch.tensor([0, 9, IGNORED])
     assert live_rows(states, weight) is states and all_count(weight)
     assert not all_count(torch.tensor([1.0, 0.0])) and not all_count(weight.to("meta"))  # reading a meta tensor raises
@@ -84,7 +98,7 @@ def test_the_compiled_backend_has_the_same_values(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_second_backward_is_refused_or_right(name):
-    """Gradients formed with the loss are scaled in place: twice would be wrong in silence."""
+    """The gradients are scaled in place: a second scaling would give wrong values without an error."""
     make, trained, loss = CALLS[name]
     values = {k: v.clone().requires_grad_() if k in trained else v for k, v in make().items()}
     out = loss(**values)
@@ -106,7 +120,7 @@ def test_without_grad_there_is_no_gradient_work(name, monkeypatch):
     with_grad = loss(**values)
 
     def refuse(*_):
-        raise AssertionError("a gradient was formed")
+        raise AssertionError("a gradient was computed")
 
     for module in ("logit_loss", "layer_loss", "filter_loss"):
         monkeypatch.setattr(f"ted_scale.kernels.{module}.add_gradients", refuse)
@@ -137,31 +151,31 @@ def test_strict_mode_saves_the_parameter_itself():
 def test_a_subsample_is_unbiased_and_reads_no_other_row():
     values, head = stage_one(), heads()
     n = len(values["labels"])
-    whole = filtered_ce(**values, **head.reading)
-    parts = [filtered_ce(**values, **head.reading, rows=torch.tensor([i])) for i in range(n)]
+    whole = filtered_ce(**values, **head.filtered_ce_arguments)
+    parts = [filtered_ce(**values, **head.filtered_ce_arguments, rows=torch.tensor([i])) for i in range(n)]
     assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), rel=1e-5)
     trained = values["h"].clone().requires_grad_()
-    filtered_ce(**{**values, "h": trained}, **head.reading, rows=torch.tensor([2, 5])).backward()
+    filtered_ce(**{**values, "h": trained}, **head.filtered_ce_arguments, rows=torch.tensor([2, 5])).backward()
     assert trained.grad.abs().sum(1).nonzero().flatten().tolist() == [2, 5]
 
 
-def test_a_row_drawn_twice_pulls_twice():
+def test_a_row_drawn_twice_counts_twice():
     grads = []
     for rows in ([2], [2, 2]):  # each counts 13-fold, and 13/2-fold
         trained = stage_one()["h"].requires_grad_()
-        filtered_ce(**{**stage_one(), "h": trained}, **HEAD.reading, rows=torch.tensor(rows)).backward()
+        filtered_ce(**{**stage_one(), "h": trained}, **HEAD.filtered_ce_arguments, rows=torch.tensor(rows)).backward()
         grads.append(trained.grad)
     assert torch.allclose(*grads, atol=1e-6) and grads[0].any()
 
 
-def test_what_stands_in_masked_tokens_reaches_no_loss_of_stage_one():
+def test_masked_tokens_do_not_change_stage_one_s_loss():
     values = stage_one()
     masked = (values["labels"] == IGNORED) | (values["token_weight"] == 0)
     bad = {**values, "h": torch.where(masked[:, None], float("nan"), values["h"])}
-    clean, dirty = (ours(v, filtered_ce, STAGE_ONE, **HEAD.reading) for v in (values, bad))
+    clean, dirty = (ours(v, filtered_ce, STAGE_ONE, **HEAD.filtered_ce_arguments) for v in (values, bad))
     assert all(torch.equal(a, b) for a, b in zip([clean[0], *clean[1]], [dirty[0], *dirty[1]], strict=True))
     none = {**values, "labels": torch.full_like(values["labels"], IGNORED), "denom": torch.tensor(0.0)}
-    loss, grads = ours(none, filtered_ce, STAGE_ONE, **HEAD.reading)
+    loss, grads = ours(none, filtered_ce, STAGE_ONE, **HEAD.filtered_ce_arguments)
     assert loss == 0 and all(g.count_nonzero() == 0 for g in grads)
 
 
@@ -191,7 +205,7 @@ def test_a_loss_is_compiled_once_for_vocabularies_of_any_size(mode):
 
 
 def test_a_gradient_of_16_bits_has_room_for_the_sum_before_it_is_divided():
-    """4096 tokens of one label: Σ of the head's gradient leaves fp16, its mean does not."""
+    """4096 tokens of one label: the sum of the head's gradient overflows fp16, its mean does not."""
     n = 4096
     values = {"h_s": torch.full((n, 8), 20.0, dtype=torch.float16), "h_t": None, "w_t": None}
     values |= {"w_s": torch.zeros(16, 8, dtype=torch.float16), "labels": torch.zeros(n, dtype=torch.int64)}
@@ -255,16 +269,16 @@ def test_a_wrong_argument_of_filtered_mse_is_named_in_one_sentence(sentence):
 @pytest.mark.parametrize("rows", [torch.ones(13, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.int64)])
 def test_rows_of_stage_one_must_be_numbers_of_rows(rows):
     with pytest.raises(ValueError, match=r"rows must be int64 of shape \[n\], but is"):
-        filtered_ce(**stage_one(), **HEAD.reading, rows=rows)
+        filtered_ce(**stage_one(), **HEAD.filtered_ce_arguments, rows=rows)
 
 
 def test_a_norm_that_gives_another_width_than_the_head_reads_is_named():
-    reading = {**heads().reading, "norm": lambda states: states[:, 1:]}
+    reading = {**heads().filtered_ce_arguments, "norm": lambda states: states[:, 1:]}
     with pytest.raises(ValueError, match=r"norm's result must be of shape \[13, 7\], but is \[13, 6\]"):
         filtered_ce(**stage_one(), **reading)
 
 
-def test_cpu_takes_torch_and_says_so(monkeypatch):
+def test_a_cpu_uses_torch_and_logs_it(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cpu = torch.device("cpu")
     assert choose("auto", cpu) == "torch"

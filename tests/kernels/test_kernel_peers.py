@@ -1,4 +1,4 @@
-"""The losses beside others' implementations: the same values, less memory, and on a CPU no more time."""
+"""The losses compared with other implementations: the same values, less memory, and on a CPU no more time."""
 
 import os
 from argparse import Namespace
@@ -15,7 +15,7 @@ from tools.bench.memory import peak_bytes
 
 
 def oracle_values():
-    """No weights but 1: Liger and cut-cross-entropy know none."""
+    """All token weights are 1: Liger and cut-cross-entropy have none."""
     values = tensors(n=64, d_s=16, d_t=24, v_s=301, v_t=301)
     return {**values, "token_weight": torch.ones(64), "denom": (values["labels"] != IGNORED).sum().float()}
 
@@ -87,8 +87,8 @@ LIMITS = {"linear_kl_ce": 0.85, "filtered_mse_nmse": 1.1, "filtered_mse_mse": 1.
 
 
 @pytest.mark.parametrize("operation", LIMITS)
-def test_on_a_cpu_the_time_beside_plain_torch(operation):
-    """In a process of its own, as the bench has it: in one that held large tensors before, plain torch finds its memory ready.
+def test_time_compared_with_plain_torch_on_a_cpu(operation):
+    """In a separate process, like the benchmark: where large tensors were freed before, plain torch need not allocate.
     More turns where the machine was busy with something else."""
     for _ in range(3):
         naive, own = losses.alone(timed, operation)

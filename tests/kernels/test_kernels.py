@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from test_losses import HEADS, SETTINGS, SIDES, doubled, filtered, heads, naive_kl_ce, naive_mse, ours, tensors
 
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
+from ted_scale.kernels.formulas.logits import soften
 from ted_scale.kernels.tokens import IGNORED
 from ted_scale.kernels.triton import layers as triton_layers
 from ted_scale.kernels.triton import shapes
 from ted_scale.kernels.triton import strict as triton_strict
-from ted_scale.models.anatomy import soften
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels/test_gpu_kernels.py compiles them")
 A_UNIT = {torch.float32: 5e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -47,7 +47,7 @@ def mended_interpreter_and_poisoned_memory():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Many programs and many steps a program, ragged at every edge."""
+    """Many programs, many steps a program, and partial tiles at every edge."""
     for module in (triton_layers, triton_strict):
         monkeypatch.setattr(module, "pick", lambda table, *operands: shapes.tile(16, 16, 16, 4, 1))
     monkeypatch.setattr("ted_scale.kernels.triton.rows.pick", lambda *_: shapes.Shape({"BLOCK": 32}, 4, 1))
@@ -70,7 +70,7 @@ def assert_follows_the_rule(mine, plain, true, dtype, loss_unit=A_UNIT[torch.flo
 
 def plain_kl_ce(h_s, w_s, h_t, w_t, labels, token_weight, denom, head_bias_s, head_bias_t, temperature=1.0,
                 kl_weight=1.0, ce_weight=1.0, softcap_s=None, softcap_t=None, logit_scale_s=1.0, logit_scale_t=1.0):  # fmt: skip
-    """What one writes in the operands' precision: logits of their type, losses on fp32 copies."""
+    """The plain implementation in the operands' precision: logits of their type, losses on fp32 copies."""
     functional = torch.nn.functional
     valid = (labels != IGNORED) & (token_weight > 0)
     z_s = soften(functional.linear(h_s, w_s, head_bias_s), softcap_s, logit_scale_s).float()
@@ -117,7 +117,7 @@ def test_logit_losses_of_any_shape(mode, small_tiles, data):
 
 
 @pytest.mark.parametrize("mode", ["chunked", "strict"])
-def test_without_a_valid_token_all_is_0_and_with_one_it_is_that_token_s(mode, small_tiles):
+def test_without_valid_tokens_losses_are_0_and_with_one_they_are_that_token_s(mode, small_tiles):
     values = tensors()
     none = {**values, "labels": torch.full_like(values["labels"], IGNORED), "denom": torch.tensor(0.0)}
     outputs, grads = ours(none, triton_kl_ce, mode=mode)
@@ -128,7 +128,7 @@ def test_without_a_valid_token_all_is_0_and_with_one_it_is_that_token_s(mode, sm
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mode", ["chunked", "strict"])
-def test_what_stands_in_ignored_rows_reaches_no_logit_loss(mode, poison, small_tiles):
+def test_ignored_rows_do_not_change_logit_losses(mode, poison, small_tiles):
     values = tensors()
     masked = (values["labels"] == IGNORED) | (values["token_weight"] == 0)
     bad = {k: torch.where(masked[:, None], poison, values[k]) for k in ("h_s", "h_t")}
@@ -219,7 +219,7 @@ def test_ignored_rows_and_no_rows_in_layer_losses(kind, small_tiles):
 @pytest.mark.parametrize("kind", ["nmse", "mse", "cosine"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_same_states_and_filters_have_layer_loss_0(kind, steps, small_tiles):
-    """Exactly, in one step of the product. In several, one accumulator leaves the rounding of its last places: the square
+    """Exactly 0 in one step of the product. In several steps, one accumulator leaves rounding in its last digits: the square
     of 1e-7 of ‖t‖. Cosine holds two, and is exact."""
     values = filtered(d_t=16 * steps, d_s=16 * steps)
     same = {"h_s": values["h_t"], "w_s": values["w_t"], "b_s": values["b_t"] * 0, "b_t": values["b_t"] * 0}
@@ -262,7 +262,7 @@ def test_stage_one_s_loss(dtype, options):
         own = typed(head, torch.float64) if side == "true" else typed(head, dtype)
         loss = functools.partial(plain_stage_one, own)
         if side == "triton":
-            loss = functools.partial(filtered_ce, **own.reading, chunk_tokens=5, backend="triton")
+            loss = functools.partial(filtered_ce, **own.filtered_ce_arguments, chunk_tokens=5, backend="triton")
         value, grads = ours(doubled(values) if side == "true" else values, loss, trained)
         found.append(([value], [*grads, own.weight.grad]))
     assert_follows_the_rule(*found, dtype, loss_unit=A_UNIT[dtype])  # between filter and head a state is of their type
@@ -290,8 +290,8 @@ def test_the_gradient_of_a_cosine_holds_however_long_the_student_s_states_are(dt
     compare_mse(cast({**values, "w_s": values["w_s"] * 100}, dtype), dtype, "cosine")
 
 
-def test_the_interpreter_still_needs_mending():
-    """When this fails, Triton has mended its interpreter: delete tests/harness/interpreter.py and its uses."""
+def test_the_interpreter_still_has_the_errors_that_we_correct():
+    """If this fails, Triton has corrected its interpreter: delete tests/harness/interpreter.py and its uses."""
 
     @triton.jit
     def product(a, b, out, cast_out, N: tl.constexpr):

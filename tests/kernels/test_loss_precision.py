@@ -1,4 +1,4 @@
-"""What the chunked losses cost: rounding in bf16 and memory, against plain implementations as contrast."""
+"""Rounding in bf16 and memory of the chunked losses, compared with plain implementations."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from tools.bench.memory import peak_bytes
 
 
 def plain_bf16(h_s, w_s, h_t, w_t, labels, token_weight, denom, head_bias_s, head_bias_t):
-    """What one writes without thinking: bf16 logits, F.cross_entropy and F.kl_div on their fp32 copies."""
+    """The plain implementation: bf16 logits, F.cross_entropy and F.kl_div on their fp32 copies."""
     functional, rows = torch.nn.functional, (labels != IGNORED) & (token_weight > 0)
     z_s, z_t = (functional.linear(h, w, b).float() for h, w, b in ((h_s, w_s, head_bias_s), (h_t, w_t, head_bias_t)))
     kl = functional.kl_div(z_s.log_softmax(-1), z_t.log_softmax(-1), log_target=True, reduction="none").sum(-1)

@@ -130,14 +130,14 @@ def test_losses_do_not_depend_on_the_chunk_size(chunk_tokens):
 
 
 def golden(p, q, **settings):
-    """linear_kl_ce where the teacher says p and the student q, with states that are the logits."""
+    """linear_kl_ce of a teacher with probabilities p and a student with q; the states are the logits."""
     h_s, h_t, eye = torch.tensor([q]).log(), torch.tensor([p]).log(), torch.eye(len(p))
     labels, one = torch.tensor([0]), torch.ones(1)
     return linear_kl_ce(h_s, eye, h_t, eye, labels, one, denom=torch.tensor(1.0), **settings)
 
 
 def test_kl_is_of_the_teacher_relative_to_the_student():
-    """Teacher fair, student sure: ½·ln(½/0.9) + ½·ln(½/0.1) = 0.5108; the other direction would be 0.3681."""
+    """Teacher (½, ½), student (0.9, 0.1): ½·ln(½/0.9) + ½·ln(½/0.1) = 0.5108; the other direction would be 0.3681."""
     assert golden([0.5, 0.5], [0.9, 0.1])[1].item() == pytest.approx(0.510826, abs=1e-5)
     assert golden([0.9, 0.1], [0.5, 0.5])[1].item() == pytest.approx(0.368064, abs=1e-5)
 
@@ -242,7 +242,7 @@ def test_stage_one_s_loss_equals_the_naive_formula_in_value_and_every_gradient(s
         terms = [-w * row.log_softmax(0)[y] for row, y, w in zip(z, labels, token_weight, strict=True) if y != IGNORED]
         return sum(terms) / denom
 
-    mine, grads = ours(values, filtered_ce, trained, **head.reading, chunk_tokens=5)
+    mine, grads = ours(values, filtered_ce, trained, **head.filtered_ce_arguments, chunk_tokens=5)
     head_grad, head.weight.grad = head.weight.grad, None
     theirs, true_grads = ours(doubled(values), naive, trained)
     assert_equal([mine, *grads, head_grad], [theirs, *true_grads, head.weight.grad])
@@ -259,7 +259,7 @@ def test_with_no_valid_token_loss_and_gradients_are_0():
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_what_stands_in_masked_tokens_reaches_nothing(poison):
+def test_masked_tokens_change_nothing(poison):
     values = tensors()
     masked = (values["labels"] == IGNORED) | (values["token_weight"] == 0)
     clean = ours(values, temperature=2.0)
@@ -322,7 +322,7 @@ def test_only_the_total_has_a_gradient():
     assert total.requires_grad and not kl.requires_grad and not ce.requires_grad
 
 
-def test_the_denominator_counts_labels_that_exist_and_weigh_something():
+def test_the_denominator_counts_labels_that_are_not_ignored_and_have_a_weight():
     labels = torch.tensor([[1, IGNORED, 3, 4]])
     batch = Batch(labels, labels, torch.tensor([[1.0, 1.0, 0.0, 0.25]]), None)
     assert count_valid([batch, batch]).item() == 4

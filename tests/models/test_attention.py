@@ -1,5 +1,5 @@
-"""Every way to attend against a dense mask said a second time, values and gradients; the ways of a GPU as far as a CPU can
-follow; which way is taken; and that no way holds a [T, T] tensor."""
+"""Every attention path against a dense mask, values and gradients; the paths of a GPU as far as a CPU can run them; the rule
+that chooses a path; and no path holds a [T, T] tensor."""
 
 import functools
 
@@ -13,7 +13,7 @@ from tiny import MORE, make_model
 
 from ted_scale.models import attention, attention_paths
 from ted_scale.models.anatomy import run_body
-from ted_scale.models.attention import PATHS, Layer, describe, path
+from ted_scale.models.attention import PATHS, Layer, choose_path, describe
 from tools.bench.memory import peak_bytes
 
 T = 600  # blocks of 128 and tiles of 256 are cut off
@@ -35,26 +35,29 @@ def value_and_gradients(attend, tensors):
 
 
 def apart(ours, wanted) -> float:
-    """The largest difference beside the size of what is compared."""
+    """The largest difference, relative to the size of the values."""
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, wanted, strict=True))
 
 
 @pytest.fixture
 def on_a_cpu(monkeypatch):
-    """Flash attention's contract in its place; flex attention uncompiled, whose gradient torch only withholds on a CPU."""
+    """A stand-in for flash attention with the same contract; flex attention uncompiled, because torch refuses its gradient on
+    a CPU."""
     monkeypatch.setattr(attention_paths, "varlen_attn", varlen_stand_in)
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
     monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(attention_paths, "compiled_flex", lambda: torch_flex.flex_attention)
 
 
-ASKED = [(w, cap) for w in PATHS for cap in CAPS if not (w == "varlen" and cap)]  # path() sends no soft-cap there
+ASKED = [
+    (w, cap) for w in PATHS for cap in CAPS if not (w == "varlen" and cap)
+]  # choose_path() sends no soft-cap there
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("way", "softcap"), ASKED)
-def test_every_way_gives_what_a_dense_mask_gives(on_a_cpu, way, window, softcap):
-    """fp32 in another order; a border one token late is seen a thousandfold."""
+def test_every_path_gives_what_a_dense_mask_gives(on_a_cpu, way, window, softcap):
+    """fp32 sums in another order. A border that is wrong by one token gives a thousand times the difference."""
     tensors = operands()
     for rows, wrong in ((ROWS, ROWS_NUDGED), (ONE, ROWS)):
         packing = packing_of(rows, T)
@@ -81,7 +84,7 @@ def test_the_blocks_are_those_that_torch_finds_in_a_whole_mask(window):
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.soak)])
 def test_flex_attention_compiles_once_for_all_documents_and_in_one_graph(monkeypatch, backend):
-    """Inductor's code skips the blocks that are not named, as a GPU's does; it takes a C++ compiler half a minute."""
+    """Inductor's code skips the same blocks as a GPU's; compiling it as C++ takes half a minute."""
     compile = functools.partial(torch.compile, backend=backend)
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(attention_paths, "compiled_flex", functools.cache(attention_paths.compiled_flex.__wrapped__))
@@ -95,8 +98,8 @@ def test_flex_attention_compiles_once_for_all_documents_and_in_one_graph(monkeyp
 
 
 @pytest.mark.parametrize("window", [None, 50])
-def test_torch_s_own_flash_attention_takes_what_it_is_given(window):
-    """Its shapes alone, forward and backward, where there is no device: names and types of arguments hold."""
+def test_torch_s_flash_attention_accepts_our_arguments(window):
+    """Only shapes, forward and backward, without a device: it checks names and types of the arguments."""
     sizes = [(2, 4, T, 64), (2, 2, T, 64), (2, 2, T, 64)]
     tensors = [torch.empty(s, dtype=torch.bfloat16, device="meta", requires_grad=True) for s in sizes]
     out = attention_paths.varlen(*tensors, packing_of(ROWS, T).moved(lambda t: t.to("meta")), window, 0.2)
@@ -113,7 +116,7 @@ def more_models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", MORE)
-def test_more_families_keep_documents_apart(more_models, family):
+def test_more_families_give_packed_documents_what_each_gives_alone(more_models, family):
     anatomy, network = load_model(more_models / family)
     assert anatomy.blocks_apart == anatomy.layers
     logits, gradients = differences(network, anatomy, LENGTHS)
@@ -127,21 +130,21 @@ GPU_WAYS += [(f, "flex") for f in ("llama", "qwen2", "gpt2", "gemma2")]
 
 
 @pytest.mark.parametrize(("family", "way"), GPU_WAYS)
-def test_families_keep_documents_apart_by_the_ways_of_a_gpu(more_models, on_a_cpu, monkeypatch, family, way):
-    rule, taken = attention.path, []
+def test_families_keep_documents_apart_on_the_paths_of_a_gpu(more_models, on_a_cpu, monkeypatch, family, way):
+    rule, taken = attention.choose_path, []
 
     def on_a_gpu(*asked):
         taken.append("sdpa" if rule(*asked) == "sdpa" else way)
         return taken[-1]
 
-    monkeypatch.setattr(attention, "path", on_a_gpu)
+    monkeypatch.setattr(attention, "choose_path", on_a_gpu)
     anatomy, network = load_model(more_models / family)
     logits, gradients = differences(network, anatomy, LENGTHS)
     assert logits < 2e-5 and gradients < 1e-5 and taken.count(way) >= 4
 
 
 def test_nothing_is_read_on_the_host(monkeypatch):
-    """What is made of a packing on the device; flash attention is given its borders as they are."""
+    """The computations on a packing on the device; flash attention gets the borders unchanged."""
     tensors, packing = [t.detach() for t in operands()], packing_of(ROWS, T)
     attention_paths.block_mask.cache_clear()
     with no_host_reads(monkeypatch):
@@ -169,17 +172,18 @@ TAKEN = [  # layer, documents, dtype, on a GPU, on a CPU
 
 
 @pytest.mark.parametrize(("name", "packed", "dtype", "gpu", "cpu"), TAKEN)
-def test_one_rule_says_who_computes_a_layer(monkeypatch, name, packed, dtype, gpu, cpu):
+def test_one_rule_chooses_the_path_of_a_layer(monkeypatch, name, packed, dtype, gpu, cpu):
     asked = (LAYERS[name], 4096, packed, dtype, torch.device("cpu"))
-    assert path(*asked) == cpu
+    assert choose_path(*asked) == cpu
     monkeypatch.setattr(attention, "runs_triton", lambda device: True)
-    assert path(*asked) == gpu
-    assert path(LAYERS["window"], 512, False, dtype, torch.device("cpu")) == "sdpa"  # a window that holds the row
+    assert choose_path(*asked) == gpu
+    # This window is as long as the row.
+    assert choose_path(LAYERS["window"], 512, False, dtype, torch.device("cpu")) == "sdpa"
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert path(*asked) == gpu.replace("varlen", "flex")
+    assert choose_path(*asked) == gpu.replace("varlen", "flex")
 
 
-def test_the_log_says_who_computes_each_model(monkeypatch):
+def test_the_log_names_the_paths_of_each_model(monkeypatch):
     gemma = (Layer(256, 256, 4096, 50.0), Layer(256, 256, None, 50.0))
     models, cpu = {"student": (LAYERS["plain"],), "teacher": gemma}, torch.device("cpu")
     said = describe("document", models, 8192, torch.bfloat16, cpu)

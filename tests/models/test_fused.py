@@ -61,18 +61,18 @@ def tiny(root, family: str, **sizes):
 LIGER = [*(f for f in (*FAMILIES, *MORE, *OTHERS) if f.replace("gemma3", "gemma3_text") in fused.FAMILIES)]
 
 
-def test_every_family_that_is_named_is_tested():
+def test_every_listed_family_is_tested():
     assert sorted(f.replace("gemma3", "gemma3_text") for f in LIGER) == sorted(fused.FAMILIES)
 
 
 def changed(network) -> set[str]:
-    """Kinds of modules with a forward of their own."""
+    """Types of modules with their own forward."""
     return {type(module).__name__ for module in network.modules() if "forward" in vars(module)}
 
 
 @pytest.mark.parametrize("family", LIGER)
-def test_a_family_has_its_own_logits_and_gradients_by_liger_s_kernels(models, family):
-    """fp32 in another order: 3e-6 of logits of size 1 was seen; every kernel is really asked."""
+def test_liger_s_kernels_give_a_family_s_own_logits_and_gradients(models, family):
+    """fp32 in another order: the largest seen difference was 3e-6 of logits of size 1. Every kernel is called."""
     anatomy, network = tiny(models, family)
     wanted, slopes = logits_and_gradients(network, anatomy, [tokens(2, 12)])
     file = vars(sys.modules[type(network).__module__])
@@ -92,7 +92,7 @@ def test_a_family_has_its_own_logits_and_gradients_by_liger_s_kernels(models, fa
 def test_a_family_without_kernels_stays_as_it_is_and_is_named(models, family):
     anatomy, network = tiny(models, family)
     assert not changed(fuse(network, "liger"))
-    assert f"Liger is not known for {anatomy.family}" in describe("liger", {"student": anatomy}, CPU)
+    assert f"Liger does not support {anatomy.family}" in describe("liger", {"student": anatomy}, CPU)
     with pytest.raises(UserError, match=rf"for a student of family {anatomy.family}, but is 'liger'"):
         fused.check("liger", {"teacher": None, "student": anatomy})
 
@@ -105,7 +105,7 @@ def test_a_gate_with_another_activation_keeps_its_own(models):
     assert changed(network) == {"LlamaAttention", "LlamaRMSNorm"}
 
 
-def test_on_a_cpu_auto_leaves_all_as_it_is_and_says_so(models):
+def test_on_a_cpu_auto_changes_nothing_and_logs_it(models):
     anatomy, network = tiny(models, "llama")
     assert not changed(fuse(network, "auto")) and not changed(fuse(network, "off"))
     said = describe("auto", {"student": anatomy, "teacher": None}, CPU)
@@ -125,7 +125,7 @@ def test_on_a_gpu_auto_is_liger_where_it_is_installed(models, monkeypatch):
         fused.check("liger", sides)
 
 
-def test_a_wish_that_cannot_be_met_is_refused_before_the_ranks_start(models, monkeypatch):
+def test_an_impossible_setting_is_refused_before_the_ranks_start(models, monkeypatch):
     tiny(models, "llama"), tiny(models, "gpt2")
     make_corpus(models / "corpus")
     sections = {"student": {"path": str(models / "gpt2")}, "teacher": {"path": str(models / "llama")}}
@@ -136,21 +136,21 @@ def test_a_wish_that_cannot_be_met_is_refused_before_the_ranks_start(models, mon
         fused.check_device("liger", CPU)
 
 
-def test_what_is_inspected_beside_a_fused_model_is_not_fused(models):
+def test_a_model_inspected_beside_a_fused_one_is_not_fused(models):
     anatomy, network = tiny(models, "qwen3")
     fuse(network, "liger")
     assert inspect("student.path", str(models / "qwen3")) == anatomy
 
 
 def test_a_filter_learns_through_the_tail(models):
-    """Stage I calls the last norm past every hook."""
+    """Stage I calls the last norm without its hooks."""
     anatomy, network = tiny(models, "llama")
     states = torch.randn(6, anatomy.width, generator=torch.Generator().manual_seed(0))
     found = []
     for head in (head_of(network, anatomy), head_of(fuse(tiny(models, "llama")[1], "liger"), anatomy)):
         weight, bias = torch.eye(anatomy.width).requires_grad_(), torch.zeros(anatomy.width, requires_grad=True)
         settings = {"labels": torch.arange(6), "token_weight": torch.ones(6), "denom": 6.0}
-        filtered_ce(states, weight, bias, **settings, **head.reading).backward()
+        filtered_ce(states, weight, bias, **settings, **head.filtered_ce_arguments).backward()
         found.append((weight.grad, bias.grad))
     assert all((a - b).abs().max() < 1e-5 < b.abs().max() for a, b in zip(*found, strict=True))
 

@@ -10,7 +10,7 @@ from tiny import FAMILIES, MORE, make_model
 from ted_scale.data.packing import whole_rows
 from ted_scale.models import attention_paths
 from ted_scale.models.anatomy import run_body
-from ted_scale.models.attention import PATHS, Layer, path
+from ted_scale.models.attention import PATHS, Layer, choose_path
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = torch.device("cuda")
@@ -50,7 +50,7 @@ ASKED = [
 
 @pytest.mark.parametrize("window", [None, 50, 300])
 @pytest.mark.parametrize(("way", "softcap", "dtype"), ASKED, ids=str)
-def test_every_way_is_as_exact_as_a_dense_mask_of_its_type(way, softcap, dtype, window):
+def test_every_path_is_as_exact_as_a_dense_mask_of_its_type(way, softcap, dtype, window):
     tensors = operands(dtype)
     wide = [t.detach().double().requires_grad_() for t in tensors]
     for rows in (ROWS, [[T], [T]]):
@@ -73,7 +73,7 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("family", FAMILIES | MORE)
 def test_families_give_packed_documents_what_each_gives_alone(models, family, dtype):
-    """bf16 packed and bf16 alone are two roundings of the same: each is held against fp32 alone."""
+    """bf16 packed and bf16 alone round the same values differently: each is compared with fp32 alone."""
     anatomy, network = load_model(models / family)
     lengths, length = [[50, 13, 1, 64], [128]], 128
     tokens = torch.randint(1, 128, (2, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -102,7 +102,7 @@ LAYERS = [Layer(64, 64, None, None), Layer(64, 64, 4096, None), Layer(64, 64, No
 def test_32768_tokens_hold_no_mask_and_wait_for_nothing(layer):
     length = 32768
     tensors = operands(torch.bfloat16, length=length, rows=1)
-    way = path(layer, length, True, torch.bfloat16, DEVICE)
+    way = choose_path(layer, length, True, torch.bfloat16, DEVICE)
     packings = [on_device([[10000, 768, 22000]], length), whole_rows(1, length, DEVICE)]
 
     def attend(packing):

@@ -1,4 +1,4 @@
-"""On a CUDA device: Liger's kernels in bf16 are as near to fp32 as transformers' own modules, and faster."""
+"""On a CUDA device: Liger's kernels in bf16 are as close to fp32 as transformers' own modules, and faster."""
 
 import copy
 import time

@@ -142,7 +142,7 @@ def test_an_unreadable_config_is_refused_in_one_sentence(tmp_path, text):
     assert re.match(r"student.path must .*, but ", str(caught.value)) and "\n" not in str(caught.value)
 
 
-def test_random_initialization_is_the_seed_s_and_not_the_file_s(models):
+def test_random_weights_follow_the_seed_and_not_the_file(models):
     anatomy = inspect("student.path", str(models / "llama"))
     first, again, other = (
         build_network(anatomy, ds_config=None, dtype=torch.float32, init="random", seed=seed).state_dict()

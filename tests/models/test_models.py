@@ -1,4 +1,4 @@
-"""Nine families: what inspect() learns, our own path through them, document masks, checkpointing, no host reads."""
+"""Nine families: the results of inspect(), our own forward of them, document masks, checkpointing, no host reads."""
 
 import contextlib
 import re
@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING
 
 from ted_scale.base.errors import UserError
 from ted_scale.kernels import filtered_ce
-from ted_scale.models.anatomy import Anatomy, Taps, head_of, run_body, soften
+from ted_scale.kernels.formulas.logits import soften
+from ted_scale.models.anatomy import Anatomy, StateRecorder, head_of, run_body
 from ted_scale.models.inspection import inspect
 
 LENGTH = 24
@@ -39,7 +40,7 @@ def tokens(batch=2, length=LENGTH) -> torch.Tensor:
 
 
 def logits_of(network, anatomy, tokens_BT, packing=None):
-    """body, head, soften: the path of ours."""
+    """Our own forward: body, head, soften."""
     head = head_of(network, anatomy)
     z = torch.nn.functional.linear(run_body(network, anatomy, tokens_BT, packing), head.weight, head.bias)
     return soften(z, head.softcap, head.logit_scale)
@@ -65,12 +66,12 @@ def test_inspect_learns_the_anatomy_without_weights(family):
 
 
 REFUSED = {
-    "bloom": "whose attention is behind transformers' attention interface, but bloom's is not",
-    "xglm": "whose attention is behind transformers' attention interface, but xglm's is not",
-    "gpt_neox_japanese": "whose attention is behind transformers' attention interface, but gpt_neox_japanese's is not",
-    "trocr": "whose attention is behind transformers' attention interface, but trocr's is not",
-    "bert": "must be a causal LM, but bert lets every token see the ones after it",
-    "roberta": "must be a causal LM, but roberta lets every token see the ones after it",
+    "bloom": "that uses transformers' attention interface, but bloom does not",
+    "xglm": "that uses transformers' attention interface, but xglm does not",
+    "gpt_neox_japanese": "that uses transformers' attention interface, but gpt_neox_japanese does not",
+    "trocr": "that uses transformers' attention interface, but trocr does not",
+    "bert": "must be a causal LM, but bert lets every token see later ones",
+    "roberta": "must be a causal LM, but roberta lets every token see later ones",
     "granite_swa": "but granite_swa's takes s_aux, which is not known here",
     "modernbert-decoder": "but modernbert-decoder has lm_head.dense between them",
 }
@@ -104,13 +105,13 @@ def test_our_path_gives_the_family_s_own_logits_where_it_scales_them(tmp_path):
         assert (logits_of(network, anatomy, tokens()) - expected).abs().max() < 2e-5
 
 
-def test_a_tapped_state_is_its_block_s_output_before_the_tail(family):
+def test_a_recorded_state_is_its_block_s_output_before_the_tail(family):
     anatomy, network = family
-    taps, seen = Taps(network, anatomy, [0, 3]), {}
+    recorder, seen = StateRecorder(network, anatomy, [0, 3]), {}
     blocks = network.get_submodule(anatomy.blocks)
     for k in (0, 3):
         blocks[k].register_forward_hook(lambda m, i, output, k=k: seen.update({k: output}))
-    with torch.no_grad(), taps.record(True) as states:
+    with torch.no_grad(), recorder.record(True) as states:
         last = run_body(network, anatomy, tokens())
         listed = own_model(anatomy.folder)(tokens(), output_hidden_states=True).hidden_states
     assert states.keys() == {0, 3}
@@ -122,23 +123,23 @@ def test_a_tapped_state_is_its_block_s_output_before_the_tail(family):
     assert torch.equal(head_of(network, anatomy).norm(states[3]), last)
 
 
-def test_taps_keep_nothing_outside_record(family):
+def test_states_are_kept_only_inside_record(family):
     anatomy, network = family
-    taps = Taps(network, anatomy, [1])
+    recorder = StateRecorder(network, anatomy, [1])
     with torch.no_grad():
         run_body(network, anatomy, tokens())
-        assert taps.states == {}
-        with taps.record(False) as states:
+        assert recorder.states == {}
+        with recorder.record(False) as states:
             run_body(network, anatomy, tokens())
             assert states == {}
-        with taps.record(True) as states:
+        with recorder.record(True) as states:
             run_body(network, anatomy, tokens())
-        assert states.keys() == {1} and taps.states == {}
+        assert states.keys() == {1} and recorder.states == {}
 
 
 def test_the_identity_filter_on_the_last_block_reads_the_model_s_own_ce(family):
     anatomy, network = family
-    with torch.no_grad(), Taps(network, anatomy, [3]).record(True) as states:
+    with torch.no_grad(), StateRecorder(network, anatomy, [3]).record(True) as states:
         run_body(network, anatomy, tokens())
         expected = own_model(anatomy.folder)(tokens(), labels=tokens()).loss
         labels = tokens().roll(-1, dims=1)
@@ -153,7 +154,7 @@ def test_the_identity_filter_on_the_last_block_reads_the_model_s_own_ce(family):
             labels=labels.flatten(),
             token_weight=weights,
             denom=count,
-            **head.reading,
+            **head.filtered_ce_arguments,
         )
     assert ce.item() == pytest.approx(expected.item(), abs=1e-5)
 
@@ -163,7 +164,7 @@ NUDGED = [[12, 12], [1, 20, 3]]  # one border a token late
 
 
 def logits_and_gradients(network, anatomy, texts, packing=None):
-    """The logits of all tokens, one behind the other, and what a loss on them leaves in the weights."""
+    """The logits of all tokens in one tensor, and the weights' gradients of a loss on them."""
     network.zero_grad()
     logits = torch.cat([logits_of(network, anatomy, text, packing).flatten(0, 1) for text in texts])
     pull = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
@@ -172,7 +173,7 @@ def logits_and_gradients(network, anatomy, texts, packing=None):
 
 
 def differences(network, anatomy, lengths) -> tuple[float, float]:
-    """(largest of a logit, largest of a weight's gradient beside that gradient's size) between packed documents, with
+    """(largest of a logit, largest of a weight's gradient relative to its size): the differences between packed documents, with
     borders at `lengths`, and each document alone."""
     rows = tokens(2)
     texts = [d for row, cuts in zip(rows, LENGTHS, strict=True) for d in row[None].split(cuts, dim=1)]
@@ -184,7 +185,8 @@ def differences(network, anatomy, lengths) -> tuple[float, float]:
 
 
 def test_packed_documents_give_the_logits_and_gradients_that_each_gives_alone(family):
-    """fp32 sums in another order: 1e-6 of logits of size 1 and of gradients was seen, a token's leak is a hundredth."""
+    """fp32 sums in another order: the largest seen difference was 1e-6 of logits of size 1 and of gradients. A token that
+    leaks into another document gives 0.01."""
     anatomy, network = family
     logits, gradients = differences(network, anatomy, LENGTHS)
     assert logits < 2e-5 and gradients < 1e-5
@@ -192,10 +194,10 @@ def test_packed_documents_give_the_logits_and_gradients_that_each_gives_alone(fa
     assert logits > 1e-2 and gradients > 1e-3
 
 
-def states_and_gradients(network, anatomy, taps, blocks):
+def states_and_gradients(network, anatomy, recorder, blocks):
     network.zero_grad()
     counts = dict.fromkeys(blocks, 0)
-    with taps.record(True) as states:
+    with recorder.record(True) as states:
         kept = states.__setitem__
 
         class Counting(dict):
@@ -203,7 +205,7 @@ def states_and_gradients(network, anatomy, taps, blocks):
                 counts[k] += 1
                 kept(k, v)
 
-        taps.states = Counting()
+        recorder.states = Counting()
         last = run_body(network, anatomy, tokens())
     loss = last.square().mean() + sum(states[k].square().mean() * (k + 1) for k in blocks)
     loss.backward()
@@ -214,23 +216,23 @@ def states_and_gradients(network, anatomy, taps, blocks):
 def test_gradient_checkpointing_changes_neither_states_nor_gradients_and_keeps_states_once(family):
     anatomy, network = family
     network.train()
-    taps = Taps(network, anatomy, [0, 2])
-    states, gradients, _ = states_and_gradients(network, anatomy, taps, [0, 2])
+    recorder = StateRecorder(network, anatomy, [0, 2])
+    states, gradients, _ = states_and_gradients(network, anatomy, recorder, [0, 2])
     runs = []
     first_block = network.get_submodule(anatomy.blocks)[0]
     leaf = next(m for m in first_block.modules() if not list(m.children()))  # the block's own hooks may stay outside
     leaf.register_forward_pre_hook(lambda *_: runs.append(1))
     network.gradient_checkpointing_enable({"use_reentrant": False})
-    again, again_gradients, counts = states_and_gradients(network, anatomy, taps, [0, 2])
+    again, again_gradients, counts = states_and_gradients(network, anatomy, recorder, [0, 2])
     assert len(runs) == 2  # block 0 was really computed again in the backward pass
-    assert counts == {0: 1, 2: 1} and taps.states == {}
+    assert counts == {0: 1, 2: 1} and recorder.states == {}
     assert all(torch.equal(states[k], again[k]) for k in (0, 2))
     assert gradients.keys() == again_gradients.keys() and len(gradients) > 20
     assert max((gradients[n] - again_gradients[n]).abs().max().item() for n in gradients) < 1e-6
 
 
 class NoHostReads(TorchDispatchMode):
-    """Fails where a value would travel from the device to the host."""
+    """Fails if a value is copied from the device to the host."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__.partition(".")[0]
@@ -249,7 +251,7 @@ def no_host_reads(monkeypatch):
         yield
 
 
-def test_the_watch_for_host_reads_sees_one(monkeypatch):
+def test_the_check_for_host_reads_finds_one(monkeypatch):
     for read in (torch.nonzero, lambda t: bool(t.all()), lambda t: t.tolist(), lambda t: t.sum().item()):
         with pytest.raises(AssertionError), no_host_reads(monkeypatch):
             read(torch.ones(3))

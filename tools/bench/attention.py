@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.data.packing import Packing, pack, whole_rows
-from ted_scale.models.attention import PATHS, Layer, causal_attention, path
+from ted_scale.models.attention import PATHS, Layer, causal_attention, choose_path
 from tools.bench.memory import peak_bytes
 
 CASES = {  # documents, window, soft-cap
@@ -61,7 +61,7 @@ def measure(name: str, arguments, dtype, packing, window, softcap) -> None:
     sizes = [(1, count, arguments.length, width) for count in (heads, shared, shared)]
     tensors = [torch.randn(size, device=device, dtype=dtype).requires_grad_() for size in sizes]
     layer = Layer(width, width, window, softcap)
-    chosen = path(layer, arguments.length, packing is not None, dtype, device)
+    chosen = choose_path(layer, arguments.length, packing is not None, dtype, device)
     seen = packing or whole_rows(1, arguments.length, device)
     ways = {"dense": dense, "tiled": PATHS["tiled"]} | ({chosen: PATHS[chosen]} if chosen in PATHS else {})
     arms = {n: lambda way=way: way(*tensors, seen, window, width**-0.5, softcap) for n, way in ways.items()}

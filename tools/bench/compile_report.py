@@ -1,6 +1,6 @@
 """What the compiler makes of every Triton kernel in every shipped shape, for every architecture, on no GPU.
 
-Registers, spills, shared memory and matrix instructions are written into ted_scale/kernels/README.md, between its two
+Registers, spills, shared memory and matrix instructions are written into docs/kernels.md, between its two
 markers. `--check` writes nothing and exits with 1 where a shape spills, does not fit, or uses no matrix unit.
 """
 
@@ -26,7 +26,7 @@ from ted_scale.kernels.triton.layers import difference_kernel
 from ted_scale.kernels.triton.rows import rows_kernel
 from ted_scale.kernels.triton.strict import slopes_kernel, statistics_kernel
 
-README = Path(__file__).resolve().parents[2] / "ted_scale" / "kernels" / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 MARKERS = "<!-- compile report -->", "<!-- /compile report -->"
 COLUMNS = ["kernel", "target", "operands", "tile", "warps", "stages", "registers", "spills", "shared", "matrix"]
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -256,12 +256,12 @@ def row(values) -> str:
 
 
 def write(text: str) -> None:
-    readme = README.read_text() if README.exists() else f"# Kernels\n\n{MARKERS[0]}\n{MARKERS[1]}\n"
-    if any(readme.count(marker) != 1 for marker in MARKERS):
-        raise UserError(f"{README} must hold {' and '.join(MARKERS)} once each, but does not")
-    before, after = readme.split(MARKERS[0])[0], readme.split(MARKERS[1])[1]
-    README.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}")
-    print(f"written into {README}")
+    page = PAGE.read_text() if PAGE.exists() else f"# Kernels\n\n{MARKERS[0]}\n{MARKERS[1]}\n"
+    if any(page.count(marker) != 1 for marker in MARKERS):
+        raise UserError(f"{PAGE} must hold {' and '.join(MARKERS)} once each, but does not")
+    before, after = page.split(MARKERS[0])[0], page.split(MARKERS[1])[1]
+    PAGE.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}")
+    print(f"written into {PAGE}")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ import transformers
 
 from ted_scale.base.exits import run_main
 from ted_scale.config.run import Run
+from ted_scale.distill.filter_init import TOKENS_A_WIDTH, Moments, add_moments, start_of
+from ted_scale.distill.filter_sizes import with_filters
 from ted_scale.distill.flops import keys_of, step_flops
 from ted_scale.distill.normalization import count_valid
-from ted_scale.distill.price import with_filters
-from ted_scale.distill.principal import TOKENS_A_WIDTH, Moments, add_moments, start_of
 from ted_scale.distill.signal import Weights
 from ted_scale.distill.student import Student
 from ted_scale.distill.teacher import Teacher, TeacherBody

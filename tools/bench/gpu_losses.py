@@ -7,7 +7,7 @@ import torch
 
 from ted_scale.kernels.backend import choose
 from ted_scale.kernels.formulas.logits import LogitLoss
-from ted_scale.kernels.logit_loss import SPAN, row_losses, rows_of_chunk
+from ted_scale.kernels.logit_loss import SPAN, row_losses_of, rows_of_chunk
 from tools.bench import losses
 from tools.bench.gpu_machine import best, copy_rate
 from tools.bench.loss_arms import ARMS, logit_case, means, normal, ours_kl_ce
@@ -75,7 +75,10 @@ def row_kernel(task, write) -> None:
     rows = rows_of_chunk(h, w, w, SPAN, 0)
     z_s, z_t = (normal(rows, vocab, fp32, device, 2.0) for _ in range(2))
     labels, weight = torch.randint(0, vocab, (rows,), device=device), means(rows, device)["token_weight"]
-    loss, of_rows = LogitLoss(1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0), row_losses(choose("auto", torch.device(device)))
+    loss, of_rows = (
+        LogitLoss(1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0),
+        row_losses_of(choose("auto", torch.device(device))),
+    )
     room = torch.empty(rows, vocab, dtype=torch.bfloat16, device=device)
     seconds = best(lambda: of_rows(z_s, z_t, labels, weight, loss, True, room), device)  # on CPU z_s is overwritten
     rate, copy = ROW_BYTES * rows * vocab / seconds, copy_rate(device, 1 << (22 if task.tiny else 32))

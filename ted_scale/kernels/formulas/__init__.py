@@ -1,1 +1,1 @@
-"""The losses' definitions in plain torch, row by row; the Triton kernels follow them."""
+"""The definitions of the losses in plain torch, row by row; the Triton kernels compute the same."""

@@ -1,30 +1,39 @@
-"""The row formulas of the layer loss: its kinds, and the gradient of each.
+"""The row formulas of the layer loss: the value of each kind, and its gradient.
 
 With s the student's filtered state, t the teacher's and d = s − t, of each token:
     mse = ‖d‖² / D      nmse = ‖d‖² / (‖t‖² + ε)      cosine = 1 − cos(s, t)
 Everything is built on d and its sums, which are exactly 0 where both sides agree; 1 − s·t/(‖s‖‖t‖) would not be. Where
-one side has no direction cosine is 1 and pulls nowhere.
+one side has no direction, cosine is 1 and its gradient 0.
 """
 
 from typing import NamedTuple
 
 import torch
 
+from ted_scale.kernels.formulas.logits import row_dot
+
 KINDS = ("nmse", "mse", "cosine")
-
-
-EPSILON = 1e-6  # nmse: a teacher state of norm 0 divides by this; cosine: the least norm
+EPSILON = 1e-6  # nmse: the divisor for a teacher's state of norm 0; cosine: the smallest norm
 
 
 class Difference(NamedTuple):
-    """d = s − t of a chunk of rows and row sums in fp32; cosine has s, too."""
+    """d = s − t of a chunk of rows, and row sums in fp32: dd = ‖d‖², tt = ‖t‖², ss = ‖s‖², sd = s·d."""
 
     d: torch.Tensor | None  # None: no gradient is wanted
     dd: torch.Tensor
     tt: torch.Tensor | None  # mse needs none
-    s: torch.Tensor | None = None
+    s: torch.Tensor | None = None  # this and what follows: cosine alone
     ss: torch.Tensor | None = None
     sd: torch.Tensor | None = None
+
+
+def difference(t, s, kind: str) -> Difference:
+    """From the filtered states of both sides; t's memory becomes d."""
+    tt = None if kind == "mse" else row_squares(t)
+    d = torch.sub(s, t, out=t)
+    if kind != "cosine":
+        return Difference(d, row_squares(d), tt)
+    return Difference(d, row_squares(d), tt, s, row_squares(s), row_dot(s, d))
 
 
 def row_squares(x):
@@ -33,7 +42,7 @@ def row_squares(x):
 
 
 def row_values(rows: Difference, weight, kind: str, width: int):
-    """(weight·value, scale, tilt) of each row: the gradient of the weighted value is scale·(d − tilt·s)."""
+    """(weight·value, scale, along_s) of each row: the gradient of the weighted value is scale·(d − along_s·s)."""
     if kind == "mse":
         return weight * rows.dd / width, weight * (2.0 / width), None
     if kind == "nmse":
@@ -48,9 +57,9 @@ def row_values(rows: Difference, weight, kind: str, width: int):
     return value, share, rows.sd / (norm_s * norm_s)
 
 
-def scaled(rows: Difference, scale, tilt, dtype):
-    """scale·(d − tilt·s) in d's place, as an operand of the products that follow."""
+def row_gradients(rows: Difference, scale, along_s, dtype):
+    """scale·(d − along_s·s) in d's memory, as an operand of the products that follow."""
     d = rows.d
-    if tilt is not None:
-        d = d.addcmul_(rows.s, tilt[:, None], value=-1)
+    if along_s is not None:
+        d = d.addcmul_(rows.s, along_s[:, None], value=-1)
     return torch.mul(d, scale[:, None], out=d).to(dtype)

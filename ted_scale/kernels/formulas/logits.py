@@ -1,4 +1,4 @@
-"""The row formulas of the logit losses in plain torch: the CPU path, and the definition that the Triton kernels follow.
+"""The row formulas of the logit losses in plain torch: the CPU path, and the definition for the Triton kernels.
 
 Notation: z are raw logits, y = soften(z), T the temperature; p and q are the teacher's and the student's softmax(y/T),
 q₁ the student's softmax(y). A slice holds the columns [first, first + width) of the student's vocabulary; `u` is the
@@ -12,7 +12,7 @@ import torch
 
 class LogitLoss(NamedTuple):
     """ce_weight · CE + kl_weight · T² · KL(teacher ‖ student); a softcap of 0 is none. `covers`: the teacher's vocabulary
-    holds all of the student's."""
+    contains the student's."""
 
     temperature: float
     kl_weight: float
@@ -25,13 +25,13 @@ class LogitLoss(NamedTuple):
 
     @property
     def one_softmax(self) -> bool:
-        """Whether the student's q and q₁ are one."""
+        """Whether the student's q and q₁ are the same."""
         return bool(self.ce_weight and self.covers) and self.temperature == 1.0
 
 
 class Statistics(NamedTuple):
-    """Of one slice of each row, [N] in fp32: the largest exponent m and Σ e^(·−m) of the teacher at T, the student at T
-    and the student at 1; `cross` = Σ e^(u − m_t)·(u − y_s/T); the label's y, 0 where the slice has it not."""
+    """Of one slice of each row, [N] in fp32: the largest exponent m and l = Σ e^(·−m) of the teacher at T, the student at T
+    and the student at 1; `cross` = Σ e^(u − m_t)·(u − y_s/T); the label's y, 0 where the label is outside the slice."""
 
     m_t: torch.Tensor
     l_t: torch.Tensor
@@ -51,10 +51,21 @@ class Normalizers(NamedTuple):
     student_1: torch.Tensor
 
 
+def soften(z, softcap: float | None, scale: float):
+    """cap · tanh(scale · z / cap): what a family does to its logits. `soften_` and `softcap_slope` follow, and triton/rows."""
+    z = z if scale == 1.0 else z * scale
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+
 def soften_(z, softcap: float, scale: float):
-    """`models.soften` in place."""
+    """`soften` in place."""
     z = z if scale == 1.0 else z.mul_(scale)
     return z.div_(softcap).tanh_().mul_(softcap) if softcap else z
+
+
+def softcap_slope(y_s, f: LogitLoss):
+    """∂y/∂(scale·z) from y; None without a softcap."""
+    return torch.div(y_s, f.softcap_s).square_().neg_().add_(1) if f.softcap_s else None
 
 
 def over_(y, temperature: float):
@@ -117,41 +128,36 @@ def finish(s: Statistics, weight, f: LogitLoss) -> tuple[torch.Tensor, torch.Ten
 
 
 def gradient(y_s, u, labels, first: int, n: Normalizers, weight, f: LogitLoss):
-    """∂ Σ weight·(ce_weight·CE + kl_weight·T²·KL) / ∂z_s of one slice, in y_s; u is overwritten, too."""
-    slope, q, p = slope_of(y_s, f), None, None
+    """∂ Σ weight·(ce_weight·CE + kl_weight·T²·KL) / ∂z_s of one slice, written to y_s; u is overwritten, too."""
+    slope, q, p = softcap_slope(y_s, f), None, None
     if u is not None and u.shape[1]:
         p = u.sub_(n.teacher[:, None]).exp_()
     if p is not None and not f.one_softmax:
         q = torch.div(y_s[:, : p.shape[1]], f.temperature).sub_(n.student[:, None]).exp_()
     q_1 = y_s.sub_(n.student_1[:, None]).exp_() if f.ce_weight else y_s.zero_()
-    return pulls(q_1, q, p, slope, labels, first, weight, f)
+    return from_softmaxes(q_1, q, p, slope, labels, first, weight, f)
 
 
-def slope_of(y_s, f: LogitLoss):
-    """The softcap's ∂y/∂(scale·z) from y; None without one."""
-    return torch.div(y_s, f.softcap_s).square_().neg_().add_(1) if f.softcap_s else None
+def from_softmaxes(q_1, q, p, slope, labels, first: int, weight, f: LogitLoss):
+    """The gradient from the softmaxes, written to q_1 (zeros where CE has no weight); p is overwritten. q = None means q_1.
 
-
-def pulls(q_1, q, p, slope, labels, first: int, weight, f: LogitLoss):
-    """The gradient from the softmaxes, in q_1 (zeros where CE has no weight); p is overwritten, q None is q_1.
-
-    q − p is formed before its factor: it is exactly 0 where student and teacher agree.
+    q − p is computed before its factor is applied: it is exactly 0 where student and teacher agree.
     """
     shared = 0 if p is None else p.shape[1]
-    pull = torch.sub(q_1[:, :shared] if q is None else q, p, out=p) if shared else None
+    gap = torch.sub(q_1[:, :shared] if q is None else q, p, out=p) if shared else None
     if f.ce_weight:
         at, found = label_column(q_1, labels, first)
         q_1.scatter_add_(1, at, -found.to(q_1.dtype)[:, None]).mul_((weight * f.ce_weight)[:, None])
     if shared:
-        q_1[:, :shared].addcmul_(pull, (weight * f.kl_weight * f.temperature)[:, None])
+        q_1[:, :shared].addcmul_(gap, (weight * f.kl_weight * f.temperature)[:, None])
     out = q_1 if slope is None else q_1.mul_(slope)
     return out if f.scale_s == 1.0 else out.mul_(f.scale_s)
 
 
 def whole_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool):
-    """(weight·T²·KL, weight·CE, ∂/∂z_s or None) of rows whose raw logits are all at hand, and are overwritten."""
+    """(weight·T²·KL, weight·CE, ∂/∂z_s or None) of rows with all their raw logits, which are overwritten."""
     y_s = soften_(z_s, f.softcap_s, f.scale_s)
-    slope = slope_of(y_s, f) if wants_gradient else None
+    slope = softcap_slope(y_s, f) if wants_gradient else None
     log_q_1 = y_s.log_softmax(dim=1) if f.ce_weight else None
     zero = torch.zeros_like(weight)
     ce = counted(weight, -label_logit(log_q_1, labels, 0)) if f.ce_weight else zero
@@ -161,11 +167,11 @@ def whole_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool):
     if not wants_gradient:
         return kl, ce, None
     q_1 = log_q_1.exp_() if f.ce_weight else torch.zeros_like(y_s)
-    return kl, ce, pulls(q_1, q, p, slope, labels, 0, weight, f)
+    return kl, ce, from_softmaxes(q_1, q, p, slope, labels, 0, weight, f)
 
 
 def divergence(y_s, u, log_q_1, f: LogitLoss):
-    """(T²·KL, q or None where it is q_1, p). y_s and u are overwritten: fresh memory costs a CPU more than arithmetic."""
+    """(T²·KL, q or None where it is q_1, p). y_s and u are overwritten: new memory costs a CPU more than arithmetic."""
     log_q = log_q_1 if f.one_softmax else over_(y_s[:, : u.shape[1]], f.temperature).log_softmax(dim=1)
     log_p = torch.log_softmax(u, dim=1, out=y_s.view(-1)[: u.numel()].view_as(u))
     gap, p = torch.sub(log_p, log_q, out=u), log_p.exp_()
@@ -173,7 +179,7 @@ def divergence(y_s, u, log_q_1, f: LogitLoss):
 
 
 def counted(weight, x):
-    """weight·x, and 0 where a token does not count, whatever x is there."""
+    """weight·x; 0 where a token does not count, even if x is NaN there."""
     return torch.where(weight > 0, weight * x, 0.0)
 
 

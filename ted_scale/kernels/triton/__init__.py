@@ -1,1 +1,1 @@
-"""The losses' kernels in Triton: the shape of each tile, how a tile is loaded, and one file a loss."""
+"""The Triton kernels of the losses: tile shapes, tile loads and products, and one file a loss."""

@@ -1,7 +1,7 @@
 """Both filters' projections of one tile of tokens and dimensions, and their difference, in registers.
 
-One fp32 accumulator runs over the teacher's width, gives its share of ‖t‖², turns its sign and runs over the
-student's: the difference is never a difference of rounded states. Cosine needs s beside d and holds two.
+One fp32 accumulator sums over the teacher's width, gives its part of ‖t‖², changes its sign and sums over the student's
+width: thus the difference is never one of rounded states. Cosine also needs s and has a second accumulator.
 """
 
 import torch
@@ -68,18 +68,18 @@ def difference_kernel(
         tl.store(d_out + at, d.to(d_out.dtype.element_ty), mask=inside)
 
 
-def launch_difference(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind: str, wants_gradient: bool, room) -> Difference:
+def launch_difference(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind: str, wants_gradient: bool) -> Difference:
     two, rows = kind == "cosine", len(h_s)
     h_t, w_t, b_t, h_s, w_s, b_s = dense(h_t, w_t, b_t, h_s, w_s, b_s)
     width = h_s.shape[1] if w_s is None else len(w_s)
     tensors = [h_t, h_t if w_t is None else w_t, h_s, h_s if w_s is None else w_s]
     shape = pick(COSINE if two else DIFFERENCE, *tensors)
-    if w_t is None or w_s is None:  # a raw side is read in tiles of another shape
+    if w_t is None or w_s is None:  # a side without a filter is read in tiles of another shape
         shape = shape.plain or shape
     m, n, k = shape.blocks.values()
     tiles_n = triton.cdiv(width, n)
     sums = weight.new_empty(4 if two else 2, tiles_n, rows)
-    # Cosine's gradient takes a multiple of s from d, which may be far larger than what is left: in 16 bits nothing is.
+    # Cosine's gradient subtracts a multiple of s from d. Both may be far larger than the result, which 16 bits would lose.
     dtype = torch.float32 if two else h_s.dtype
     d = torch.empty(rows if wants_gradient else 0, width, dtype=dtype, device=h_s.device)
     s = torch.empty_like(d) if two else d

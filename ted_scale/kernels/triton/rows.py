@@ -1,6 +1,6 @@
-"""Logit losses of rows whose logits are at hand: one program a row, one read for the losses, one for the gradient.
+"""Logit losses of rows from their logits: one program a row, one read for the losses, one for the gradient.
 
-The formulas are logits.py's. Everything is fp32.
+The formulas are those of formulas/logits.py. Everything is fp32.
 """
 
 import triton
@@ -12,7 +12,7 @@ from ted_scale.kernels.triton.shapes import ROWS, pick
 
 @triton.jit
 def soften(z, cap, scale, CAPPED: tl.constexpr):
-    """cap·tanh(scale·z/cap); tanh through the sigmoid, which every target has."""
+    """cap·tanh(scale·z/cap); tanh is computed from the sigmoid, which every target has."""
     y = z * scale
     if CAPPED:
         y = cap * (2.0 * tl.sigmoid(2.0 * y / cap) - 1.0)
@@ -20,8 +20,8 @@ def soften(z, cap, scale, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def grow(m, total, y):
-    """The running (max, Σ e^(y − max)) of rows, with one more block of columns; y is −inf where a column is not."""
+def add_block(m, total, y):
+    """The running (max, Σ e^(y − max)) of rows, with one more block of columns; y is −inf outside the vocabulary."""
     larger = tl.maximum(m, tl.max(y, axis=-1))
     safe = tl.where(larger == float("-inf"), 0.0, larger)
     factor = tl.exp(m - safe)
@@ -29,20 +29,20 @@ def grow(m, total, y):
 
 
 @triton.jit
-def slope_of(y_s, u, norms, hit, pull_kl, pull_ce, temperature, KL: tl.constexpr, CE: tl.constexpr):
-    """∂/∂y_s: pull_kl·(q − p) + pull_ce·(q₁ − onehot); u is −inf outside the shared vocabulary, where q − p is 0."""
+def logit_gradient(y_s, u, norms, is_label, factor_kl, factor_ce, temperature, KL: tl.constexpr, CE: tl.constexpr):
+    """∂/∂y_s: factor_kl·(q − p) + factor_ce·(q₁ − onehot); u is −inf outside the shared vocabulary, where q − p is 0."""
     g = tl.zeros_like(y_s)
     if KL:
         q = tl.where(u == float("-inf"), 0.0, tl.exp(y_s / temperature - norms[1]))
-        g += pull_kl * (q - tl.exp(u - norms[0]))
+        g += factor_kl * (q - tl.exp(u - norms[0]))
     if CE:
-        g += pull_ce * (tl.exp(y_s - norms[2]) - hit.to(tl.float32))
+        g += factor_ce * (tl.exp(y_s - norms[2]) - is_label.to(tl.float32))
     return g
 
 
 @triton.jit
-def unsoften(g, y, cap, scale, CAPPED: tl.constexpr):
-    """∂/∂y to ∂/∂z."""
+def soften_backward(g, y, cap, scale, CAPPED: tl.constexpr):
+    """∂/∂z from ∂/∂y."""
     if CAPPED:
         g *= 1.0 - (y / cap) * (y / cap)
     return g * scale
@@ -69,12 +69,12 @@ def rows_kernel(
         at = start + columns
         y = soften(tl.load(z_s + at, mask=at < V, other=0.0), cap_s, scale_s, CAPPED_S)
         if CE:
-            m_1, l_1, _ = grow(m_1, l_1, tl.where(at < V, y, float("-inf")))
+            m_1, l_1, _ = add_block(m_1, l_1, tl.where(at < V, y, float("-inf")))
             y_label += tl.sum(tl.where(at == label, y, 0.0), axis=1)
         if KL:
             u = soften(tl.load(z_t + at, mask=at < shared, other=0.0), cap_t, scale_t, CAPPED_T) / temperature
-            m_s, l_s, _ = grow(m_s, l_s, tl.where(at < shared, y / temperature, float("-inf")))
-            m_t, l_t, factor = grow(m_t, l_t, tl.where(at < shared, u, float("-inf")))
+            m_s, l_s, _ = add_block(m_s, l_s, tl.where(at < shared, y / temperature, float("-inf")))
+            m_t, l_t, factor = add_block(m_t, l_t, tl.where(at < shared, u, float("-inf")))
             e = tl.where(at < shared, tl.exp(u - m_t[:, None]), 0.0)
             cross = cross * factor + tl.sum(e * (u - y / temperature), axis=1)
 
@@ -87,7 +87,7 @@ def rows_kernel(
         tl.store(ce_out + row + only, tl.where(w > 0, w * (n_1 - y_label), 0.0))
 
     if WANTS_GRADIENT:
-        pull_kl, pull_ce = w * kl_weight * temperature, w * ce_weight
+        factor_kl, factor_ce = w * kl_weight * temperature, w * ce_weight
         for start in range(0, V, BLOCK):
             at = start + columns
             y = soften(tl.load(z_s + at, mask=at < V, other=0.0), cap_s, scale_s, CAPPED_S)
@@ -96,13 +96,13 @@ def rows_kernel(
                 u = soften(tl.load(z_t + at, mask=at < shared, other=0.0), cap_t, scale_t, CAPPED_T) / temperature
                 u = tl.where(at < shared, u, float("-inf"))
             norms = n_t[:, None], n_s[:, None], n_1[:, None]
-            g = slope_of(y, u, norms, at == label, pull_kl, pull_ce, temperature, KL, CE)
-            g = unsoften(g, y, cap_s, scale_s, CAPPED_S)
+            g = logit_gradient(y, u, norms, at == label, factor_kl, factor_ce, temperature, KL, CE)
+            g = soften_backward(g, y, cap_s, scale_s, CAPPED_S)
             tl.store(dz + at, g.to(dz.dtype.element_ty), mask=at < V)
 
 
 def launch_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, room):
-    """(weight·T²·KL, weight·CE, ∂/∂z_s, in `room` where there is one, or None)"""
+    """(weight·T²·KL, weight·CE, ∂/∂z_s or None); the gradient is in `room`, or in z_s where `room` is None."""
     rows, vocab = z_s.shape
     kl, ce = weight.new_zeros(2, rows).unbind()
     dz = z_s if room is None else room

@@ -1,7 +1,7 @@
-"""The shapes in which each kernel is shipped, by architecture and operand type.
+"""The tile shapes of each kernel, by architecture and operand type.
 
-Chosen so that nothing spills on its target: tools/bench/compile_report.py compiles every one of them and writes the
-table in README.md. Measured speed may overrule a shape here, and only here.
+They are chosen so that nothing spills on its target: tools/bench/compile_report.py compiles every one of them and writes
+the table in docs/kernels.md. Where measured speed asks for another shape, this is the only place to change it.
 """
 
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from ted_scale.kernels.triton.device import architecture
 
 
 class Shape(NamedTuple):
-    """Block sizes, and how the compiler is to spread and pipeline them. `descriptors`: tiles come through Hopper's copy
-    engine, which wants rows of whole 16 bytes; where they are not, `plain` is taken."""
+    """Block sizes, warps and pipeline stages. `descriptors`: Hopper's copy engine loads the tiles. It needs rows of a
+    multiple of 16 bytes; for other rows `plain` is used."""
 
     blocks: dict[str, int]
     num_warps: int
@@ -30,10 +30,10 @@ def tile(m: int, n: int, k: int, warps: int, stages: int, **options) -> Shape:
     return Shape({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages, **options)
 
 
-# fp32 operands: exact products, on no tensor core. ptxas spills a little to fit more blocks on a multiprocessor; where it
-# does so depends on the target, so that one may have a shape of its own, "fp32 <target>".
+# fp32 operands: exact products, without tensor cores. ptxas spills a little to fit more blocks on a multiprocessor. Where it
+# does so depends on the target, so a target may have its own shape, "fp32 <target>".
 ROWS = {"any": Shape({"BLOCK": 4096}, 16, 1)}
-DIFFERENCE = {  # `plain` also reads raw sides
+DIFFERENCE = {  # `plain` also reads sides without a filter
     "fp32": tile(128, 64, 32, 8, 2),
     "sm_80": tile(128, 128, 64, 8, 3),
     "sm_90": tile(128, 256, 64, 8, 3, descriptors=True, plain=tile(128, 128, 64, 8, 3)),
@@ -79,13 +79,13 @@ def shape_for(table: dict[str, Shape], target: str, exact: bool) -> Shape:
 
 
 def family(name: str) -> str:
-    """The architecture whose shapes `name` takes: consumer parts have sm_80's shared memory or more."""
+    """The architecture whose shapes `name` uses: consumer cards have sm_80's shared memory or more."""
     if name.startswith("gfx"):
         return "gfx942"
     return name if name in ("sm_90", "sm_100") else {"sm_103": "sm_100"}.get(name, "sm_80")
 
 
 def aligned(tensor) -> bool:
-    """Whether the copy engine can read it."""
+    """Whether the copy engine can read the tensor."""
     size = tensor.element_size()
     return tensor.stride(-1) == 1 and tensor.stride(0) * size % 16 == 0 and tensor.data_ptr() % 16 == 0

@@ -1,7 +1,7 @@
-"""Strict mode's two kernels: logits of both sides live in registers, one tile at a time, and are never written.
+"""Strict mode's two kernels: logits of both sides are in registers, one tile at a time, and are never written.
 
-The statistics kernel gives every program some tokens and a run of vocabulary tiles, so that there are programs for the
-whole device; their partial sums are merged in a fixed order. The slopes kernel recomputes one slice's tiles.
+The statistics kernel gives every program some tokens and some vocabulary tiles, so that there are programs enough for the
+whole device; their partial sums are merged in a fixed order. The slopes kernel computes one slice's tiles again.
 """
 
 import torch
@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 
 from ted_scale.kernels.formulas.logits import LogitLoss, Normalizers, Statistics, merge
-from ted_scale.kernels.triton.rows import grow, slope_of, soften, unsoften
+from ted_scale.kernels.triton.rows import add_block, logit_gradient, soften, soften_backward
 from ted_scale.kernels.triton.shapes import SLOPES, STATISTICS, pick
 from ted_scale.kernels.triton.tiles import dense, operand_of, precision, project_tile
 
-PROGRAMS = 1024  # enough for any device, and no more partial sums than these
+PROGRAMS = 1024  # enough for any device; it also limits the number of partial sums
 
 
 @triton.jit
@@ -57,11 +57,11 @@ def statistics_kernel(
                         DESCRIPTORS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
         y = tl.where(live, y, 0.0)
         if CE:
-            m_1, l_1, _ = grow(m_1, l_1, tl.where(at < V, y, float("-inf")))
+            m_1, l_1, _ = add_block(m_1, l_1, tl.where(at < V, y, float("-inf")))
             y_label += tl.sum(tl.where(at == label[:, None], y, 0.0), axis=1)
         if KL:
-            m_s, l_s, _ = grow(m_s, l_s, tl.where(at < shared, y / temperature, float("-inf")))
-            m_t, l_t, factor = grow(m_t, l_t, tl.where(at < shared, u, float("-inf")))
+            m_s, l_s, _ = add_block(m_s, l_s, tl.where(at < shared, y / temperature, float("-inf")))
+            m_t, l_t, factor = add_block(m_t, l_t, tl.where(at < shared, u, float("-inf")))
             e = tl.where(at < shared, tl.exp(u - tl.where(m_t == float("-inf"), 0.0, m_t)[:, None]), 0.0)
             cross = cross * factor + tl.sum(e * (u - y / temperature), axis=1)
     plane = tl.num_programs(1).to(tl.int64) * N
@@ -102,8 +102,10 @@ def slopes_kernel(
     n_s = tl.load(norms + N + rows, mask=mask, other=0.0)[:, None]
     n_1 = tl.load(norms + 2 * N + rows, mask=mask, other=0.0)[:, None]
     label = tl.load(labels + rows, mask=mask, other=-1)[:, None] - first
-    g = slope_of(y, u, (n_t, n_s, n_1), at == label, w * kl_weight * temperature, w * ce_weight, temperature, KL, CE)
-    g = tl.where(w > 0, unsoften(g, y, cap_s, scale_s, CAPPED_S), 0.0)
+    g = logit_gradient(
+        y, u, (n_t, n_s, n_1), at == label, w * kl_weight * temperature, w * ce_weight, temperature, KL, CE
+    )
+    g = tl.where(w > 0, soften_backward(g, y, cap_s, scale_s, CAPPED_S), 0.0)
     out = dz + rows.to(tl.int64)[:, None] * dz_stride + at
     tl.store(out, g.to(dz.dtype.element_ty), mask=mask[:, None] & (at < width))
 

@@ -32,12 +32,12 @@ def project_tile(
 
 
 def dense(*tensors):
-    """As kernels read them: one step in memory from an entry of a row to the next."""
+    """As kernels read them: the entries of a row are next to each other in memory."""
     return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def operand_of(tensor, block: tuple[int, int], descriptors: bool):
-    """What a kernel takes for `tensor`: itself, or a descriptor of it in tiles of `block`."""
+    """The kernel's argument for `tensor`: the tensor, or a descriptor of it in tiles of `block`."""
     if not descriptors:
         return tensor
     from triton.tools.tensor_descriptor import TensorDescriptor

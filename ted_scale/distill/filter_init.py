@@ -1,9 +1,9 @@
-"""Where filters start: from one pass over a little training text, the same on any number of ranks, kept in a file.
+"""Initial weights of filters, from one pass over a little training text; the same on any number of ranks.
 
-A teacher's filter starts as the principal directions of its block's states (as the identity where it is as wide), its
-lift as the way back, a student's as the ridge regression of the teacher's filtered states on the student's. The
-surprise: a state counts by its direction alone, for norms and the layer loss read no more of it, and the few sink
-tokens, a hundred times as long as others, would take the first directions for themselves.
+A teacher's filter starts as the principal directions of its block's states (or as the identity if it is as wide). Its lift
+starts as the transpose. A student's filter starts as the ridge regression of the teacher's filtered states on the student's.
+Every state is divided by its norm first: norms and the layer loss depend on the direction alone. Otherwise a few sink
+tokens, with norms a hundred times as large, would determine the first directions.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ RIDGE = 1e-3  # of the mean eigenvalue
 
 
 class Moments(NamedTuple):
-    """Sums over tokens of a pair, of states t and s divided by ‖t‖: Σ t·tᵀ, and Σ t·sᵀ, Σ s·sᵀ where the student ran."""
+    """Sums over the tokens of a pair, of states t and s divided by ‖t‖: Σ t·tᵀ and, if the student ran, Σ t·sᵀ and Σ s·sᵀ."""
 
     tt: torch.Tensor
     ts: torch.Tensor | None = None
@@ -27,7 +27,7 @@ class Moments(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Weights of a pair's filters, None: as the module makes them."""
+    """Weights of a pair's filters; None keeps those of the constructor."""
 
     teacher: torch.Tensor | None
     student: torch.Tensor | None
@@ -35,7 +35,7 @@ class Start(NamedTuple):
 
 @torch.no_grad()
 def add_moments(sums: list[Moments] | None, batch, states_t, states_s) -> list[Moments]:
-    """`sums` and a micro-batch's; states are one tensor [N, width] a pair, the student's empty where it did not run."""
+    """`sums` plus those of a micro-batch. States are one tensor [N, width] a pair; states_s is empty if the student did not run."""
     weight = valid_weights(batch.labels_BT.flatten(), batch.weights_BT.flatten())
     found = []
     for k, t in enumerate(states_t):
@@ -52,7 +52,7 @@ def add_moments(sums: list[Moments] | None, batch, states_t, states_s) -> list[M
 
 
 def over_ranks(sums: list[Moments]) -> None:
-    """Every pair's sums, whole, on the rank that works on it."""
+    """Adds the sums of all ranks: those of pair k on the rank that computes its filters."""
     for k, pair in enumerate(sums):
         for tensor in pair:
             if tensor is not None:
@@ -60,14 +60,15 @@ def over_ranks(sums: list[Moments]) -> None:
 
 
 def directions(tt: torch.Tensor, width: int) -> torch.Tensor:
-    """[width, d] orthonormal rows that hold the most of Σ t·tᵀ; each has its largest entry above 0, for a sign is nobody's."""
+    """[width, d] orthonormal rows: the eigenvectors of the largest eigenvalues of Σ t·tᵀ. The sign of an eigenvector is
+    arbitrary, so each gets a positive largest entry."""
     vectors = torch.linalg.eigh(tt.double()).eigenvectors.flip(1)[:, :width]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return (vectors * largest.sign()).t().float().contiguous()
 
 
 def regression(filter_t: torch.Tensor | None, pair: Moments) -> torch.Tensor:
-    """W of the least Σ ‖W·s − filter_t·t‖²/‖t‖², [width, d_s]; a filter of None is the identity."""
+    """The W [width, d_s] that minimizes Σ ‖W·s − filter_t·t‖²/‖t‖²; a filter of None is the identity."""
     ts, ss = pair.ts.double(), pair.ss.double()
     damped = ss + (RIDGE * ss.trace() / len(ss) + 1e-30) * torch.eye(len(ss), dtype=ss.dtype, device=ss.device)
     target = ts if filter_t is None else filter_t.double() @ ts

@@ -1,8 +1,8 @@
-"""What filters may cost: how wide they are and how many rows stage I reads where the run file says `auto`.
+"""The width of filters and the share of tokens that stage I reads, where the run file says `auto`.
 
-Worked out once, before anything starts, and written into the plan's run, so that the rest of the program knows numbers
-alone. The surprise: at full width and on all rows stage I's heads would be most of what a token costs, and its filters
-40 % of a student that is an eighth of its teacher.
+Computed once, before anything starts, and written into the plan's run: the rest of the program only sees numbers. At full
+width and on all rows, stage I's heads would be most of the cost of a token. Its filters would have 40 % of the parameters
+of a student that is an eighth of its teacher.
 """
 
 from typing import NamedTuple
@@ -13,13 +13,14 @@ from ted_scale.distill import flops
 from ted_scale.distill.filters import has_lift
 from ted_scale.models.anatomy import Anatomy
 
-SHARE = 0.05  # of the student's parameters: what stage I trains, both sides and the lifts; docs/design has the evidence
-LEAST_ROWS = 32  # of a pair, a step
-TILE = 16  # a width is a multiple of it
+# Stage I trains at most this share of the student's parameters, lifts included; design note 26 has the evidence.
+SHARE = 0.05
+LEAST_ROWS = 32  # for each pair and step
+TILE = 16  # widths are multiples of it
 
 
 class Sides(NamedTuple):
-    """What of a plan its price is worked out from, before there is one."""
+    """The part of a plan that the sizes follow from, before there is a plan."""
 
     run: Run
     student: Anatomy
@@ -32,7 +33,7 @@ class Sides(NamedTuple):
 
 
 def resolved(run: Run, student: Anatomy, teacher: Anatomy, pairs: list) -> Run:
-    """The run with its filters' numbers in the place of words."""
+    """The run with numbers instead of `auto` and `full`."""
     run = with_filters(run, width=filter_width(run, student, teacher, len(pairs)))
     if run.filters.sample_tokens != "auto":
         return run
@@ -44,7 +45,7 @@ def with_filters(run: Run, **values) -> Run:
 
 
 def filter_width(run: Run, student: Anatomy, teacher: Anatomy, count: int) -> int:
-    """The common width D, and which heads can read a state of that width in stage I."""
+    """The common width D; refuses a width that stage I's head cannot read."""
     width, head = run.filters.width, run.filters.head
     if width == "full" or (width == "auto" and run.method == "lwd"):
         width = teacher.width
@@ -72,7 +73,7 @@ def learns_filters(run: Run) -> bool:
 
 
 def auto_width(student: Anatomy, teacher: Anatomy, count: int) -> int:
-    """The widest of which stage I trains no more than SHARE: the teacher's where that fits, for it needs no lift."""
+    """The largest width for which stage I trains at most SHARE. The teacher's width is best if it fits: it needs no lift."""
     budget = SHARE * student.parameters / count
     if teacher.width * (teacher.width + student.width + 2) <= budget:
         return teacher.width
@@ -81,17 +82,17 @@ def auto_width(student: Anatomy, teacher: Anatomy, count: int) -> int:
 
 
 def share_of_tokens(sides: Sides) -> float:
-    """Whole positions of a sequence: as many as cost no more than both bodies' forward, but LEAST_ROWS a step."""
+    """As many positions of a sequence as cost no more than both bodies' forward, but at least LEAST_ROWS rows a step."""
     run, length, count = sides.run, sides.run.data.seq_len, len(sides.pairs)
-    drawn = min(run.filters.sample_pairs or count, count) / count
-    row = flops.stage_one_flops(sides, 1.0, drawn) - flops.stage_one_flops(sides, 0.0, drawn)
+    share = min(run.filters.sample_pairs or count, count) / count
+    row = flops.stage_one_flops(sides, 1.0, share) - flops.stage_one_flops(sides, 0.0, share)
     fit = length * flops.bodies_flops(sides, flops.keys_of([length])) / row
     least = -(-LEAST_ROWS * length // run.train.tokens_per_step)
     return min(length, max(int(fit), least)) / length
 
 
 def filter_parameters(plan) -> dict[str, int]:
-    """Of all pairs, by what they belong to, heads of their own apart; stage I alone has lifts."""
+    """Parameters of all pairs' filters by side, without own heads; stage I alone has lifts."""
     count, width, mlp = len(plan.pairs), plan.width, plan.run.filters.mlp
     ted, learns = plan.run.method == "ted", plan.stages[0].learns_filters
 
@@ -106,7 +107,7 @@ def filter_parameters(plan) -> dict[str, int]:
 
 
 def describe(plan) -> str:
-    """What is trained beside the student, and what stage I reads."""
+    """The line for the dry run and the log: the filters' parameters, and what stage I reads."""
     counts, filters, count = filter_parameters(plan), plan.run.filters, len(plan.pairs)
     sides = " + ".join(f"{number / 1e6:,.2f} M ({side})" for side, number in counts.items() if number)
     shares = [f"stage student {counts['student'] / plan.student.parameters:.2%}"]
@@ -119,6 +120,6 @@ def describe(plan) -> str:
             f"{count} pairs"
         )
     elif plan.run.method == "ted" and not filters.from_run:
-        reads = "\nno stage I, for filters.steps is 0: filters.head, sample_tokens and sample_pairs decide nothing"
+        reads = "\nno stage I, because filters.steps is 0: filters.head, sample_tokens and sample_pairs have no effect"
     trained = f"trained of the student's size: {', '.join(shares)}"
     return f"filters: width {plan.width}, {sides} parameters; {trained}{reads}"

@@ -1,11 +1,11 @@
-"""Where filters start: directions of the teacher's states, and the student's way to them."""
+"""Initial weights of filters: principal directions for the teacher, a regression for the student."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ted_scale.distill.principal import add_moments, directions, start_of
+from ted_scale.distill.filter_init import add_moments, directions, start_of
 from ted_scale.kernels.tokens import IGNORED
 
 TOKENS, WIDTH_T, WIDTH_S, NARROW = 400, 12, 9, 5
@@ -18,7 +18,7 @@ def batch_of(count: int, ignored: int = 0):
 
 
 def states(seed: int = 0, width: int = WIDTH_T):
-    """Of falling size from dimension to dimension, in a rotated basis."""
+    """Each dimension is smaller than the one before, in a rotated basis."""
     g = torch.Generator().manual_seed(seed)
     turned = torch.linalg.qr(torch.randn(width, width, generator=g))[0]
     return torch.randn(TOKENS, width, generator=g) * torch.logspace(0, -2, width) @ turned
@@ -41,7 +41,7 @@ def test_a_teacher_s_filter_is_the_best_projection_of_its_states_directions():
     assert (rows.gather(1, rows.abs().argmax(1, keepdim=True)) > 0).all()
 
 
-def test_long_states_and_those_that_do_not_count_own_no_direction():
+def test_neither_long_states_nor_ignored_ones_change_the_directions():
     t = states()
     sinks = t.clone()
     sinks[7:9] *= 1000
@@ -57,7 +57,7 @@ def test_sums_over_micro_batches_are_those_of_all_tokens():
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(both, moments(t, s), strict=True))
 
 
-def test_a_student_in_another_basis_starts_where_its_teacher_is():
+def test_a_rotated_copy_of_the_teacher_starts_with_the_same_filtered_states():
     t = states()
     turned = torch.linalg.qr(torch.randn(WIDTH_T, WIDTH_T, generator=torch.Generator().manual_seed(5)))[0]
     start = start_of(moments(t, 3 * t @ turned), NARROW)
@@ -77,7 +77,7 @@ def test_a_student_of_another_width_starts_as_near_as_a_linear_map_can():
     assert least < error < 1.1 * least + 1e-3 * target.square().sum().item() < 0.5 * target.square().sum().item()
 
 
-def test_at_the_teacher_s_width_its_filter_is_left_to_be_the_identity():
+def test_at_the_teacher_s_width_its_filter_stays_the_identity():
     t, s = states(), states(1, WIDTH_S)
     assert start_of(moments(t, s), WIDTH_T).teacher is None
     assert start_of(moments(t, s), WIDTH_T).student.shape == (WIDTH_T, WIDTH_S)

@@ -1,4 +1,4 @@
-"""What filters may cost by default: parameters by width, and rows of stage I by what the bodies cost."""
+"""The default sizes of filters: width by the student's parameters, rows of stage I by the cost of the bodies."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from plain import make_world
 from tiny import make_model, make_run
 
 from ted_scale.distill import flops
-from ted_scale.distill.price import LEAST_ROWS, SHARE, TILE, auto_width, filter_parameters, resolved
+from ted_scale.distill.filter_sizes import LEAST_ROWS, SHARE, TILE, auto_width, filter_parameters, resolved
 from ted_scale.distill.stages import stages_of
 from ted_scale.models.inspection import inspect
 from ted_scale.plan import describe, make_plan
@@ -56,7 +56,7 @@ def test_by_default_stage_one_s_heads_cost_no_more_than_both_bodies(world):
 
 
 def test_stage_one_costs_no_more_than_three_fifths_of_stage_two_also_under_the_largest_vocabulary(tmp_path):
-    """Gemma-3-270m's shape, whose 18 pairs on all rows are eleven times stage II."""
+    """Gemma-3-270m's shape: on all rows, its 18 pairs would cost eleven times stage II."""
     shape = {
         "hidden_size": 640,
         "intermediate_size": 2048,
@@ -79,19 +79,19 @@ def test_stage_one_costs_no_more_than_three_fifths_of_stage_two_also_under_the_l
     assert flops.bodies_flops(sides, keys) + flops.stage_one_flops(sides, 1.0, 1.0) > 11 * second
 
 
-def test_a_pair_reads_by_default_no_fewer_rows_than_evidence_asks_for(world):
+def test_a_pair_reads_by_default_at_least_the_minimum_of_rows(world):
     train = {"tokens_per_step": 64, "micro_batch": 1}
     plan = make_plan(make_run(world, filters=AUTO, train=train), 1)
     assert plan.run.filters.sample_tokens * 64 == LEAST_ROWS
 
 
-def test_what_the_run_file_says_stays(world):
+def test_numbers_in_the_run_file_are_kept(world):
     plan = make_plan(make_run(world, filters={"width": 20, "sample_tokens": 0.37}), 1)
     assert (plan.width, plan.run.filters.width, plan.run.filters.sample_tokens) == (20, 20, 0.37)
     assert make_plan(make_run(world), 1).width == 48
 
 
-def test_the_arithmetic_says_what_is_trained_beside_the_student_and_what_is_read(world):
+def test_the_dry_run_shows_the_filters_parameters_and_what_stage_one_reads(world):
     plan = make_plan(make_run(world, filters={"width": 16, "sample_tokens": 0.25}), 1)
     counts, size = filter_parameters(plan), plan.student.parameters
     first, second = sum(counts.values()) / size, counts["student"] / size
@@ -108,4 +108,4 @@ def test_no_stage_one_is_a_run_of_one_stage_that_reads_its_own_folder_s_filters(
     assert "stage filters" not in describe(plan)
     narrow = make_plan(make_run(world, filters={"steps": 0, "width": 16}), 1)
     assert filter_parameters(narrow)["lifts"] == 0 and "lifts" not in describe(narrow)
-    assert "no stage I, for filters.steps is 0: filters.head" in describe(narrow)
+    assert "no stage I, because filters.steps is 0: filters.head" in describe(narrow)
