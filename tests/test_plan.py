@@ -105,7 +105,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(world, override, senten
     ],
     ids=["a real run", "none"],
 )
-def test_ranks_that_cannot_be_are_refused(world, arguments, sentence):
+def test_impossible_numbers_of_ranks_are_refused(world, arguments, sentence):
     before = tree(world)
     done = pretrain("--config", world / "run.toml", *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
@@ -131,7 +131,7 @@ def test_the_plan_s_numbers_are_those_of_the_models_and_the_corpus(original):
     assert [filter_parameters(plan)[side] for side in ("student", "teacher")] == built
 
 
-def test_what_is_left_to_train_on_and_epochs_are_said_after_the_hold_out_and_many_of_them_too(original):
+def test_the_plan_shows_tokens_after_the_hold_out_and_epochs_and_warns_of_many_epochs(original):
     """The hold-out's tokens once counted as ones to train on."""
     corpora = [{"path": str(original / "corpus"), "name": n, "validation": v} for n, v in (("few", 0.9), ("all", 0.0))]
     said = describe(make_plan(make_run(original, method="kd", data={"corpora": corpora}), 1)).splitlines()
@@ -143,7 +143,7 @@ def test_what_is_left_to_train_on_and_epochs_are_said_after_the_hold_out_and_man
     assert many.startswith("many epochs: stage student reads the 81 tokens of corpus few ")
 
 
-def test_a_checkpoint_under_another_name_and_rows_of_a_run_that_begins_anew_are_said(world):
+def test_the_plan_names_a_renamed_checkpoint_and_the_rows_of_a_run_that_starts_again(world):
     """A renamed checkpoint once planned a new run without a word."""
     folder = make_run(world).folder
     checkpoint = folder / "checkpoints" / "step_00000004"
@@ -151,12 +151,12 @@ def test_a_checkpoint_under_another_name_and_rows_of_a_run_that_begins_anew_are_
     seal(checkpoint, {}, {"step": 4, "forks": [], "validation": None})
     (checkpoint / "progress.json").write_bytes(progress_as_bytes(Progress(step=4)))
     (folder / "metrics.jsonl").write_text('{"step": 5}\n')
-    assert f"stands at step 4 of 10, {checkpoint}" in describe(make_plan(make_run(world), 1)).splitlines()
+    assert f"resumes at step 4 of 10 from {checkpoint}" in describe(make_plan(make_run(world), 1)).splitlines()
     checkpoint.rename(checkpoint.with_name("best"))
     said = describe(make_plan(make_run(world), 1)).splitlines()
-    assert "begins at step 0 of 10" in said
-    assert f"no checkpoint is in {folder}/checkpoints: metrics.jsonl, up to step 5, begins anew" in said
-    assert f"{folder}/checkpoints/best is passed over, for its name is not step_00000004" in said
+    assert "starts at step 0 of 10" in said
+    assert f"no checkpoint is in {folder}/checkpoints: metrics.jsonl, now up to step 5, starts again" in said
+    assert f"{folder}/checkpoints/best is not used, because its name is not step_00000004" in said
 
 
 def load_tensors(folder: Path):
@@ -165,7 +165,7 @@ def load_tensors(folder: Path):
     return load_file(folder / "model.safetensors").values()
 
 
-def test_pairs_of_a_cut_student_are_its_map_and_part_of_what_a_run_is(world):
+def test_pairs_of_a_cut_student_are_its_map_and_part_of_the_run_s_identity(world):
     teacher = make_plan(make_run(world), 1).teacher
     (world / "student" / "cut.json").write_text(json.dumps(cut_map(teacher, [0, 3])))
     plan = make_plan(make_run(world), 1)
@@ -281,7 +281,7 @@ def test_a_hub_id_that_cannot_be_reached_is_refused(original, monkeypatch):
     )
 
 
-def test_what_can_only_be_a_path_is_not_asked_of_the_hub(world, monkeypatch):
+def test_a_value_that_can_only_be_a_path_is_not_looked_up_on_the_hub(world, monkeypatch):
     """A typing mistake in --tokenizer took a minute and a half of tries."""
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     monkeypatch.chdir(world.parent)

@@ -2,7 +2,7 @@
 
 (a) a batch from disk to weights: a step of TED's stage II, from the ask for its micro-batches to the verdict after the update
 (b) a checkpoint: train.py's call of save, the thread that writes, the thread that copies
-(c) SIGTERM to an exit code: the thread that heeds it, and the main thread from the guard's look at it; the save that it
+(c) SIGTERM to an exit code: the thread that reads it, and the main thread from the guard's look at it; the save that it
     causes is one entry, "save"
 
 A real run on one rank, of one micro-batch a step, one block a model and so one pair, documents apart, is watched through
@@ -35,7 +35,7 @@ import transformers
 import ted_scale
 from ted_scale.base.errors import RESUME
 from ted_scale.base.exits import run_main
-from ted_scale.checkpoints.copier import Copier
+from ted_scale.checkpoints.copies import Copier
 from ted_scale.checkpoints.saver import Saver
 from ted_scale.config.run import Run
 from ted_scale.data.loader import Loader
@@ -43,7 +43,7 @@ from ted_scale.health.guard import Guard
 from ted_scale.metrics.metrics import Metrics
 from ted_scale.plan import Plan, make_plan
 from ted_scale.ranks import signals
-from ted_scale.run import run_plan, save
+from ted_scale.run import run_plan, save_checkpoint
 from ted_scale.train import train
 from tools.bench.gpu_step import ZERO3, write_corpus
 from tools.bench.object_server import serving
@@ -115,14 +115,14 @@ def note(frame, kind: str, _) -> None:
         wait_for_threads()
     again = bool(code.co_flags & inspect.CO_GENERATOR and code.co_code[frame.f_lasti + 1])  # RESUME's argument
     log.append(Event(threading.current_thread().name, kind, code, again))
-    if kind == "call" and code is Guard.arm.__code__ and len(calls(Guard.arm)) == SIGNAL:
+    if kind == "call" and code is Guard.gather.__code__ and len(calls(Guard.gather)) == SIGNAL:
         os.kill(os.getpid(), signal.SIGTERM)
         signals.asked.wait(10)
 
 
 def wait_for_threads() -> None:
     """Before a step, so that nothing of a save is left for it."""
-    begun = {thread_of(f) for f in (Saver.write_quietly, Copier.copy_quietly) if calls(f)}
+    begun = {thread_of(f) for f in (Saver.run_thread, Copier.run_thread) if calls(f)}
     while any(thread.name in begun for thread in threading.enumerate()):
         time.sleep(0.01)
 
@@ -162,16 +162,16 @@ def batch() -> list[str]:
 
 
 def checkpoint() -> list[str]:
-    begun = calls(save)[CHECKPOINT // EVERY - 1]
+    begun = calls(save_checkpoint)[CHECKPOINT // EVERY - 1]
     after = next(i for i in calls(Metrics.timed) if i > begun)
-    threads = [entries(begun, after, thread_of(f)) for f in (Saver.write_quietly, Copier.copy_quietly)]
-    return joined([file_of(train.__code__)], entries(begun, end_of(begun), thread_of(save)), *threads)
+    threads = [entries(begun, after, thread_of(f)) for f in (Saver.run_thread, Copier.run_thread)]
+    return joined([file_of(train.__code__)], entries(begun, end_of(begun), thread_of(save_checkpoint)), *threads)
 
 
 def ended_by_signal() -> list[str]:
-    seen, saved = calls(Guard.arm)[SIGNAL - 1], calls(save)[-1]
-    heeding, main = thread_of(signals.heed), thread_of(train)
-    heed = [file_of(signals.heed.__code__), *entries(seen, len(log), heeding)]
+    seen, saved = calls(Guard.gather)[SIGNAL - 1], calls(save_checkpoint)[-1]
+    heeding, main = thread_of(signals.read_signals), thread_of(train)
+    heed = [file_of(signals.read_signals.__code__), *entries(seen, len(log), heeding)]
     ways = entries(seen, saved, main), ["save"], entries(end_of(saved), len(log), main)
     return joined(heed, [file_of(train.__code__)], *ways)
 
