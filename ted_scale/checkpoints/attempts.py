@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from ted_scale.base.errors import SENTENCES, Gone, UserError
 from ted_scale.base.sealed import Damaged
-from ted_scale.ranks.agree import gather
 
 log = logging.getLogger("ted_scale")
 PAUSES_S = (1, 5)  # before a retry: shared file systems have short outages
@@ -40,11 +39,6 @@ def attempt(action, *arguments):
 def failure_of(error: Exception) -> Failure:
     text = str(error) if isinstance(error, (*SENTENCES, Damaged)) else repr(error)
     return Failure(getattr(error, "strerror", None) or text, getattr(error, "errno", None) in NO_ROOM)
-
-
-def gather_failures(mine: Failure | None, group) -> Failure | None:
-    """A collective: the first failure of any rank, on all ranks."""
-    return next(filter(None, gather(mine, group)), None)
 
 
 def attempt_write(place: Path, action, *arguments):

@@ -16,10 +16,10 @@ from ted_scale.base import sealed
 from ted_scale.base.errors import files_at
 from ted_scale.base.sealed import MANIFEST, Damaged
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints.attempts import Failure, attempt, gather_failures, warn_of_old_ones
+from ted_scale.checkpoints.attempts import Failure, attempt, warn_of_old_ones
 from ted_scale.checkpoints.progress import PROGRESS, Progress, parse_progress
 from ted_scale.ranks import pulse
-from ted_scale.ranks.agree import new_group
+from ted_scale.ranks.agree import first_of_all, new_group
 from ted_scale.storage import objects
 
 PATIENCE_S = 600
@@ -58,7 +58,7 @@ class Copier:
     def copy(self, checkpoint: Path, names: list[str]) -> Failure | None:
         """All ranks' files first, the manifest last."""
         failure, _ = attempt(send, checkpoint, self.place, names)
-        failure = gather_failures(failure, self.group)
+        failure = first_of_all(failure, self.group)
         if not failure and dist.get_rank() == 0:
             failure, _ = attempt(send, checkpoint, self.place, [MANIFEST])
         return failure

@@ -25,14 +25,13 @@ from ted_scale.checkpoints.attempts import (
     attempt,
     attempt_write,
     could_not_write,
-    gather_failures,
     give_up,
     warn_of_old_ones,
 )
 from ted_scale.checkpoints.copies import Copier
 from ted_scale.checkpoints.folder import FILTERS
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
-from ted_scale.ranks.agree import gather, new_group
+from ted_scale.ranks.agree import first_of_all, gather, new_group
 
 LAST_PAUSES_S = (5, 15, 45)  # before the retries of a stage's last save
 
@@ -151,7 +150,7 @@ class Saver:
         if is_first and failure:
             shutil.rmtree(part, ignore_errors=True)
         # All ranks know whether it is published.
-        failure = gather_failures(failure, self.group)
+        failure = first_of_all(failure, self.group)
         copying = any(copying for _, _, copying in everyone)
         self.outcome = Outcome(failure, copying, (time.perf_counter() - began) * 1e3)
         if save.with_filters and not failure:

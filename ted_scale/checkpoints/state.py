@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import fits, is_count
-from ted_scale.models.zero import shape_of
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")  # the master weight and AdamW's moments, all in fp32
 BYTES = 4
@@ -64,7 +63,7 @@ def groups_of(engine) -> list[Group]:
         for parameter in parameters:
             place = slice(begin, begin + parameter.ds_tensor.ds_numel)
             held = cut(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
-            members.append(Member(names[parameter.ds_id], shape_of(parameter), place, *held))
+            members.append(Member(names[parameter.ds_id], tuple(parameter.ds_shape), place, *held))
             begin = place.stop
         state = moments_of(optimizer.optimizer, masters)
         tensors = {"fp32": masters.detach(), **{kind: state[kind] for kind in KINDS[1:]}}

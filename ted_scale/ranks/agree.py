@@ -27,9 +27,9 @@ def gather(mine, group=None) -> list:
     return everyone
 
 
-def first_of_all(sentence: str | None) -> str | None:
-    """The sentence of the first rank that has one."""
-    return next((s for s in gather(sentence) if s), None)
+def first_of_all(fault, group=None):
+    """The fault of the first rank that has one; None if no rank has one."""
+    return next(filter(None, gather(fault, group)), None)
 
 
 def refuse_together(sentence: str | None, kind=UserError) -> None:
