@@ -46,7 +46,7 @@ def open_feed(run, stage, progress: Progress, vocabulary: int) -> tuple[Stream, 
         progress = replace(progress, samples=0)
     elif progress.blend is None:
         raise UserError(
-            f"a checkpoint of step {progress.step} must say where its data stand, but does not; take another one"
+            f"a checkpoint of step {progress.step} must hold the position of its data, but does not; use another one"
         )
     else:
         before = blend.from_dict(progress.blend)

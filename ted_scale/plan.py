@@ -158,7 +158,7 @@ def check_documents(run: Run, *models: Anatomy | None) -> None:
         if run.data.attention == "document" and anatomy and anatomy.blocks_apart < anatomy.layers:
             raise UserError(
                 "data.attention must be 'causal' where not all blocks keep documents apart, but is 'document' for a "
-                f"{side} of family {anatomy.family}, of whose {anatomy.layers} blocks {anatomy.blocks_apart} do; leave it out"
+                f"{side} of family {anatomy.family}, where {anatomy.blocks_apart} of {anatomy.layers} blocks do; leave it out"
             )
 
 

@@ -60,7 +60,7 @@ class Parts(NamedTuple):
 
 
 def run_plan(plan: Plan) -> None:
-    """From the process group's start to its end."""
+    """Start the ranks, train the run, and end the ranks."""
     check_engine_config(plan)
     device = start_ranks(plan.run, partial(check_device, plan.run))
     try:
@@ -171,7 +171,7 @@ def open_data(parts: Parts, stage: Stage, progress: Progress) -> tuple[Stream, P
 
 
 def validate_before_training(parts: Parts, stage: Stage, student, progress: Progress, resumed) -> Progress:
-    """Before stage II's first step, with the teacher; and where a signal has cut short the validation of this step."""
+    """Validate student and teacher before stage II's first step. On a resume, repeat a validation that a signal cut short."""
     fresh = progress.step == stage.first_step and not stage.learns_filters
     if fresh or (resumed and validation_is_missing(parts, stage, progress)):
         plan, teacher, metrics, *_ = parts
@@ -188,8 +188,8 @@ def validation_is_missing(parts: Parts, stage: Stage, progress: Progress) -> boo
 
 
 def next_stretch(parts: Parts, stage: Stage, student, stream: Stream, progress: Progress) -> tuple[Stream, Progress]:
-    """(stream, progress) for the steps up to the next border. At a border, an adaptive blend is measured. If the run cannot go
-    on, all ranks save together first."""
+    """(stream, progress) for the steps up to the next border. An adaptive blend is measured at every border. If the run cannot
+    go on, it saves first; both reasons are the same on all ranks, as a save needs all of them."""
     plan, teacher, metrics, *_ = parts
     if feed.due(stage, stream, progress):
         stream, progress, stopping = feed.weigh(plan, teacher, metrics, student, stream, progress)
@@ -236,14 +236,14 @@ def go_back(stage: Stage, student, rewind: Rewind, metrics: Metrics) -> Progress
     """Load an earlier checkpoint into the existing engine. DeepSpeed never releases a module, so a second engine would double
     the memory."""
     for checkpoint in rewind.checkpoints:
-        pulse.doing(f"the way back to {checkpoint.name}")
+        pulse.doing(f"the rewind to {checkpoint.name}")
         if (fault := first_of_all(files.check_digests(checkpoint, share()))) is None:
             progress = gone_back(read_progress(checkpoint), rewind.progress)
             state.load(student, checkpoint)
             metrics.go_back(progress)
             return spikes.begin(progress, stage)
         metrics.alert("a damaged checkpoint", files.skipped(checkpoint, fault))
-    raise RunStopped(f"{stage.run.folder} must hold a whole checkpoint to go back to, but all there are are damaged")
+    raise RunStopped(f"{stage.run.folder} must hold a whole checkpoint to go back to, but all of them are damaged")
 
 
 # Saves

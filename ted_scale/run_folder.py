@@ -78,7 +78,7 @@ def check_shared(folder: Path, writes: bool) -> None:
             if lock(folder):
                 (folder / token).touch()
             else:
-                busy = f"runs must be used by one process at a time, but another is at work in {folder}"
+                busy = f"runs must be used by one process at a time, but another process is using {folder}"
                 busy += "; wait for it, or give this run another name"
         except OSError as error:
             sentence = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
@@ -147,7 +147,7 @@ def fetch(place: str, checkpoint: Path) -> str | None:
             copies.fetch_file(place, part, MANIFEST)
             sync(part)
             publish(part)
-        log.info(f"{checkpoint} is there again, from {place}")
+        log.info(f"{checkpoint} was downloaded from {place}")
     dist.barrier()
     return fault and f"its copy: {fault}"
 

@@ -60,7 +60,7 @@ def test_the_first_shares_start_from_the_run_file_s_weights():
 
 
 def test_the_first_measurement_gives_no_corpus_a_zero_share():
-    """One of three, of a student ten thousand times as perplexed as its teacher there, had all of the samples."""
+    """One corpus, on which the student's perplexity was 10,000 times the teacher's, once got all samples."""
     weights = ddk.first_weights([1.0, 1.0, 1.0], [1e4, 1.0, 1.0], 0.5)
     assert weights == pytest.approx([0.5 + 0.5 / 3, 0.5 / 3, 0.5 / 3])
 
@@ -109,8 +109,8 @@ def test_an_adaptive_blend_without_something_to_measure_is_refused(tmp_path, sec
 
 
 def texts() -> dict[str, list[str]]:
-    """Three kinds of text that every installation of Python has: what packages say of themselves, their code, and the
-    language's reference."""
+    """Three kinds of text that every installation of Python has: descriptions of packages, their code, and the reference of
+    the language."""
     library = Path(sysconfig.get_path("stdlib"))
     about = [distribution.metadata.get_payload() or "" for distribution in metadata.distributions()]
     return {
@@ -121,7 +121,7 @@ def texts() -> dict[str, list[str]]:
 
 
 def as_bytes(documents: list[str], limit: int = 60_000) -> list[list[int]]:
-    """The characters of ASCII are the vocabulary."""
+    """The vocabulary is ASCII."""
     kept, left = [], io.StringIO()
     for text in documents:
         ids = [byte for byte in text.encode() if 0 < byte < 128][:4000]

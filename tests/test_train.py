@@ -1,4 +1,4 @@
-"""The loop: what it lets go, and when."""
+"""The loop frees the teacher's signal before backward."""
 
 import weakref
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ class Signal:
 
 
 class Student:
-    """Forward and backward by name; remembers which signals live when backward begins."""
+    """Has the methods that the loop calls; notes which signals are alive when backward begins."""
 
     device = None
 

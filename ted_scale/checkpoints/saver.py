@@ -88,7 +88,7 @@ class Saver:
     def begin(self, save: Save) -> None:
         self.under_way = save
         self.written.clear()
-        self.outcome = Outcome(Failure("its thread broke off"))
+        self.outcome = Outcome(Failure("its thread was interrupted"))
         self.thread = threading.Thread(target=self.run_thread, args=(save,), daemon=True, name="checkpoint")
         self.thread.start()
 
@@ -162,7 +162,8 @@ class Saver:
     def alert_failure(self, failure: Failure) -> None:
         most = self.settings.max_failed
         self.alert(
-            "a checkpoint was not written", f"{failure.reason}; the run ends after more than {most} such in a row"
+            "a checkpoint was not written",
+            f"{failure.reason}; the run stops after more than {most} such failures in a row",
         )
 
     def after_publishing(self, place: Path, names: list[str]) -> None:
@@ -177,7 +178,7 @@ class Saver:
             self.copier.begin(place, names)
 
     def write_files(self, part: Path, save: Save) -> dict[str, Entry]:
-        """Write this rank's file; rank 0 also writes the files of which there is one for all ranks."""
+        """Write this rank's file. Rank 0 also writes the files that exist once for all ranks."""
         part.mkdir(parents=True, exist_ok=True)
         name = state.rank_file(dist.get_rank())
         entries = {name: sealed.write_file(part / name, state.as_bytes(save.snapshot.tensors))}
@@ -205,7 +206,7 @@ class Saver:
         raise OSError(errno.EIO, f"none of {', '.join(map(str, sources or self.sources))} is as it was read before")
 
     def use_filters(self, path: Path) -> None:
-        """From now on use these: stage I has learned them anew, and an earlier checkpoint may hold older ones."""
+        """Use these from now on: stage I has just learned them. An earlier checkpoint may hold older ones."""
         self.sources, self.last_filters, self.filters_entry = [path], [], None
 
     @property

@@ -154,7 +154,7 @@ class State:
     def __init__(self, checkpoint: Path, manifest: dict):
         if not fits(manifest, {"ranks": int, "updates": int, "shapes": dict}) or not is_valid(manifest):
             raise UserError(
-                f"{checkpoint / sealed.MANIFEST} must say ranks, updates and shapes, but does not; copy it again"
+                f"{checkpoint / sealed.MANIFEST} must hold ranks, updates and shapes, but does not; copy it again"
             )
         self.checkpoint, self.ranks, self.shapes = checkpoint, manifest["ranks"], manifest["shapes"]
         self.opened = lru_cache(maxsize=64)(lambda rank: safe_open(checkpoint / rank_file(rank), framework="pt"))

@@ -138,7 +138,7 @@ class Guard:
             self.alert("loss spike", f"{self.fault}; the run goes on: this stage has no checkpoint to go back to yet")
             return
         if rewinds == limit:
-            raise self.stopped(f"health.max_rewinds = {limit} ways back led to no step past it: lower train.lr")
+            raise self.stopped(f"health.max_rewinds = {limit} rewinds led to no step past it: lower train.lr")
         onwards = (
             f"back to {checkpoints[0].name} and on with sample {progress.samples}, rewind {rewinds + 1} of {limit}"
         )

@@ -17,7 +17,7 @@ from ted_scale.config.operation import Health
 
 
 class State(NamedTuple):
-    """Part of every checkpoint, beside Progress.skipped."""
+    """Part of every checkpoint, like Progress.skipped."""
 
     in_a_row: int = 0  # how many of the last steps were dropped
     rewinds: int = 0  # since the last step past `rewound_from`

@@ -16,7 +16,7 @@ from ted_scale.base.exits import leave, say_where_it_stands, speak
 from ted_scale.ranks.processes import parent_of, words_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-IN_TIME = "which is finished and saved first; a second Ctrl-C ends the run at once, and DeepSpeed's launcher does after 30 s: then "
+IN_TIME = "which is finished and saved first; a second Ctrl-C ends the run at once, as DeepSpeed's launcher does after 30 s: then "
 asked = threading.Event()
 launchers: tuple[int, ...] = ()  # the processes above this one when `listen` was called, nearest first
 watched = threading.Event()  # from here on watch.py decides when the run exits
@@ -66,7 +66,7 @@ def exit_alone() -> None:
 def launchers_above() -> tuple[int, ...]:
     """DeepSpeed's launch.py, which starts the ranks, and the `deepspeed` command above it, if they are there. The ranks do
     not notice when one of them dies: the command passes no signal on, and ranks without launch.py would train on for
-    nobody."""
+    no use."""
     found, pid = [], os.getppid()
     while len(found) < 2 and pid and any(is_launcher(word) for word in words_of(pid)):
         found.append(pid)

@@ -199,7 +199,7 @@ class Watch:
         self.leave(code)
 
     def carry_out(self, words: str, code: int, silent) -> None:
-        """The claimant's part. Nobody knows yet whether a failure is the cause, or the echo of a rank that died."""
+        """The claimant's part. A failure may be the cause, or only the echo of a rank that died."""
         # Wait until the other ranks acknowledge the claim.
         others = [r for r in range(self.world) if r != self.rank and r not in silent]
         came = [r for r in others if self.store.check([f"heartbeat/{r}"]) and not self.store.check([f"left/{r}"])]
@@ -218,7 +218,7 @@ class Watch:
             words = f"rank {self.rank}: {words}"
         # Print it and pass it to the others, then exit.
         self.speak(words)
-        self.store.set(f"said/{self.rank}", json.dumps({"words": words, "code": code}))
+        self.store.set(f"reason/{self.rank}", json.dumps({"words": words, "code": code}))
         self.log_and_leave(words, code)
 
     def follow(self) -> None:
@@ -232,8 +232,8 @@ class Watch:
             if claim["code"] == HUNG:
                 self.show_stacks()
             self.store.set(f"seen/{self.rank}", where)
-            if not self.unset("said", [claim["rank"]], 2 * self.limits.silence_s):
-                last = json.loads(self.store.get(f"said/{claim['rank']}"))
+            if not self.unset("reason", [claim["rank"]], 2 * self.limits.silence_s):
+                last = json.loads(self.store.get(f"reason/{claim['rank']}"))
         except RuntimeError:
             pass  # rank 0 has exited: the reason is printed
         self.log_and_leave(last["words"], last["code"])

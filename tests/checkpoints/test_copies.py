@@ -1,4 +1,4 @@
-"""Checkpoints in object storage: what is published here is there, and a run whose folder is gone goes on from it."""
+"""Copies of checkpoints in object storage: every kept checkpoint has one, and a run without its folder resumes from it."""
 
 import errno
 import shutil
@@ -42,7 +42,7 @@ def saver_of(run, filters: Path) -> Saver:
 
 
 def write(saver: Saver, step: int) -> str | None:
-    """With its copy."""
+    """Write a checkpoint and wait for its copy."""
     failure = test_saver.write(saver, step)
     saver.copier.finish()
     return failure
@@ -139,7 +139,7 @@ def test_a_copy_that_was_never_finished_is_removed_later(endpoint, run, tmp_path
 def test_a_save_does_not_wait_for_the_copy_before_and_a_checkpoint_stays_until_it_is_copied(
     endpoint, run, tmp_path, monkeypatch, caplog
 ):
-    """A slow network: checkpoints meanwhile have no copy, which is said, and the one on its way is not removed."""
+    """With a slow network. The next checkpoints get no copy, which is reported, and the one being copied is not removed."""
     saver, free, send = saver_of(run, tmp_path), threading.Event(), copies.send
 
     def slowly(*arguments):
@@ -178,7 +178,7 @@ def test_a_bucket_that_does_not_exist_is_one_sentence_before_anything_starts(run
 
 
 def test_a_run_does_not_start_again_because_of_an_outage_or_a_full_disk(endpoint, run, tmp_path, monkeypatch):
-    """Its folder is gone, and what is in the bucket cannot be had right now."""
+    """Its folder is gone, and the bucket cannot be read at the moment."""
     assert write(saver_of(run, tmp_path), 4) is None
     shutil.rmtree(run.folder)
     files.checkpoints_of(run.folder).mkdir(parents=True)

@@ -144,7 +144,7 @@ def test_a_failed_save_does_not_end_the_run_but_the_last_one_must_not_fail(tmp_p
         failing(patch, 1, errno.ENOSPC, True)
         assert write(saver, 4)
     assert "rank 0 could not write step_00000004: No space left on device" in caplog.text
-    assert "; the run ends after more than 3 such in a row" in caplog.text
+    assert "; the run stops after more than 3 such failures in a row" in caplog.text
     monkeypatch.setattr(saving, "LAST_PAUSES_S", (0, 0))
     with monkeypatch.context() as patch, pytest.raises(UserError, match="could not write step_00000004"):
         failing(patch, 1, errno.ENOSPC, True)

@@ -1,4 +1,4 @@
-"""Dropped updates, loss spikes, ways back and digests without ranks: what is decided, from which numbers."""
+"""Dropped updates, loss spikes, rewinds and digests, without ranks: which numbers lead to which decision."""
 
 import json
 import math
@@ -53,7 +53,7 @@ class Zero:
 
 
 class World:
-    """A guard between a loop and Zero; `alerts` are what the user is told."""
+    """A guard between a loop and Zero; `alerts` are the texts that the user gets."""
 
     def __init__(self, root: Path, monkeypatch, **settings):
         self.run = make_run(root, health=settings)
@@ -203,7 +203,7 @@ def test_the_run_goes_back_at_most_max_rewinds_times_without_a_step_past_the_spi
         at.progress = gone_back(before, caught.value.progress)
         assert (at.progress.step, at.progress.tokens, at.progress.samples) == (before.step, before.tokens, samples)
         at.step()
-    with pytest.raises(RunStopped, match=r"health.max_rewinds = 2 ways back led to no step past it"):
+    with pytest.raises(RunStopped, match=r"health.max_rewinds = 2 rewinds led to no step past it"):
         at.step(9.0)
 
 

@@ -1,4 +1,4 @@
-"""What a row holds, what a resume forgets, and what Weights & Biases is told, read back from its own file."""
+"""The rows of metrics.jsonl, what a resume removes from them, and what Weights & Biases gets, read from its own file."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def test_a_row_has_every_key_that_a_reader_expects(tmp_path):
     numbers.close()
     (row,) = rows_of(run)
     expected = {"step", "tokens", *losses(1), "perf/tokens_per_s", "perf/step_ms", "perf/teacher_ms", "memory/peak_gib"}
-    assert row.keys() == expected  # no perf/mfu: nobody knows a CPU's peak
+    assert row.keys() == expected  # no perf/mfu: a CPU has no known peak
     assert all(math.isfinite(v) and v >= 0 for v in row.values())
     assert row["memory/peak_gib"] > 0.05
 
@@ -120,7 +120,7 @@ def test_a_rewind_removes_the_rows_after_its_checkpoint_and_writes_them_again(tm
     rows = rows_of(run)
     assert [row["step"] for row in rows] == [2, 4, 4, 6]
     assert rows[-1]["loss/total"] == 5.5
-    assert numbers.bar.n in (0, 6)  # it counts where there is a terminal
+    assert numbers.bar.n in (0, 6)  # it counts only on a terminal
 
 
 def test_speed_counts_the_tokens_and_the_time_since_the_last_row(tmp_path):
@@ -255,7 +255,7 @@ SECTION = {
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
-    """(run, the ids of its two lives, the records of each): six steps and a validation, then resumed from step 6."""
+    """(run, W&B ids, records) of two processes: one takes six steps and validates, the other resumes from step 6."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("WANDB_API_KEY", raising=False)
         run = make_run(tmp_path_factory.mktemp("offline"), wandb=SECTION, log_every=2)
@@ -293,7 +293,7 @@ def test_wandb_has_the_settings_of_the_run_file(offline):
 
 
 def test_the_end_of_a_run_waits_for_wandb_at_most_30_s(offline):
-    """Its own record of the settings in use."""
+    """W&B records its settings."""
     for records in offline[2]:
         features = [r.telemetry.feature for r in records if r.WhichOneof("record_type") == "telemetry"]
         assert any(f.finish_timeout for f in features) and any(f.finish_timeout_raises for f in features)
@@ -353,7 +353,7 @@ def test_the_console_shows_totals_and_the_weights_of_an_adaptive_blend():
 
 
 class Lost:
-    """What a W&B run is when its process has been ended."""
+    """A W&B run whose process was killed."""
 
     def log(self, row):
         raise ConnectionResetError("Connection lost")

@@ -1,4 +1,4 @@
-"""Memory that runs out is told from other faults, and what to lower is what this run has left to lower."""
+"""Running out of memory is distinguished from other errors, and the advice fits the run."""
 
 import errno
 from types import SimpleNamespace

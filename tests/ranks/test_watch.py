@@ -1,4 +1,4 @@
-"""How ranks end together: real pairs of ranks, each with another fault, and the rules between two watches of one process."""
+"""How ranks end together: pairs of real ranks, each pair with another fault, and the protocol between two watches."""
 
 import contextlib
 import inspect
@@ -27,7 +27,7 @@ SCRIPT = HARNESS / "watched_ranks.py"
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
-    """By fault: exit codes of both ranks, seconds from the fault to each one's exit, and what they wrote."""
+    """By fault: the exit codes of both ranks, the seconds from the fault to each exit, and what they printed."""
     folder = tmp_path_factory.mktemp("ends")
     command = [sys.executable, str(SCRIPT), str(folder), "deepspeed.launcher.none"]
     subprocess.run(command, check=True, timeout=120)
@@ -108,7 +108,7 @@ def test_a_signal_to_one_rank_or_the_end_of_the_launcher_stops_all_after_a_step(
 
 
 def test_ctrl_c_prints_the_newest_checkpoint_and_stops_all_after_a_step_and_a_second_one_does_not_wait(ends):
-    """Under `deepspeed` it left a traceback, and nothing of what was saved and what was not."""
+    """It used to print a traceback under `deepspeed`, and not what was saved."""
     codes, took, said = ends[0]["interrupt"]
     assert codes == [RESUME, RESUME]
     assert max(took) < 8
@@ -137,12 +137,12 @@ def test_ranks_that_are_done_exit_and_print_nothing(ends):
 
 
 class Left(SystemExit):
-    """Instead of the process, a thread ends."""
+    """Ends a thread in the place of the process."""
 
 
 @pytest.fixture
 def pair(tmp_path, monkeypatch):
-    """Two watches over one real store, and what they said and left with."""
+    """Two watches over one real store, what they print, and their exit codes."""
     monkeypatch.setattr(watch, "HEARTBEAT_S", 0.02)
     monkeypatch.setattr(watch, "GRACE_S", 0.5)
     monkeypatch.setattr(pulse, "now", pulse.Pulse("step 7", time.monotonic(), first=False, unsaved=True))
@@ -181,7 +181,7 @@ def meeting(made) -> threading.Thread:
 
 
 def watched(*watches) -> None:
-    """Let them meet until every one of them has left."""
+    """Let them meet until all of them have exited."""
     for thread in [meeting(made) for made in watches]:
         thread.join(10)
         assert not thread.is_alive()
@@ -231,7 +231,7 @@ def test_the_first_claim_wins_and_the_other_rank_prints_nothing(pair):
 
 
 def test_a_signal_that_is_the_echo_of_a_rank_that_died_names_the_rank(pair):
-    """DeepSpeed's launcher sends SIGTERM to all when one has died, and while nothing is unsaved they would leave at once."""
+    """DeepSpeed's launcher sends SIGTERM to all ranks when one has died, and without unsaved steps they would exit at once."""
     watches, left, said, _ = pair
     pulse.building("the build of stage student")
     stop.asked.set()

@@ -1,18 +1,18 @@
-"""How many files a reader goes through on three journeys of a run: `python tools/bench/journeys.py [--verbose]`.
+"""Counts the files that a reader goes through on three journeys of a run: `python tools/bench/journeys.py [--verbose]`.
 
-(a) a batch from disk to weights: a step of TED's stage II, from the ask for its micro-batches to the verdict after the update
-(b) a checkpoint: train.py's call of save, the thread that writes, the thread that copies
-(c) SIGTERM to an exit code: the thread that reads it, and the main thread from the guard's look at it; the save that it
-    causes is one entry, "save"
+(a) a batch from disk to weights: one step of TED's stage II, from the request for its micro-batches to the decision after it
+(b) a checkpoint: the call of save in train.py, the thread that writes, the thread that copies
+(c) SIGTERM to an exit code: the thread that reads the signal, and the main thread from the step at which the guard sees it.
+    The save that follows is one entry, "save"
 
-A real run on one rank, of one micro-batch a step, one block a model and so one pair, documents apart, is watched through
-sys.setprofile. An entry is a call of a function that stands in a file of ted_scale, however it is called: by name, as a hook
-or by autograd. A part of a journey is what one thread does: (a) the reader's, then the main thread's. It begins with the file
-in which that thread stands; parts are put one after the other, and entries into the file of the entry before are left out. In
-what remains `files` counts the distinct ones, and `returns` the entries into a file that was entered before; coming back from a
-call is no entry. The third number is of returns where a loop is gone through once (`once_a_loop`).
-A generator counts where it is started, and where a journey goes on with one that was started before it, once.
-Comprehensions and lambdas belong to the line they stand in. A package's __init__.py counts when a function in it is called.
+This watches a real run through sys.setprofile: one rank, one micro-batch a step, one block a model (so one pair), documents
+apart. An entry is a call of a function in a file of ted_scale, whether by name, as a hook or by autograd; a return to the caller
+is not an entry. A journey consists of parts, one for each thread: (a) has the reader's part, then the main thread's. A part
+begins with the file that its thread is in. Parts are joined in order, and an entry into the file of the entry before is
+dropped. Of what remains, `files` counts the distinct files and `returns` the entries into a file that was entered before. The
+third number counts the returns if every loop runs once (`once_a_loop`). A generator counts once: when it starts, or, if it was
+started before the journey, when it continues. Comprehensions and lambdas belong to their line. A package's __init__.py counts
+when a function in it is called.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class Event(NamedTuple):
     thread: str
     kind: str  # call, return
     function: object  # its code
-    again: bool  # a generator goes on
+    again: bool  # a generator continues
 
 
 log: list[Event] = []
@@ -71,7 +71,7 @@ def main() -> None:
     leave = os._exit
 
     def ended(code: int) -> None:
-        """In the place of the process's end."""
+        """Replaces os._exit."""
         sys.setprofile(None)
         if code == RESUME:
             print("\n".join(report(code, verbose)), flush=True)
@@ -121,14 +121,14 @@ def note(frame, kind: str, _) -> None:
 
 
 def wait_for_threads() -> None:
-    """Before a step, so that nothing of a save is left for it."""
+    """Before a step, so that no thread of a save runs during it."""
     begun = {thread_of(f) for f in (Saver.run_thread, Copier.run_thread) if calls(f)}
     while any(thread.name in begun for thread in threading.enumerate()):
         time.sleep(0.01)
 
 
 def calls(function) -> list[int]:
-    """Where in the log."""
+    """The indices of its calls in the log."""
     return [i for i, event in enumerate(log) if event.kind == "call" and event.function is function.__code__]
 
 
@@ -177,7 +177,7 @@ def ended_by_signal() -> list[str]:
 
 
 def end_of(call: int) -> int:
-    """Where the function that is called there returns."""
+    """The index at which the function called at `call` returns."""
     event = log[call]._replace(kind="return")
     return next(i for i in range(call, len(log)) if log[i] == event)
 
@@ -197,7 +197,7 @@ def joined(*parts: list[str]) -> list[str]:
 
 
 def once_a_loop(visits: list[str]) -> list[str]:
-    """What stands twice in a row, shortest first, stands once: a loop over tensors or files is read once."""
+    """Drop immediate repetitions, the shortest first: a loop over tensors or files is read once."""
     for size in range(1, len(visits) // 2 + 1):
         for i in range(len(visits) - 2 * size + 1):
             if visits[i : i + size] == visits[i + size : i + 2 * size]:
