@@ -146,7 +146,7 @@ class Saver:
         failure = next((failed for failed, _, _ in everyone if failed), None)
         # Rank 0 publishes the checkpoint, or removes its parts before any rank may write them again.
         if is_first and not failure:
-            failure, _ = attempt_write(place, seal_and_publish, part, [files for _, files, _ in everyone], save)
+            failure, _ = attempt_write(place, seal_and_publish, part, [entries for _, entries, _ in everyone], save)
         if is_first and failure:
             shutil.rmtree(part, ignore_errors=True)
         # All ranks know whether it is published.
