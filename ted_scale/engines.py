@@ -1,6 +1,6 @@
-"""Teacher, student and filters as DeepSpeed engines, with the optimizer of what trains in them.
+"""Teacher, student and filters as DeepSpeed engines, with an optimizer for what is trained.
 
-How ZeRO shards, offloads and communicates is the ds_config's, every number of the run the run file's.
+The ds_config decides how ZeRO shards, offloads and communicates. All other numbers come from the run file.
 """
 
 import logging
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ted_scale import kernels
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints.filters_file import load_filters
 from ted_scale.distill.filters import Filter, has_lift
@@ -15,9 +16,8 @@ from ted_scale.distill.stages import Stage
 from ted_scale.distill.student import Student
 from ted_scale.distill.teacher import Teacher, TeacherBody
 from ted_scale.health import replicas
-from ted_scale.models import zero_hooks
+from ted_scale.models import attention, fused, zero_hooks
 from ted_scale.models.engine_config import engine_config
-from ted_scale.models.fused import fuse
 from ted_scale.models.weights import build_network
 from ted_scale.models.zero import shape_of, sharded_construction
 from ted_scale.plan import Plan
@@ -26,12 +26,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def check_engine_config(plan: Plan) -> None:
-    """What only DeepSpeed can tell of its file, while a mistake is still one sentence."""
+    """Have DeepSpeed check the ds_config, early enough that a mistake is one sentence."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of what is meant
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns about settings that are intended
     try:
         DeepSpeedZeroConfig(**plan.ds_config["zero_optimization"])
     except ValidationError as error:
@@ -43,11 +43,32 @@ def check_engine_config(plan: Plan) -> None:
         ) from None
     try:
         DeepSpeedConfig(engine_config(plan, plan.student))
-    except Exception as error:  # its sections have checks of their own, with exceptions of every kind
+    except Exception as error:  # each section has its own checks, which raise exceptions of many kinds
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
         raise UserError(
             f"ds_config {plan.run.ds_config} must be what DeepSpeed takes, but is not: {reason}; correct it"
         ) from None
+
+
+def check_device(run, device: torch.device) -> None:
+    """Refuse kernels that the run file asks for and the device cannot run."""
+    try:
+        kernels.choose(run.loss.backend, device)
+    except ValueError as error:
+        raise UserError(f"loss.{error}") from None
+    fused.check_device(run.fused_blocks, device)
+
+
+def describe(plan: Plan, device: torch.device) -> list[str]:
+    """The kernels that this run uses for losses, attention and blocks on this device."""
+    run, sides = plan.run, {"student": plan.student, "teacher": plan.teacher}
+    layers = {side: anatomy.attention for side, anatomy in sides.items() if anatomy}
+    dtype = DTYPES[run.train.precision]
+    return [
+        kernels.describe(run.loss.backend, device),
+        attention.describe(run.data.attention, layers, run.data.seq_len, dtype, device),
+        fused.describe(run.fused_blocks, sides, device),
+    ]
 
 
 def build_teacher(plan: Plan):
@@ -57,9 +78,9 @@ def build_teacher(plan: Plan):
 
     config = engine_config(plan, plan.teacher)
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
-    start = {"init": plan.run.teacher.init, "seed": plan.run.seed + 1}  # another one than the student's
+    start = {"init": plan.run.teacher.init, "seed": plan.run.seed + 1}  # not the student's seed
     network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision], **start)
-    fuse(network, plan.run.fused_blocks)
+    fused.fuse(network, plan.run.fused_blocks)
     body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
     zero_hooks.patch_deepspeed()
     zero_hooks.gather_whole_blocks(network.get_submodule(plan.teacher.blocks))
@@ -71,7 +92,7 @@ def build_teacher(plan: Plan):
 
 
 def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
-    """The stage's engine: what trains in it, with its optimizer."""
+    """The engine of a stage: the student and its filters, with the optimizer of those that are trained."""
     import deepspeed
 
     run, dtype = plan.run, DTYPES[plan.run.train.precision]
@@ -79,7 +100,7 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
         plan, plan.student, gradient_accumulation_steps=plan.accumulation, gradient_clipping=run.train.clip
     )
     network = build_network(plan.student, ds_config=config, dtype=dtype, init=run.student.init, seed=run.seed)
-    fuse(network, run.fused_blocks).requires_grad_(not stage.learns_filters)
+    fused.fuse(network, run.fused_blocks).requires_grad_(not stage.learns_filters)
     if run.student.gradient_checkpointing and not stage.learns_filters:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     with sharded_construction(config):
@@ -110,8 +131,7 @@ def frozen_parts(module: Student, stage: Stage) -> list:
 
 
 def build_filters(plan: Plan, stage: Stage):
-    """(student's, teacher's) filters, one a pair; lwd has none on the teacher's side and a random one on the
-    student's."""
+    """(student's filters, teacher's filters), one for each pair. lwd has random ones for the student and none for the teacher."""
     if not plan.pairs:
         return None, None
     filters, lwd = plan.run.filters, plan.run.method == "lwd"
@@ -128,7 +148,7 @@ def build_filters(plan: Plan, stage: Stage):
 
 
 def parameter_groups(run, module: Student) -> list[dict]:
-    """Matrices with weight decay, the rest without, and the filters with a rate of their own."""
+    """Matrices with weight decay, all other tensors without, and the filters with their own learning rate."""
     trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     filters = [p for n, p in trained if n.startswith("filters_")]
     network = [p for n, p in trained if not n.startswith("filters_")]

@@ -1,8 +1,8 @@
-"""What a stage reads: its stream opened where the run stands, and its blend measured and set anew where it adapts.
+"""What a stage reads: its stream, opened at the run's position, and the weights of an adaptive blend, measured at every border.
 
-stream.py reads windows, blend.py counts them, ddk.py is the rule. A stage's data comes in stretches with one set of
-shares, from one border to the next, so that nothing is read ahead of a measurement. The surprise: a measurement is not
-in the checkpoint that was written at its step; a resume takes it again, from the same weights.
+stream.py reads windows, blend.py counts them, ddk.py has the rule. A stage reads its data in stretches from one border to the
+next. The weights are constant within a stretch, so nothing is read ahead of a measurement. Note: a checkpoint that is written
+at the step of a measurement does not contain it; a resume measures again, with the same weights of the student.
 """
 
 import math
@@ -13,15 +13,15 @@ from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.data import blend, ddk, order
 from ted_scale.data.stream import Stream, open_held_out, open_stream, refuse_repetition
-from ted_scale.validate import perplexity, student_losses, teacher_losses, tokens_of_each
+from ted_scale.validate import measure_both, perplexity, tokens_of_each
 
-# Up to here repeated text is worth nearly what new text is, and in the end nothing (Muennighoff et al., NeurIPS 2023).
+# Up to here, repeated text is worth nearly as much as new text; later it is worth nothing (Muennighoff et al., NeurIPS 2023).
 MANY_EPOCHS = 4
 
 
 class Measured(NamedTuple):
-    """What an adaptive blend follows, as it stands in a checkpoint: weights set at `step`, the teacher's losses, and of what
-    text they are."""
+    """The state of an adaptive blend, part of every checkpoint: the weights set at `step`, the teacher's losses, and the text
+    that these were measured on."""
 
     step: int
     weights: dict[str, float]
@@ -30,7 +30,7 @@ class Measured(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Of a corpus: tokens to train on, tokens held out, and how often each stage that is not done reads the former."""
+    """A corpus: tokens to train on, tokens held out, and the epochs over the former in each stage that is not done."""
 
     tokens: int
     held_out: int
@@ -38,15 +38,15 @@ class Reading(NamedTuple):
 
 
 def open_feed(run, stage, progress: Progress, vocabulary: int) -> tuple[Stream, Progress, list[str]]:
-    """(stream, progress with its blend in it, what to say of changes): from sample 0, or on from where the run stood. Also
-    between stages a corpus may become another."""
+    """(stream, progress with its blend, sentences about changes of the corpora). A stage starts at sample 0; a resume goes on at
+    the sample of `progress`. A corpus may change at a resume, and between two stages."""
     before, earlier = None, None
     if progress.step == stage.first_step:
         earlier = blend.from_dict(progress.blend) if progress.blend else None
         progress = replace(progress, samples=0)
     elif progress.blend is None:
         raise UserError(
-            f"a checkpoint of step {progress.step} must say where its data stand, but does not; take another one"
+            f"a checkpoint of step {progress.step} must hold the position of its data, but does not; use another one"
         )
     else:
         before = blend.from_dict(progress.blend)
@@ -54,12 +54,12 @@ def open_feed(run, stage, progress: Progress, vocabulary: int) -> tuple[Stream, 
         progress = replace(progress, adaptive=None)
     weights = progress.adaptive["weights"] if progress.adaptive else {}
     stream = open_stream(run.data, run.seed, vocabulary, before, progress.samples, weights)
-    said = blend.changes(before, stream.interval) if before else blend.other_texts(earlier, stream.interval)
-    return stream, replace(progress, blend=blend.as_dict(stream.interval)), said
+    changed = blend.changes(before, stream.interval) if before else blend.other_texts(earlier, stream.interval)
+    return stream, replace(progress, blend=blend.as_dict(stream.interval)), changed
 
 
 def last_sample(stage, progress: Progress) -> int:
-    """The position up to which the blend is settled."""
+    """The position of the next border: the blend does not change before it."""
     return progress.samples + (stage.border(progress.step) - progress.step) * stage.samples_per_step
 
 
@@ -68,14 +68,14 @@ def refuse_short_corpora(run, stage, stream: Stream, progress: Progress) -> None
 
 
 def epochs_of(stage, stream: Stream, progress: Progress) -> dict[str, float]:
-    """How often each corpus was read when the stage is done; of an adaptive blend, at the shares that it has now."""
+    """How often each corpus will have been read when the stage is done. An adaptive blend is taken as it is now."""
     end = progress.samples + (stage.last_step - progress.step) * stage.samples_per_step
     cursors = zip(stream.interval.domains, stream.interval.cursors_at(end), strict=True)
     return {domain.name: cursor.seen / domain.tokens for domain, cursor in cursors if domain.name in stream.parts}
 
 
 def describe(readings: dict[str, Reading]) -> list[str]:
-    """A line a corpus, and one for each that a stage reads too often."""
+    """A line for each corpus, and a warning for each corpus that a stage reads too often."""
     lines = [
         f"corpus {name}: {reading.tokens:,} tokens to train on, {reading.held_out:,} held out"
         for name, reading in readings.items()
@@ -89,8 +89,8 @@ def describe(readings: dict[str, Reading]) -> list[str]:
     ]
 
 
-def epochs_said(readings: dict[str, Reading], stage) -> str:
-    """Of the one corpus, or of those of several that the stage reads most."""
+def describe_epochs(readings: dict[str, Reading], stage) -> str:
+    """The epochs over the only corpus, or over those that the stage reads most."""
     read = {name: of.epochs[stage.name] for name, of in readings.items() if stage.name in of.epochs}
     most = [f"{name} {read[name]:.3g}" for name in sorted(read, key=read.get, reverse=True)]
     if len(read) < 2:
@@ -99,7 +99,7 @@ def epochs_said(readings: dict[str, Reading], stage) -> str:
 
 
 def due(stage, stream: Stream, progress: Progress) -> bool:
-    """At every border, and where corpora came or went."""
+    """Whether the weights must be measured: at every border, and when corpora were added or removed."""
     if not stage.adapts:
         return False
     known = progress.adaptive
@@ -107,24 +107,32 @@ def due(stage, stream: Stream, progress: Progress) -> bool:
     return known is None or set(known["weights"]) != set(stream.parts) or (at_border and known["step"] != progress.step)
 
 
-def weigh(plan, teacher, numbers, vocabulary: int, device, engine, stream: Stream, progress: Progress):
-    """(stream, progress) from here on: DDK's weights by what student and teacher make of each corpus's held-out text."""
-    with numbers.aside():
-        held_out = {n: s for n, s in open_held_out(plan.run.data, vocabulary).items() if n in stream.parts}
-        student = {name: loss.mean for name, loss in student_losses(plan, held_out, engine, device).items()}
+def weigh(plan, teacher, metrics, student, stream: Stream, progress: Progress):
+    """(stream, progress, whether a signal asks to stop): DDK's weights from here on, which follow from the student's and the
+    teacher's losses on the held-out text of each corpus. If a signal asks to stop, nothing changes."""
+    with metrics.aside():
+        held_out = open_held_out(plan.run.data, plan.vocabulary)
+        held_out = {name: held for name, held in held_out.items() if name in stream.parts}
         known = known_of_teacher(plan, progress, held_out)
-        missing = {name: s for name, s in held_out.items() if name not in known}
-        known |= {name: loss.mean for name, loss in teacher_losses(plan, missing, teacher, device).items()}
-    refuse_no_number(progress.step, {"student": student, "teacher": known})
-    weights, gaps = set_weights(plan.run.data, progress.adaptive, student, known)
-    adaptive = Measured(progress.step, weights, known, text_of(plan, held_out))._asdict()
+        missing = {name: held for name, held in held_out.items() if name not in known}
+        losses = measure_both(plan, student, held_out, teacher, missing)
+    if losses is None:
+        return stream, progress, True
+    of_student, of_teacher = ({name: loss.mean for name, loss in side.items()} for side in losses)
+    of_teacher = known | of_teacher
+    refuse_no_number(progress.step, {"student": of_student, "teacher": of_teacher})
+    weights, gaps = set_weights(plan.run.data, progress.adaptive, of_student, of_teacher)
+    metrics.write(progress.step, progress.tokens, as_row(weights, gaps, of_student, of_teacher))
+    adaptive = Measured(progress.step, weights, of_teacher, text_of(plan, held_out))._asdict()
+    stream = with_weights(stream, weights, progress.samples)
+    return stream, replace(progress, adaptive=adaptive, blend=blend.as_dict(stream.interval)), False
+
+
+def as_row(weights: dict, gaps: dict, of_student: dict, of_teacher: dict) -> dict[str, float]:
     row = {f"blend/{name}/weight": weight for name, weight in weights.items()}
     row |= {f"blend/{name}/discrepancy": gap for name, gap in gaps.items()}
-    row |= {f"blend/{name}/ppl": perplexity(loss) for name, loss in student.items()}
-    row |= {f"blend/{name}/teacher_ppl": perplexity(known[name]) for name in student}
-    numbers.write(progress.step, progress.tokens, row)
-    stream = with_weights(stream, weights, progress.samples)
-    return stream, replace(progress, adaptive=adaptive, blend=blend.as_dict(stream.interval))
+    row |= {f"blend/{name}/ppl": perplexity(loss) for name, loss in of_student.items()}
+    return row | {f"blend/{name}/teacher_ppl": perplexity(of_teacher[name]) for name in of_student}
 
 
 def refuse_no_number(step: int, losses: dict[str, dict[str, float]]) -> None:
@@ -138,7 +146,7 @@ def refuse_no_number(step: int, losses: dict[str, dict[str, float]]) -> None:
 
 
 def known_of_teacher(plan, progress: Progress, held_out: dict[str, Stream]) -> dict[str, float]:
-    """The teacher's losses that were measured of this very text: it stands still."""
+    """The teacher's losses that are known for exactly this text. The teacher does not change, so they are still true."""
     if not progress.adaptive:
         return {}
     before, text = progress.adaptive, text_of(plan, held_out)
@@ -146,14 +154,14 @@ def known_of_teacher(plan, progress: Progress, held_out: dict[str, Stream]) -> d
 
 
 def text_of(plan, held_out: dict[str, Stream]) -> dict[str, str]:
-    """By whom and of what a corpus's losses were measured."""
+    """For each corpus, the teacher and the text that its loss belongs to."""
     tokens, attention = tokens_of_each(plan.run), plan.run.data.attention
     read = f"{plan.run.teacher.path} on {tokens} in windows of {plan.run.data.seq_len} by {attention} attention"
     return {n: f"{read} of {s.parts[n].tokens} tokens, {s.parts[n].content}" for n, s in held_out.items()}
 
 
 def set_weights(data, before: dict | None, student: dict[str, float], teacher: dict[str, float]):
-    """(weights, discrepancies) by corpus; a corpus that is new to the blend enters with an equal share."""
+    """(weights, discrepancies) by corpus. A corpus that is new in the blend starts with an equal share."""
     names = list(student)
     gaps = ddk.discrepancies([student[name] for name in names], [teacher[name] for name in names])
     if before is None:

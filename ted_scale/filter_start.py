@@ -1,4 +1,4 @@
-"""Where a stage's filters start: measured on a little training text, the same on any number of ranks, kept in a file.
+"""The filters that a stage starts from: measured on a little training text, equal on any number of ranks, written to a file.
 
 filter_init.py has the mathematics; here the models run, and every rank solves some of the pairs.
 """
@@ -11,10 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale.checkpoints.attempts import attempt
-from ted_scale.checkpoints.filters_file import filter_tensors, write_filters
+from ted_scale.checkpoints.filters_file import filter_tensors, save_filters
 from ted_scale.checkpoints.progress import Progress
-from ted_scale.checkpoints.saver import give_up, sentence
 from ted_scale.config.run import Model
 from ted_scale.data.stream import validation_batches
 from ted_scale.distill.filter_init import TOKENS_A_WIDTH, Moments, Start, add_moments, over_ranks, start_of
@@ -24,7 +22,6 @@ from ted_scale.engines import build_filters, build_teacher
 from ted_scale.feed import open_feed
 from ted_scale.models import zero_hooks
 from ted_scale.ranks import pulse
-from ted_scale.ranks.agree import broadcast
 
 log = logging.getLogger("ted_scale")
 
@@ -32,28 +29,36 @@ log = logging.getLogger("ted_scale")
 READ = Weights(ce=0.0, kl=0.0, layer=1.0)
 
 
+def first_filters(plan, stage, teacher, progress: Progress, learned: Path | None, device) -> Path | None:
+    """The file of the filters that a stage starts from. `learned` is that of an earlier stage I. None if the stage has no
+    filters, if they start at random, or if a checkpoint of the stage has them."""
+    filters, starts = plan.run.filters, stage is plan.stages[0] and progress.step == stage.first_step
+    own = plan.run.method == "ted" and not filters.from_run and starts
+    if own and not stage.learns_filters:
+        return write_start(plan, stage, teacher, device, plan.filters_file)
+    if own and filters.start == "states":
+        return write_start(plan, stage, teacher, device, plan.run.folder / "filters_start.safetensors")
+    return None if stage.learns_filters else learned
+
+
 def write_start(plan, stage, teacher, device, path: Path) -> Path:
-    """The filters that `stage` begins with, in a file like stage I's result; every rank takes part."""
+    """The filters that `stage` starts from, in a file like the result of stage I. A collective."""
     starts = measured_starts(plan, stage, teacher, device) if needs_states(plan) else []
-    failure = None
-    if dist.get_rank() == 0:
-        tensors = filter_tensors(filled(plan, stage, starts))
-        failure, _ = attempt(write_filters, path, tensors, plan.filters_identity())
-    if failure := broadcast(failure):
-        give_up(sentence(path, 0, failure))
+    tensors = filter_tensors(filled(plan, stage, starts)) if dist.get_rank() == 0 else {}
+    save_filters(path, tensors, plan.filters_identity())
     return path
 
 
 def needs_states(plan) -> bool:
-    """Filters between models of one width that are as wide start as the identity, which needs no text; wider than the teacher
-    they start at random."""
+    """Filters as wide as both models start as the identity, and filters wider than the teacher start at random. Neither needs
+    text."""
     widths = {plan.width, plan.student.width, plan.teacher.width}
     return plan.run.filters.start == "states" and len(widths) > 1 and plan.width <= plan.teacher.width
 
 
 def filled(plan, stage, starts: list[Start]) -> dict:
-    """Plain filters with their starting weights, by side. Heads of their own are no part of the file: they begin where the
-    module makes them."""
+    """Plain filters with their starting weights, by side. Heads are not in the file: they keep the weights that their module
+    starts with."""
     made = stage if has_lift(plan.run, plan.teacher) else plan.stages[-1]
     filters_s, filters_t = build_filters(plan, made)
     begin(filters_s, filters_t, starts)
@@ -72,7 +77,8 @@ def begin(filters_s, filters_t, starts: list[Start]) -> None:
 
 
 def measured_starts(plan, stage, teacher, device) -> list[Start]:
-    """A pair's sums and solution on one rank, then everywhere. A student that begins anew has no states worth a look."""
+    """The start of each pair, on all ranks. One rank has a pair's sums and solves it. A student with random weights is not read:
+    its states mean nothing."""
     student = None if plan.run.student.init == "random" else build_teacher(as_teacher(plan))
     tokens, sums = TOKENS_A_WIDTH * max(plan.student.width, plan.teacher.width), None
     for batch in batches(plan, stage, tokens, device):
@@ -85,19 +91,18 @@ def measured_starts(plan, stage, teacher, device) -> list[Start]:
         log.info(f"filters start from the states of {tokens:,} tokens")
     rank, world = dist.get_rank(), dist.get_world_size()
     own = {k: start_of(pair, plan.width) for k, pair in enumerate(sums) if k % world == rank}  # all ranks at once
-    return [known_to_all(plan, k, pair, own.get(k, (None, None))) for k, pair in enumerate(sums)]
+    return [share_start(plan, k, pair, own.get(k, (None, None))) for k, pair in enumerate(sums)]
 
 
 def as_teacher(plan):
-    """The student as a frozen model whose matched blocks are read."""
+    """A plan in which the student is a frozen model whose matched blocks are read."""
     run = plan.run.model_copy(update={"teacher": Model(path=plan.run.student.path)})
     return replace(plan, run=run, teacher=plan.student, pairs=[(s, s) for s, _ in plan.pairs])
 
 
 def batches(plan, stage, tokens: int, device) -> Iterator:
     """The stage's first windows, the same on any number of ranks."""
-    vocabulary = min(plan.student.vocab_size, plan.teacher.vocab_size)
-    stream, _, _ = open_feed(plan.run, stage, Progress(stage.first_step), vocabulary)
+    stream, _, _ = open_feed(plan.run, stage, Progress(stage.first_step), plan.vocabulary)
     stream = stream._replace(count=-(-tokens // stream.seq_len))
     return validation_batches(
         stream, tokens=tokens, micro_batch=plan.run.train.micro_batch, rank=dist.get_rank(), world=dist.get_world_size(),
@@ -105,9 +110,9 @@ def batches(plan, stage, tokens: int, device) -> Iterator:
     )  # fmt: skip
 
 
-def known_to_all(plan, k: int, pair: Moments, start) -> Start:
-    """The start of pair k, from the rank that had its sums."""
-    pulse.beat(f"the start of the filters of pair {k}")
+def share_start(plan, k: int, pair: Moments, start) -> Start:
+    """The start of pair k, sent to all ranks by the one that has solved it."""
+    pulse.doing(f"the start of the filters of pair {k}")
     owner, device = k % dist.get_world_size(), pair.tt.device
     narrow, student = plan.width < plan.teacher.width, pair.ts is not None
     shapes = [narrow and (plan.width, plan.teacher.width), student and (plan.width, plan.student.width)]

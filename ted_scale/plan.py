@@ -1,7 +1,7 @@
-"""What follows from a run file, worked out and checked before any process group exists.
+"""Everything that follows from a run file, computed and checked before any process group exists.
 
-Everything a user can get wrong and that files can tell is refused here, in one sentence. `describe` is what --dry-run
-prints; run.py carries the plan out.
+Every mistake of a user that can be found in files is refused here, in one sentence. --dry-run prints `describe`; run.py
+carries the plan out.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from pathlib import Path
 from ted_scale import feed
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints import standing
+from ted_scale.checkpoints import resume
 from ted_scale.checkpoints.filters_file import check_filters
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.config import changes
@@ -48,21 +48,27 @@ class Plan:
     stages: list[Stage]
     readings: dict[str, Reading]
     attended: dict[int | None, float]  # a layer's window → keys that a query sees, on average
-    standing: list[str]  # from where the run goes on, as lines
+    resumes: list[str]  # where the run resumes, as lines
 
     @property
     def total_steps(self) -> int:
         return self.stages[-1].last_step
 
     @property
+    def vocabulary(self) -> int:
+        """The number of tokens that both models know."""
+        return min(anatomy.vocab_size for anatomy in (self.student, self.teacher) if anatomy)
+
+    @property
     def filters_file(self) -> Path | None:
-        """Where stage II finds the filters: this run's own stage I, or another run's."""
+        """Where stage II reads the filters: from this run's stage I, or from another run."""
         if self.run.method != "ted":
             return None
         return files.filters_of(Path(self.run.filters.from_run) if self.run.filters.from_run else self.run.folder)
 
     def identity(self) -> dict:
-        """What decides the result: a checkpoint and the run that resumes from it share it, but for what resume.allow names."""
+        """What decides the result. A run must have the identity of the checkpoint that it resumes from, except for the keys in
+        resume.allow."""
         sides = {"student": self.student, "teacher": self.teacher}
         run, train, loss = self.run, self.run.train, self.run.loss
         filters = {"filters.steps": 0} if run.method == "ted" else {}
@@ -79,7 +85,7 @@ class Plan:
         }
 
     def filters_identity(self) -> dict:
-        """What a stage I and a stage II that uses its filters must share."""
+        """What must be equal in a stage I and in a stage II that uses its filters."""
         if not self.run.matches_layers:
             return {}
         pairs = [list(p) for p in self.pairs]
@@ -105,12 +111,12 @@ def make_plan(run: Run, world: int) -> Plan:
     plan = Plan(
         run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=matched.pairs,
         pairs_origin=matched.origin, width=width, accumulation=accumulation, stages=stages_of(run), readings={},
-        attended=attended(run, vocabulary, student, teacher), standing=[],
+        attended=attended(run, vocabulary, student, teacher), resumes=[],
     )  # fmt: skip
-    where, progress = standing.of(run, plan.identity())
-    readings = check_corpora(plan, vocabulary, progress)
-    told = standing.describe(run, where, progress, plan.total_steps, last_row(run.folder / "metrics.jsonl"))
-    plan = dataclasses.replace(plan, readings=readings, standing=told)
+    where, progress = resume.find(run, plan.identity())
+    readings = check_corpora(plan, progress)
+    resumes = resume.describe(run, where, progress, plan.total_steps, last_row(run.folder / "metrics.jsonl"))
+    plan = dataclasses.replace(plan, readings=readings, resumes=resumes)
     if run.filters.from_run and run.method == "ted":
         check_filters(plan.filters_file, plan.filters_identity())
     return plan
@@ -147,17 +153,17 @@ def check_length(run: Run, *models: Anatomy | None) -> None:
 
 
 def check_documents(run: Run, *models: Anatomy | None) -> None:
-    """Attention is all that is held back: a recurrent layer carries its state over a document's border."""
+    """Only attention can keep documents apart: a recurrent layer carries its state over the border of a document."""
     for side, anatomy in zip(("student", "teacher"), models, strict=True):
         if run.data.attention == "document" and anatomy and anatomy.blocks_apart < anatomy.layers:
             raise UserError(
                 "data.attention must be 'causal' where not all blocks keep documents apart, but is 'document' for a "
-                f"{side} of family {anatomy.family}, of whose {anatomy.layers} blocks {anatomy.blocks_apart} do; leave it out"
+                f"{side} of family {anatomy.family}, where {anatomy.blocks_apart} of {anatomy.layers} blocks do; leave it out"
             )
 
 
 def check_shards(run: Run, vocabulary: int, student: Anatomy) -> None:
-    """Every shard is whole and fits vocabulary and tokenizer."""
+    """Every shard must be whole and must fit the vocabulary and the tokenizer."""
     if not any(c.weight for c in run.data.corpora):
         raise UserError("data.corpora must have a weight above 0, but all are 0")
     indices = [index for corpus in run.data.corpora for index in read_corpus(corpus.path, run.data.stream)]
@@ -166,19 +172,19 @@ def check_shards(run: Run, vocabulary: int, student: Anatomy) -> None:
     check_corpus_tokenizer(indices, student)
 
 
-def check_corpora(plan: Plan, vocabulary: int, progress: Progress) -> dict[str, Reading]:
-    """There is a window to train and one to validate on, and what must not repeat lasts for what is left of every stage.
-    Returns what is read of each corpus."""
+def check_corpora(plan: Plan, progress: Progress) -> dict[str, Reading]:
+    """What is read of each corpus. Refuses corpora without a window to train on or to validate on, and corpora that must not
+    repeat but are too short for the rest of a stage."""
     run, tokens, held_out, epochs = plan.run, {}, {}, {}
     for stage in plan.stages:
         if progress.step < stage.last_step:
             at = progress if progress.step > stage.first_step else Progress(stage.first_step)
-            stream, at, _ = open_feed(run, stage, at, vocabulary)
+            stream, at, _ = open_feed(run, stage, at, plan.vocabulary)
             refuse_short_corpora(run, stage, stream, at)
             tokens |= {name: part.tokens for name, part in stream.parts.items()}
             epochs[stage.name] = epochs_of(stage, stream, at)
     if any(corpus.validation for corpus in run.data.corpora):
-        held_out = {name: s.parts[name].tokens for name, s in open_held_out(run.data, vocabulary).items()}
+        held_out = {name: s.parts[name].tokens for name, s in open_held_out(run.data, plan.vocabulary).items()}
     return {
         name: Reading(
             tokens.get(name, 0), held_out.get(name, 0), {s: of[name] for s, of in epochs.items() if name in of}
@@ -188,7 +194,7 @@ def check_corpora(plan: Plan, vocabulary: int, progress: Progress) -> dict[str, 
 
 
 def attended(run: Run, vocabulary: int, *models: Anatomy | None) -> dict[int | None, float]:
-    """Keys that a query sees in each window that the models have; documents as they lie in some windows of the corpora."""
+    """The keys that a query sees on average, for each attention window of the models. Documents are sampled from the corpora."""
     apart = run.data.attention == "document"
     lengths = text_lengths(open_stream(run.data, run.seed, vocabulary)) if apart else [run.data.seq_len]
     keys = keys_of(lengths)
@@ -196,14 +202,14 @@ def attended(run: Run, vocabulary: int, *models: Anatomy | None) -> dict[int | N
 
 
 def stage_flops(plan: Plan, stage: Stage) -> float:
-    """Model FLOPs of all its tokens; loss weights are looked at in a thousand of its steps."""
+    """Model FLOPs of all tokens of the stage. A thousand of its steps are sampled, because loss weights change."""
     steps = range(stage.first_step, stage.last_step, max(1, stage.steps // 1000))
     each = [step_flops(plan, stage, step, plan.attended.__getitem__).model for step in steps]
     return stage.steps * plan.run.train.tokens_per_step * sum(each) / len(each)
 
 
 def describe(plan: Plan) -> str:
-    """The run's arithmetic, as --dry-run prints it and the log keeps it."""
+    """The run's arithmetic, for --dry-run and for the log."""
     run, train = plan.run, plan.run.train
     lines = [f"run {run.name}: method {run.method}, {train.precision}, {plan.world} ranks, folder {run.folder}"]
     for side, anatomy in (("teacher", plan.teacher), ("student", plan.student)):
@@ -224,9 +230,9 @@ def describe(plan: Plan) -> str:
     lines += feed.describe(plan.readings)
     for stage in plan.stages:
         tokens = stage.steps * train.tokens_per_step
-        epochs, flops = feed.epochs_said(plan.readings, stage), stage_flops(plan, stage)
+        epochs, flops = feed.describe_epochs(plan.readings, stage), stage_flops(plan, stage)
         lines.append(f"stage {stage.name}: {stage.steps:,} steps, {tokens:,} tokens, {epochs}, {flops:.3g} FLOPs")
-    lines += plan.standing
+    lines += plan.resumes
     return "\n".join(lines)
 
 

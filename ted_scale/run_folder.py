@@ -1,8 +1,7 @@
-"""The run's folder, as all ranks see it: claimed for this process, shared by all nodes, and the checkpoint that it goes on
-from.
+"""The run's folder, as all ranks see it: locked by this process, shared by all nodes, and with the checkpoint to resume from.
 
-What stands in the folder is folder.py's. The surprise: every rank reads its share of the bytes of a checkpoint
-before one is trusted, and the verdict is all ranks'.
+folder.py knows the files in it. Note: before a checkpoint is used, the ranks together read all of its bytes, each rank a
+share, and all ranks get the same verdict.
 """
 
 import fcntl
@@ -28,22 +27,25 @@ from ted_scale.ranks import pulse
 from ted_scale.ranks.agree import broadcast, first_of_all, refuse_together, share
 
 log = logging.getLogger("ted_scale")
-held: list = []  # the run folder's lock, for the life of the process
+held: list = []  # the lock of the run's folder, until this process exits
 
 
-def claim_folder(plan: Plan):
-    """Make the run's folder, see that all ranks share it, and find where the run stands."""
+def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
+    """(progress, the checkpoint to resume from). The folder is locked, clean and shared by all ranks after it."""
     folder, writes = plan.run.folder, dist.get_rank() == 0
+    # Make the folder and lock it; remove what an earlier process left half-written.
     check_shared(folder, writes)
     open_log(folder, writes)
     if writes:
         files.clear_unfinished(folder)
     dist.barrier()
+    # Find the newest whole checkpoint, and refuse it if it is of another run.
     newest, line = resume_point(plan.run)
     progress = read_progress(newest) if newest else Progress()
     progress = replace(progress, forks=progress.forks + (progress.step,) * (line - len(progress.forks)))
     if newest:
         changes.refuse_another_run(newest, progress.identity, plan.identity(), plan.run.resume.allow, progress.step)
+    # From here on the folder is ours: remove later rows, keep the run file, log the plan.
     if writes:
         with files_at(folder):
             trim_rows(folder / "metrics.jsonl", progress.step)
@@ -55,8 +57,8 @@ def claim_folder(plan: Plan):
 
 
 def where_it_stands(folder: Path, begins: str) -> str:
-    """For a run that Ctrl-C ends."""
-    whole = [s for s in files.published(folder) if s.fault is None]
+    """What Ctrl-C prints about the run."""
+    whole = [c for c in files.published(folder) if c.fault is None]
     newest = f"the newest checkpoint is {whole[0].path}" if whole else "there is no checkpoint yet"
     return f"{pulse.now.what}, {begins}{newest}"
 
@@ -67,8 +69,8 @@ def on_other_ranks(checkpoint: Path) -> str:
 
 
 def check_shared(folder: Path, writes: bool) -> None:
-    """Rank 0 locks the folder against other runs and leaves a file in it, and every rank must find it there. Its name is new
-    each time: of one that they have looked for before, NFS clients remember for a while that it is not there."""
+    """Rank 0 locks the folder and makes a file in it; every rank must find this file. Its name is new each time, because an
+    NFS client remembers for a while that a file was not there."""
     token, sentence, busy = broadcast(f".shared_{os.urandom(8).hex()}"), None, None
     if writes:
         try:
@@ -76,12 +78,12 @@ def check_shared(folder: Path, writes: bool) -> None:
             if lock(folder):
                 (folder / token).touch()
             else:
-                busy = f"runs must be used by one process at a time, but another is at work in {folder}"
+                busy = f"runs must be used by one process at a time, but another process is using {folder}"
                 busy += "; wait for it, or give this run another name"
         except OSError as error:
             sentence = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
     refuse_together(sentence)
-    refuse_together(busy, Gone)  # also a lost node's lock, which a file server keeps for a while
+    refuse_together(busy, Gone)  # not a mistake: a file server keeps the lock of a lost node for a while
     if not (folder / token).exists():
         sentence = f"runs must be a folder that all nodes share, but rank {dist.get_rank()} sees another {folder}"
         sentence += "; set runs to a folder on a shared file system"
@@ -92,9 +94,9 @@ def check_shared(folder: Path, writes: bool) -> None:
 
 
 def lock(folder: Path) -> bool:
-    """False where another process trains in this folder; else it is ours until this process ends, however it ends."""
+    """Lock the folder until this process exits, in whatever way. False if another process trains in it."""
     path = folder / ".lock"
-    if any(file.name == str(path) for file in held):  # a second run of this process goes on in the folder
+    if any(file.name == str(path) for file in held):  # an earlier run of this process has locked it
         return True
     file = path.open("w")
     try:
@@ -102,17 +104,17 @@ def lock(folder: Path) -> bool:
     except BlockingIOError:
         file.close()
         return False
-    except OSError as error:  # some shared file systems have no locks, and are no reason not to train
+    except OSError as error:  # some shared file systems have no locks; train without one
         log.warning(f"{path} cannot be locked ({error.strerror}): nothing keeps a second run out of this folder")
     held.append(file)
     return True
 
 
 def resume_point(run) -> tuple[Path | None, int]:
-    """The newest checkpoint whose every byte is as it was written, here or among the copies in object storage, and the line
-    that the run goes on in: another one where damaged ones, which are named, were passed over."""
+    """(checkpoint, line): the newest checkpoint whose bytes are all intact, here or among the copies in object storage, and
+    the line in which the run goes on. That is a new line if damaged checkpoints, which are logged, had to be skipped."""
     place, writes, damaged = copies.place_of(run), dist.get_rank() == 0, []
-    here = broadcast([s.path.name for s in files.published(run.folder)] if writes else None)
+    here = broadcast([c.path.name for c in files.published(run.folder)] if writes else None)
     there = broadcast(copies.names(place) if writes and place else [])
     for name in sorted({*here, *there}, key=files.key_of, reverse=True):
         checkpoint = files.checkpoints_of(run.folder) / name
@@ -132,7 +134,8 @@ def resume_point(run) -> tuple[Path | None, int]:
 
 
 def fetch(place: str, checkpoint: Path) -> str | None:
-    """Bring a copy here, every rank its share of the files; what is wrong with it. "" where no whole one ever was."""
+    """Download a copy, every rank a share of its files. Returns None if it is whole, what is wrong with it if not, and "" if
+    the copy was never whole."""
     part, writes = checkpoint.with_name(checkpoint.name + PART), dist.get_rank() == 0
     manifest, fault = broadcast(manifest_there(place, checkpoint.name) if writes else None)
     if manifest is None:
@@ -141,16 +144,16 @@ def fetch(place: str, checkpoint: Path) -> str | None:
     fault = first_of_all(copies.fetch(place, part, manifest, list(manifest["files"])[first::each]))
     if writes and not fault:
         with files_at(checkpoint):
-            copies.take(place, part, MANIFEST)
+            copies.fetch_file(place, part, MANIFEST)
             sync(part)
             publish(part)
-        log.info(f"{checkpoint} is there again, from {place}")
+        log.info(f"{checkpoint} was downloaded from {place}")
     dist.barrier()
     return fault and f"its copy: {fault}"
 
 
 def manifest_there(place: str, name: str) -> tuple[dict | None, str]:
-    """(of a copy, what is wrong with it)"""
+    """(the manifest of a copy, what is wrong with it)"""
     try:
         return copies.manifest_of(place, name), ""
     except Damaged as damage:
@@ -158,6 +161,6 @@ def manifest_there(place: str, name: str) -> tuple[dict | None, str]:
 
 
 def filters_files(plan: Plan, newest: Path | None) -> list[Path]:
-    """Where stage II finds the filters: the checkpoint has its own, so that it needs nothing beside it."""
+    """Where stage II may read the filters. A checkpoint of stage II has its own, so it needs no other file."""
     own = [newest / files.FILTERS] if newest and (newest / files.FILTERS).is_file() else []
     return [*own, *([plan.filters_file] if plan.filters_file else [])]

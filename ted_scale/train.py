@@ -1,9 +1,10 @@
-"""The whole run, top to bottom. What happens once lives in run.py; what happens every step is all here, in order."""
+"""The training loop, from top to bottom. This file has everything that happens every step, in order; run.py has the rest."""
 
 from ted_scale.base.errors import Preempted
 from ted_scale.distill.normalization import count_valid, for_engine
 from ted_scale.distill.stages import set_rates
 from ted_scale.ranks import pulse, signals
+from ted_scale.ranks.agree import anywhere
 
 
 def train(stage, student, teacher, data, guard, metrics, progress, verify, validate, save):
@@ -18,15 +19,15 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
             with metrics.clock.time("teacher_ms"):
                 signal = teacher(batch, weights)
             losses = student(batch, signal, weights, denom)
-            del signal  # gigabytes, which backward does not need
+            del signal  # gigabytes that backward does not need
             student.backward(for_engine(losses.total), scale_wrt_gas=False)
             guard.add(losses)
             if batch is micro_batches[-1]:
-                guard.arm(progress)
+                guard.gather(progress)
             student.step()  # updates at the last micro-batch only, and only if the guard finds every number finite
 
-        # Where a number went wrong, the run ends here or goes back to a checkpoint, unless it may go on.
-        progress = guard.settle(progress.advanced(stage.samples_per_step, stage.run.data.seq_len))
+        # If a number is bad, the run stops here or goes back to a checkpoint, unless it may skip the step.
+        progress = guard.decide(progress.advanced(stage.samples_per_step, stage.run.data.seq_len))
         metrics.add(progress, guard.read(weights), last=progress.step == stage.last_step)
         stopping = guard.stopping
         if stage.verifies(progress.step):
@@ -35,7 +36,7 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
             progress, stopping = validate(student, progress)
         if stage.saves(progress.step) or stopping:
             save(student, progress)
-            stopping = signals.anywhere(student.device)  # also a signal that came while it was saved
+            stopping = anywhere(signals.asked.is_set(), student.device)  # a signal may have come during the save
         if stopping:
             raise Preempted
     return progress

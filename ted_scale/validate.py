@@ -1,4 +1,4 @@
-"""Next-token loss on text that is never trained on: of every corpus that holds some out, by the student and by the teacher."""
+"""The next-token loss on held-out text: on each corpus that holds some out, by the student and by the teacher."""
 
 import math
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ted_scale.base.errors import Preempted
 from ted_scale.data.stream import Stream, open_held_out, validation_batches
 from ted_scale.distill.normalization import count_valid
 from ted_scale.distill.signal import Weights
 from ted_scale.ranks import pulse, signals
+from ted_scale.ranks.agree import anywhere
 
 
 class Loss(NamedTuple):
@@ -26,20 +26,18 @@ class Loss(NamedTuple):
         return self.total / self.tokens
 
 
-def validate(plan, teacher, metrics, vocabulary: int, device, student, progress, *, with_teacher: bool = False):
-    """Write val/loss and val/ppl of this step, over all and of each corpus; a run that holds nothing out has none. Returns the
-    progress, which knows the loss then, and whether a signal cut it short, on every rank: the resumed run then validates this
-    step."""
+def validate(plan, teacher, metrics, student, progress, *, with_teacher: bool = False):
+    """Write val/loss and val/ppl of this step, in all and by corpus; nothing if no text is held out. Returns (progress with the
+    loss, whether a signal asks to stop). If it does, nothing is written, and the resumed run validates this step."""
     if not holds_out(plan.run):
         return progress, False
-    try:
-        with metrics.aside():
-            streams = open_held_out(plan.run.data, vocabulary)
-            row = as_row("", student_losses(plan, streams, student, device))
-            if with_teacher and plan.teacher:
-                row |= as_row("teacher_", teacher_losses(plan, streams, teacher, device))
-    except Preempted:
+    with metrics.aside():
+        streams = open_held_out(plan.run.data, plan.vocabulary)
+        losses = measure_both(plan, student, streams, teacher, streams if with_teacher and plan.teacher else {})
+    if losses is None:
         return progress, True
+    of_student, of_teacher = losses
+    row = as_row("", of_student) | (as_row("teacher_", of_teacher) if of_teacher else {})
     metrics.write(progress.step, progress.tokens, row)
     loss = row["val/loss"]
     return replace(progress, validation=loss if math.isfinite(loss) else None), False
@@ -49,29 +47,28 @@ def holds_out(run) -> bool:
     return any(corpus.validation for corpus in run.data.corpora)
 
 
-def student_losses(plan, streams: dict[str, Stream], student, device) -> dict[str, Loss]:
-    one = torch.ones((), device=device)
+def measure_both(plan, student, streams: dict[str, Stream], teacher, teacher_streams: dict[str, Stream]):
+    """(the student's losses on `streams`, the teacher's on `teacher_streams`), by corpus. None if a signal asks to stop."""
+    one = torch.ones((), device=student.device)
     student.eval()
-    losses = measure(plan, streams, lambda batch: student(batch, None, Weights(1.0, 0.0, 0.0), one).ce, device)
+    of_student = measure(plan, streams, lambda batch: student(batch, None, Weights(1.0, 0.0, 0.0), one).ce, one.device)
     student.train()
-    return losses
-
-
-def teacher_losses(plan, streams: dict[str, Stream], teacher, device) -> dict[str, Loss]:
-    one = torch.ones((), device=device)
-    return measure(plan, streams, lambda batch: teacher.ce(batch, one), device)
+    if of_student is None:
+        return None
+    of_teacher = measure(plan, teacher_streams, lambda batch: teacher.ce(batch, one), one.device)
+    return None if of_teacher is None else (of_student, of_teacher)
 
 
 @torch.no_grad()
-def measure(plan, streams: dict[str, Stream], summed_loss: Callable, device) -> dict[str, Loss]:
-    """The same numbers on every rank, to the last bit, for what follows from them must be the same. A host read a batch, for a
-    run that is asked to stop must not validate on."""
+def measure(plan, streams: dict[str, Stream], summed_loss: Callable, device) -> dict[str, Loss] | None:
+    """Equal on every rank to the last bit, because decisions follow from it. The host waits for the device at every batch: a
+    run that is asked to stop must not continue to validate."""
     sums = torch.zeros(2, len(streams), dtype=torch.float64, device=device)
     for k, stream in enumerate(streams.values()):
         for batch in batches(plan, stream, device):
-            pulse.beat("a batch of validation")
-            if signals.anywhere(device):
-                raise Preempted
+            pulse.doing("a batch of validation")
+            if anywhere(signals.asked.is_set(), device):
+                return None
             sums[0, k] += summed_loss(batch)
             sums[1, k] += count_valid([batch])
     dist.all_reduce(sums[0])
@@ -87,7 +84,7 @@ def batches(plan, stream: Stream, device):
 
 
 def tokens_of_each(run) -> int:
-    """validation.tokens, shared out to the corpora that hold some out."""
+    """validation.tokens divided by the number of corpora that hold text out."""
     return -(-run.validation.tokens // sum(corpus.validation > 0 for corpus in run.data.corpora))
 
 

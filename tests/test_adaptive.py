@@ -44,35 +44,35 @@ def test_the_rule_is_the_paper_s_over_many_measurements():
         assert math.fsum(weights) == pytest.approx(1.0)
 
 
-def test_a_student_that_knows_nothing_overflows_nothing():
+def test_an_untrained_student_causes_no_overflow():
     gaps = ddk.discrepancies([900.0, 11.0, 2.0], [1.0, 1.0, 2.5])
     weights = ddk.next_weights(ddk.first_weights([1.0, 1.0, 1.0], gaps, 0.5), gaps, 0.5)
     assert weights == pytest.approx([0.5 + 0.5 / 3, 0.5 / 3, 0.5 / 3])
 
 
-def test_without_smoothing_a_corpus_may_fade_away_and_stays_away():
+def test_without_smoothing_a_corpus_may_fall_to_zero_and_stays_there():
     weights = ddk.next_weights([1.0, 0.0], [1.0, 50.0], 1.0)
     assert weights == [1.0, 0.0]
 
 
-def test_the_run_file_s_weights_are_where_the_first_shares_start_from():
+def test_the_first_shares_start_from_the_run_file_s_weights():
     assert ddk.first_weights([2.0, 1.0], [1.2, 1.2], 1.0) == pytest.approx([2 / 3, 1 / 3])
 
 
-def test_no_corpus_is_starved_by_the_first_measurement():
-    """One of three, of a student ten thousand times as perplexed as its teacher there, had all of the samples."""
+def test_the_first_measurement_gives_no_corpus_a_zero_share():
+    """One corpus, on which the student's perplexity was 10,000 times the teacher's, once got all samples."""
     weights = ddk.first_weights([1.0, 1.0, 1.0], [1e4, 1.0, 1.0], 0.5)
     assert weights == pytest.approx([0.5 + 0.5 / 3, 0.5 / 3, 0.5 / 3])
 
 
-def test_a_loss_that_is_no_number_is_told_with_its_corpus():
+def test_a_nonfinite_loss_is_reported_with_its_corpus():
     with pytest.raises(
         RunStopped, match="step 7: the student's loss on what corpus code holds out must be finite, but is nan"
     ):
         refuse_no_number(7, {"student": {"prose": 1.0, "code": math.nan}, "teacher": {"prose": 1.0, "code": 1.0}})
 
 
-def test_what_another_teacher_measured_is_measured_again():
+def test_losses_of_another_teacher_are_measured_again():
     def known_by(path):
         corpora = [{"path": "a", "validation": 0.1}]
         run = make_run(Path("nowhere"), teacher={"path": path}, data={"corpora": corpora})
@@ -109,8 +109,8 @@ def test_an_adaptive_blend_without_something_to_measure_is_refused(tmp_path, sec
 
 
 def texts() -> dict[str, list[str]]:
-    """Three kinds of text that every installation of Python has: what packages say of themselves, their code, and the
-    language's reference."""
+    """Three kinds of text that every installation of Python has: descriptions of packages, their code, and the reference of
+    the language."""
     library = Path(sysconfig.get_path("stdlib"))
     about = [distribution.metadata.get_payload() or "" for distribution in metadata.distributions()]
     return {
@@ -121,7 +121,7 @@ def texts() -> dict[str, list[str]]:
 
 
 def as_bytes(documents: list[str], limit: int = 60_000) -> list[list[int]]:
-    """The characters of ASCII are the vocabulary."""
+    """The vocabulary is ASCII."""
     kept, left = [], io.StringIO()
     for text in documents:
         ids = [byte for byte in text.encode() if 0 < byte < 128][:4000]
@@ -160,7 +160,7 @@ def test_a_run_over_prose_code_and_reference_follows_the_rule(world):
     assert len({row["blend/code/teacher_ppl"] for row in found}) == 1
 
 
-def test_what_is_read_has_the_measured_shares_from_the_measured_sample_on(world):
+def test_samples_have_the_measured_shares_from_the_measurement_on(world):
     for row in measured(world):
         checkpoint = world / f"runs/adaptive/checkpoints/step_{row['step'] + 1:08d}"
         interval = blend.from_dict(read_progress(checkpoint).blend)

@@ -21,7 +21,7 @@ from tiny import make_corpus, make_model, make_run, write_run
 
 from ted_scale.base import sealed
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints.pieces import KINDS, State
+from ted_scale.checkpoints.state import KINDS, State
 
 SHARDED, PERSISTENT, OFFLOADED = (
     str(ROOT / path)
@@ -54,7 +54,7 @@ def end(processes, config: Path) -> None:
 
 
 def kill(processes, victim: int) -> None:
-    """-9 to one rank; what a launcher does to the others a moment later."""
+    """Kill one rank with SIGKILL, then the others, as a launcher does."""
     processes[victim].send_signal(signal.SIGKILL)
     time.sleep(0.2)
     for process in processes:
@@ -81,7 +81,7 @@ def final_state(run) -> dict[str, torch.Tensor]:
 
 
 def what_was_read(run) -> list[dict]:
-    """Where the run stood in its corpus at every step."""
+    """The run's position in its corpus at every step."""
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     found = [{key: value for key, value in row.items() if key.startswith(("step", "tokens", "data/"))} for row in rows]
     return [row for row in found if len(row) > 2]
@@ -122,7 +122,7 @@ def killed_often(root: Path, name: str, kills: int, rng, stride: int) -> tuple:
 
 
 def resumed_from(run) -> list[int]:
-    """The steps that the run's lives went on from."""
+    """The steps that the run resumed from, in order."""
     path = run.folder / "log.txt"
     return [int(step) for step in re.findall(r"resuming from .*step_(\d+)", path.read_text())] if path.exists() else []
 
@@ -141,7 +141,7 @@ def test_a_run_killed_three_times_ends_with_the_weights_of_an_undisturbed_one(ro
 
 
 def resized(root: Path, name: str, ranks: list[int], steps: int = SETTINGS["train"]["steps"]):
-    """One run in as many parts as there are entries, each on that number of ranks, and ZeRO-3 each time another."""
+    """One run in as many parts as there are entries, each on that number of ranks and with another ds_config of ZeRO-3."""
     for part, count in enumerate(ranks, start=1):
         ds_config = (PERSISTENT, OFFLOADED, SHARDED)[part % 3]
         train_to = {**SETTINGS["train"], "steps": part * steps // len(ranks)}
@@ -155,7 +155,7 @@ def largest_difference(ours: dict, theirs: dict) -> float:
     return max(abs(ours[step] / theirs[step] - 1) for step in theirs)
 
 
-def test_a_run_goes_on_with_the_losses_of_an_undisturbed_one_on_4_then_2_then_3_ranks(root, undisturbed):
+def test_a_run_resumes_with_the_losses_of_an_undisturbed_one_on_4_then_2_then_3_ranks(root, undisturbed):
     run = resized(root, "resized", [4, 2, 3])
     assert largest_difference(losses(run), losses(undisturbed)) < 1e-4
     assert what_was_read(run) == what_was_read(undisturbed)
@@ -167,7 +167,7 @@ def test_a_run_goes_on_with_the_losses_of_an_undisturbed_one_on_4_then_2_then_3_
 
 
 @pytest.mark.soak
-def test_a_hundred_kills_lose_nothing_that_was_published(root, undisturbed):
+def test_a_hundred_kills_lose_no_published_checkpoint(root, undisturbed):
     """Ten kills a run, and each run ends with the weights of the undisturbed one."""
     theirs, before = final_state(undisturbed), soak_report.done("kill -9")
     for number in range(10):
@@ -184,7 +184,7 @@ def test_a_hundred_kills_lose_nothing_that_was_published(root, undisturbed):
 
 
 @pytest.mark.soak
-def test_a_run_goes_on_with_the_losses_of_an_undisturbed_one_on_4_2_1_3_and_4_ranks(root):
+def test_a_run_resumes_with_the_losses_of_an_undisturbed_one_on_4_2_1_3_and_4_ranks(root):
     sizes = [4, 2, 1, 3, 4]
     settings = {"train": {**SETTINGS["train"], "steps": 15}}
     straight = train(root, "straight", 4, **settings)
@@ -196,8 +196,8 @@ def test_a_run_goes_on_with_the_losses_of_an_undisturbed_one_on_4_2_1_3_and_4_ra
 
 
 @pytest.mark.soak
-def test_a_step_waits_a_tenth_of_the_time_of_a_save_that_is_waited_for(tmp_path):
-    """500 MB of state a rank, on two ranks."""
+def test_a_step_waits_at_most_a_tenth_of_the_time_of_a_foreground_save(tmp_path):
+    """With 500 MB of state on each of two ranks."""
     script, launcher = str(ROOT / "tools" / "bench" / "saving.py"), str(Path(sys.executable).with_name("deepspeed"))
     command = [launcher, "--num_gpus", "2", script, "--megabytes", "500", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)

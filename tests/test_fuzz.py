@@ -37,8 +37,8 @@ from ted_scale.base import sealed
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.filters_file import check_filters, filter_tensors, load_filters
-from ted_scale.checkpoints.pieces import KINDS, State, as_bytes, key_of, rank_file
 from ted_scale.checkpoints.progress import Progress, read_progress
+from ted_scale.checkpoints.state import KINDS, State, as_bytes, key_of, rank_file
 from ted_scale.config import changes
 from ted_scale.config.data import Streaming
 from ted_scale.config.ds_config import load_ds_config

@@ -1,4 +1,4 @@
-"""The dry run: what it prints, that it starts and writes nothing, and every mistake it can know of, one sentence each."""
+"""The dry run: what it prints, that it starts and writes nothing, and that every mistake it can find is one sentence."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def tree(root: Path) -> dict[str, int]:
 
 
 def refusal(root: Path, ranks: int = 1, **sections) -> str:
-    """The sentence that make_plan refuses a run with, having written nothing."""
+    """The sentence with which make_plan refuses a run. It must have written nothing."""
     run, before = make_run(root, **sections), tree(root)
     with pytest.raises(UserError) as caught:
         make_plan(run, ranks)
@@ -82,7 +82,7 @@ def test_a_dry_run_prints_the_resolved_run_and_its_arithmetic_and_starts_nothing
     ids=["before torch", "after the models are read", "what only DeepSpeed knows"],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(world, override, sentence):
-    """A green dry run once did not cover the ds_config."""
+    """The dry run once did not check the ds_config."""
     file = write_run(world / "run.toml", make_run(world))
     (world / "typing.json").write_text('{"zero_optimization": {"stage": 3, "overlap_com": true}}')
     before = tree(world)
@@ -105,7 +105,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(world, override, senten
     ],
     ids=["a real run", "none"],
 )
-def test_ranks_that_cannot_be_are_refused(world, arguments, sentence):
+def test_impossible_numbers_of_ranks_are_refused(world, arguments, sentence):
     before = tree(world)
     done = pretrain("--config", world / "run.toml", *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
@@ -131,8 +131,8 @@ def test_the_plan_s_numbers_are_those_of_the_models_and_the_corpus(original):
     assert [filter_parameters(plan)[side] for side in ("student", "teacher")] == built
 
 
-def test_what_is_left_to_train_on_and_epochs_are_said_after_the_hold_out_and_many_of_them_too(original):
-    """The hold-out's tokens once counted as ones to train on."""
+def test_the_plan_shows_tokens_after_the_hold_out_and_epochs_and_warns_of_many_epochs(original):
+    """Held-out tokens once counted as tokens to train on."""
     corpora = [{"path": str(original / "corpus"), "name": n, "validation": v} for n, v in (("few", 0.9), ("all", 0.0))]
     said = describe(make_plan(make_run(original, method="kd", data={"corpora": corpora}), 1)).splitlines()
     assert "corpus few: 81 tokens to train on, 909 held out" in said
@@ -143,20 +143,20 @@ def test_what_is_left_to_train_on_and_epochs_are_said_after_the_hold_out_and_man
     assert many.startswith("many epochs: stage student reads the 81 tokens of corpus few ")
 
 
-def test_a_checkpoint_under_another_name_and_rows_of_a_run_that_begins_anew_are_said(world):
-    """A renamed checkpoint once planned a new run without a word."""
+def test_the_plan_names_a_renamed_checkpoint_and_the_rows_of_a_run_that_starts_again(world):
+    """After a checkpoint was renamed, the plan once was a new run, without a warning."""
     folder = make_run(world).folder
     checkpoint = folder / "checkpoints" / "step_00000004"
     checkpoint.mkdir(parents=True)
     seal(checkpoint, {}, {"step": 4, "forks": [], "validation": None})
     (checkpoint / "progress.json").write_bytes(progress_as_bytes(Progress(step=4)))
     (folder / "metrics.jsonl").write_text('{"step": 5}\n')
-    assert f"stands at step 4 of 10, {checkpoint}" in describe(make_plan(make_run(world), 1)).splitlines()
+    assert f"resumes at step 4 of 10 from {checkpoint}" in describe(make_plan(make_run(world), 1)).splitlines()
     checkpoint.rename(checkpoint.with_name("best"))
     said = describe(make_plan(make_run(world), 1)).splitlines()
-    assert "begins at step 0 of 10" in said
-    assert f"no checkpoint is in {folder}/checkpoints: metrics.jsonl, up to step 5, begins anew" in said
-    assert f"{folder}/checkpoints/best is passed over, for its name is not step_00000004" in said
+    assert "starts at step 0 of 10" in said
+    assert f"no checkpoint is in {folder}/checkpoints: metrics.jsonl, now up to step 5, starts again" in said
+    assert f"{folder}/checkpoints/best is not used, because its name is not step_00000004" in said
 
 
 def load_tensors(folder: Path):
@@ -165,7 +165,7 @@ def load_tensors(folder: Path):
     return load_file(folder / "model.safetensors").values()
 
 
-def test_pairs_of_a_cut_student_are_its_map_and_part_of_what_a_run_is(world):
+def test_pairs_of_a_cut_student_are_its_map_and_part_of_the_run_s_identity(world):
     teacher = make_plan(make_run(world), 1).teacher
     (world / "student" / "cut.json").write_text(json.dumps(cut_map(teacher, [0, 3])))
     plan = make_plan(make_run(world), 1)
@@ -176,7 +176,7 @@ def test_pairs_of_a_cut_student_are_its_map_and_part_of_what_a_run_is(world):
 
 
 def test_the_dry_run_counts_a_term_only_where_it_is_on(original):
-    """Half of stage II without teacher and filters is half of what they cost."""
+    """If teacher and filters are off for half of stage II, they cost half."""
     weights = {"ce": 1.0, "kl": {"start": 1.0, "off_after": 0.5}, "layer": {"start": 1.0, "off_after": 0.5}}
     ce, ted, half = (
         stage_flops(plan, plan.stages[-1])
@@ -241,7 +241,7 @@ def test_a_run_that_cannot_work_is_refused(original, sections, said):
     assert refusal(original, **sections) == said
 
 
-MIXING = {  # recurrent blocks between attention and beside it, and a family that loses what it is told of documents
+MIXING = {  # recurrent blocks between attention and beside it, and a family that ignores the borders of documents
     "lfm2": (Lfm2Config, {"layer_types": ["conv", "full_attention"]}, 1),
     "falcon_h1": (FalconH1Config, {}, 0),
     "stablelm": (StableLmConfig, {}, 0),
@@ -260,7 +260,7 @@ def test_documents_are_refused_where_a_block_would_mix_them(world, family):
     assert make_plan(make_run(world, data=documents, student={"path": str(world / "teacher")}), 1)
     assert refusal(world, student=student, data=documents) == (
         "data.attention must be 'causal' where not all blocks keep documents apart, but is 'document' for a student of "
-        f"family {family}, of whose 2 blocks {apart} do; leave it out"
+        f"family {family}, where {apart} of 2 blocks do; leave it out"
     )
 
 
@@ -281,8 +281,8 @@ def test_a_hub_id_that_cannot_be_reached_is_refused(original, monkeypatch):
     )
 
 
-def test_what_can_only_be_a_path_is_not_asked_of_the_hub(world, monkeypatch):
-    """A typing mistake in --tokenizer took a minute and a half of tries."""
+def test_a_value_that_can_only_be_a_path_is_not_looked_up_on_the_hub(world, monkeypatch):
+    """A typing mistake in --tokenizer once took a minute and a half of retries."""
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     monkeypatch.chdir(world.parent)
     assert refusal(world, teacher={"path": "world/techer"}) == (

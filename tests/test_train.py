@@ -1,4 +1,4 @@
-"""The loop: what it lets go, and when."""
+"""The loop frees the teacher's signal before backward."""
 
 import weakref
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ class Signal:
 
 
 class Student:
-    """Forward and backward by name; remembers which signals live when backward begins."""
+    """Has the methods that the loop calls; notes which signals are alive when backward begins."""
 
     device = None
 
@@ -30,7 +30,7 @@ class Student:
     def step(self): ...
 
 
-def test_the_teacher_s_signal_is_gone_before_backward(monkeypatch):
+def test_the_teacher_s_signal_is_freed_before_backward(monkeypatch):
     for name in ("count_valid", "set_rates", "for_engine"):
         monkeypatch.setattr(loop, name, lambda *_: None)
     monkeypatch.setattr(loop.pulse, "step", lambda _: None)
@@ -39,7 +39,7 @@ def test_the_teacher_s_signal_is_gone_before_backward(monkeypatch):
         weights=nothing, rate=nothing, samples_per_step=1, run=SimpleNamespace(data=SimpleNamespace(seq_len=1)),
         last_step=1, verifies=nothing, validates=nothing, saves=nothing,
     )  # fmt: skip
-    guard = SimpleNamespace(add=nothing, arm=nothing, settle=lambda progress: progress, read=nothing, stopping=False)
+    guard = SimpleNamespace(add=nothing, gather=nothing, decide=lambda progress: progress, read=nothing, stopping=False)
     clock = Clock(SimpleNamespace(type="cpu"))
     metrics = SimpleNamespace(timed=lambda items, _: items, clock=clock, add=nothing)
     settings = {"progress": Progress(), "verify": nothing, "validate": nothing, "save": nothing}

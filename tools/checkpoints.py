@@ -17,7 +17,7 @@ from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints.folder import Standing
+from ted_scale.checkpoints.folder import Published
 from ted_scale.config.operation import Checkpoint
 from ted_scale.config.run_file import load_run
 
@@ -41,13 +41,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def describe(standing: Standing, fault: str | None) -> str:
-    manifest = standing.manifest or {"files": {}}
+def describe(checkpoint: Published, fault: str | None) -> str:
+    manifest = checkpoint.manifest or {"files": {}}
     size = sum(entry.bytes for entry in manifest["files"].values())
     loss, ranks = manifest.get("validation"), manifest.get("ranks", "?")
-    when = datetime.datetime.fromtimestamp(standing.path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    when = datetime.datetime.fromtimestamp(checkpoint.path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     held = f"{size / 1e6:>12,.1f} MB  {ranks:>5} ranks  {f'val {loss:.4f}' if loss is not None else '':<12}"
-    return f"{standing.path.name}  {when}  {held}  {f'DAMAGED: {fault}' if fault else 'whole'}"
+    return f"{checkpoint.path.name}  {when}  {held}  {f'DAMAGED: {fault}' if fault else 'whole'}"
 
 
 def settings_of(arguments) -> Checkpoint:
@@ -65,13 +65,13 @@ def settings_of(arguments) -> Checkpoint:
 
 def to_remove(folder: Path, settings: Checkpoint) -> list[Path]:
     """Reads every byte first: a checkpoint that is damaged inside must not be kept instead of a complete one."""
-    standings = [s._replace(fault=s.fault or files.check_digests(s.path)) for s in files.published(folder)]
-    whole = {s.path.name: s.manifest for s in standings if s.fault is None}
-    if standings and not whole:
-        raise files.none_is_whole(folder, [(s.path, s.fault) for s in standings])
+    checkpoints = [s._replace(fault=s.fault or files.check_digests(s.path)) for s in files.published(folder)]
+    whole = {s.path.name: s.manifest for s in checkpoints if s.fault is None}
+    if checkpoints and not whole:
+        raise files.none_is_whole(folder, [(s.path, s.fault) for s in checkpoints])
     stays = files.kept(whole, settings)
     parts = sorted(p for p in files.checkpoints_of(folder).glob(f"*{sealed.PART}") if not p.name.endswith(sealed.ASIDE))
-    return [s.path for s in standings if s.path.name not in stays] + parts
+    return [s.path for s in checkpoints if s.path.name not in stays] + parts
 
 
 def prune(arguments) -> None:
@@ -98,13 +98,13 @@ def main(argv: list[str] | None = None) -> None:
         prune(arguments)
         return
     damaged = 0
-    for standing in files.published(arguments.run):
-        fault = standing.fault or (files.check_digests(standing.path) if arguments.action == "verify" else None)
+    for checkpoint in files.published(arguments.run):
+        fault = checkpoint.fault or (files.check_digests(checkpoint.path) if arguments.action == "verify" else None)
         try:
-            print(describe(standing, fault), flush=True)
+            print(describe(checkpoint, fault), flush=True)
             damaged += bool(fault)
         except FileNotFoundError:  # a run that trains keeps the newest ones only
-            print(f"{standing.path.name}  removed meanwhile", flush=True)
+            print(f"{checkpoint.path.name}  removed meanwhile", flush=True)
     for part in sorted(files.checkpoints_of(arguments.run).glob(f"*{sealed.PART}")):
         print(f"{part.name}  unfinished")
     if damaged and arguments.action == "verify":

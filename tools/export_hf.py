@@ -55,7 +55,7 @@ def check_trained(run: Run, checkpoint: Path) -> None:
 
 def open_state(checkpoint: Path):
     """The trained module's tensors; each is read from the ranks' mapped files when needed."""
-    from ted_scale.checkpoints.pieces import State
+    from ted_scale.checkpoints.state import State
 
     if fault := files.check_digests(checkpoint):
         raise UserError(

@@ -1,44 +1,67 @@
-"""What may fail on one rank's disk or network: tried again, and then known to all ranks."""
+"""Retries of writes to disk and network, and the sentence about a write that has failed for good."""
 
+import contextlib
 import errno
 import logging
+import shutil
 import time
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
-from ted_scale.base.errors import SENTENCES
+import torch.distributed as dist
+
+from ted_scale.base.errors import SENTENCES, Gone, UserError
 from ted_scale.base.sealed import Damaged
 
 log = logging.getLogger("ted_scale")
-PAUSES_S = (1, 5)  # before a write is tried again: a shared file system hiccups
+PAUSES_S = (1, 5)  # before a retry: shared file systems have short outages
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Failure(NamedTuple):
-    said: str
-    no_room: bool = False  # a mistake to correct, where others may pass by themselves
+    reason: str
+    no_room: bool = False  # the user must correct this; other failures may pass by themselves
 
 
 def attempt(action, *arguments):
-    """(what went wrong, what came of it); tried again where a failure may pass."""
+    """(failure, result), one of which is None. Errors that may pass are retried."""
     for pause in (*PAUSES_S, None):
         try:
             return None, action(*arguments)
         except Exception as error:
-            said = getattr(error, "strerror", None) or (
-                str(error) if isinstance(error, (*SENTENCES, Damaged)) else repr(error)
-            )
-            failure = Failure(said, getattr(error, "errno", None) in NO_ROOM)
+            failure = failure_of(error)
             if pause is None or not isinstance(error, OSError) or failure.no_room:
                 return failure, None
-            log.warning(f"writing a checkpoint failed ({said}); trying again in {pause} s")
+            log.warning(f"writing a checkpoint failed ({failure.reason}); trying again in {pause} s")
             time.sleep(pause)
 
 
-def first_failure(failures) -> tuple[int, Failure | None]:
-    """(rank, what it says) of the first rank that has a failure."""
-    return next(((rank, failure) for rank, failure in enumerate(failures) if failure), (0, None))
+def failure_of(error: Exception) -> Failure:
+    text = str(error) if isinstance(error, (*SENTENCES, Damaged)) else repr(error)
+    return Failure(getattr(error, "strerror", None) or text, getattr(error, "errno", None) in NO_ROOM)
+
+
+def attempt_write(place: Path, action, *arguments):
+    """As `attempt`; the failure is a sentence about `place` and this rank."""
+    failure, result = attempt(action, *arguments)
+    return failure and could_not_write(place, failure), result
+
+
+def could_not_write(place: Path, failure: Failure) -> Failure:
+    reason, must, out = failure.reason, "be a folder that all ranks can write", "look at its file system"
+    if failure.no_room:
+        must, out = "have room", "free space"
+        with contextlib.suppress(OSError):
+            reason += f" ({shutil.disk_usage(place.parent).free / 2**30:.1f} GiB free)"
+    fault = f"rank {dist.get_rank()} could not write {place.name}: {reason}"
+    way_out = f"what was saved before is intact: {out} and start the same command again"
+    return failure._replace(reason=f"{place.parent} must {must}, but {fault}; {way_out}")
+
+
+def give_up(failure: Failure) -> NoReturn:
+    raise (UserError if failure.no_room else Gone)(failure.reason)
 
 
 def warn_of_old_ones(place, failure: Failure | None) -> None:
     if failure:
-        log.warning(f"old checkpoints of {place} must be removable, but are not: {failure.said}")
+        log.warning(f"old checkpoints of {place} must be removable, but are not: {failure.reason}")

@@ -1,4 +1,4 @@
-"""Filters as one safetensors file: stage I's result, and where stage II starts from."""
+"""Filters as one safetensors file: the result of stage I, from which stage II starts."""
 
 import json
 from pathlib import Path
@@ -9,20 +9,22 @@ import torch.distributed as dist
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import parse_json
-from ted_scale.checkpoints.pieces import as_bytes
+from ted_scale.checkpoints.attempts import attempt_write, give_up
+from ted_scale.checkpoints.state import as_bytes
 from ted_scale.config import changes
 from ted_scale.models.weights import load_file
 from ted_scale.models.zero import gathered
+from ted_scale.ranks.agree import broadcast
 
 
 def filter_tensors(sides: dict) -> dict[str, torch.nn.Parameter]:
-    """Name → parameter of the filters of `sides` ({"student": filters_s, …}); stage I's heads are thrown away."""
+    """Name → parameter of the filters of `sides` ({"student": filters_s, …}). Stage I's heads are not kept."""
     named = {f"{side}.{name}": p for side, filters in sides.items() for name, p in filters.named_parameters()}
     return {name: p for name, p in named.items() if not name.rpartition(".")[2].startswith("head_")}
 
 
 def gather_filters(sides: dict) -> dict[str, torch.Tensor]:
-    """Stage I's result in fp32, on rank 0; every rank takes part."""
+    """The filters in fp32, on rank 0. A collective."""
     tensors = {}
     for name, parameter in filter_tensors(sides).items():
         value = full_precision(parameter)
@@ -41,6 +43,15 @@ def full_precision(parameter) -> torch.Tensor:
         return parameter.detach().float().clone()
 
 
+def save_filters(path: Path, tensors: dict, identity: dict) -> None:
+    """Rank 0 writes. A collective: all ranks raise if that fails."""
+    failure = None
+    if dist.get_rank() == 0:
+        failure, _ = attempt_write(path, write_filters, path, tensors, identity)
+    if failure := broadcast(failure):
+        give_up(failure)
+
+
 def write_filters(path: Path, tensors: dict, identity: dict) -> None:
     part = path.with_name(path.name + sealed.PART)
     sealed.write_file(part, as_bytes(tensors, {"identity": json.dumps(identity)}))
@@ -49,7 +60,7 @@ def write_filters(path: Path, tensors: dict, identity: dict) -> None:
 
 
 def load_filters(path: Path, sides: dict) -> None:
-    """Fill the filters with stage I's; every rank reads its own part."""
+    """Fill the filters from the file. Every rank reads only its own part."""
     targets = filter_tensors(sides)
     missing = targets.keys() - load_file(path, targets)
     if missing:
@@ -57,7 +68,7 @@ def load_filters(path: Path, sides: dict) -> None:
 
 
 def check_filters(path: Path, identity: dict) -> None:
-    """`filters.from` names a run whose stage I is done and fits this one."""
+    """Refuse `filters.from` unless it names a run whose stage I is done and whose filters fit this run."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

@@ -1,10 +1,9 @@
-"""A run's checkpoints as files: names, what stands in them beside the ranks' state, which is the newest whole one, and
-which stay.
+"""A run's checkpoints as files: their names, which one is the newest whole one, and which ones are kept.
 
-Needs no process group and no DeepSpeed, so that a wrong resume is refused before either starts. No file says which checkpoint
-is the newest: the folder does, and each one's manifest (sealed.py) says whether it is whole. The surprise: the newest is not
-the one of the highest step. A run that went back, after a loss spike or past a damaged checkpoint, goes on in a line of its
-own, whose number is in the name: step_00000007_1 is newer than step_00000008.
+This needs no process group and no DeepSpeed, so a wrong resume is refused before either starts. No file names the newest
+checkpoint: the names in the folder do, and each checkpoint's manifest (sealed.py) shows whether it is whole. Note: the newest
+checkpoint is not always that of the highest step. A run that goes back, after a loss spike or past a damaged checkpoint,
+starts a new line, whose number is part of the name: step_00000007_1 is newer than step_00000008.
 """
 
 import math
@@ -22,8 +21,8 @@ from ted_scale.base.sealed import PART, Damaged
 FILTERS = "filters.safetensors"
 
 
-class Standing(NamedTuple):
-    """A published checkpoint, and what is wrong with it as far as sizes tell."""
+class Published(NamedTuple):
+    """A published checkpoint, and what is wrong with it, judged by its manifest and the sizes of its files."""
 
     path: Path
     manifest: dict | None
@@ -39,7 +38,7 @@ def checkpoints_of(folder: Path) -> Path:
 
 
 def filters_of(folder: Path) -> Path:
-    """Stage I's result."""
+    """The file with the filters that stage I has learned."""
     return folder / FILTERS
 
 
@@ -48,26 +47,26 @@ def checkpoint_name(step: int, line: int = 0) -> str:
 
 
 def key_of(name: str) -> tuple[int, int] | None:
-    """(line, step) of a checkpoint's name, by which they are ordered; None of another name."""
+    """(line, step) of a checkpoint's name, by which checkpoints are sorted; None if it is no such name."""
     found = re.fullmatch(r"step_([0-9]{8,15})(?:_([1-9][0-9]{0,8}))?", name)
     return found and (int(found[2] or 0), int(found[1]))
 
 
-def published(folder: Path) -> list[Standing]:
+def published(folder: Path) -> list[Published]:
     """Newest first. Reads manifests and sizes; `check_digests` reads everything."""
     found = (p for p in checkpoints_of(folder).glob("step_*") if p.is_dir() and key_of(p.name))
-    return sorted(map(look_at, found), key=lambda standing: key_of(standing.path.name), reverse=True)
+    return sorted(map(look_at, found), key=lambda checkpoint: key_of(checkpoint.path.name), reverse=True)
 
 
-def look_at(checkpoint: Path) -> Standing:
+def look_at(checkpoint: Path) -> Published:
     try:
-        return Standing(checkpoint, checked(sealed.check(checkpoint), checkpoint.name), None)
+        return Published(checkpoint, checked(sealed.check(checkpoint), checkpoint.name), None)
     except Damaged as damage:
-        return Standing(checkpoint, None, str(damage))
+        return Published(checkpoint, None, str(damage))
 
 
 def checked(manifest: dict, name: str) -> dict:
-    """It is of a checkpoint, and of the one that has this name."""
+    """The manifest, if it is that of the checkpoint with this name; otherwise Damaged."""
     (line, step), forks, loss = key_of(name), manifest.get("forks"), manifest.get("validation")
     lines = isinstance(forks, list) and len(forks) == line and all(map(is_count, forks))
     if not (lines and manifest.get("step") == step and (loss is None or isinstance(loss, float))):
@@ -76,14 +75,14 @@ def checked(manifest: dict, name: str) -> dict:
 
 
 def history(whole: dict[str, dict]) -> list[str]:
-    """Of whole checkpoints, manifest by name, the newest and those that it came from; newest first."""
+    """The newest of some whole checkpoints (manifest by name) and those that it continues; newest first."""
     names = sorted(whole, key=key_of, reverse=True)
     forks = whole[names[0]]["forks"] if names else []
     return [name for name in names if key_of(name)[1] <= min(forks[key_of(name)[0] :], default=key_of(name)[1])]
 
 
 def check_digests(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with the bytes of a checkpoint's files; of each `share[1]` files the one at `share[0]`."""
+    """Read a checkpoint's files and return what is wrong with them. With a share (rank, ranks), every rank reads some of them."""
     try:
         files = checked(sealed.check(checkpoint), checkpoint.name)["files"]
         for name in list(files)[share[0] :: share[1]]:
@@ -94,33 +93,33 @@ def check_digests(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | No
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest one that is whole. A run whose checkpoints are all damaged must not begin anew in silence."""
-    standings = published(folder)
-    whole = next((s.path for s in standings if s.fault is None), None)
-    if standings and whole is None:
-        raise none_is_whole(folder, [(s.path, s.fault) for s in standings])
+    """The newest whole one. A run whose checkpoints are all damaged must not silently start again."""
+    found = published(folder)
+    whole = next((c.path for c in found if c.fault is None), None)
+    if found and whole is None:
+        raise none_is_whole(folder, [(c.path, c.fault) for c in found])
     return whole
 
 
 def renamed(folder: Path) -> list[str]:
-    """What a user should know of checkpoints under names that are none: nothing looks for them."""
-    said = []
+    """A line for each checkpoint whose name is not that of a checkpoint: the run does not use it."""
+    lines = []
     for path in sorted(p for p in checkpoints_of(folder).glob("*") if not p.name.endswith(PART) and not key_of(p.name)):
         try:
             manifest = sealed.read_manifest(path)
-            said.append(
-                f"{path} is passed over, for its name is not {checkpoint_name(manifest['step'], len(manifest['forks']))}"
+            lines.append(
+                f"{path} is not used, because its name is not {checkpoint_name(manifest['step'], len(manifest['forks']))}"
             )
         except (Damaged, KeyError, TypeError, ValueError):
             continue
-    return said
+    return lines
 
 
 def none_is_whole(folder: Path, damaged: list[tuple[Path, str]]) -> UserError:
-    said = "; ".join(f"{path.name}: {fault}" for path, fault in damaged[:3])
+    faults = "; ".join(f"{path.name}: {fault}" for path, fault in damaged[:3])
     return UserError(
-        f"{checkpoints_of(folder)} must hold a whole checkpoint, but none of {len(damaged)} is ({said}); copy one back, or move "
-        "them away to begin anew"
+        f"{checkpoints_of(folder)} must hold a whole checkpoint, but none of {len(damaged)} is ({faults}); copy one back, or "
+        "move them away to start again"
     )
 
 
@@ -129,15 +128,15 @@ def skipped(path: Path | str, fault: str) -> str:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """What earlier lives of the run left half-way goes, once what was only on its way has its name."""
+    """Remove what earlier processes left half-written. First give back the name to a checkpoint that was being replaced."""
     sealed.put_back(checkpoints_of(folder))
     for part in checkpoints_of(folder).glob(f"*{PART}"):
         shutil.rmtree(part, ignore_errors=True)
 
 
 def kept(whole: dict[str, dict], settings) -> set[str]:
-    """Of whole checkpoints, manifest by name, those that stay: of the newest one's history the last ones, every so many steps
-    for ever, and the best. What a run left to go back from is not in it."""
+    """The names of those whole checkpoints (manifest by name) that are kept: from the history of the newest one, the last
+    `keep`, every `keep_every` steps, and the best. A checkpoint that the run has gone back from is not in this history."""
     names = history(whole)
     steps = {name: key_of(name)[1] for name in names}
     stays = set(names[: settings.keep])
@@ -148,7 +147,7 @@ def kept(whole: dict[str, dict], settings) -> set[str]:
 
 
 def prune(folder: Path, settings, spared: Set[str] = frozenset()) -> None:
-    """Remove what need not stay of the whole ones; damaged ones are for tools/checkpoints.py to remove."""
-    whole = {s.path.name: s.manifest for s in published(folder) if s.fault is None}
+    """Remove the whole checkpoints that need not be kept. tools/checkpoints.py removes damaged ones."""
+    whole = {c.path.name: c.manifest for c in published(folder) if c.fault is None}
     for name in whole.keys() - kept(whole, settings) - spared:
         sealed.remove(checkpoints_of(folder) / name)

@@ -1,9 +1,9 @@
-"""Saving off the critical path: a step waits for the copy to host memory, a thread writes, all ranks agree, rank 0
-publishes.
+"""Saves in the background: a step waits only for the copy to host memory. A thread writes, all ranks agree, rank 0 publishes.
 
-One save at a time; the next one waits for it, but not for its copy to object storage. A save that fails is said at once and
-does not end the run: the last checkpoint is intact and the next save comes, but `finish`, at the end of a stage, insists.
-The surprise: the ranks' threads talk over process groups of their own, because the trainer's collectives go on meanwhile.
+There is one save at a time. The next save waits for it, but not for its copy to object storage. A save that fails is reported
+at once and does not end the run, because the last checkpoint is intact and the next save comes; only `finish`, at the end of a
+stage, insists. Note: the threads of all ranks use process groups of their own, because training uses the default group at the
+same time.
 """
 
 import contextlib
@@ -12,76 +12,92 @@ import shutil
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 from ted_scale.base import sealed
-from ted_scale.base.errors import Gone, UserError
 from ted_scale.base.sealed import PART, Entry
-from ted_scale.checkpoints import engine_state
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints.attempts import Failure, attempt, first_failure, warn_of_old_ones
-from ted_scale.checkpoints.copier import Copier
+from ted_scale.checkpoints import state
+from ted_scale.checkpoints.attempts import (
+    Failure,
+    attempt,
+    attempt_write,
+    could_not_write,
+    give_up,
+    warn_of_old_ones,
+)
+from ted_scale.checkpoints.copies import Copier
 from ted_scale.checkpoints.folder import FILTERS
-from ted_scale.checkpoints.pieces import as_bytes, rank_file
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
-from ted_scale.ranks.agree import gather, new_group
+from ted_scale.ranks.agree import first_of_all, gather, new_group
 
-LAST_PAUSES_S = (5, 15, 45)  # before the last save is
+LAST_PAUSES_S = (5, 15, 45)  # before the retries of a stage's last save
+
+
+class Save(NamedTuple):
+    """What a checkpoint is written from."""
+
+    place: Path
+    snapshot: state.Snapshot
+    progress: Progress
+    with_filters: bool
 
 
 class Outcome(NamedTuple):
-    """Of one save, the same on all ranks but for the time."""
+    """How a save went. All ranks have the same outcome, except for the time."""
 
-    place: Path
     failure: Failure | None
-    copying: bool = False  # an earlier one, on some rank
+    copying: bool = False  # some rank still copies an earlier checkpoint
     write_ms: float = 0.0
 
 
 class Saver:
-    """`alert(title, text)` tells the user."""
+    """`alert(title, text)` alerts the user. `filters_files` are where stage II's filters may be read from, best first."""
 
     def __init__(self, run, filters_files: list[Path], alert):
         self.alert = alert
         self.folder, self.settings, self.copier = run.folder, run.checkpoint, Copier(run, alert)
-        self.origins, self.taken, self.filters_entry = filters_files, [], None  # `taken` are the last checkpoints'
-        self.group, self.settled, self.failed = new_group(), threading.Event(), 0
-        self.engine = self.buffers = self.thread = self.outcome = None
+        self.sources, self.last_filters, self.filters_entry = filters_files, [], None
+        self.group, self.written, self.failed = new_group(), threading.Event(), 0
+        self.engine = self.buffers = self.saved_step = self.thread = self.under_way = self.outcome = None
+
+    # The trainer's part
+
+    def prepare(self, engine, step: int) -> None:
+        """Allocate host memory now, so that no step waits for it. The engine's state at `step` needs no save."""
+        if self.engine is not engine:
+            self.engine, self.buffers = engine, state.kept_buffers(engine)
+        self.saved_step = step
 
     def save(self, engine, progress: Progress, *, with_filters: bool) -> dict[str, float]:
-        """Begin to write a checkpoint of this step; what it cost the step, and what the one before took."""
+        """Begin to write a checkpoint. Returns how long the step waited, and how long the save before took."""
         began = time.perf_counter()
-        row = self.wait()
-        insists = self.failed >= self.settings.max_failed
-        self.prepare(engine)
+        row = self.wait()  # for the save before, which uses the same buffers
+        must_succeed = self.failed >= self.settings.max_failed
+        self.prepare(engine, progress.step)
         place = files.checkpoints_of(self.folder) / files.checkpoint_name(progress.step, len(progress.forks))
-        self.begin((place, engine_state.snapshot(engine, self.buffers), progress, with_filters))
-        if insists:
+        self.begin(Save(place, state.snapshot(engine, self.buffers), progress, with_filters))
+        if must_succeed:
             row |= self.finish()
         elif not self.settings.background:
             row |= self.wait()
         return row | {"checkpoint/stall_ms": (time.perf_counter() - began) * 1e3}
 
-    def prepare(self, engine) -> None:
-        """Memory for its copies, before a step would wait for it."""
-        if self.engine is not engine:
-            self.engine, self.buffers = engine, engine_state.kept_buffers(engine)
-
-    def begin(self, what: tuple) -> None:
-        self.what, place = what, what[0]
-        self.settled.clear()
-        self.outcome = Outcome(place, Failure("its thread broke off"))
-        self.thread = threading.Thread(target=self.write_quietly, args=what, daemon=True, name="checkpoint")
+    def begin(self, save: Save) -> None:
+        self.under_way = save
+        self.written.clear()
+        self.outcome = Outcome(Failure("its thread was interrupted"))
+        self.thread = threading.Thread(target=self.run_thread, args=(save,), daemon=True, name="checkpoint")
         self.thread.start()
 
     def wait(self, *, leaving: bool = False) -> dict[str, float]:
-        """Until no save is under way, and what it took, if that was not told yet. Who leaves does not wait until old ones are
-        removed."""
+        """Wait until no save is under way. Returns how long it took, once. A run that is `leaving` does not wait until old
+        checkpoints are removed."""
         if self.thread is None:
             return {}
-        self.settled.wait()
+        self.written.wait()
         if not leaving:
             self.thread.join()
             self.thread = None
@@ -90,123 +106,120 @@ class Saver:
         return {"checkpoint/write_ms": self.outcome.write_ms, "checkpoint/failed": float(failed)}
 
     def finish(self, *, leaving: bool = False) -> dict[str, float]:
-        """The last save must succeed: what it holds stands nowhere else."""
+        """Wait, and retry if the save has failed: the last state of a stage is nowhere else."""
         row = self.wait(leaving=leaving)
         for pause in LAST_PAUSES_S:
             if not self.failed:
                 return row
             time.sleep(pause)
-            self.begin(self.what)
+            self.begin(self.under_way)
             row = self.wait(leaving=leaving)
         if self.failed:
             give_up(self.outcome.failure)
         return row
 
-    def take_filters_from(self, path: Path) -> None:
-        """Stage I has learnt them, perhaps for longer than those in an earlier checkpoint."""
-        self.origins, self.taken, self.filters_entry = [path], [], None
-
     def forget(self) -> None:
-        """Let go of an engine that is done with, and of the memory kept for it."""
-        self.engine = self.buffers = self.what = None
+        """Free the memory that was kept for an engine that is done."""
+        self.engine = self.buffers = self.under_way = None
 
-    def write_quietly(self, place: Path, *arguments) -> None:
-        """A rank that died breaks the talk of all threads, which is no news: watch.py tells of it."""
+    # The thread's part; every rank has such a thread
+
+    def run_thread(self, save: Save) -> None:
+        """If a rank has died, the collectives of all others fail. watch.py reports the death, so nothing is reported here."""
         try:
-            names = self.write(place, *arguments)
+            names = self.write(save)
         except Exception as error:
             names = []
-            self.outcome = self.outcome._replace(failure=sentence(place, dist.get_rank(), Failure(repr(error))))
-        self.settled.set()
+            self.outcome = self.outcome._replace(failure=could_not_write(save.place, Failure(repr(error))))
+        self.written.set()
         if not self.outcome.failure:
             with contextlib.suppress(Exception):
-                self.after(place, names)
+                self.after_publishing(save.place, names)
 
-    def write(self, place: Path, snapshot, progress: Progress, with_filters: bool) -> list[str]:
-        """The thread's part; every rank ends with the same outcome. Returns the files that this rank wrote."""
-        began, part = time.perf_counter(), place.with_name(place.name + PART)
-        failure, mine = attempt(self.write_files, part, snapshot, progress, with_filters)
-        everyone = gather((failure, mine, self.copier.is_at_work()), self.group)
-        rank, failure = first_failure(failure for failure, _, _ in everyone)
-        if not failure and dist.get_rank() == 0:
-            entries = {name: entry for _, theirs, _ in everyone for name, entry in theirs.items()}
-            about = {"step": progress.step, "forks": list(progress.forks), "validation": progress.validation}
-            failure, _ = attempt(seal_and_publish, part, entries, {**about, **snapshot.about})
-        if failure and dist.get_rank() == 0:  # while the others wait: they may begin to write it again
+    def write(self, save: Save) -> list[str]:
+        """Write and publish a checkpoint. All ranks get the same outcome. Returns the names of the files that this rank wrote."""
+        began, place, is_first = time.perf_counter(), save.place, dist.get_rank() == 0
+        part = place.with_name(place.name + PART)
+        # Every rank writes its files; then all ranks know what was written, and whether a rank has failed.
+        failure, mine = attempt_write(place, self.write_files, part, save)
+        everyone = gather((failure, mine, self.copier.is_copying()), self.group)
+        failure = next((failed for failed, _, _ in everyone if failed), None)
+        # Rank 0 publishes the checkpoint, or removes its parts before any rank may write them again.
+        if is_first and not failure:
+            failure, _ = attempt_write(place, seal_and_publish, part, [entries for _, entries, _ in everyone], save)
+        if is_first and failure:
             shutil.rmtree(part, ignore_errors=True)
-        _, failure = first_failure(gather(failure and sentence(place, rank, failure), self.group))
+        # All ranks know whether it is published.
+        failure = first_of_all(failure, self.group)
         copying = any(copying for _, _, copying in everyone)
-        self.outcome = Outcome(place, failure, copying, (time.perf_counter() - began) * 1e3)
-        if with_filters and not failure:
-            self.taken = [place / FILTERS, *self.taken[:1]]
-        if failure and dist.get_rank() == 0:
-            most = self.settings.max_failed
-            self.alert(
-                "a checkpoint was not written", f"{failure.said}; the run ends after more than {most} such in a row"
-            )
+        self.outcome = Outcome(failure, copying, (time.perf_counter() - began) * 1e3)
+        if save.with_filters and not failure:
+            self.last_filters = [place / FILTERS, *self.last_filters[:1]]
+        if is_first and failure:
+            self.alert_failure(failure)
         return list(mine or ())
 
-    def after(self, place: Path, names: list[str]) -> None:
-        """What a published checkpoint does not wait for: the end of those that need not stay, and its copy."""
+    def alert_failure(self, failure: Failure) -> None:
+        most = self.settings.max_failed
+        self.alert(
+            "a checkpoint was not written",
+            f"{failure.reason}; the run stops after more than {most} such failures in a row",
+        )
+
+    def after_publishing(self, place: Path, names: list[str]) -> None:
+        """Work that the next save need not wait for: remove old checkpoints, and copy this one to object storage."""
         if dist.get_rank() == 0:
             spared = {self.copier.name} if self.outcome.copying else set()
             failure, _ = attempt(files.prune, self.folder, self.settings, spared)
             warn_of_old_ones(self.folder, failure)
         if self.copier.place and self.outcome.copying:
-            self.copier.say(place, Failure(f"the copy of {self.copier.name} is still on its way"))
+            self.copier.alert_no_copy(place, Failure(f"the copy of {self.copier.name} is not done yet"))
         elif self.copier.place:
             self.copier.begin(place, names)
 
-    def write_files(self, part: Path, snapshot, progress: Progress, with_filters: bool) -> dict[str, Entry]:
-        """This rank's file; rank 0 writes what is one for all."""
+    def write_files(self, part: Path, save: Save) -> dict[str, Entry]:
+        """Write this rank's file. Rank 0 also writes the files that exist once for all ranks."""
         part.mkdir(parents=True, exist_ok=True)
-        name = rank_file(dist.get_rank())
-        entries = {name: sealed.write_file(part / name, as_bytes(snapshot.tensors))}
+        name = state.rank_file(dist.get_rank())
+        entries = {name: sealed.write_file(part / name, state.as_bytes(save.snapshot.tensors))}
         if dist.get_rank() == 0:
-            entries[PROGRESS] = sealed.write_file(part / PROGRESS, [progress_as_bytes(progress)])
-            if with_filters:
-                entries[FILTERS] = self.take_filters(part / FILTERS)
+            entries[PROGRESS] = sealed.write_file(part / PROGRESS, [progress_as_bytes(save.progress)])
+            if save.with_filters:
+                entries[FILTERS] = self.add_filters(part / FILTERS)
         return entries
 
-    def take_filters(self, target: Path) -> Entry:
-        """The file of the checkpoint before the last under another name; a copy where there are no two yet. So the last two
-        checkpoints never share one, in which a bad block would end both."""
-        taken = [path for path in self.taken if path.exists()]
-        if len(taken) == 2:
-            sealed.link_or_copy(taken[1], target)
+    # Stage II's filters, which every checkpoint of stage II has
+
+    def add_filters(self, target: Path) -> Entry:
+        """Hard-link the file of the checkpoint before the last. Copy it while there are fewer than two. So the last two
+        checkpoints never share one file, and one bad block cannot damage both."""
+        last = [path for path in self.last_filters if path.exists()]
+        if len(last) == 2:
+            sealed.link_or_copy(last[1], target)
             return self.filters_entry
-        sources = [path for path in (*taken, *self.origins) if path.exists()]
+        sources = [path for path in (*last, *self.sources) if path.exists()]
         for source in sources:
             entry = sealed.write_file(target, sealed.read_pieces(source))
             self.filters_entry = self.filters_entry or entry
             if entry == self.filters_entry:
                 return entry
-        raise OSError(errno.EIO, f"none of {', '.join(map(str, sources or self.origins))} is as it was read before")
+        raise OSError(errno.EIO, f"none of {', '.join(map(str, sources or self.sources))} is as it was read before")
+
+    def use_filters(self, path: Path) -> None:
+        """Use these from now on: stage I has just learned them. An earlier checkpoint may hold older ones."""
+        self.sources, self.last_filters, self.filters_entry = [path], [], None
 
     @property
     def filters_file(self) -> Path | None:
-        """For a stage that is built now."""
-        return next(iter((*self.taken, *self.origins)), None)
+        """Where a stage that is built now reads its filters."""
+        return next(iter((*self.last_filters, *self.sources)), None)
 
 
-def give_up(failure: Failure) -> NoReturn:
-    raise (UserError if failure.no_room else Gone)(failure.said)
-
-
-def seal_and_publish(part: Path, entries: dict[str, Entry], about: dict) -> None:
-    if part.exists():  # it has its name already where only the last sync had to be tried again
-        sealed.seal(part, entries, about)
+def seal_and_publish(part: Path, of_ranks: list[dict[str, Entry]], save: Save) -> None:
+    progress = save.progress
+    about = {"step": progress.step, "forks": list(progress.forks), "validation": progress.validation}
+    if part.exists():  # after an error of the last sync, it is renamed already
+        entries = {name: entry for entries in of_ranks for name, entry in entries.items()}
+        sealed.seal(part, entries, {**about, **save.snapshot.about})
         sealed.check(part)
     sealed.publish(part)
-
-
-def sentence(place: Path, rank: int, failure: Failure) -> Failure:
-    said, must, out = failure.said, "be a folder that all ranks can write", "look at its file system"
-    if failure.no_room:
-        must, out = "have room", "free space"
-        with contextlib.suppress(OSError):
-            said += f" ({shutil.disk_usage(place.parent).free / 2**30:.1f} GiB free)"
-    return failure._replace(
-        said=f"{place.parent} must {must}, but rank {rank} could not write {place.name}: {said}; what was saved before is "
-        f"intact: {out} and start the same command again"
-    )

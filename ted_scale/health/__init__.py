@@ -1,1 +1,1 @@
-"""Whether a step's numbers are sound, and what happens where they are not: skip, go back, or end the run."""
+"""Whether a step's numbers are good, and what follows if they are not: skip the step, go back, or stop the run."""

@@ -1,9 +1,9 @@
-"""What a step that went wrong looked like, tensor by tensor: RUN/reports/step_XXXXXXXX.json.
+"""The report of a bad step, tensor by tensor: RUN/reports/step_XXXXXXXX.json.
 
-Every rank measures its own ZeRO-3 shards of gradient and fp32 weight, one gather brings them together, rank 0 writes. Call it
-on all ranks between the gradient norm and the update: afterwards DeepSpeed has clipped some gradients in place. The
-surprise: norm and max are those of the finite entries, and the others are counted, for else a group with one NaN would have
-no number at all, and JSON knows none for it.
+Every rank measures its own ZeRO-3 shards of gradients and fp32 weights, one gather collects the results, rank 0 writes. Call
+it on all ranks between the gradient norm and the update: after that DeepSpeed has clipped some gradients in place. Note: norm
+and max cover the finite entries, and the other entries are counted. Otherwise one NaN would leave a whole group without a
+number, and JSON has no NaN.
 """
 
 import json
@@ -22,22 +22,22 @@ from ted_scale.health.spikes import state_of
 from ted_scale.models.zero import without_padding
 from ted_scale.ranks.agree import of_all_ranks
 
-CHUNK = 1 << 22  # entries that are looked at together: in fp64 a whole shard may find no room
+CHUNK = 1 << 22  # entries in one piece: a whole shard in fp64 may not fit into memory
 
 
 class Event(NamedTuple):
-    """A step that began at `before`; `shares_RT` are all ranks' losses under their `names`."""
+    """A bad step. `before` is the progress before it; `shares_RT` are the losses of all ranks, with their `names`."""
 
     before: Progress
     stage: Stage
-    said: str
+    fault: str
     norm: float
     names: list[str]
     shares_RT: torch.Tensor
 
 
 class Tensors(NamedTuple):
-    """Some parameters' gradients, or their weights, over all ranks."""
+    """The gradients or the weights of some parameters, over all ranks."""
 
     norm: float
     max: float
@@ -45,30 +45,30 @@ class Tensors(NamedTuple):
 
 
 def write_report(engine, event: Event) -> str:
-    """Returns what to say of it."""
+    """Write the report; return what to log about it."""
     names, roles, looks = look(engine)
     firsts = {side: first_bad(names, looks[..., k, 2]) for k, side in enumerate(("gradient", "weight"))}
     path = place(event)
     bad = {side: first for side, first in firsts.items() if first}
-    said = [f"the first {side} that is not finite is {b['tensor']} of rank {b['rank']}" for side, b in bad.items()]
+    found = [f"the first {side} that is not finite is {b['tensor']} of rank {b['rank']}" for side, b in bad.items()]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             path.parent.mkdir(exist_ok=True)
             write_durably(path, json.dumps(as_dict(event, roles, looks, firsts), indent=1) + "\n")
-        except OSError as error:  # what is told must not be lost with it
-            return "; ".join([*said, f"no report ({path}: {error.strerror})"])
-    return "; ".join([*said, f"report: {path}"])
+        except OSError as error:  # the fault must be logged even if the report cannot be written
+            return "; ".join([*found, f"no report ({path}: {error.strerror})"])
+    return "; ".join([*found, f"report: {path}"])
 
 
 def place(event: Event) -> Path:
-    """Another one for the same step after every rewind."""
+    """After a rewind the same step gets another report."""
     rewinds = state_of(event.before).rewinds
     name = checkpoint_name(event.before.step + 1) + (f"_rewind_{rewinds}" if rewinds else "")
     return event.stage.run.folder / "reports" / f"{name}.json"
 
 
 def look(engine) -> tuple[list[str], list[str], torch.Tensor]:
-    """(names, roles, [ranks, tensors, gradient and weight, squares and max and nonfinite]) of what is trained."""
+    """(names, roles, [ranks, tensors, gradient and weight, squares and max and nonfinite]) of all trained parameters."""
     zero = engine.optimizer
     groups = zip(zero.sub_group_to_group_id.values(), zero.fp16_groups, strict=True)
     role_of = {id(p): zero.param_groups[group]["role"] for group, params in groups for p in params}
@@ -98,7 +98,7 @@ def measure(values: torch.Tensor) -> torch.Tensor:
 
 
 def first_bad(names: list[str], nonfinite_RP: torch.Tensor) -> dict | None:
-    """In the model's order."""
+    """The first tensor, in the order of the model, that has a nonfinite entry on some rank."""
     for name, counts in zip(names, nonfinite_RP.T.tolist(), strict=True):
         for rank, count in enumerate(counts):
             if count:
@@ -114,7 +114,7 @@ def as_dict(event: Event, roles: list[str], looks: torch.Tensor, firsts: dict) -
     return {
         "step": before.step + 1,
         "stage": event.stage.name,
-        "what": event.said,
+        "what": event.fault,
         "samples": {"first": before.samples, "count": event.stage.samples_per_step},
         "losses": rows,
         "grad_norm": number(event.norm),

@@ -1,10 +1,10 @@
-"""The step's one host read of ours, between the gradient norm and the first weight update, and what follows from it: the
-update is taken or dropped, the run goes on, goes back or stops.
+"""Reads the step's losses and gradient norm on the host, once, before the first weight is updated. Then it decides: take the
+update or drop it, and go on, go back or stop. Gradients are clipped here, too.
 
-DeepSpeed computes the global gradient norm inside its step and then clips and updates sub-group by sub-group; Guard stands
-before both. Where the norm itself is not finite DeepSpeed skips the update in silence: nobody then came by, which is how we
-notice. The surprise: losses are gathered from all ranks and summed here, not reduced. That makes the sums the same on every
-rank to the last bit, as a decision that follows from them must be, and tells whose a bad one is.
+DeepSpeed computes the global gradient norm inside its step; then it clips and updates one sub-group after another. Guard
+replaces these methods. If the norm itself is not finite, DeepSpeed skips the update without calling our methods; a method
+that was not called is how we detect it. Note: losses are gathered from all ranks and summed here, not reduced. So the sums are
+equal on every rank to the last bit, as the decision must be, and they show which rank has a bad value.
 """
 
 import math
@@ -17,38 +17,43 @@ from ted_scale.distill.signal import Losses, Weights
 from ted_scale.distill.stages import Stage
 from ted_scale.health import spikes
 from ted_scale.health.bad_step import Event, write_report
-from ted_scale.health.norms import norms_apart, sides_of
 from ted_scale.health.rewind import Rewind, ways_back
 from ted_scale.models.zero import forget_gradients
 from ted_scale.ranks import signals
 from ted_scale.ranks.agree import of_all_ranks
 
+SIDES = {"decay": "student", "plain": "student", "filters": "filters"}  # by the role of a parameter group
+
 
 class Guard:
-    """Sums a step's losses on the device and reads them, with the norm, once. `alert(title, text)` tells the user; `saved()`
-    comes back when no checkpoint is being written."""
+    """Sums a step's losses on the device and reads them once, together with the norm. `alert(title, text)` alerts the user;
+    `saved()` returns when no checkpoint is being written."""
 
     def __init__(self, engine, stage: Stage, alert, saved):
         self.engine, self.stage, self.alert, self.saved, self.settings = engine, stage, alert, saved, stage.run.health
-        self.local, self.reading, self.finite, self.stopping = None, False, True, False
+        self.local, self.unread, self.finite, self.stopping = None, False, True, False
         zero = engine.optimizer
         self.clip, self.update, self.measure = zero.unscale_and_clip_grads, zero._optimizer_step, zero._get_norm_groups
         zero.unscale_and_clip_grads, zero._optimizer_step = self.before_update, self.update_unless_dropped
         zero._get_norm_groups = self.measured
         self.sides = sides_of(zero)
 
+    # During the step
+
     def add(self, losses: Losses) -> None:
         vector = torch.cat([torch.stack(losses[:4]).detach(), losses.layers])
         self.local = vector if self.local is None else self.local + vector
 
-    def arm(self, progress: Progress) -> None:
-        """Call before the engine step that updates: everything of this step is in `add` by now."""
-        self.before, self.reading = progress, True
+    def gather(self, progress: Progress) -> None:
+        """Gather the losses of all ranks. Call it after the last `add` and before the engine step that updates."""
+        self.before, self.unread = progress, True
         asked = self.local.new_full(
             (1,), float(signals.asked.is_set())
-        )  # filled on the device: nobody waits for a copy
+        )  # filled on the device, without a copy to wait for
         everyone = of_all_ranks(torch.cat([self.local, asked]))
         self.shares, self.asked, self.local = everyone[:, :-1], everyone[:, -1], None
+
+    # DeepSpeed calls these three inside its step: once for the norms, then twice for each sub-group
 
     def measured(self) -> list:
         norms = self.measure()
@@ -56,35 +61,35 @@ class Guard:
         return norms
 
     def before_update(self, sub_group: int, norm) -> None:
-        if self.reading:  # once for each sub-group: nothing is clipped before the first
-            self.judge(norm)
+        if self.unread:  # at the first sub-group: nothing is clipped before it
+            self.read_numbers(norm)
         self.clip(sub_group, self.apart[self.sides[sub_group]])
 
     def update_unless_dropped(self, sub_group: int) -> None:
         if self.finite:
             self.update(sub_group)
 
-    def judge(self, norm) -> None:
-        """Read the step's numbers; write down what they were where they are no good."""
-        self.reading = False
+    def read_numbers(self, norm) -> None:
+        """Copy the step's numbers to the host. If they are bad, write a report of the step."""
+        self.unread = False
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self.shares.device)
         apart = torch.stack([norm, self.asked.sum(), *(n.to(norm.device) for n in self.apart.values())])
         self.norm, asked, *rest = torch.cat([apart, self.shares.sum(0)]).tolist()
         self.norms, self.sums = rest[: len(self.apart)], rest[len(self.apart) :]
-        self.stopping = asked > 0  # on any rank: all leave after the same step
+        self.stopping = asked > 0  # on any rank: all ranks stop after the same step
         self.finite = all(v - v == 0 for v in (self.norm, *self.sums))
         self.median = spikes.spiked_over(spikes.state_of(self.before), self.settings, self.sums[0])
         if not self.finite or self.median is not None:
-            said = self.spike() if self.finite else self.fault()
-            event = Event(self.before, self.stage, said, self.norm, self.stage.terms(len(self.sums) - 4), self.shares)
-            self.said = f"step {self.before.step + 1}: {said}; {write_report(self.engine, event)}"
+            fault = self.spike() if self.finite else self.not_finite()
+            event = Event(self.before, self.stage, fault, self.norm, self.stage.terms(len(self.sums) - 4), self.shares)
+            self.fault = f"step {self.before.step + 1}: {fault}; {write_report(self.engine, event)}"
 
     def spike(self) -> str:
         loss, steps = self.sums[0], len(spikes.state_of(self.before).losses)
         return f"loss/total is {loss:.4g}, {loss / self.median:.3g} times its median over {steps} steps"
 
-    def fault(self) -> str:
-        """The first term that is not finite, the parts of the loss before their total; where none is, the gradient."""
+    def not_finite(self) -> str:
+        """The first term that is not finite; the parts of the loss come before their total. If all are finite, the gradient."""
         names, rows = self.stage.terms(len(self.sums) - 4), self.shares.tolist()
         for i in (*range(1, len(names)), 0):
             for rank, row in enumerate(rows):
@@ -94,17 +99,19 @@ class Guard:
         name, value = next((n, v) for n, v in together.items() if isinstance(v, str) or not math.isfinite(v))
         return f"{name} of all ranks together must be finite, but is {value}"
 
-    def settle(self, progress: Progress) -> Progress:
-        """What the numbers of the step just taken mean for the run, which stands at `progress` by now."""
-        if self.reading:
-            self.judge(math.inf)
+    # After the step
+
+    def decide(self, progress: Progress) -> Progress:
+        """What the step's numbers mean for the run: go on, go back, or stop. `progress` is that after the step."""
+        if self.unread:  # DeepSpeed did not call us: the norm is not finite
+            self.read_numbers(math.inf)
         if not self.finite:
-            return self.settle_dropped(progress)
+            return self.after_dropped_step(progress)
         if self.median is not None:
-            self.settle_spike(progress)
+            self.after_spike(progress)
         return spikes.taken(progress, self.settings, self.sums[0])
 
-    def settle_dropped(self, progress: Progress) -> Progress:
+    def after_dropped_step(self, progress: Progress) -> Progress:
         state, limit = spikes.state_of(progress), self.settings.max_skipped
         if self.settings.on_nonfinite == "stop":
             raise self.stopped("lower train.lr or look at the data of this step, then start the same command again")
@@ -114,39 +121,53 @@ class Guard:
             raise self.stopped(
                 f"health.max_skipped_all = {limit} steps of the run were dropped before it: lower train.lr"
             )
-        forget_gradients(self.engine.module)  # a parameter that gets no new one would bring this one to the next step
+        forget_gradients(self.engine.module)  # a parameter without a new gradient would use this one in the next step
         progress = spikes.dropped(progress)
         row = f"{state.in_a_row + 1} in a row, {progress.skipped} in all"
-        self.alert("a step was skipped", f"{self.said}; its update is dropped, {row}")
+        self.alert("a step was skipped", f"{self.fault}; its update is dropped, {row}")
         return progress
 
-    def settle_spike(self, progress: Progress) -> None:
+    def after_spike(self, progress: Progress) -> None:
         rewinds, limit = spikes.state_of(progress).rewinds, self.settings.max_rewinds
         if self.settings.on_spike == "alert":
-            self.alert("loss spike", self.said)
+            self.alert("loss spike", self.fault)
             return
-        self.saved()  # else it would be chance which one is the newest
+        self.saved()  # otherwise it would depend on chance which checkpoint is the newest
         checkpoints = ways_back(self.stage.run.folder, self.stage.first_step, rewinds)
         if not checkpoints:
-            self.alert("loss spike", f"{self.said}; the run goes on: this stage has no checkpoint to go back to yet")
+            self.alert("loss spike", f"{self.fault}; the run goes on: this stage has no checkpoint to go back to yet")
             return
         if rewinds == limit:
-            raise self.stopped(f"health.max_rewinds = {limit} ways back led to no step past it: lower train.lr")
+            raise self.stopped(f"health.max_rewinds = {limit} rewinds led to no step past it: lower train.lr")
         onwards = (
             f"back to {checkpoints[0].name} and on with sample {progress.samples}, rewind {rewinds + 1} of {limit}"
         )
-        self.alert("loss spike, going back", f"{self.said}; {onwards}")
+        self.alert("loss spike, going back", f"{self.fault}; {onwards}")
         raise Rewind(checkpoints, progress)
 
     def stopped(self, way_out: str) -> RunStopped:
         kept = "" if self.finite else "no weight was updated and "
-        return RunStopped(f"{self.said}; {kept}the last checkpoint is intact: {way_out}")
+        return RunStopped(f"{self.fault}; {kept}the last checkpoint is intact: {way_out}")
 
     def read(self, weights: Weights) -> dict[str, float]:
-        """The numbers of the step that was just taken, on the host already; a dropped one's would spoil every mean."""
+        """The numbers of the step, already on the host. Those of a dropped step would spoil every mean, so it has none."""
         rate = {"optim/lr": self.engine.optimizer.param_groups[0]["lr"]}
         if not self.finite:
             return rate
         norms = dict(zip((f"optim/grad_norm_{side}" for side in self.apart), self.norms, strict=True))
         norms = {"optim/grad_norm": self.norm, **(norms if len(norms) > 1 else {})}
         return {**self.stage.name_losses(self.sums, weights), **norms, **rate}
+
+
+def sides_of(zero) -> list[str]:
+    """Student or filters, for each sub-group of a ZeRO-3 optimizer. No sub-group belongs to two parameter groups."""
+    return [SIDES[zero.param_groups[group]["role"]] for group in zero.sub_group_to_group_id.values()]
+
+
+def norms_apart(sides: list[str], norms: list) -> dict[str, torch.Tensor]:
+    """The gradient norm of each side, from the norms of its sub-groups, which DeepSpeed computes for its one global norm. They
+    stay where DeepSpeed has them, which is the host for offloaded gradients, so nothing waits for a copy."""
+    parts: dict[str, list] = {side: [] for side in sides}
+    for side, norm in zip(sides, norms, strict=True):
+        parts[side].append(torch.as_tensor(norm, dtype=torch.float32))
+    return {side: torch.linalg.vector_norm(torch.stack(part)) for side, part in parts.items()}

@@ -1,9 +1,9 @@
-"""Bits that must not change: the frozen teacher's shards are those that were loaded, and small tensors, which ZeRO-3 keeps
-whole on every rank, are the same on all of them. For memory and devices that err in silence.
+"""Finds silent errors of memory and devices. The frozen teacher's shards must still be those that were loaded; small tensors,
+which ZeRO-3 keeps whole on every rank, must be equal on all ranks.
 
-Digests are integers over the bits, computed where the tensors are: a sum of floats would miss a flip far down, and hosts would
-have to agree on an order. The surprise: what the student learns has no second copy but those small tensors. Its shards,
-masters and moments cannot be checked, only what stands still or stands twice.
+Digests are integers over the bits, computed on the device of the tensors. A sum of floats would miss a flipped low bit and
+would depend on the order. Note: only tensors that do not change or that exist twice can be checked. The student's shards,
+masters and moments change and exist once, so they are not checked.
 """
 
 import socket
@@ -11,11 +11,10 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from ted_scale.base.errors import RunStopped
 from ted_scale.models.zero import is_sharded, without_padding
-from ted_scale.ranks.agree import of_all_ranks
+from ted_scale.ranks.agree import gather, of_all_ranks
 
 AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 GOLDEN = -7046029254386353131  # 2^64 over the golden ratio, as a signed number: places are far apart
@@ -29,17 +28,18 @@ class Fault(NamedTuple):
 
 
 def digest(values: torch.Tensor) -> torch.Tensor:
-    """64 bits of a tensor's bits and their places. One entry that differs always shows; more hide with a chance of 2^-64."""
+    """64 bits that depend on every bit of a tensor and its place. One changed entry always changes the digest; several changed
+    entries go unnoticed with a chance of 2^-64."""
     bits = values.detach().flatten().view(AS_INTEGERS[values.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    chunk = 1 << (15 if bits.device.type == "cpu" else 22)  # what stays in a CPU's cache; what keeps a GPU busy
+    chunk = 1 << (15 if bits.device.type == "cpu" else 22)  # fits into a CPU's cache; keeps a GPU busy
     for start in range(0, len(bits), chunk):
         total += mixed(bits[start : start + chunk], start).sum()
     return total
 
 
 def mixed(bits: torch.Tensor, start: int) -> torch.Tensor:
-    """A permutation of 64 bits of each entry plus its place. int64 wraps, and its shift is kept from copying the sign."""
+    """Of each entry plus its place, a permutation of the 64 bits. int64 wraps around; the mask removes the copied sign bits."""
     x = torch.arange(start + 1, start + 1 + len(bits), device=bits.device).mul_(GOLDEN).add_(bits)
     for shift, odd in ROUNDS:
         x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(odd)
@@ -53,7 +53,7 @@ def shards_of(module) -> dict[str, torch.Tensor]:
 
 
 def copies_of(module) -> dict[str, torch.Tensor]:
-    """The parameters that are whole on this rank, as between two steps on every rank or on none."""
+    """The parameters that are whole on this rank. Between two steps a parameter is whole on all ranks or on none."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     whole = ((n, p) for n, p in module.named_parameters() if is_sharded(p) and p.ds_status == ZeroParamStatus.AVAILABLE)
@@ -66,8 +66,8 @@ def digests(tensors: dict[str, torch.Tensor], device) -> torch.Tensor:
 
 
 def verify(teacher, student, progress) -> None:
-    """Every rank comes here at the same step; a difference stops all of them with the same sentence."""
-    at_load = getattr(teacher, "at_load", None)  # a run without a teacher has a function in its place
+    """Call it on all ranks at the same step. A difference stops all ranks with the same sentence."""
+    at_load = getattr(teacher, "at_load", None)  # without a teacher it is a plain function
     sides = {"student": student.module} | ({} if at_load is None else {"teacher": teacher.engine.module})
     frozen = {} if at_load is None else shards_of(teacher.engine.module)
     copies = {f"{side}'s {name}": copy for side, module in sides.items() for name, copy in copies_of(module).items()}
@@ -81,14 +81,14 @@ def verify(teacher, student, progress) -> None:
 
 
 def first_changed(names: list[str], rows: list[list[int]]) -> Fault | None:
-    """Of the teacher's shards."""
+    """The first of the teacher's shards whose digest is not that at load."""
     found = ((k, rank) for rank, row in enumerate(rows) for k in range(len(names)) if row[k])
     which = min(found, default=None)
     return which and Fault(f"the teacher's {names[which[0]]}", which[1], "the bits that were loaded")
 
 
 def first_alone(names: list[str], rows: list[list[int]]) -> Fault | None:
-    """Of the copies: who holds others than most do; of two, the second."""
+    """The first copy that differs between ranks, and the rank that differs from most; of two ranks, the second."""
     for name, found in zip(names, zip(*rows, strict=True), strict=True):
         (most, _), *others = Counter(found).most_common()
         if others:
@@ -98,8 +98,7 @@ def first_alone(names: list[str], rows: list[list[int]]) -> Fault | None:
 
 
 def stop(step: int, fault: Fault) -> None:
-    nodes = [None] * dist.get_world_size()
-    dist.all_gather_object(nodes, socket.gethostname())
+    nodes = gather(socket.gethostname())
     raise RunStopped(
         f"step {step}: {fault.tensor} must hold {fault.must} on rank {fault.rank} ({nodes[fault.rank]}), but holds others; the "
         "last checkpoint was written before: look at that node's memory and device, then start the same command again"

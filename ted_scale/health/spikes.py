@@ -1,9 +1,8 @@
-"""Whether a step's loss is a spike, and how often a run dropped an update or went back, as pure functions of what stands in a
-checkpoint.
+"""Is a step's loss a spike, and how often did the run drop an update or go back? Pure functions of what a checkpoint holds.
 
-guard.py reads the numbers, bad_step.py says whose they were, rewind.py goes back; this file counts and compares floats that are
-the same on every rank, so that all come to the same end without asking each other. The surprise: what a spike is judged by
-is in the checkpoint, so that a resumed run judges as a straight one does.
+guard.py reads the numbers, bad_step.py reports which rank and tensor they came from, rewind.py goes back. This file compares
+floats that are equal on all ranks, so all ranks decide alike without a message. Note: the losses that a spike is compared
+with are in the checkpoint, so a resumed run decides as an uninterrupted one does.
 """
 
 import hashlib
@@ -18,13 +17,13 @@ from ted_scale.config.operation import Health
 
 
 class State(NamedTuple):
-    """As it stands in a checkpoint, beside Progress.skipped."""
+    """Part of every checkpoint, like Progress.skipped."""
 
-    in_a_row: int = 0  # the last steps, whose updates were dropped
-    rewinds: int = 0  # since a step was taken past `rewound_from`
-    rewound_from: int = 0  # the furthest step whose spike sent the run back
-    ground: str = ""  # what `losses` are losses of
-    losses: Sequence[float] = ()  # loss/total of the last steps that were taken
+    in_a_row: int = 0  # how many of the last steps were dropped
+    rewinds: int = 0  # since the last step past `rewound_from`
+    rewound_from: int = 0  # the latest step whose spike sent the run back
+    ground: str = ""  # a digest of what `losses` were measured on
+    losses: Sequence[float] = ()  # loss/total of the last steps that updated the weights
 
 
 def state_of(progress: Progress) -> State:
@@ -32,7 +31,7 @@ def state_of(progress: Progress) -> State:
 
 
 def begin(progress: Progress, stage) -> Progress:
-    """Another stage, other terms or other data have other losses: their median begins anew."""
+    """Start the median again if the stage, the loss terms or the data have changed: their losses cannot be compared."""
     state, ground = state_of(progress), ground_of(stage)
     if state.ground != ground:
         state = state._replace(ground=ground, losses=(), in_a_row=0)
@@ -40,7 +39,7 @@ def begin(progress: Progress, stage) -> Progress:
 
 
 def ground_of(stage) -> str:
-    """A digest of what a stage's loss/total is made of."""
+    """A digest of everything that a stage's loss/total depends on."""
     data = stage.run.data
     corpora = [(corpus.name, corpus.weight) for corpus in data.corpora]
     made_of = [stage.name, stage.run.loss.model_dump(), data.seq_len, data.attention, corpora]
@@ -48,7 +47,7 @@ def ground_of(stage) -> str:
 
 
 def spiked_over(state: State, settings: Health, loss: float) -> float | None:
-    """The median that `loss` is too far above; None where it is not, or where the step before it was already."""
+    """The median, if `loss` is too far above it and the loss of the step before was not; None otherwise."""
     if settings.on_spike == "off" or len(state.losses) < settings.spike_window // 4:
         return None
     median = statistics.median(state.losses)

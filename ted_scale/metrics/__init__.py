@@ -1,1 +1,1 @@
-"""What a run tells of itself: the log, rows of metrics.jsonl, the console and Weights & Biases."""
+"""What a run reports: the log, the rows of metrics.jsonl, the console and Weights & Biases."""

@@ -7,7 +7,7 @@ import torch
 
 
 class Clock:
-    """Sums of named durations; on CUDA events are recorded and nobody waits for them until `read`."""
+    """Sums of named durations. On CUDA it records events, and waits for them only in `read`."""
 
     def __init__(self, device: torch.device):
         self.cuda, self.spans = device.type == "cuda", []

@@ -1,4 +1,4 @@
-"""The log: log.txt and the console on rank 0, warnings of every rank, and lines that do not tear the progress bar."""
+"""The log: log.txt and the console on rank 0, and the warnings of every rank."""
 
 import logging
 import sys
@@ -11,14 +11,14 @@ from ted_scale.base import redact
 log = logging.getLogger("ted_scale")
 
 
-def say(line: str) -> None:
-    """A line of the log that does not tear the progress bar."""
+def log_line(line: str) -> None:
+    """Log a line above the progress bar, so that they do not mix."""
     with tqdm.external_write_mode(file=sys.stderr):
         log.info(line)
 
 
 def open_log(folder: Path, writes: bool) -> None:
-    """log.txt and the console on rank 0; warnings of every rank."""
+    """Rank 0 logs to log.txt and to the console. The other ranks log only warnings, to the console."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if writes:
         handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))

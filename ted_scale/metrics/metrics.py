@@ -1,12 +1,11 @@
-"""Where a run's numbers go: metrics.jsonl always, the console on rank 0, Weights & Biases where the run file asks.
+"""Where a run's numbers go: to metrics.jsonl, to the console of rank 0, and to Weights & Biases if the run file asks for it.
 
-train.py hands over host floats, read once a step; this file averages them over `log_every` steps and adds what only the
-clock and the device know. The surprise: on a GPU durations are pairs of events, read when the row is written.
+train.py passes numbers that are on the host already, once a step. This file averages them over `log_every` steps and adds
+speed and memory. Note: on a GPU durations are pairs of events, read only when the row is written.
 """
 
 import contextlib
 import json
-import logging
 import math
 import sys
 import time
@@ -19,23 +18,21 @@ from ted_scale.checkpoints.progress import Progress
 from ted_scale.config.run import Run
 from ted_scale.distill.flops import Work, keys_of, lengths_of
 from ted_scale.metrics.clock import Clock
-from ted_scale.metrics.console import say
+from ted_scale.metrics.console import log_line
 from ted_scale.metrics.peaks import device_peak
 from ted_scale.metrics.rows import rows_at, trim_rows
 
-log = logging.getLogger("ted_scale")
-
 
 class Metrics:
-    """One row every `log_every` steps. Only rank 0 writes; the others keep the same calls and stay silent."""
+    """Writes a row every `log_every` steps. Only rank 0 writes; on other ranks the same calls do nothing."""
 
     def __init__(self, run: Run, *, writes: bool, total_steps: int, step: int, device, wandb_run):
         self.writes, self.wandb_run, self.device = writes, wandb_run, device
         self.every, self.peak = run.log_every, device_peak(device, run.train.precision)
         self.rows: list[dict[str, float]] = []
-        self.works: list[Work] = []  # of a token of each step since the last row
+        self.works: list[Work] = []  # FLOPs of a token, for each step since the last row
         self.waits: dict[str, float] = {}
-        self.stream = None  # what is read
+        self.stream = None  # what is trained on
         self.clock, self.since, self.tokens_before = Clock(device), time.perf_counter(), None
         self.lost = False
         self.path, self.already, self.file = run.folder / "metrics.jsonl", set(), None
@@ -49,14 +46,14 @@ class Metrics:
         )
 
     def open(self, step: int) -> None:
-        """Rows are written behind those of `step`, where the run stands."""
+        """Append rows after those of `step`, which the run is at."""
         if self.writes:
             self.already = rows_at(self.path, step)
             self.file = self.path.open("a", encoding="utf-8")
 
     def go_back(self, progress: Progress) -> None:
-        """Forget the rows past an earlier step, as a resume from there does."""
-        self.shut()
+        """Remove the rows after an earlier step, as a resume from there does."""
+        self.close_file()
         if self.writes:
             with contextlib.suppress(OSError):
                 trim_rows(self.path, progress.step)
@@ -65,7 +62,7 @@ class Metrics:
         self.resume_from(progress.tokens)
 
     def add(self, progress: Progress, values: dict[str, float], *, last: bool) -> None:
-        """Keep a step's numbers; write the row when it is due."""
+        """Add a step's numbers; write the row when it is due."""
         self.rows.append(values)
         self.bar.update(1)
         if progress.step % self.every == 0 or last:
@@ -75,7 +72,7 @@ class Metrics:
             self.rows = []
 
     def read_of_corpora(self, samples: int) -> dict[str, float]:
-        """Of each corpus: the epoch, the tokens read of it, and those read in all; of this stage."""
+        """For each corpus, in this stage: the epoch, the tokens read in it, and the tokens read in all."""
         row = {}
         if self.stream is None:
             return row
@@ -85,19 +82,19 @@ class Metrics:
             row |= {f"data/{domain.name}/{key}": value for key, value in values.items()}
         return row
 
-    def say_changes(self, sentences: list[str]) -> None:
-        """Of the run file and the data, at a resume: in the log and in W&B."""
+    def log_changes(self, sentences: list[str]) -> None:
+        """Log what a resume finds changed in the run file and the data, also in W&B."""
         for sentence in sentences:
-            log.info(sentence)
+            log_line(sentence)
         if sentences and self.wandb_run is not None:
-            said = [*self.wandb_run.config.get("changes", []), *redact.cleaned(sentences)]
-            self.wandb_run.config.update({"changes": said}, allow_val_change=True)
+            all_changes = [*self.wandb_run.config.get("changes", []), *redact.cleaned(sentences)]
+            self.wandb_run.config.update({"changes": all_changes}, allow_val_change=True)
 
     def alert(self, title: str, text: str) -> None:
-        """In the log, and to whoever watches the run in W&B, which leaves out what comes twice a minute."""
+        """Log it, and send it as a W&B alert. W&B drops a second alert within a minute."""
         if self.writes:
-            say(text)
-        self.tell_wandb(lambda run: run.alert(title, redact.redact(text), level="WARN"))
+            log_line(text)
+        self.call_wandb(lambda run: run.alert(title, redact.redact(text), level="WARN"))
 
     def performance(self, tokens: int, steps: int) -> dict[str, float]:
         elapsed = time.perf_counter() - self.since
@@ -110,7 +107,7 @@ class Metrics:
         return {**row, **self.utilization(rate)}
 
     def utilization(self, rate: float) -> dict[str, float]:
-        """Shares of the devices' peak: of what the steps ask for, and with what is computed again (docs/flops.md)."""
+        """Shares of the devices' peak: the FLOPs that the steps need, and those with recomputed activations (docs/flops.md)."""
         works, self.works = self.works, []
         if not (self.peak and works):
             return {}
@@ -120,17 +117,17 @@ class Metrics:
         return {"perf/mfu": share * model, "perf/hfu": share * (model + again)}
 
     def counted(self, steps, work):
-        """Numbered `steps`, with the `work(number, keys)` of each kept: this rank's documents stand for all ranks'."""
+        """The numbered `steps`. Adds up the `work(number, keys)` of each, from this rank's documents as a sample of all."""
         for number, micro_batches in steps:
             if self.peak and self.writes:
                 self.works.append(work(number, keys_of(lengths_of(micro_batches))))
             yield micro_batches
 
     def timed(self, items, name: str):
-        """`items`, with the time spent waiting for the next one under `name`."""
+        """The `items`. Adds the time spent waiting for each to the duration `name`."""
         items = iter(items)
         while True:
-            start = time.perf_counter()  # the host's wait, also where the device is busy meanwhile
+            start = time.perf_counter()  # the host's wait, even if the device is busy
             item = next(items, None)
             self.waits[name] = self.waits.get(name, 0.0) + (time.perf_counter() - start) * 1e3
             if item is None:
@@ -138,22 +135,22 @@ class Metrics:
             yield item
 
     def reads(self, stream) -> None:
-        """`stream` is what is trained on from here."""
+        """From here on `stream` is trained on."""
         self.stream = stream
 
     @contextlib.contextmanager
     def aside(self):
-        """What is done here is no part of a step's time."""
+        """The time spent in here is not part of a step's time."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
 
-    def stands_already(self, key: str) -> bool:
-        """On rank 0: whether the step that a run resumes from has this number."""
+    def has_already(self, key: str) -> bool:
+        """On rank 0: whether the step that the run resumes from already has this number."""
         return any(key in row for row in self.already)
 
     def resume_from(self, tokens: int) -> None:
-        """Speed counts from here: neither start-up nor what an earlier process did."""
+        """Measure speed from here on, without start-up and without the tokens of an earlier process."""
         self.tokens_before, self.since, self.rows, self.works = tokens, time.perf_counter(), [], []
         self.waits = {}
         self.clock.read()
@@ -162,46 +159,48 @@ class Metrics:
         if not self.writes or not values or (step, *values) in self.already:
             return
         row = {"step": step, "tokens": tokens, **values}
-        self.keep(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}))
-        self.tell_wandb(lambda run: run.log(row))
-        if told := [f"{k.split('/', 1)[1]} {v:.4g}" for k, v in values.items() if shown(k)]:
-            say(f"step {step:>6}  " + "  ".join(told))
+        self.append(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}))
+        self.call_wandb(lambda run: run.log(row))
+        if numbers := [f"{k.split('/', 1)[1]} {v:.4g}" for k, v in values.items() if shown(k)]:
+            log_line(f"step {step:>6}  " + "  ".join(numbers))
 
-    def keep(self, line: str) -> None:
-        """A full disk costs rows, said once, and no step."""
+    def append(self, line: str) -> None:
+        """A full disk loses rows, which is logged once, but it does not stop the run."""
         try:
             self.file.write(line + "\n")
             self.file.flush()
             self.lost = False
         except OSError as error:
             if not self.lost:
-                say(f"{self.path} must be writable, but is not ({error.strerror}): rows are lost until it is")
+                log_line(f"{self.path} must be writable, but is not ({error.strerror}): rows are lost until it is")
             self.lost = True
 
-    def shut(self) -> None:
-        """A row that a full disk would not take is still on its way, and fails again."""
+    def close_file(self) -> None:
+        """A row that did not fit on a full disk is still in the buffer, and its write fails again."""
         if self.file:
             with contextlib.suppress(OSError):
                 self.file.close()
 
     def close(self) -> None:
         self.bar.close()
-        self.shut()
-        self.tell_wandb(lambda run: run.finish())
+        self.close_file()
+        self.call_wandb(lambda run: run.finish())
 
-    def tell_wandb(self, action) -> None:
-        """Its process may have been ended, by a signal to all of a rank's children or by itself: no reason to stop training."""
+    def call_wandb(self, action) -> None:
+        """W&B's process may be gone: it crashed, or was killed together with the rank's children. Training goes on without it."""
         if self.wandb_run is None:
             return
         try:
             action(self.wandb_run)
         except Exception as error:
             self.wandb_run = None
-            say(f"W&B is lost until the next start ({type(error).__name__}: {error}); metrics.jsonl has every number")
+            log_line(
+                f"W&B is lost until the next start ({type(error).__name__}: {error}); metrics.jsonl has every number"
+            )
 
 
 def shown(key: str) -> bool:
-    """On the console: no number of each pair, and of each corpus only its weight in an adaptive blend."""
+    """Whether the console shows it: not the numbers of single pairs, and of a single corpus only its weight in a blend."""
     if key.startswith("blend/"):
         return key.endswith("/weight")
     whole = key.startswith(("loss/", "val/", "optim/")) and key.count("/") == 1
@@ -209,7 +208,7 @@ def shown(key: str) -> bool:
 
 
 def mean_rows(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the steps since the last row; a term that was off in some of them counts where it was on."""
+    """Means over the steps since the last row. A term is averaged over the steps in which it was on."""
     keys = dict.fromkeys(key for row in rows for key in row)
     return {key: math.fsum(vs) / len(vs) for key in keys if (vs := [row[key] for row in rows if key in row])}
 

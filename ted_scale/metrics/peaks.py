@@ -1,14 +1,14 @@
-"""The most FLOP/s that a device can do in a precision, by the name torch gives it; of an unknown device nothing is said.
+"""The peak FLOP/s of a device in a precision, by torch's name of the device. An unknown device has none.
 
-Dense figures of the vendors' data sheets, whose tensor-core figures mostly count the zeros of sparse matrices and are halved
-here: NVIDIA's of A100 (2021), H100 with PCIe and NVL (2022, 2024), H200 (2024), HGX B200 (2025), AMD's of Instinct MI300X
-(2023). fp32 products are exact here (torch's TF32 is off), so that fp32 runs are held against the plain fp32 units. The
-surprise: one chip has several cards, and the PCIe ones reach three quarters.
+These are the dense figures of the vendors' data sheets: NVIDIA's of A100 (2021), H100 with PCIe and NVL (2022, 2024), H200
+(2024), HGX B200 (2025), AMD's of Instinct MI300X (2023). Where a sheet counts the zeros of sparse matrices, as most do for tensor
+cores, its figure is halved. fp32 products are exact here (torch's TF32 is off), so fp32 runs are compared with the plain fp32
+units. Note: one chip is sold on several cards, and its PCIe cards reach three quarters of the others.
 """
 
 import torch
 
-PEAKS = (  # the first name that is part of torch's
+PEAKS = (  # the first one whose name is part of torch's name counts
     ("H100 PCIe", {"bf16": 756e12, "fp32": 51e12}),
     ("H100 NVL", {"bf16": 835e12, "fp32": 60e12}),
     ("H200 NVL", {"bf16": 835e12, "fp32": 60e12}),
@@ -25,6 +25,6 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 
 
 def peak_of(name: str, precision: str) -> float | None:
-    """A slice of a device (MIG) has a part of its units, which its name does not tell in FLOPs."""
+    """A slice of a device (MIG) has some of its units. Its name does not show how many FLOP/s these are, so it has no peak."""
     known = next((peaks for key, peaks in PEAKS if key in name), None)
     return known[precision] if known and "MIG" not in name else None

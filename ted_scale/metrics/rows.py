@@ -1,4 +1,4 @@
-"""metrics.jsonl as rows: a line a step, of which a crash may have torn the last."""
+"""metrics.jsonl as rows, one a line. A crash may have cut off the last line."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from ted_scale.base.sealed import write_durably
 
 
 def trim_rows(path: Path, step: int) -> None:
-    """Forget the rows past the checkpoint that a run resumes from: it will write them again."""
+    """Remove the rows after the checkpoint that a run resumes from: the run will write them again."""
     if not path.exists():
         return
     kept = [row for row in rows_in(path) if row["step"] <= step]
@@ -17,7 +17,7 @@ def trim_rows(path: Path, step: int) -> None:
 
 
 def rows_in(path: Path) -> list[dict]:
-    """The rows that are whole: the machine may have stopped in the middle of one, and a disk may tear any."""
+    """The rows that are whole. A line may be cut off, where the machine stopped, or damaged by the disk."""
     rows = []
     for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError):
@@ -27,7 +27,7 @@ def rows_in(path: Path) -> list[dict]:
 
 
 def rows_at(path: Path, step: int) -> set[tuple]:
-    """What stands of the step that a run resumes from: it measures some of it again."""
+    """The rows of the step that a run resumes from, by their keys: the run measures some of them again."""
     rows = rows_in(path) if path.exists() else []
     return {(step, *list(row)[2:]) for row in rows if row["step"] == step}
 

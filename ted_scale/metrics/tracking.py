@@ -1,4 +1,4 @@
-"""Weights & Biases: one run of it for a run of ours, under the same id over every resume, and nothing secret in it."""
+"""Weights & Biases: one W&B run for a run of ours, with the same id after every resume, and without secrets."""
 
 import contextlib
 import logging
@@ -10,19 +10,19 @@ from ted_scale.base import redact
 from ted_scale.config.run import Run
 
 log = logging.getLogger("ted_scale")
-# A run's end, and a fault's last words, do not wait for ever for a network; what is not uploaded stays for `wandb sync`.
+# Neither the end of a run nor the message of a fault may wait for the network for ever. `wandb sync` uploads the rest.
 LAST_UPLOAD = {"finish_timeout": 30, "finish_timeout_raises": True}
 
 
 def open_wandb(run: Run, run_id: str | None):
-    """The W&B run, resumed under its id; offline where there is no key, with the command that uploads it later."""
+    """Open the W&B run, or resume it by its id. Without a key it is offline, and the log shows the command that uploads it."""
     if run.wandb is None:
         return None
     import wandb
 
     settings = run.wandb
     online = settings.mode == "online" or (settings.mode == "auto" and has_key())
-    with redact.out_of_the_environment("SLURM"):  # W&B keeps every variable of Slurm's, and SLURM_JWT is a key
+    with redact.out_of_the_environment("SLURM"):  # W&B uploads every variable of Slurm, and SLURM_JWT is a key
         wandb_run = wandb.init(
             project=settings.project, entity=settings.entity, group=settings.group, name=run.name, id=run_id,
             tags=settings.tags, notes=settings.notes, dir=str(run.folder), config=run.model_dump(by_alias=True),
@@ -40,8 +40,7 @@ def open_wandb(run: Run, run_id: str | None):
 
 
 def git_facts() -> dict[str, str]:
-    """Commit and remote of the code for W&B, which by itself keeps a user's name in the remote; GitHub lets that be a
-    token."""
+    """Commit and remote of the code. W&B itself would keep the user name in the remote's URL, which may be a token of GitHub."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]

@@ -1,1 +1,1 @@
-"""The processes of a run: how they start, agree, watch each other, hear signals and end."""
+"""The processes of a run: how they start, agree, watch each other, receive signals and exit."""

@@ -1,6 +1,6 @@
-"""How ranks agree: a value of rank 0, the first sentence of any rank, or what every rank has, the same on all of them.
+"""How ranks agree: on a value of rank 0, on the first sentence of any rank, or on what every rank has.
 
-Every function here is a collective: all ranks must call it, and in the same order.
+Every function here is a collective: all ranks must call it, in the same order. All ranks get the same answer.
 """
 
 from datetime import timedelta
@@ -13,8 +13,41 @@ from ted_scale.base.errors import UserError
 LONGEST_WRITE = timedelta(hours=12)
 
 
+def broadcast(value):
+    """Rank 0's value. A shared file system may show each node another moment, so only rank 0 looks."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather(mine, group=None) -> list:
+    """The value of every rank, by rank."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def first_of_all(fault, group=None):
+    """The fault of the first rank that has one; None if no rank has one."""
+    return next(filter(None, gather(fault, group)), None)
+
+
+def refuse_together(sentence: str | None, kind=UserError) -> None:
+    """Every rank raises the first sentence, so that no rank waits for one that has failed."""
+    if first := first_of_all(sentence):
+        raise kind(first)
+
+
+def anywhere(flag: bool, device) -> bool:
+    """Whether `flag` is true on any rank. The host waits for the device."""
+    count = torch.full((1,), float(flag), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(count)
+    return count.item() > 0
+
+
 def of_all_ranks(ours: torch.Tensor) -> torch.Tensor:
-    """[ranks, *shape]; one collective. A process without ranks is one."""
+    """The tensors of all ranks, [ranks, *shape], in one collective. A process without a group is one rank."""
     if not dist.is_initialized() or not ours.numel():
         return ours[None]
     rows = ours.new_empty(dist.get_world_size() * ours.numel())  # gloo gathers flat tensors only
@@ -22,36 +55,11 @@ def of_all_ranks(ours: torch.Tensor) -> torch.Tensor:
     return rows.view(-1, *ours.shape)
 
 
-def new_group():
-    """For a thread, because the trainer's collectives go on meanwhile."""
-    return dist.new_group(backend="gloo", timeout=LONGEST_WRITE)
-
-
-def gather(mine, group) -> list:
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
-
-
 def share() -> tuple[int, int]:
+    """(this rank, number of ranks): of a list, this rank takes every n-th item."""
     return dist.get_rank(), dist.get_world_size()
 
 
-def refuse_together(sentence: str | None, kind=UserError) -> None:
-    """Every rank leaves with the first sentence, so that none waits for another."""
-    if first := first_of_all(sentence):
-        raise kind(first)
-
-
-def first_of_all(sentence: str | None) -> str | None:
-    """The first sentence that any rank has, on all of them."""
-    sentences = [None] * dist.get_world_size()
-    dist.all_gather_object(sentences, sentence)
-    return next((s for s in sentences if s), None)
-
-
-def broadcast(value):
-    """Rank 0's, for a shared file system may show each node another moment."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+def new_group():
+    """A group for a background thread. The trainer uses the default group at the same time."""
+    return dist.new_group(backend="gloo", timeout=LONGEST_WRITE)

@@ -1,4 +1,4 @@
-"""This process among the ranks: its device, and the process group that a launcher's environment describes."""
+"""This process as a rank: its device, and the process group that the launcher's environment variables describe."""
 
 import logging
 import os
@@ -15,8 +15,8 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.
 
 
 def start_ranks(run: Run | None = None, check=lambda device: None) -> torch.device:
-    """The process group, and this rank's device, which `check(device)` may refuse before the ranks meet. One process without
-    a launcher is a world of its own. With a run, its ranks watch each other from here on."""
+    """Join the process group and return this rank's device. `check(device)` may refuse the device before the ranks meet. A
+    process without a launcher is the only rank. With a run, its ranks watch each other from here on."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -32,13 +32,15 @@ def start_ranks(run: Run | None = None, check=lambda device: None) -> torch.devi
     check(device)
     if run:
         watch.start(run.limits, run.folder)
-    patience_s = run.limits.longest_s + 300 if run else 1800  # a step's limit comes first: it has every rank's stack
+    patience_s = (
+        run.limits.longest_s + 300 if run else 1800
+    )  # watch.py's limit comes first and shows every rank's stack
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=patience_s))
     return device
 
 
 def free_port() -> str:
-    """For a process alone, beside which another may run."""
+    """For a process without a launcher: another such process may run on this machine."""
     with socket.socket() as any_free:
         any_free.bind(("127.0.0.1", 0))
         return str(any_free.getsockname()[1])

@@ -1,7 +1,7 @@
-"""Where the main thread is: what it works at, since when, and whether a step is under way that no checkpoint holds.
+"""What the main thread works on, since when, and whether it has taken a step that no checkpoint holds.
 
-The main thread only writes here, some nanoseconds a step; watch.py's threads read. A value is replaced whole, so that
-nobody reads half of one.
+The main thread only writes here, which takes nanoseconds; the threads of watch.py read. A write replaces the whole value,
+so that a reader never sees half of one.
 """
 
 import time
@@ -19,7 +19,7 @@ now = Pulse("start-up", time.monotonic(), first=True, unsaved=False)
 
 
 def building(what: str) -> None:
-    """From here up to the next `step` there is nothing that a checkpoint does not hold."""
+    """Until the next `step`, everything is in a checkpoint."""
     put(Pulse(what, time.monotonic(), first=True, unsaved=False))
 
 
@@ -27,8 +27,8 @@ def step(number: int) -> None:
     put(Pulse(f"step {number}", time.monotonic(), first=not now.unsaved, unsaved=True))
 
 
-def beat(what: str) -> None:
-    """Something else that takes its time, with a limit of its own."""
+def doing(what: str) -> None:
+    """Other work that takes time. Its time limit starts now."""
     put(now._replace(what=what, since=time.monotonic()))
 
 

@@ -1,7 +1,7 @@
-"""Memory of a rank that ran out, as a sentence with what to lower; memory.py has what it should take.
+"""A rank that runs out of memory: one sentence that says what to lower. memory.py estimates what a run needs.
 
-The surprise: torch has an exception of its own for a device that is full and none for a full host, whose allocator raises
-a RuntimeError that only its text tells from others.
+torch has an exception for a full device but none for a full host: there its allocator raises a RuntimeError, which only
+the text distinguishes from other errors.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ FULL = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FA
 
 @contextlib.contextmanager
 def enough(ways: str):
-    """What ran out in here ends the run with `ways` to need less, and the line that asked for more."""
+    """If memory runs out inside, raise OutOfMemory with the line that asked for more and `ways` to need less."""
     try:
         yield
     except Exception as error:
@@ -33,14 +33,14 @@ def enough(ways: str):
 def ran_out(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    told = isinstance(error, RuntimeError) and any(text in str(error) for text in FULL)
-    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in FULL)
+    return by_text or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def reason_of(error: BaseException) -> str:
-    """Without torch's place in its own source, and its advice."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return shortened(said[max(0, said.find("DefaultCPUAllocator")) :], 160)
+    """The message, without the line of torch's source and without torch's advice."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return shortened(message[max(0, message.find("DefaultCPUAllocator")) :], 160)
 
 
 def line_of(error: BaseException) -> str:
@@ -51,7 +51,7 @@ def line_of(error: BaseException) -> str:
 
 
 def ways_to_need_less(run, ds_config: dict, on_cpu: bool) -> str:
-    """Those that this run has left, the cheapest first."""
+    """The ways that this run does not use yet, the cheapest first."""
     ways = []
     if run.train.micro_batch > 1:
         ways.append(f"lower train.micro_batch ({run.train.micro_batch})")

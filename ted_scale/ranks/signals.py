@@ -1,9 +1,9 @@
-"""SIGTERM, SIGUSR1 and a first Ctrl-C ask a run to stop in good order; so does the end of the launcher above it.
+"""SIGTERM, SIGUSR1 and the first Ctrl-C ask a run to stop in good order. So does the death of the launcher above it.
 
-A signal only sets `asked` on the ranks it reaches. Ranks that are in steps agree on the step after which they save and
-leave: the flag travels in the guard's reduction, and by `anywhere` beside it. Before a step there is nothing to save, and
-watch.py ends the run at once. The surprise: Python runs a handler only when its main thread gets to it, which a main
-thread that waits for a dead rank never does, so a thread reads the signal from a pipe.
+A signal only sets `asked` on the rank that receives it. Ranks that are training agree on the step after which they save and
+exit: guard.py gathers the flag with the losses, train.py and validate.py ask agree.anywhere. Before the first step there is
+nothing to save, and watch.py ends the run at once. Note: Python runs a signal handler only in the main thread, which may
+wait for a dead rank for ever; so a thread reads the signals from a pipe.
 """
 
 import itertools
@@ -16,27 +16,27 @@ from ted_scale.base.exits import leave, say_where_it_stands, speak
 from ted_scale.ranks.processes import parent_of, words_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-IN_TIME = "which is finished and saved first; a second Ctrl-C ends the run at once, and DeepSpeed's launcher does after 30 s: then "
+IN_TIME = "which is finished and saved first; a second Ctrl-C ends the run at once, as DeepSpeed's launcher does after 30 s: then "
 asked = threading.Event()
-launchers: tuple[int, ...] = ()  # as they stood when `listen` was called, nearest first
-watched = threading.Event()  # watch.py decides from here on
+launchers: tuple[int, ...] = ()  # the processes above this one when `listen` was called, nearest first
+watched = threading.Event()  # from here on watch.py decides when the run exits
 
 
 def listen() -> None:
-    """Call early in the main thread: until then a signal just ends the process."""
+    """Call this early, in the main thread: until then a signal simply kills the process."""
     global launchers
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
     for number in SIGNALS:
-        signal.signal(number, lambda *_: None)  # with the default the pipe would stay empty
-    signal.signal(signal.SIGINT, once_more(itertools.count()))
+        signal.signal(number, lambda *_: None)  # the default handler would write nothing to the pipe
+    signal.signal(signal.SIGINT, interrupt_at_the_second(itertools.count()))
     launchers = launchers_above()
-    threading.Thread(target=heed, args=(readable,), name="ted_scale signals", daemon=True).start()
+    threading.Thread(target=read_signals, args=(readable,), name="ted_scale signals", daemon=True).start()
 
 
-def once_more(presses: itertools.count):
-    """Of Ctrl-C: the first asks, the next one ends."""
+def interrupt_at_the_second(presses: itertools.count):
+    """The handler of Ctrl-C: the first one only asks, the second one interrupts."""
 
     def handle(number, frame):
         if next(presses):
@@ -45,38 +45,28 @@ def once_more(presses: itertools.count):
     return handle
 
 
-def heed(readable: int) -> None:
+def read_signals(readable: int) -> None:
     while number := os.read(readable, 1):
         if number[0] in (*SIGNALS, signal.SIGINT):
             again = asked.is_set()
             asked.set()
             if not watched.is_set():
-                leave_alone()
+                exit_alone()
             if number[0] == signal.SIGINT and not again:
                 say_where_it_stands(IN_TIME)
 
 
-def leave_alone() -> None:
-    """Before the ranks have met: no step was taken, and the launcher ends the others."""
+def exit_alone() -> None:
+    """Before the ranks have met: no step was taken, and the launcher ends the other ranks."""
     if os.environ.get("RANK", "0") == "0":
         speak(f"stopped: {Preempted.SENTENCE}")
     leave(RESUME)
 
 
-def anywhere(device) -> bool:
-    """Whether any rank was asked; every rank must call this, and all get one answer. Reads the device."""
-    import torch
-    import torch.distributed as dist
-
-    flag = torch.full((1,), float(asked.is_set()), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(flag)
-    return flag.item() > 0
-
-
 def launchers_above() -> tuple[int, ...]:
-    """DeepSpeed's launch.py, which starts ranks, and the `deepspeed` command above it, where they are. Neither's death
-    reaches the ranks: the command passes no signal on, and what launch.py leaves behind trains for nobody."""
+    """DeepSpeed's launch.py, which starts the ranks, and the `deepspeed` command above it, if they are there. The ranks do
+    not notice when one of them dies: the command passes no signal on, and ranks without launch.py would train on for
+    no use."""
     found, pid = [], os.getppid()
     while len(found) < 2 and pid and any(is_launcher(word) for word in words_of(pid)):
         found.append(pid)
@@ -89,7 +79,7 @@ def is_launcher(word: str) -> bool:
 
 
 def launcher_is_gone() -> bool:
-    """A process whose parent has died is given to another."""
+    """The system gives a process whose parent has died to another parent."""
     pid = os.getppid()
     for launcher in launchers:
         if pid != launcher:

@@ -1,9 +1,10 @@
-"""Every rank watches itself and the others, and all end together: hung, dead or failed, soon and with the reason last.
+"""Every rank watches itself and the others. When one hangs, dies or fails, all exit soon, and the reason is the last line.
 
-Two daemon threads and the store that the ranks meet in; train.py only says where it is (pulse.py). There is one way to
-end: a rank claims the end, the others note that they have seen it and where they were, the claimant speaks, all leave with
-its code. Why heartbeats over the store: docs/design/0021-heartbeats-over-the-store.md. The surprise: the main thread may
-be stuck anywhere, with Python's lock in its hand, so the kernel's alarm ends a process whose threads do not run at all.
+Two daemon threads of each rank and the store in which the ranks meet do this; train.py only writes what it works on
+(pulse.py). There is one way to end a run: one rank claims the end; the others acknowledge the claim and write where they
+were; the claimant prints the reason; all exit with its code. Why heartbeats go over the store:
+docs/design/0021-heartbeats-over-the-store.md. Note: the main thread may hang anywhere, even while it holds Python's lock; then
+no thread of the process runs, and the kernel's alarm ends the process.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -23,22 +23,22 @@ from ted_scale.base import exits, redact
 from ted_scale.base.errors import FAULT, GONE, HUNG, RESUME, Gone, Preempted
 from ted_scale.base.exits import leave, speak
 from ted_scale.ranks import pulse, signals
+from ted_scale.ranks.stacks import place, stacks, write_stacks
 
-BEAT_S = 1.0
-ROUNDS_A_LOOK = 5  # rank 0 reads everyone's beat every so many of its own
-GRACE_S = 10.0  # for what every rank still has to do when the end is claimed
+HEARTBEAT_S = 1.0
+HEARTBEATS_A_LOOK = 5  # rank 0 reads the heartbeats of all ranks after this many of its own
+GRACE_S = 10.0  # for what a rank still has to do when a rank has claimed the end
 MEETING_S = 600.0  # nodes do not start at the same moment
-HERE = f"{Path(__file__).parents[1]}{os.sep}"
 
 current: "Watch | None" = None
 
 
 def start(limits, folder: Path) -> None:
-    """Before the process group, so that its making is watched too. The ranks' environment says where the store is."""
+    """Call this before the process group is made, so that this is watched, too. The environment says where the store is."""
     global current
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     watch = patiently(lambda: begun(rank, world, limits, folder), 2 * limits.silence_s + 2 * GRACE_S)
-    current = watch  # not before: it would speak over another run's store
+    current = watch  # not earlier: it would print over another run's store
     exits.end_together = watch.end
     signals.watched.set()
 
@@ -50,7 +50,7 @@ def begun(rank: int, world: int, limits, folder: Path) -> "Watch":
 
 
 def patiently(action, patience_s: float):
-    """A node that starts again at once finds its last life's store until the others have noticed the end, too."""
+    """Retry: a node that restarts at once finds the store of the run before, until its other ranks have exited, too."""
     until = time.monotonic() + patience_s
     while True:
         try:
@@ -58,11 +58,11 @@ def patiently(action, patience_s: float):
         except Gone:
             if time.monotonic() > until:
                 raise
-            time.sleep(BEAT_S)
+            time.sleep(HEARTBEAT_S)
 
 
 def close() -> None:
-    """The run is done and everyone knows: this rank's silence means nothing from here on."""
+    """The run is done on all ranks: from here on a silent rank means nothing."""
     global current
     if current is not None:
         current.close()
@@ -70,8 +70,8 @@ def close() -> None:
 
 
 def open_store(rank: int, world: int, folder: Path):
-    """A connection of our own to the store at the ranks' meeting place: the group's is locked while somebody waits in it.
-    Rank 0 is its server, which torch then finds and uses as well."""
+    """A connection of our own to the store: the process group's connection is locked while a thread waits in it. Rank 0 is
+    the server; torch finds this server later and uses it, too."""
     import torch.distributed as dist
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -86,30 +86,30 @@ def open_store(rank: int, world: int, folder: Path):
 
 
 def taken(port) -> Gone:
-    """Often by this run's last life, which is about to notice that it has ended."""
+    """Often the port is taken by this run's earlier process, which is about to notice that the run has ended."""
     return Gone(f"MASTER_PORT must be free on rank 0's node, but {port} is not: wait, or set another, or --master_port")
 
 
 class Watch:
-    """`leave` and `speak` are the process's own unless a test watches two ranks in one."""
+    """`leave` and `speak` are those of the process, except in a test that watches two ranks in one process."""
 
     def __init__(self, store, rank: int, world: int, limits, folder: Path, *, leave=leave, speak=speak):
         self.store, self.rank, self.world, self.limits, self.folder = store, rank, world, limits, folder
         self.leave, self.speak = leave, speak
-        self.beats, self.heard, self.met = 0, {}, time.monotonic()
+        self.heartbeats, self.heard, self.met = 0, {}, time.monotonic()
         self.closed, self.alone = threading.Event(), threading.Lock()
-        self.threads = [threading.Thread(target=loop, daemon=True) for loop in (self.meet, self.tend)]
+        self.threads = [threading.Thread(target=loop, daemon=True) for loop in (self.meet_others, self.watch_itself)]
 
     def begin(self) -> None:
-        """Where another run stands at this port, a rank must not speak for one of its ranks."""
+        """If another run uses this port, this rank must not send heartbeats for that run's rank."""
         mine = f"{socket.gethostname()} {os.getpid()}"
-        if self.store.compare_set(f"beat/{self.rank}", "", mine) != mine.encode():
+        if self.store.compare_set(f"heartbeat/{self.rank}", "", mine) != mine.encode():
             raise taken(os.environ.get("MASTER_PORT"))
         for thread in self.threads:
             thread.start()
 
     def close(self) -> None:
-        """Rank 0 is the store: it waits for the others, so that none of them misses it."""
+        """Rank 0 is the store's server, so it waits until the other ranks have left."""
         self.closed.set()
         for thread in filter(threading.Thread.is_alive, self.threads):
             thread.join(GRACE_S)
@@ -120,11 +120,12 @@ class Watch:
             if self.rank == 0:
                 self.unset("left", range(self.world), GRACE_S)
 
-    # What the two threads do
+    # The loops of the two threads
 
-    def tend(self) -> None:
-        """What needs nobody else. A main thread that holds Python's lock for ever stops this loop: its stack is then written
-        by a thread without Python, the others find this rank silent, and the alarm ends it."""
+    def watch_itself(self) -> None:
+        """The checks that need no other rank: launcher alive, rank 0 answers, own alarm set again. If the main thread holds
+        Python's lock for ever, this loop stops: then a thread without Python writes the stack, the other ranks find this one
+        silent, and the alarm ends it."""
         silence_s, closed = self.limits.silence_s, False
         while not closed:
             faulthandler.dump_traceback_later(silence_s)
@@ -132,23 +133,23 @@ class Watch:
             if signals.launcher_is_gone():
                 signals.asked.set()
             if time.monotonic() - self.met > silence_s:
-                self.without_rank_0()
-            closed = self.closed.wait(BEAT_S)
+                self.end_without_rank_0()
+            closed = self.closed.wait(HEARTBEAT_S)
 
-    def meet(self) -> None:
-        """What goes over the store."""
-        while not self.closed.wait(BEAT_S):
+    def meet_others(self) -> None:
+        """The checks that use the store."""
+        while not self.closed.wait(HEARTBEAT_S):
             try:
                 self.round()
-            except RuntimeError:  # torch's, of a store that does not answer
-                if not self.closed.wait(BEAT_S):
-                    self.without_rank_0()
+            except RuntimeError:  # torch raises it when the store does not answer
+                if not self.closed.wait(HEARTBEAT_S):
+                    self.end_without_rank_0()
                 return
             self.met = time.monotonic()
 
     def round(self) -> None:
-        self.beats += 1
-        self.store.set(f"beat/{self.rank}", str(self.beats))
+        self.heartbeats += 1
+        self.store.set(f"heartbeat/{self.rank}", str(self.heartbeats))
         if self.store.check(["claim"]):
             self.follow()
         now = pulse.now
@@ -157,7 +158,7 @@ class Watch:
             self.end(f"error: {now.what} must end within limits.{key} ({limit:g} s), but did not", HUNG)
         if signals.asked.is_set() and not now.unsaved:
             self.end(f"stopped: {Preempted.SENTENCE}", RESUME)
-        if self.rank == 0 and self.beats % ROUNDS_A_LOOK == 0:
+        if self.rank == 0 and self.heartbeats % HEARTBEATS_A_LOOK == 0:
             self.look_for_silence()
 
     def limit_of(self, now: pulse.Pulse) -> tuple[float, str]:
@@ -166,44 +167,47 @@ class Watch:
         return self.limits.step_s, "step_s"
 
     def look_for_silence(self) -> None:
-        """Rank 0: whose beat has not changed for too long by this clock. Who has not come yet is start-up's to wait for."""
-        came = [r for r in range(self.world) if r in self.heard or self.store.check([f"beat/{r}"])]
-        beats = self.store.multi_get([f"beat/{r}" for r in came])
+        """On rank 0: find ranks whose heartbeat has not changed for too long, by rank 0's clock. A rank that has not come yet
+        is not silent: the limit of start-up covers it."""
+        came = [r for r in range(self.world) if r in self.heard or self.store.check([f"heartbeat/{r}"])]
+        heartbeats = self.store.multi_get([f"heartbeat/{r}" for r in came])
         now = time.monotonic()
-        for rank, beat in zip(came, beats, strict=True):
-            if self.heard.get(rank, (None,))[0] != beat:
-                self.heard[rank] = beat, now
+        for rank, heartbeat in zip(came, heartbeats, strict=True):
+            if self.heard.get(rank, (None,))[0] != heartbeat:
+                self.heard[rank] = heartbeat, now
         silent = [r for r in came if now - self.heard[r][1] > self.limits.silence_s]
         silent = [r for r in silent if not self.store.check([f"left/{r}"])]
         if silent:
             self.end(self.silence_of(silent), GONE, silent)
 
-    # How all end
+    # How all ranks exit
 
     def end(self, words: str, code: int, silent=()) -> None:
-        """End this rank and all others with `code`; `words` are the last ones, unless another rank was first or has died."""
+        """End this rank and all others with `code`. `words` are printed last, unless another rank was first or has died."""
         in_main, words = threading.current_thread() is threading.main_thread(), redact.redact(words)
         if self.rank and in_main and code != FAULT:
-            time.sleep(3 * BEAT_S)  # what all ranks have to say is rank 0's to say
-        claim = json.dumps({"rank": self.rank, "code": code, "thread": threading.get_ident()})  # one of two has it
+            time.sleep(3 * HEARTBEAT_S)  # rank 0 should print what all ranks have to print
+        claim = json.dumps({"rank": self.rank, "code": code, "thread": threading.get_ident()})  # one thread wins
         try:
             if self.store.compare_set("claim", "", claim) == claim.encode():
-                self.wind_up(words, code, silent)
+                self.carry_out(words, code, silent)
             elif not in_main:
-                return  # the next round follows
-            time.sleep(2 * self.limits.silence_s + GRACE_S)  # the other thread follows, and leaves
+                return  # the next round follows the claim
+            time.sleep(2 * self.limits.silence_s + GRACE_S)  # the other thread follows the claim and exits
         except RuntimeError:
-            self.without_rank_0()
+            self.end_without_rank_0()
         self.leave(code)
 
-    def wind_up(self, words: str, code: int, silent) -> None:
-        """The claimant's part. Of a failure nobody knows yet whether it is the cause or the echo of a rank that died."""
+    def carry_out(self, words: str, code: int, silent) -> None:
+        """The claimant's part. A failure may be the cause, or only the echo of a rank that died."""
+        # Wait until the other ranks acknowledge the claim.
         others = [r for r in range(self.world) if r != self.rank and r not in silent]
-        came = [r for r in others if self.store.check([f"beat/{r}"]) and not self.store.check([f"left/{r}"])]
+        came = [r for r in others if self.store.check([f"heartbeat/{r}"]) and not self.store.check([f"left/{r}"])]
         if code == HUNG:
-            self.write_stacks()
+            self.show_stacks()
         may_be_an_echo = code in (FAULT, RESUME)  # the launcher, too, signals the others when a rank has died
         unseen = self.unset("seen", came, self.limits.silence_s if may_be_an_echo else GRACE_S)
+        # Find the reason to print: a rank that did not answer has died, and its death is the reason.
         if code == HUNG:
             where = self.where_they_were(set(came) - set(unseen))
             words = f"{words}: {where}; every stack is above and in {self.folder}/stacks"
@@ -212,51 +216,52 @@ class Watch:
             words, code = f"rank {self.rank} met: {met}\n{self.silence_of(unseen)}", GONE
         elif code == FAULT or (self.rank and code != GONE):
             words = f"rank {self.rank}: {words}"
+        # Print it and pass it to the others, then exit.
         self.speak(words)
-        self.store.set(f"said/{self.rank}", json.dumps({"words": words, "code": code}))
-        self.leave_last(words, code)
+        self.store.set(f"reason/{self.rank}", json.dumps({"words": words, "code": code}))
+        self.log_and_leave(words, code)
 
     def follow(self) -> None:
-        """The part of all others: say that they live and where, be silent, leave after the claimant has spoken."""
+        """The part of all other ranks: acknowledge the claim, print nothing, and exit once the claimant has printed."""
         claim = json.loads(self.store.get("claim"))
         if claim["rank"] == self.rank:
-            return  # the main thread's
-        said = {"words": "", "code": claim["code"]}
+            return  # the main thread carries it out
+        last = {"words": "", "code": claim["code"]}
         try:
             where = place()
             if claim["code"] == HUNG:
-                self.write_stacks()
+                self.show_stacks()
             self.store.set(f"seen/{self.rank}", where)
-            if not self.unset("said", [claim["rank"]], 2 * self.limits.silence_s):
-                said = json.loads(self.store.get(f"said/{claim['rank']}"))
+            if not self.unset("reason", [claim["rank"]], 2 * self.limits.silence_s):
+                last = json.loads(self.store.get(f"reason/{claim['rank']}"))
         except RuntimeError:
-            pass  # rank 0 has left: all is said
-        self.leave_last(said["words"], said["code"])
+            pass  # rank 0 has exited: the reason is printed
+        self.log_and_leave(last["words"], last["code"])
 
-    def leave_last(self, words: str, code: int) -> None:
-        """Rank 0 keeps the log, and the store until all have read it."""
+    def log_and_leave(self, words: str, code: int) -> None:
+        """Rank 0 writes the log file and keeps the store until all have read it."""
         if self.rank == 0:
             for handler in logging.getLogger("ted_scale").handlers:
                 if isinstance(handler, logging.FileHandler):
                     handler.handle(logging.makeLogRecord({"msg": words}))
-            time.sleep(BEAT_S if self.world > 1 else 0)
+            time.sleep(HEARTBEAT_S if self.world > 1 else 0)
         self.leave(code)
 
-    def without_rank_0(self) -> None:
-        """Nobody is left to agree with, so the first rank of every node speaks; one of its threads, once."""
+    def end_without_rank_0(self) -> None:
+        """The ranks cannot agree any more, so the first rank of every node prints. Only one of its threads does."""
         self.alone.acquire()
         if self.rank == 1 or os.environ.get("LOCAL_RANK") == "0":
             self.speak(self.silence_of([0]))
         self.leave(GONE)
 
     def unset(self, key: str, ranks, patience_s: float) -> list[int]:
-        """Which of `ranks` have not set their `key` after that long."""
+        """Wait at most this long for `ranks` to set their `key`; return those that have not."""
         keys, end = {r: f"{key}/{r}" for r in ranks}, time.monotonic() + patience_s
         while keys and not self.store.check(list(keys.values())):
             self.met = time.monotonic()
             if time.monotonic() > end:
                 return [r for r, name in keys.items() if not self.store.check([name])]
-            time.sleep(BEAT_S / 5)
+            time.sleep(HEARTBEAT_S / 5)
         return []
 
     def silence_of(self, ranks: list[int]) -> str:
@@ -265,48 +270,21 @@ class Watch:
             "not: killed, or the machine is gone; start the same command again"
         )
 
-    def where_they_were(self, told: set[int]) -> str:
-        """The few first: who is not where the others wait has most to tell."""
+    def where_they_were(self, answered: set[int]) -> str:
+        """The smallest group first: a rank that is not where most ranks wait is the likely cause."""
         where: dict[str, list[int]] = {}
         for rank in range(self.world):
             at = place() if rank == self.rank else "silent"
-            if rank in told:
+            if rank in answered:
                 at = self.store.get(f"seen/{rank}").decode()
             where.setdefault(at, []).append(rank)
         return "; ".join(f"{spell(ranks)} {at}" for at, ranks in sorted(where.items(), key=lambda w: len(w[1])))
 
-    def write_stacks(self) -> None:
-        """To the log first, and for the file in a thread of its own: the file system may be what hangs."""
+    def show_stacks(self) -> None:
         text = f"{socket.gethostname()}: {pulse.now.what}\n{stacks()}"
         self.speak("\n".join(f"rank {self.rank}| {line}" for line in text.splitlines()))
-        writer = threading.Thread(target=write_file, args=(self.folder / "stacks", self.rank, text), daemon=True)
-        writer.start()
-        writer.join(GRACE_S / 2)
-
-
-def write_file(folder: Path, rank: int, text: str) -> None:
-    with contextlib.suppress(OSError):
-        folder.mkdir(exist_ok=True)
-        (folder / f"rank_{rank}.txt").write_text(text, encoding="utf-8")
+        write_stacks(self.folder / "stacks", self.rank, text, GRACE_S / 2)
 
 
 def spell(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
-def stacks() -> str:
-    """Of every thread, through a file in memory, because they are written to a descriptor."""
-    with os.fdopen(os.memfd_create("stacks"), "w+", encoding="utf-8", errors="replace") as file:
-        faulthandler.dump_traceback(file)
-        file.seek(0)
-        return file.read()
-
-
-def place() -> str:
-    """In which line of this package the main thread is."""
-    frame = sys._current_frames().get(threading.main_thread().ident)
-    while frame is not None and not frame.f_code.co_filename.startswith(HERE):
-        frame = frame.f_back
-    if frame is None:
-        return "in no line of ted_scale"
-    return f"in {Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"

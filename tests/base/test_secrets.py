@@ -211,13 +211,13 @@ def leaks(folder: Path, secrets) -> list[str]:
 SPEAKS = """
 import logging, os, runpy, sys
 sys.path.insert(0, os.getcwd())
-from ted_scale import build
-claim = build.claim_folder
+from ted_scale import run_folder
+claim = run_folder.claim_folder
 def claim_and_speak(plan):
     found = claim(plan)
     logging.getLogger("ted_scale").warning("said with " + os.environ["HF_TOKEN"])
     return found
-build.claim_folder = claim_and_speak
+run_folder.claim_folder = claim_and_speak
 runpy.run_path("launch/pretrain.py", run_name="__main__")
 """
 

@@ -1,4 +1,4 @@
-"""Checkpoints in object storage: what is published here is there, and a run whose folder is gone goes on from it."""
+"""Copies of checkpoints in object storage: every kept checkpoint has one, and a run without its folder resumes from it."""
 
 import errno
 import shutil
@@ -15,8 +15,8 @@ from ted_scale.base.errors import SENTENCES, UserError
 from ted_scale.checkpoints import copies
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import PROGRESS
+from ted_scale.checkpoints.resume import newest_progress
 from ted_scale.checkpoints.saver import Saver
-from ted_scale.checkpoints.standing import newest_progress
 from ted_scale.run_folder import resume_point
 from ted_scale.storage import objects as object_store
 from tools.bench.object_server import serving
@@ -42,7 +42,7 @@ def saver_of(run, filters: Path) -> Saver:
 
 
 def write(saver: Saver, step: int) -> str | None:
-    """With its copy."""
+    """Write a checkpoint and wait for its copy."""
     failure = test_saver.write(saver, step)
     saver.copier.finish()
     return failure
@@ -58,7 +58,7 @@ def copied(endpoint, run) -> dict[str, set[str]]:
     return found
 
 
-def test_what_is_published_and_kept_here_is_there(endpoint, run, tmp_path):
+def test_every_kept_checkpoint_has_a_copy(endpoint, run, tmp_path):
     saver = saver_of(run, tmp_path)
     endpoint.faults(fail=0.2)
     for step in (4, 8, 12):
@@ -68,7 +68,7 @@ def test_what_is_published_and_kept_here_is_there(endpoint, run, tmp_path):
     assert copied(endpoint, run) == {"step_00000008": names, "step_00000012": names}
 
 
-def test_a_run_without_its_folder_goes_on_from_the_newest_whole_copy(endpoint, run, tmp_path):
+def test_a_run_without_its_folder_resumes_from_the_newest_whole_copy(endpoint, run, tmp_path):
     saver = saver_of(run, tmp_path)
     for step in (4, 8):
         assert write(saver, step) is None
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_here_is_replaced_by_its_copy(endpoint, run, tmp_pa
     assert "step_00000008 is damaged and skipped: rank_00000.safetensors is not as it was written" in caplog.text
 
 
-def test_a_copy_without_its_manifest_is_not_there(endpoint, run, tmp_path):
+def test_a_copy_without_a_manifest_is_not_used(endpoint, run, tmp_path):
     saver = saver_of(run, tmp_path)
     for step in (4, 8):
         assert write(saver, step) is None
@@ -109,7 +109,7 @@ def test_a_copy_without_its_manifest_is_not_there(endpoint, run, tmp_path):
     assert content(resume_point(run)[0]) == 4
 
 
-def test_copies_that_are_all_damaged_are_named_and_never_a_new_beginning(endpoint, run, tmp_path, caplog):
+def test_if_all_copies_are_damaged_the_run_does_not_start_again_and_names_them(endpoint, run, tmp_path, caplog):
     saver, client = saver_of(run, tmp_path), endpoint.client()
     for step in (4, 8):
         assert write(saver, step) is None
@@ -126,7 +126,7 @@ def test_copies_that_are_all_damaged_are_named_and_never_a_new_beginning(endpoin
     assert len([said for said in caplog.messages if "is damaged and skipped: its copy: " in said]) == 2
 
 
-def test_what_a_run_that_left_did_not_wait_for_goes(endpoint, run, tmp_path):
+def test_a_copy_that_was_never_finished_is_removed_later(endpoint, run, tmp_path):
     saver = saver_of(run, tmp_path)
     for step in (4, 8):
         assert write(saver, step) is None
@@ -136,10 +136,10 @@ def test_what_a_run_that_left_did_not_wait_for_goes(endpoint, run, tmp_path):
     assert copied(endpoint, run).keys() == {"step_00000008", "step_00000012"}
 
 
-def test_a_save_does_not_wait_for_the_copy_of_the_one_before_which_stays_until_it_is_there(
+def test_a_save_does_not_wait_for_the_copy_before_and_a_checkpoint_stays_until_it_is_copied(
     endpoint, run, tmp_path, monkeypatch, caplog
 ):
-    """A slow network: checkpoints meanwhile have no copy, which is said, and the one on its way is not removed."""
+    """With a slow network. The next checkpoints get no copy, which is reported, and the one being copied is not removed."""
     saver, free, send = saver_of(run, tmp_path), threading.Event(), copies.send
 
     def slowly(*arguments):
@@ -151,7 +151,7 @@ def test_a_save_does_not_wait_for_the_copy_of_the_one_before_which_stays_until_i
         assert test_saver.write(saver, step) is None
     left = sorted(s.step for s in files.published(run.folder))
     assert left == [4, 12, 16]
-    assert caplog.text.count("has no copy; the run goes on: the copy of step_00000004 is still on its way") == 3
+    assert caplog.text.count("has no copy; the run goes on: the copy of step_00000004 is not done yet") == 3
     free.set()
     saver.copier.finish()
     assert copied(endpoint, run).keys() == {"step_00000004"}
@@ -160,7 +160,7 @@ def test_a_save_does_not_wait_for_the_copy_of_the_one_before_which_stays_until_i
     assert copied(endpoint, run).keys() == {"step_00000004", "step_00000020"}
 
 
-def test_a_copy_that_cannot_be_made_is_said_and_costs_neither_run_nor_checkpoint(run, tmp_path, caplog):
+def test_a_failed_copy_is_reported_and_the_run_and_the_checkpoint_stay(run, tmp_path, caplog):
     saver = saver_of(run, tmp_path)
     saver.copier.place = "s3://no-such-bucket/runs/x/checkpoints"
     assert write(saver, 4) is None
@@ -169,7 +169,7 @@ def test_a_copy_that_cannot_be_made_is_said_and_costs_neither_run_nor_checkpoint
     assert content(files.newest_checkpoint(run.folder)) == 4
 
 
-def test_a_place_that_is_not_there_is_one_sentence_before_anything_starts(run):
+def test_a_bucket_that_does_not_exist_is_one_sentence_before_anything_starts(run):
     run.checkpoint = run.checkpoint.model_copy(update={"copy_to": "s3://no-such-bucket"})
     with pytest.raises(UserError, match="its bucket does not exist") as caught:
         resume_point(run)
@@ -177,8 +177,8 @@ def test_a_place_that_is_not_there_is_one_sentence_before_anything_starts(run):
     assert dist.is_initialized()
 
 
-def test_an_outage_or_a_full_disk_never_lets_a_run_begin_anew(endpoint, run, tmp_path, monkeypatch):
-    """Its folder is gone, and what is in the bucket cannot be had right now."""
+def test_a_run_does_not_start_again_because_of_an_outage_or_a_full_disk(endpoint, run, tmp_path, monkeypatch):
+    """Its folder is gone, and the bucket cannot be read at the moment."""
     assert write(saver_of(run, tmp_path), 4) is None
     shutil.rmtree(run.folder)
     files.checkpoints_of(run.folder).mkdir(parents=True)
@@ -198,7 +198,7 @@ def test_an_outage_or_a_full_disk_never_lets_a_run_begin_anew(endpoint, run, tmp
     assert content(resume_point(run)[0]) == 4
 
 
-def test_a_run_that_passes_over_a_newer_checkpoint_goes_on_in_a_line_of_its_own(run, tmp_path):
+def test_a_run_that_skips_a_newer_checkpoint_goes_on_in_a_new_line(run, tmp_path):
     saver = saver_of(run, tmp_path)
     for step in (4, 8):
         assert write(saver, step) is None
@@ -210,7 +210,7 @@ def test_a_run_that_passes_over_a_newer_checkpoint_goes_on_in_a_line_of_its_own(
     assert (newest.name, line) == ("step_00000008", 1)
 
 
-def test_copies_that_need_not_stay_go_also_where_an_earlier_start_left_them(endpoint, run, tmp_path):
+def test_old_copies_of_an_earlier_start_are_removed_too(endpoint, run, tmp_path):
     for step in (4, 8):
         assert write(saver_of(run, tmp_path), step) is None
     shutil.rmtree(run.folder)

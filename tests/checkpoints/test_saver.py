@@ -1,4 +1,4 @@
-"""A save beside training: what fails is said and never leaves a run unable to go on, whichever call fails."""
+"""Saves in the background. Whichever call fails: the failure is reported, and the run can still resume."""
 
 import errno
 import itertools
@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import threading
-import types
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,15 @@ import torch
 import torch.distributed as dist
 from damages import DAMAGES, copy_run, mix_up
 
-from ted_scale import run as build
 from ted_scale.base import sealed
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.checkpoints import attempts
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import saver as saving
-from ted_scale.checkpoints.engine_state import Snapshot
-from ted_scale.checkpoints.pieces import State, key_of
+from ted_scale.checkpoints.filters_file import save_filters
 from ted_scale.checkpoints.progress import Progress
-from ted_scale.checkpoints.saver import Saver
+from ted_scale.checkpoints.saver import Save, Saver
+from ted_scale.checkpoints.state import Snapshot, State, key_of
 from ted_scale.config.operation import Checkpoint
 from ted_scale.run_folder import resume_point
 
@@ -56,9 +54,9 @@ def state(step: int) -> Snapshot:
 
 def write(saver: Saver, step: int) -> str | None:
     place = files.checkpoints_of(saver.folder) / files.checkpoint_name(step)
-    saver.begin((place, state(step), Progress(step, step, step), True))
+    saver.begin(Save(place, state(step), Progress(step, step, step), True))
     saver.wait()
-    return saver.outcome.failure and saver.outcome.failure.said
+    return saver.outcome.failure and saver.outcome.failure.reason
 
 
 def content(checkpoint: Path) -> float:
@@ -67,7 +65,7 @@ def content(checkpoint: Path) -> float:
 
 
 def failing(monkeypatch, number: int, code: int, for_good: bool):
-    """The `number`-th call that changes the disk fails, and all later ones if `for_good`; counts them."""
+    """The `number`-th call that changes the disk fails, and all later ones if `for_good`. Counts the calls."""
     calls = itertools.count(1)
 
     def wrapped(original):
@@ -116,12 +114,12 @@ def test_whichever_write_fails_a_whole_checkpoint_is_left_and_the_next_save_work
             break
     assert number > 15
     assert published > 1
-    assert failed > 5 or not (for_good or code == errno.ENOSPC)  # one hiccup is outlived
+    assert failed > 5 or not (for_good or code == errno.ENOSPC)  # a single error is retried
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])
 def test_whichever_write_fails_a_step_that_is_saved_again_is_never_lost(tmp_path, monkeypatch, code):
-    """As after a way back: the step has a whole checkpoint already, and gets another."""
+    """As after a rewind: the step has a whole checkpoint already, and gets another."""
     monkeypatch.setattr(attempts, "PAUSES_S", (0, 0))
     (tmp_path / "filters").write_bytes(b"filters")
     for number in itertools.count(1):
@@ -146,7 +144,7 @@ def test_a_failed_save_does_not_end_the_run_but_the_last_one_must_not_fail(tmp_p
         failing(patch, 1, errno.ENOSPC, True)
         assert write(saver, 4)
     assert "rank 0 could not write step_00000004: No space left on device" in caplog.text
-    assert "; the run ends after more than 3 such in a row" in caplog.text
+    assert "; the run stops after more than 3 such failures in a row" in caplog.text
     monkeypatch.setattr(saving, "LAST_PAUSES_S", (0, 0))
     with monkeypatch.context() as patch, pytest.raises(UserError, match="could not write step_00000004"):
         failing(patch, 1, errno.ENOSPC, True)
@@ -164,7 +162,7 @@ def test_a_failed_save_does_not_end_the_run_but_the_last_one_must_not_fail(tmp_p
 
 
 def test_200_damages_are_all_noticed_and_the_checkpoint_before_is_used(tmp_path, caplog):
-    """By what a run resumes by. Of checkpoints whose filters have two names: the third's are the first's."""
+    """With the function that a run resumes with. The first and the third checkpoint share the file of the filters."""
     (tmp_path / "filters").write_bytes(random.Random(0).randbytes(500))
     saver, seen = saver_of(Run(tmp_path / "original", keep_every=1), tmp_path / "filters"), set()
     for step in (4, 8, 12):
@@ -186,23 +184,23 @@ def test_200_damages_are_all_noticed_and_the_checkpoint_before_is_used(tmp_path,
     assert len(seen) == len(DAMAGES) * 4 - 1
 
 
-def test_a_file_that_vanished_between_its_writing_and_the_manifest_is_not_published_over(tmp_path):
+def test_a_checkpoint_with_a_missing_file_is_not_published(tmp_path):
     part = files.checkpoints_of(tmp_path) / "step_00000004.part"
     part.mkdir(parents=True)
     entries = {name: sealed.write_file(part / name, [b"1234"]) for name in ("a", "b")}
     (part / "b").unlink()
     with pytest.raises(sealed.Damaged, match="b is missing"):
-        saving.seal_and_publish(part, entries, {"step": 4})
+        saving.seal_and_publish(part, [entries], Save(tmp_path, state(4), Progress(4), False))
     assert not files.published(tmp_path)
 
 
-def test_filters_that_stage_i_has_learnt_anew_are_in_every_checkpoint_from_then_on(tmp_path):
-    """A run that goes on with a longer stage I resumes from a checkpoint that holds the shorter one's."""
+def test_new_filters_of_stage_i_are_in_every_later_checkpoint(tmp_path):
+    """A run that resumes with a longer stage I has an earlier checkpoint with the filters of the shorter one."""
     (tmp_path / "old").write_bytes(b"old filters")
     (tmp_path / "new").write_bytes(b"new filters")
     saver = saver_of(Run(tmp_path, keep_every=1), tmp_path / "old")
     assert write(saver, 4) is None
-    saver.take_filters_from(tmp_path / "new")
+    saver.use_filters(tmp_path / "new")
     for step in (8, 9, 10):
         assert write(saver, step) is None
     held = [(s.path / files.FILTERS).read_bytes() for s in files.published(tmp_path)]
@@ -210,7 +208,7 @@ def test_filters_that_stage_i_has_learnt_anew_are_in_every_checkpoint_from_then_
     assert saver.filters_file.read_bytes() == b"new filters"
 
 
-def test_filters_that_rot_in_the_last_checkpoint_are_taken_from_elsewhere(tmp_path):
+def test_filters_that_are_damaged_in_the_last_checkpoint_are_read_from_another_file(tmp_path):
     (tmp_path / "filters").write_bytes(b"filters")
     saver = saver_of(Run(tmp_path), tmp_path / "filters")
     assert write(saver, 1) is None
@@ -220,30 +218,24 @@ def test_filters_that_rot_in_the_last_checkpoint_are_taken_from_elsewhere(tmp_pa
 
 
 @pytest.mark.parametrize(("code", "error"), [(errno.ENOSPC, UserError), (errno.EIO, Gone)], ids=["full", "broken"])
-def test_stage_i_s_filters_that_cannot_be_written_are_one_sentence_and_leave_the_earlier_ones(
+def test_an_error_while_stage_i_s_filters_are_written_is_one_sentence_and_keeps_the_earlier_file(
     tmp_path, monkeypatch, code, error
 ):
-    class Plan:
-        filters_file, filters_identity = tmp_path / files.FILTERS, dict
-
-    class Engine:
-        module = types.SimpleNamespace(filters_s=None, filters_t=None)
-
+    path, tensors = tmp_path / files.FILTERS, {"w": torch.ones(3)}
     monkeypatch.setattr(attempts, "PAUSES_S", (0, 0))
-    monkeypatch.setattr(build, "gather_filters", lambda sides: {"w": torch.ones(3)})
-    build.save_filters(Plan, Engine)
-    before = Plan.filters_file.read_bytes()
+    save_filters(path, tensors, {})
+    before = path.read_bytes()
     for number in range(1, 6):
         with monkeypatch.context() as patch, pytest.raises(error, match=r"0 could not write filters\.safetensors"):
             failing(patch, number, code, True)
-            build.save_filters(Plan, Engine)
-        assert Plan.filters_file.read_bytes() == before
-    build.save_filters(Plan, Engine)
+            save_filters(path, tensors, {})
+        assert path.read_bytes() == before
+    save_filters(path, tensors, {})
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_last_two_checkpoints_never_share_a_file_and_not_each_has_one(tmp_path, keep):
-    """One bad block must not be in all there are; nor must each hold another gigabyte of filters."""
+def test_the_last_two_checkpoints_never_share_a_filters_file_and_older_ones_do(tmp_path, keep):
+    """One bad block must not damage all checkpoints, and not every checkpoint needs its own gigabyte of filters."""
     (tmp_path / "filters").write_bytes(b"filters")
     saver = saver_of(Run(tmp_path), tmp_path / "filters")
     saver.settings = saver.settings.model_copy(update={"keep": keep})
@@ -255,7 +247,7 @@ def test_the_last_two_checkpoints_never_share_a_file_and_not_each_has_one(tmp_pa
         assert (tmp_path / "filters").stat().st_ino not in inodes
 
 
-def test_a_name_that_outlives_its_checkpoint_is_not_written_through(tmp_path):
+def test_a_stale_hard_link_in_a_part_folder_is_not_written_through(tmp_path):
     (tmp_path / "filters").write_bytes(b"filters")
     saver = saver_of(Run(tmp_path), tmp_path / "filters")
     assert write(saver, 1) is None
@@ -267,7 +259,7 @@ def test_a_name_that_outlives_its_checkpoint_is_not_written_through(tmp_path):
     assert [content(s.path) for s in files.published(tmp_path)] == [2, 1]
 
 
-def test_checkpoints_that_a_user_removed_are_not_needed_for_the_next(tmp_path):
+def test_a_save_works_after_a_user_has_removed_all_checkpoints(tmp_path):
     (tmp_path / "filters").write_bytes(b"filters")
     saver = saver_of(Run(tmp_path, keep_every=1), tmp_path / "filters")
     for step in (1, 2, 3):
@@ -277,8 +269,8 @@ def test_checkpoints_that_a_user_removed_are_not_needed_for_the_next(tmp_path):
     assert content(files.newest_checkpoint(tmp_path)) == 4
 
 
-def test_a_step_waits_for_the_copy_alone_and_the_next_save_for_the_first(tmp_path, monkeypatch):
-    """A disk that takes its time."""
+def test_a_step_waits_only_for_the_copy_to_memory_and_the_next_save_waits_for_the_write(tmp_path, monkeypatch):
+    """With a slow disk."""
     (tmp_path / "filters").write_bytes(b"filters")
     saver, free = saver_of(Run(tmp_path), tmp_path / "filters"), threading.Event()
     write_file = sealed.write_file
@@ -288,8 +280,8 @@ def test_a_step_waits_for_the_copy_alone_and_the_next_save_for_the_first(tmp_pat
         return write_file(*arguments)
 
     monkeypatch.setattr(sealed, "write_file", slowly)
-    monkeypatch.setattr(saving.engine_state, "kept_buffers", lambda engine: None)
-    monkeypatch.setattr(saving.engine_state, "snapshot", lambda engine, buffers: state(4))
+    monkeypatch.setattr(saving.state, "kept_buffers", lambda engine: None)
+    monkeypatch.setattr(saving.state, "snapshot", lambda engine, buffers: state(4))
     row = saver.save("engine", Progress(4, 4, 4), with_filters=True)
     assert not files.published(tmp_path) and row.keys() == {"checkpoint/stall_ms"} and row["checkpoint/stall_ms"] < 5000
     timer = threading.Timer(0.2, free.set)
@@ -301,9 +293,9 @@ def test_a_step_waits_for_the_copy_alone_and_the_next_save_for_the_first(tmp_pat
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 3), (3, 4), (1, 5), (5, 1), (2, 2)])
-def test_any_ranks_read_what_any_ranks_wrote(tmp_path, before, after):
-    """Every stretch that one of `after` ranks holds, of tensors larger and smaller than the ranks that wrote them."""
-    from ted_scale.checkpoints.pieces import as_bytes, cut, rank_file
+def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path, before, after):
+    """Of tensors with more and with fewer elements than ranks, every part that one of `after` ranks holds."""
+    from ted_scale.checkpoints.state import as_bytes, cut, rank_file
 
     shapes = {"large": [7, 11], "small": [2], "one": [1]}
     whole = {name: torch.randn(shape) for name, shape in shapes.items()}

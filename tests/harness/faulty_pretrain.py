@@ -26,14 +26,14 @@ def fall_over(kind: str) -> None:
 def put_fault_in(kind: str, rank: str, step: str) -> None:
     from ted_scale.health.guard import Guard
 
-    arm = Guard.arm
+    gather = Guard.gather
 
-    def armed(self, progress):
+    def gather_faultily(self, progress):
         if (os.environ["RANK"], str(progress.step + 1)) == (rank, step):
             fall_over(kind)
-        arm(self, progress)
+        gather(self, progress)
 
-    Guard.arm = armed
+    Guard.gather = gather_faultily
 
 
 put_fault_in(*os.environ["FAULT"].split(":"))

@@ -14,6 +14,7 @@ from scenarios import start
 from tiny import make_run
 
 from ted_scale import run as build
+from ted_scale import run_folder
 from ted_scale.base.errors import RunStopped
 from ted_scale.data.stream import open_stream
 from ted_scale.distill.student import Student
@@ -168,12 +169,12 @@ def rewinds(folder, device):
         killing = False
         start(folder, device, name="rewinds_killed", **sections)
     again_from(folder, "rewinds", 6, "rewinds_beside")
-    read_progress = build.files.read_progress
-    build.files.read_progress = lambda checkpoint: replace(read_progress(checkpoint), samples=48)
+    read_progress = run_folder.read_progress
+    run_folder.read_progress = lambda checkpoint: replace(read_progress(checkpoint), samples=48)
     try:
         start(folder, device, name="rewinds_beside", **sections | {"health": {"on_spike": "off"}})
     finally:
-        build.files.read_progress = read_progress
+        run_folder.read_progress = read_progress
     return {"straight": straight, "killed": visited[len(straight) :]}
 
 

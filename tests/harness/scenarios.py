@@ -17,9 +17,9 @@ from ted_scale.base import sealed
 from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.checkpoints import attempts, saver
 from ted_scale.checkpoints import folder as checkpoint_files
-from ted_scale.checkpoints.engine_state import Snapshot
-from ted_scale.checkpoints.pieces import KINDS, key_of
 from ted_scale.checkpoints.progress import Progress
+from ted_scale.checkpoints.saver import Save
+from ted_scale.checkpoints.state import KINDS, Snapshot, key_of
 from ted_scale.distill.student import Student
 from ted_scale.kernels.arguments import check_labels
 from ted_scale.kernels.products import all_count
@@ -226,7 +226,7 @@ def full_disk(folder: Path, device):
     """Rank 1 may not write more than a few bytes when step 10 is saved."""
     small = 4096
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save, said = build.save, []
+    save, said = build.save_checkpoint, []
 
     def save_with_little_room(*arguments):
         if arguments[-1].step == 10 and dist.get_rank() == 1:
@@ -234,13 +234,13 @@ def full_disk(folder: Path, device):
             resource.setrlimit(resource.RLIMIT_FSIZE, (small, limits[1]))
         save(*arguments)
 
-    build.save, pauses, saver.LAST_PAUSES_S = save_with_little_room, saver.LAST_PAUSES_S, ()
+    build.save_checkpoint, pauses, saver.LAST_PAUSES_S = save_with_little_room, saver.LAST_PAUSES_S, ()
     try:
         start(folder, device, name="full_disk", **TEN_STEPS, checkpoint={"every": 6})
     except UserError as error:
         said.append(str(error))
     finally:
-        build.save, saver.LAST_PAUSES_S = save, pauses
+        build.save_checkpoint, saver.LAST_PAUSES_S = save, pauses
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     dist.barrier()
     left = sorted(p.name for p in (folder / "runs" / "full_disk" / "checkpoints").iterdir())
@@ -268,7 +268,7 @@ def retried_save(folder: Path, device):
     sealed.write_file = broken if dist.get_rank() == 1 else write_file
     try:
         place = checkpoint_files.checkpoints_of(run.folder) / checkpoint_files.checkpoint_name(4)
-        made.begin((place, snapshot, Progress(4, 4, 4), False))
+        made.begin(Save(place, snapshot, Progress(4, 4, 4), False))
         failed = made.wait()["checkpoint/failed"]
         sealed.write_file = write_file
         return {"failed": [failed, made.finish()["checkpoint/failed"]], "fault": checkpoint_files.check_digests(place)}

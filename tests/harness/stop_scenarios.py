@@ -8,6 +8,7 @@ import torch.distributed as dist
 from scenarios import start
 
 from ted_scale import feed, run
+from ted_scale import validate as validation
 from ted_scale.base.errors import Preempted
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import read_progress
@@ -31,7 +32,7 @@ def stopped_by_signals(folder: Path, device):
     """By moment: whether the run was stopped there, and the newest checkpoint it left; at the end, whether it was done."""
     settings, seen = settings_of(folder), {}
     start(folder, device, name="unsignalled", **settings)
-    originals = Guard.arm, run.save, feed.weigh, run.validate
+    originals = Guard.gather, run.save_checkpoint, feed.weigh, validation.validate
     signals.listen()
     signals.watched.set()  # by this scenario
     try:
@@ -47,7 +48,7 @@ def stopped_by_signals(folder: Path, device):
             seen[moment] = [stopped, read_progress(newest).step]
             dist.barrier()
     finally:
-        Guard.arm, run.save, feed.weigh, run.validate = originals
+        Guard.gather, run.save_checkpoint, feed.weigh, validation.validate = originals
         signal.set_wakeup_fd(-1)
         for number in signals.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
@@ -79,4 +80,4 @@ def put_signal_into(moment: str, arm, save, weigh, validate) -> None:
         tell("validate", arguments[-1].step, 1)
         return validate(*arguments, **named)
 
-    Guard.arm, run.save, feed.weigh, run.validate = armed, saved, weighed, validated
+    Guard.gather, run.save_checkpoint, feed.weigh, validation.validate = armed, saved, weighed, validated

@@ -1,4 +1,4 @@
-"""Dropped updates, loss spikes, ways back and digests without ranks: what is decided, from which numbers."""
+"""Dropped updates, loss spikes, rewinds and digests, without ranks: which numbers lead to which decision."""
 
 import json
 import math
@@ -53,7 +53,7 @@ class Zero:
 
 
 class World:
-    """A guard between a loop and Zero; `alerts` are what the user is told."""
+    """A guard between a loop and Zero; `alerts` are the texts that the user gets."""
 
     def __init__(self, root: Path, monkeypatch, **settings):
         self.run = make_run(root, health=settings)
@@ -73,9 +73,9 @@ class World:
     def step(self, ce: float = 1.0, norm: float = 1.0) -> dict:
         terms = torch.tensor([ce, ce, 0.0, 0.0])
         self.guard.add(Losses(*terms, torch.zeros(2)))
-        self.guard.arm(self.progress)
+        self.guard.gather(self.progress)
         self.zero.step(norm)
-        self.progress = self.guard.settle(self.progress.advanced(8, 32))
+        self.progress = self.guard.decide(self.progress.advanced(8, 32))
         return self.guard.read(ALL_ON)
 
 
@@ -85,7 +85,7 @@ def world(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("numbers", [{"ce": NAN}, {"ce": INF}, {"norm": INF}, {"norm": NAN}], ids=str)
-def test_a_step_without_a_number_updates_no_sub_group_and_the_next_one_all(world, numbers):
+def test_a_step_with_a_nonfinite_number_updates_no_sub_group_and_the_next_step_updates_all(world, numbers):
     at = world(on_nonfinite="skip")
     assert at.step()["loss/ce"] == 1.0 and at.zero.updated == [0, 1, 2]
     assert at.step(**numbers).keys() == {"optim/lr"} and at.zero.updated == []
@@ -102,7 +102,7 @@ def test_a_step_without_a_number_updates_no_sub_group_and_the_next_one_all(world
         ({"norm": INF}, "optim/grad_norm of all ranks together must be finite"),
     ],
 )
-def test_a_run_stops_there_unless_it_may_skip(world, numbers, what):
+def test_a_run_stops_at_a_nonfinite_number_unless_it_may_skip(world, numbers, what):
     at = world()
     at.step()
     with pytest.raises(RunStopped) as caught:
@@ -112,7 +112,7 @@ def test_a_run_stops_there_unless_it_may_skip(world, numbers, what):
     assert "report: there; no weight was updated and the last checkpoint is intact: lower train.lr" in str(caught.value)
 
 
-def test_so_many_steps_in_a_row_may_be_dropped_and_no_more(world):
+def test_at_most_max_skipped_steps_in_a_row_are_dropped(world):
     at = world(on_nonfinite="skip", max_skipped=2)
     for _ in range(2):
         at.step(NAN), at.step(norm=INF), at.step()
@@ -122,14 +122,14 @@ def test_so_many_steps_in_a_row_may_be_dropped_and_no_more(world):
         at.step(NAN)
 
 
-def test_losses_that_are_too_large_together_are_told_as_such(world, monkeypatch):
+def test_a_sum_over_ranks_that_is_infinite_is_reported_as_that_of_all_ranks(world, monkeypatch):
     at = world()
     monkeypatch.setattr(guards, "of_all_ranks", lambda ours: torch.stack([ours, ours]))
     with pytest.raises(RunStopped, match="loss/total of all ranks together must be finite, but is inf"):
         at.step(3e38)
 
 
-def test_student_and_filters_are_told_and_clipped_apart(world):
+def test_student_and_filters_are_clipped_and_reported_apart(world):
     """A group's sub-groups count together: 0.36 and 0.48 are 0.6."""
     at = world()
     told = at.step(norm=5.0)
@@ -147,7 +147,7 @@ def losses_until(at: World, values) -> None:
         at.step(value)
 
 
-def test_a_spike_is_told_once_until_the_loss_came_down_again(world):
+def test_a_spike_is_alerted_once_until_the_loss_has_come_down(world):
     at = world(spike_window=8, spike_factor=2.0)
     losses_until(at, [1.0, 1.1, 0.9, 1.0, 2.3, 2.4, 1.0, 2.2])
     first = at.stage.first_step
@@ -156,7 +156,7 @@ def test_a_spike_is_told_once_until_the_loss_came_down_again(world):
     assert at.zero.updated == [0, 1, 2]
 
 
-def test_nothing_is_a_spike_before_there_is_something_to_compare_with_or_where_nobody_asks(world):
+def test_there_is_no_spike_without_enough_losses_to_compare_with_or_with_on_spike_off(world):
     at = world(spike_window=16)
     losses_until(at, [1.0, 9.0, 1.0])
     at.step(9.0)  # of 16 a quarter is there at the next one
@@ -166,7 +166,7 @@ def test_nothing_is_a_spike_before_there_is_something_to_compare_with_or_where_n
     assert off.alerts == []
 
 
-def test_a_lasting_level_becomes_the_median(world):
+def test_a_higher_loss_that_lasts_becomes_the_median(world):
     at = world(spike_window=8, spike_factor=1.5)
     losses_until(at, [1.0] * 8 + [2.0] * 20 + [2.5])
     assert len(at.alerts) == 1
@@ -174,7 +174,7 @@ def test_a_lasting_level_becomes_the_median(world):
     assert len(at.alerts) == 2
 
 
-def test_a_resumed_run_judges_as_a_straight_one(world):
+def test_a_resumed_run_finds_the_same_spikes_as_an_uninterrupted_one(world):
     at = world(spike_window=8, spike_factor=2.0)
     losses_until(at, [1.0, 1.1, 0.9])
     at.progress = spikes.begin(Progress(**json.loads(json.dumps(asdict(at.progress)))), at.stage)
@@ -182,7 +182,7 @@ def test_a_resumed_run_judges_as_a_straight_one(world):
     assert len(at.alerts) == 1
 
 
-def test_another_stage_or_another_loss_has_a_window_of_its_own(world, tmp_path):
+def test_another_stage_or_another_loss_starts_the_median_again(world, tmp_path):
     at = world(spike_window=4)
     losses_until(at, [1.0, 1.0])
     for run in (at.run, make_run(tmp_path, train={"lr": 1e-5}, checkpoint={"every": 3})):
@@ -191,7 +191,7 @@ def test_another_stage_or_another_loss_has_a_window_of_its_own(world, tmp_path):
         assert spikes.state_of(spikes.begin(at.progress, stage)).losses == ()
 
 
-def test_a_spike_sends_the_run_back_so_often_without_a_step_past_it(world):
+def test_the_run_goes_back_at_most_max_rewinds_times_without_a_step_past_the_spike(world):
     at = world(on_spike="rewind", spike_window=4, max_rewinds=2)
     losses_until(at, [1.0, 1.0])
     before = at.progress  # a checkpoint of this step
@@ -203,11 +203,11 @@ def test_a_spike_sends_the_run_back_so_often_without_a_step_past_it(world):
         at.progress = gone_back(before, caught.value.progress)
         assert (at.progress.step, at.progress.tokens, at.progress.samples) == (before.step, before.tokens, samples)
         at.step()
-    with pytest.raises(RunStopped, match=r"health.max_rewinds = 2 ways back led to no step past it"):
+    with pytest.raises(RunStopped, match=r"health.max_rewinds = 2 rewinds led to no step past it"):
         at.step(9.0)
 
 
-def test_a_run_that_came_past_its_spike_may_go_back_as_often_again(world):
+def test_rewinds_are_counted_again_after_a_step_past_the_spike(world):
     at = world(on_spike="rewind", spike_window=4, max_rewinds=1)
     for _ in range(3):
         losses_until(at, [1.0, 1.0])
@@ -218,7 +218,7 @@ def test_a_run_that_came_past_its_spike_may_go_back_as_often_again(world):
         losses_until(at, [1.0, 1.0])
 
 
-def test_without_a_checkpoint_of_the_stage_a_spike_is_told_and_the_run_goes_on(world):
+def test_a_spike_is_alerted_and_the_run_goes_on_if_the_stage_has_no_checkpoint(world):
     at = world(on_spike="rewind", spike_window=4)
     at.checkpoints = []
     losses_until(at, [1.0, 9.0])
@@ -233,14 +233,14 @@ def test_every_further_rewind_goes_back_one_checkpoint_more_within_the_stage():
     assert choose(names, 8, 0) == []
 
 
-def test_a_blend_goes_on_and_is_measured_again_at_the_next_border():
+def test_after_a_rewind_the_blend_goes_on_and_is_measured_again_at_the_next_border():
     now = Progress(9, 900, 90, blend={"start": 80}, adaptive={"step": 8, "weights": {"a": 1.0}})
     back = gone_back(Progress(6, 600, 60, blend={"start": 0}, adaptive={"step": 4, "weights": {"a": 0.5}}), now)
     assert back.blend == now.blend
     assert back.adaptive == {"step": 6, "weights": {"a": 1.0}}
 
 
-def test_a_way_back_leads_into_the_same_engine_and_judges_by_the_run_file_of_now(world, tmp_path, monkeypatch):
+def test_a_rewind_loads_into_the_same_engine_and_uses_the_present_run_file(world, tmp_path, monkeypatch):
     at, told = world(on_spike="rewind", spike_window=4), []
     losses_until(at, [1.0, 1.0])
     there = tmp_path / "step_00000002"
@@ -249,7 +249,7 @@ def test_a_way_back_leads_into_the_same_engine_and_judges_by_the_run_file_of_now
     sealed.seal(there, {PROGRESS: entry}, {"step": 2, "forks": []})
     monkeypatch.setattr(build, "first_of_all", lambda fault: fault)
     monkeypatch.setattr(build, "share", lambda: (0, 1))
-    monkeypatch.setattr(build.engine_state, "load", lambda engine, checkpoint: told.append((engine, checkpoint)))
+    monkeypatch.setattr(build.state, "load", lambda engine, checkpoint: told.append((engine, checkpoint)))
     alerts = []
     numbers = SimpleNamespace(go_back=told.append, alert=lambda title, text: alerts.append(text))
     way = Rewind([there], at.progress.advanced(8, 32))
@@ -271,7 +271,7 @@ def test_a_way_back_leads_into_the_same_engine_and_judges_by_the_run_file_of_now
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
-def test_a_digest_knows_every_bit_and_its_place(dtype):
+def test_a_digest_depends_on_every_bit_and_its_place(dtype):
     values = torch.arange(37).to(dtype)
     kind = replicas.AS_INTEGERS[values.element_size()]
     seen = {replicas.digest(values).item()}
@@ -288,13 +288,13 @@ def test_a_digest_knows_every_bit_and_its_place(dtype):
     assert (sum(pieces) - replicas.digest(values).item()) % 2**64 == 0
 
 
-def test_zeros_and_minus_zeros_differ_in_a_digest_and_lengths_do_too():
+def test_digests_of_zeros_and_minus_zeros_and_of_other_lengths_differ():
     zeros = torch.zeros(8)
     found = {replicas.digest(t).item() for t in (zeros, -zeros, zeros[:7], torch.zeros(0))}
     assert len(found) == 4
 
 
-def test_the_odd_one_out_is_named():
+def test_the_rank_that_differs_is_named():
     assert replicas.first_alone(["a", "b"], [[1, 5], [1, 6], [1, 5]]) == ("the b", 1, "the bits of rank 0")
     assert replicas.first_alone(["a"], [[2], [1], [1]]) == ("the a", 0, "the bits of rank 1")
     assert replicas.first_alone(["a"], [[1], [2]]) == ("the a", 1, "the bits of rank 0")
@@ -310,14 +310,14 @@ def test_bits_are_compared_every_so_many_steps_and_before_every_save(tmp_path):
 
 
 @pytest.mark.parametrize(("rank", "kept"), [(0, 3), (1, 2), (2, 0)])
-def test_what_pads_a_shard_is_no_part_of_it(monkeypatch, rank, kept):
+def test_the_padding_of_a_shard_is_not_part_of_it(monkeypatch, rank, kept):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: rank)
     parameter = SimpleNamespace(ds_tensor=torch.zeros(3), ds_numel=5, ds_process_group=None)
     assert without_padding(parameter, torch.tensor([1.0, 1.0, NAN])).tolist()[:2] == [1.0, 1.0][:kept]
     assert len(without_padding(parameter, torch.zeros(3))) == kept
 
 
-def test_what_is_not_finite_is_counted_and_left_out_of_norm_and_max(monkeypatch):
+def test_nonfinite_entries_are_counted_and_left_out_of_norm_and_max(monkeypatch):
     monkeypatch.setattr(report, "CHUNK", 2)
     assert report.measure(torch.tensor([3.0, NAN, -4.0, INF, 0.0])).tolist() == [25.0, 4.0, 2.0]
     assert report.measure(torch.tensor([NAN])).tolist() == [0.0, 0.0, 1.0]
@@ -326,7 +326,7 @@ def test_what_is_not_finite_is_counted_and_left_out_of_norm_and_max(monkeypatch)
     assert report.measure(huge)[0].sqrt().item() == pytest.approx(5**0.5 * 3e38)
 
 
-def test_a_report_that_finds_no_room_takes_nothing_from_what_is_said(tmp_path, monkeypatch):
+def test_a_report_that_cannot_be_written_does_not_hide_the_fault(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

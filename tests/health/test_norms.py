@@ -2,7 +2,7 @@
 
 import torch
 
-from ted_scale.health.norms import norms_apart
+from ted_scale.health.guard import norms_apart
 
 
 def test_each_side_s_norm_is_that_of_its_sub_groups():

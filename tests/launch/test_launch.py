@@ -119,7 +119,9 @@ def test_a_run_folder_that_another_run_is_in_is_refused_and_left_alone(root):
     with (run.folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         done = pretrain("--config", write_run(root / "taken.toml", run))
-    said = f"runs must be used by one process at a time, but another is at work in {run.folder}; wait for it, or give "
+    said = (
+        f"runs must be used by one process at a time, but another process is using {run.folder}; wait for it, or give "
+    )
     assert done.returncode == 5  # a lost node's lock goes by itself
     assert (done.stderr + done.stdout).count(f"error: {said}this run another name\n") == 1
     assert sorted(p.name for p in run.folder.iterdir()) == [".lock", "checkpoints"]

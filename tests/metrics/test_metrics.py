@@ -1,4 +1,4 @@
-"""What a row holds, what a resume forgets, and what Weights & Biases is told, read back from its own file."""
+"""The rows of metrics.jsonl, what a resume removes from them, and what Weights & Biases gets, read from its own file."""
 
 import json
 import math
@@ -59,12 +59,12 @@ def test_a_row_has_every_key_that_a_reader_expects(tmp_path):
     numbers.close()
     (row,) = rows_of(run)
     expected = {"step", "tokens", *losses(1), "perf/tokens_per_s", "perf/step_ms", "perf/teacher_ms", "memory/peak_gib"}
-    assert row.keys() == expected  # no perf/mfu: nobody knows a CPU's peak
+    assert row.keys() == expected  # no perf/mfu: a CPU has no known peak
     assert all(math.isfinite(v) and v >= 0 for v in row.values())
     assert row["memory/peak_gib"] > 0.05
 
 
-def test_utilization_is_the_counted_work_beside_the_peak_of_the_device(tmp_path):
+def test_utilization_is_the_counted_work_divided_by_the_peak_of_the_device(tmp_path):
     run = make_run(tmp_path, log_every=2)
     numbers = metrics(run)
     numbers.peak = 1e9
@@ -86,7 +86,7 @@ def test_a_term_that_was_on_for_part_of_a_row_is_averaged_where_it_was_on():
     assert mean_rows([{"a": 1.0, "b": 5.0}, {"a": 3.0}]) == {"a": 2.0, "b": 5.0}
 
 
-def test_a_step_without_numbers_spoils_no_mean_and_skipped_steps_are_counted(tmp_path):
+def test_a_skipped_step_is_counted_and_not_part_of_any_mean(tmp_path):
     run = make_run(tmp_path, log_every=2)
     numbers = metrics(run)
     steps = [(losses(1), 0), ({"optim/lr": 0.3}, 1), ({"optim/lr": 0.1}, 2), ({"optim/lr": 0.1}, 3)]
@@ -98,7 +98,7 @@ def test_a_step_without_numbers_spoils_no_mean_and_skipped_steps_are_counted(tmp
     assert "loss/total" not in second and second["optim/skipped"] == 3
 
 
-def test_a_number_that_json_has_no_word_for_is_null(tmp_path):
+def test_a_nonfinite_number_is_null_in_json(tmp_path):
     run = make_run(tmp_path)
     numbers = metrics(run)
     numbers.write(1, 256, {"val/loss": math.nan, "val/ppl": math.inf, "optim/lr": 0.1})
@@ -108,7 +108,7 @@ def test_a_number_that_json_has_no_word_for_is_null(tmp_path):
     assert row == {"step": 1, "tokens": 256, "val/loss": None, "val/ppl": None, "optim/lr": 0.1}
 
 
-def test_a_run_that_goes_back_forgets_the_rows_past_its_checkpoint_and_writes_them_again(tmp_path):
+def test_a_rewind_removes_the_rows_after_its_checkpoint_and_writes_them_again(tmp_path):
     run = make_run(tmp_path, log_every=2)
     numbers = metrics(run)
     take_steps(numbers, 1, 5)
@@ -120,7 +120,7 @@ def test_a_run_that_goes_back_forgets_the_rows_past_its_checkpoint_and_writes_th
     rows = rows_of(run)
     assert [row["step"] for row in rows] == [2, 4, 4, 6]
     assert rows[-1]["loss/total"] == 5.5
-    assert numbers.bar.n in (0, 6)  # it counts where there is a terminal
+    assert numbers.bar.n in (0, 6)  # it counts only on a terminal
 
 
 def test_speed_counts_the_tokens_and_the_time_since_the_last_row(tmp_path):
@@ -163,7 +163,7 @@ def test_waiting_for_data_is_timed_and_nothing_is_lost(tmp_path):
     assert "perf/data_wait_ms" not in second
 
 
-def test_what_was_waited_for_before_a_stage_does_not_count_in_it(tmp_path):
+def test_waiting_before_a_stage_does_not_count_in_the_stage(tmp_path):
     run = make_run(tmp_path)
     numbers = metrics(run)
     assert list(numbers.timed("ab", "data_wait_ms")) == ["a", "b"]
@@ -173,7 +173,7 @@ def test_what_was_waited_for_before_a_stage_does_not_count_in_it(tmp_path):
     assert "perf/data_wait_ms" not in rows_of(run)[0]
 
 
-def test_a_full_disk_costs_rows_said_once_and_neither_a_step_nor_the_end(tmp_path, caplog):
+def test_a_full_disk_loses_rows_which_is_logged_once_and_the_run_goes_on(tmp_path, caplog):
     caplog.set_level("INFO", logger="ted_scale")
     run = make_run(tmp_path)
     numbers = metrics(run)
@@ -189,7 +189,7 @@ def test_a_full_disk_costs_rows_said_once_and_neither_a_step_nor_the_end(tmp_pat
     assert said == [f"{numbers.path} must be writable, but is not (No space left on device): rows are lost until it is"]
 
 
-def test_an_alert_tells_no_secret(tmp_path, monkeypatch):
+def test_an_alert_contains_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "planted-in-an-alert")
     told = []
 
@@ -201,7 +201,7 @@ def test_an_alert_tells_no_secret(tmp_path, monkeypatch):
     assert told == ["denied for ***"]
 
 
-def test_an_alert_reaches_the_log_also_when_wandb_is_gone(tmp_path, caplog):
+def test_an_alert_is_logged_even_if_wandb_is_gone(tmp_path, caplog):
     class Gone:
         def alert(self, *arguments, **named):
             raise BrokenPipeError("its process has ended")
@@ -223,7 +223,7 @@ def test_other_ranks_write_nothing(tmp_path):
     assert not (run.folder / "metrics.jsonl").exists()
 
 
-def test_a_resume_forgets_the_rows_past_its_checkpoint_and_torn_ones(tmp_path):
+def test_a_resume_removes_the_rows_after_its_checkpoint_and_broken_rows(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss/total": 1.0}) for step in (1, 2, 3, 4)]
     path.write_text("\n".join([*lines, '{"step": 5, "los']))
@@ -236,7 +236,7 @@ def test_a_resume_forgets_the_rows_past_its_checkpoint_and_torn_ones(tmp_path):
     assert not (tmp_path / "none.jsonl").exists()
 
 
-def test_rows_after_a_resume_stand_behind_the_kept_ones(tmp_path):
+def test_rows_after_a_resume_are_appended_to_the_kept_ones(tmp_path):
     run = make_run(tmp_path)
     first = metrics(run)
     take_steps(first, 1, 4)
@@ -255,7 +255,7 @@ SECTION = {
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
-    """(run, the ids of its two lives, the records of each): six steps and a validation, then resumed from step 6."""
+    """(run, W&B ids, records) of two processes: one takes six steps and validates, the other resumes from step 6."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("WANDB_API_KEY", raising=False)
         run = make_run(tmp_path_factory.mktemp("offline"), wandb=SECTION, log_every=2)
@@ -274,7 +274,7 @@ def offline(tmp_path_factory):
     return run, ids, [list(read_records(file)) for file in files]
 
 
-def test_a_resumed_run_goes_on_under_its_id(offline):
+def test_a_resumed_run_keeps_its_wandb_id(offline):
     run, ids, lives = offline
     assert ids[0] == ids[1] and len(lives) == 2
     headers = [r.run for records in lives for r in records if r.WhichOneof("record_type") == "run"]
@@ -282,7 +282,7 @@ def test_a_resumed_run_goes_on_under_its_id(offline):
     assert all((run.folder / "wandb").glob(f"offline-run-*-{ids[0]}"))
 
 
-def test_wandb_is_told_what_the_run_file_says(offline):
+def test_wandb_has_the_settings_of_the_run_file(offline):
     run, _, (records, _) = offline
     header = next(r.run for r in records if r.WhichOneof("record_type") == "run")
     assert (header.project, header.entity, header.run_group, header.display_name) == ("ted", "lab", "arms", "tiny")
@@ -292,8 +292,8 @@ def test_wandb_is_told_what_the_run_file_says(offline):
     assert config["filters"]["from"] is None and config["method"] == "ted"
 
 
-def test_the_end_of_a_run_waits_for_wandb_only_so_long(offline):
-    """Its own record of the settings in use."""
+def test_the_end_of_a_run_waits_for_wandb_at_most_30_s(offline):
+    """W&B records its settings."""
     for records in offline[2]:
         features = [r.telemetry.feature for r in records if r.WhichOneof("record_type") == "telemetry"]
         assert any(f.finish_timeout for f in features) and any(f.finish_timeout_raises for f in features)
@@ -307,7 +307,7 @@ def test_wandb_gets_the_rows_of_the_file(offline):
     assert {"val/loss": 1.5, "step": 6, "tokens": 1536} in told
 
 
-def test_whoever_watches_is_told_of_a_spike(offline):
+def test_a_spike_is_a_wandb_alert(offline):
     _, _, lives = offline
     alerts = [[r.alert for r in records if r.WhichOneof("record_type") == "alert"] for records in lives]
     assert [[(a.title, a.text, a.level) for a in life] for life in alerts] == [
@@ -315,7 +315,7 @@ def test_whoever_watches_is_told_of_a_spike(offline):
     ]
 
 
-def test_wandb_draws_everything_over_steps_and_can_over_tokens(offline):
+def test_wandb_plots_over_steps_and_has_tokens_as_another_axis(offline):
     _, _, (records, _) = offline
     axes = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
     assert {m.name for m in axes} >= {"step", "tokens"}
@@ -353,7 +353,7 @@ def test_the_console_shows_totals_and_the_weights_of_an_adaptive_blend():
 
 
 class Lost:
-    """What a W&B run is when its process has been ended."""
+    """A W&B run whose process was killed."""
 
     def log(self, row):
         raise ConnectionResetError("Connection lost")
@@ -361,9 +361,9 @@ class Lost:
     finish = log
 
 
-def test_a_run_whose_wandb_process_is_ended_keeps_its_numbers_and_says_so_once(tmp_path, monkeypatch):
+def test_a_run_whose_wandb_process_is_killed_keeps_its_numbers_and_logs_it_once(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("ted_scale.metrics.metrics.say", said.append)
+    monkeypatch.setattr("ted_scale.metrics.metrics.log_line", said.append)
     run = make_run(tmp_path, log_every=1)
     numbers = metrics(run, wandb_run=Lost())
     take_steps(numbers, 1, 4)

@@ -1,4 +1,4 @@
-"""Memory that runs out is told from other faults, and what to lower is what this run has left to lower."""
+"""Running out of memory is distinguished from other errors, and the advice fits the run."""
 
 import errno
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def of_the_system():
 
 
 @pytest.mark.parametrize("fail", [too_much, of_numpy, of_a_device, of_pinned_memory, of_a_library, of_the_system])
-def test_memory_that_runs_out_is_a_sentence_with_a_code_of_its_own(fail):
+def test_running_out_of_memory_is_a_sentence_with_its_own_exit_code(fail):
     with pytest.raises(OutOfMemory) as caught, shortage.enough("lower something"):
         fail()
     said = str(caught.value)
@@ -49,12 +49,12 @@ def test_memory_that_runs_out_is_a_sentence_with_a_code_of_its_own(fail):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("sizes differ"), OSError(errno.ENOSPC, "full"), KeyError("x")])
-def test_other_faults_stay_what_they_are(error):
+def test_other_errors_are_not_changed(error):
     with pytest.raises(type(error)), shortage.enough("lower something"):
         raise error
 
 
-def test_a_whole_run_is_watched_for_it_with_its_own_advice(tmp_path, monkeypatch):
+def test_a_run_that_runs_out_of_memory_gets_its_own_advice(tmp_path, monkeypatch):
     def full(plan, device):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -68,7 +68,7 @@ def test_a_whole_run_is_watched_for_it_with_its_own_advice(tmp_path, monkeypatch
         build.run_plan(plan)
 
 
-def test_what_a_run_has_done_already_is_no_advice(tmp_path):
+def test_advice_names_only_what_the_run_does_not_do_yet(tmp_path):
     run = make_run(tmp_path, train={"micro_batch": 4})
     assert shortage.ways_to_need_less(run, DS_CONFIG, on_cpu=False) == (
         "lower train.micro_batch (4), set student.gradient_checkpointing = true, lower data.seq_len (32), set "

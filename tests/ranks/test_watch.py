@@ -1,4 +1,4 @@
-"""How ranks end together: real pairs of ranks, each with another fault, and the rules between two watches of one process."""
+"""How ranks end together: pairs of real ranks, each pair with another fault, and the protocol between two watches."""
 
 import contextlib
 import inspect
@@ -27,7 +27,7 @@ SCRIPT = HARNESS / "watched_ranks.py"
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
-    """By fault: exit codes of both ranks, seconds from the fault to each one's exit, and what they wrote."""
+    """By fault: the exit codes of both ranks, the seconds from the fault to each exit, and what they printed."""
     folder = tmp_path_factory.mktemp("ends")
     command = [sys.executable, str(SCRIPT), str(folder), "deepspeed.launcher.none"]
     subprocess.run(command, check=True, timeout=120)
@@ -40,7 +40,7 @@ def ends(tmp_path_factory):
     return found, folder
 
 
-def test_a_rank_that_fails_ends_all_and_its_traceback_is_the_last_thing_said_and_said_once(ends):
+def test_a_rank_that_fails_ends_all_and_its_traceback_is_printed_once_and_last(ends):
     codes, took, said = ends[0]["raise"]
     assert codes == [FAULT, FAULT]
     assert max(took) < 6
@@ -91,10 +91,10 @@ def test_a_hang_shows_the_stacks_of_both_ranks_and_where_each_was(ends):
     assert last.startswith("error: step 10 must end within limits.step_s (4 s), but did not: rank")
 
 
-def test_a_rank_that_never_gives_python_s_lock_back_is_dead_to_the_others_and_ended_by_the_alarm(ends):
+def test_a_rank_that_keeps_python_s_lock_is_silent_to_the_others_and_the_alarm_ends_it(ends):
     codes, took, said = ends[0]["lock"]
     assert codes == [GONE, -14]
-    assert took[0] < 20 and took[1] < 30
+    assert took[0] < 30 and took[1] < 40
     assert "error: rank 1 must give a sign" in said
     assert "in fault" in said  # its stack, written without the lock
 
@@ -107,8 +107,8 @@ def test_a_signal_to_one_rank_or_the_end_of_the_launcher_stops_all_after_a_step(
     assert said == f"stopped: {Preempted.SENTENCE}\n"
 
 
-def test_a_ctrl_c_says_where_the_run_stands_and_stops_all_after_a_step_and_a_second_one_does_not_wait(ends):
-    """Under `deepspeed` it left a traceback, and nothing of what was saved and what was not."""
+def test_ctrl_c_prints_the_newest_checkpoint_and_stops_all_after_a_step_and_a_second_one_does_not_wait(ends):
+    """It used to print a traceback under `deepspeed`, and not what was saved."""
     codes, took, said = ends[0]["interrupt"]
     assert codes == [RESUME, RESUME]
     assert max(took) < 8
@@ -118,7 +118,7 @@ def test_a_ctrl_c_says_where_the_run_stands_and_stops_all_after_a_step_and_a_sec
     )
     assert first.endswith("then there is no checkpoint yet; the same command goes on")
     assert last == f"stopped: {Preempted.SENTENCE}"
-    handle = stop.once_more(itertools.count())
+    handle = stop.interrupt_at_the_second(itertools.count())
     handle(signal.SIGINT, None)
     with pytest.raises(KeyboardInterrupt):
         handle(signal.SIGINT, None)
@@ -131,19 +131,19 @@ def test_a_signal_before_the_first_step_ends_all_at_once(ends):
     assert said == f"rank 1: stopped: {Preempted.SENTENCE}\n"
 
 
-def test_ranks_that_are_done_leave_without_a_word(ends):
+def test_ranks_that_are_done_exit_and_print_nothing(ends):
     codes, _, said = ends[0]["none"]
     assert (codes, said) == ([0, 0], "")
 
 
 class Left(SystemExit):
-    """Instead of the process, a thread ends."""
+    """Ends a thread in the place of the process."""
 
 
 @pytest.fixture
 def pair(tmp_path, monkeypatch):
-    """Two watches over one real store, and what they said and left with."""
-    monkeypatch.setattr(watch, "BEAT_S", 0.02)
+    """Two watches over one real store, what they print, and their exit codes."""
+    monkeypatch.setattr(watch, "HEARTBEAT_S", 0.02)
     monkeypatch.setattr(watch, "GRACE_S", 0.5)
     monkeypatch.setattr(pulse, "now", pulse.Pulse("step 7", time.monotonic(), first=False, unsaved=True))
     monkeypatch.setattr(stop, "asked", threading.Event())
@@ -163,7 +163,7 @@ def pair(tmp_path, monkeypatch):
         )
         limits = Limits.model_construct(step_s=30.0, start_s=60.0, silence_s=0.6)
         made = watch.Watch(client, rank, 2, limits, tmp_path, leave=leaver(rank), speak=said.append)
-        made.store.set(f"beat/{rank}", "0")
+        made.store.set(f"heartbeat/{rank}", "0")
         watches.append(made)
     yield watches, left, said, server
     for made in watches:
@@ -173,7 +173,7 @@ def pair(tmp_path, monkeypatch):
 def meeting(made) -> threading.Thread:
     def until_it_leaves():
         with contextlib.suppress(Left):
-            made.meet()
+            made.meet_others()
 
     thread = threading.Thread(target=until_it_leaves)
     thread.start()
@@ -181,20 +181,20 @@ def meeting(made) -> threading.Thread:
 
 
 def watched(*watches) -> None:
-    """Let them meet until every one of them has left."""
+    """Let them meet until all of them have exited."""
     for thread in [meeting(made) for made in watches]:
         thread.join(10)
         assert not thread.is_alive()
 
 
-def test_only_a_rank_without_a_sign_is_named(pair):
+def test_only_a_silent_rank_is_named(pair):
     watches, left, said, _ = pair
     watched(watches[0])
     assert left == {0: GONE}
     assert len(said) == 1 and said[0].startswith("error: rank 1 must give a sign")
 
 
-def test_a_rank_that_has_left_is_not_missed(pair):
+def test_a_rank_that_has_exited_is_not_silent(pair):
     watches, left, said, _ = pair
     watches[1].close()
     thread = meeting(watches[0])
@@ -204,7 +204,7 @@ def test_a_rank_that_has_left_is_not_missed(pair):
     thread.join(5)
 
 
-def test_a_failure_beside_a_dead_rank_is_told_as_its_echo(pair):
+def test_a_failure_while_a_rank_is_dead_is_reported_as_its_echo(pair):
     watches, left, said, _ = pair
     with pytest.raises(Left):
         watches[0].end("Traceback (most recent call last):\n  ...\nRuntimeError: Connection closed by peer\n", FAULT)
@@ -212,15 +212,15 @@ def test_a_failure_beside_a_dead_rank_is_told_as_its_echo(pair):
     assert said[0].startswith("rank 0 met: RuntimeError: Connection closed by peer\nerror: rank 1 must give a sign")
 
 
-def test_a_rank_of_another_run_at_this_port_does_not_speak_for_one_of_ours(pair):
+def test_a_rank_of_another_run_at_this_port_does_not_send_our_heartbeats(pair):
     watches, left, said, _ = pair
-    watches[1].store.set("beat/1", "another host 17")
+    watches[1].store.set("heartbeat/1", "another host 17")
     with pytest.raises(Gone, match="MASTER_PORT must be free on rank 0's node"):
         watch.patiently(watches[1].begin, 0.1)
-    assert watches[0].store.get("beat/1") == b"another host 17" and not left and not said
+    assert watches[0].store.get("heartbeat/1") == b"another host 17" and not left and not said
 
 
-def test_the_first_claim_wins_and_the_other_rank_is_silent(pair):
+def test_the_first_claim_wins_and_the_other_rank_prints_nothing(pair):
     watches, left, said, _ = pair
     other = meeting(watches[0])
     with pytest.raises(Left):
@@ -231,7 +231,7 @@ def test_the_first_claim_wins_and_the_other_rank_is_silent(pair):
 
 
 def test_a_signal_that_is_the_echo_of_a_rank_that_died_names_the_rank(pair):
-    """DeepSpeed's launcher sends SIGTERM to all when one has died, and while nothing is unsaved they would leave at once."""
+    """DeepSpeed's launcher sends SIGTERM to all ranks when one has died, and without unsaved steps they would exit at once."""
     watches, left, said, _ = pair
     pulse.building("the build of stage student")
     stop.asked.set()
@@ -240,14 +240,14 @@ def test_a_signal_that_is_the_echo_of_a_rank_that_died_names_the_rank(pair):
     assert said[0].startswith(f"rank 0 met: stopped: {Preempted.SENTENCE}\nerror: rank 1 must give a sign")
 
 
-def test_a_reason_is_said_before_deepspeed_s_launcher_kills_the_others():
+def test_a_reason_is_printed_before_deepspeed_s_launcher_kills_the_others():
     from deepspeed.launcher.launch import terminate_process_tree
 
     kills_after_s = float(re.search(r"timeout=(\d+)", inspect.getsource(terminate_process_tree))[1])
-    assert Limits().silence_s + watch.ROUNDS_A_LOOK * watch.BEAT_S + 3 * watch.BEAT_S < kills_after_s
+    assert Limits().silence_s + watch.HEARTBEATS_A_LOOK * watch.HEARTBEAT_S + 3 * watch.HEARTBEAT_S < kills_after_s
 
 
-def test_a_secret_in_a_traceback_reaches_no_log(pair, tmp_path, monkeypatch):
+def test_a_secret_in_a_traceback_is_in_no_log(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "planted-in-a-traceback")
     watches, _, said, _ = pair
     handler = logging.FileHandler(tmp_path / "log.txt")
@@ -261,7 +261,7 @@ def test_a_secret_in_a_traceback_reaches_no_log(pair, tmp_path, monkeypatch):
     assert (tmp_path / "log.txt").read_text().count("denied for ***") == 1
 
 
-def test_two_threads_of_a_rank_that_end_it_at_once_say_one_thing(pair):
+def test_two_threads_of_a_rank_that_end_it_at_once_print_one_reason(pair):
     watches, left, said, _ = pair
     watches[1].close()
     stop.asked.set()
@@ -304,7 +304,7 @@ def test_a_first_step_is_the_first_after_building():
     pulse.building("stage I")
     seen = []
     for number in (1, 2):
-        pulse.beat("a batch of validation")
+        pulse.doing("a batch of validation")
         pulse.step(number)
         seen.append((pulse.now.first, pulse.now.unsaved))
     pulse.put(before)

@@ -1,18 +1,18 @@
-"""How many files a reader goes through on three journeys of a run: `python tools/bench/journeys.py [--verbose]`.
+"""Counts the files that a reader goes through on three journeys of a run: `python tools/bench/journeys.py [--verbose]`.
 
-(a) a batch from disk to weights: a step of TED's stage II, from the ask for its micro-batches to the verdict after the update
-(b) a checkpoint: train.py's call of save, the thread that writes, the thread that copies
-(c) SIGTERM to an exit code: the thread that heeds it, and the main thread from the guard's look at it; the save that it
-    causes is one entry, "save"
+(a) a batch from disk to weights: one step of TED's stage II, from the request for its micro-batches to the decision after it
+(b) a checkpoint: the call of save in train.py, the thread that writes, the thread that copies
+(c) SIGTERM to an exit code: the thread that reads the signal, and the main thread from the step at which the guard sees it.
+    The save that follows is one entry, "save"
 
-A real run on one rank, of one micro-batch a step, one block a model and so one pair, documents apart, is watched through
-sys.setprofile. An entry is a call of a function that stands in a file of ted_scale, however it is called: by name, as a hook
-or by autograd. A part of a journey is what one thread does: (a) the reader's, then the main thread's. It begins with the file
-in which that thread stands; parts are put one after the other, and entries into the file of the entry before are left out. In
-what remains `files` counts the distinct ones, and `returns` the entries into a file that was entered before; coming back from a
-call is no entry. The third number is of returns where a loop is gone through once (`once_a_loop`).
-A generator counts where it is started, and where a journey goes on with one that was started before it, once.
-Comprehensions and lambdas belong to the line they stand in. A package's __init__.py counts when a function in it is called.
+This watches a real run through sys.setprofile: one rank, one micro-batch a step, one block a model (so one pair), documents
+apart. An entry is a call of a function in a file of ted_scale, whether by name, as a hook or by autograd; a return to the caller
+is not an entry. A journey consists of parts, one for each thread: (a) has the reader's part, then the main thread's. A part
+begins with the file that its thread is in. Parts are joined in order, and an entry into the file of the entry before is
+dropped. Of what remains, `files` counts the distinct files and `returns` the entries into a file that was entered before. The
+third number counts the returns if every loop runs once (`once_a_loop`). A generator counts once: when it starts, or, if it was
+started before the journey, when it continues. Comprehensions and lambdas belong to their line. A package's __init__.py counts
+when a function in it is called.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import transformers
 import ted_scale
 from ted_scale.base.errors import RESUME
 from ted_scale.base.exits import run_main
-from ted_scale.checkpoints.copier import Copier
+from ted_scale.checkpoints.copies import Copier
 from ted_scale.checkpoints.saver import Saver
 from ted_scale.config.run import Run
 from ted_scale.data.loader import Loader
@@ -43,7 +43,7 @@ from ted_scale.health.guard import Guard
 from ted_scale.metrics.metrics import Metrics
 from ted_scale.plan import Plan, make_plan
 from ted_scale.ranks import signals
-from ted_scale.run import run_plan, save
+from ted_scale.run import run_plan, save_checkpoint
 from ted_scale.train import train
 from tools.bench.gpu_step import ZERO3, write_corpus
 from tools.bench.object_server import serving
@@ -58,7 +58,7 @@ class Event(NamedTuple):
     thread: str
     kind: str  # call, return
     function: object  # its code
-    again: bool  # a generator goes on
+    again: bool  # a generator continues
 
 
 log: list[Event] = []
@@ -71,7 +71,7 @@ def main() -> None:
     leave = os._exit
 
     def ended(code: int) -> None:
-        """In the place of the process's end."""
+        """Replaces os._exit."""
         sys.setprofile(None)
         if code == RESUME:
             print("\n".join(report(code, verbose)), flush=True)
@@ -115,20 +115,20 @@ def note(frame, kind: str, _) -> None:
         wait_for_threads()
     again = bool(code.co_flags & inspect.CO_GENERATOR and code.co_code[frame.f_lasti + 1])  # RESUME's argument
     log.append(Event(threading.current_thread().name, kind, code, again))
-    if kind == "call" and code is Guard.arm.__code__ and len(calls(Guard.arm)) == SIGNAL:
+    if kind == "call" and code is Guard.gather.__code__ and len(calls(Guard.gather)) == SIGNAL:
         os.kill(os.getpid(), signal.SIGTERM)
         signals.asked.wait(10)
 
 
 def wait_for_threads() -> None:
-    """Before a step, so that nothing of a save is left for it."""
-    begun = {thread_of(f) for f in (Saver.write_quietly, Copier.copy_quietly) if calls(f)}
+    """Before a step, so that no thread of a save runs during it."""
+    begun = {thread_of(f) for f in (Saver.run_thread, Copier.run_thread) if calls(f)}
     while any(thread.name in begun for thread in threading.enumerate()):
         time.sleep(0.01)
 
 
 def calls(function) -> list[int]:
-    """Where in the log."""
+    """The indices of its calls in the log."""
     return [i for i, event in enumerate(log) if event.kind == "call" and event.function is function.__code__]
 
 
@@ -162,22 +162,22 @@ def batch() -> list[str]:
 
 
 def checkpoint() -> list[str]:
-    begun = calls(save)[CHECKPOINT // EVERY - 1]
+    begun = calls(save_checkpoint)[CHECKPOINT // EVERY - 1]
     after = next(i for i in calls(Metrics.timed) if i > begun)
-    threads = [entries(begun, after, thread_of(f)) for f in (Saver.write_quietly, Copier.copy_quietly)]
-    return joined([file_of(train.__code__)], entries(begun, end_of(begun), thread_of(save)), *threads)
+    threads = [entries(begun, after, thread_of(f)) for f in (Saver.run_thread, Copier.run_thread)]
+    return joined([file_of(train.__code__)], entries(begun, end_of(begun), thread_of(save_checkpoint)), *threads)
 
 
 def ended_by_signal() -> list[str]:
-    seen, saved = calls(Guard.arm)[SIGNAL - 1], calls(save)[-1]
-    heeding, main = thread_of(signals.heed), thread_of(train)
-    heed = [file_of(signals.heed.__code__), *entries(seen, len(log), heeding)]
+    seen, saved = calls(Guard.gather)[SIGNAL - 1], calls(save_checkpoint)[-1]
+    heeding, main = thread_of(signals.read_signals), thread_of(train)
+    heed = [file_of(signals.read_signals.__code__), *entries(seen, len(log), heeding)]
     ways = entries(seen, saved, main), ["save"], entries(end_of(saved), len(log), main)
     return joined(heed, [file_of(train.__code__)], *ways)
 
 
 def end_of(call: int) -> int:
-    """Where the function that is called there returns."""
+    """The index at which the function called at `call` returns."""
     event = log[call]._replace(kind="return")
     return next(i for i in range(call, len(log)) if log[i] == event)
 
@@ -197,7 +197,7 @@ def joined(*parts: list[str]) -> list[str]:
 
 
 def once_a_loop(visits: list[str]) -> list[str]:
-    """What stands twice in a row, shortest first, stands once: a loop over tensors or files is read once."""
+    """Drop immediate repetitions, the shortest first: a loop over tensors or files is read once."""
     for size in range(1, len(visits) // 2 + 1):
         for i in range(len(visits) - 2 * size + 1):
             if visits[i : i + size] == visits[i + size : i + 2 * size]:

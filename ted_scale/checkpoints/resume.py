@@ -1,7 +1,7 @@
-"""From where a run goes on, found before anything starts: its newest whole checkpoint, in its folder or among its copies,
-and what stands beside it that a user should know of.
+"""Where a run resumes, found before anything starts: its newest whole checkpoint, in the run's folder or among its copies.
+Also what else in the folder a user should know about.
 
-run_folder.py looks again once the ranks are there, and reads every byte.
+run_folder.py looks again when the ranks are there, and reads every byte.
 """
 
 import os
@@ -16,8 +16,8 @@ from ted_scale.config import changes
 from ted_scale.storage.objects import check_package
 
 
-def of(run, identity: dict) -> tuple[str, Progress]:
-    """The newest checkpoint and where it stands, in a folder that can be written; one of another run is refused."""
+def find(run, identity: dict) -> tuple[str, Progress]:
+    """(newest checkpoint, its progress). Refuses a folder that cannot be written and a checkpoint of another run."""
     folder = run.folder
     try:
         existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -34,10 +34,10 @@ def of(run, identity: dict) -> tuple[str, Progress]:
 
 
 def newest_progress(run) -> tuple[str, Progress]:
-    """Where the newest checkpoint is, in the run's folder or among its copies, and where it stands."""
-    standings = files.published(run.folder)
-    local = next((s.path for s in standings if s.fault is None), None)
-    damaged = [(s.path, s.fault) for s in standings if s.fault]
+    """(newest whole checkpoint, its progress), in the run's folder or among its copies."""
+    found = files.published(run.folder)
+    local = next((c.path for c in found if c.fault is None), None)
+    damaged = [(c.path, c.fault) for c in found if c.fault]
     if place := copies.place_of(run):
         check_package(place, "checkpoint.copy_to")
         names = copies.names(place)
@@ -53,13 +53,13 @@ def newest_progress(run) -> tuple[str, Progress]:
 
 
 def describe(run, where: str, progress: Progress, total_steps: int, last_row: int) -> list[str]:
-    """A run that begins anew over an older one's rows says so: a checkpoint may have been renamed or moved."""
+    """Warns of a run that begins again over the rows of an earlier one: its checkpoint may have been renamed or moved."""
     if where:
-        lines = [f"stands at step {progress.step:,} of {total_steps:,}, {where}"]
+        lines = [f"resumes at step {progress.step:,} of {total_steps:,} from {where}"]
     else:
-        lines = [f"begins at step 0 of {total_steps:,}"]
+        lines = [f"starts at step 0 of {total_steps:,}"]
         if last_row:
             lines += [
-                f"no checkpoint is in {files.checkpoints_of(run.folder)}: metrics.jsonl, up to step {last_row:,}, begins anew"
+                f"no checkpoint is in {files.checkpoints_of(run.folder)}: metrics.jsonl, now up to step {last_row:,}, starts again"
             ]
     return lines + files.renamed(run.folder)

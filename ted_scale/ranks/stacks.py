@@ -1,0 +1,41 @@
+"""Where this process is: the stack of every thread, and the line of this package that the main thread is in."""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+from pathlib import Path
+
+HERE = f"{Path(__file__).parents[1]}{os.sep}"
+
+
+def stacks() -> str:
+    """Of every thread. faulthandler writes to a file descriptor, so this goes through a file in memory."""
+    with os.fdopen(os.memfd_create("stacks"), "w+", encoding="utf-8", errors="replace") as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        return file.read()
+
+
+def write_stacks(folder: Path, rank: int, text: str, patience_s: float) -> None:
+    """In a thread that is given up after a while: the file system may be what hangs."""
+    writer = threading.Thread(target=write_file, args=(folder, rank, text), daemon=True)
+    writer.start()
+    writer.join(patience_s)
+
+
+def write_file(folder: Path, rank: int, text: str) -> None:
+    with contextlib.suppress(OSError):
+        folder.mkdir(exist_ok=True)
+        (folder / f"rank_{rank}.txt").write_text(text, encoding="utf-8")
+
+
+def place() -> str:
+    """The line of this package that the main thread is in."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    while frame is not None and not frame.f_code.co_filename.startswith(HERE):
+        frame = frame.f_back
+    if frame is None:
+        return "in no line of ted_scale"
+    return f"in {Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"
