@@ -6,19 +6,21 @@ watch.py ends the run at once. The surprise: Python runs a handler only when its
 thread that waits for a dead rank never does, so a thread reads the signal from a pipe.
 """
 
+import contextlib
 import itertools
 import os
 import signal
 import threading
 
+import psutil
+
 from ted_scale.base.errors import RESUME, Preempted
 from ted_scale.base.exits import leave, say_where_it_stands, speak
-from ted_scale.ranks.processes import parent_of, words_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 IN_TIME = "which is finished and saved first; a second Ctrl-C ends the run at once, and DeepSpeed's launcher does after 30 s: then "
 asked = threading.Event()
-launchers: tuple[int, ...] = ()  # as they stood when `listen` was called, nearest first
+launchers: tuple[psutil.Process, ...] = ()  # those above when `listen` was called, nearest first
 watched = threading.Event()  # watch.py decides from here on
 
 
@@ -74,14 +76,34 @@ def anywhere(device) -> bool:
     return flag.item() > 0
 
 
-def launchers_above() -> tuple[int, ...]:
+def launchers_above() -> tuple[psutil.Process, ...]:
     """DeepSpeed's launch.py, which starts ranks, and the `deepspeed` command above it, where they are. Neither's death
     reaches the ranks: the command passes no signal on, and what launch.py leaves behind trains for nobody."""
-    found, pid = [], os.getppid()
-    while len(found) < 2 and pid and any(is_launcher(word) for word in words_of(pid)):
-        found.append(pid)
-        pid = parent_of(pid)
+    found, process = [], parent_of(psutil.Process())
+    while len(found) < 2 and process and any(is_launcher(word) for word in words_of(process)):
+        found.append(process)
+        process = parent_of(process)
     return tuple(found)
+
+
+def parent_of(process: psutil.Process) -> psutil.Process | None:
+    """None where there is none, or `process` has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.parent()
+    return None
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    """The command line; nothing of a process that has ended or is another user's."""
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+def ranks_below(pid: int) -> list[int]:
+    """The ranks that a DeepSpeed launcher under `pid` has started: it passes --local_rank to them."""
+    below = psutil.Process(pid).children(recursive=True)
+    return [p.pid for p in below if any(word.startswith("--local_rank") for word in words_of(p))]
 
 
 def is_launcher(word: str) -> bool:
@@ -90,9 +112,9 @@ def is_launcher(word: str) -> bool:
 
 def launcher_is_gone() -> bool:
     """A process whose parent has died is given to another."""
-    pid = os.getppid()
+    process = psutil.Process()
     for launcher in launchers:
-        if pid != launcher:
+        process = parent_of(process)
+        if process != launcher:
             return True
-        pid = parent_of(pid)
     return False
