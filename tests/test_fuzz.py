@@ -22,6 +22,7 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tomli_w
 import torch
 import zstandard
 from corpus import write_shard
@@ -43,7 +44,7 @@ from ted_scale.config import changes
 from ted_scale.config.data import Streaming
 from ted_scale.config.ds_config import load_ds_config
 from ted_scale.config.operation import Checkpoint
-from ted_scale.config.run_file import load_run, to_toml, toml_value
+from ted_scale.config.run_file import load_run, to_toml
 from ted_scale.corpora import output
 from ted_scale.corpora.corpus import read_corpus
 from ted_scale.corpora.documents import read_documents
@@ -113,7 +114,7 @@ def run_file(data, at: Place) -> Callable:
         values = data.draw(damaged_tree(values))
         text = "\n".join(f"{toml_key(k)} = {toml_of(v)}" for k, v in values.items()).encode("utf-8", "surrogatepass")
     else:
-        sound = "\n".join(f"{key} = {toml_value(value)}" for key, value in values.items()).encode()
+        sound = tomli_w.dumps(values).encode()
         text = data.draw(damaged_bytes(sound, at.mark))
     (at.folder / "run.toml").write_bytes(text)
     keys = st.sampled_from(
@@ -141,7 +142,8 @@ def toml_of(value) -> str:
         return "{" + ", ".join(f"{toml_key(k)} = {toml_of(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(toml_of(v) for v in value) + "]"
-    return '"none"' if value is None else toml_value(value).replace("NaN", "nan").replace("Infinity", "inf")
+    written = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return '"none"' if value is None else written.replace("NaN", "nan").replace("Infinity", "inf")
 
 
 def ds_config(data, at: Place) -> Callable:

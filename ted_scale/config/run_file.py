@@ -1,9 +1,9 @@
 """Run files read strictly and written back: one sentence for whatever is wrong, `--set section.key=value` on top."""
 
 import difflib
-import json
 from pathlib import Path
 
+import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from ted_scale.base.errors import UserError, shown
@@ -140,30 +140,5 @@ def annotation_parts(annotation) -> list:
 
 
 def to_toml(run: Run) -> str:
-    """The resolved run as TOML, readable by `load_run`; what is None stays unwritten, because TOML has no null."""
-    values = run.model_dump(by_alias=True, exclude_none=True)
-    lines: list[str] = []
-    write_table(lines, [], values)
-    return "\n".join(lines).lstrip("\n") + "\n"
-
-
-def write_table(lines: list[str], names: list[str], values: dict) -> None:
-    tables = {k: v for k, v in values.items() if isinstance(v, dict) and names == []}
-    arrays = {k: v for k, v in values.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
-    lines += [f"{k} = {toml_value(v)}" for k, v in values.items() if k not in tables and k not in arrays]
-    for key, table in tables.items():
-        lines += ["", f"[{key}]"]
-        write_table(lines, [*names, key], table)
-    for key, rows in arrays.items():
-        for row in rows:
-            lines += ["", f"[[{'.'.join([*names, key])}]]"]
-            write_table(lines, [*names, key], row)
-
-
-def toml_value(value) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(toml_value(v) for v in value) + "]"
-    # TOML's strings, numbers and booleans are written as JSON's; but it has no surrogates, and escapes DEL too.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    """The resolved run as TOML, readable by `load_run`. None is left out, because TOML has no null."""
+    return tomli_w.dumps(run.model_dump(by_alias=True, exclude_none=True))

@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import tomli_w
 from places import ROOT
 from tiny import make_corpus, make_model, make_run, run_values, write_run
 from wandb_file import read_records
 
 from ted_scale.base import redact
 from ted_scale.base.errors import RunStopped, UserError
-from ted_scale.config.run_file import load_run, toml_value
+from ted_scale.config.run_file import load_run
 from ted_scale.metrics import tracking
 from ted_scale.storage import objects
 
@@ -93,7 +94,7 @@ WRITTEN = {
 def test_a_run_file_that_holds_one_is_refused_by_the_key_and_without_the_secret(tmp_path, key):
     values = run_values(tmp_path)
     path = tmp_path / "run.toml"
-    path.write_text("\n".join(f"{name} = {toml_value(value)}" for name, value in values.items()))
+    path.write_text(tomli_w.dumps(values))
     with pytest.raises(
         UserError, match="must hold no credentials, but does; they belong into the environment"
     ) as caught:
@@ -211,13 +212,13 @@ def leaks(folder: Path, secrets) -> list[str]:
 SPEAKS = """
 import logging, os, runpy, sys
 sys.path.insert(0, os.getcwd())
-from ted_scale import build
-claim = build.claim_folder
+from ted_scale import run
+claim = run.claim_folder
 def claim_and_speak(plan):
     found = claim(plan)
     logging.getLogger("ted_scale").warning("said with " + os.environ["HF_TOKEN"])
     return found
-build.claim_folder = claim_and_speak
+run.claim_folder = claim_and_speak
 runpy.run_path("launch/pretrain.py", run_name="__main__")
 """
 

@@ -6,18 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
+import tomli_w
 from places import ROOT
 from tiny import run_values
 
 from ted_scale.base.errors import UserError
 from ted_scale.config.ds_config import CANNOT, DS_OWNED_BY_RUN, USABLE, load_ds_config
 from ted_scale.config.run import Run
-from ted_scale.config.run_file import CALLED, load_run, to_toml, toml_value
+from ted_scale.config.run_file import CALLED, load_run, to_toml
 
 
 def write(path: Path, values: dict) -> Path:
-    """`values` as a run file: sections as inline tables."""
-    path.write_text("\n".join(f"{key} = {toml_value(value)}" for key, value in values.items()), encoding="utf-8")
+    path.write_text(tomli_w.dumps(values), encoding="utf-8")
     return path
 
 
