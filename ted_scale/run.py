@@ -101,7 +101,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     numbers.say_changes(changed)
     saver = Saver(plan.run, filters_files(plan, newest), numbers.alert)
     loader = Loader(
-        workers=plan.run.data.workers, prefetch=plan.run.data.prefetch, micro_batch=plan.run.train.micro_batch,
+        prefetch=plan.run.data.prefetch, micro_batch=plan.run.train.micro_batch,
         rank=dist.get_rank(), world=dist.get_world_size(), device=device,
     )  # fmt: skip
     try:

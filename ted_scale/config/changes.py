@@ -21,6 +21,8 @@ DECISIVE = (
     *(f"student.{key}" for key in SHAPE), *(f"teacher.{key}" for key in SHAPE),
 )  # fmt: skip
 
+DROPPED = ("data.workers",)  # keys of earlier versions that never changed a result
+
 NEVER = ("filters.width", "filters.mlp")
 
 
@@ -86,7 +88,7 @@ def changes(theirs: dict, ours: dict, written: dict | None, run: dict, step: int
     """What a run must say of a run file that it goes on with, a sentence a key: what was allowed, and what may change."""
     said = {key: (theirs[key], ours[key]) for key in differences(theirs, ours)}
     if written is not None:
-        before, now = flat(written), flat(run)
+        before, now = {key: value for key, value in flat(written).items() if key not in DROPPED}, flat(run)
         keys = (key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key))
         said |= {key: (before.get(key), now.get(key)) for key in keys}
     return [f"{key} is {shown(new)} instead of {shown(old)} from step {step} on" for key, (old, new) in said.items()]

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ted_scale.base.errors import shown
 from ted_scale.config.types import Fraction, NonNegative, Positive, PositiveInt, Section
 
 
@@ -69,19 +70,24 @@ class Data(Section):
     attention: Literal["causal", "document"] = Field(
         "causal", description="document: none across a document's border, and positions restart there"
     )
-    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
-        0, description="processes a rank that read; 0: a thread of the rank"
-    )
     prefetch: PositiveInt = Field(2, description="steps that are read ahead")
+
+    @model_validator(mode="before")
+    @classmethod
+    def a_thread_reads(cls, values):
+        """Run files that earlier versions wrote have `workers = 0`; a number above that asked for processes."""
+        if not isinstance(values, dict) or "workers" not in values:
+            return values
+        if (workers := values["workers"]) != 0:
+            raise ValueError(f"workers must be 0 or left out, but is {shown(workers)}: a thread reads; leave it out")
+        return {key: value for key, value in values.items() if key != "workers"}
 
     @model_validator(mode="after")
     def names_differ(self):
         names = [corpus.name for corpus in self.corpora]
         if not all(names):
-            raise ValueError("data.corpora.name must be set where the path ends in none, but is ''; set name")
+            raise ValueError("corpora.name must be set where the path ends in none, but is ''; set name")
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise ValueError(
-                f"data.corpora.name must be another for every corpus, but '{twice}' is there twice; set name"
-            )
+            raise ValueError(f"corpora.name must be another for every corpus, but '{twice}' is there twice; set name")
         return self

@@ -193,13 +193,19 @@ def read_ahead(batches: Iterable[list], depth: int, announce: Callable[[list], N
     yield from coming
 
 
+def rank_positions(start: int, stop: int, micro_batch: int, rank: int, world: int) -> Iterator[list[int]]:
+    """The positions of each micro-batch of one rank between `start` and `stop`: micro-batches go to the ranks in turn."""
+    for first in range(start + rank * micro_batch, stop, world * micro_batch):
+        yield list(range(first, first + micro_batch))
+
+
 def validation_batches(
     stream: Stream, *, tokens: int, micro_batch: int, rank: int, world: int, device
 ) -> Iterator[Batch]:
     """The first `tokens` tokens of a validation stream, each window on one rank; equally many batches on every rank."""
     windows = min(stream.count, -(-tokens // stream.seq_len))
-    micros = range(-(-windows // (micro_batch * world)))
-    firsts = ((micro * world + rank) * micro_batch for micro in micros)
-    batches = ([p if p < windows else None for p in range(first, first + micro_batch)] for first in firsts)
+    padded = -(-windows // (micro_batch * world)) * micro_batch * world
+    rows = rank_positions(0, padded, micro_batch, rank, world)
+    batches = ([p if p < windows else None for p in row] for row in rows)
     for positions in read_ahead(batches, stream.windows_ahead, stream.ahead):
         yield batch(stream, positions).moved(lambda t: t.to(device))

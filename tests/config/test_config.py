@@ -121,6 +121,13 @@ def test_a_file_that_is_missing_or_not_toml_is_refused_by_name(tmp_path):
         load_run(tmp_path / "binary.toml")
 
 
+def test_a_run_file_of_an_earlier_version_may_say_that_no_worker_reads(tmp_path):
+    assert load(tmp_path, "data.workers=0") == load(tmp_path)
+    for workers in (2, "'x'"):
+        said = f"data.workers must be 0 or left out, but is {workers}: a thread reads; leave it out"
+        assert refusal(tmp_path, f"data.workers={workers}") == said
+
+
 def test_set_reads_toml_values_and_takes_a_bare_word_as_a_string(tmp_path):
     run = load(tmp_path, "train.lr=2e-4", "name=my-run", "data.attention=document", "wandb.project=ted", "loss.kl=2",
                "filters.from=/some/run", "wandb.tags=['a', 'b=c']", "pairs.explicit=[[0, 3]]")  # fmt: skip

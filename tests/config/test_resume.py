@@ -187,6 +187,8 @@ def test_what_changed_is_said_key_by_key(world):
         )
     ]
     assert changes.changes({"seed": 0}, {"seed": 0}, ours, ours, 7) == []
+    earlier = {**ours, "data": {**ours["data"], "workers": 2}}  # a key of earlier versions
+    assert changes.changes({"seed": 0}, {"seed": 0}, earlier, ours, 7) == []
     assert changes.changes({"seed": 0}, {"seed": 1}, None, ours, 7) == ["seed is 1 instead of 0 from step 7 on"]
 
 

@@ -172,9 +172,7 @@ def test_a_corpus_that_must_not_repeat_is_refused_where_it_would(two):
 
 
 def test_two_corpora_of_one_name_are_refused(two):
-    with pytest.raises(
-        ValueError, match=r"data.corpora.name must be another for every corpus, but 'big' is there twice"
-    ):
+    with pytest.raises(ValueError, match=r"corpora.name must be another for every corpus, but 'big' is there twice"):
         data_section(two[0], two[0])
 
 

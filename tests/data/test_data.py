@@ -223,7 +223,7 @@ def test_validation_counts_each_window_once_for_any_number_of_ranks(two_shards, 
 
 
 def test_a_path_without_a_last_part_needs_a_name():
-    with pytest.raises(ValueError, match=r"data.corpora.name must be set where the path ends in none"):
+    with pytest.raises(ValueError, match=r"corpora.name must be set where the path ends in none"):
         data_section(".")
 
 
