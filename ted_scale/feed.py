@@ -10,23 +10,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ted_scale.base.errors import RunStopped, UserError
-from ted_scale.checkpoints.progress import Progress
+from ted_scale.checkpoints.progress import Measured, Progress
 from ted_scale.data import blend, ddk, order
 from ted_scale.data.stream import Stream, open_held_out, open_stream, refuse_repetition
 from ted_scale.validate import perplexity, student_losses, teacher_losses, tokens_of_each
 
 # Up to here repeated text is worth nearly what new text is, and in the end nothing (Muennighoff et al., NeurIPS 2023).
 MANY_EPOCHS = 4
-
-
-class Measured(NamedTuple):
-    """What an adaptive blend follows, as it stands in a checkpoint: weights set at `step`, the teacher's losses, and of what
-    text they are."""
-
-    step: int
-    weights: dict[str, float]
-    teacher: dict[str, float]
-    text: dict[str, str]
 
 
 class Reading(NamedTuple):
@@ -42,20 +32,20 @@ def open_feed(run, stage, progress: Progress, vocabulary: int) -> tuple[Stream, 
     between stages a corpus may become another."""
     before, earlier = None, None
     if progress.step == stage.first_step:
-        earlier = blend.from_dict(progress.blend) if progress.blend else None
+        earlier = blend.from_record(progress.blend) if progress.blend else None
         progress = replace(progress, samples=0)
     elif progress.blend is None:
         raise UserError(
             f"a checkpoint of step {progress.step} must say where its data stand, but does not; take another one"
         )
     else:
-        before = blend.from_dict(progress.blend)
+        before = blend.from_record(progress.blend)
     if not stage.adapts or before is None:
         progress = replace(progress, adaptive=None)
     weights = progress.adaptive["weights"] if progress.adaptive else {}
     stream = open_stream(run.data, run.seed, vocabulary, before, progress.samples, weights)
     said = blend.changes(before, stream.interval) if before else blend.other_texts(earlier, stream.interval)
-    return stream, replace(progress, blend=blend.as_dict(stream.interval)), said
+    return stream, replace(progress, blend=blend.as_record(stream.interval)), said
 
 
 def last_sample(stage, progress: Progress) -> int:
@@ -117,14 +107,14 @@ def weigh(plan, teacher, numbers, vocabulary: int, device, engine, stream: Strea
         known |= {name: loss.mean for name, loss in teacher_losses(plan, missing, teacher, device).items()}
     refuse_no_number(progress.step, {"student": student, "teacher": known})
     weights, gaps = set_weights(plan.run.data, progress.adaptive, student, known)
-    adaptive = Measured(progress.step, weights, known, text_of(plan, held_out))._asdict()
+    adaptive = Measured(step=progress.step, weights=weights, teacher=known, text=text_of(plan, held_out))
     row = {f"blend/{name}/weight": weight for name, weight in weights.items()}
     row |= {f"blend/{name}/discrepancy": gap for name, gap in gaps.items()}
     row |= {f"blend/{name}/ppl": perplexity(loss) for name, loss in student.items()}
     row |= {f"blend/{name}/teacher_ppl": perplexity(known[name]) for name in student}
     numbers.write(progress.step, progress.tokens, row)
     stream = with_weights(stream, weights, progress.samples)
-    return stream, replace(progress, adaptive=adaptive, blend=blend.as_dict(stream.interval))
+    return stream, replace(progress, adaptive=adaptive, blend=blend.as_record(stream.interval))
 
 
 def refuse_no_number(step: int, losses: dict[str, dict[str, float]]) -> None:

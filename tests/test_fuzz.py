@@ -39,7 +39,7 @@ from ted_scale.base.errors import UserError, files_at
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.filters_file import check_filters, filter_tensors, load_filters
 from ted_scale.checkpoints.pieces import KINDS, State, as_bytes, key_of, rank_file
-from ted_scale.checkpoints.progress import Progress, read_progress
+from ted_scale.checkpoints.progress import Measured, Progress, read_progress
 from ted_scale.config import changes
 from ted_scale.config.data import Streaming
 from ted_scale.config.ds_config import load_ds_config
@@ -164,7 +164,7 @@ def progress(data, at: Place) -> Callable:
     run = make_run(at.world, method="kd", data={"corpora": [{"path": str(at.world / "corpus"), "validation": 0.1}]})
     (stage,) = plan.stages_of(run)
     _, stands, _ = feed.open_feed(run, stage, Progress(), VOCABULARY)
-    adaptive = feed.Measured(2, {"corpus": 1.0}, {"corpus": 2.5}, {"corpus": "text"})._asdict()
+    adaptive = Measured(step=2, weights={"corpus": 1.0}, teacher={"corpus": 2.5}, text={"corpus": "text"})
     tree = {
         "step": 4, "tokens": 1024, "samples": 32, "blend": stands.blend, "adaptive": adaptive, "wandb_id": "abc",
         "identity": {**IDENTITY, "method": "ted", "filters.steps": 4}, "run": changes.as_written(run),

@@ -7,8 +7,12 @@ together from such units until the epoch ends, so that no token of it comes twic
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
+
+from ted_scale.config.types import Count, PositiveInt
 from ted_scale.data import order
 
 
@@ -139,8 +143,43 @@ def other_texts(earlier: Interval | None, after: Interval) -> list[str]:
     return [f"from this stage on {other_text(was, domain)}" for was, domain in known if was != domain]
 
 
-def as_dict(interval: Interval) -> dict:
-    """For a checkpoint: small whatever the position."""
+class DomainRecord(TypedDict):
+    __pydantic_config__ = ConfigDict(strict=True, extra="ignore")
+
+    tokens: PositiveInt
+    content: str
+    share: Count
+    epoch: Count
+    unit: PositiveInt
+    token: Count
+    seen: Count
+
+
+class BlendRecord(TypedDict):
+    """An interval as a checkpoint keeps it: small whatever the position."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="ignore")
+
+    start: Count
+    seq_len: PositiveInt
+    seed: Count
+    domains: Annotated[dict[str, DomainRecord], Field(min_length=1)]
+
+
+def check_record(record: BlendRecord, samples: int) -> None:
+    """Shares fill a block; a corpus that gives some has an epoch that holds a window, and a place in it. Else a ValueError."""
+    if record["start"] > samples:
+        raise ValueError(f"blend.start must be at most samples ({samples})")
+    if sum(row["share"] for row in record["domains"].values()) != order.BLOCK:
+        raise ValueError(f"blend.domains.share must add up to {order.BLOCK}")
+    for name, row in record["domains"].items():
+        if row["share"] and not order.units(row["tokens"], record["seq_len"]):
+            raise ValueError(f"blend.domains.{name}.tokens must hold a window of {record['seq_len']}")
+        if row["token"] > order.units(row["tokens"], row["unit"]) * row["unit"]:
+            raise ValueError(f"blend.domains.{name}.token must be within its epoch")
+
+
+def as_record(interval: Interval) -> BlendRecord:
     rows = zip(interval.domains, interval.shares, interval.cursors, strict=True)
     domains = {
         d.name: {"tokens": d.tokens, "content": d.content, "share": share, **cursor._asdict()}
@@ -149,12 +188,12 @@ def as_dict(interval: Interval) -> dict:
     return {"start": interval.start, "seq_len": interval.seq_len, "seed": interval.seed, "domains": domains}
 
 
-def from_dict(state: dict) -> Interval:
-    rows = state["domains"]
+def from_record(record: BlendRecord) -> Interval:
+    rows = record["domains"]
     domains = tuple(Domain(name, row["tokens"], row["content"]) for name, row in rows.items())
     shares = tuple(row["share"] for row in rows.values())
     cursors = tuple(Cursor(*(row[field] for field in Cursor._fields)) for row in rows.values())
-    return Interval(state["start"], state["seq_len"], shares, domains, cursors, state["seed"])
+    return Interval(record["start"], record["seq_len"], shares, domains, cursors, record["seed"])
 
 
 def weights_of(kind: str, temperature: float, weights: list[float], tokens: list[int]) -> list[float]:

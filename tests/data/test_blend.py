@@ -105,8 +105,8 @@ def test_a_corpus_that_grew_begins_its_next_epoch_and_says_so():
 def test_the_state_is_small_and_comes_back_from_json():
     interval = blend.begin([A, B], order.shares([1, 3]), 8, 0)
     interval = blend.follow(interval, 10**9, [A, B], order.shares([1, 1]), 16)
-    text = json.dumps(blend.as_dict(interval))
-    assert len(text) < 500 and blend.from_dict(json.loads(text)) == interval
+    text = json.dumps(blend.as_record(interval))
+    assert len(text) < 500 and blend.from_record(json.loads(text)) == interval
 
 
 def test_weights_by_temperature():
@@ -153,7 +153,7 @@ def hashes(two, world: int, workers_start: int, stop: int, before=None) -> list[
 
 @pytest.mark.parametrize("worlds", [(1, 1), (2, 8), (4, 2), (8, 1)], ids=str)
 def test_ranks_may_change_on_the_way_and_no_sample_does(two, worlds):
-    before = blend.from_dict(blend.as_dict(open_stream(data_section(*two), 1, VOCAB).interval))
+    before = blend.from_record(blend.as_record(open_stream(data_section(*two), 1, VOCAB).interval))
     straight = hashes(two, 1, 0, 64)
     assert hashes(two, worlds[0], 0, 24) + hashes(two, worlds[1], 24, 64, before) == straight
 

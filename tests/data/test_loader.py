@@ -68,7 +68,7 @@ def asked(monkeypatch):
 def test_the_order_is_the_same_for_any_number_of_ranks_also_when_it_changes_on_resume(corpora, stream, first, then):
     """From an arbitrary position on, and with a resume by what a checkpoint keeps in the middle."""
     straight = digest(batch(stream, [position]) for position in range(13, 13 + 64))
-    kept = blend.from_dict(blend.as_dict(stream.interval))
+    kept = blend.from_record(blend.as_record(stream.interval))
     data = data_section(*corpora, seq_len=16, attention="document", weights=[3, 1])
     resumed = open_stream(data, 1, VOCAB, kept, 37)
     halves = all_ranks(stream, first, 13, 37) + all_ranks(resumed, then, 37, 77)

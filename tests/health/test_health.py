@@ -1,9 +1,7 @@
 """Dropped updates, loss spikes, ways back and digests without ranks: what is decided, from which numbers."""
 
-import json
 import math
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +12,7 @@ from tiny import make_run
 from ted_scale import run as build
 from ted_scale.base import sealed
 from ted_scale.base.errors import RunStopped
-from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
+from ted_scale.checkpoints.progress import PROGRESS, Progress, parse_progress, progress_as_bytes
 from ted_scale.distill.signal import Losses, Weights
 from ted_scale.distill.stages import stages_of
 from ted_scale.health import bad_step as report
@@ -177,7 +175,7 @@ def test_a_lasting_level_becomes_the_median(world):
 def test_a_resumed_run_judges_as_a_straight_one(world):
     at = world(spike_window=8, spike_factor=2.0)
     losses_until(at, [1.0, 1.1, 0.9])
-    at.progress = spikes.begin(Progress(**json.loads(json.dumps(asdict(at.progress)))), at.stage)
+    at.progress = spikes.begin(parse_progress(progress_as_bytes(at.progress).decode(), "a test"), at.stage)
     at.step(2.3)
     assert len(at.alerts) == 1
 
