@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from tiny import make_run, run_values
 
 from ted_scale import feed, plan
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.filters_file import check_filters, filter_tensors, load_filters
@@ -191,7 +191,7 @@ def sealed_folder(data, at: Place) -> Callable:
     state = b"".join(bytes(piece) for piece in as_bytes(values))
     forged = data.draw(st.sampled_from(("state", "manifest", "nothing")))
     state = data.draw(damaged_bytes(state, at.mark)) if forged == "state" else state
-    entries = {rank_file(0): sealed.write_file(folder / rank_file(0), [state])}
+    entries = {rank_file(0): durable.write_file(folder / rank_file(0), [state])}
     sealed.seal(
         folder, entries, {"step": 4, "forks": [], "ranks": 1, "updates": 4, "validation": 1.0, "shapes": {"w": [2, 3]}}
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
-from ted_scale.base import sealed
+from ted_scale.base import durable
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.checkpoints import folder as files
@@ -65,7 +65,9 @@ def to_remove(folder: Path, settings: Checkpoint) -> list[Path]:
     if standings and not whole:
         raise files.none_is_whole(folder, [(s.path, s.fault) for s in standings])
     stays = files.kept(whole, settings)
-    parts = sorted(p for p in files.checkpoints_of(folder).glob(f"*{sealed.PART}") if not p.name.endswith(sealed.ASIDE))
+    parts = sorted(
+        p for p in files.checkpoints_of(folder).glob(f"*{durable.PART}") if not p.name.endswith(durable.ASIDE)
+    )
     return [s.path for s in standings if s.path.name not in stays] + parts
 
 
@@ -77,12 +79,12 @@ def prune(arguments) -> None:
             f"RUN must not be at work when it is pruned, but a process trains in {arguments.run}; wait for it"
         )
     if arguments.yes:
-        sealed.put_back(files.checkpoints_of(arguments.run))
+        durable.put_back(files.checkpoints_of(arguments.run))
     doomed = to_remove(arguments.run, settings_of(arguments))
     for path in doomed:
         print(f"{'removing' if arguments.yes else 'would remove'} {path}")
         if arguments.yes:
-            shutil.rmtree(path) if path.name.endswith(sealed.PART) else sealed.remove(path)
+            shutil.rmtree(path) if path.name.endswith(durable.PART) else durable.remove(path)
     if doomed and not arguments.yes:
         print("nothing was removed; add --yes to do it")
 
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
             damaged += bool(fault)
         except FileNotFoundError:  # a run at work keeps the last ones only
             print(f"{standing.path.name}  removed meanwhile", flush=True)
-    for part in sorted(files.checkpoints_of(arguments.run).glob(f"*{sealed.PART}")):
+    for part in sorted(files.checkpoints_of(arguments.run).glob(f"*{durable.PART}")):
         print(f"{part.name}  unfinished")
     if damaged and arguments.action == "verify":
         sys.exit(1)

@@ -7,7 +7,7 @@ that one without is not there, and a fetched one is held against it like any oth
 import contextlib
 from pathlib import Path
 
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
 from ted_scale.base.errors import files_at
 from ted_scale.base.sealed import MANIFEST, Damaged
 from ted_scale.checkpoints import folder as files
@@ -86,6 +86,6 @@ def fetch(place: str, part: Path, manifest: dict, names: list[str]) -> str | Non
 
 
 def take(place: str, part: Path, name: str) -> None:
-    url = f"{place}/{part.name.removesuffix(sealed.PART)}/{name}"
+    url = f"{place}/{part.name.removesuffix(durable.PART)}/{name}"
     objects.download(url, part / name, f"checkpoint {url} must be read", PATIENCE_S)
-    sealed.sync(part / name)
+    durable.sync(part / name)

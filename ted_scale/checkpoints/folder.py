@@ -14,10 +14,11 @@ from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
+from ted_scale.base.durable import PART
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import is_count
-from ted_scale.base.sealed import PART, Damaged
+from ted_scale.base.sealed import Damaged
 
 FILTERS = "filters.safetensors"
 
@@ -130,7 +131,7 @@ def skipped(path: Path | str, fault: str) -> str:
 
 def clear_unfinished(folder: Path) -> None:
     """What earlier lives of the run left half-way goes, once what was only on its way has its name."""
-    sealed.put_back(checkpoints_of(folder))
+    durable.put_back(checkpoints_of(folder))
     for part in checkpoints_of(folder).glob(f"*{PART}"):
         shutil.rmtree(part, ignore_errors=True)
 
@@ -151,4 +152,4 @@ def prune(folder: Path, settings, spared: Set[str] = frozenset()) -> None:
     """Remove what need not stay of the whole ones; damaged ones are for tools/checkpoints.py to remove."""
     whole = {s.path.name: s.manifest for s in published(folder) if s.fault is None}
     for name in whole.keys() - kept(whole, settings) - spared:
-        sealed.remove(checkpoints_of(folder) / name)
+        durable.remove(checkpoints_of(folder) / name)

@@ -16,9 +16,9 @@ from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
+from ted_scale.base.durable import PART, Entry
 from ted_scale.base.errors import Gone, UserError
-from ted_scale.base.sealed import PART, Entry
 from ted_scale.checkpoints import engine_state
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.attempts import Failure, attempt, first_failure, warn_of_old_ones
@@ -161,9 +161,9 @@ class Saver:
         """This rank's file; rank 0 writes what is one for all."""
         part.mkdir(parents=True, exist_ok=True)
         name = rank_file(dist.get_rank())
-        entries = {name: sealed.write_file(part / name, as_bytes(snapshot.tensors))}
+        entries = {name: durable.write_file(part / name, as_bytes(snapshot.tensors))}
         if dist.get_rank() == 0:
-            entries[PROGRESS] = sealed.write_file(part / PROGRESS, [progress_as_bytes(progress)])
+            entries[PROGRESS] = durable.write_file(part / PROGRESS, [progress_as_bytes(progress)])
             if with_filters:
                 entries[FILTERS] = self.take_filters(part / FILTERS)
         return entries
@@ -173,11 +173,11 @@ class Saver:
         checkpoints never share one, in which a bad block would end both."""
         taken = [path for path in self.taken if path.exists()]
         if len(taken) == 2:
-            sealed.link_or_copy(taken[1], target)
+            durable.link_or_copy(taken[1], target)
             return self.filters_entry
         sources = [path for path in (*taken, *self.origins) if path.exists()]
         for source in sources:
-            entry = sealed.write_file(target, sealed.read_pieces(source))
+            entry = durable.write_file(target, durable.read_pieces(source))
             self.filters_entry = self.filters_entry or entry
             if entry == self.filters_entry:
                 return entry
@@ -197,7 +197,7 @@ def seal_and_publish(part: Path, entries: dict[str, Entry], about: dict) -> None
     if part.exists():  # it has its name already where only the last sync had to be tried again
         sealed.seal(part, entries, about)
         sealed.check(part)
-    sealed.publish(part)
+    durable.publish(part)
 
 
 def sentence(place: Path, rank: int, failure: Failure) -> Failure:

@@ -11,11 +11,12 @@ import re
 import shutil
 from pathlib import Path
 
+from ted_scale.base.durable import sync, write_durably
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import fits, parse_json
 from ted_scale.base.paths import checked_name, inside
 from ted_scale.corpora.shards import unfinished
-from ted_scale.corpora.writer import as_text, finished_shards, part, sync, write_whole
+from ted_scale.corpora.writer import as_text, finished_shards, part
 
 TOTALS = ("documents", "tokens")
 MANIFEST = {"shards": list, "sources": list, "documents": int, "tokens": int, "empty": int, "skipped": int}
@@ -64,7 +65,7 @@ def begin(out: Path, job: dict, overwrite: bool) -> list[dict]:
     if changes:
         clear(folder)
         finished = []
-    write_whole(folder / "job.json", as_text(job))
+    write_durably(folder / "job.json", as_text(job))
     return finished
 
 
@@ -102,7 +103,7 @@ def publish(out: Path, manifest: dict) -> None:
     """Everything to its name: an older output goes first, every .bin comes before any .idx, the manifest last."""
     folder = unfinished(out)
     if not staged_manifest(out):
-        write_whole(folder / "manifest.json", as_text(manifest))
+        write_durably(folder / "manifest.json", as_text(manifest))
     moves = {
         inside(out.parent, shard["name"] + ending, folder / "manifest.json"): part(folder, number, ending)
         for ending in (".bin", ".json", ".idx")

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ted_scale.base.durable import PART, write_file
 from ted_scale.base.errors import UserError
 from ted_scale.base.paths import checked_name, own_folder
 from ted_scale.corpora import shards
@@ -155,7 +156,7 @@ def fetch(missing: list[tuple[Wanted, Path]], path: str, patience_s: float) -> N
     log.info(f"corpus {path}: fetching {len(missing):,} indices and sidecars, {size / 2**20:,.1f} MiB")
     for folder in {copy.parent for _, copy in missing}:
         folder.mkdir(exist_ok=True)
-        for left in folder.glob("*.part"):  # of a process that was killed: the lock is ours now
+        for left in folder.glob(f"*{PART}"):  # of a process that was killed: the lock is ours now
             left.unlink()
     with ThreadPoolExecutor(min(PARALLEL, len(missing))) as pool:
         tasks = [pool.submit(fetch_one, want, copy, patience_s) for want, copy in missing]
@@ -167,14 +168,11 @@ def fetch(missing: list[tuple[Wanted, Path]], path: str, patience_s: float) -> N
 
 
 def fetch_one(want: Wanted, copy: Path, patience_s: float) -> None:
-    """There whole and as recorded, or not at all."""
-    thing, digest, staged = want.thing, hashlib.sha256(), copy.with_name(copy.name + ".part")
-    with staged.open("wb") as file:
-        for start in range(0, thing.size, PIECE):
-            stop = min(start + PIECE, thing.size)
-            piece = objects.read(thing, start, stop, f"corpus file {thing.url} must be readable", patience_s)
-            digest.update(piece)
-            file.write(piece)
+    """The copy is there whole and as recorded, or not at all. A lost rename costs another fetch, so the folder is not synced."""
+    thing, staged, what = want.thing, copy.with_name(copy.name + PART), f"corpus file {want.thing.url} must be readable"
+    starts = range(0, thing.size, PIECE)
+    pieces = (objects.read(thing, start, min(start + PIECE, thing.size), what, patience_s) for start in starts)
+    found = write_file(staged, pieces)
     if want.sha256:
-        shards.check_digest(thing.url, digest.hexdigest(), want.sha256)
+        shards.check_digest(thing.url, found.sha256, want.sha256)
     staged.rename(copy)

@@ -6,12 +6,12 @@ written last and at once, so a shard that has one is finished, and it says where
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 
+from ted_scale.base.durable import sync, write_durably
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import fits
 from ted_scale.corpora.shards import DTYPES, HEADER, MAGIC, read_sidecar
@@ -109,7 +109,7 @@ class Writer:
             "idx_sha256": hashlib.sha256(index).hexdigest(),
             "read": self.mark._asdict(),
         }
-        write_whole(part(self.folder, number, ".json"), as_text(sidecar))
+        write_durably(part(self.folder, number, ".json"), as_text(sidecar))
         self.sidecars.append(sidecar)
         self._new_shard()
 
@@ -124,18 +124,3 @@ def index_bytes(lengths: numpy.ndarray, dtype: numpy.dtype) -> bytes:
 
 def as_text(content: dict) -> str:
     return json.dumps(content, indent=1) + "\n"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file is there with all of its text or not at all, whenever the machine stops."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.rename(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

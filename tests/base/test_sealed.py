@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from damages import flip
 
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
@@ -18,15 +18,15 @@ from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
 def leave(run: Path, step: int, validation: float | None = None, forks: tuple[int, ...] = ()) -> Path:
     """A published checkpoint of a few small files."""
     rng = random.Random(step)
-    part = files.checkpoints_of(run) / (files.checkpoint_name(step, len(forks)) + sealed.PART)
+    part = files.checkpoints_of(run) / (files.checkpoint_name(step, len(forks)) + durable.PART)
     part.mkdir(parents=True)
     progress = progress_as_bytes(Progress(step, step * 256, step * 8))
-    entries = {PROGRESS: sealed.write_file(part / PROGRESS, [progress])}
+    entries = {PROGRESS: durable.write_file(part / PROGRESS, [progress])}
     for rank in range(2):
         name = f"rank_{rank:05d}.safetensors"
-        entries[name] = sealed.write_file(part / name, [rng.randbytes(300), b"", rng.randbytes(77)])
+        entries[name] = durable.write_file(part / name, [rng.randbytes(300), b"", rng.randbytes(77)])
     sealed.seal(part, entries, {"step": step, "forks": forks, "ranks": 2, "validation": validation})
-    return sealed.publish(part)
+    return durable.publish(part)
 
 
 def newest_whole(run: Path) -> Path | None:
@@ -118,7 +118,7 @@ def test_publishing_over_a_damaged_one_of_the_same_step_replaces_it(original, tm
     (files.checkpoints_of(run) / "step_00000012" / PROGRESS).unlink()
     leave(run, 12)
     assert newest_whole(run).name == "step_00000012"
-    assert not list(files.checkpoints_of(run).glob(f"*{sealed.PART}"))
+    assert not list(files.checkpoints_of(run).glob(f"*{durable.PART}"))
 
 
 def test_the_tool_lists_verifies_and_prunes(original, tmp_path, capsys):

@@ -10,7 +10,7 @@ from plain import make_world
 from safetensors.torch import save_file
 from tiny import make_model, make_run
 
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes, read_progress
@@ -55,9 +55,9 @@ def leave_checkpoint(run, identity: dict, step: int = 4) -> Path:
     part = files.checkpoints_of(run.folder) / (files.checkpoint_name(step) + files.PART)
     part.mkdir(parents=True)
     at = Progress(step, step * 256, blend=blend_of(run), wandb_id="wandb-id", identity=identity)
-    entry = sealed.write_file(part / PROGRESS, [progress_as_bytes(at)])
+    entry = durable.write_file(part / PROGRESS, [progress_as_bytes(at)])
     sealed.seal(part, {PROGRESS: entry}, {"step": step, "forks": []})
-    return sealed.publish(part)
+    return durable.publish(part)
 
 
 def test_the_run_s_own_checkpoint_is_accepted(world):
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_an_earlier_version_knows_fewer_keys_and_resumes(world):
     checkpoint = leave_checkpoint(run, {"method": "ted", "seed": 0, "data.seq_len": 16})
     values = json.loads((checkpoint / PROGRESS).read_text())
     del values["run"]
-    entry = sealed.write_file(checkpoint / PROGRESS, [json.dumps(values).encode()])
+    entry = durable.write_file(checkpoint / PROGRESS, [json.dumps(values).encode()])
     sealed.seal(checkpoint, {PROGRESS: entry}, {"step": 4, "forks": []})
     assert make_plan(run, 1)
     assert "seed must be 0, but is 1" in refusal(world, seed=1)
@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(world):
 def test_a_checkpoint_that_was_not_published_does_not_count(world):
     run = make_run(world)
     checkpoint = leave_checkpoint(run, {"seed": 99})
-    checkpoint.rename(checkpoint.with_name(checkpoint.name + sealed.PART))
+    checkpoint.rename(checkpoint.with_name(checkpoint.name + durable.PART))
     assert files.newest_checkpoint(run.folder) is None
     assert make_plan(run, 1)
 

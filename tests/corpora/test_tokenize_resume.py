@@ -79,7 +79,8 @@ def kill_at(monkeypatch, step):
         def one(path, *rest, **options):
             if len(done) == step:
                 raise Killed
-            done.append(path)
+            if path.exists():  # removing what is not there is no step
+                done.append(path)
             return act(path, *rest, **options)
 
         return one
@@ -140,7 +141,7 @@ def test_killed_while_it_clears_what_another_command_left_either_command_goes_on
 
 
 def test_what_is_finished_is_not_tokenized_again(tmp_path, world, whole, monkeypatch):
-    killed(world, tmp_path / "c", 5)
+    killed(world, tmp_path / "c", 4)
     shards = finished_shards(unfinished(tmp_path / "c"))
     finished = sum(shard["documents"] for shard in shards)
     assert len(shards) == 3

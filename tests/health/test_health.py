@@ -10,7 +10,7 @@ import torch
 from tiny import make_run
 
 from ted_scale import run as build
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
 from ted_scale.base.errors import RunStopped
 from ted_scale.checkpoints.progress import PROGRESS, Progress, parse_progress, progress_as_bytes
 from ted_scale.distill.signal import Losses, Weights
@@ -243,7 +243,7 @@ def test_a_way_back_leads_into_the_same_engine_and_judges_by_the_run_file_of_now
     losses_until(at, [1.0, 1.0])
     there = tmp_path / "step_00000002"
     there.mkdir()
-    entry = sealed.write_file(there / PROGRESS, [progress_as_bytes(at.progress)])
+    entry = durable.write_file(there / PROGRESS, [progress_as_bytes(at.progress)])
     sealed.seal(there, {PROGRESS: entry}, {"step": 2, "forks": []})
     monkeypatch.setattr(build, "first_of_all", lambda fault: fault)
     monkeypatch.setattr(build, "share", lambda: (0, 1))
@@ -260,7 +260,7 @@ def test_a_way_back_leads_into_the_same_engine_and_judges_by_the_run_file_of_now
     newer = tmp_path / "step_00000004"
     shutil.copytree(there, newer)
     sealed.seal(newer, {PROGRESS: entry}, {"step": 4, "forks": []})
-    sealed.write_file(newer / PROGRESS, [b" " * entry.bytes])
+    durable.write_file(newer / PROGRESS, [b" " * entry.bytes])
     back = build.go_back(at.stage, "engine", Rewind([newer, there], at.progress), numbers)
     assert (back.step, back.forks) == (at.progress.step, (at.progress.step,))
     assert alerts == [f"checkpoint {newer} is damaged and skipped: progress.json is not as it was written"]
