@@ -14,8 +14,6 @@ from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import PROGRESS, Progress, parse_progress
 from ted_scale.storage import objects
 
-PATIENCE_S = 600
-
 
 def place_of(run) -> str:
     return f"{run.checkpoint.copy_to.rstrip('/')}/{run.name}/checkpoints" if run.checkpoint.copy_to else ""
@@ -24,15 +22,15 @@ def place_of(run) -> str:
 def send(checkpoint: Path, place: str, names: list[str]) -> None:
     for name in names:
         url = f"{place}/{checkpoint.name}/{name}"
-        objects.upload(checkpoint / name, url, f"checkpoint {url} must be written", PATIENCE_S)
+        objects.upload(checkpoint / name, url, f"checkpoint {url} must be written", objects.COPYING_S)
 
 
 def remove(place: str, name: str) -> None:
     """The manifest first: what breaks off in between is no checkpoint."""
     folder = f"{place}/{name}"
-    found = objects.listed(folder, "", PATIENCE_S)
+    found = objects.listed(folder, "", objects.COPYING_S)
     for thing in sorted(found, key=lambda name: name != MANIFEST):
-        objects.delete(f"{folder}/{thing}", f"checkpoint {folder} must be removed", PATIENCE_S)
+        objects.delete(f"{folder}/{thing}", f"checkpoint {folder} must be removed", objects.COPYING_S)
 
 
 def names(place: str) -> list[str]:
@@ -45,13 +43,13 @@ def names(place: str) -> list[str]:
 def manifest_of(place: str, name: str) -> dict | None:
     """None where the copy was never whole; Damaged where its manifest is no longer one."""
     url = f"{place}/{name}/{MANIFEST}"
-    text = objects.text(url, f"checkpoint {url} must be read", PATIENCE_S)
+    text = objects.text(url, f"checkpoint {url} must be read", objects.COPYING_S)
     return None if text is None else files.checked(sealed.parse_manifest(text), name)
 
 
 def progress_of(place: str, name: str) -> Progress:
     url = f"{place}/{name}/{PROGRESS}"
-    text = objects.text(url, f"checkpoint {url} must be read", PATIENCE_S)
+    text = objects.text(url, f"checkpoint {url} must be read", objects.COPYING_S)
     return parse_progress(text or "", url)
 
 
@@ -87,5 +85,5 @@ def fetch(place: str, part: Path, manifest: dict, names: list[str]) -> str | Non
 
 def take(place: str, part: Path, name: str) -> None:
     url = f"{place}/{part.name.removesuffix(durable.PART)}/{name}"
-    objects.download(url, part / name, f"checkpoint {url} must be read", PATIENCE_S)
+    objects.download(url, part / name, f"checkpoint {url} must be read", objects.COPYING_S)
     durable.sync(part / name)

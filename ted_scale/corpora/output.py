@@ -15,12 +15,12 @@ from ted_scale.base.durable import sync, write_durably
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import fits, parse_json
 from ted_scale.base.paths import checked_name, inside
-from ted_scale.corpora.shards import unfinished
+from ted_scale.corpora.shards import OUTPUT_MANIFEST, unfinished
 from ted_scale.corpora.writer import as_text, finished_shards, part
 
 TOTALS = ("documents", "tokens")
-MANIFEST = {"shards": list, "sources": list, "documents": int, "tokens": int, "empty": int, "skipped": int}
-ROWS = {"shards": {"name": str, "sidecar_sha256": str}, "sources": {"path": str, "bytes": int}}
+MANIFEST_KEYS = {"shards": list, "sources": list, "documents": int, "tokens": int, "empty": int, "skipped": int}
+ROW_KEYS = {"shards": {"name": str, "sidecar_sha256": str}, "sources": {"path": str, "bytes": int}}
 
 
 def claim(out: Path):
@@ -144,7 +144,7 @@ def sealed(manifest: dict) -> dict:
 
 
 def manifest_path(out: str | Path) -> Path:
-    return Path(f"{out}.manifest.json")
+    return Path(f"{out}{OUTPUT_MANIFEST}")
 
 
 def read_manifest(path: Path, called: str = "") -> dict:
@@ -160,7 +160,8 @@ def read_manifest(path: Path, called: str = "") -> dict:
             f"{called or path} must be as it was written, but its digest is another; copy it again, or delete it"
         )
     if manifest and not (
-        fits(manifest, MANIFEST) and all(fits(row, form) for key, form in ROWS.items() for row in manifest[key])
+        fits(manifest, MANIFEST_KEYS)
+        and all(fits(row, keys) for key, keys in ROW_KEYS.items() for row in manifest[key])
     ):
         raise UserError(f"{called or path} must describe an output, but does not; copy it again, or delete it")
     for shard in manifest.get("shards", ()):

@@ -18,7 +18,7 @@ from ted_scale.base.durable import PART, write_file
 from ted_scale.base.errors import UserError
 from ted_scale.base.paths import checked_name, own_folder
 from ted_scale.corpora import shards
-from ted_scale.corpora.shards import Files, ShardIndex
+from ted_scale.corpora.shards import OUTPUT_MANIFEST, Files, ShardIndex
 from ted_scale.storage import objects
 from ted_scale.storage.objects import Object
 
@@ -26,7 +26,6 @@ log = logging.getLogger("ted_scale")
 PARALLEL = 32
 PIECE = 8 << 20  # of an index, a request
 ENDINGS = (".bin", ".idx", ".json")
-MANIFEST = ".manifest.json"
 
 
 class Wanted(NamedTuple):
@@ -80,7 +79,7 @@ def in_folder(folder: str, start: str, patience_s: float) -> dict[str, dict[str,
 def manifested(prefix: str, found: dict[str, dict[str, Object]]) -> dict[str, Object]:
     """The files of a shard, and the manifest of the output that it is of."""
     manifest = found.get(shards.SHARD_NUMBER.sub("", prefix) + ".manifest", {})
-    return found[prefix] | ({MANIFEST: manifest[".json"]} if ".json" in manifest else {})
+    return found[prefix] | ({OUTPUT_MANIFEST: manifest[".json"]} if ".json" in manifest else {})
 
 
 def opening_patience_s(settings) -> float:
@@ -108,7 +107,9 @@ def manifests(path: str, settings) -> dict[str, Path]:
     """Local copies of the manifests of the outputs that a path means, by output."""
     found = listing(path, opening_patience_s(settings))
     wanted = {
-        shards.SHARD_NUMBER.sub("", p): Wanted(files[MANIFEST]) for p, files in found.items() if MANIFEST in files
+        shards.SHARD_NUMBER.sub("", p): Wanted(files[OUTPUT_MANIFEST])
+        for p, files in found.items()
+        if OUTPUT_MANIFEST in files
     }
     return fetched(wanted, path, settings)
 

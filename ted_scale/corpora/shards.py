@@ -22,7 +22,8 @@ from ted_scale.storage.objects import Object
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
-DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+TOKEN_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}  # by code
+OUTPUT_MANIFEST = ".manifest.json"  # ends the name of what describes all shards of an output
 SIDECAR = {"max_token_id": int, "tokens": int}
 SIGNED = {"bin_bytes": int, "bin_sha256": str, "idx_sha256": str, "documents": int, "read": dict} | {
     "tokenizer": str, "tokenizer_digest": str, "vocab_size": int, "eod_id": int
@@ -146,9 +147,9 @@ def _header(idx: str, head: bytes) -> tuple[numpy.dtype, int, int]:
         raise UserError(
             f"corpus file {idx} must be a Megatron index of version 1, but is version {version}; {TOKENIZE}"
         )
-    if code not in DTYPES:
+    if code not in TOKEN_TYPES:
         raise UserError(f"corpus file {idx} must hold integer tokens, but has dtype code {code}; {TOKENIZE}")
-    return numpy.dtype(DTYPES[code]), sequences, borders
+    return numpy.dtype(TOKEN_TYPES[code]), sequences, borders
 
 
 def _tokens(idx: str, file, dtype: numpy.dtype, sequences: int) -> int:

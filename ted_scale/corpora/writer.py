@@ -14,7 +14,7 @@ import numpy
 from ted_scale.base.durable import sync, write_durably
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import fits
-from ted_scale.corpora.shards import DTYPES, HEADER, MAGIC, read_sidecar
+from ted_scale.corpora.shards import HEADER, MAGIC, TOKEN_TYPES, read_sidecar
 
 
 class Encoded(NamedTuple):
@@ -116,7 +116,7 @@ class Writer:
 
 def index_bytes(lengths: numpy.ndarray, dtype: numpy.dtype) -> bytes:
     """The .idx of documents of one sequence each: lengths, where they begin in the .bin, and document borders."""
-    code = next(code for code, name in DTYPES.items() if name == dtype.name)
+    code = next(code for code, name in TOKEN_TYPES.items() if name == dtype.name)
     header = HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1)
     pointers = (numpy.cumsum(lengths, dtype=numpy.int64) - lengths) * dtype.itemsize
     return b"".join((header, lengths.data, pointers.data, numpy.arange(len(lengths) + 1, dtype=numpy.int64).data))

@@ -17,7 +17,10 @@ from ted_scale.base.errors import Gone, UserError
 from ted_scale.base.redact import holds_secret
 
 PACKAGES = {"s3": ("boto3", "boto3"), "msc": ("multistorageclient", "multi-storage-client")}  # scheme: module, package
-OPENING_S = 20  # what is wrong at the start of a run is rarely an outage
+# How long a request that fails is retried depends on who waits for it. While a run reads, all ranks wait, and its user says
+# how long: data.stream.patience_s. The other two are here. (checkpoints/attempts.py retries writes to disk, and no request.)
+OPENING_S = 20  # a user waits: what is wrong at the start of a run is rarely an outage
+COPYING_S = 600  # a background thread waits, and the checkpoint that it copies is on disk already
 CONNECTIONS = 64
 TIMEOUTS_S = (5, 20)  # to connect, to wait for bytes
 LONGEST_PAUSE_S = 15
