@@ -28,7 +28,7 @@ def digest_of(path: Path) -> Entry:
 
 
 def seal(part: Path, files: dict[str, Entry], about: dict) -> None:
-    """The manifest, last of all files: it holds its own digest, for a flipped bit may be in it, too."""
+    """Write the manifest, last of all files. It holds its own digest, because a bit may flip in it, too."""
     content = {"format": FORMAT, **about, "files": {name: list(entry) for name, entry in sorted(files.items())}}
     text = json.dumps({"sha256": digest_of_content(content), "content": content})
     write_file(part / MANIFEST, [text.encode()])
@@ -40,7 +40,7 @@ def digest_of_content(content: dict) -> str:
 
 
 def read_manifest(folder: Path) -> dict:
-    """What was sealed, with `files` as entries by name; Damaged where that is no longer so."""
+    """What was sealed, with `files` as entries by name; Damaged if the manifest is not as it was written."""
     try:
         return parse_manifest((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def parse_manifest(text: str) -> dict:
 
 
 def check(folder: Path) -> dict:
-    """The manifest, with every file there in its size; digests are `check_file`'s, which reads all bytes."""
+    """The manifest, if every file is there and has its size. `check_file` checks digests, which reads all bytes."""
     content = read_manifest(folder)
     for name, entry in content["files"].items():
         try:

@@ -1,8 +1,8 @@
 """Shards in object storage: found by listing, their .idx and sidecars kept on local disk.
 
 shards.py checks them as it checks local ones. The first process of a node fetches what is missing, under a lock, and the
-others find it. The surprise: a copy's name holds the version of its object and the digest it was checked against, so
-that one that is there is right, and an object that changed is fetched anew; nothing is ever overwritten.
+others find it. Note: a copy's name holds the version of its object and the digest that it was checked against. So a copy
+that exists is right, an object that changed is fetched again, and nothing is overwritten.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ class Wanted(NamedTuple):
 
 @lru_cache(maxsize=64)
 def listing(path: str, patience_s: float) -> dict[str, dict[str, Object]]:
-    """The shards that a path means, as shards.expand has them on disk, each with its files by ending. A process lists a
-    path once: what comes into a folder during a run is for the next one."""
+    """The shards that a path means, as shards.expand finds them on disk, each with its files by ending. A process lists a path
+    once: files that are added during a run are for the next run."""
     objects.check_package(path)
     path = path.rstrip("/")
     for ending in (".bin", ".idx"):
@@ -77,7 +77,7 @@ def in_folder(folder: str, start: str, patience_s: float) -> dict[str, dict[str,
 
 
 def manifested(prefix: str, found: dict[str, dict[str, Object]]) -> dict[str, Object]:
-    """The files of a shard, and the manifest of the output that it is of."""
+    """The files of a shard, with the manifest of its output."""
     manifest = found.get(shards.SHARD_NUMBER.sub("", prefix) + ".manifest", {})
     return found[prefix] | ({OUTPUT_MANIFEST: manifest[".json"]} if ".json" in manifest else {})
 
@@ -115,7 +115,7 @@ def manifests(path: str, settings) -> dict[str, Path]:
 
 
 def fetched(wanted: dict[str, Wanted], path: str, settings) -> dict[str, Path]:
-    """Local copies of files, by the same keys; what is missing is fetched by the first process that comes."""
+    """Local copies of files, by the same keys. The first process fetches what is missing."""
     paths = {key: want.path(settings) for key, want in wanted.items()}
 
     def absent() -> list[str]:
@@ -157,7 +157,7 @@ def fetch(missing: list[tuple[Wanted, Path]], path: str, patience_s: float) -> N
     log.info(f"corpus {path}: fetching {len(missing):,} indices and sidecars, {size / 2**20:,.1f} MiB")
     for folder in {copy.parent for _, copy in missing}:
         folder.mkdir(exist_ok=True)
-        for left in folder.glob(f"*{PART}"):  # of a process that was killed: the lock is ours now
+        for left in folder.glob(f"*{PART}"):  # of a process that was killed: we hold the lock
             left.unlink()
     with ThreadPoolExecutor(min(PARALLEL, len(missing))) as pool:
         tasks = [pool.submit(fetch_one, want, copy, patience_s) for want, copy in missing]

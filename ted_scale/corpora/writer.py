@@ -1,7 +1,7 @@
-"""Shards out: encoded documents to .bin and .idx in megatron's format, and a sidecar that says what a reader may expect.
+"""Write shards: encoded documents as .bin and .idx in megatron's format, and a sidecar that describes them.
 
-Files end in .part until output.py publishes them; what a reader accepts is shards.py's. The surprise: the sidecar is
-written last and at once, so a shard that has one is finished, and it says where the inputs stood: a restart begins there.
+Files end in .part until output.py publishes them; shards.py checks what is read. Note: the sidecar is written last, and
+durably. So a shard with a sidecar is finished, and the sidecar records the position in the inputs at which a restart begins.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class Encoded(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """What of the inputs was read when a document was done: file and line, empty and unreadable ones up to it."""
+    """What of the inputs was read up to a document: file and line, and how many documents were empty or unreadable."""
 
     file: int = 0
     line: int = 0
@@ -57,7 +57,7 @@ def finished_shards(folder: Path) -> list[dict]:
 
 
 class Writer:
-    """Shards behind the `finished` ones; a document that would make one larger than `shard_tokens` begins the next."""
+    """Writes shards after the `finished` ones. A document that would make one larger than `shard_tokens` begins the next."""
 
     def __init__(self, folder: Path, about: dict, shard_tokens: int, finished: list[dict]):
         self.folder, self.about, self.shard_tokens = folder, about, shard_tokens
@@ -76,7 +76,7 @@ class Writer:
         while first < len(ends):
             stop = int(numpy.searchsorted(ends, begin + self.shard_tokens - self.tokens, side="right"))
             if not self.tokens:
-                stop = max(stop, first + 1)  # a document beyond the bound gets a shard of its own
+                stop = max(stop, first + 1)  # a document above the bound gets a shard of its own
             if stop > first:
                 self._append(encoded.ids[begin : ends[stop - 1]], encoded.lengths[first:stop], marks[stop - 1])
                 first, begin = stop, int(ends[stop - 1])

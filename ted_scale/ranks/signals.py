@@ -1,9 +1,9 @@
-"""SIGTERM, SIGUSR1 and a first Ctrl-C ask a run to stop in good order; so does the end of the launcher above it.
+"""SIGTERM, SIGUSR1 and a first Ctrl-C ask a run to save and stop; so does the death of the launcher above it.
 
-A signal only sets `asked` on the ranks it reaches. Ranks that are in steps agree on the step after which they save and
-leave: the flag travels in the guard's reduction, and by `anywhere` beside it. Before a step there is nothing to save, and
-watch.py ends the run at once. The surprise: Python runs a handler only when its main thread gets to it, which a main
-thread that waits for a dead rank never does, so a thread reads the signal from a pipe.
+A signal only sets `asked` on the ranks that it reaches. During steps the ranks agree on the step after which they save and
+exit: the flag is part of the guard's reduction, and `anywhere` reduces it beside steps. Before the first step there is
+nothing to save, and watch.py ends the run at once. Note: Python runs a signal handler in the main thread, and a main thread
+that waits for a dead rank never runs it. So a thread reads the signal from a pipe.
 """
 
 import contextlib
@@ -77,8 +77,8 @@ def anywhere(device) -> bool:
 
 
 def launchers_above() -> tuple[psutil.Process, ...]:
-    """DeepSpeed's launch.py, which starts ranks, and the `deepspeed` command above it, where they are. Neither's death
-    reaches the ranks: the command passes no signal on, and what launch.py leaves behind trains for nobody."""
+    """DeepSpeed's launch.py, which starts ranks, and the `deepspeed` command above it, if they are there. Their death does
+    not end the ranks by itself: the command forwards no signal, and ranks without launch.py would train on unseen."""
     found, process = [], parent_of(psutil.Process())
     while len(found) < 2 and process and any(is_launcher(word) for word in words_of(process)):
         found.append(process)
@@ -111,7 +111,7 @@ def is_launcher(word: str) -> bool:
 
 
 def launcher_is_gone() -> bool:
-    """A process whose parent has died is given to another."""
+    """Whether one of them died: then the process below it has another parent."""
     process = psutil.Process()
     for launcher in launchers:
         process = parent_of(process)

@@ -244,13 +244,13 @@ DS_FAULTS = {
 
 IMPOSSIBLE = {  # DeepSpeed takes most of it, and ends the run minutes later or passes over it in silence
     "zero_hpz_partition_size": (8, "its groups are made once, and teacher and student are two models"),
-    "mics_shard_size": (8, "DeepSpeed has it no more"),
+    "mics_shard_size": (8, "DeepSpeed no longer has it"),
     "zero_quantized_weights": (True, "weights are gathered, loaded and compared in their own type"),
     "zero_quantized_nontrainable_weights": (True, "weights are gathered, loaded and compared in their own type"),
     "zero_quantized_gradients": (True, "weights are gathered, loaded and compared in their own type"),
     "zenflow": ({}, "torch's fused AdamW updates"),
-    "cpu_offload": (True, "offload_optimizer and offload_param say it"),
-    "elastic_checkpoint": (True, "DeepSpeed has it no more"),
+    "cpu_offload": (True, "offload_optimizer and offload_param replace it"),
+    "elastic_checkpoint": (True, "DeepSpeed no longer has it"),
 }
 
 
@@ -273,7 +273,7 @@ SECTIONS = {
     "flops_profiler": "must do without flops_profiler, but has it: engines only run forward, backward and step",
     "compile": "must do without compile, but has it: engines only run forward, backward and step, as they are",
     "data_types": "must do without data_types, but has it: gradients are averaged over ranks, in fp32 sums",
-    "elasticity": "must do without elasticity, but has it: DeepSpeed has it no more; leave it out",
+    "elasticity": "must do without elasticity, but has it: DeepSpeed no longer has it; leave it out",
     "communication_datatype": "known here, but has 'communication_datatype'; did you mean communication_data_type?",
     "gradient_clip": "known here, but has 'gradient_clip'; did you mean gradient_clipping?",
     "my_notes": "must have sections that are known here, but has 'my_notes'; leave it out",

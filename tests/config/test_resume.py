@@ -114,7 +114,9 @@ def test_what_decides_the_result_must_stay_or_be_allowed_by_its_name(world, sect
     if allowed:
         assert make_plan(make_run(world, **sections), 1)
     else:
-        assert f"{key} cannot be allowed, for the tensors of the checkpoint would not fit" in refusal(world, **sections)
+        assert f"{key} cannot be allowed, because the tensors of the checkpoint would not fit" in refusal(
+            world, **sections
+        )
 
 
 def test_every_difference_is_in_the_one_sentence_and_those_allowed_are_not(world):
@@ -123,7 +125,7 @@ def test_every_difference_is_in_the_one_sentence_and_those_allowed_are_not(world
     assert refusal(world, **other) == (
         "to resume from ROOT/runs/tiny/checkpoints/step_00000004, seed must be 0, but is 1, and train.eps must be 1e-08, but is "
         "1e-06, and filters.mlp must be 0, but is 4; set back what changed, or give the run another name, or accept it by "
-        'resume.allow = ["seed", "train.eps"]; filters.mlp cannot be allowed, for the tensors of the checkpoint would not fit'
+        'resume.allow = ["seed", "train.eps"]; filters.mlp cannot be allowed, because the tensors of the checkpoint would not fit'
     )
     other["filters"] = {}
     said = refusal(world, **other, resume={"allow": ["seed"]})
