@@ -121,7 +121,7 @@ def test_a_file_that_is_missing_or_not_toml_is_refused_by_name(tmp_path):
         load_run(tmp_path / "binary.toml")
 
 
-def test_a_run_file_of_an_earlier_version_may_say_that_no_worker_reads(tmp_path):
+def test_workers_0_of_an_earlier_version_loads_and_more_workers_are_refused(tmp_path):
     assert load(tmp_path, "data.workers=0") == load(tmp_path)
     for workers in (2, "'x'"):
         said = f"data.workers must be 0 or left out, but is {workers}: a thread reads; leave it out"
@@ -137,7 +137,7 @@ def test_set_reads_toml_values_and_takes_a_bare_word_as_a_string(tmp_path):
     assert run.train.steps == 6  # what --set does not name stays as the file has it
 
 
-def test_the_file_or_the_set_that_is_wrong_is_blamed(tmp_path):
+def test_the_sentence_names_the_file_or_the_set_that_is_wrong(tmp_path):
     """Every mistake in a --set was the run file's."""
     for blamed, overrides, steps in (
         (f"{tmp_path}/run.toml", ["train.lr=1", "seed=7"], 0),
@@ -151,7 +151,7 @@ def test_the_file_or_the_set_that_is_wrong_is_blamed(tmp_path):
         assert str(caught.value).startswith(f"{blamed}: train.")
 
 
-def test_what_other_trainers_call_it_is_a_key_of_the_run_file(tmp_path):
+def test_a_key_named_as_in_other_trainers_suggests_ours(tmp_path):
     values = load(tmp_path).model_dump(by_alias=True)
     assert all(re.sub(r".*\.", "", key) in values[key.partition(".")[0]] if "." in key else key in values
                for key in CALLED.values())  # fmt: skip
@@ -224,7 +224,7 @@ def test_a_ds_config_may_not_set_what_the_run_file_owns(tmp_path, key):
         load_ds_config(str(path))
 
 
-def test_what_the_run_file_is_said_to_own_are_keys_of_it(tmp_path):
+def test_keys_that_a_ds_config_refers_to_are_keys_of_the_run_file(tmp_path):
     values = load(tmp_path, "wandb.project=p").model_dump(by_alias=True)
     for home in DS_OWNED_BY_RUN.values():
         found = values
@@ -255,7 +255,7 @@ IMPOSSIBLE = {  # DeepSpeed takes most of it, and ends the run minutes later or 
 
 
 @pytest.mark.parametrize("key", IMPOSSIBLE)
-def test_what_this_design_cannot_do_with_zero_is_refused_unless_it_is_off(tmp_path, key):
+def test_zero_options_that_cannot_work_are_refused_unless_they_are_off(tmp_path, key):
     value, reason = IMPOSSIBLE[key]
     path, off = tmp_path / "ds.json", 1 if key == "zero_hpz_partition_size" else False
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, key: off}}))
@@ -281,7 +281,7 @@ SECTIONS = {
 
 
 @pytest.mark.parametrize("key", SECTIONS)
-def test_a_section_that_does_nothing_or_harm_here_is_refused_and_a_typing_mistake_is_one(tmp_path, key):
+def test_ds_config_sections_that_are_ignored_harmful_or_unknown_are_refused(tmp_path, key):
     """DeepSpeed passes over sections that it does not know."""
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, key: {}}))

@@ -68,7 +68,7 @@ def test_the_run_s_own_checkpoint_is_accepted(world):
     assert read_progress(checkpoint).wandb_id == "wandb-id"
 
 
-def test_what_may_change_over_a_resume_is_accepted(world):
+def test_a_change_that_does_not_decide_the_result_is_accepted(world):
     run = make_run(world)
     leave_checkpoint(run, make_plan(run, 1).identity())
     assert make_plan(make_run(world, train={"steps": 9, "lr": 1e-4}, log_every=5, checkpoint={"every": 7}), 1)
@@ -100,7 +100,7 @@ def test_a_checkpoint_goes_on_with_another_seq_len_or_step_size(world, sections)
 
 
 @pytest.mark.parametrize(("sections", "said", "allowed"), CHANGES.values(), ids=CHANGES)
-def test_what_decides_the_result_must_stay_or_be_allowed_by_its_name(world, sections, said, allowed):
+def test_a_changed_key_that_decides_the_result_must_be_allowed_by_name(world, sections, said, allowed):
     run, key = make_run(world), said.partition(" ")[0]
     leave_checkpoint(run, make_plan(run, 1).identity(), step=3 if key == "filters.head" else 4)
     refused = refusal(world, **sections)
@@ -119,7 +119,7 @@ def test_what_decides_the_result_must_stay_or_be_allowed_by_its_name(world, sect
         )
 
 
-def test_every_difference_is_in_the_one_sentence_and_those_allowed_are_not(world):
+def test_one_sentence_has_every_difference_that_is_not_allowed(world):
     leave_checkpoint(make_run(world), make_plan(make_run(world), 1).identity())
     other = {"seed": 1, "train": {"eps": 1e-6, "steps": 9}, "filters": {"mlp": 4}}
     assert refusal(world, **other) == (
@@ -143,7 +143,7 @@ def test_a_checkpoint_of_other_shapes_is_refused_and_one_of_other_ranks_is_not(w
     assert "student.width and student.parameters cannot be allowed" in said and "resume.allow" not in said
 
 
-def test_every_key_of_an_identity_can_be_named(world):
+def test_every_key_of_an_identity_can_be_allowed_by_name(world):
     for sections in ({}, {"method": "kd"}, {"method": "ce"}, {"method": "lwd"}):
         assert make_plan(make_run(world, **sections), 1).identity().keys() <= set(changes.DECISIVE)
 
@@ -159,7 +159,7 @@ def test_a_checkpoint_of_an_earlier_version_knows_fewer_keys_and_resumes(world):
     assert "seed must be 0, but is 1" in refusal(world, seed=1)
 
 
-def test_what_changed_is_said_key_by_key(world):
+def test_changes_are_reported_key_by_key(world):
     before = make_run(world, wandb={"project": "p"}, data={"corpora": [{"path": "a"}, {"path": "b", "weight": 2.0}]})
     after = make_run(
         world, log_every=5, seed=1, train={"steps": 9}, loss={"kl": {"start": 1.0, "end": 0.0, "shape": "linear"}},
@@ -194,7 +194,7 @@ def test_what_changed_is_said_key_by_key(world):
     assert changes.changes({"seed": 0}, {"seed": 1}, None, ours, 7) == ["seed is 1 instead of 0 from step 7 on"]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(world):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(world):
     run = make_run(world)
     checkpoint = leave_checkpoint(run, make_plan(run, 1).identity())
     (checkpoint / "progress.json").write_text("{")
@@ -203,7 +203,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(world):
     )
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(world):
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(world):
     run = make_run(world)
     identity = make_plan(run, 1).identity()
     first, second = leave_checkpoint(run, identity, 4), leave_checkpoint(run, identity, 5)
@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(world):
     assert make_plan(run, 1)
 
 
-def test_a_checkpoint_that_was_not_published_does_not_count(world):
+def test_an_unpublished_checkpoint_does_not_count(world):
     run = make_run(world)
     checkpoint = leave_checkpoint(run, {"seed": 99})
     checkpoint.rename(checkpoint.with_name(checkpoint.name + durable.PART))

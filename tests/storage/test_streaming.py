@@ -142,7 +142,7 @@ def waits_ms(path, folder, count, **stream):
     return waits
 
 
-def test_no_step_waits_after_warm_up_and_without_reading_ahead_all_do(endpoint, many_chunks, tmp_path):
+def test_reading_ahead_avoids_waits_after_warm_up(endpoint, many_chunks, tmp_path):
     """A step of 0.3 s takes 8 windows of one or two chunks; a request takes 50 ms, so one after another take longer."""
     open_stream(section(many_chunks, tmp_path), 1, VOCAB)  # indices
     endpoint.faults(latency_ms=50, fail=0.2)
@@ -165,7 +165,7 @@ def test_the_folder_keeps_the_indices_and_no_more_chunks_than_its_bound(endpoint
     assert {path.suffix for path in (tmp_path / "indices").rglob("*") if path.is_file()} == {".idx", ".json", ""}
 
 
-def test_a_restart_asks_for_nothing_but_the_listing(endpoint, tmp_path):
+def test_a_restart_requests_only_the_listing(endpoint, tmp_path):
     settings = section(S3, tmp_path)
     once = hashed(open_stream(settings, 1, VOCAB), range(60))
     fresh_process(settings)
@@ -217,7 +217,7 @@ def own(endpoint, corpus, request):
     return bucket
 
 
-def test_an_object_that_changed_is_not_taken_from_a_copy_nor_read_by_a_run_that_began_before(endpoint, own, tmp_path):
+def test_a_changed_object_is_fetched_again_and_refused_by_a_run_that_began_before(endpoint, own, tmp_path):
     settings = section(f"s3://{own}/web", tmp_path)
     before = open_stream(settings, 1, VOCAB)
     first = hashed(before, range(60))
@@ -268,7 +268,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("case", SPOILT)
-def test_a_spoilt_shard_is_named_before_training(endpoint, own, tmp_path, case):
+def test_a_damaged_shard_is_named_before_training(endpoint, own, tmp_path, case):
     harm, sentence = SPOILT[case]
     harm(endpoint, own)
     with pytest.raises(UserError, match=sentence) as error:
@@ -276,7 +276,7 @@ def test_a_spoilt_shard_is_named_before_training(endpoint, own, tmp_path, case):
     assert f"s3://{own}/web-00002" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_index_that_came_in_part_is_not_kept(endpoint, own, tmp_path):
+def test_a_partly_fetched_index_is_not_kept(endpoint, own, tmp_path):
     spoil("web-00002.idx", lambda content: flip(content, 60))(endpoint, own)
     for _ in range(2):
         remote_shards.listing.cache_clear()
