@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ted_scale.base.errors import DONE, MEANINGS, MEMORY, MISTAKE, NUMBERS, RESUME, UserError
@@ -29,7 +31,7 @@ from ted_scale.base.exits import run_main
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import read_progress
 from ted_scale.config.run_file import load_run
-from ted_scale.ranks.processes import descendants_of, ranks_below
+from ted_scale.ranks.signals import ranks_below
 
 PR_SET_CHILD_SUBREAPER = 36
 FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1, signal.SIGINT: signal.SIGTERM}
@@ -184,14 +186,14 @@ def forward(number: int, main_pid: int) -> None:
 
 def kill_remaining() -> None:
     end = time.monotonic() + KILLED_S
-    while (alive := descendants_of(os.getpid())) and time.monotonic() < end:
-        for pid in alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    while (alive := psutil.Process().children(recursive=True)) and time.monotonic() < end:
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         time.sleep(POLL_S / 3)
         reap()
     if alive:
-        log(f"processes {alive} cannot be killed: a device or a file system holds them")
+        log(f"processes {[process.pid for process in alive]} cannot be killed: a device or a file system holds them")
 
 
 def signalled_within(seconds: float) -> bool:

@@ -10,23 +10,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ted_scale.base.errors import RunStopped, UserError
-from ted_scale.checkpoints.progress import Progress
+from ted_scale.checkpoints.progress import Measured, Progress
 from ted_scale.data import blend, ddk, order
 from ted_scale.data.stream import Stream, open_held_out, open_stream, refuse_repetition
 from ted_scale.validate import measure_both, perplexity, tokens_of_each
 
 # Up to here, repeated text is worth nearly as much as new text; later it is worth nothing (Muennighoff et al., NeurIPS 2023).
 MANY_EPOCHS = 4
-
-
-class Measured(NamedTuple):
-    """The state of an adaptive blend, part of every checkpoint: the weights set at `step`, the teacher's losses, and the text
-    that these were measured on."""
-
-    step: int
-    weights: dict[str, float]
-    teacher: dict[str, float]
-    text: dict[str, str]
 
 
 class Reading(NamedTuple):
@@ -42,20 +32,20 @@ def open_feed(run, stage, progress: Progress, vocabulary: int) -> tuple[Stream, 
     the sample of `progress`. A corpus may change at a resume, and between two stages."""
     before, earlier = None, None
     if progress.step == stage.first_step:
-        earlier = blend.from_dict(progress.blend) if progress.blend else None
+        earlier = blend.from_record(progress.blend) if progress.blend else None
         progress = replace(progress, samples=0)
     elif progress.blend is None:
         raise UserError(
             f"a checkpoint of step {progress.step} must hold the position of its data, but does not; use another one"
         )
     else:
-        before = blend.from_dict(progress.blend)
+        before = blend.from_record(progress.blend)
     if not stage.adapts or before is None:
         progress = replace(progress, adaptive=None)
     weights = progress.adaptive["weights"] if progress.adaptive else {}
     stream = open_stream(run.data, run.seed, vocabulary, before, progress.samples, weights)
     changed = blend.changes(before, stream.interval) if before else blend.other_texts(earlier, stream.interval)
-    return stream, replace(progress, blend=blend.as_dict(stream.interval)), changed
+    return stream, replace(progress, blend=blend.as_record(stream.interval)), changed
 
 
 def last_sample(stage, progress: Progress) -> int:
@@ -123,9 +113,9 @@ def weigh(plan, teacher, metrics, student, stream: Stream, progress: Progress):
     refuse_no_number(progress.step, {"student": of_student, "teacher": of_teacher})
     weights, gaps = set_weights(plan.run.data, progress.adaptive, of_student, of_teacher)
     metrics.write(progress.step, progress.tokens, as_row(weights, gaps, of_student, of_teacher))
-    adaptive = Measured(progress.step, weights, of_teacher, text_of(plan, held_out))._asdict()
+    adaptive = Measured(step=progress.step, weights=weights, teacher=of_teacher, text=text_of(plan, held_out))
     stream = with_weights(stream, weights, progress.samples)
-    return stream, replace(progress, adaptive=adaptive, blend=blend.as_dict(stream.interval)), False
+    return stream, replace(progress, adaptive=adaptive, blend=blend.as_record(stream.interval)), False
 
 
 def as_row(weights: dict, gaps: dict, of_student: dict, of_teacher: dict) -> dict[str, float]:

@@ -125,7 +125,7 @@ def build_parts(plan: Plan, device, progress: Progress, newest: Path | None) -> 
         metrics.log_changes(changes.changes(progress.identity, identity, progress.run, written, progress.step))
     saver = Saver(run, run_folder.filters_files(plan, newest), metrics.alert)
     loader = Loader(
-        workers=run.data.workers, prefetch=run.data.prefetch, micro_batch=run.train.micro_batch,
+        prefetch=run.data.prefetch, micro_batch=run.train.micro_batch,
         rank=dist.get_rank(), world=dist.get_world_size(), device=device,
     )  # fmt: skip
     wandb_id = wandb_run.id if wandb_run else progress.wandb_id

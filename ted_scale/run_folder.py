@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ted_scale.base.durable import PART, publish, sync, write_durably
 from ted_scale.base.errors import Gone, files_at
-from ted_scale.base.sealed import MANIFEST, PART, Damaged, publish, read_manifest, sync, write_durably
+from ted_scale.base.sealed import MANIFEST, Damaged, read_manifest
 from ted_scale.checkpoints import copies
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import Progress, read_progress

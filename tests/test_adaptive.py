@@ -163,7 +163,7 @@ def test_a_run_over_prose_code_and_reference_follows_the_rule(world):
 def test_samples_have_the_measured_shares_from_the_measurement_on(world):
     for row in measured(world):
         checkpoint = world / f"runs/adaptive/checkpoints/step_{row['step'] + 1:08d}"
-        interval = blend.from_dict(read_progress(checkpoint).blend)
+        interval = blend.from_record(read_progress(checkpoint).blend)
         weights = [row[f"blend/{name}/weight"] for name in DOMAINS]
         assert (interval.start, interval.shares) == ((row["step"] - 2) * 8, order.shares(weights))
 

@@ -19,7 +19,7 @@ from launching import ended, start_ranks
 from places import ROOT
 from tiny import make_corpus, make_model, make_run, write_run
 
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.state import KINDS, State
 
@@ -128,7 +128,7 @@ def resumed_from(run) -> list[int]:
 
 
 def unfinished(run) -> bool:
-    return any(files.checkpoints_of(run.folder).glob(f"*{sealed.PART}"))
+    return any(files.checkpoints_of(run.folder).glob(f"*{durable.PART}"))
 
 
 def test_a_run_killed_three_times_ends_with_the_weights_of_an_undisturbed_one(root, undisturbed):

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tomli_w
 import torch
 import zstandard
 from corpus import write_shard
@@ -33,17 +34,17 @@ from safetensors.torch import save_file
 from tiny import make_run, run_values
 
 from ted_scale import feed, plan
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.filters_file import check_filters, filter_tensors, load_filters
-from ted_scale.checkpoints.progress import Progress, read_progress
+from ted_scale.checkpoints.progress import Measured, Progress, read_progress
 from ted_scale.checkpoints.state import KINDS, State, as_bytes, key_of, rank_file
 from ted_scale.config import changes
 from ted_scale.config.data import Streaming
 from ted_scale.config.ds_config import load_ds_config
 from ted_scale.config.operation import Checkpoint
-from ted_scale.config.run_file import load_run, to_toml, toml_value
+from ted_scale.config.run_file import load_run, to_toml
 from ted_scale.corpora import output
 from ted_scale.corpora.corpus import read_corpus
 from ted_scale.corpora.documents import read_documents
@@ -113,7 +114,7 @@ def run_file(data, at: Place) -> Callable:
         values = data.draw(damaged_tree(values))
         text = "\n".join(f"{toml_key(k)} = {toml_of(v)}" for k, v in values.items()).encode("utf-8", "surrogatepass")
     else:
-        sound = "\n".join(f"{key} = {toml_value(value)}" for key, value in values.items()).encode()
+        sound = tomli_w.dumps(values).encode()
         text = data.draw(damaged_bytes(sound, at.mark))
     (at.folder / "run.toml").write_bytes(text)
     keys = st.sampled_from(
@@ -141,7 +142,8 @@ def toml_of(value) -> str:
         return "{" + ", ".join(f"{toml_key(k)} = {toml_of(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(toml_of(v) for v in value) + "]"
-    return '"none"' if value is None else toml_value(value).replace("NaN", "nan").replace("Infinity", "inf")
+    written = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return '"none"' if value is None else written.replace("NaN", "nan").replace("Infinity", "inf")
 
 
 def ds_config(data, at: Place) -> Callable:
@@ -162,7 +164,7 @@ def progress(data, at: Place) -> Callable:
     run = make_run(at.world, method="kd", data={"corpora": [{"path": str(at.world / "corpus"), "validation": 0.1}]})
     (stage,) = plan.stages_of(run)
     _, stands, _ = feed.open_feed(run, stage, Progress(), VOCABULARY)
-    adaptive = feed.Measured(2, {"corpus": 1.0}, {"corpus": 2.5}, {"corpus": "text"})._asdict()
+    adaptive = Measured(step=2, weights={"corpus": 1.0}, teacher={"corpus": 2.5}, text={"corpus": "text"})
     tree = {
         "step": 4, "tokens": 1024, "samples": 32, "blend": stands.blend, "adaptive": adaptive, "wandb_id": "abc",
         "identity": {**IDENTITY, "method": "ted", "filters.steps": 4}, "run": changes.as_written(run),
@@ -189,7 +191,7 @@ def sealed_folder(data, at: Place) -> Callable:
     state = b"".join(bytes(piece) for piece in as_bytes(values))
     forged = data.draw(st.sampled_from(("state", "manifest", "nothing")))
     state = data.draw(damaged_bytes(state, at.mark)) if forged == "state" else state
-    entries = {rank_file(0): sealed.write_file(folder / rank_file(0), [state])}
+    entries = {rank_file(0): durable.write_file(folder / rank_file(0), [state])}
     sealed.seal(
         folder, entries, {"step": 4, "forks": [], "ranks": 1, "updates": 4, "validation": 1.0, "shapes": {"w": [2, 3]}}
     )

@@ -72,13 +72,12 @@ assert all(p.ds_tensor.device == device for p in ours.parameters())
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_on_the_device_are_those_of_the_cpu_while_it_is_busy(root, workers):
+def test_batches_on_the_device_are_those_of_the_cpu_while_it_is_busy(root):
     """Kernels that take long lie before every use of a batch: a copy that nobody waited for, or memory that was given back
     too early, would show."""
     run = make_run(root, data={"seq_len": 32, "attention": "document"})
     stream = open_stream(run.data, 1, 128)
-    settings = {"workers": workers, "prefetch": 3, "micro_batch": 2, "rank": 0, "world": 1}
+    settings = {"prefetch": 3, "micro_batch": 2, "rank": 0, "world": 1}
     stretch = {"start": 0, "stop": 400, "samples_per_step": 8}
     with closing(Loader(**settings, device="cuda:0")) as loader:
         seen = []

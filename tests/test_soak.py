@@ -46,7 +46,7 @@ def test_a_step_of_ted_takes_at_most_a_quarter_longer_than_one_of_kd(tmp_path):
 
 
 def test_samples_are_read_as_fast_as_by_megatron_s_own_dataset():
-    said = bench("loader.py", "--workers")
+    said = bench("loader.py")
     assert float(re.search(r"document .*GPTDataset ([\d.]+) \(", said)[1]) >= 0.95, said
 
 

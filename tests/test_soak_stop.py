@@ -1,6 +1,7 @@
 """Long: 20 SIGTERMs at random moments of one run, and faults of each kind in the real trainer. `make soak` goes on where it was
 broken off, and writes docs/soak_stop.md at its end."""
 
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from places import ROOT
 from soak_report import commit
@@ -19,7 +21,7 @@ from tiny import make_corpus, make_model, make_run, pretrain_command, write_run
 
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import read_progress
-from ted_scale.ranks.processes import descendants_of, parent_of, ranks_below, words_of
+from ted_scale.ranks.signals import ranks_below, words_of
 
 pytestmark = pytest.mark.soak
 PLACE = ROOT / "runs" / "soak_stop"  # outlives a soak that is broken off; git ignores it
@@ -54,6 +56,12 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
+def alive(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def last_step(folder: Path) -> int:
     """Taken and written down; the row of a step comes after its update."""
     return max((row["step"] for row in rows(folder) if "loss/total" in row), default=0)
@@ -81,12 +89,13 @@ def signalled_life(command: list[str], folder: Path, number: int) -> dict:
         assert process.poll() is None, SAID.read_text()[-2000:]
         time.sleep(0.01)
     time.sleep(moment)
-    launcher = [pid for pid in descendants_of(process.pid) if any("launcher.launch" in word for word in words_of(pid))]
+    below = psutil.Process(process.pid).children(recursive=True)
+    launcher = [p.pid for p in below if any("launcher.launch" in word for word in words_of(p))]
     of = {"a rank": [chance.choice(ranks)], "both ranks": ranks, "launch.py": launcher, "deepspeed": [process.pid]}
     before, sent = last_step(folder), time.monotonic()
     for pid in of[whom]:
         os.kill(pid, signal.SIGTERM)
-    while any(parent_of(pid) is not None for pid in ranks):
+    while any(alive(pid) for pid in ranks):
         assert time.monotonic() < sent + 120
         time.sleep(0.01)
     took = time.monotonic() - sent

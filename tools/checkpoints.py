@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
-from ted_scale.base import sealed
+from ted_scale.base import durable
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.checkpoints import folder as files
@@ -70,8 +70,10 @@ def to_remove(folder: Path, settings: Checkpoint) -> list[Path]:
     if checkpoints and not whole:
         raise files.none_is_whole(folder, [(s.path, s.fault) for s in checkpoints])
     stays = files.kept(whole, settings)
-    parts = sorted(p for p in files.checkpoints_of(folder).glob(f"*{sealed.PART}") if not p.name.endswith(sealed.ASIDE))
-    return [s.path for s in checkpoints if s.path.name not in stays] + parts
+    parts = sorted(
+        p for p in files.checkpoints_of(folder).glob(f"*{durable.PART}") if not p.name.endswith(durable.ASIDE)
+    )
+    return [c.path for c in checkpoints if c.path.name not in stays] + parts
 
 
 def prune(arguments) -> None:
@@ -82,12 +84,12 @@ def prune(arguments) -> None:
             f"RUN must not be training when it is pruned, but a process trains in {arguments.run}; wait for it"
         )
     if arguments.yes:
-        sealed.put_back(files.checkpoints_of(arguments.run))
+        durable.put_back(files.checkpoints_of(arguments.run))
     doomed = to_remove(arguments.run, settings_of(arguments))
     for path in doomed:
         print(f"{'removing' if arguments.yes else 'would remove'} {path}")
         if arguments.yes:
-            shutil.rmtree(path) if path.name.endswith(sealed.PART) else sealed.remove(path)
+            shutil.rmtree(path) if path.name.endswith(durable.PART) else durable.remove(path)
     if doomed and not arguments.yes:
         print("nothing was removed; add --yes to remove them")
 
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
             damaged += bool(fault)
         except FileNotFoundError:  # a run that trains keeps the newest ones only
             print(f"{checkpoint.path.name}  removed meanwhile", flush=True)
-    for part in sorted(files.checkpoints_of(arguments.run).glob(f"*{sealed.PART}")):
+    for part in sorted(files.checkpoints_of(arguments.run).glob(f"*{durable.PART}")):
         print(f"{part.name}  unfinished")
     if damaged and arguments.action == "verify":
         sys.exit(1)

@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's own folder is on the path, its parent is not
 
+from ted_scale.base.durable import write_durably
 from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.base.exits import run_main
-from ted_scale.base.sealed import write_durably
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import read_progress
 from ted_scale.config.run_file import load_run

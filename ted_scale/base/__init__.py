@@ -1,1 +1,1 @@
-"""What everything stands on: errors and exits, redaction, untrusted text and paths, sealed folders. Imports nothing of ours."""
+"""What all other packages use: errors and exits, redaction, untrusted text and paths, durable files. Imports none of them."""

@@ -1,8 +1,8 @@
-"""The sentences a user reads when a run cannot start or cannot go on, and the exit codes it leaves with.
+"""The errors that a user reads when a run cannot start or continue, and the exit codes.
 
-Which of many ranks has the cause, and that it is the last thing on the screen, is watch.py's; what is left here is a process
-alone, or one that has not met the others yet. The surprise: a sentence is cleaned when it is made, because it may quote a
-file or a library: what is not printable is escaped, so that it is one line and moves no cursor, and what is secret is hidden.
+watch.py decides which of many ranks reports an error. Note: a sentence is cleaned when its exception is made, because it
+may quote a file or a library. Characters that are not printable are escaped, so that it is one line and moves no cursor,
+and secrets are hidden.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class UserError(Exception):
 
 
 class RunStopped(Exception):
-    """One sentence on why a run that was going ended itself: the step, the rank, the term."""
+    """One sentence on why a running run stopped itself: the step, the rank, the term."""
 
     exit_code = NUMBERS
 
@@ -44,7 +44,7 @@ class RunStopped(Exception):
 
 
 class Gone(Exception):
-    """One sentence on what the run could not do without and lost: the same command may find it again."""
+    """One sentence on what the run needs and lost. The same command may find it again."""
 
     exit_code = GONE
 
@@ -53,7 +53,7 @@ class Gone(Exception):
 
 
 class OutOfMemory(Exception):
-    """One sentence on what a rank's memory did not hold; the same command would meet it again."""
+    """One sentence on what did not fit into a rank's memory. The same command would fail again."""
 
     exit_code = MEMORY
 
@@ -62,7 +62,7 @@ class OutOfMemory(Exception):
 
 
 class Preempted(Exception):
-    """A signal asked the run to stop, and nothing of it is lost."""
+    """A signal asked the run to stop. Nothing is lost."""
 
     exit_code = RESUME
     SENTENCE = "asked to stop by a signal: every step so far is saved, start the same command again"
@@ -75,13 +75,13 @@ SENTENCES = (UserError, RunStopped, Gone, OutOfMemory, Preempted)
 
 
 def clean(sentence: str) -> str:
-    said = sentence[: 10 * LONGEST_SENTENCE]  # more than is shown: half a secret at its end is not
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
+    text = sentence[: 10 * LONGEST_SENTENCE]  # more than is shown, so that a secret cut at its end is not shown
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return shortened(redact.redact("".join(escaped)), LONGEST_SENTENCE)
 
 
 def shown(value) -> str:
-    """A value in a sentence: one line, and not a page of it."""
+    """A value in a sentence: one short line."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deeply; an integer of more digits than Python writes
@@ -95,10 +95,10 @@ def shortened(text: str, most: int) -> str:
 
 @contextlib.contextmanager
 def files_at(place):
-    """What the system says of files becomes a sentence: it names the file, or the disk that was being written is `place`'s."""
+    """An OSError about files becomes a sentence. It names the error's file, or `place` where the error names none."""
     try:
         yield
-    except ConnectionError:  # a pipe that nobody reads
+    except ConnectionError:  # a pipe without a reader
         raise
     except OSError as error:
         raise UserError(

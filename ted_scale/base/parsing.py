@@ -1,14 +1,14 @@
-"""Text that anybody may have written, parsed: a value or a ValueError, whatever the text is.
+"""Parsing JSON and TOML from unknown authors: the result is a value or a ValueError, whatever the text is.
 
-What the value must hold is its reader's part, and the sentence too. The surprise: Python's own parsers have other ends
-than ValueError: they run out of stack at a thousand brackets.
+The caller checks the value and writes the sentence. Note: Python's own parsers may also raise RecursionError, at a
+thousand nested brackets.
 """
 
 import json
 import tomllib
 from collections.abc import Callable
 
-COUNT_LIMIT = 1 << 62  # of tokens, bytes, steps: what is above is no number of anything, and overflows int64 in sums
+COUNT_LIMIT = 1 << 62  # of tokens, bytes, steps: a larger number is a mistake, and sums of it overflow int64
 
 
 def parse_json(text: str | bytes):
@@ -31,7 +31,7 @@ def is_count(value) -> bool:
 
 
 def fits(values, required: dict[str, type], optional: dict[str, type] | None = None) -> bool:
-    """A table that has the keys asked for, each of its kind; numbers are counts. Other keys are not looked at."""
+    """Whether a table has the required keys, each of its type. An int must be a count. Other keys are not checked."""
     if not isinstance(values, dict) or not required.keys() <= values.keys():
         return False
     kinds = {**required, **(optional or {})}

@@ -1,8 +1,8 @@
-"""Names that stand in files, made paths: into the folder that they are about, and nowhere else.
+"""Names that were read from files, made paths: they lead into one folder and nowhere else.
 
-A path of the run file or of a command line is its user's own and goes where it says; a name that was read from a
-manifest, a listing or a pointer may be anybody's. The surprise: a link inside the folder is followed only to what is in
-the folder as well, so that a name cannot leave it by way of a link that came with it.
+A path in a run file or on a command line is the user's own and is not checked here. A name from a manifest or a listing
+may come from anyone. Note: a link in the folder is followed only if its target is in the folder, too, so that no name can
+leave the folder through a link that was copied with it.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ted_scale.base.errors import UserError
 
-LONGEST = 255  # bytes of one part of a path, on every file system that is in use
+LONGEST = 255  # bytes of one part of a path, on every common file system
 
 
 def inside(folder: Path, name: str, source: str | Path) -> Path:
@@ -20,7 +20,7 @@ def inside(folder: Path, name: str, source: str | Path) -> Path:
     path = Path(folder) / checked_name(name, source)
     try:
         stays = path.resolve().is_relative_to(Path(folder).resolve())
-    except (OSError, RuntimeError):  # a loop of links: the one before Python 3.13, the other since
+    except (OSError, RuntimeError):  # a loop of links: RuntimeError before Python 3.13, OSError since
         stays = False
     if not stays:
         raise outside(name, source)
@@ -28,7 +28,7 @@ def inside(folder: Path, name: str, source: str | Path) -> Path:
 
 
 def checked_name(name: str, source: str | Path) -> str:
-    """The name, if it leads down from a folder by itself: also for what is no file, like a key in object storage."""
+    """The name, if it leads down from its folder. Also for names that are no files, like keys in object storage."""
     if not isinstance(name, str) or "\\" in name or any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
         raise outside(name, source)
     if any(part in ("", ".", "..") or len(part.encode()) > LONGEST for part in name.split("/")):
@@ -37,7 +37,7 @@ def checked_name(name: str, source: str | Path) -> str:
 
 
 def own_folder(folder: Path, key: str) -> None:
-    """Make a folder in one that all users write, where another user may have put something of this name before."""
+    """Make a folder in a place that all users write to. Another user may have made something of this name before."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():

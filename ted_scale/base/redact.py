@@ -1,8 +1,8 @@
-"""Secrets kept out of what is written: logs, sentences, the run file's copy, checkpoints, Weights & Biases.
+"""Secrets are kept out of everything that is written: logs, errors, the run file's copy, checkpoints, Weights & Biases.
 
-A secret is known by where it stands (a variable of the environment whose name says so) or by its shape (a password in a
-URL, a signed address, a key of a well-known kind). A run file that holds one is refused; in texts that come from others
-it becomes ***. The surprise: so a secret that neither stands in the environment nor looks like one cannot be known.
+A secret is known by its place (an environment variable whose name says so) or by its shape (a password in a URL, a signed
+address, a key of a well-known kind). A run file that holds one is refused; in texts of others it becomes ***. A secret
+that is not in the environment and has no known shape cannot be found.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 HIDDEN = "***"
-SHORTEST = 12  # characters of a variable's value: a shorter one stands in texts by chance
+SHORTEST = 12  # characters of a variable's value: a shorter one occurs in texts by chance
 NAMES = re.compile(
     r"SECRET|TOKEN(?!S|IZ)|PASSW|PASSPHRASE|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIAL|JWT", re.IGNORECASE
 )
-PLACES = re.compile(r"_(FILE|PATH|DIR|URI|URL|NAME)S?$", re.IGNORECASE)  # where a secret is, and not the secret
+PLACES = re.compile(r"_(FILE|PATH|DIR|URI|URL|NAME)S?$", re.IGNORECASE)  # where a secret is stored, not the secret
 
-# Each with the part to be hidden as its group 1. What is looked for from every place is bounded: texts come from others.
+# Group 1 of each is the part to hide. Repetitions are bounded, because a hostile text must not cost much time.
 SHAPES = [
     re.compile(pattern)
     for pattern in (
@@ -45,7 +45,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def known() -> list[str]:
-    """The secrets in the environment, as they stand there and as a URL spells them; the longest first."""
+    """The secrets in the environment, as they are and as a URL spells them; the longest first."""
     values = {v for n, v in os.environ.items() if len(v) >= SHORTEST and is_secret_name(n) and not is_place(v)}
     return sorted(values | {quote(v, safe="") for v in values}, key=len, reverse=True)
 
@@ -55,7 +55,7 @@ def is_place(value: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """The text with *** for every secret that is known in it."""
+    """The text with *** in place of every known secret."""
     for secret in known():
         text = text.replace(secret, HIDDEN)
     for shape in SHAPES:
@@ -86,7 +86,7 @@ def where_secret(values, name: str = "") -> str | None:
 
 
 def watch_logs() -> None:
-    """From here on every record of every logger of this process is redacted, its traceback too."""
+    """From now on every record of every logger in this process is redacted, with its traceback."""
     make = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
         return
@@ -95,7 +95,7 @@ def watch_logs() -> None:
         made = make(*arguments, **named)
         with contextlib.suppress(
             TypeError, ValueError, KeyError
-        ):  # a message that does not fit its arguments is logging's to tell
+        ):  # a message that does not fit its arguments: logging reports it
             made.msg, made.args = redact(made.getMessage()), ()
         if made.exc_info and made.exc_info[0]:
             made.exc_text = redact("".join(traceback.format_exception(*made.exc_info))).rstrip("\n")
@@ -107,7 +107,7 @@ def watch_logs() -> None:
 
 @contextlib.contextmanager
 def out_of_the_environment(prefix: str):
-    """Secrets under this prefix are taken out for a while: a library copies the variables that begin so."""
+    """Take secrets with this prefix out of the environment: the library called inside copies all variables with it."""
     hidden = {n: v for n, v in os.environ.items() if n.startswith(prefix) and is_secret_name(n)}
     for name in hidden:
         del os.environ[name]

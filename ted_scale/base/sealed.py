@@ -1,98 +1,34 @@
-"""A folder that is whole or not there: every file with size and digest in a manifest, durable before it has its name.
+"""A sealed folder: a manifest names every file with its size and digest, so that a damaged one is known.
 
-Knows nothing of checkpoints. Digests are taken of the bytes in memory on their way out, so that what a disk makes of
-them is noticed. The surprise: all writing goes through os.write, os.fsync and os.rename, one call at a time, which is
-where tests let the disk fail.
+durable.py writes the files and renames the folder; this file knows nothing of checkpoints. Note: the manifest holds a digest
+of itself, too.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
+from ted_scale.base.durable import Entry, sync, write_file
 from ted_scale.base.errors import UserError, shown
 from ted_scale.base.parsing import is_count, parse_json
 from ted_scale.base.paths import checked_name
 
 MANIFEST = "manifest.json"
-PART = ".part"
-ASIDE = f".old{PART}"
-PIECE = 4 * 2**20
 FORMAT = 1
-
-
-class Entry(NamedTuple):
-    bytes: int
-    sha256: str
 
 
 class Damaged(Exception):
     """What is wrong with a sealed folder, as the end of a sentence that names it."""
 
 
-def write_file(path: Path, pieces: Iterable) -> Entry:
-    """Bytes to disk for good. What stood there goes first, for it may be a second name of another folder's file."""
-    digest, size = hashlib.sha256(), 0
-    path.unlink(missing_ok=True)
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
-        for piece in pieces:
-            left = memoryview(piece).cast("B")
-            while len(left):
-                written = os.write(target, left[:PIECE])
-                digest.update(left[:written])
-                size, left = size + written, left[written:]
-        os.fsync(target)
-    finally:
-        os.close(target)
-    return Entry(size, digest.hexdigest())
-
-
-def sync(path: Path) -> None:
-    """Make a folder's names, or a file that somebody else wrote, durable."""
-    opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Whole or not at all, also over a power cut."""
-    temporary = path.with_name(path.name + PART)
-    write_file(temporary, [text.encode()])
-    temporary.rename(path)
-    sync(path.parent)
-
-
-def read_pieces(path: Path):
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(PIECE):
-            yield piece
-
-
 def digest_of(path: Path) -> Entry:
-    digest, size = hashlib.sha256(), 0
-    for piece in read_pieces(path):
-        digest.update(piece)
-        size += len(piece)
-    return Entry(size, digest.hexdigest())
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A second name where the file system has them; the same bytes, and durable, in either case."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        write_file(target, read_pieces(source))
+    with path.open("rb", buffering=0) as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return Entry(file.tell(), digest.hexdigest())
 
 
 def seal(part: Path, files: dict[str, Entry], about: dict) -> None:
-    """The manifest, last of all files: it holds its own digest, for a flipped bit may be in it, too."""
+    """Write the manifest, last of all files. It holds its own digest, because a bit may flip in it, too."""
     content = {"format": FORMAT, **about, "files": {name: list(entry) for name, entry in sorted(files.items())}}
     text = json.dumps({"sha256": digest_of_content(content), "content": content})
     write_file(part / MANIFEST, [text.encode()])
@@ -103,39 +39,8 @@ def digest_of_content(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def publish(part: Path) -> Path:
-    """One rename gives a sealed folder its name; one that had it stands aside meanwhile, where `put_back` finds it. May be
-    done again."""
-    place = part.with_name(part.name.removesuffix(PART))
-    aside = place.with_name(place.name + ASIDE)
-    if part.exists():
-        if place.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            place.rename(aside)
-        part.rename(place)
-    sync(place.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-    return place
-
-
-def put_back(folder: Path) -> None:
-    """What stood aside in `folder` when a crash came between two renames has its name again."""
-    for aside in folder.glob(f"*{ASIDE}"):
-        place = aside.with_name(aside.name.removesuffix(ASIDE))
-        if not place.exists():
-            aside.rename(place)
-
-
-def remove(folder: Path) -> None:
-    """Not there first, deleted second: what breaks off in between is a .part, not a torn folder with a good name."""
-    doomed = folder.with_name(folder.name + ".gone" + PART)
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
 def read_manifest(folder: Path) -> dict:
-    """What was sealed, with `files` as entries by name; Damaged where that is no longer so."""
+    """What was sealed, with `files` as entries by name; Damaged if the manifest is not as it was written."""
     try:
         return parse_manifest((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -168,7 +73,7 @@ def parse_manifest(text: str) -> dict:
 
 
 def check(folder: Path) -> dict:
-    """The manifest, with every file there in its size; digests are `check_file`'s, which reads all bytes."""
+    """The manifest, if every file is there and has its size. `check_file` checks digests, which reads all bytes."""
     content = read_manifest(folder)
     for name, entry in content["files"].items():
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
 from ted_scale.base.errors import files_at
 from ted_scale.base.sealed import MANIFEST, Damaged
 from ted_scale.checkpoints import folder as files
@@ -21,8 +21,6 @@ from ted_scale.checkpoints.progress import PROGRESS, Progress, parse_progress
 from ted_scale.ranks import pulse
 from ted_scale.ranks.agree import first_of_all, new_group
 from ted_scale.storage import objects
-
-PATIENCE_S = 600
 
 
 class Copier:
@@ -78,15 +76,15 @@ def place_of(run) -> str:
 def send(checkpoint: Path, place: str, names: list[str]) -> None:
     for name in names:
         url = f"{place}/{checkpoint.name}/{name}"
-        objects.upload(checkpoint / name, url, f"checkpoint {url} must be written", PATIENCE_S)
+        objects.upload(checkpoint / name, url, f"checkpoint {url} must be written", objects.COPYING_S)
 
 
 def remove(place: str, name: str) -> None:
     """The manifest first: if this is interrupted, the rest does not count as a checkpoint."""
     folder = f"{place}/{name}"
-    found = objects.listed(folder, "", PATIENCE_S)
+    found = objects.listed(folder, "", objects.COPYING_S)
     for file in sorted(found, key=lambda name: name != MANIFEST):
-        objects.delete(f"{folder}/{file}", f"checkpoint {folder} must be removed", PATIENCE_S)
+        objects.delete(f"{folder}/{file}", f"checkpoint {folder} must be removed", objects.COPYING_S)
 
 
 def names(place: str) -> list[str]:
@@ -99,13 +97,13 @@ def names(place: str) -> list[str]:
 def manifest_of(place: str, name: str) -> dict | None:
     """None if the copy was never whole; Damaged if its manifest is not valid any more."""
     url = f"{place}/{name}/{MANIFEST}"
-    text = objects.text(url, f"checkpoint {url} must be read", PATIENCE_S)
+    text = objects.text(url, f"checkpoint {url} must be read", objects.COPYING_S)
     return None if text is None else files.checked(sealed.parse_manifest(text), name)
 
 
 def progress_of(place: str, name: str) -> Progress:
     url = f"{place}/{name}/{PROGRESS}"
-    text = objects.text(url, f"checkpoint {url} must be read", PATIENCE_S)
+    text = objects.text(url, f"checkpoint {url} must be read", objects.COPYING_S)
     return parse_progress(text or "", url)
 
 
@@ -141,6 +139,6 @@ def fetch(place: str, part: Path, manifest: dict, names: list[str]) -> str | Non
 
 
 def fetch_file(place: str, part: Path, name: str) -> None:
-    url = f"{place}/{part.name.removesuffix(sealed.PART)}/{name}"
-    objects.download(url, part / name, f"checkpoint {url} must be read", PATIENCE_S)
-    sealed.sync(part / name)
+    url = f"{place}/{part.name.removesuffix(durable.PART)}/{name}"
+    objects.download(url, part / name, f"checkpoint {url} must be read", objects.COPYING_S)
+    durable.sync(part / name)

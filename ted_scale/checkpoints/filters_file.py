@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ted_scale.base import sealed
+from ted_scale.base.durable import write_durably
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import parse_json
 from ted_scale.checkpoints.attempts import attempt_write, give_up
@@ -53,10 +53,7 @@ def save_filters(path: Path, tensors: dict, identity: dict) -> None:
 
 
 def write_filters(path: Path, tensors: dict, identity: dict) -> None:
-    part = path.with_name(path.name + sealed.PART)
-    sealed.write_file(part, as_bytes(tensors, {"identity": json.dumps(identity)}))
-    part.rename(path)
-    sealed.sync(path.parent)
+    write_durably(path, as_bytes(tensors, {"identity": json.dumps(identity)}))
 
 
 def load_filters(path: Path, sides: dict) -> None:

@@ -13,10 +13,11 @@ from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
+from ted_scale.base.durable import PART
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import is_count
-from ted_scale.base.sealed import PART, Damaged
+from ted_scale.base.sealed import Damaged
 
 FILTERS = "filters.safetensors"
 
@@ -129,7 +130,7 @@ def skipped(path: Path | str, fault: str) -> str:
 
 def clear_unfinished(folder: Path) -> None:
     """Remove what earlier processes left half-written. First give back the name to a checkpoint that was being replaced."""
-    sealed.put_back(checkpoints_of(folder))
+    durable.put_back(checkpoints_of(folder))
     for part in checkpoints_of(folder).glob(f"*{PART}"):
         shutil.rmtree(part, ignore_errors=True)
 
@@ -150,4 +151,4 @@ def prune(folder: Path, settings, spared: Set[str] = frozenset()) -> None:
     """Remove the whole checkpoints that need not be kept. tools/checkpoints.py removes damaged ones."""
     whole = {c.path.name: c.manifest for c in published(folder) if c.fault is None}
     for name in whole.keys() - kept(whole, settings) - spared:
-        sealed.remove(checkpoints_of(folder) / name)
+        durable.remove(checkpoints_of(folder) / name)

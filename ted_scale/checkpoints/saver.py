@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from ted_scale.base import sealed
-from ted_scale.base.sealed import PART, Entry
+from ted_scale.base import durable, sealed
+from ted_scale.base.durable import PART, Entry
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import state
 from ted_scale.checkpoints.attempts import (
@@ -181,9 +181,9 @@ class Saver:
         """Write this rank's file. Rank 0 also writes the files that exist once for all ranks."""
         part.mkdir(parents=True, exist_ok=True)
         name = state.rank_file(dist.get_rank())
-        entries = {name: sealed.write_file(part / name, state.as_bytes(save.snapshot.tensors))}
+        entries = {name: durable.write_file(part / name, state.as_bytes(save.snapshot.tensors))}
         if dist.get_rank() == 0:
-            entries[PROGRESS] = sealed.write_file(part / PROGRESS, [progress_as_bytes(save.progress)])
+            entries[PROGRESS] = durable.write_file(part / PROGRESS, [progress_as_bytes(save.progress)])
             if save.with_filters:
                 entries[FILTERS] = self.add_filters(part / FILTERS)
         return entries
@@ -195,11 +195,11 @@ class Saver:
         checkpoints never share one file, and one bad block cannot damage both."""
         last = [path for path in self.last_filters if path.exists()]
         if len(last) == 2:
-            sealed.link_or_copy(last[1], target)
+            durable.link_or_copy(last[1], target)
             return self.filters_entry
         sources = [path for path in (*last, *self.sources) if path.exists()]
         for source in sources:
-            entry = sealed.write_file(target, sealed.read_pieces(source))
+            entry = durable.write_file(target, durable.read_pieces(source))
             self.filters_entry = self.filters_entry or entry
             if entry == self.filters_entry:
                 return entry
@@ -222,4 +222,4 @@ def seal_and_publish(part: Path, of_ranks: list[dict[str, Entry]], save: Save) -
         entries = {name: entry for entries in of_ranks for name, entry in entries.items()}
         sealed.seal(part, entries, {**about, **save.snapshot.about})
         sealed.check(part)
-    sealed.publish(part)
+    durable.publish(part)

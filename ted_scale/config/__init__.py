@@ -1,5 +1,5 @@
-"""The run file's sections, read and compared: every key of a run, its type and its default.
+"""The run file: its sections with the type and default of every key, how it is read, and how two are compared.
 
-This is the one home of every number of a run. ds_configs/*.json say how ZeRO shards, offloads and communicates, and
-nothing else. What follows from a run (pairs, accumulation, parameter counts) is worked out in plan.py.
+Every number of a run is set here and nowhere else. ds_configs/*.json only say how ZeRO shards, offloads and communicates.
+plan.py computes what follows from a run (pairs, accumulation, parameter counts).
 """

@@ -1,9 +1,9 @@
-"""With which run file a run may go on from a checkpoint: what differs, key by key, and what of it matters.
+"""May a run continue from a checkpoint that another run file wrote? What differs, key by key, and which keys matter.
 
-What decides the result (model, filters, loss, optimizer) must stay, unless resume.allow names it; everything else may
-change and is said. plan.py tells this file what a run is (Plan.identity), folder.py keeps it. The surprise: a
-few keys cannot even be allowed, because the checkpoint's tensors would not fit, and which ones depends on where it
-stands: stage I's length may change only while stage I goes on.
+A key that decides the result (model, filters, loss, optimizer) must not change, unless resume.allow names it. Everything
+else may change and is logged. The deciding keys come from Plan.identity, and a checkpoint keeps them. Note: a few keys
+cannot be allowed, because the checkpoint's tensors would not fit. Which ones depends on the step: for example, the length
+of stage I may change only during stage I.
 """
 
 import difflib
@@ -21,24 +21,26 @@ DECISIVE = (
     *(f"student.{key}" for key in SHAPE), *(f"teacher.{key}" for key in SHAPE),
 )  # fmt: skip
 
+DROPPED = ("data.workers",)  # keys of earlier versions that never changed a result
+
 NEVER = ("filters.width", "filters.mlp")
 
 
 def unknown_name(name: str) -> str | None:
-    """The rest of a sentence about a name that resume.allow does not know."""
+    """The rest of a sentence about a name that resume.allow cannot have; None for a name that it can."""
     if name in DECISIVE:
         return None
     close = difflib.get_close_matches(name, DECISIVE, n=1)
-    return f"did you mean {close[0]}?" if close else "what it does not know may change without it, or cannot"
+    return f"did you mean {close[0]}?" if close else "other keys may change without it, or cannot change"
 
 
 def differences(theirs: dict, ours: dict) -> list[str]:
-    """Keys of what both sides know: an earlier version of this project knew fewer, and `method` decides which there are."""
+    """Keys that both sides have and that differ. Earlier versions had fewer keys, and `method` decides which there are."""
     return [key for key in theirs if key in ours and theirs[key] != ours[key]]
 
 
 def refuse_another_run(where, theirs: dict, ours: dict, allowed: list[str], step: int) -> None:
-    """Every difference that matters in one sentence, if one of them is not allowed."""
+    """Raise one sentence with every difference that is not allowed, if there is one."""
     found = differences(theirs, ours)
     never = [key for key in found if cannot_load(key, theirs, ours, step)]
     refused = [key for key in found if key in never or key not in allowed]
@@ -50,12 +52,12 @@ def refuse_another_run(where, theirs: dict, ours: dict, allowed: list[str], step
     if allow := [key for key in refused if key not in never]:
         out += f", or accept it by resume.allow = {json.dumps([*allowed, *allow])}"
     if never:
-        out += f"; {' and '.join(never)} cannot be allowed, for the tensors of the checkpoint would not fit"
+        out += f"; {' and '.join(never)} cannot be allowed, because the tensors of the checkpoint would not fit"
     raise UserError(out)
 
 
 def refuse_other_filters(path, theirs: dict, ours: dict) -> None:
-    """Stage I of another run, whose filters this one's stage II would take."""
+    """Refuse filters from stage I of another run if they do not fit this run's stage II."""
     if found := [key for key in ours if theirs.get(key) != ours[key]]:
         raise UserError(
             f"to take filters from {path}, {listed(found, theirs, ours)}; set back what differs, or leave filters.from out"
@@ -67,10 +69,10 @@ def listed(keys: list[str], theirs: dict, ours: dict) -> str:
 
 
 def cannot_load(key: str, theirs: dict, ours: dict, step: int) -> bool:
-    """Would a checkpoint of `step` have other tensors, or tensors of another stage, than the run with this difference?"""
+    """Whether this difference would give the run other tensors than the checkpoint of `step` has, or another stage."""
     old, new = theirs[key], ours[key]
     if key == "method":
-        return [old, new] not in (["ce", "kd"], ["kd", "ce"])  # who matches layers has filters
+        return [old, new] not in (["ce", "kd"], ["kd", "ce"])  # the other methods have filters
     if key == "pairs":
         return not isinstance(old, list) or len(old) != len(new)
     if key == "filters.steps":
@@ -83,17 +85,17 @@ def cannot_load(key: str, theirs: dict, ours: dict, step: int) -> bool:
 
 
 def changes(theirs: dict, ours: dict, written: dict | None, run: dict, step: int) -> list[str]:
-    """What a run must say of a run file that it goes on with, a sentence a key: what was allowed, and what may change."""
-    said = {key: (theirs[key], ours[key]) for key in differences(theirs, ours)}
+    """What a run logs when it continues with another run file, a sentence a key: allowed changes and free ones."""
+    found = {key: (theirs[key], ours[key]) for key in differences(theirs, ours)}
     if written is not None:
-        before, now = flat(written), flat(run)
+        before, now = {key: value for key, value in flat(written).items() if key not in DROPPED}, flat(run)
         keys = (key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key))
-        said |= {key: (before.get(key), now.get(key)) for key in keys}
-    return [f"{key} is {shown(new)} instead of {shown(old)} from step {step} on" for key, (old, new) in said.items()]
+        found |= {key: (before.get(key), now.get(key)) for key in keys}
+    return [f"{key} is {shown(new)} instead of {shown(old)} from step {step} on" for key, (old, new) in found.items()]
 
 
 def flat(values: dict, prefix: str = "") -> dict:
-    """Dotted names of a run file's values; rows of a table of corpora by their names. What is not set is left out."""
+    """A run file's values by dotted names; rows of the table of corpora by their names. Unset keys are left out."""
     rows = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -107,7 +109,7 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 
 def plain(value):
-    """A value of the run file as JSON gives it back."""
+    """A value of the run file as it comes back from JSON."""
     return json.loads(json.dumps(value, default=lambda section: section.model_dump(mode="json")))
 
 

@@ -1,4 +1,4 @@
-"""What is read: corpora, how they are blended, and how those in object storage are fetched."""
+"""The data: corpora, how they are blended, and how those in object storage are fetched."""
 
 import os
 import tempfile
@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ted_scale.base.errors import shown
 from ted_scale.config.types import Fraction, NonNegative, Positive, PositiveInt, Section
 
 
@@ -28,22 +29,22 @@ class Corpus(Section):
 
 
 class Blend(Section):
-    """Which share of the samples a corpus gives."""
+    """Which share of the samples comes from each corpus."""
 
     kind: Literal["static", "temperature", "adaptive"] = Field(
-        "static", description="static: by data.corpora.weight; adaptive: DDK, weight is where it starts from"
+        "static", description="static: by data.corpora.weight; adaptive: DDK, which starts from weight"
     )
     temperature: Positive = Field(
         1.0, description="share by (weight * tokens)^(1/temperature): 1 by size, more is flatter"
     )
     every: PositiveInt = Field(1000, description="adaptive: steps from one measurement to the next")
     smoothing: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.5, description="adaptive: share that follows the measurement; the rest is alike for all corpora"
+        0.5, description="adaptive: share that follows the measurement; the rest is equal for all corpora"
     )
 
 
 class Streaming(Section):
-    """How corpora under s3:// and msc:// are read; those on disk need none of it."""
+    """How corpora under s3:// and msc:// are read; corpora on disk use none of it."""
 
     folder: str = Field("", description="indices and chunks, on a disk of the node; default: in the temporary folder")
     cache_gib: NonNegative = Field(
@@ -52,9 +53,9 @@ class Streaming(Section):
     chunk_kib: Annotated[int, Field(ge=4, multiple_of=4)] = Field(
         256, description="read at once; docs/data.md has the cost"
     )
-    ahead: PositiveInt = Field(64, description="windows that are being fetched before they are needed, a process")
-    requests: PositiveInt = Field(16, description="at the same time, a process")
-    patience_s: Positive = Field(300.0, description="how long a request that fails is tried again before the run ends")
+    ahead: PositiveInt = Field(64, description="windows that are fetched before they are needed, per process")
+    requests: PositiveInt = Field(16, description="at the same time, per process")
+    patience_s: Positive = Field(300.0, description="how long a failing request is retried before the run ends")
 
     @property
     def place(self) -> Path:
@@ -67,21 +68,26 @@ class Data(Section):
     stream: Streaming = Streaming()
     seq_len: PositiveInt
     attention: Literal["causal", "document"] = Field(
-        "causal", description="document: none across a document's border, and positions restart there"
-    )
-    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
-        0, description="processes a rank that read; 0: a thread of the rank"
+        "causal", description="document: none across the border of a document, and positions restart there"
     )
     prefetch: PositiveInt = Field(2, description="steps that are read ahead")
+
+    @model_validator(mode="before")
+    @classmethod
+    def a_thread_reads(cls, values):
+        """Run files of earlier versions have `workers = 0`; a larger number asked for reading processes."""
+        if not isinstance(values, dict) or "workers" not in values:
+            return values
+        if (workers := values["workers"]) != 0:
+            raise ValueError(f"workers must be 0 or left out, but is {shown(workers)}: a thread reads; leave it out")
+        return {key: value for key, value in values.items() if key != "workers"}
 
     @model_validator(mode="after")
     def names_differ(self):
         names = [corpus.name for corpus in self.corpora]
         if not all(names):
-            raise ValueError("data.corpora.name must be set where the path ends in none, but is ''; set name")
+            raise ValueError("corpora.name must be set where the path ends in none, but is ''; set name")
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise ValueError(
-                f"data.corpora.name must be another for every corpus, but '{twice}' is there twice; set name"
-            )
+            raise ValueError(f"corpora.name must be another for every corpus, but '{twice}' is there twice; set name")
         return self

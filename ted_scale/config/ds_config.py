@@ -1,7 +1,7 @@
 """The DeepSpeed configuration beside a run file: how ZeRO-3 shards, offloads and communicates, and nothing else.
 
-Known to work here is a list, because DeepSpeed passes over a section that it does not know, and some that it knows end a
-run minutes later. What is refused has a reason; engines.check_engine_config asks DeepSpeed about the values of the rest.
+The sections that work here are listed, because DeepSpeed ignores a section that it does not know, and some known sections
+make a run fail after minutes. Every refusal has a reason; engines.check_engine_config checks the other values with DeepSpeed.
 """
 
 import difflib
@@ -48,7 +48,7 @@ CANNOT = {
     "engines only run forward, backward and step, as they are": ("compile", "hybrid_engine", "autotuning", "flops_profiler"),
     "data and checkpoints are not DeepSpeed's here": ("dataloader_drop_last", "datastates_ckpt", "aio", "vocabulary_size"),
     "numbers go to metrics.jsonl and Weights & Biases": ("tensorboard", "csv_monitor", "comet", "memory_breakdown", "log_level"),
-    "DeepSpeed has it no more": (
+    "DeepSpeed no longer has it": (
         "nebula", "compression_training", "quantize_training", "sparse_gradients", "eigenvalue", "sparse_attention",
         "elasticity", "graph_harvesting", "curriculum_learning", "progressive_layer_drop",
     ),
@@ -56,17 +56,17 @@ CANNOT = {
 
 CANNOT_ZERO = {
     "its groups are made once, and teacher and student are two models": ("zero_hpz_partition_size",),
-    "DeepSpeed has it no more": ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param", "elastic_checkpoint"),
+    "DeepSpeed no longer has it": ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param", "elastic_checkpoint"),
     "weights are gathered, loaded and compared in their own type, and gradients summed in fp32": (
         "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
     ),
     "torch's fused AdamW updates": ("zenflow",),
-    "offload_optimizer and offload_param say it": ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"),
+    "offload_optimizer and offload_param replace it": ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"),
 }  # fmt: skip
 
 
 def load_ds_config(path: str) -> dict:
-    """The file's sections; one that asks for what the run file owns, or for what cannot work here, is refused."""
+    """The file's sections. A section that the run file owns, or that cannot work here, is refused."""
     try:
         values = parse_json(found(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -82,7 +82,7 @@ def load_ds_config(path: str) -> dict:
 
 
 def found(path: str) -> Path:
-    """Relative to here, else to the checkout: the default must not depend on where a run is started."""
+    """Relative to the current folder, else to the checkout: the default must work from any folder."""
     return HOME / path if not Path(path).exists() and (HOME / path).is_file() else Path(path)
 
 

@@ -1,4 +1,4 @@
-"""How the student learns: matched blocks, filters, losses, optimizer and validation."""
+"""The method: matched blocks, filters, losses, optimizer and validation."""
 
 from typing import Annotated, Literal
 
@@ -9,7 +9,8 @@ from ted_scale.config.types import Count, Fraction, NonNegative, Positive, Posit
 
 class Pairs(Section):
     rule: Literal["cut", "uniform"] = Field(
-        "cut", description="cut: as tools/cut_student.py cut the student from this teacher; uniform where it did not"
+        "cut",
+        description="cut: the blocks that tools/cut_student.py kept of this teacher; without such a record, uniform",
     )
     explicit: list[tuple[int, int]] = Field([], description="(student block, teacher block), from 0; replaces the rule")
     skip_last: Count = 0
@@ -21,9 +22,11 @@ class Pairs(Section):
 
 
 class Filters(Section):
-    """Stage I: what is learned, and how."""
+    """The filters, and how stage I trains them."""
 
-    steps: Count = Field(0, description="0: no stage I; filters are as they start, and the student's train in stage II")
+    steps: Count = Field(
+        0, description="0: no stage I; filters keep their start, and the student's filters train in stage II"
+    )
     width: PositiveInt | Literal["auto", "full"] = Field(
         "auto",
         description="common width D of both filtered states; auto: 5 % of the student's parameters; full: the teacher's",
@@ -37,9 +40,9 @@ class Filters(Section):
     lr: Positive = 1e-3
     sample_tokens: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
         "auto",
-        description="share of the tokens that stage I reads a step, drawn for each pair; auto: heads cost two bodies",
+        description="share of a step's tokens that stage I reads, drawn for each pair; auto: all heads cost as much as two bodies",
     )
-    sample_pairs: PositiveInt | None = Field(None, description="pairs that stage I reads a step; default: all")
+    sample_pairs: PositiveInt | None = Field(None, description="pairs that stage I reads in a step; default: all")
     from_run: str | None = Field(None, alias="from", description="reuse stage I of this run folder")
 
 
@@ -80,7 +83,7 @@ class Loss(Section):
     kind: Literal["nmse", "mse", "cosine"] = "nmse"
     backend: Literal["auto", "triton", "torch", "compiled"] = Field("auto", description="ted_scale/kernels/README.md")
     mode: Literal["chunked", "strict"] = Field(
-        "chunked", description="strict: no logits in memory, 1.6 times the work of the logit losses"
+        "chunked", description="strict: keeps no logits in memory, for 1.6 times the work of the logit losses"
     )
     chunk_tokens: PositiveInt | None = Field(None, description="tokens a chunk; default: what the scratch budget holds")
 

@@ -1,4 +1,4 @@
-"""How a run is kept alive and watched: checkpoints, health, time limits, Weights & Biases."""
+"""The operation of a run: checkpoints, health, time limits, Weights & Biases."""
 
 from typing import Annotated, Literal
 
@@ -10,21 +10,21 @@ from ted_scale.config.types import PositiveInt, Seconds, Section
 
 class Checkpoint(Section):
     every: PositiveInt = Field(1000, description="steps")
-    keep: PositiveInt = Field(2, description="the last ones")
+    keep: PositiveInt = Field(2, description="how many of the last checkpoints stay")
     keep_every: Annotated[int, Field(ge=0)] = Field(
-        0, description="those of every so many steps stay for ever; 0: none"
+        0, description="checkpoints whose step is a multiple of this stay for ever; 0: none"
     )
     keep_best: bool = Field(False, description="the one with the lowest validation loss of its step stays")
     background: bool = Field(True, description="false: a step waits until its checkpoint is on disk")
     max_failed: PositiveInt = Field(3, description="saves in a row that may fail; the next one ends the run")
     copy_to: Annotated[str, Field(pattern=r"^(s3://[^/]+.*)?$")] = Field(
         "",
-        description="s3://BUCKET/PREFIX that has every checkpoint, too, and that a run without its folder goes on from",
+        description="s3://BUCKET/PREFIX for a copy of every checkpoint; a run that has lost its folder continues from it",
     )
 
 
 class Resume(Section):
-    """What a run goes on with from a checkpoint that was written with another run file."""
+    """How a run continues from a checkpoint of another run file."""
 
     allow: list[str] = Field([], description="keys that may differ although they decide the result, see changes.py")
 
@@ -37,36 +37,36 @@ class Resume(Section):
 
 
 class Health(Section):
-    """What a run does where its numbers go wrong; docs/health.md."""
+    """What a run does when its numbers are bad; docs/health.md."""
 
     on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="a loss or gradient that is not finite; skip: drop the step's update, count it and go on"
+        "stop", description="a loss or gradient that is not finite; skip: drop the step's update, count it and continue"
     )
     max_skipped: PositiveInt = Field(10, description="steps in a row that may be dropped; the next one stops the run")
     max_skipped_all: PositiveInt = Field(100, description="steps of the whole run that may be dropped")
     on_spike: Literal["alert", "rewind", "off"] = Field(
-        "alert", description="rewind: back to the last good checkpoint, and on with samples not yet read"
+        "alert", description="rewind: load the last good checkpoint, and continue with samples not yet read"
     )
     spike_factor: Annotated[float, Field(gt=1)] = Field(
         1.5, description="a spike is a loss/total above this many medians of the steps before it"
     )
     spike_window: Annotated[int, Field(ge=4)] = Field(
-        128, description="steps of that median; a spike is looked for once a quarter of them is there"
+        128, description="steps of that median; the check begins when a quarter of them was taken"
     )
-    max_rewinds: PositiveInt = Field(3, description="without a step past the spike; the next one stops the run")
+    max_rewinds: PositiveInt = Field(3, description="rewinds without a step past the spike; the next one stops the run")
     replicas_every: Annotated[int, Field(ge=0)] = Field(
-        0, description="steps after which ranks compare the bits that must be alike, as before each save; 0: never"
+        0, description="steps between comparisons of the bits that must be equal on all ranks; 0: only before each save"
     )
 
 
 class Limits(Section):
-    """What takes longer ends the run with a reason, for nobody watches a cluster at night."""
+    """Anything that takes longer ends the run with a reason, because a cluster often runs unwatched."""
 
     step_s: Seconds = Field(1800.0, description="a step, a batch of validation, a checkpoint")
     start_s: Seconds = Field(3600.0, description="start-up and a stage's first step, which compiles; at least step_s")
     silence_s: Annotated[Seconds, Field(ge=3)] = Field(
         20.0,
-        description="no sign of a rank: it is taken for dead, before DeepSpeed's launcher kills the others after 30 s",
+        description="a rank without a sign of life counts as dead; DeepSpeed's launcher kills the others after 30 s",
     )
 
     @property

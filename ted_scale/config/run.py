@@ -1,4 +1,4 @@
-"""A run: its sections, and what holds across them."""
+"""A run: its sections, and the rules across sections."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +17,7 @@ Method = Literal["ce", "kd", "lwd", "ted"]
 class Model(Section):
     path: str = Field(description="local folder or hub id of a causal LM with safetensors weights")
     init: Literal["weights", "random"] = Field(
-        "weights", description="random: the folder has a config.json alone; of a teacher only for measurements"
+        "weights", description="random: the folder needs only a config.json; for a teacher only in measurements"
     )
 
 

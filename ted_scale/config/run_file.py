@@ -1,9 +1,9 @@
-"""Run files read strictly and written back: one sentence for whatever is wrong, `--set section.key=value` on top."""
+"""Read run files strictly, with `--set section.key=value` on top, and write them; a mistake is one sentence."""
 
 import difflib
-import json
 from pathlib import Path
 
+import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from ted_scale.base.errors import UserError, shown
@@ -11,7 +11,7 @@ from ted_scale.base.parsing import parse_toml
 from ted_scale.config.run import Run
 
 REPLACED = {"data.mask_documents": "data.attention = 'document'"}
-# What other trainers call it.
+# What other trainers call a key.
 CALLED = {
     "learning_rate": "train.lr", "max_lr": "train.lr", "min_learning_rate": "train.min_lr", "max_steps": "train.steps",
     "batch_size": "train.micro_batch", "micro_batch_size": "train.micro_batch",
@@ -25,8 +25,8 @@ CALLED = {
 
 
 def load_run(path: str | Path, overrides: list[str] = ()) -> Run:
-    """Read a run file and put `section.key=value` strings on top; whatever is wrong is one UserError sentence, and names what
-    made it wrong."""
+    """Read a run file and put `section.key=value` strings on top. A mistake is one UserError sentence that names the file or
+    the --set that made it."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -42,7 +42,7 @@ def load_run(path: str | Path, overrides: list[str] = ()) -> Run:
 
 
 def put_together(path: str | Path, text: str, overrides: list[str]) -> Run | str:
-    """The run, or what is wrong with it."""
+    """The run, or a sentence about its first mistake."""
     try:
         values = parse_toml(text)
     except ValueError as error:
@@ -97,14 +97,14 @@ def sentence(error: ValidationError) -> str:
 
 
 def how_far_from_the_cause(fault) -> int:
-    """Of a union's faults, the ones of the branch that the user did not write come last."""
+    """A rank for sorting: of a union's faults, those of the branch that the user did not write come last."""
     other_branch = fault["type"] in ("model_type", "dict_type") or isinstance(fault["input"], dict)
     return {"extra_forbidden": 0, "missing": 1}.get(fault["type"], 3 if other_branch else 2)
 
 
 def where(location) -> tuple[list, type]:
-    """The known keys and indices on pydantic's way to a fault, which also names the choices of a union; and the last
-    section on it."""
+    """The keys and indices on pydantic's path to a fault, without the names of a union's branches; and the last section on
+    the path."""
     names, section = [], Run
     for part in location:
         field = keys_of(section).get(part)
@@ -115,7 +115,7 @@ def where(location) -> tuple[list, type]:
 
 
 def unknown_key(parent: str, key: str, section: type) -> str:
-    """What took its place, else close keys of the section itself, else a section that has this very key."""
+    """Suggest the key that replaced it, else a similar key of the section, else a section that has the key."""
     if (new := REPLACED.get(f"{parent}{key}")) is not None:
         return f"unknown key {parent}{key}; write {new} instead"
     close = [parent + k for k in difflib.get_close_matches(key, sorted(keys_of(section)), n=1)]
@@ -140,30 +140,5 @@ def annotation_parts(annotation) -> list:
 
 
 def to_toml(run: Run) -> str:
-    """The resolved run as TOML, readable by `load_run`; what is None stays unwritten, because TOML has no null."""
-    values = run.model_dump(by_alias=True, exclude_none=True)
-    lines: list[str] = []
-    write_table(lines, [], values)
-    return "\n".join(lines).lstrip("\n") + "\n"
-
-
-def write_table(lines: list[str], names: list[str], values: dict) -> None:
-    tables = {k: v for k, v in values.items() if isinstance(v, dict) and names == []}
-    arrays = {k: v for k, v in values.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
-    lines += [f"{k} = {toml_value(v)}" for k, v in values.items() if k not in tables and k not in arrays]
-    for key, table in tables.items():
-        lines += ["", f"[{key}]"]
-        write_table(lines, [*names, key], table)
-    for key, rows in arrays.items():
-        for row in rows:
-            lines += ["", f"[[{'.'.join([*names, key])}]]"]
-            write_table(lines, [*names, key], row)
-
-
-def toml_value(value) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(toml_value(v) for v in value) + "]"
-    # TOML's strings, numbers and booleans are written as JSON's; but it has no surrogates, and escapes DEL too.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    """The resolved run as TOML, readable by `load_run`. None is left out, because TOML has no null."""
+    return tomli_w.dumps(run.model_dump(by_alias=True, exclude_none=True))

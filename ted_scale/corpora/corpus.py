@@ -1,9 +1,8 @@
 """Corpora opened for reading: the shards of one corpus as one run of tokens, cut in a training and a held-out part.
 
-shards.py says what a sound shard is, stream.py asks for windows, chunks.py fetches what is in object storage. A part holds
-checked headers and nothing that is open, so that it can be sent to another process. Megatron's readers are opened when
-they are needed, OPEN_SHARDS at a time, and megatron is imported late, because that takes seconds. The surprise: a view
-of a shard that was closed is a crash and no exception, so whoever reads holds the shard and copies.
+shards.py checks shards, stream.py reads windows, chunks.py fetches what is in object storage. A part holds checked headers
+and nothing that is open; megatron.py opens shards when they are read. Note: reading a view of a closed shard crashes the
+process and raises nothing, so a reader holds its Shard and copies.
 """
 
 import hashlib
@@ -43,12 +42,12 @@ class Part(NamedTuple):
 
     @property
     def content(self) -> str:
-        """Tells these tokens from others, as far as indices and sizes do."""
+        """A digest that differs for other tokens, as far as indices and sizes differ."""
         made = [(i.tokens, i.files.bin_bytes, (i.sidecar or {}).get("idx_sha256")) for i in self.shards]
         return hashlib.sha256(repr((self.start, self.stop, made)).encode()).hexdigest()[:16]
 
     def _ranges(self, offset: int, count: int):
-        """(shard, its first token in the corpus, first and last+1 token in the shard) of each shard that is touched."""
+        """(shard, its first token in the corpus, first and last+1 token in the shard) of each shard in the range."""
         begin = self.start + offset
         end = begin + count
         for s in range(bisect_right(self.starts, begin) - 1, bisect_left(self.starts, end)):
@@ -56,7 +55,7 @@ class Part(NamedTuple):
             yield self.shards[s], base, max(begin - base, 0), min(end - base, self.shards[s].tokens)
 
     def ahead(self, offset: int, count: int) -> None:
-        """These tokens will be read soon; nothing to do for those on disk."""
+        """These tokens will be read soon: begin to fetch those in object storage."""
         for index, _, low, high in self._ranges(offset, count):
             if thing := index.files.remote_bin:
                 size = index.dtype.itemsize
@@ -96,7 +95,7 @@ def _joined(arrays: list[numpy.ndarray]) -> numpy.ndarray:
 
 
 def prefixes_of(path: str, stream) -> list[str]:
-    """The shards that a corpus's path means, by name."""
+    """The names of the shards that a corpus's path means."""
     return list(remote.listing(path, remote.opening_patience_s(stream))) if is_remote(path) else expand(path)
 
 
@@ -106,14 +105,14 @@ def read_shards(path: str, stream) -> list[ShardIndex]:
 
 
 def read_corpus(path: str, stream) -> list[ShardIndex]:
-    """The same, with no shard lost."""
+    """The same; a shard that its manifest lists and that is missing is refused."""
     indices = read_shards(path, stream)
     refuse_lost_shards(path, {index.prefix for index in indices}, stream)
     return indices
 
 
 def refuse_lost_shards(path: str, prefixes: set[str], stream) -> None:
-    """What a manifest lists is all there, unless one shard was asked for by its name."""
+    """Every shard that a manifest lists must be there, unless the path names a single shard."""
     if prefixes == {re.sub(r"\.(bin|idx)$", "", path)}:
         return
     for name, file in manifest_files(path, prefixes, stream).items():
@@ -139,7 +138,7 @@ def manifest_files(path: str, prefixes: Iterable[str], stream) -> dict[str, Path
 
 
 def open_part(number: int, corpus, vocab_size: int, training: bool, stream) -> Part:
-    """Corpus `number` of the run file, checked: the tokens to train on, or the held-out ones behind them."""
+    """Corpus `number` of the run file, checked: the tokens to train on, or the held-out tokens after them."""
     name = f"data.corpora[{number}] ({corpus.path})"
     indices = read_corpus(corpus.path, stream)
     for index in indices:
@@ -151,8 +150,8 @@ def open_part(number: int, corpus, vocab_size: int, training: bool, stream) -> P
 
 
 def _border(indices: list[ShardIndex], starts: tuple[int, ...], fraction: float) -> int:
-    """Where the held-out tokens begin: at the document start nearest to their share, or, where whole documents would take
-    more than twice that share, within a document. So what is cut was always held out by whole documents, too."""
+    """Where the held-out tokens begin: at the document start nearest to their share. Where whole documents would take more
+    than twice that share, a document is cut at exactly the share."""
     total = starts[-1]
     if not fraction:
         return total

@@ -1,10 +1,9 @@
-"""Texts in: documents out of plain text, JSON lines and parquet files, also .gz and .zst, in a fixed order. A .json file
-of JSON lines is read as such; other JSON and tables are refused, unless they are asked for as plain text.
+"""Read documents from plain text, JSON lines and parquet files, also .gz and .zst, in a fixed order. A .json file of JSON
+lines is read as such; other JSON and tables are refused, unless the user asks for them as plain text.
 
-What becomes of a document (tokens, a vocabulary) is the tools' business. Texts are not changed: no newline is
-translated, nothing is stripped but the line end that separates documents. A restart goes on behind a (file, line)
-without parsing what lies before. The surprise: an unreadable document goes to `on_error`, which raises it (the default)
-or counts it and returns.
+Tools make tokens or a vocabulary of the documents. Texts are not changed: no newline is translated, and only the line end
+that separates documents is stripped. A restart continues after a (file, line) without parsing what comes before. Note: an
+unreadable document goes to `on_error`, which raises it (the default) or counts it and returns.
 """
 
 import contextlib
@@ -80,10 +79,10 @@ def read_documents(
     on_error: Callable = stop,
     after: tuple[int, int] = (0, 0),
 ) -> Iterator[Document]:
-    """Every document behind `after`, a (file, line), in order; `document_per` is about plain text, auto means file. A table or
-    JSON is plain text only where `document_per` says so."""
+    """Every document after `after`, a (file, line), in order. `document_per` is for plain text, and auto means file. A table or
+    JSON is read as plain text only if `document_per` is not auto."""
     before, readers = 0, [_reader(path, text_key, document_per) for path in files]
-    if on_error is stop and _refused in readers:  # now, not after hours
+    if on_error is stop and _refused in readers:  # at once, not after hours of reading
         next(_refused(files[readers.index(_refused)], 0, stop))
     for number, path in enumerate(files):
         if number >= after[0]:
@@ -94,7 +93,7 @@ def read_documents(
 
 
 def _reader(path: Path, text_key: str, document_per: str) -> Callable:
-    """What reads (line, text, bytes so far) from a file of this kind, but for the first lines that are to be skipped."""
+    """The function that yields (line, text, bytes so far) of a file of this kind, after the lines to be skipped."""
     kind = _kind(path)
     if kind == ".parquet":
         return partial(_parquet, text_key)
@@ -106,7 +105,7 @@ def _reader(path: Path, text_key: str, document_per: str) -> Callable:
 
 
 def _begins_with_an_object(path: Path) -> bool:
-    """Whether the first line with anything in it is a JSON object by itself; one that is spread over lines is not."""
+    """Whether the first line that is not empty is a whole JSON object; an object over several lines is none."""
     for _, line, _ in _raw_lines(path, 0, lambda _: None):
         if line.strip():
             with contextlib.suppress(ValueError):
@@ -116,7 +115,7 @@ def _begins_with_an_object(path: Path) -> bool:
 
 
 def _refused(path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, str, int]]:
-    """Markup of a table or of JSON is no text to learn a language from, and a whole data set no document."""
+    """The markup of tables and JSON is no text to learn a language from, and a whole data set is no document."""
     lines = f"jq -c 'if type == \"array\" then .[] else . end' {path.name} > {path.stem}.jsonl"
     way = lines if _kind(path) == ".json" else "write it as .jsonl or .parquet"
     if not skip:
@@ -171,7 +170,7 @@ def _parquet(text_key: str, path: Path, skip: int, on_error: Callable) -> Iterat
                     yield row, text, size * row // file.metadata.num_rows
                 else:
                     on_error(_unreadable(path, row, f"a row with text in {text_key}", type(text).__name__))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # the last for names and texts that are no UTF-8
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names and texts that are not UTF-8
         on_error(_unreadable(path, None, "a whole parquet file", error))
 
 

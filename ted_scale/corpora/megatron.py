@@ -1,7 +1,7 @@
 """megatron-core's readers of a shard, opened when they are needed, OPEN_SHARDS at a time.
 
-megatron is imported late, because that takes seconds. A view of a shard that was closed is a crash and no exception, so
-whoever reads holds the Shard and copies.
+megatron is imported late, because that takes seconds. Reading a view of a closed shard crashes the process and raises
+nothing, so a reader holds its Shard and copies.
 """
 
 import atexit
@@ -39,17 +39,17 @@ def mapped(files: Files) -> Mapped:
     return Mapped(dataset.index, dataset.bin_reader)
 
 
-atexit.register(mapped.cache_clear)  # multi-storage-client's files complain of being closed any later
+atexit.register(mapped.cache_clear)  # later, multi-storage-client's files raise when they are closed
 
 
 class Shard:
-    """One shard while it is read: holding it keeps its mappings."""
+    """One shard while it is read. Holding it keeps its mappings open."""
 
     def __init__(self, index: ShardIndex):
         self.index, (self.borders, self.tokens) = index, mapped(index.files)
 
     def document_start(self, document: int) -> int:
-        """First token of a document; the number of tokens for the one behind the last."""
+        """First token of a document; for the document after the last one, the number of tokens."""
         sequence = int(self.borders.document_indices[document])
         if sequence == self.index.sequences:
             return self.index.tokens
@@ -65,7 +65,7 @@ class Shard:
         borders, pointers = self.borders.document_indices, self.borders.sequence_pointers
         sequences, itemsize = self.index.sequences, self.index.dtype.itemsize
 
-        def pointer(document: int):  # document_start in bytes with nothing looked up twice: every window asks
+        def pointer(document: int):  # document_start in bytes, looking nothing up twice, because every window calls it
             sequence = borders[document]
             return pointers[sequence] if sequence < sequences else self.index.tokens * itemsize
 
@@ -91,14 +91,14 @@ def megatron_indexed():
     """megatron's module of reader and writer, imported late: it takes seconds."""
     with without_noise():
         from megatron.core.datasets import indexed_dataset
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # it has a word on every shard
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # it logs something about every shard
     warnings.filterwarnings("ignore", "Could not determine rank")
     return indexed_dataset
 
 
 @contextlib.contextmanager
 def without_noise():
-    """megatron warns of packages that nothing here needs. What is silenced is the process's, so one thread at a time."""
+    """megatron warns about packages that are not needed here. Logging is silenced for the process: one thread at a time."""
     with QUIET:
         before = logging.root.manager.disable
         logging.disable(logging.WARNING)

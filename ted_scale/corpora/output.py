@@ -1,8 +1,8 @@
-"""An output in the making: the hidden folder .NAME.unfinished beside it, until its shards and manifest are published.
+"""An unfinished output: the hidden folder .NAME.unfinished beside it, until its shards and manifest are published.
 
-writer.py fills it. The manifest says what is true of the whole output: its job (tokenizer, options, source files),
-totals, and a digest of every shard's sidecar, which owns what is true of the shard. The surprise: a staged manifest
-means that renaming has begun, and a restart then only goes on renaming.
+writer.py fills it. The manifest describes the whole output: its job (tokenizer, options, source files), totals, and a digest
+of every shard's sidecar; the sidecar describes the shard. Note: a manifest in the folder means that renaming has begun, and
+a restart then only continues to rename.
 """
 
 import fcntl
@@ -11,19 +11,20 @@ import re
 import shutil
 from pathlib import Path
 
+from ted_scale.base.durable import sync, write_durably
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import fits, parse_json
 from ted_scale.base.paths import checked_name, inside
-from ted_scale.corpora.shards import unfinished
-from ted_scale.corpora.writer import as_text, finished_shards, part, sync, write_whole
+from ted_scale.corpora.shards import OUTPUT_MANIFEST, unfinished
+from ted_scale.corpora.writer import as_text, finished_shards, part
 
 TOTALS = ("documents", "tokens")
-MANIFEST = {"shards": list, "sources": list, "documents": int, "tokens": int, "empty": int, "skipped": int}
-ROWS = {"shards": {"name": str, "sidecar_sha256": str}, "sources": {"path": str, "bytes": int}}
+MANIFEST_KEYS = {"shards": list, "sources": list, "documents": int, "tokens": int, "empty": int, "skipped": int}
+ROW_KEYS = {"shards": {"name": str, "sidecar_sha256": str}, "sources": {"path": str, "bytes": int}}
 
 
 def claim(out: Path):
-    """The staging folder, locked: the lock is the open file, and ends with the process."""
+    """Lock the unfinished folder. The lock is the open file, and ends with the process."""
     if out.is_dir() or out.name.endswith((".bin", ".idx")):
         raise UserError(
             f"--out must be a prefix like FOLDER/NAME without ending, but is {out}; add or shorten the name"
@@ -42,7 +43,7 @@ def claim(out: Path):
 
 
 def begin(out: Path, job: dict, overwrite: bool) -> list[dict]:
-    """The sidecars of the shards that stand; the same job goes on behind them, another one begins anew on demand."""
+    """The sidecars of the finished shards. The same job continues after them; with --overwrite another job starts over."""
     folder = unfinished(out)
     finished, publishing = finished_shards(folder), bool(staged_manifest(out))
     if not (overwrite or publishing) and any(path.suffix == ".idx" for path in existing(out)):
@@ -64,12 +65,12 @@ def begin(out: Path, job: dict, overwrite: bool) -> list[dict]:
     if changes:
         clear(folder)
         finished = []
-    write_whole(folder / "job.json", as_text(job))
+    write_durably(folder / "job.json", as_text(job))
     return finished
 
 
 def changed(begun: dict, job: dict) -> list[str]:
-    """What of a job differs, as the command line calls it. Skipping what cannot be read may begin where a run stopped."""
+    """What of a job differs, by its flags. --on-error skip may be added, because a run may have stopped at an error."""
     flags = {f"--{key.replace('_', '-')}": value for key, value in begun.get("options", {}).items()}
     wanted = {f"--{key.replace('_', '-')}": value for key, value in job["options"].items()}
     if wanted.get("--on-error") == "skip":
@@ -80,29 +81,29 @@ def changed(begun: dict, job: dict) -> list[str]:
 
 
 def clear(folder: Path) -> None:
-    """The job goes first: what stands there without one is rubbish, should this be killed half-way."""
+    """The job goes first: if this is killed half-way, files without a job are deleted by the next start."""
     for path in [folder / "job.json", *folder.iterdir()]:
         if path.name != "lock":
             path.unlink(missing_ok=True)
 
 
 def leave(out: Path) -> None:
-    """After a run that failed: what is finished stays for the next one, and nothing else does."""
+    """After a run that failed: remove the folder, unless it has finished shards, which the next run uses."""
     folder = unfinished(out)
     if folder.exists() and not finished_shards(folder) and not staged_manifest(out):
         shutil.rmtree(folder)
 
 
 def staged_manifest(out: Path) -> dict:
-    """The manifest of a run that began to publish and did not come to its end; nothing otherwise."""
+    """The manifest of a run that began to publish and did not finish; {} if there is none."""
     return read_manifest(unfinished(out) / "manifest.json")
 
 
 def publish(out: Path, manifest: dict) -> None:
-    """Everything to its name: an older output goes first, every .bin comes before any .idx, the manifest last."""
+    """Rename all files to their names: an older output goes first, every .bin comes before any .idx, the manifest last."""
     folder = unfinished(out)
     if not staged_manifest(out):
-        write_whole(folder / "manifest.json", as_text(manifest))
+        write_durably(folder / "manifest.json", as_text(manifest))
     moves = {
         inside(out.parent, shard["name"] + ending, folder / "manifest.json"): part(folder, number, ending)
         for ending in (".bin", ".json", ".idx")
@@ -137,18 +138,18 @@ def describe(name: str, job: dict, sidecars: list[dict], left_out: dict) -> dict
 
 
 def sealed(manifest: dict) -> dict:
-    """The manifest with a digest of all the rest of it, so that an edited one is known."""
+    """The manifest with a digest of its content, so that an edited one is detected."""
     rest = {key: value for key, value in manifest.items() if key != "digest"}
     return {**rest, "digest": hashlib.sha256(as_text(rest).encode()).hexdigest()}
 
 
 def manifest_path(out: str | Path) -> Path:
-    return Path(f"{out}.manifest.json")
+    return Path(f"{out}{OUTPUT_MANIFEST}")
 
 
 def read_manifest(path: Path, called: str = "") -> dict:
-    """The manifest of a published output, whole; nothing where there is none, as for shards of other tools. A copy of a
-    remote one is `called` by its own name."""
+    """The manifest of a published output, checked; {} where there is none, as for shards of other tools. Sentences use
+    `called` for the copy of a remote one."""
     try:
         manifest = read_json(path)
         sound = not path.exists() or sealed(manifest) == manifest
@@ -159,7 +160,8 @@ def read_manifest(path: Path, called: str = "") -> dict:
             f"{called or path} must be as it was written, but its digest is another; copy it again, or delete it"
         )
     if manifest and not (
-        fits(manifest, MANIFEST) and all(fits(row, form) for key, form in ROWS.items() for row in manifest[key])
+        fits(manifest, MANIFEST_KEYS)
+        and all(fits(row, keys) for key, keys in ROW_KEYS.items() for row in manifest[key])
     ):
         raise UserError(f"{called or path} must describe an output, but does not; copy it again, or delete it")
     for shard in manifest.get("shards", ()):
@@ -175,7 +177,7 @@ def read_job(path: Path) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """What the file holds; nothing where there is none."""
+    """What the file holds; {} where there is no file."""
     return parse_json(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 

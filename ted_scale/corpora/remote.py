@@ -1,8 +1,8 @@
 """Shards in object storage: found by listing, their .idx and sidecars kept on local disk.
 
 shards.py checks them as it checks local ones. The first process of a node fetches what is missing, under a lock, and the
-others find it. The surprise: a copy's name holds the version of its object and the digest it was checked against, so
-that one that is there is right, and an object that changed is fetched anew; nothing is ever overwritten.
+others find it. Note: a copy's name holds the version of its object and the digest that it was checked against. So a copy
+that exists is right, an object that changed is fetched again, and nothing is overwritten.
 """
 
 import contextlib
@@ -14,10 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ted_scale.base.durable import PART, write_file
 from ted_scale.base.errors import UserError
 from ted_scale.base.paths import checked_name, own_folder
 from ted_scale.corpora import shards
-from ted_scale.corpora.shards import Files, ShardIndex
+from ted_scale.corpora.shards import OUTPUT_MANIFEST, Files, ShardIndex
 from ted_scale.storage import objects
 from ted_scale.storage.objects import Object
 
@@ -25,7 +26,6 @@ log = logging.getLogger("ted_scale")
 PARALLEL = 32
 PIECE = 8 << 20  # of an index, a request
 ENDINGS = (".bin", ".idx", ".json")
-MANIFEST = ".manifest.json"
 
 
 class Wanted(NamedTuple):
@@ -45,8 +45,8 @@ class Wanted(NamedTuple):
 
 @lru_cache(maxsize=64)
 def listing(path: str, patience_s: float) -> dict[str, dict[str, Object]]:
-    """The shards that a path means, as shards.expand has them on disk, each with its files by ending. A process lists a
-    path once: what comes into a folder during a run is for the next one."""
+    """The shards that a path means, as shards.expand finds them on disk, each with its files by ending. A process lists a path
+    once: files that are added during a run are for the next run."""
     objects.check_package(path)
     path = path.rstrip("/")
     for ending in (".bin", ".idx"):
@@ -77,9 +77,9 @@ def in_folder(folder: str, start: str, patience_s: float) -> dict[str, dict[str,
 
 
 def manifested(prefix: str, found: dict[str, dict[str, Object]]) -> dict[str, Object]:
-    """The files of a shard, and the manifest of the output that it is of."""
+    """The files of a shard, with the manifest of its output."""
     manifest = found.get(shards.SHARD_NUMBER.sub("", prefix) + ".manifest", {})
-    return found[prefix] | ({MANIFEST: manifest[".json"]} if ".json" in manifest else {})
+    return found[prefix] | ({OUTPUT_MANIFEST: manifest[".json"]} if ".json" in manifest else {})
 
 
 def opening_patience_s(settings) -> float:
@@ -107,13 +107,15 @@ def manifests(path: str, settings) -> dict[str, Path]:
     """Local copies of the manifests of the outputs that a path means, by output."""
     found = listing(path, opening_patience_s(settings))
     wanted = {
-        shards.SHARD_NUMBER.sub("", p): Wanted(files[MANIFEST]) for p, files in found.items() if MANIFEST in files
+        shards.SHARD_NUMBER.sub("", p): Wanted(files[OUTPUT_MANIFEST])
+        for p, files in found.items()
+        if OUTPUT_MANIFEST in files
     }
     return fetched(wanted, path, settings)
 
 
 def fetched(wanted: dict[str, Wanted], path: str, settings) -> dict[str, Path]:
-    """Local copies of files, by the same keys; what is missing is fetched by the first process that comes."""
+    """Local copies of files, by the same keys. The first process fetches what is missing."""
     paths = {key: want.path(settings) for key, want in wanted.items()}
 
     def absent() -> list[str]:
@@ -155,7 +157,7 @@ def fetch(missing: list[tuple[Wanted, Path]], path: str, patience_s: float) -> N
     log.info(f"corpus {path}: fetching {len(missing):,} indices and sidecars, {size / 2**20:,.1f} MiB")
     for folder in {copy.parent for _, copy in missing}:
         folder.mkdir(exist_ok=True)
-        for left in folder.glob("*.part"):  # of a process that was killed: the lock is ours now
+        for left in folder.glob(f"*{PART}"):  # of a process that was killed: we hold the lock
             left.unlink()
     with ThreadPoolExecutor(min(PARALLEL, len(missing))) as pool:
         tasks = [pool.submit(fetch_one, want, copy, patience_s) for want, copy in missing]
@@ -167,14 +169,11 @@ def fetch(missing: list[tuple[Wanted, Path]], path: str, patience_s: float) -> N
 
 
 def fetch_one(want: Wanted, copy: Path, patience_s: float) -> None:
-    """There whole and as recorded, or not at all."""
-    thing, digest, staged = want.thing, hashlib.sha256(), copy.with_name(copy.name + ".part")
-    with staged.open("wb") as file:
-        for start in range(0, thing.size, PIECE):
-            stop = min(start + PIECE, thing.size)
-            piece = objects.read(thing, start, stop, f"corpus file {thing.url} must be readable", patience_s)
-            digest.update(piece)
-            file.write(piece)
+    """The copy is there whole and as recorded, or not at all. A lost rename costs another fetch, so the folder is not synced."""
+    thing, staged, what = want.thing, copy.with_name(copy.name + PART), f"corpus file {want.thing.url} must be readable"
+    starts = range(0, thing.size, PIECE)
+    pieces = (objects.read(thing, start, min(start + PIECE, thing.size), what, patience_s) for start in starts)
+    found = write_file(staged, pieces)
     if want.sha256:
-        shards.check_digest(thing.url, digest.hexdigest(), want.sha256)
+        shards.check_digest(thing.url, found.sha256, want.sha256)
     staged.rename(copy)

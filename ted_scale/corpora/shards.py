@@ -1,8 +1,8 @@
 """What a corpus is on disk: Megatron .bin/.idx pairs, and the sidecar .json that tools/tokenize_corpus.py adds.
 
 Everything is checked from headers and file sizes, in constant time per shard and without torch or megatron, so that a
-dry run can do it. remote.py finds the same files in object storage, corpus.py reads tokens. The surprise: the
-.idx counts one document more than there are, because it stores borders.
+dry run can do it. remote.py finds the same files in object storage, corpus.py reads tokens. Note: the .idx counts one
+document more than there are, because it stores borders.
 """
 
 import hashlib
@@ -22,7 +22,8 @@ from ted_scale.storage.objects import Object
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
-DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+TOKEN_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}  # by code
+OUTPUT_MANIFEST = ".manifest.json"  # ends the name of what describes all shards of an output
 SIDECAR = {"max_token_id": int, "tokens": int}
 SIGNED = {"bin_bytes": int, "bin_sha256": str, "idx_sha256": str, "documents": int, "read": dict} | {
     "tokenizer": str, "tokenizer_digest": str, "vocab_size": int, "eod_id": int
@@ -36,14 +37,14 @@ SMALL_INDEX = (
 
 
 class Files(NamedTuple):
-    """Where the files of the shard called `prefix` are: a .bin may be in object storage, the others are on local disk."""
+    """The files of the shard called `prefix`: its .bin may be in object storage, the others are on local disk."""
 
     prefix: str
     idx: Path
     sidecar: Path | None
     bin_bytes: int
     remote_bin: Object | None = None
-    stamp: tuple = ()  # tells files from others that had their names before; names of fetched ones do so themselves
+    stamp: tuple = ()  # differs for files that replaced others of the same names; fetched copies have a version in their names
 
 
 class ShardIndex(NamedTuple):
@@ -74,7 +75,7 @@ def expand(path: str | os.PathLike) -> list[str]:
 
 
 def unfinished(prefix: str | os.PathLike) -> Path:
-    """Where the shards of this output stand until all are there; nothing in it has a name that loads."""
+    """The folder of an output's shards until all are there. Nothing in it has a name that a corpus path could mean."""
     return Path(prefix).with_name(f".{Path(prefix).name}.unfinished")
 
 
@@ -107,7 +108,7 @@ def read_index(prefix: str | os.PathLike) -> ShardIndex:
 def _status(path: Path) -> os.stat_result | None:
     try:
         status = path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last one of a name that no file can have
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
         return None
     return status if stat.S_ISREG(status.st_mode) else None
 
@@ -118,8 +119,8 @@ def missing(path: str) -> UserError:
 
 @lru_cache(maxsize=1 << 16)
 def check(files: Files) -> ShardIndex:
-    """A shard as its header, sizes and sidecar say, which must agree. Read once a process: plan, stages and every
-    validation ask again."""
+    """A shard as its header, sizes and sidecar describe it; they must agree. Cached, because plan, stages and every
+    validation call it again."""
     idx = files.prefix + ".idx"
     with files_at(idx), files.idx.open("rb") as file:
         dtype, sequences, borders = _header(idx, file.read(HEADER.size))
@@ -146,9 +147,9 @@ def _header(idx: str, head: bytes) -> tuple[numpy.dtype, int, int]:
         raise UserError(
             f"corpus file {idx} must be a Megatron index of version 1, but is version {version}; {TOKENIZE}"
         )
-    if code not in DTYPES:
+    if code not in TOKEN_TYPES:
         raise UserError(f"corpus file {idx} must hold integer tokens, but has dtype code {code}; {TOKENIZE}")
-    return numpy.dtype(DTYPES[code]), sequences, borders
+    return numpy.dtype(TOKEN_TYPES[code]), sequences, borders
 
 
 def _tokens(idx: str, file, dtype: numpy.dtype, sequences: int) -> int:
@@ -192,7 +193,7 @@ def _sidecar(files: Files, tokens: int) -> dict | None:
 
 
 def read_sidecar(path: Path, called: str) -> dict:
-    """What a sidecar holds; a copy of a remote one is `called` by its own name."""
+    """What a sidecar holds. Sentences use `called` for the copy of a remote one."""
     try:
         sidecar = parse_json(path.read_bytes()) if path.stat().st_size <= LARGEST_SIDECAR else None
     except (ValueError, OSError):
@@ -203,7 +204,7 @@ def read_sidecar(path: Path, called: str) -> dict:
 
 
 def check_recorded(files: Files, sidecar: dict, largest_index: float = float("inf")) -> None:
-    """The files are those that the sidecar was written for: the .bin's size, and the digest of an .idx up to a size."""
+    """The files must be those of the sidecar: by the .bin's size, and the digest of an .idx that is not too large."""
     size, prefix = files.bin_bytes, files.prefix
     if sidecar.get("bin_bytes", size) != size:
         raise UserError(
@@ -224,7 +225,7 @@ def check_digest(path: str, found: str, recorded: str) -> None:
 
 
 def document_borders(index: ShardIndex) -> numpy.ndarray:
-    """Where documents begin, in tokens, and behind the last one where it ends."""
+    """Where documents begin, in tokens, and at the end where the last one ends."""
     lengths = numpy.fromfile(index.files.idx, "<i4", index.sequences, offset=HEADER.size)
     borders = numpy.fromfile(index.files.idx, "<i8", index.documents + 1, offset=HEADER.size + 12 * index.sequences)
     ends = numpy.concatenate([[0], numpy.cumsum(lengths, dtype=numpy.int64)])
@@ -239,7 +240,7 @@ def out_of_order(idx: str) -> UserError:
 
 
 def tokenizer_of(what: str, indices: list[ShardIndex]) -> tuple[str, str] | None:
-    """(shard, digest) of the one tokenizer that signed shards are written with; `what` names them where there are two."""
+    """(shard, digest) of the tokenizer of all shards that record one. It must be the same; `what` begins the sentence."""
     signed = [(i.prefix, i.sidecar["tokenizer_digest"]) for i in indices if "tokenizer_digest" in (i.sidecar or {})]
     for prefix, digest in signed:
         if digest != signed[0][1]:
@@ -251,14 +252,14 @@ def tokenizer_of(what: str, indices: list[ShardIndex]) -> tuple[str, str] | None
 
 
 def check_vocabulary(index: ShardIndex, vocab_size: int) -> None:
-    """Refuse a shard whose sidecar names an id outside the vocabulary; without sidecar the loader finds it later."""
+    """Refuse a shard whose sidecar records an id outside the vocabulary. Without a sidecar the loader finds it later."""
     largest = index.sidecar["max_token_id"] if index.sidecar else -1
     if largest >= vocab_size:
         raise out_of_vocabulary(index.prefix, largest, vocab_size)
 
 
 def out_of_vocabulary(prefix: str, token: int, vocab_size: int) -> UserError:
-    """The one sentence for a token the model has no row for, whoever meets it."""
+    """The sentence for a token that the model has no row for, wherever it is found."""
     return UserError(
         f"corpus shard {prefix} must hold token ids in 0..{vocab_size - 1} (vocabulary size {vocab_size}), "
         f"but holds {token}; tokenize it with the model's own tokenizer"

@@ -1,7 +1,7 @@
-"""One face for both kinds of tokenizer that a corpus is written with: sentencepiece models and Hugging Face ones.
+"""One interface for both kinds of tokenizer that a corpus is written with: sentencepiece and Hugging Face.
 
-Training one is tools/train_tokenizer.py's part. The surprise: a special token spelled out in a text stays text, in both
-kinds, unless asked otherwise; a web page that says </s> must not end a document. No tokenizer brings code
+tools/train_tokenizer.py trains one. Note: a special token that is spelled out in a text stays text in both kinds, unless
+the user asks otherwise, because a web page that contains </s> must not end a document. No code of a tokenizer is run
 (docs/security.md).
 """
 
@@ -20,13 +20,15 @@ NO_EOD = "must have an end-of-sequence token to end documents with, but has none
 
 
 class Tokenizer(NamedTuple):
-    """What both kinds of tokenizer come down to; `pieces` is the vocabulary by id."""
+    """What both kinds have in common; `pieces` is the vocabulary by id."""
 
-    encode: object  # list of texts -> list of lists of ids; pickles without transformers, so a worker starts at once
+    encode: (
+        object  # list of texts -> list of lists of ids; pickles without transformers, so that a worker starts quickly
+    )
     decode: object  # list of ids -> text
     pieces: list[str]
     eod: int
-    content: str  # sha256 of merges and rules too, where digest() is of the vocabulary alone
+    content: str  # sha256 that includes merges and rules; digest() is of the vocabulary alone
 
 
 def load_tokenizer(path: str, parse_special: bool = False) -> Tokenizer:
@@ -42,7 +44,7 @@ def _sentencepiece(path: str) -> Tokenizer:
     try:
         model = SentencePieceProcessor(model_file=str(path))
         pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
-    except (OSError, RuntimeError, ValueError):  # the last for pieces that are no text
+    except (OSError, RuntimeError, ValueError):  # ValueError: pieces that are not text
         raise UserError(
             f"--tokenizer {path} must be a sentencepiece model, but does not load; check the file"
         ) from None
@@ -50,7 +52,7 @@ def _sentencepiece(path: str) -> Tokenizer:
         raise UserError(f"--tokenizer {path} {NO_EOD}")
     content = _sha256(model.serialized_model_proto())
     return Tokenizer(
-        partial(model.encode, num_threads=1), partial(_said, model.decode), pieces, model.eos_id(), content
+        partial(model.encode, num_threads=1), partial(_checked, model.decode), pieces, model.eos_id(), content
     )
 
 
@@ -61,13 +63,13 @@ def _hugging_face(path: str, parse_special: bool) -> Tokenizer:
         raise UserError(f"--tokenizer {path} {NO_EOD}")
     size = max([len(model), *(i + 1 for i in vocabulary.values())])
     encode, content = (_fast if model.is_fast else _slow)(model, parse_special)
-    decode = partial(_said, model.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    decode = partial(_checked, model.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return Tokenizer(encode, decode, model.convert_ids_to_tokens(range(size)), model.eos_token_id, content)
 
 
 def hugging_face(path, must: str, out: str = "check its files"):
-    """(tokenizer of a folder or name, its vocabulary), of transformers' own classes alone; `must` begins the sentence where
-    there is none, `out` ends it."""
+    """(tokenizer of a folder or name, its vocabulary). Only classes of transformers itself are allowed. `must` begins the
+    sentence if it does not load, `out` ends it."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -78,7 +80,7 @@ def hugging_face(path, must: str, out: str = "check its files"):
         ids = [*vocabulary.values(), *(i for i in model.all_special_ids if i is not None)]
         if max(ids, default=0) >= MOST_PIECES:
             raise ValueError(f"its ids reach beyond {MOST_PIECES:,}")
-    except BaseException as error:  # whatever the folder's content makes it raise; what panics in Rust is no Exception
+    except BaseException as error:  # the folder's content may raise anything; a panic in Rust is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
@@ -89,7 +91,7 @@ def hugging_face(path, must: str, out: str = "check its files"):
 
 
 def check_class(transformers, path) -> None:
-    """transformers takes any class of its own by the name that stands here, models and loaders of code too."""
+    """transformers would use any of its classes that the file names, also models and loaders of code."""
     for file in ("tokenizer_config.json", "config.json"):
         found = transformers.utils.cached_file(path, file, _raise_exceptions_for_missing_entries=False)
         values = parse_json(Path(found).read_bytes()) if found else {}
@@ -100,7 +102,7 @@ def check_class(transformers, path) -> None:
 
 
 def is_tokenizer(transformers, kind) -> bool:
-    """Or what stands for one whose package is not installed, and says so."""
+    """A tokenizer, or a placeholder for one whose package is not installed, which raises with that reason."""
     base = transformers.PreTrainedTokenizerBase
     return isinstance(kind, type) and (issubclass(kind, base) or ".dummy_" in kind.__module__)
 
@@ -115,7 +117,7 @@ def _fast(model, parse_special: bool) -> tuple:
 
 def _encode_fast(backend, parse_special: bool, texts: list[str]) -> list[list[int]]:
     backend.encode_special_tokens = not parse_special  # set here, because a pickled backend forgets it
-    return [e.ids for e in _said(backend.encode_batch_fast, texts, add_special_tokens=False)]
+    return [e.ids for e in _checked(backend.encode_batch_fast, texts, add_special_tokens=False)]
 
 
 def _slow(model, parse_special: bool) -> tuple:
@@ -125,11 +127,11 @@ def _slow(model, parse_special: bool) -> tuple:
 
 def _encode_slow(model, parse_special: bool, texts: list[str]) -> list[list[int]]:
     options = {"add_special_tokens": False, "split_special_tokens": not parse_special, "verbose": False}
-    return _said(model, texts, **options)["input_ids"]
+    return _checked(model, texts, **options)["input_ids"]
 
 
-def _said(action, *arguments, **named):
-    """Some only find out at a text what they cannot do, like one without the token for what it does not hold."""
+def _checked(action, *arguments, **named):
+    """Some tokenizers fail only at a certain text, like one without a token for unknown characters."""
     try:
         return action(*arguments, **named)
     except Exception as error:
@@ -139,7 +141,7 @@ def _said(action, *arguments, **named):
 
 
 def digest(tokenizer: Tokenizer) -> str:
-    """The same for every form of one vocabulary: which token has which id, and which ends a document."""
+    """The same for every file format of one vocabulary: which token has which id, and which ends a document."""
     return _sha256(json.dumps([tokenizer.pieces, tokenizer.eod]).encode())
 
 

@@ -1,20 +1,20 @@
-"""Shards out: encoded documents to .bin and .idx in megatron's format, and a sidecar that says what a reader may expect.
+"""Write shards: encoded documents as .bin and .idx in megatron's format, and a sidecar that describes them.
 
-Files end in .part until output.py publishes them; what a reader accepts is shards.py's. The surprise: the sidecar is
-written last and at once, so a shard that has one is finished, and it says where the inputs stood: a restart begins there.
+Files end in .part until output.py publishes them; shards.py checks what is read. Note: the sidecar is written last, and
+durably. So a shard with a sidecar is finished, and the sidecar records the position in the inputs at which a restart begins.
 """
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 
+from ted_scale.base.durable import sync, write_durably
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import fits
-from ted_scale.corpora.shards import DTYPES, HEADER, MAGIC, read_sidecar
+from ted_scale.corpora.shards import HEADER, MAGIC, TOKEN_TYPES, read_sidecar
 
 
 class Encoded(NamedTuple):
@@ -25,7 +25,7 @@ class Encoded(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """What of the inputs was read when a document was done: file and line, empty and unreadable ones up to it."""
+    """What of the inputs was read up to a document: file and line, and how many documents were empty or unreadable."""
 
     file: int = 0
     line: int = 0
@@ -57,7 +57,7 @@ def finished_shards(folder: Path) -> list[dict]:
 
 
 class Writer:
-    """Shards behind the `finished` ones; a document that would make one larger than `shard_tokens` begins the next."""
+    """Writes shards after the `finished` ones. A document that would make one larger than `shard_tokens` begins the next."""
 
     def __init__(self, folder: Path, about: dict, shard_tokens: int, finished: list[dict]):
         self.folder, self.about, self.shard_tokens = folder, about, shard_tokens
@@ -76,7 +76,7 @@ class Writer:
         while first < len(ends):
             stop = int(numpy.searchsorted(ends, begin + self.shard_tokens - self.tokens, side="right"))
             if not self.tokens:
-                stop = max(stop, first + 1)  # a document beyond the bound gets a shard of its own
+                stop = max(stop, first + 1)  # a document above the bound gets a shard of its own
             if stop > first:
                 self._append(encoded.ids[begin : ends[stop - 1]], encoded.lengths[first:stop], marks[stop - 1])
                 first, begin = stop, int(ends[stop - 1])
@@ -109,14 +109,14 @@ class Writer:
             "idx_sha256": hashlib.sha256(index).hexdigest(),
             "read": self.mark._asdict(),
         }
-        write_whole(part(self.folder, number, ".json"), as_text(sidecar))
+        write_durably(part(self.folder, number, ".json"), as_text(sidecar))
         self.sidecars.append(sidecar)
         self._new_shard()
 
 
 def index_bytes(lengths: numpy.ndarray, dtype: numpy.dtype) -> bytes:
     """The .idx of documents of one sequence each: lengths, where they begin in the .bin, and document borders."""
-    code = next(code for code, name in DTYPES.items() if name == dtype.name)
+    code = next(code for code, name in TOKEN_TYPES.items() if name == dtype.name)
     header = HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1)
     pointers = (numpy.cumsum(lengths, dtype=numpy.int64) - lengths) * dtype.itemsize
     return b"".join((header, lengths.data, pointers.data, numpy.arange(len(lengths) + 1, dtype=numpy.int64).data))
@@ -124,18 +124,3 @@ def index_bytes(lengths: numpy.ndarray, dtype: numpy.dtype) -> bytes:
 
 def as_text(content: dict) -> str:
     return json.dumps(content, indent=1) + "\n"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file is there with all of its text or not at all, whenever the machine stops."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.rename(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

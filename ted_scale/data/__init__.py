@@ -1,1 +1,1 @@
-"""Which tokens a step reads: order and blend of corpora, windows by position, documents kept apart, batches read ahead."""
+"""What a step reads: the order and blend of corpora, windows by position, separate documents, batches read ahead."""

@@ -1,19 +1,23 @@
-"""Where a run stands in each corpus of its blend, and how it goes on when the blend or seq_len changes.
+"""The position of a run in each corpus of its blend, and how it continues when the blend or seq_len changes.
 
-An interval is a stretch of samples with one set of shares and one seq_len; its cursors say where each corpus stood when
-it began. Everything later follows from them and a position, so this is all that a checkpoint keeps of the data. The
-surprise: a corpus's epoch is cut in units of the seq_len that it began with. Under another seq_len its windows are put
-together from such units until the epoch ends, so that no token of it comes twice or never.
+An interval is a stretch of samples with one set of shares and one seq_len. Its cursors are the positions in the corpora at
+its start. All later positions follow from them, so an interval is all that a checkpoint keeps of the data. Note: an epoch
+of a corpus is cut in units of the seq_len at its beginning. After a change of seq_len, windows are put together from such
+units until the epoch ends, so that every token of it is read exactly once.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
+
+from ted_scale.config.types import Count, PositiveInt
 from ted_scale.data import order
 
 
 class Cursor(NamedTuple):
-    """`token` tokens of an epoch that was cut in units of `unit` tokens were read; `seen` are those of all epochs."""
+    """Of an epoch that is cut in units of `unit` tokens, `token` tokens were read; of all epochs, `seen` tokens."""
 
     epoch: int
     unit: int
@@ -22,7 +26,7 @@ class Cursor(NamedTuple):
 
 
 class Domain(NamedTuple):
-    """What an interval needs to know of a corpus; `content` tells its shards and their order from others."""
+    """What an interval needs of a corpus; `content` is a digest of its shards and their order."""
 
     name: str
     tokens: int
@@ -47,13 +51,13 @@ class Interval(NamedTuple):
         return which, self.ahead(which, index)
 
     def cursors_at(self, position: int) -> tuple[Cursor, ...]:
-        """Where every domain stands before the sample at `position`."""
+        """The cursor of every domain before the sample at `position`."""
         counts = order.taken(position - self.start, self.shares, self.key)
         return tuple(self.ahead(which, count) for which, count in enumerate(counts))
 
     def ahead(self, which: int, samples: int) -> Cursor:
         """A domain's cursor after some of its samples. The last window of an epoch cut for another seq_len may be short."""
-        if not samples:  # of a corpus that left there may not even be a window
+        if not samples:  # a corpus that left may be smaller than a window
             return self.cursors[which]
         cursor, tokens = self.cursors[which], self.domains[which].tokens
         left = order.units(tokens, cursor.unit) * cursor.unit - cursor.token
@@ -66,7 +70,7 @@ class Interval(NamedTuple):
         return Cursor(cursor.epoch + 1 + epochs, self.seq_len, index * self.seq_len, seen)
 
     def pieces(self, which: int, cursor: Cursor) -> Iterator[tuple[int, int]]:
-        """(first token, tokens) in the domain of what makes up the window at a cursor: one piece, or several units'."""
+        """(first token, tokens) in the domain of each piece of the window at a cursor: one, or several from different units."""
         domain = self.domains[which]
         cut = order.cut(domain.tokens, cursor.unit, order.name_key(self.seed, domain.name), cursor.epoch)
         token, end = cursor.token, min(cursor.token + self.seq_len, cut.tokens)
@@ -83,7 +87,7 @@ def begin(domains: list[Domain], shares: tuple[int, ...], seq_len: int, seed: in
 
 
 def follow(before: Interval, position: int, domains: list[Domain], shares: tuple[int, ...], seq_len: int) -> Interval:
-    """The same interval where nothing changed, else the next one, from `position` on. A corpus that left is remembered."""
+    """The same interval if nothing changed, else a new one from `position` on. The cursor of a corpus that left is kept."""
     kept = {d.name: (d, c) for d, c in zip(before.domains, before.cursors_at(position), strict=True)}
     here = {domain.name for domain in domains}
     gone = [domain for domain, _ in kept.values() if domain.name not in here]
@@ -101,7 +105,7 @@ def shares_by_domain(domains, shares) -> dict[Domain, int]:
 
 
 def resumed(domain: Domain, before: Domain, cursor: Cursor | None, seq_len: int) -> Cursor:
-    """An epoch under way is finished as it was cut; one of a corpus that changed meanwhile cannot be."""
+    """A begun epoch is finished as it was cut, unless the corpus has changed: then the next epoch begins."""
     if cursor is None:
         return Cursor(0, seq_len, 0, 0)
     if cursor.token and domain == before:
@@ -110,7 +114,7 @@ def resumed(domain: Domain, before: Domain, cursor: Cursor | None, seq_len: int)
 
 
 def changes(before: Interval, after: Interval) -> list[str]:
-    """What a run must say of corpora and shares that follow others, a sentence a change."""
+    """What a run logs when corpora or shares change, a sentence a change."""
     if after is before:
         return []
     said = []
@@ -128,19 +132,54 @@ def changes(before: Interval, after: Interval) -> list[str]:
 
 
 def other_text(was: Domain, domain: Domain) -> str:
-    """Other shards, or another part of them held out."""
+    """Other shards, or another part of them is held out."""
     return f"corpus {domain.name} holds other text to train on, {domain.tokens} tokens instead of {was.tokens}"
 
 
 def other_texts(earlier: Interval | None, after: Interval) -> list[str]:
-    """What a stage must say of the corpora that the stage before read."""
+    """What a run logs of corpora that changed since the stage before."""
     old = {domain.name: domain for domain in earlier.domains} if earlier else {}
     known = ((old[domain.name], domain) for domain in after.domains if domain.name in old)
     return [f"from this stage on {other_text(was, domain)}" for was, domain in known if was != domain]
 
 
-def as_dict(interval: Interval) -> dict:
-    """For a checkpoint: small whatever the position."""
+class DomainRecord(TypedDict):
+    __pydantic_config__ = ConfigDict(strict=True, extra="ignore")
+
+    tokens: PositiveInt
+    content: str
+    share: Count
+    epoch: Count
+    unit: PositiveInt
+    token: Count
+    seen: Count
+
+
+class BlendRecord(TypedDict):
+    """An interval as a checkpoint keeps it, equally small at any position."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="ignore")
+
+    start: Count
+    seq_len: PositiveInt
+    seed: Count
+    domains: Annotated[dict[str, DomainRecord], Field(min_length=1)]
+
+
+def check_record(record: BlendRecord, samples: int) -> None:
+    """Raise a ValueError unless shares fill a block, and every corpus with a share holds a window and has a place in its epoch."""
+    if record["start"] > samples:
+        raise ValueError(f"blend.start must be at most samples ({samples})")
+    if sum(row["share"] for row in record["domains"].values()) != order.BLOCK:
+        raise ValueError(f"blend.domains.share must add up to {order.BLOCK}")
+    for name, row in record["domains"].items():
+        if row["share"] and not order.units(row["tokens"], record["seq_len"]):
+            raise ValueError(f"blend.domains.{name}.tokens must hold a window of {record['seq_len']}")
+        if row["token"] > order.units(row["tokens"], row["unit"]) * row["unit"]:
+            raise ValueError(f"blend.domains.{name}.token must be within its epoch")
+
+
+def as_record(interval: Interval) -> BlendRecord:
     rows = zip(interval.domains, interval.shares, interval.cursors, strict=True)
     domains = {
         d.name: {"tokens": d.tokens, "content": d.content, "share": share, **cursor._asdict()}
@@ -149,16 +188,16 @@ def as_dict(interval: Interval) -> dict:
     return {"start": interval.start, "seq_len": interval.seq_len, "seed": interval.seed, "domains": domains}
 
 
-def from_dict(state: dict) -> Interval:
-    rows = state["domains"]
+def from_record(record: BlendRecord) -> Interval:
+    rows = record["domains"]
     domains = tuple(Domain(name, row["tokens"], row["content"]) for name, row in rows.items())
     shares = tuple(row["share"] for row in rows.values())
     cursors = tuple(Cursor(*(row[field] for field in Cursor._fields)) for row in rows.values())
-    return Interval(state["start"], state["seq_len"], shares, domains, cursors, state["seed"])
+    return Interval(record["start"], record["seq_len"], shares, domains, cursors, record["seed"])
 
 
 def weights_of(kind: str, temperature: float, weights: list[float], tokens: list[int]) -> list[float]:
-    """temperature: (weight · tokens)^(1/temperature), so that 1 is by size and more is flatter. Others: as they stand."""
+    """temperature: (weight · tokens)^(1/temperature), so that 1 is by size and more is flatter. Other kinds: unchanged."""
     if kind != "temperature":
         return list(weights)
     sizes = [w * n for w, n in zip(weights, tokens, strict=True)]

@@ -1,9 +1,9 @@
 """Shares of a blend by DDK (Liu et al., NeurIPS 2024): the further the student is behind its teacher in a corpus, the more of
 it is read.
 
-Pure functions of perplexities and of the weights before; feed.py measures and applies them. The surprise: the ratio of
-two perplexities is an exponent here, and a student that knows nothing yet has ratios of thousands, so that everything
-is kept in logarithms until the sum is 1.
+Pure functions of perplexities and of the previous weights; feed.py measures and applies them. Note: the ratio of two
+perplexities is an exponent here, and an untrained student has ratios of thousands. So everything is kept in logarithms
+until the sum is 1.
 """
 
 import math
@@ -15,7 +15,7 @@ def discrepancies(student_losses: list[float], teacher_losses: list[float]) -> l
 
 
 def first_weights(prior: list[float], gaps: list[float], smoothing: float) -> list[float]:
-    """r_0: proportional to exp(gap), times what the run file says of each corpus, and smoothed like all that follow."""
+    """r_0: proportional to exp(gap) times the run file's weight of each corpus, and smoothed like all later weights."""
     return smoothed([math.log(p) + gap for p, gap in zip(prior, gaps, strict=True)], smoothing)
 
 
@@ -25,7 +25,7 @@ def next_weights(before: list[float], gaps: list[float], smoothing: float) -> li
 
 
 def smoothed(logs: list[float], smoothing: float) -> list[float]:
-    """No corpus falls below (1 - smoothing) / N, for one that is not read any more has no way to show that it is needed."""
+    """No corpus falls below (1 - smoothing) / N, because a weight of 0 would stay 0."""
     return [smoothing * share + (1 - smoothing) / len(logs) for share in softmax(logs)]
 
 

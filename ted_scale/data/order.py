@@ -1,8 +1,8 @@
 """Which corpus stands at a position of training, and how an epoch of one is cut and shuffled: pure functions of a seed.
 
-Nothing is drawn ahead and nothing is stored, so resuming at position 10^9 costs what position 0 costs and no rank count
-enters. A Feistel network shuffles, cycle walking fits it to any size. The surprise: in a blend the shares hold within
-every block of 1000 samples, so a weight below 1/1000 is rounded up to that.
+Nothing is drawn ahead and nothing is stored. So resuming at position 10^9 costs the same as at position 0, and the number
+of ranks does not matter. A Feistel network shuffles; cycle walking fits it to any size. Note: the shares of a blend hold
+within every block of 1000 samples, so a weight below 1/1000 is rounded up to it.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def absorb(state: int, value: int) -> int:
 
 @lru_cache(maxsize=1024)
 def name_key(seed: int, name: str) -> int:
-    """A corpus's own key: it keeps its order where others come and go."""
+    """A corpus's own key: its order does not change when other corpora are added or removed."""
     return mix(seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
 
 
@@ -42,7 +42,7 @@ def round_keys(key: int) -> tuple[int, ...]:
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """Where a keyed permutation of range(size) sends `index`."""
+    """The image of `index` under a keyed permutation of range(size)."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     keys, low = round_keys(key), (1 << half) - 1
     while True:
@@ -65,7 +65,7 @@ def shares(weights: list[float]) -> tuple[int, ...]:
     exact = [BLOCK * w / sum(weights) for w in weights]
     counts = [max(int(e), int(w > 0)) for e, w in zip(exact, weights, strict=True)]
     while sum(counts) != BLOCK:
-        # The one furthest below its share gains, the one furthest above loses; nobody loses its last sample.
+        # The corpus furthest below its share gains, the one furthest above loses; none loses its last sample.
         step = 1 if sum(counts) < BLOCK else -1
         open_to = [c for c, n in enumerate(counts) if weights[c] > 0 and (step > 0 or n > 1)]
         counts[max(open_to, key=lambda c: step * (exact[c] - counts[c]))] += step
@@ -108,12 +108,12 @@ class Cut(NamedTuple):
         return self.unit * self.count
 
     def start(self, index: int) -> int:
-        """First token of the unit that stands at `index` of the epoch."""
+        """First token of the unit at `index` of the epoch."""
         return self.offset + permute(index, self.count, self.key) * self.unit
 
 
 def units(tokens: int, unit: int) -> int:
-    """Units of an epoch, with a label behind each, whatever its offset; 0 when not even one fits."""
+    """Units of an epoch, each with a label after it, at any offset; 0 if none fits."""
     if tokens <= unit:
         return 0
     return max(1, (tokens - unit) // unit)
@@ -121,6 +121,6 @@ def units(tokens: int, unit: int) -> int:
 
 @lru_cache(maxsize=1024)
 def cut(tokens: int, unit: int, key: int, epoch: int) -> Cut:
-    """The epoch's offset moves all cuts: 0 .. unit-1, fewer where a lone unit leaves less room."""
+    """The epoch's offset moves all cuts: 0 .. unit-1, less if a single unit leaves less room."""
     count, key = units(tokens, unit), mix(key, epoch)
     return Cut(unit, count, mix(key, -1) % min(unit, tokens - count * unit), key)

@@ -1,8 +1,8 @@
-"""Where the documents of a batch lie: worked out once on the host, so that no forward has to ask the device.
+"""The positions of documents in a batch: computed once on the host, so that no forward has to read the device.
 
-The rows of a batch count as one line of B * T tokens; a row's start is always a border, for what stands before it is
-another sample. The surprise: a window that begins in the middle of a document, or a piece put behind another, counts
-from 0 like any document, because nothing before it can be seen.
+The rows of a batch count as one line of B * T tokens. The start of a row is always a border, because another sample is
+before it. Note: positions also begin at 0 in a window that begins within a document, and in a piece that follows another
+piece, because attention sees nothing before it.
 """
 
 import functools

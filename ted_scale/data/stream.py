@@ -1,8 +1,8 @@
 """Packed windows of the corpora as batches, by position.
 
-blend.py says which window stands at a position, corpus.py reads it; this file masks and batches; loader.py says who reads
-what and when. No array grows with tokens, documents or run length. The surprise: a stream is addressed by position, so
-"resume" is nothing but another start, and ranks only decide who reads what.
+blend.py says which window is at a position, corpus.py reads it; this file masks and batches, and says which positions are a
+rank's; loader.py reads them ahead. No array grows with tokens, documents or run length. Note: a stream is addressed by
+position, so a resume is only another start position.
 """
 
 from collections import deque
@@ -21,7 +21,7 @@ from ted_scale.kernels.tokens import IGNORED
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank; weights are 1 where a label counts, packing is there where documents are kept apart."""
+    """One micro-batch of one rank. Weights are 1 where a label counts; there is a packing if documents are kept apart."""
 
     tokens_BT: torch.Tensor  # int64
     labels_BT: torch.Tensor  # int64, IGNORED where there is none
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 
 class Window(NamedTuple):
-    """seq_len tokens, the token behind each (IGNORED: none), where in it documents and pieces begin, where documents end."""
+    """seq_len tokens, the label after each (or IGNORED), where documents and pieces begin, and where documents end."""
 
     tokens: numpy.ndarray
     labels: numpy.ndarray
@@ -44,7 +44,7 @@ class Window(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Windows by position: of the blend, endless, or what one corpus holds out, `count` of them in order."""
+    """Windows by position: endless ones of the blend, or the `count` windows that one corpus holds out, in order."""
 
     parts: dict[str, Part]
     interval: Interval | None
@@ -84,7 +84,7 @@ class Stream(NamedTuple):
 
     @property
     def windows_ahead(self) -> int:
-        """Windows to fetch before they are read; none of corpora on disk."""
+        """How many windows to fetch before they are read; 0 for corpora on disk."""
         remote = [p.stream.ahead for p in self.parts.values() if any(shard.files.remote_bin for shard in p.shards)]
         return max(remote, default=0)
 
@@ -99,8 +99,8 @@ class Stream(NamedTuple):
 def open_stream(
     data, seed: int, vocab_size: int, before: Interval | None = None, position: int = 0, weights: dict | None = None
 ) -> Stream:
-    """A run file's data section to train on, endless and shuffled; from `position` of an earlier blend where one is given,
-    with other `weights` where they were measured."""
+    """The training stream of a run file's data section, endless and shuffled. It continues at `position` if an earlier
+    blend is given, and uses measured `weights` if there are any."""
     order.shares([c.weight for c in data.corpora])  # refuses weights that mean nothing
     parts = open_parts(data, vocab_size, [c.weight > 0 for c in data.corpora], training=True)
     domains = [Domain(name, part.tokens, part.content) for name, part in parts.items()]
@@ -115,7 +115,7 @@ def open_stream(
 
 
 def open_held_out(data, vocab_size: int) -> dict[str, Stream]:
-    """The documents that validate, a finite stream in order for every corpus that holds some out."""
+    """The validation documents: a finite stream in order for every corpus that holds some out."""
     wanted = [corpus.validation > 0 for corpus in data.corpora]
     if not any(wanted):
         raise UserError("data.corpora.validation must be above 0 for one corpus to validate, but is 0 for all; set one")
@@ -138,7 +138,7 @@ def open_parts(data, vocab_size: int, wanted: list[bool], training: bool) -> dic
 
 
 def refuse_repetition(data, stream: Stream, samples: int) -> None:
-    """A corpus that must not repeat lasts for all samples of a stage."""
+    """A corpus that must not repeat must last for all samples of a stage."""
     cursors = dict(zip((d.name for d in stream.interval.domains), stream.interval.cursors_at(samples), strict=True))
     for i, corpus in enumerate(data.corpora):
         cursor = cursors.get(corpus.name)
@@ -167,7 +167,7 @@ def batch(stream: Stream, positions: list[int | None]) -> Batch:
             continue
         window = stream.sample(position)
         tokens[row], labels[row] = window.tokens, window.labels
-        labels[row, window.ends] = IGNORED  # what another document begins with is not this one's to foresee
+        labels[row, window.ends] = IGNORED  # a document must not predict how the next one begins
         begins[row, window.begins] = True
     weights = (labels != IGNORED).astype(numpy.float32)
     tensors = (torch.from_numpy(a) for a in (tokens, labels, weights))
@@ -175,12 +175,12 @@ def batch(stream: Stream, positions: list[int | None]) -> Batch:
 
 
 def text_lengths(stream: Stream, windows: int = 64) -> tuple[int, ...]:
-    """Of the documents in the first windows of a training stream, where each sees only itself."""
+    """Lengths of the documents in the first windows of a training stream whose documents are kept apart."""
     return pack(numpy.stack([stream.begins(position) for position in range(windows)])).lengths
 
 
 def read_ahead(batches: Iterable[list], depth: int, announce: Callable[[list], None]) -> Iterator[list]:
-    """The same positions, batch by batch, each when `depth` windows behind it were announced."""
+    """The same batches of positions; each is yielded after `depth` windows following it were announced."""
     coming, windows = deque(), 0
     for positions in batches:
         if depth:
@@ -193,13 +193,19 @@ def read_ahead(batches: Iterable[list], depth: int, announce: Callable[[list], N
     yield from coming
 
 
+def rank_positions(start: int, stop: int, micro_batch: int, rank: int, world: int) -> Iterator[list[int]]:
+    """The positions of each micro-batch of one rank between `start` and `stop`: micro-batches go to the ranks in turn."""
+    for first in range(start + rank * micro_batch, stop, world * micro_batch):
+        yield list(range(first, first + micro_batch))
+
+
 def validation_batches(
     stream: Stream, *, tokens: int, micro_batch: int, rank: int, world: int, device
 ) -> Iterator[Batch]:
     """The first `tokens` tokens of a validation stream, each window on one rank; equally many batches on every rank."""
     windows = min(stream.count, -(-tokens // stream.seq_len))
-    micros = range(-(-windows // (micro_batch * world)))
-    firsts = ((micro * world + rank) * micro_batch for micro in micros)
-    batches = ([p if p < windows else None for p in range(first, first + micro_batch)] for first in firsts)
+    padded = -(-windows // (micro_batch * world)) * micro_batch * world
+    rows = rank_positions(0, padded, micro_batch, rank, world)
+    batches = ([p if p < windows else None for p in row] for row in rows)
     for positions in read_ahead(batches, stream.windows_ahead, stream.ahead):
         yield batch(stream, positions).moved(lambda t: t.to(device))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ted_scale.base.sealed import write_durably
+from ted_scale.base.durable import write_durably
 from ted_scale.checkpoints.folder import checkpoint_name
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.distill.stages import Stage

@@ -43,7 +43,7 @@ def choose(history: list[str], first_step: int, rewinds: int) -> list[str]:
 def gone_back(before: Progress, now: Progress) -> Progress:
     """The progress of a run with the weights of `before`, which has read what `now` has read."""
     past, state = state_of(before), state_of(now)
-    past = past._replace(rewinds=state.rewinds + 1, rewound_from=max(state.rewound_from, now.step))
+    past = replace(past, rewinds=state.rewinds + 1, rewound_from=max(state.rewound_from, now.step))
     adaptive = now.adaptive and {**now.adaptive, "step": before.step}  # the next border measures these weights again
     forks = (*now.forks, before.step)
-    return replace(now, step=before.step, tokens=before.tokens, adaptive=adaptive, health=past._asdict(), forks=forks)
+    return replace(now, step=before.step, tokens=before.tokens, adaptive=adaptive, health=past, forks=forks)

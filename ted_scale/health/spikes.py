@@ -8,34 +8,22 @@ with are in the checkpoint, so a resumed run decides as an uninterrupted one doe
 import hashlib
 import json
 import statistics
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
-from ted_scale.checkpoints.progress import Progress
-from ted_scale.config.operation import Health
-
-
-class State(NamedTuple):
-    """Part of every checkpoint, like Progress.skipped."""
-
-    in_a_row: int = 0  # how many of the last steps were dropped
-    rewinds: int = 0  # since the last step past `rewound_from`
-    rewound_from: int = 0  # the latest step whose spike sent the run back
-    ground: str = ""  # a digest of what `losses` were measured on
-    losses: Sequence[float] = ()  # loss/total of the last steps that updated the weights
+from ted_scale.checkpoints.progress import Health, Progress
+from ted_scale.config import operation
 
 
-def state_of(progress: Progress) -> State:
-    return State(**progress.health) if progress.health else State()
+def state_of(progress: Progress) -> Health:
+    return progress.health or Health()
 
 
 def begin(progress: Progress, stage) -> Progress:
     """Start the median again if the stage, the loss terms or the data have changed: their losses cannot be compared."""
     state, ground = state_of(progress), ground_of(stage)
     if state.ground != ground:
-        state = state._replace(ground=ground, losses=(), in_a_row=0)
-    return replace(progress, health=state._asdict())
+        state = replace(state, ground=ground, losses=(), in_a_row=0)
+    return replace(progress, health=state)
 
 
 def ground_of(stage) -> str:
@@ -46,7 +34,7 @@ def ground_of(stage) -> str:
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
-def spiked_over(state: State, settings: Health, loss: float) -> float | None:
+def spiked_over(state: Health, settings: operation.Health, loss: float) -> float | None:
     """The median, if `loss` is too far above it and the loss of the step before was not; None otherwise."""
     if settings.on_spike == "off" or len(state.losses) < settings.spike_window // 4:
         return None
@@ -55,16 +43,16 @@ def spiked_over(state: State, settings: Health, loss: float) -> float | None:
     return median if loss > limit >= state.losses[-1] else None
 
 
-def taken(progress: Progress, settings: Health, loss: float) -> Progress:
+def taken(progress: Progress, settings: operation.Health, loss: float) -> Progress:
     """After a step that updated the weights."""
     state = state_of(progress)
     rewinds = 0 if progress.step > state.rewound_from else state.rewinds
     losses = [*state.losses, loss][-settings.spike_window :]
-    return replace(progress, health=state._replace(in_a_row=0, rewinds=rewinds, losses=losses)._asdict())
+    return replace(progress, health=replace(state, in_a_row=0, rewinds=rewinds, losses=losses))
 
 
 def dropped(progress: Progress) -> Progress:
     """After a step whose update was dropped."""
     state = state_of(progress)
-    state = state._replace(in_a_row=state.in_a_row + 1)
-    return replace(progress, skipped=progress.skipped + 1, health=state._asdict())
+    state = replace(state, in_a_row=state.in_a_row + 1)
+    return replace(progress, skipped=progress.skipped + 1, health=state)

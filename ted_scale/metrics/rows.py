@@ -4,8 +4,8 @@ import contextlib
 import json
 from pathlib import Path
 
+from ted_scale.base.durable import write_durably
 from ted_scale.base.parsing import fits, parse_json
-from ted_scale.base.sealed import write_durably
 
 
 def trim_rows(path: Path, step: int) -> None:

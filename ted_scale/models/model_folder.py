@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ted_scale.base.durable import PART, publish, sync
 from ted_scale.base.errors import UserError
 
-PART = ".part"
 TOKENIZER_FILES = (
     "tokenizer*.json", "tokenizer*.model", "*.spm", "spiece.model", "sentencepiece*.model", "*.tiktoken", "vocab.json",
     "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template*",
@@ -56,9 +56,9 @@ def new_folder(out: Path, *, overwrite: bool, sources: Iterable[Path] = ()):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
-        if out.exists():
-            shutil.rmtree(out)
-        part.rename(out)
+        for path in part.rglob("*"):
+            sync(path)
+        publish(part)
     except OSError as error:
         raise UserError(
             f"{out} must be where this user can write and has room, but is not: {error}; choose another folder"

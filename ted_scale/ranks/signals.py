@@ -6,19 +6,21 @@ nothing to save, and watch.py ends the run at once. Note: Python runs a signal h
 wait for a dead rank for ever; so a thread reads the signals from a pipe.
 """
 
+import contextlib
 import itertools
 import os
 import signal
 import threading
 
+import psutil
+
 from ted_scale.base.errors import RESUME, Preempted
 from ted_scale.base.exits import leave, say_where_it_stands, speak
-from ted_scale.ranks.processes import parent_of, words_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 IN_TIME = "which is finished and saved first; a second Ctrl-C ends the run at once, as DeepSpeed's launcher does after 30 s: then "
 asked = threading.Event()
-launchers: tuple[int, ...] = ()  # the processes above this one when `listen` was called, nearest first
+launchers: tuple[psutil.Process, ...] = ()  # the processes above this one when `listen` was called, nearest first
 watched = threading.Event()  # from here on watch.py decides when the run exits
 
 
@@ -63,15 +65,35 @@ def exit_alone() -> None:
     leave(RESUME)
 
 
-def launchers_above() -> tuple[int, ...]:
+def launchers_above() -> tuple[psutil.Process, ...]:
     """DeepSpeed's launch.py, which starts the ranks, and the `deepspeed` command above it, if they are there. The ranks do
     not notice when one of them dies: the command passes no signal on, and ranks without launch.py would train on for
     no use."""
-    found, pid = [], os.getppid()
-    while len(found) < 2 and pid and any(is_launcher(word) for word in words_of(pid)):
-        found.append(pid)
-        pid = parent_of(pid)
+    found, process = [], parent_of(psutil.Process())
+    while len(found) < 2 and process and any(is_launcher(word) for word in words_of(process)):
+        found.append(process)
+        process = parent_of(process)
     return tuple(found)
+
+
+def parent_of(process: psutil.Process) -> psutil.Process | None:
+    """None where there is none, or `process` has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.parent()
+    return None
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    """The command line; nothing of a process that has ended or is another user's."""
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+def ranks_below(pid: int) -> list[int]:
+    """The ranks that a DeepSpeed launcher under `pid` has started: it passes --local_rank to them."""
+    below = psutil.Process(pid).children(recursive=True)
+    return [p.pid for p in below if any(word.startswith("--local_rank") for word in words_of(p))]
 
 
 def is_launcher(word: str) -> bool:
@@ -80,9 +102,9 @@ def is_launcher(word: str) -> bool:
 
 def launcher_is_gone() -> bool:
     """The system gives a process whose parent has died to another parent."""
-    pid = os.getppid()
+    process = psutil.Process()
     for launcher in launchers:
-        if pid != launcher:
+        process = parent_of(process)
+        if process != launcher:
             return True
-        pid = parent_of(pid)
     return False

@@ -1,1 +1,1 @@
-"""Bytes that are elsewhere: objects under s3:// and msc://, their chunks on local disk, models on the hub."""
+"""Remote bytes: objects under s3:// and msc://, their chunks on local disk, models on the hub."""

@@ -1,9 +1,9 @@
 """Chunks of objects on local disk: one sparse file of fixed slots, shared without locks by all processes of a node.
 
-A chunk may stand in any slot of one set; a new one takes the slot of the set that was not used for longest. Its header
-says which chunk of which version of which object it is, and a checksum of the bytes: two processes that write one slot,
-or one that is killed while it does, leave a checksum that is wrong, which reads as a chunk that is not there. The
-surprise: nothing records the file's geometry, because headers of another one are no chunk's.
+A chunk may be in any slot of one set; a new one takes the least recently used slot of its set. A slot's header names the
+chunk, the object and its version, and holds a checksum of the bytes. Two processes that write one slot at once, or one that
+is killed while it writes, leave a wrong checksum, and then the chunk counts as absent. Note: the file's geometry is not
+recorded, because headers that another geometry wrote match no chunk.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ log = logging.getLogger("ted_scale")
 HEADER = struct.Struct("<32sIIQ16x")  # key, length, crc32, nanoseconds of the last use
 WAYS = 16
 PAGE = 4096
-SPARE = 100  # of the bound, 1 in so many parts is left to the file system's own records
+SPARE = 100  # one part in so many of the bound is left to the file system's own records
 
 
 class Geometry(NamedTuple):
@@ -31,7 +31,7 @@ class Geometry(NamedTuple):
 
     @property
     def table(self) -> int:
-        """Bytes of all headers, which stand before the first slot."""
+        """Bytes of all headers, which come before the first slot."""
         return -(-self.sets * self.ways * HEADER.size // PAGE) * PAGE
 
     @property
@@ -51,7 +51,7 @@ def key_of(thing: Object, number: int, chunk: int) -> bytes:
 
 
 class ChunkCache:
-    """Without room, or on a disk that fails, it holds nothing and says so once."""
+    """Without room, or on a disk that fails, it holds nothing and logs that once."""
 
     def __init__(self, path: Path, bound: int, chunk: int):
         self.path, self.shape = path, geometry(bound, chunk)
@@ -68,7 +68,7 @@ class ChunkCache:
 
     def _give_up(self, error: OSError) -> None:
         log.warning(f"chunks are not kept on disk, because {self.path} cannot be used: {error.strerror}")
-        self.usable = False  # the descriptor stays open: another thread may be at it
+        self.usable = False  # the descriptor stays open: another thread may use it
 
     def _headers(self, key: bytes) -> tuple[int, list[tuple]]:
         """(first slot of the key's set, the set's headers)."""
@@ -100,7 +100,7 @@ class ChunkCache:
             return
         try:
             first, headers = self._headers(key)
-            # A header of this very key is of a chunk that was torn, or that another process wrote meanwhile.
+            # A header with this key is of a chunk that was half written, or that another process wrote meanwhile.
             way = min(range(len(headers)), key=lambda w: (headers[w][0] != key, headers[w][3]))
             os.pwrite(self.file, content, self._place(first + way))
             self._write_header(first + way, key, len(content), zlib.crc32(content))

@@ -1,8 +1,8 @@
 """Bytes of objects in aligned chunks, fetched before they are needed by threads of this process.
 
-corpus.py says what is coming and what is needed now; chunk_cache.py keeps chunks on disk, objects.py fetches. The
-surprise: a chunk stays in memory until all windows that announced themselves have read it, so reading ahead cannot push
-out what it has fetched. Threads start at the first chunk, and a forked process has its own.
+corpus.py announces what will be read and reads it; chunk_cache.py keeps chunks on disk, objects.py fetches them. Note: a
+chunk stays in memory until every window that announced it has read it, so that reading ahead cannot evict what it has just
+fetched. Threads start at the first chunk, and a forked process starts its own.
 """
 
 import os
@@ -16,11 +16,11 @@ from ted_scale.storage import objects
 from ted_scale.storage.chunk_cache import ChunkCache, key_of
 from ted_scale.storage.objects import Object
 
-KEPT = 32  # chunks that were read and stay in memory, because the next window may lie in them too
+KEPT = 32  # chunks that were read and stay in memory, because the next window may need them, too
 
 
 class Coming(NamedTuple):
-    """A chunk that is there or on its way, for so many windows that are not read yet."""
+    """A chunk that is fetched or being fetched, and how many announced windows have not read it yet."""
 
     future: Future
     readers: int
@@ -30,11 +30,11 @@ class Chunks:
     def __init__(self, settings):
         self.settings, self.size = settings, settings.chunk_kib << 10
         self.cache = ChunkCache(settings.place / "chunks", int(settings.cache_gib * 2**30), self.size)
-        self.coming: dict[tuple[str, str, int], Coming] = {}  # as many as are asked for ahead
+        self.coming: dict[tuple[str, str, int], Coming] = {}  # its size is bounded by what is announced ahead
         self.read_before: OrderedDict[tuple[str, str, int], Future] = OrderedDict()  # oldest use first
         self.lock, self.wanted = threading.Lock(), queue.SimpleQueue()
         for _ in range(settings.requests):
-            # No thread may hold the end of the process, which would wait for requests that nobody needs.
+            # Daemons, because the exit of the process must not wait for requests that are no longer needed.
             threading.Thread(target=self._work, daemon=True, name="ted_scale chunks").start()
 
     def _work(self) -> None:
@@ -45,7 +45,7 @@ class Chunks:
         return range(start // self.size, -(-stop // self.size))
 
     def ahead(self, thing: Object, start: int, stop: int, corpus: str) -> None:
-        """Bytes [start, stop) will be read, once for this call: their chunks are on their way."""
+        """Bytes [start, stop) will be read once for this call: begin to fetch their chunks."""
         for number in self._numbers(start, stop):
             key = thing.url, thing.version, number
             with self.lock:
@@ -66,7 +66,7 @@ class Chunks:
         return b"".join(pieces)
 
     def _taken(self, key: tuple[str, str, int]) -> tuple[Future, bool]:
-        """A chunk for one reader, and whether that one must fetch it."""
+        """A chunk for one reader, and whether the reader must fetch it."""
         with self.lock:
             known = self.coming.pop(key, None) or Coming(self.read_before.pop(key, None), 1)
             future = known.future or Future()
@@ -81,7 +81,7 @@ class Chunks:
     def _fulfil(self, future: Future, thing: Object, number: int, corpus: str) -> None:
         try:
             future.set_result(self._chunk(thing, number, corpus))
-        except BaseException as error:  # whatever it is belongs to the readers, and the next one tries again
+        except BaseException as error:  # its readers get the exception, and the next reader tries again
             with self.lock:
                 for kept in (self.coming, self.read_before):
                     kept.pop((thing.url, thing.version, number), None)
@@ -103,7 +103,7 @@ _starting = threading.Lock()
 
 
 def chunks_of(settings) -> Chunks:
-    """Those of this process, started when first asked for."""
+    """Those of this process, started at the first call."""
     with _starting:
         if settings not in _started:
             _started[settings] = Chunks(settings)

@@ -1,6 +1,6 @@
-"""A model or a tokenizer by its name: a folder here, or what the hub has under OWNER/NAME.
+"""A model or a tokenizer by its name: a local folder, or OWNER/NAME on the hub.
 
-What can only be a path is never asked of the hub, which is tried again for a minute and a half where there is no network.
+A name that can only be a path is never requested from the hub: without a network its client retries for 90 seconds.
 """
 
 import difflib
@@ -14,7 +14,7 @@ FILES = (".gguf", ".safetensors", ".model", ".json", ".bin", ".pt")
 
 
 def find_folder(key: str, name: str, wanted: tuple[str, ...] = MODEL) -> Path:
-    """The local folder: `name` itself, or the hub snapshot of what is `wanted` of it; `key` is its name in sentences."""
+    """The local folder: `name` itself, or a snapshot from the hub with the `wanted` files. Sentences call it `key`."""
     with files_at(f"{key} {name}"):
         if Path(name).is_dir():
             return Path(name)
@@ -23,7 +23,7 @@ def find_folder(key: str, name: str, wanted: tuple[str, ...] = MODEL) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(wanted)))
-    except Exception as error:  # it has many
+    except Exception as error:  # the hub's client raises many kinds
         reason = shortened(": ".join([type(error).__name__, *str(error).split("\n")[:1]]), 120)
         raise UserError(
             f"{key} must be a local folder or a hub id that can be reached, but {name} is no folder, and the hub does not give "
@@ -42,7 +42,7 @@ def refuse_what_is_no_id(key: str, name: str) -> None:
 
 
 def is_path(name: str) -> bool:
-    """No hub id looks like it, or it stands beside something that is here."""
+    """Whether no hub id looks like it, or its parent folder exists."""
     parent, ending = Path(name).parent, Path(name).suffix
     return name.startswith((".", "/", "~")) or name.count("/") != 1 or ending in FILES or parent.is_dir()
 

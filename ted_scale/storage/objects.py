@@ -1,8 +1,7 @@
-"""Objects under s3:// and msc://: listing a folder and reading bytes, each as one request that is tried again.
+"""Objects under s3:// and msc://: list, read, write and delete them, each by requests that are retried.
 
-Endpoint and credentials come from the AWS_* environment or multi-storage-client's configuration. The surprise: an
-object is named with its version everywhere, so that neither a
-cache nor a later request can take another object of the same name for it.
+Endpoint and credentials come from the AWS_* environment or multi-storage-client's configuration. Note: an object to be read
+always comes with its version, so that neither a cache nor a later request can use another object of the same name.
 """
 
 import importlib.util
@@ -17,7 +16,10 @@ from ted_scale.base.errors import Gone, UserError
 from ted_scale.base.redact import holds_secret
 
 PACKAGES = {"s3": ("boto3", "boto3"), "msc": ("multistorageclient", "multi-storage-client")}  # scheme: module, package
-OPENING_S = 20  # what is wrong at the start of a run is rarely an outage
+# How long a request that fails is retried depends on who waits for it. While a run reads, all ranks wait, and its user says
+# how long: data.stream.patience_s. The other two are here. (checkpoints/attempts.py retries writes to disk, and no request.)
+OPENING_S = 20  # a user waits: what is wrong at the start of a run is rarely an outage
+COPYING_S = 600  # a background thread waits, and the checkpoint that it copies is on disk already
 CONNECTIONS = 64
 TIMEOUTS_S = (5, 20)  # to connect, to wait for bytes
 LONGEST_PAUSE_S = 15
@@ -55,7 +57,7 @@ def check_package(path: str, what: str = "corpus") -> None:
 
 
 def listed(folder: str, start: str, patience_s: float) -> dict[str, Object]:
-    """The objects directly in a folder whose names begin with `start`, by name; check_package() comes first."""
+    """The objects directly in a folder whose names begin with `start`, by name. Call check_package() first."""
     what = f"corpus {folder}/{start} must be listed"
     pages = _s3_pages if folder.startswith("s3://") else _msc_pages
     return {thing.url.removeprefix(f"{folder}/"): thing for thing in pages(folder, start, what, patience_s)}
@@ -85,7 +87,7 @@ def _msc_pages(folder: str, start: str, what: str, patience_s: float):
 
 
 def read(thing: Object, start: int, stop: int, what: str, patience_s: float) -> bytes:
-    """Bytes [start, stop) of an object; `what` begins the sentence for the case that they cannot be had."""
+    """Bytes [start, stop) of an object; `what` begins the sentence if they cannot be read."""
 
     def request() -> bytes:
         found = (_s3_range if thing.url.startswith("s3://") else _msc_range)(thing, start, stop)
@@ -159,16 +161,16 @@ def delete(url: str, what: str, patience_s: float) -> None:
 
 @lru_cache(maxsize=1)
 def s3_client():
-    """One for all threads and shards: making one takes 10 ms, and each would keep connections of its own."""
+    """One for all threads and shards: making one takes 10 ms, and each keeps connections of its own."""
     import boto3
     import botocore.session
     from botocore.config import Config
 
     connect_s, read_s = TIMEOUTS_S
-    once = {"mode": "standard", "total_max_attempts": 1}  # persist() tries again, and nobody else
+    once = {"mode": "standard", "total_max_attempts": 1}  # only persist() retries
     config = Config(retries=once, connect_timeout=connect_s, read_timeout=read_s, max_pool_connections=CONNECTIONS)
     session = botocore.session.get_session()
-    # Nobody asks when an object was written, and parsing that is most of what a listing of thousands costs.
+    # The time of writing is not used, and parsing it is most of the cost of listing thousands of objects.
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
     return boto3.session.Session(botocore_session=session).client("s3", config=config)
 
@@ -177,7 +179,7 @@ os.register_at_fork(after_in_child=s3_client.cache_clear)
 
 
 def persist(what: str, request, patience_s: float):
-    """The answer to a request, tried again with growing pauses while its failures are of the kind that pass."""
+    """The answer to a request. It is retried with growing pauses while its failures are of the kind that pass."""
     end, pause = time.monotonic() + patience_s, 0.05
     while True:
         try:
@@ -186,11 +188,11 @@ def persist(what: str, request, patience_s: float):
             links = list(chain(error))
             if not passes(links):
                 if not is_ours(links):
-                    raise  # a fault of this program, not of the store
+                    raise  # a bug of this program, not a failure of the store
                 raise UserError(f"{what}, but {reason(links)}") from error
             if time.monotonic() + pause > end:
                 raise Gone(f"{what}, but was not for {patience_s:g} s: {reason(links)}") from error
-        time.sleep(random.uniform(0.5, 1) * pause)  # all ranks fail at once, and must not all come back at once
+        time.sleep(random.uniform(0.5, 1) * pause)  # all ranks fail at once, and must not all retry at once
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
@@ -223,13 +225,13 @@ def passes(links) -> bool:
 
 
 def is_ours(links) -> bool:
-    """Does a failure come from the store or the way to it?"""
+    """Whether a failure comes from the store or from the connection to it."""
     known = {"BotoCoreError", "OSError", "PreconditionFailedError"}
     return bool(answer(links)[0]) or any(names(error) & known or is_of_msc(error) for error in links)
 
 
 def is_of_msc(error: BaseException) -> bool:
-    """multi-storage-client says ValueError and RuntimeError of a profile that is missing or wrong."""
+    """multi-storage-client raises ValueError and RuntimeError for a profile that is missing or wrong."""
     trace, files = error.__traceback__, []
     while trace:
         files.append(trace.tb_frame.f_globals.get("__name__", ""))
@@ -238,7 +240,7 @@ def is_of_msc(error: BaseException) -> bool:
 
 
 def reason(links) -> str:
-    """The rest of the sentence: what is wrong and how out."""
+    """The rest of the sentence: the fault, and how to correct it."""
     status, code = answer(links)
     kinds, said = set().union(*(names(error) for error in links)), " ".join(str(links[-1]).split())[:300]
     if kinds & LOST_KEYS:

@@ -45,7 +45,7 @@ def test_a_name_that_leads_elsewhere_is_refused_in_one_sentence(tmp_path, name):
         checked_name(name, "m.json")
 
 
-def test_a_link_may_lead_to_what_is_in_the_folder_and_no_farther(tmp_path):
+def test_a_link_may_lead_only_to_files_in_the_folder(tmp_path):
     folder = tmp_path / "folder"
     (folder / "blobs").mkdir(parents=True)
     (tmp_path / "secret").write_text("x")

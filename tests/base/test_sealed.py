@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from damages import flip
 
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
@@ -18,15 +18,15 @@ from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
 def leave(run: Path, step: int, validation: float | None = None, forks: tuple[int, ...] = ()) -> Path:
     """A published checkpoint of a few small files."""
     rng = random.Random(step)
-    part = files.checkpoints_of(run) / (files.checkpoint_name(step, len(forks)) + sealed.PART)
+    part = files.checkpoints_of(run) / (files.checkpoint_name(step, len(forks)) + durable.PART)
     part.mkdir(parents=True)
     progress = progress_as_bytes(Progress(step, step * 256, step * 8))
-    entries = {PROGRESS: sealed.write_file(part / PROGRESS, [progress])}
+    entries = {PROGRESS: durable.write_file(part / PROGRESS, [progress])}
     for rank in range(2):
         name = f"rank_{rank:05d}.safetensors"
-        entries[name] = sealed.write_file(part / name, [rng.randbytes(300), b"", rng.randbytes(77)])
+        entries[name] = durable.write_file(part / name, [rng.randbytes(300), b"", rng.randbytes(77)])
     sealed.seal(part, entries, {"step": step, "forks": forks, "ranks": 2, "validation": validation})
-    return sealed.publish(part)
+    return durable.publish(part)
 
 
 def newest_whole(run: Path) -> Path | None:
@@ -43,7 +43,7 @@ def original(tmp_path_factory):
 
 
 @pytest.mark.parametrize("pointer", [None, "step_00000099", "", "../../etc"])
-def test_a_pointer_to_the_newest_is_neither_needed_nor_believed(original, tmp_path, pointer):
+def test_the_newest_checkpoint_is_found_without_a_pointer_file(original, tmp_path, pointer):
     run = shutil.copytree(original, tmp_path / "run")
     if pointer is not None:
         (files.checkpoints_of(run) / "latest").write_text(pointer)
@@ -61,7 +61,7 @@ def test_a_manifest_names_files_of_its_own_folder_only(original, tmp_path, name)
         sealed.read_manifest(path.parent)
 
 
-def test_all_damaged_is_one_sentence_and_never_a_new_beginning(original, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_in_one_sentence(original, tmp_path):
     run = shutil.copytree(original, tmp_path / "run")
     for checkpoint in files.checkpoints_of(run).iterdir():
         (checkpoint / sealed.MANIFEST).unlink()
@@ -70,7 +70,7 @@ def test_all_damaged_is_one_sentence_and_never_a_new_beginning(original, tmp_pat
     assert "\n" not in str(caught.value)
 
 
-def test_the_last_ones_every_so_many_and_the_best_stay(tmp_path):
+def test_pruning_keeps_the_last_the_periodic_and_the_best_checkpoints(tmp_path):
     class Settings:
         keep, keep_every, keep_best = 2, 6, True
 
@@ -82,7 +82,7 @@ def test_the_last_ones_every_so_many_and_the_best_stay(tmp_path):
     assert left == [files.checkpoint_name(step) for step in (4, 6, 8, 12, 14)]  # 8 is damaged: not ours to remove
 
 
-def test_a_run_that_went_back_keeps_what_it_writes_and_goes_on_from_that(tmp_path):
+def test_after_a_rewind_the_new_line_is_kept_and_resumed_from(tmp_path):
     """From 8 back to 6, and on with 7: the newest is 7, its history 6 and 4, and 8 belongs to nobody."""
 
     class Settings:
@@ -109,16 +109,16 @@ def test_a_run_that_went_back_keeps_what_it_writes_and_goes_on_from_that(tmp_pat
 @pytest.mark.parametrize(
     "name", ["step_²", "step_0000000²", "step_4", "step_00000004_0", "step_00000004.part", "step_00000004_x"]
 )
-def test_other_names_are_no_checkpoints(name):
+def test_a_folder_with_another_name_is_no_checkpoint(name):
     assert files.key_of(name) is None
 
 
-def test_publishing_over_a_damaged_one_of_the_same_step_replaces_it(original, tmp_path):
+def test_publishing_replaces_a_damaged_checkpoint_of_the_same_step(original, tmp_path):
     run = shutil.copytree(original, tmp_path / "run")
     (files.checkpoints_of(run) / "step_00000012" / PROGRESS).unlink()
     leave(run, 12)
     assert newest_whole(run).name == "step_00000012"
-    assert not list(files.checkpoints_of(run).glob(f"*{sealed.PART}"))
+    assert not list(files.checkpoints_of(run).glob(f"*{durable.PART}"))
 
 
 def test_the_tool_lists_verifies_and_prunes(original, tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_the_tool_lists_verifies_and_prunes(original, tmp_path, capsys):
     assert sorted(p.name for p in files.checkpoints_of(run).iterdir()) == ["step_00000004", "step_00000012"]
 
 
-def test_the_tool_goes_on_where_a_run_at_work_removes_a_checkpoint_under_it(original, tmp_path, capsys, monkeypatch):
+def test_the_tool_continues_when_a_running_run_removes_a_checkpoint(original, tmp_path, capsys, monkeypatch):
     from tools.checkpoints import main
 
     run = shutil.copytree(original, tmp_path / "run")
@@ -163,7 +163,7 @@ def test_the_tool_goes_on_where_a_run_at_work_removes_a_checkpoint_under_it(orig
 @pytest.mark.parametrize(
     "forged", [{"forks": "abc"}, {"forks": [None]}, {"forks": [3]}, {"validation": "x"}, {"step": 13}]
 )
-def test_a_manifest_of_something_else_is_damage_also_where_its_digest_is_right(original, tmp_path, forged):
+def test_a_manifest_of_another_folder_is_damage_although_its_digest_is_right(original, tmp_path, forged):
     run = shutil.copytree(original, tmp_path / "run")
     path = files.checkpoints_of(run) / "step_00000012" / sealed.MANIFEST
     content = {**json.loads(path.read_text())["content"], **forged}

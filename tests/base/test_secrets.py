@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import tomli_w
 from places import ROOT
 from tiny import make_corpus, make_model, make_run, run_values, write_run
 from wandb_file import read_records
 
 from ted_scale.base import redact
 from ted_scale.base.errors import RunStopped, UserError
-from ted_scale.config.run_file import load_run, toml_value
+from ted_scale.config.run_file import load_run
 from ted_scale.metrics import tracking
 from ted_scale.storage import objects
 
@@ -64,7 +65,7 @@ def test_a_secret_is_known_by_its_shape(text, secret):
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_what_is_no_secret_stays(text):
+def test_text_without_a_secret_is_not_changed(text):
     assert redact.redact(text) == text
 
 
@@ -90,10 +91,10 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("key", WRITTEN)
-def test_a_run_file_that_holds_one_is_refused_by_the_key_and_without_the_secret(tmp_path, key):
+def test_a_run_file_with_a_secret_is_refused_by_its_key_without_showing_it(tmp_path, key):
     values = run_values(tmp_path)
     path = tmp_path / "run.toml"
-    path.write_text("\n".join(f"{name} = {toml_value(value)}" for name, value in values.items()))
+    path.write_text(tomli_w.dumps(values))
     with pytest.raises(
         UserError, match="must hold no credentials, but does; they belong into the environment"
     ) as caught:
@@ -103,7 +104,7 @@ def test_a_run_file_that_holds_one_is_refused_by_the_key_and_without_the_secret(
 
 
 @pytest.mark.parametrize("text", ["a" * 200_000, "a://b:" * 30_000, "-eyJabcdefgh" * 15_000, "password " * 20_000])
-def test_a_long_text_of_somebody_else_s_takes_no_time(text):
+def test_redacting_a_long_hostile_text_is_fast(text):
     """Python's lock is held meanwhile, and a rank that holds it is taken for dead."""
     began = time.monotonic()
     redact.redact(text)
@@ -113,7 +114,7 @@ def test_a_long_text_of_somebody_else_s_takes_no_time(text):
     assert time.monotonic() - began < 1
 
 
-def test_a_thread_s_traceback_hides_it_too(environment):
+def test_the_traceback_of_a_thread_is_redacted(environment):
     code = (
         "import os, threading\nfrom ted_scale.base.exits import run_main\n"
         "def fail(): raise KeyError(os.environ['HF_TOKEN'])\n"
@@ -123,13 +124,13 @@ def test_a_thread_s_traceback_hides_it_too(environment):
     assert "KeyError: '***'" in done.stderr and "planted" not in done.stderr
 
 
-def test_a_sentence_hides_what_it_quotes_and_is_one_line(environment):
+def test_an_error_sentence_is_redacted_and_one_line(environment):
     for kind in (UserError, RunStopped):
         said = str(kind(f"x must be y, but is {PLANTED['HF_TOKEN']}\nand \x1b[2J s3://k:s@b"))
         assert said == "x must be y, but is ***\\nand \\x1b[2J s3://***@b"
 
 
-def test_what_a_store_s_library_says_is_cleaned():
+def test_an_error_of_a_store_s_library_is_redacted():
     def request():
         raise OSError("GET https://b.s3.amazonaws.com/k?X-Amz-Signature=abcdef0123 failed for s3://key:secretsecret@b")
 
@@ -149,7 +150,7 @@ def test_a_tool_refuses_credentials_in_a_path(path):
     assert "secretsecret" not in str(caught.value)
 
 
-def test_records_of_every_logger_are_cleaned_and_tracebacks_too(environment, tmp_path):
+def test_records_of_every_logger_and_their_tracebacks_are_redacted(environment, tmp_path):
     factory = logging.getLogRecordFactory()
     handler = logging.FileHandler(tmp_path / "log")
     logger = logging.getLogger("somebody.else")
@@ -171,7 +172,7 @@ def test_records_of_every_logger_are_cleaned_and_tracebacks_too(environment, tmp
     assert "secretsecret" not in text and "planted" not in text
 
 
-def test_an_exception_that_nobody_expected_ends_with_a_traceback_without_secrets(environment):
+def test_the_traceback_of_an_unexpected_exception_is_redacted(environment):
     code = (
         "import os\nfrom ted_scale.base.exits import run_main\n"
         "def main(): raise KeyError(os.environ['HF_TOKEN'] + 's3://k:secretsecret@b')\nrun_main(main)"
@@ -188,7 +189,7 @@ def make_repository(folder: Path, remote: str) -> None:
         subprocess.run(["git", "-C", str(folder), "-c", "user.name=n", "-c", "user.email=e", *command], check=True)
 
 
-def test_the_code_s_remote_is_told_without_its_user(tmp_path, monkeypatch):
+def test_the_git_remote_is_reported_without_its_credentials(tmp_path, monkeypatch):
     repository = tmp_path / "repository"
     (repository / "ted_scale").mkdir(parents=True)
     make_repository(repository, f"https://{GIT}:x-oauth-basic@github.com/a/b.git")

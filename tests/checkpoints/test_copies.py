@@ -182,7 +182,7 @@ def test_a_run_does_not_start_again_because_of_an_outage_or_a_full_disk(endpoint
     assert write(saver_of(run, tmp_path), 4) is None
     shutil.rmtree(run.folder)
     files.checkpoints_of(run.folder).mkdir(parents=True)
-    monkeypatch.setattr(copies, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(object_store, "COPYING_S", 0.2)
     monkeypatch.setattr(object_store, "OPENING_S", 0.2)
     endpoint.faults(fail=1.0)
     with pytest.raises(SENTENCES):

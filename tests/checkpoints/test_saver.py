@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from damages import DAMAGES, copy_run, mix_up
 
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.checkpoints import attempts
 from ted_scale.checkpoints import folder as files
@@ -187,7 +187,7 @@ def test_200_damages_are_all_noticed_and_the_checkpoint_before_is_used(tmp_path,
 def test_a_checkpoint_with_a_missing_file_is_not_published(tmp_path):
     part = files.checkpoints_of(tmp_path) / "step_00000004.part"
     part.mkdir(parents=True)
-    entries = {name: sealed.write_file(part / name, [b"1234"]) for name in ("a", "b")}
+    entries = {name: durable.write_file(part / name, [b"1234"]) for name in ("a", "b")}
     (part / "b").unlink()
     with pytest.raises(sealed.Damaged, match="b is missing"):
         saving.seal_and_publish(part, [entries], Save(tmp_path, state(4), Progress(4), False))
@@ -273,13 +273,13 @@ def test_a_step_waits_only_for_the_copy_to_memory_and_the_next_save_waits_for_th
     """With a slow disk."""
     (tmp_path / "filters").write_bytes(b"filters")
     saver, free = saver_of(Run(tmp_path), tmp_path / "filters"), threading.Event()
-    write_file = sealed.write_file
+    write_file = durable.write_file
 
     def slowly(*arguments):
         assert free.wait(20)
         return write_file(*arguments)
 
-    monkeypatch.setattr(sealed, "write_file", slowly)
+    monkeypatch.setattr(durable, "write_file", slowly)
     monkeypatch.setattr(saving.state, "kept_buffers", lambda engine: None)
     monkeypatch.setattr(saving.state, "snapshot", lambda engine, buffers: state(4))
     row = saver.save("engine", Progress(4, 4, 4), with_filters=True)
@@ -302,7 +302,7 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path, before, after
     for rank in range(before):
         stretches = {name: cut(tensor.numel(), before, rank) for name, tensor in whole.items()}
         pieces = {key_of("fp32", n): whole[n].flatten()[a:b] for n, (a, b) in stretches.items() if b > a}
-        sealed.write_file(tmp_path / rank_file(rank), as_bytes(pieces))
+        durable.write_file(tmp_path / rank_file(rank), as_bytes(pieces))
     read = State(tmp_path, {"ranks": before, "updates": 0, "shapes": shapes})
     for name, tensor in whole.items():
         assert torch.equal(read.whole(name), tensor)

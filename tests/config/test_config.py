@@ -6,18 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
+import tomli_w
 from places import ROOT
 from tiny import run_values
 
 from ted_scale.base.errors import UserError
 from ted_scale.config.ds_config import CANNOT, DS_OWNED_BY_RUN, USABLE, load_ds_config
 from ted_scale.config.run import Run
-from ted_scale.config.run_file import CALLED, load_run, to_toml, toml_value
+from ted_scale.config.run_file import CALLED, load_run, to_toml
 
 
 def write(path: Path, values: dict) -> Path:
-    """`values` as a run file: sections as inline tables."""
-    path.write_text("\n".join(f"{key} = {toml_value(value)}" for key, value in values.items()), encoding="utf-8")
+    path.write_text(tomli_w.dumps(values), encoding="utf-8")
     return path
 
 
@@ -121,6 +121,13 @@ def test_a_file_that_is_missing_or_not_toml_is_refused_by_name(tmp_path):
         load_run(tmp_path / "binary.toml")
 
 
+def test_workers_0_of_an_earlier_version_loads_and_more_workers_are_refused(tmp_path):
+    assert load(tmp_path, "data.workers=0") == load(tmp_path)
+    for workers in (2, "'x'"):
+        said = f"data.workers must be 0 or left out, but is {workers}: a thread reads; leave it out"
+        assert refusal(tmp_path, f"data.workers={workers}") == said
+
+
 def test_set_reads_toml_values_and_takes_a_bare_word_as_a_string(tmp_path):
     run = load(tmp_path, "train.lr=2e-4", "name=my-run", "data.attention=document", "wandb.project=ted", "loss.kl=2",
                "filters.from=/some/run", "wandb.tags=['a', 'b=c']", "pairs.explicit=[[0, 3]]")  # fmt: skip
@@ -130,7 +137,7 @@ def test_set_reads_toml_values_and_takes_a_bare_word_as_a_string(tmp_path):
     assert run.train.steps == 6  # what --set does not name stays as the file has it
 
 
-def test_the_file_or_the_set_that_is_wrong_is_blamed(tmp_path):
+def test_the_sentence_names_the_file_or_the_set_that_is_wrong(tmp_path):
     """Every mistake in a --set was the run file's."""
     for blamed, overrides, steps in (
         (f"{tmp_path}/run.toml", ["train.lr=1", "seed=7"], 0),
@@ -144,7 +151,7 @@ def test_the_file_or_the_set_that_is_wrong_is_blamed(tmp_path):
         assert str(caught.value).startswith(f"{blamed}: train.")
 
 
-def test_what_other_trainers_call_it_is_a_key_of_the_run_file(tmp_path):
+def test_a_key_named_as_in_other_trainers_suggests_ours(tmp_path):
     values = load(tmp_path).model_dump(by_alias=True)
     assert all(re.sub(r".*\.", "", key) in values[key.partition(".")[0]] if "." in key else key in values
                for key in CALLED.values())  # fmt: skip
@@ -217,7 +224,7 @@ def test_a_ds_config_may_not_set_what_the_run_file_owns(tmp_path, key):
         load_ds_config(str(path))
 
 
-def test_what_the_run_file_is_said_to_own_are_keys_of_it(tmp_path):
+def test_keys_that_a_ds_config_refers_to_are_keys_of_the_run_file(tmp_path):
     values = load(tmp_path, "wandb.project=p").model_dump(by_alias=True)
     for home in DS_OWNED_BY_RUN.values():
         found = values
@@ -237,18 +244,18 @@ DS_FAULTS = {
 
 IMPOSSIBLE = {  # DeepSpeed takes most of it, and ends the run minutes later or passes over it in silence
     "zero_hpz_partition_size": (8, "its groups are made once, and teacher and student are two models"),
-    "mics_shard_size": (8, "DeepSpeed has it no more"),
+    "mics_shard_size": (8, "DeepSpeed no longer has it"),
     "zero_quantized_weights": (True, "weights are gathered, loaded and compared in their own type"),
     "zero_quantized_nontrainable_weights": (True, "weights are gathered, loaded and compared in their own type"),
     "zero_quantized_gradients": (True, "weights are gathered, loaded and compared in their own type"),
     "zenflow": ({}, "torch's fused AdamW updates"),
-    "cpu_offload": (True, "offload_optimizer and offload_param say it"),
-    "elastic_checkpoint": (True, "DeepSpeed has it no more"),
+    "cpu_offload": (True, "offload_optimizer and offload_param replace it"),
+    "elastic_checkpoint": (True, "DeepSpeed no longer has it"),
 }
 
 
 @pytest.mark.parametrize("key", IMPOSSIBLE)
-def test_what_this_design_cannot_do_with_zero_is_refused_unless_it_is_off(tmp_path, key):
+def test_zero_options_that_cannot_work_are_refused_unless_they_are_off(tmp_path, key):
     value, reason = IMPOSSIBLE[key]
     path, off = tmp_path / "ds.json", 1 if key == "zero_hpz_partition_size" else False
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, key: off}}))
@@ -266,7 +273,7 @@ SECTIONS = {
     "flops_profiler": "must do without flops_profiler, but has it: engines only run forward, backward and step",
     "compile": "must do without compile, but has it: engines only run forward, backward and step, as they are",
     "data_types": "must do without data_types, but has it: gradients are averaged over ranks, in fp32 sums",
-    "elasticity": "must do without elasticity, but has it: DeepSpeed has it no more; leave it out",
+    "elasticity": "must do without elasticity, but has it: DeepSpeed no longer has it; leave it out",
     "communication_datatype": "known here, but has 'communication_datatype'; did you mean communication_data_type?",
     "gradient_clip": "known here, but has 'gradient_clip'; did you mean gradient_clipping?",
     "my_notes": "must have sections that are known here, but has 'my_notes'; leave it out",
@@ -274,7 +281,7 @@ SECTIONS = {
 
 
 @pytest.mark.parametrize("key", SECTIONS)
-def test_a_section_that_does_nothing_or_harm_here_is_refused_and_a_typing_mistake_is_one(tmp_path, key):
+def test_ds_config_sections_that_are_ignored_harmful_or_unknown_are_refused(tmp_path, key):
     """DeepSpeed passes over sections that it does not know."""
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, key: {}}))

@@ -10,7 +10,7 @@ from plain import make_world
 from safetensors.torch import save_file
 from tiny import make_model, make_run
 
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes, read_progress
@@ -55,9 +55,9 @@ def leave_checkpoint(run, identity: dict, step: int = 4) -> Path:
     part = files.checkpoints_of(run.folder) / (files.checkpoint_name(step) + files.PART)
     part.mkdir(parents=True)
     at = Progress(step, step * 256, blend=blend_of(run), wandb_id="wandb-id", identity=identity)
-    entry = sealed.write_file(part / PROGRESS, [progress_as_bytes(at)])
+    entry = durable.write_file(part / PROGRESS, [progress_as_bytes(at)])
     sealed.seal(part, {PROGRESS: entry}, {"step": step, "forks": []})
-    return sealed.publish(part)
+    return durable.publish(part)
 
 
 def test_the_run_s_own_checkpoint_is_accepted(world):
@@ -68,7 +68,7 @@ def test_the_run_s_own_checkpoint_is_accepted(world):
     assert read_progress(checkpoint).wandb_id == "wandb-id"
 
 
-def test_what_may_change_over_a_resume_is_accepted(world):
+def test_a_change_that_does_not_decide_the_result_is_accepted(world):
     run = make_run(world)
     leave_checkpoint(run, make_plan(run, 1).identity())
     assert make_plan(make_run(world, train={"steps": 9, "lr": 1e-4}, log_every=5, checkpoint={"every": 7}), 1)
@@ -100,7 +100,7 @@ def test_a_checkpoint_goes_on_with_another_seq_len_or_step_size(world, sections)
 
 
 @pytest.mark.parametrize(("sections", "said", "allowed"), CHANGES.values(), ids=CHANGES)
-def test_what_decides_the_result_must_stay_or_be_allowed_by_its_name(world, sections, said, allowed):
+def test_a_changed_key_that_decides_the_result_must_be_allowed_by_name(world, sections, said, allowed):
     run, key = make_run(world), said.partition(" ")[0]
     leave_checkpoint(run, make_plan(run, 1).identity(), step=3 if key == "filters.head" else 4)
     refused = refusal(world, **sections)
@@ -114,16 +114,18 @@ def test_what_decides_the_result_must_stay_or_be_allowed_by_its_name(world, sect
     if allowed:
         assert make_plan(make_run(world, **sections), 1)
     else:
-        assert f"{key} cannot be allowed, for the tensors of the checkpoint would not fit" in refusal(world, **sections)
+        assert f"{key} cannot be allowed, because the tensors of the checkpoint would not fit" in refusal(
+            world, **sections
+        )
 
 
-def test_every_difference_is_in_the_one_sentence_and_those_allowed_are_not(world):
+def test_one_sentence_has_every_difference_that_is_not_allowed(world):
     leave_checkpoint(make_run(world), make_plan(make_run(world), 1).identity())
     other = {"seed": 1, "train": {"eps": 1e-6, "steps": 9}, "filters": {"mlp": 4}}
     assert refusal(world, **other) == (
         "to resume from ROOT/runs/tiny/checkpoints/step_00000004, seed must be 0, but is 1, and train.eps must be 1e-08, but is "
         "1e-06, and filters.mlp must be 0, but is 4; set back what changed, or give the run another name, or accept it by "
-        'resume.allow = ["seed", "train.eps"]; filters.mlp cannot be allowed, for the tensors of the checkpoint would not fit'
+        'resume.allow = ["seed", "train.eps"]; filters.mlp cannot be allowed, because the tensors of the checkpoint would not fit'
     )
     other["filters"] = {}
     said = refusal(world, **other, resume={"allow": ["seed"]})
@@ -141,7 +143,7 @@ def test_a_checkpoint_of_other_shapes_is_refused_and_one_of_other_ranks_is_not(w
     assert "student.width and student.parameters cannot be allowed" in said and "resume.allow" not in said
 
 
-def test_every_key_of_an_identity_can_be_named(world):
+def test_every_key_of_an_identity_can_be_allowed_by_name(world):
     for sections in ({}, {"method": "kd"}, {"method": "ce"}, {"method": "lwd"}):
         assert make_plan(make_run(world, **sections), 1).identity().keys() <= set(changes.DECISIVE)
 
@@ -151,13 +153,13 @@ def test_a_checkpoint_of_an_earlier_version_knows_fewer_keys_and_resumes(world):
     checkpoint = leave_checkpoint(run, {"method": "ted", "seed": 0, "data.seq_len": 16})
     values = json.loads((checkpoint / PROGRESS).read_text())
     del values["run"]
-    entry = sealed.write_file(checkpoint / PROGRESS, [json.dumps(values).encode()])
+    entry = durable.write_file(checkpoint / PROGRESS, [json.dumps(values).encode()])
     sealed.seal(checkpoint, {PROGRESS: entry}, {"step": 4, "forks": []})
     assert make_plan(run, 1)
     assert "seed must be 0, but is 1" in refusal(world, seed=1)
 
 
-def test_what_changed_is_said_key_by_key(world):
+def test_changes_are_reported_key_by_key(world):
     before = make_run(world, wandb={"project": "p"}, data={"corpora": [{"path": "a"}, {"path": "b", "weight": 2.0}]})
     after = make_run(
         world, log_every=5, seed=1, train={"steps": 9}, loss={"kl": {"start": 1.0, "end": 0.0, "shape": "linear"}},
@@ -187,10 +189,12 @@ def test_what_changed_is_said_key_by_key(world):
         )
     ]
     assert changes.changes({"seed": 0}, {"seed": 0}, ours, ours, 7) == []
+    earlier = {**ours, "data": {**ours["data"], "workers": 2}}  # a key of earlier versions
+    assert changes.changes({"seed": 0}, {"seed": 0}, earlier, ours, 7) == []
     assert changes.changes({"seed": 0}, {"seed": 1}, None, ours, 7) == ["seed is 1 instead of 0 from step 7 on"]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(world):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(world):
     run = make_run(world)
     checkpoint = leave_checkpoint(run, make_plan(run, 1).identity())
     (checkpoint / "progress.json").write_text("{")
@@ -199,7 +203,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(world):
     )
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(world):
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(world):
     run = make_run(world)
     identity = make_plan(run, 1).identity()
     first, second = leave_checkpoint(run, identity, 4), leave_checkpoint(run, identity, 5)
@@ -209,10 +213,10 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(world):
     assert make_plan(run, 1)
 
 
-def test_a_checkpoint_that_was_not_published_does_not_count(world):
+def test_an_unpublished_checkpoint_does_not_count(world):
     run = make_run(world)
     checkpoint = leave_checkpoint(run, {"seed": 99})
-    checkpoint.rename(checkpoint.with_name(checkpoint.name + sealed.PART))
+    checkpoint.rename(checkpoint.with_name(checkpoint.name + durable.PART))
     assert files.newest_checkpoint(run.folder) is None
     assert make_plan(run, 1)
 

@@ -64,7 +64,7 @@ def sound(window):
     return (window.labels - window.tokens)[window.labels % 600 != 0] == 1
 
 
-def test_open_files_and_mappings_are_bounded_however_many_shards_there_are(stream):
+def test_open_files_and_mappings_are_bounded_for_any_number_of_shards(stream):
     most = (0, 0)
     for position in range(2000):
         assert sound(stream.sample(position)).all()
@@ -72,7 +72,7 @@ def test_open_files_and_mappings_are_bounded_however_many_shards_there_are(strea
     assert 0 < most[0] <= 3 * OPEN_SHARDS and 0 < most[1] <= 2 * OPEN_SHARDS
 
 
-def test_threads_that_read_at_once_close_no_shard_under_another(stream, monkeypatch):
+def test_concurrent_threads_do_not_close_a_shard_that_another_one_reads(stream, monkeypatch):
     monkeypatch.setattr(megatron, "mapped", lru_cache(maxsize=2)(mapped.__wrapped__))
     expected = [stream.sample(position).tokens for position in range(300)]
     wrong = []
@@ -107,7 +107,7 @@ def test_a_document_that_begins_outside_its_shard_holds_out_nothing(tmp_path, pl
         open_stream(data_section(prefix, validation=0.5), 1, VOCAB)
 
 
-def test_a_shard_written_anew_is_read_anew(tmp_path):
+def test_a_replaced_shard_is_read_again(tmp_path):
     first = [
         open_stream(data_section(write_shard(tmp_path / "a", [[low] * 100])), 1, VOCAB).sample(0) for low in (5, 7)
     ]
@@ -143,7 +143,7 @@ def test_ten_thousand_shards_start_in_ten_seconds_under_a_limit_of_1024_descript
     assert float(re.match(r"[\d.]+", done.stdout)[0]) < 10
 
 
-def test_a_family_that_lost_a_whole_shard_is_refused_by_its_manifest_and_one_shard_alone_is_not(tmp_path):
+def test_a_corpus_with_a_missing_shard_is_refused_by_its_manifest_and_a_single_shard_is_not(tmp_path):
     for number in (1, 2, 3):
         write_shard(tmp_path / f"web-{number:05d}", [[1, 2, 3] * 30])
     totals = {"documents": 3, "tokens": 270, "empty": 0, "skipped": 0, "sources": []}

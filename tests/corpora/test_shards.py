@@ -94,7 +94,7 @@ def test_a_folder_without_shards_is_refused(tmp_path):
         expand(tmp_path)
 
 
-def test_a_sidecar_names_an_id_outside_the_vocabulary_before_anything_is_read(tmp_path):
+def test_an_id_outside_the_vocabulary_is_refused_by_the_sidecar_before_tokens_are_read(tmp_path):
     prefix = write_shard(tmp_path / "shard", DOCUMENTS, sidecar={"tokens": 9, "max_token_id": 9})
     check_vocabulary(read_index(prefix), 10)
     with pytest.raises(UserError, match=rf"{prefix} must hold token ids in 0..8 \(vocabulary size 9\), but holds 9"):

@@ -143,7 +143,7 @@ def test_every_kind_of_file_gives_the_same_shard(tmp_path, folder, texts, refere
 
 
 @pytest.mark.parametrize("write", [as_plain, as_gzip, as_zstandard, as_parquet])
-def test_reading_goes_on_behind_any_document(tmp_path, write):
+def test_reading_continues_after_any_document(tmp_path, write):
     first = write(tmp_path / "first", ["one", "", "two\n\nlines", "three"])
     last = write(tmp_path / "last", ["four", "five"])
     files = find_files([str(first), str(last)])
@@ -153,7 +153,7 @@ def test_reading_goes_on_behind_any_document(tmp_path, write):
         assert list(read_documents(files, after=(document.file, document.line))) == documents[number:]
 
 
-def test_what_cannot_be_read_is_met_again_behind_the_place_and_not_before_it(tmp_path):
+def test_an_unreadable_document_is_reported_again_only_after_the_resume_position(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "one"}\n[]\n\n{"text": "two"}\n{"text": 3}\n')
     for after, expected in (((0, 0), [2, 5]), ((0, 1), [2, 5]), ((0, 4), [5])):
@@ -228,7 +228,7 @@ def full(*_, **__):
     raise OSError(28, "No space left on device")
 
 
-def test_a_disk_that_is_full_is_a_sentence_of_both_tools(tmp_path, folder, texts, monkeypatch):
+def test_both_tools_report_a_full_disk_in_one_sentence(tmp_path, folder, texts, monkeypatch):
     source = write_jsonl(tmp_path / "texts.jsonl", texts[:20])
     monkeypatch.setattr("ted_scale.corpora.writer.Writer._append", full)
     said = refused(folder, tmp_path / "c", source)
@@ -241,7 +241,7 @@ def test_a_disk_that_is_full_is_a_sentence_of_both_tools(tmp_path, folder, texts
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl"]
 
 
-def test_an_input_that_cannot_be_opened_is_a_sentence(tmp_path, folder, texts, monkeypatch):
+def test_an_input_that_cannot_be_opened_is_reported_in_one_sentence(tmp_path, folder, texts, monkeypatch):
     source = write_jsonl(tmp_path / "texts.jsonl", texts[:20])
 
     def denied(*_):
@@ -313,7 +313,7 @@ def test_a_tokenizer_without_end_token_or_that_does_not_load_is_refused(tmp_path
     )
 
 
-def test_a_special_token_in_a_text_becomes_one_only_on_demand(tmp_path, folder):
+def test_a_special_token_spelled_in_a_text_is_parsed_only_on_demand(tmp_path, folder):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
@@ -344,7 +344,7 @@ def alive(pid):
         return False
 
 
-def test_a_killed_run_leaves_nothing_that_loads_no_worker_behind_and_a_second_run_succeeds(tmp_path, folder, texts):
+def test_a_killed_run_leaves_no_loadable_shard_and_no_worker_and_a_second_run_succeeds(tmp_path, folder, texts):
     source, out = write_jsonl(tmp_path / "long.jsonl", texts * 80), tmp_path / "out" / "c"
     written = unfinished(out) / "00001.bin.part"
     run = start(folder, out, source, "--workers", "2")

@@ -79,7 +79,8 @@ def kill_at(monkeypatch, step):
         def one(path, *rest, **options):
             if len(done) == step:
                 raise Killed
-            done.append(path)
+            if path.exists():  # removing what is not there is no step
+                done.append(path)
             return act(path, *rest, **options)
 
         return one
@@ -104,7 +105,7 @@ def killed(world, out, step, *rest):
             run(world, out, *rest)
 
 
-def test_killed_at_any_rename_or_removal_it_goes_on_to_the_same_bytes_and_never_loads_in_part(tmp_path, world, whole):
+def test_a_kill_at_any_rename_or_removal_resumes_to_the_same_bytes_and_never_loads_in_part(tmp_path, world, whole):
     steps = steps_of_a_run(world, tmp_path / "counted" / "c")
     tokens = manifest_of(whole)["tokens"]
     assert steps > 4 * len(manifest_of(whole)["shards"]) >= 20
@@ -116,7 +117,7 @@ def test_killed_at_any_rename_or_removal_it_goes_on_to_the_same_bytes_and_never_
         assert not unfinished(out).exists()
 
 
-def test_killed_while_it_replaces_an_output_it_goes_on_to_the_same_bytes(tmp_path, world, whole):
+def test_a_kill_while_an_output_is_replaced_resumes_to_the_same_bytes(tmp_path, world, whole):
     run(world, tmp_path / "counted" / "c", "--shard-tokens", 30000)
     for step in range(0, steps_of_a_run(world, tmp_path / "counted" / "c", "--overwrite"), 7):
         out = tmp_path / str(step) / "c"
@@ -127,7 +128,7 @@ def test_killed_while_it_replaces_an_output_it_goes_on_to_the_same_bytes(tmp_pat
         assert run(world, out, "--overwrite") == whole, step
 
 
-def test_killed_while_it_clears_what_another_command_left_either_command_goes_on(tmp_path, world, whole):
+def test_after_a_kill_while_another_command_s_output_is_cleared_either_command_resumes(tmp_path, world, whole):
     other = run(world, tmp_path / "other" / "c", "--shard-tokens", 30000)
     for step in range(12):
         for rest, expected in (([], whole), (["--shard-tokens", 30000, "--overwrite"], other)):
@@ -139,8 +140,8 @@ def test_killed_while_it_clears_what_another_command_left_either_command_goes_on
             assert run(world, out, *rest) == expected, step
 
 
-def test_what_is_finished_is_not_tokenized_again(tmp_path, world, whole, monkeypatch):
-    killed(world, tmp_path / "c", 5)
+def test_finished_shards_are_not_tokenized_again(tmp_path, world, whole, monkeypatch):
+    killed(world, tmp_path / "c", 4)
     shards = finished_shards(unfinished(tmp_path / "c"))
     finished = sum(shard["documents"] for shard in shards)
     assert len(shards) == 3
@@ -150,7 +151,7 @@ def test_what_is_finished_is_not_tokenized_again(tmp_path, world, whole, monkeyp
     assert len(encoded) == manifest_of(whole)["documents"] - finished
 
 
-def test_another_number_of_workers_may_go_on(tmp_path, world, whole):
+def test_another_number_of_workers_may_resume(tmp_path, world, whole):
     killed(world, tmp_path / "c", 4)
     assert run(world, tmp_path / "c", "--workers", 2) == whole
 
@@ -211,7 +212,7 @@ def test_a_shard_is_bounded_by_default_and_a_small_output_has_one_without_number
     ]
 
 
-def test_the_manifest_sums_up_what_is_there_and_what_was_left_out(whole, world):
+def test_the_manifest_has_the_totals_and_the_counts_of_skipped_documents(whole, world):
     manifest = manifest_of(whole)
     sidecars = [json.loads(whole[f"{shard['name']}.json"]) for shard in manifest["shards"]]
     assert [manifest[key] for key in ("documents", "tokens")] == [
@@ -256,12 +257,12 @@ def test_kills_at_random_moments_leave_the_same_bytes(tmp_path, world, kills):
 
 
 @pytest.mark.parametrize("place", ["a.jsonl/out", "/proc/nowhere/out"])
-def test_an_output_where_nothing_can_be_written_is_a_sentence(world, place):
+def test_an_output_that_cannot_be_written_is_reported_in_one_sentence(world, place):
     with pytest.raises(UserError, match=r"--out must be where files can be written, but .* is not"):
         run(world, world / "text" / place)
 
 
-def test_a_damaged_job_is_not_taken_for_a_new_one(tmp_path, world):
+def test_a_damaged_job_file_is_refused(tmp_path, world):
     folder = unfinished(tmp_path / "out")
     folder.mkdir()
     (folder / "job.json").write_text("{")

@@ -40,7 +40,7 @@ def whole_epochs(seen: Counter, domain: Domain) -> list[set[int]]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_whatever_the_lengths_on_the_way_no_token_of_an_epoch_comes_twice_or_never(seed):
+def test_every_token_of_an_epoch_is_read_once_for_any_changes_of_seq_len(seed):
     draw = random.Random(seed)
     interval, position, seen = blend.begin([A, B], order.shares([0.8, 0.2]), 8, seed), 0, Counter()
     for _ in range(12):
@@ -58,7 +58,7 @@ def test_whatever_the_lengths_on_the_way_no_token_of_an_epoch_comes_twice_or_nev
         )  # the ends that an epoch's cut leaves over
 
 
-def test_cursors_are_what_the_samples_before_them_read():
+def test_cursors_count_what_the_samples_before_them_read():
     interval = blend.begin([A, B, C], order.shares([0.5, 0.2, 0.3]), 8, 3)
     interval = blend.follow(interval, 333, [A, B, C], order.shares([1, 1, 1]), 12)
     start = Counter({d.name: c.seen for d, c in zip(interval.domains, interval.cursors, strict=True)})
@@ -77,7 +77,7 @@ def test_a_blend_that_did_not_change_is_the_same_interval():
     assert blend.changes(interval, interval) == []
 
 
-def test_corpora_may_come_leave_and_return():
+def test_corpora_may_be_added_removed_and_added_again():
     first = blend.begin([A, B], order.shares([1, 1]), 8, 0)
     at_500 = first.cursors_at(500)
     second = blend.follow(first, 500, [A, C], order.shares([1, 1]), 8)
@@ -91,7 +91,7 @@ def test_corpora_may_come_leave_and_return():
     ]
 
 
-def test_a_corpus_that_grew_begins_its_next_epoch_and_says_so():
+def test_a_corpus_that_grew_begins_its_next_epoch_and_the_change_is_reported():
     first = blend.begin([A], order.shares([1]), 8, 0)
     second = blend.follow(first, 50, [Domain("a", 2000)], order.shares([1]), 8)
     assert second.cursors == (Cursor(1, 8, 0, 400),)
@@ -102,11 +102,11 @@ def test_a_corpus_that_grew_begins_its_next_epoch_and_says_so():
     )
 
 
-def test_the_state_is_small_and_comes_back_from_json():
+def test_the_record_of_an_interval_is_small_and_is_restored_from_json():
     interval = blend.begin([A, B], order.shares([1, 3]), 8, 0)
     interval = blend.follow(interval, 10**9, [A, B], order.shares([1, 1]), 16)
-    text = json.dumps(blend.as_dict(interval))
-    assert len(text) < 500 and blend.from_dict(json.loads(text)) == interval
+    text = json.dumps(blend.as_record(interval))
+    assert len(text) < 500 and blend.from_record(json.loads(text)) == interval
 
 
 def test_weights_by_temperature():
@@ -122,7 +122,7 @@ def two(tmp_path_factory):
     return big, write_shard(folder / "small", counting_documents([5] * 40, first=30000))
 
 
-def test_a_window_of_pieces_has_every_label_right_and_begins_anew_at_a_piece(two):
+def test_a_window_of_pieces_has_the_right_labels_and_positions_restart_at_a_piece(two):
     before = open_stream(data_section(two[0], seq_len=8), 1, VOCAB).interval
     stream = open_stream(data_section(two[0], seq_len=20), 1, VOCAB, before, 10)
     window = stream.sample(10)
@@ -131,7 +131,7 @@ def test_a_window_of_pieces_has_every_label_right_and_begins_anew_at_a_piece(two
     assert set(jumps) <= {8, 16} and jumps and set(jumps) <= set(window.begins)
 
 
-def test_the_last_window_of_an_epoch_that_was_cut_otherwise_is_padded(two):
+def test_the_last_window_of_an_epoch_with_another_unit_is_padded(two):
     before = open_stream(data_section(two[0], seq_len=8), 1, VOCAB).interval  # 124 units of 8 tokens: 992
     stream = open_stream(data_section(two[0], seq_len=100), 1, VOCAB, before, 4)
     windows = [stream.sample(4 + i) for i in range(11)]
@@ -152,13 +152,13 @@ def hashes(two, world: int, workers_start: int, stop: int, before=None) -> list[
 
 
 @pytest.mark.parametrize("worlds", [(1, 1), (2, 8), (4, 2), (8, 1)], ids=str)
-def test_ranks_may_change_on_the_way_and_no_sample_does(two, worlds):
-    before = blend.from_dict(blend.as_dict(open_stream(data_section(*two), 1, VOCAB).interval))
+def test_samples_do_not_change_when_the_number_of_ranks_changes(two, worlds):
+    before = blend.from_record(blend.as_record(open_stream(data_section(*two), 1, VOCAB).interval))
     straight = hashes(two, 1, 0, 64)
     assert hashes(two, worlds[0], 0, 24) + hashes(two, worlds[1], 24, 64, before) == straight
 
 
-def test_a_corpus_that_must_not_repeat_is_refused_where_it_would(two):
+def test_a_corpus_that_must_not_repeat_is_refused_if_it_would(two):
     data = data_section(*two, seq_len=8)
     corpora = [corpus.model_copy(update={"repeat": False}) for corpus in data.corpora]
     data = data.model_copy(update={"corpora": corpora})
@@ -172,9 +172,7 @@ def test_a_corpus_that_must_not_repeat_is_refused_where_it_would(two):
 
 
 def test_two_corpora_of_one_name_are_refused(two):
-    with pytest.raises(
-        ValueError, match=r"data.corpora.name must be another for every corpus, but 'big' is there twice"
-    ):
+    with pytest.raises(ValueError, match=r"corpora.name must be another for every corpus, but 'big' is there twice"):
         data_section(two[0], two[0])
 
 
@@ -218,7 +216,7 @@ def test_other_shards_of_the_same_size_are_other_text(tmp_path):
     assert swapped is not first and "holds other text" in blend.changes(first, swapped)[0]
 
 
-def test_another_hold_out_is_said_in_the_middle_of_a_stage_and_between_two(tmp_path):
+def test_another_hold_out_is_reported_within_a_stage_and_between_two(tmp_path):
     """What a checkpoint knows of a corpus is the part that it trains on, so a border that moved is other text."""
     write_shard(tmp_path / "corpus", counting_documents([100] * 20))
     first, second = make_run(tmp_path), make_run(tmp_path, data={"corpora": [{"path": str(tmp_path / "corpus")}]})
@@ -231,11 +229,11 @@ def test_another_hold_out_is_said_in_the_middle_of_a_stage_and_between_two(tmp_p
         assert said.startswith(f"{begins} corpus corpus holds other text to train on, 2000 tokens instead of 1800")
 
 
-def test_a_share_is_a_number_also_where_it_is_rounded_up():
+def test_a_share_that_is_rounded_up_is_valid():
     assert all(type(share) is int for share in order.shares([1e6, 1]))
 
 
 @pytest.mark.parametrize("temperature", [0.01, 1e-3, 1e4])
-def test_a_temperature_may_be_extreme(temperature):
+def test_extreme_temperatures_give_valid_weights(temperature):
     weights = blend.weights_of("temperature", temperature, [1.0, 0.0, 2.0], [10**12, 10**9, 10**12])
     assert max(weights) == 1.0 and weights[1] == 0.0 and weights[0] == pytest.approx(0.5 ** (1 / temperature))

@@ -72,7 +72,7 @@ def test_an_epoch_visits_each_window_once_and_none_runs_past_the_end(tokens, seq
         assert starts[0] >= 0 and starts[-1] + seq_len + 1 <= tokens
 
 
-def test_cuts_move_and_order_changes_from_epoch_to_epoch():
+def test_cuts_and_order_change_from_epoch_to_epoch():
     cuts = [order.cut(1000, 8, 7, epoch) for epoch in range(20)]
     epochs = [[cut.start(i) for i in range(cut.count)] for cut in cuts]
     assert {min(e) for e in epochs} > {0, 3, 5}
@@ -106,7 +106,7 @@ def test_another_seed_is_another_order(two_shards):
     assert taken(open_stream(data, 1, VOCAB)) != taken(open_stream(data, 2, VOCAB))
 
 
-def test_position_a_billion_is_as_cheap_as_the_first(big_and_small):
+def test_a_sample_at_position_a_billion_costs_no_more_than_the_first(big_and_small):
     stream = open_stream(data_section(*big_and_small), 1, VOCAB)
 
     def cost(start):
@@ -132,14 +132,14 @@ def test_weights_hold_within_a_thousandth_of_every_block(big_and_small, weights)
         assert abs(small - 1000 * weights[1] / sum(weights)) <= 1
 
 
-def test_every_corpus_of_a_blend_is_walked_without_repeats_within_an_epoch():
+def test_no_corpus_of_a_blend_repeats_within_an_epoch():
     counts = order.shares([0.7, 0.2, 0.1])
     seen = Counter(order.pick(p, counts, 3) for p in range(5000))
     assert set(seen) == {(c, i) for c, n in enumerate(counts) for i in range(5 * n)} and max(seen.values()) == 1
 
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -0.5], [float("nan"), 1.0]])
-def test_weights_that_mean_nothing_are_refused(weights):
+def test_invalid_weights_are_refused(weights):
     with pytest.raises(UserError, match=r"data.corpora.weight must be zero or more and above zero for one corpus"):
         order.shares(weights)
 
@@ -223,7 +223,7 @@ def test_validation_counts_each_window_once_for_any_number_of_ranks(two_shards, 
 
 
 def test_a_path_without_a_last_part_needs_a_name():
-    with pytest.raises(ValueError, match=r"data.corpora.name must be set where the path ends in none"):
+    with pytest.raises(ValueError, match=r"corpora.name must be set where the path ends in none"):
         data_section(".")
 
 

@@ -38,9 +38,9 @@ def data_section(*paths, seq_len=8, attention="causal", weights=None, validation
     return Data.model_validate({"corpora": corpora, "seq_len": seq_len, "attention": attention} | blend)
 
 
-def steps(stream, *, start=0, stop=None, samples_per_step, micro_batch, rank=0, world=1, workers=0, prefetch=2):
+def steps(stream, *, start=0, stop=None, samples_per_step, micro_batch, rank=0, world=1, prefetch=2):
     """What one rank draws of a stream, by a loader of its own."""
     from ted_scale.data.loader import Loader
 
-    loader = Loader(workers=workers, prefetch=prefetch, micro_batch=micro_batch, rank=rank, world=world, device="cpu")
+    loader = Loader(prefetch=prefetch, micro_batch=micro_batch, rank=rank, world=world, device="cpu")
     return loader.steps(stream, start=start, stop=stop, samples_per_step=samples_per_step)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tiny import FAMILIES, make_run
 
 from ted_scale import run as build
-from ted_scale.base import sealed
+from ted_scale.base import durable
 from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.checkpoints import attempts, saver
 from ted_scale.checkpoints import folder as checkpoint_files
@@ -251,7 +251,7 @@ def full_disk(folder: Path, device):
 
 def retried_save(folder: Path, device):
     """Rank 1's disk fails a save and is well again for the next try; rank 0's is slow to remove what is left of the first."""
-    run, write_file, rmtree = make_run(folder, name="retried"), sealed.write_file, shutil.rmtree
+    run, write_file, rmtree = make_run(folder, name="retried"), durable.write_file, shutil.rmtree
     tensors = {key_of(kind, "w"): torch.full((50,), 4.0) for kind in KINDS}
     snapshot = Snapshot(tensors, {"ranks": 2, "updates": 4, "shapes": {"w": [100]}})
     made = saver.Saver(run, [], lambda title, text: None)
@@ -265,16 +265,16 @@ def retried_save(folder: Path, device):
 
     pauses = attempts.PAUSES_S, saver.LAST_PAUSES_S
     attempts.PAUSES_S, saver.LAST_PAUSES_S, shutil.rmtree = (), (0.1, 0.1), slowly
-    sealed.write_file = broken if dist.get_rank() == 1 else write_file
+    durable.write_file = broken if dist.get_rank() == 1 else write_file
     try:
         place = checkpoint_files.checkpoints_of(run.folder) / checkpoint_files.checkpoint_name(4)
         made.begin(Save(place, snapshot, Progress(4, 4, 4), False))
         failed = made.wait()["checkpoint/failed"]
-        sealed.write_file = write_file
+        durable.write_file = write_file
         return {"failed": [failed, made.finish()["checkpoint/failed"]], "fault": checkpoint_files.check_digests(place)}
     finally:
         attempts.PAUSES_S, saver.LAST_PAUSES_S = pauses
-        sealed.write_file, shutil.rmtree = write_file, rmtree
+        durable.write_file, shutil.rmtree = write_file, rmtree
 
 
 def layer_loss_ends(folder: Path, device):

@@ -1,9 +1,7 @@
 """Dropped updates, loss spikes, rewinds and digests, without ranks: which numbers lead to which decision."""
 
-import json
 import math
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +10,9 @@ import torch
 from tiny import make_run
 
 from ted_scale import run as build
-from ted_scale.base import sealed
+from ted_scale.base import durable, sealed
 from ted_scale.base.errors import RunStopped
-from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
+from ted_scale.checkpoints.progress import PROGRESS, Progress, parse_progress, progress_as_bytes
 from ted_scale.distill.signal import Losses, Weights
 from ted_scale.distill.stages import stages_of
 from ted_scale.health import bad_step as report
@@ -177,7 +175,7 @@ def test_a_higher_loss_that_lasts_becomes_the_median(world):
 def test_a_resumed_run_finds_the_same_spikes_as_an_uninterrupted_one(world):
     at = world(spike_window=8, spike_factor=2.0)
     losses_until(at, [1.0, 1.1, 0.9])
-    at.progress = spikes.begin(Progress(**json.loads(json.dumps(asdict(at.progress)))), at.stage)
+    at.progress = spikes.begin(parse_progress(progress_as_bytes(at.progress).decode(), "a test"), at.stage)
     at.step(2.3)
     assert len(at.alerts) == 1
 
@@ -245,7 +243,7 @@ def test_a_rewind_loads_into_the_same_engine_and_uses_the_present_run_file(world
     losses_until(at, [1.0, 1.0])
     there = tmp_path / "step_00000002"
     there.mkdir()
-    entry = sealed.write_file(there / PROGRESS, [progress_as_bytes(at.progress)])
+    entry = durable.write_file(there / PROGRESS, [progress_as_bytes(at.progress)])
     sealed.seal(there, {PROGRESS: entry}, {"step": 2, "forks": []})
     monkeypatch.setattr(build, "first_of_all", lambda fault: fault)
     monkeypatch.setattr(build, "share", lambda: (0, 1))
@@ -262,7 +260,7 @@ def test_a_rewind_loads_into_the_same_engine_and_uses_the_present_run_file(world
     newer = tmp_path / "step_00000004"
     shutil.copytree(there, newer)
     sealed.seal(newer, {PROGRESS: entry}, {"step": 4, "forks": []})
-    sealed.write_file(newer / PROGRESS, [b" " * entry.bytes])
+    durable.write_file(newer / PROGRESS, [b" " * entry.bytes])
     back = build.go_back(at.stage, "engine", Rewind([newer, there], at.progress), numbers)
     assert (back.step, back.forks) == (at.progress.step, (at.progress.step,))
     assert alerts == [f"checkpoint {newer} is damaged and skipped: progress.json is not as it was written"]

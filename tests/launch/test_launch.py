@@ -15,7 +15,7 @@ from places import ROOT
 from tiny import make_corpus, make_model, make_run, pretrain, pretrain_command, write_run
 
 from ted_scale.base.errors import Preempted
-from ted_scale.ranks.processes import ranks_below
+from ted_scale.ranks.signals import ranks_below
 
 SETTINGS = {"filters": {"steps": 4}, "train": {"steps": 10}, "checkpoint": {"every": 2}, "wandb": {"project": "tiny"}}
 

@@ -56,7 +56,7 @@ def test_the_file_never_exceeds_its_bound(tmp_path, bound):
     assert geometry(bound, CHUNK).size <= bound or not bound
 
 
-def test_what_was_not_used_for_longest_goes_first(tmp_path):
+def test_the_least_recently_used_chunk_is_replaced_first(tmp_path):
     cache = ChunkCache(tmp_path / "chunks", 18 * CHUNK, CHUNK)  # one set
     ways = cache.shape.ways
     assert cache.shape.sets == 1
@@ -67,7 +67,7 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path):
     assert [number for number in range(ways + 1) if cache.get(key(number)) is None] == [1]
 
 
-def test_a_bound_that_shrinks_gives_room_back_and_one_that_grows_takes_it(tmp_path):
+def test_the_file_follows_a_changed_bound(tmp_path):
     path = tmp_path / "chunks"
     for bound in (BOUND, BOUND // 4, BOUND // 2):
         cache = ChunkCache(path, bound, CHUNK)
@@ -77,7 +77,7 @@ def test_a_bound_that_shrinks_gives_room_back_and_one_that_grows_takes_it(tmp_pa
         assert on_disk(path) <= bound
 
 
-def test_bytes_that_changed_on_disk_are_a_chunk_that_is_not_there(tmp_path):
+def test_a_chunk_whose_bytes_changed_on_disk_counts_as_absent(tmp_path):
     cache = ChunkCache(tmp_path / "chunks", BOUND, CHUNK)
     for number in range(100):
         cache.put(key(number), content(number))
@@ -91,7 +91,7 @@ def test_bytes_that_changed_on_disk_are_a_chunk_that_is_not_there(tmp_path):
 
 
 WRITER = """
-import sys; sys.path.insert(0, "tests")
+import sys; sys.path.insert(0, "tests/storage")
 from pathlib import Path
 from test_chunk_cache import *
 cache, start = ChunkCache(Path(sys.argv[1]), BOUND, CHUNK), int(sys.argv[2])
@@ -106,7 +106,7 @@ for i in range(10**9):
 """
 
 
-def test_processes_that_write_at_once_and_are_killed_leave_no_wrong_chunk(tmp_path):
+def test_concurrent_writers_that_are_killed_leave_no_wrong_chunk(tmp_path):
     path = tmp_path / "chunks"
     command = [sys.executable, "-c", WRITER, str(path)]
     writers = [subprocess.Popen([*command, str(s)], stdout=subprocess.PIPE, text=True) for s in (1, 3, 7)]
@@ -128,7 +128,7 @@ def test_processes_that_write_at_once_and_are_killed_leave_no_wrong_chunk(tmp_pa
     assert on_disk(path) <= BOUND
 
 
-def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path, caplog, monkeypatch):
+def test_a_full_disk_disables_the_cache_and_does_not_stop_the_run(tmp_path, caplog, monkeypatch):
     cache = ChunkCache(tmp_path / "chunks", BOUND, CHUNK)
     monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     for number in range(3):
@@ -138,7 +138,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path, caplog, monkeypat
     assert said == [f"chunks are not kept on disk, because {tmp_path}/chunks cannot be used: No space left on device"]
 
 
-def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_run(tmp_path, caplog):
+def test_a_folder_that_cannot_be_written_disables_the_cache_and_does_not_stop_the_run(tmp_path, caplog):
     Path(tmp_path / "file").write_text("")
     cache = ChunkCache(tmp_path / "file" / "chunks", BOUND, CHUNK)
     cache.put(key(1), content(1))

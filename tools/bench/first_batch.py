@@ -33,7 +33,7 @@ def first_batch(prefixes: list[str], position: int, said) -> None:
     before, began = memory("VmRSS"), time.perf_counter()
     corpora = [{"path": prefix, "weight": 1.0 + i} for i, prefix in enumerate(prefixes)]
     data = Data.model_validate({"corpora": corpora, "seq_len": 4096, "attention": "document"})
-    loader = Loader(workers=0, prefetch=data.prefetch, micro_batch=4, rank=0, world=1, device="cpu")
+    loader = Loader(prefetch=data.prefetch, micro_batch=4, rank=0, world=1, device="cpu")
     next(loader.steps(open_stream(data, 1, VOCABULARY), start=position, samples_per_step=16))
     seconds = time.perf_counter() - began
     loader.close()

@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder is on the path, its parent is not
 
+import psutil
+
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
-from ted_scale.ranks.processes import PROC
 from tools.bench import gpu_report
 from tools.bench.gpu_needs import needs
 from tools.bench.gpu_report import PART, Row
@@ -223,11 +224,9 @@ def end(process: subprocess.Popen, mark: str) -> None:
 
 def marked(mark: str) -> list[int]:
     """Processes that have the mark in their environment, as children inherit it."""
-    found = []
-    for entry in PROC.glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended, or is another user's
-            found += [int(entry.name)] if mark.encode() in (entry / "environ").read_bytes().split(b"\0") else []
-    return found
+    name, value = mark.split("=")
+    running = psutil.process_iter(["environ"])  # None where the process is another user's
+    return [process.pid for process in running if (process.info["environ"] or {}).get(name) == value]
 
 
 def trim(log: Path, start: int) -> None:

@@ -131,7 +131,7 @@ def states(plan: Plan, arm: str) -> float:
 def forever(plan: Plan, device: torch.device):
     """Steps of one micro-batch, by the trainer's loader."""
     data = plan.run.data
-    loader = Loader(workers=0, prefetch=data.prefetch, micro_batch=1, rank=0, world=1, device=device)
+    loader = Loader(prefetch=data.prefetch, micro_batch=1, rank=0, world=1, device=device)
     stream = open_stream(data, plan.run.seed, plan.student.vocab_size)
     return loader.steps(stream, start=0, samples_per_step=1)
 

@@ -124,19 +124,14 @@ def measure(stream, megatron, positions: list[int], arguments) -> tuple[list[flo
     return ours, theirs
 
 
-def measure_workers(stream, arguments) -> dict[int, float]:
-    """Median seconds of drawing steps through a whole loader that reads in its thread, or in processes."""
-    settings = {"prefetch": 2, "micro_batch": arguments.micro_batch, "rank": 0, "world": 1, "device": "cpu"}
-    loaders = {n: Loader(workers=n, **settings) for n in (0, *arguments.workers)}
+def measure_loader(stream, arguments) -> float:
+    """Million tokens a second of drawing steps through a whole loader, by the median of the turns."""
+    loader = Loader(prefetch=2, micro_batch=arguments.micro_batch, rank=0, world=1, device="cpu")
     samples = arguments.samples // (8 * arguments.micro_batch) * 8 * arguments.micro_batch
     stretch = {"start": 0, "stop": samples, "samples_per_step": 8 * arguments.micro_batch}
-    times = {n: [] for n in loaders}
-    for _ in range(arguments.turns + 1):
-        for n, loader in loaders.items():
-            times[n].append(seconds(lambda _: None, loader.steps(stream, **stretch)))
-    for loader in loaders.values():
-        loader.close()
-    return {n: samples * arguments.seq_len / 1e6 / statistics.median(t[1:]) for n, t in times.items()}
+    times = [seconds(lambda _: None, loader.steps(stream, **stretch)) for _ in range(arguments.turns + 1)]
+    loader.close()
+    return samples * arguments.seq_len / 1e6 / statistics.median(times[1:])
 
 
 def main() -> None:
@@ -147,7 +142,6 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--samples", type=int, default=800, help="read in a turn by either side")
     parser.add_argument("--turns", type=int, default=21)
-    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="of whole loaders, besides none")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prefixes = write_corpus(Path(folder), int(arguments.tokens), arguments.shards)
@@ -163,8 +157,7 @@ def main() -> None:
                 f"{tokens / theirs:6.1f} | ours / GPTDataset {theirs / ours:.2f} (medians of {arguments.turns} turns)",
                 flush=True,
             )
-        rates = measure_workers(stream, arguments)
-        print("whole loaders, causal: " + " | ".join(f"{n} workers {rate:.1f} M tokens/s" for n, rate in rates.items()))
+        print(f"a whole loader, causal: {measure_loader(stream, arguments):.1f} M tokens/s")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def print_first_step(path: str, folder: Path) -> None:
     megatron_indexed()
     began = time.monotonic()
     stream = open_stream(section(path, folder), 1, VOCAB)
-    loader = Loader(workers=0, prefetch=2, micro_batch=8, rank=0, world=1, device="cpu")
+    loader = Loader(prefetch=2, micro_batch=8, rank=0, world=1, device="cpu")
     next(loader.steps(stream, start=0, stop=64, samples_per_step=64))
     print(time.monotonic() - began)
 
@@ -95,7 +95,7 @@ def waits_ms(path: str, folder: Path, count: int, step_ms: float, **stream) -> t
     from ted_scale.data.stream import open_stream
 
     opened = open_stream(section(path, folder, **stream), 1, VOCAB)
-    loader = Loader(workers=0, prefetch=2, micro_batch=8, rank=0, world=1, device="cpu")
+    loader = Loader(prefetch=2, micro_batch=8, rank=0, world=1, device="cpu")
     batches = loader.steps(opened, start=0, samples_per_step=8)
     waits, digest, most = [], hashlib.sha256(), 0
     for _ in range(count):
