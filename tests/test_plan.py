@@ -96,7 +96,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(world, override, senten
     [
         (
             ("--ranks", 2),
-            "error: --ranks must come with --dry-run, but is 2 without it; the launcher says how many start\n",
+            "error: --ranks must come with --dry-run, but is 2 without it; the launcher decides how many start\n",
         ),
         (
             ("--dry-run", "--ranks", 0),
