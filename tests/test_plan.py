@@ -100,7 +100,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(world, override, senten
         ),
         (
             ("--dry-run", "--ranks", 0),
-            "error: --ranks must be at least 1, but is 0; leave it out for what the launcher says\n",
+            "error: --ranks must be at least 1, but is 0; leave it out to use the launcher's number\n",
         ),
     ],
     ids=["a real run", "none"],
