@@ -156,8 +156,8 @@ def report(code: int, verbose: bool) -> list[str]:
 def batch() -> list[str]:
     asked = calls(Metrics.timed)[BATCH - 1]
     told = next(i for i in calls(Metrics.add) if i > asked)
-    read = next(i for i in calls(Loader._collect) if i > asked)
-    reader = entries(read, end_of(read), thread_of(Loader._collect))
+    read = next(i for i in calls(Loader._read) if i > asked)
+    reader = entries(read, end_of(read), thread_of(Loader._read))
     return joined(reader, [file_of(train.__code__)], entries(asked, told, thread_of(train)))
 
 
