@@ -91,7 +91,7 @@ def test_bytes_that_changed_on_disk_are_a_chunk_that_is_not_there(tmp_path):
 
 
 WRITER = """
-import sys; sys.path.insert(0, "tests")
+import sys; sys.path.insert(0, "tests/storage")
 from pathlib import Path
 from test_chunk_cache import *
 cache, start = ChunkCache(Path(sys.argv[1]), BOUND, CHUNK), int(sys.argv[2])

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "harness"))  # pytest has it there, a rank has not
+
 from launching import run_ranks
 from places import ROOT
 from tiny import make_corpus, make_model, make_run, write_run
-
-sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError
 

@@ -128,13 +128,13 @@ def shape_of(text: str) -> shapes.Shape:
 def jobs(kernel: str, arch: str, other: shapes.Shape | None = None) -> list[Job]:
     """In everything that is shipped, or in another shape."""
     found = []
-    for dtype, shape in [("bf16", other)] if other else shapes(shapes.TABLES[kernel], arch):
+    for dtype, shape in [("bf16", other)] if other else shipped(shapes.TABLES[kernel], arch):
         cases = [case for case in CASES[kernel] if not (shape.descriptors and "raw" in case)]  # those take `plain`
         found += [Job(kernel, arch, dtype, shape, case) for case in cases[: 1 if dtype == "fp16" else None]]
     return found
 
 
-def shapes(table: dict[str, shapes.Shape], arch: str) -> list[tuple[str, shapes.Shape]]:
+def shipped(table: dict[str, shapes.Shape], arch: str) -> list[tuple[str, shapes.Shape]]:
     """(operand type, shape) of all that the architecture can be given; fp16 is the same code as bf16."""
     if "any" in table:
         return [(dtype, table["any"]) for dtype in ("bf16", "fp16", "fp32")]
