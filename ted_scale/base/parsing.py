@@ -6,7 +6,7 @@ than ValueError: they run out of stack at a thousand brackets.
 
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 COUNT_LIMIT = 1 << 62  # of tokens, bytes, steps: what is above is no number of anything, and overflows int64 in sums
 
@@ -30,7 +30,7 @@ def is_count(value) -> bool:
     return type(value) is int and 0 <= value < COUNT_LIMIT
 
 
-def fits(values, required: dict[str, type], optional: dict[str, type] | None = None) -> bool:
+def fits(values, required: Mapping[str, type], optional: Mapping[str, type] | None = None) -> bool:
     """A table that has the keys asked for, each of its kind; numbers are counts. Other keys are not looked at."""
     if not isinstance(values, dict) or not required.keys() <= values.keys():
         return False

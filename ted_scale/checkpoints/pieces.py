@@ -39,7 +39,8 @@ def cut(numel: int, ranks: int, rank: int) -> tuple[int, int]:
 
 def as_bytes(tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None) -> Iterable:
     """A safetensors file of fp32 tensors in host memory, piece by piece, without a copy of them."""
-    header, end = {"__metadata__": about} if about else {}, 0
+    header: dict[str, dict] = {"__metadata__": about} if about else {}
+    end = 0
     for key, tensor in tensors.items():
         first, end = end, end + BYTES * tensor.numel()
         header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [first, end]}

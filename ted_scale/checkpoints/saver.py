@@ -48,7 +48,9 @@ class Saver:
         self.folder, self.settings, self.copier = run.folder, run.checkpoint, Copier(run, alert)
         self.origins, self.taken, self.filters_entry = filters_files, [], None  # `taken` are the last checkpoints'
         self.group, self.settled, self.failed = new_group(), threading.Event(), 0
-        self.engine = self.buffers = self.thread = self.outcome = None
+        self.engine = self.buffers = None
+        self.thread: threading.Thread | None = None
+        self.outcome: Outcome | None = None
 
     def save(self, engine, progress: Progress, *, with_filters: bool) -> dict[str, float]:
         """Begin to write a checkpoint of this step; what it cost the step, and what the one before took."""

@@ -19,7 +19,10 @@ from ted_scale.corpora.writer import as_text, finished_shards, part, sync, write
 
 TOTALS = ("documents", "tokens")
 MANIFEST = {"shards": list, "sources": list, "documents": int, "tokens": int, "empty": int, "skipped": int}
-ROWS = {"shards": {"name": str, "sidecar_sha256": str}, "sources": {"path": str, "bytes": int}}
+ROWS: dict[str, dict[str, type]] = {
+    "shards": {"name": str, "sidecar_sha256": str},
+    "sources": {"path": str, "bytes": int},
+}
 
 
 def claim(out: Path):

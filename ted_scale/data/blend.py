@@ -6,7 +6,7 @@ surprise: a corpus's epoch is cut in units of the seq_len that it began with. Un
 together from such units until the epoch ends, so that no token of it comes twice or never.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ted_scale.data import order
@@ -82,7 +82,9 @@ def begin(domains: list[Domain], shares: tuple[int, ...], seq_len: int, seed: in
     return Interval(0, seq_len, shares, tuple(domains), fresh, seed)
 
 
-def follow(before: Interval, position: int, domains: list[Domain], shares: tuple[int, ...], seq_len: int) -> Interval:
+def follow(
+    before: Interval, position: int, domains: Sequence[Domain], shares: tuple[int, ...], seq_len: int
+) -> Interval:
     """The same interval where nothing changed, else the next one, from `position` on. A corpus that left is remembered."""
     kept = {d.name: (d, c) for d, c in zip(before.domains, before.cursors_at(position), strict=True)}
     here = {domain.name for domain in domains}
@@ -93,7 +95,7 @@ def follow(before: Interval, position: int, domains: list[Domain], shares: tuple
     ):
         return before
     cursors = tuple(resumed(domain, *kept.get(domain.name, (domain, None)), seq_len) for domain in domains)
-    return Interval(position, seq_len, shares, domains, cursors, before.seed)
+    return Interval(position, seq_len, shares, tuple(domains), cursors, before.seed)
 
 
 def shares_by_domain(domains, shares) -> dict[Domain, int]:

@@ -27,7 +27,7 @@ class Rewind(Exception):
 def ways_back(folder: Path, first_step: int, rewinds: int) -> list[Path]:
     """The newest whole checkpoint of a stage and those before it; after every rewind that did not help, without the newest
     of them. Rank 0 looks."""
-    found = [None]
+    found: list = [None]
     if dist.get_rank() == 0:
         whole = {s.path.name: s.manifest for s in files.published(folder) if s.fault is None}
         found = [choose(files.history(whole), first_step, rewinds)]

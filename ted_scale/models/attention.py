@@ -12,7 +12,7 @@ that a block computed again for its gradient is given the same ones; inspection.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -83,7 +83,7 @@ def told_of(packing: Packing | None) -> dict:
     return {} if packing is None else {"position_ids": packing.positions_BT, "packing": packing}
 
 
-def describe(mode: str, models: dict[str, Iterable[Layer]], length: int, dtype: torch.dtype, device) -> str:
+def describe(mode: str, models: Mapping[str, Iterable[Layer]], length: int, dtype: torch.dtype, device) -> str:
     """The log's line."""
     ways = {
         side: sorted({path(layer, length, mode == "document", dtype, device) for layer in layers})
