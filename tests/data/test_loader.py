@@ -231,6 +231,7 @@ def test_opening_is_silent_and_loaders_that_nobody_closed_hold_no_exit_and_leave
     assert len(pids) == 4 and gone(pids, 10)
 
 
+@pytest.mark.alone
 def test_two_ranks_wait_for_no_data_and_all_end_with_one_sentence_when_a_worker_is_killed(tmp_path):
     make_model(tmp_path / "student", "gpt2")
     make_corpus(tmp_path / "corpus")

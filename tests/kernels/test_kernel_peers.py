@@ -86,6 +86,7 @@ def test_memory_at_a_real_size():
 LIMITS = {"linear_kl_ce": 0.85, "filtered_mse_nmse": 1.1, "filtered_mse_mse": 1.1}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("operation", LIMITS)
 def test_on_a_cpu_the_time_beside_plain_torch(operation):
     """In a process of its own, as the bench has it: in one that held large tensors before, plain torch finds its memory ready.
