@@ -5,15 +5,21 @@ BIN    := $(CURDIR)/$(VENV)/bin
 STAMP  := $(VENV)/.set-up
 OPS    := $(VENV)/.ops-built
 
+PYTEST := $(BIN)/python -m pytest
+PAIR   := -n 2 --dist loadfile --no-loadscope-reorder  # two files of tests at a time: one works while the other waits
+
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint soak clean
+.PHONY: help setup demo check test suite lint types soak clean
 
 help:
 	@echo "make setup   .venv with the tested set of packages"
 	@echo "make demo    a whole life of a small model on two CPU cores, some minutes"
-	@echo "make test    the CPU tests        make soak   the long ones"
-	@echo "make lint    ruff                 make clean  .venv, caches and the demo's results go"
+	@echo "make check   lint, types and the short tests, a minute and a half"
+	@echo "make test    the CPU tests, ten minutes on two cores"
+	@echo "make soak    the long tests"
+	@echo "make lint    ruff                 make types  mypy"
+	@echo "make clean   removes .venv, caches and the demo's results"
 
 setup: $(STAMP) $(OPS)
 	@:
@@ -40,15 +46,25 @@ $(OPS): $(STAMP)
 demo: setup
 	@$(BIN)/python tools/demo.py
 
+check: lint types
+	@$(PYTEST) $(PAIR) -m "not gpu and not soak and not long and not alone"
+
 test: setup
-	@$(BIN)/python -m pytest -m "not gpu and not soak" -rs
+	@$(MAKE) --no-print-directory suite
+
+suite: # with the packages in BIN
+	@$(PYTEST) $(PAIR) -m "not gpu and not soak and not alone" -rs --durations=10
+	@$(PYTEST) -m alone -rs
 
 soak: setup
-	@$(BIN)/python -m pytest -m soak -rs || { code=$$?; [ $$code -eq 5 ] && echo "there are no soak tests" || exit $$code; }
+	@$(PYTEST) -m soak -rs || { code=$$?; [ $$code -eq 5 ] && echo "there are no soak tests" || exit $$code; }
 
 lint: setup
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 
+types: setup
+	@$(BIN)/python -m mypy
+
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache runs/demo
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache runs/demo

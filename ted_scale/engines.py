@@ -78,7 +78,7 @@ def build_teacher(plan: Plan):
 
     config = engine_config(plan, plan.teacher)
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
-    start = {"init": plan.run.teacher.init, "seed": plan.run.seed + 1}  # not the student's seed
+    start: dict = {"init": plan.run.teacher.init, "seed": plan.run.seed + 1}  # not the student's seed
     network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision], **start)
     fused.fuse(network, plan.run.fused_blocks)
     body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
@@ -141,7 +141,7 @@ def build_filters(plan: Plan, stage: Stage):
     def side(anatomy, offset: int, lift: int = 0):
         seeds = [plan.run.seed * 1000 + 2 * k + offset for k in range(len(plan.pairs))]
         vocab = anatomy.vocab_size if heads else 0
-        settings = {"mlp": filters.mlp, "random": lwd, "vocab": vocab, "lift": lift}
+        settings: dict = {"mlp": filters.mlp, "random": lwd, "vocab": vocab, "lift": lift}
         return torch.nn.ModuleList(Filter(anatomy.width, plan.width, seed=seed, **settings) for seed in seeds)
 
     return side(plan.student, 0), None if lwd else side(plan.teacher, 1, lift)

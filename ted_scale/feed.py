@@ -150,7 +150,7 @@ def text_of(plan, held_out: dict[str, Stream]) -> dict[str, str]:
     return {n: f"{read} of {s.parts[n].tokens} tokens, {s.parts[n].content}" for n, s in held_out.items()}
 
 
-def set_weights(data, before: dict | None, student: dict[str, float], teacher: dict[str, float]):
+def set_weights(data, before: Measured | None, student: dict[str, float], teacher: dict[str, float]):
     """(weights, discrepancies) by corpus. A corpus that is new in the blend starts with an equal share."""
     names = list(student)
     gaps = ddk.discrepancies([student[name] for name in names], [teacher[name] for name in names])

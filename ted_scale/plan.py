@@ -102,7 +102,7 @@ def make_plan(run: Run, world: int) -> Plan:
     vocabulary = min(a.vocab_size for a in (student, teacher) if a)
     matched = match_layers(run.pairs, student, teacher) if run.matches_layers else Matched([], "")
     run = filter_sizes.resolved(run, student, teacher, matched.pairs) if matched.pairs else run
-    width = run.filters.width if matched.pairs else 0
+    width = int(run.filters.width) if matched.pairs else 0
     fused.check(run.fused_blocks, {"student": student, "teacher": teacher})
     check_wandb(run)
     check_length(run, student, teacher)

@@ -1,10 +1,32 @@
 """One thread a process: the tests start ranks beside each other on few cores, where more threads only wait for each other.
-Without a GPU Triton's kernels are interpreted; Triton reads that when a kernel is imported."""
+Note: OpenMP reads its variable when torch is imported, so that it must be set before.
+
+Without a GPU Triton's kernels are interpreted; Triton reads that when a kernel is imported. The files of LONG run first, in
+that order: pytest-xdist's workers take whole files, and at the end no worker should wait long for the other. `make check`
+leaves them out.
+"""
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
 import torch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+LONG = (
+    "test_distributed", "test_faults", "test_compile", "test_launch", "test_export", "test_kernel_peers", "test_loader",
+    "test_kernels", "test_gpu_bench", "test_tokenize_resume", "test_adaptive", "test_watch", "test_fuzz", "test_plan",
+    "test_supervise", "test_secrets", "test_tokenize", "test_attention", "test_loss_precision", "test_streaming",
+    "test_saver", "test_copies", "test_resume", "test_fused", "test_cut_student", "test_sampling",
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    for item in items:
+        if item.path.stem in LONG:
+            item.add_marker("long")

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import time
@@ -108,12 +107,7 @@ def signalled_life(command: list[str], folder: Path, number: int) -> dict:
 
 
 def command_of(config: Path) -> list[str]:
-    """At a port of its own: a machine may have other runs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher, *words = pretrain_command("--config", config, ranks=2)
-    return [launcher, "--master_port", port, *words]
+    return pretrain_command("--config", config, ranks=2)
 
 
 def median_step_ms(folder: Path) -> float:

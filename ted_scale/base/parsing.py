@@ -6,7 +6,7 @@ thousand nested brackets.
 
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 COUNT_LIMIT = 1 << 62  # of tokens, bytes, steps: a larger number is a mistake, and sums of it overflow int64
 
@@ -30,7 +30,7 @@ def is_count(value) -> bool:
     return type(value) is int and 0 <= value < COUNT_LIMIT
 
 
-def fits(values, required: dict[str, type], optional: dict[str, type] | None = None) -> bool:
+def fits(values, required: Mapping[str, type], optional: Mapping[str, type] | None = None) -> bool:
     """Whether a table has the required keys, each of its type. An int must be a count. Other keys are not checked."""
     if not isinstance(values, dict) or not required.keys() <= values.keys():
         return False

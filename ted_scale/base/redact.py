@@ -101,7 +101,7 @@ def watch_logs() -> None:
             made.exc_text = redact("".join(traceback.format_exception(*made.exc_info))).rstrip("\n")
         return made
 
-    record.redacts = True
+    record.redacts = True  # type: ignore[attr-defined]
     logging.setLogRecordFactory(record)
 
 

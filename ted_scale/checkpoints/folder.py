@@ -50,7 +50,7 @@ def checkpoint_name(step: int, line: int = 0) -> str:
 def key_of(name: str) -> tuple[int, int] | None:
     """(line, step) of a checkpoint's name, by which checkpoints are sorted; None if it is no such name."""
     found = re.fullmatch(r"step_([0-9]{8,15})(?:_([1-9][0-9]{0,8}))?", name)
-    return found and (int(found[2] or 0), int(found[1]))
+    return (int(found[2] or 0), int(found[1])) if found else None
 
 
 def published(folder: Path) -> list[Published]:

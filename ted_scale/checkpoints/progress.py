@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from ted_scale.base.errors import UserError
@@ -25,10 +25,9 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 RunId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,128}$")]  # becomes a folder's name
 
 
+@with_config(STRICT)
 class Measured(TypedDict):
     """What an adaptive blend follows: weights set at `step`, the teacher's losses, and of what text they are."""
-
-    __pydantic_config__ = STRICT
 
     step: Count
     weights: dict[str, Annotated[Finite, Field(ge=0)]]

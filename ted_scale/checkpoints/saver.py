@@ -61,7 +61,9 @@ class Saver:
         self.folder, self.settings, self.copier = run.folder, run.checkpoint, Copier(run, alert)
         self.sources, self.last_filters, self.filters_entry = filters_files, [], None
         self.group, self.written, self.failed = new_group(), threading.Event(), 0
-        self.engine = self.buffers = self.saved_step = self.thread = self.under_way = self.outcome = None
+        self.engine = self.buffers = self.saved_step = self.under_way = None
+        self.thread: threading.Thread | None = None
+        self.outcome: Outcome | None = None
 
     # The trainer's part
 

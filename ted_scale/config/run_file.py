@@ -1,6 +1,7 @@
 """Read run files strictly, with `--set section.key=value` on top, and write them; a mistake is one sentence."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 import tomli_w
@@ -24,7 +25,7 @@ CALLED = {
 }  # fmt: skip
 
 
-def load_run(path: str | Path, overrides: list[str] = ()) -> Run:
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Read a run file and put `section.key=value` strings on top. A mistake is one UserError sentence that names the file or
     the --set that made it."""
     try:
@@ -41,7 +42,7 @@ def load_run(path: str | Path, overrides: list[str] = ()) -> Run:
     raise UserError(f"{path if key is None else f'--set {key.strip()}'}: {run}")
 
 
-def put_together(path: str | Path, text: str, overrides: list[str]) -> Run | str:
+def put_together(path: str | Path, text: str, overrides: Sequence[str]) -> Run | str:
     """The run, or a sentence about its first mistake."""
     try:
         values = parse_toml(text)
@@ -84,7 +85,7 @@ def sentence(error: ValidationError) -> str:
     names, section = where(fault["loc"])
     dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).lstrip(".")
     if fault["type"] == "extra_forbidden":
-        return unknown_key(f"{dotted}." if dotted else "", fault["loc"][-1], section)
+        return unknown_key(f"{dotted}." if dotted else "", str(fault["loc"][-1]), section)
     if fault["type"] == "missing":
         return f"{dotted} must be set, but is missing"
     if fault["type"] == "model_type":
@@ -114,7 +115,7 @@ def where(location) -> tuple[list, type]:
     return names, section
 
 
-def unknown_key(parent: str, key: str, section: type) -> str:
+def unknown_key(parent: str, key: str, section: type[BaseModel]) -> str:
     """Suggest the key that replaced it, else a similar key of the section, else a section that has the key."""
     if (new := REPLACED.get(f"{parent}{key}")) is not None:
         return f"unknown key {parent}{key}; write {new} instead"
@@ -125,11 +126,11 @@ def unknown_key(parent: str, key: str, section: type) -> str:
     return f"unknown key {parent}{key}" + (f"; did you mean {' or '.join(close)}?" if close else "")
 
 
-def keys_of(section: type) -> dict:
+def keys_of(section: type[BaseModel]) -> dict:
     return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
-def section_in(annotation) -> type | None:
+def section_in(annotation) -> type[BaseModel] | None:
     found = (p for p in annotation_parts(annotation) if isinstance(p, type) and issubclass(p, BaseModel))
     return next(found, None)
 

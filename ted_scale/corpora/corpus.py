@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy
 
 from ted_scale.base.errors import UserError
+from ted_scale.config.data import Streaming
 from ted_scale.corpora import remote
 from ted_scale.corpora.megatron import Shard
 from ted_scale.corpora.output import manifest_path, read_manifest
@@ -34,7 +35,7 @@ class Part(NamedTuple):
     starts: tuple[int, ...]  # first token of each shard in the corpus
     start: int
     stop: int
-    stream: object  # the run file's data.stream
+    stream: Streaming | None  # the run file's data.stream
 
     @property
     def tokens(self) -> int:

@@ -11,7 +11,7 @@ import threading
 import warnings
 from bisect import bisect_left
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -26,8 +26,8 @@ OPEN_SHARDS = 128  # three descriptors and two mappings each, and 1024 descripto
 class Mapped(NamedTuple):
     """Megatron's readers of a shard; `tokens` is None where its .bin is in object storage."""
 
-    borders: object
-    tokens: object
+    borders: Any
+    tokens: Any
 
 
 @lru_cache(maxsize=OPEN_SHARDS)

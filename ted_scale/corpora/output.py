@@ -20,7 +20,10 @@ from ted_scale.corpora.writer import as_text, finished_shards, part
 
 TOTALS = ("documents", "tokens")
 MANIFEST_KEYS = {"shards": list, "sources": list, "documents": int, "tokens": int, "empty": int, "skipped": int}
-ROW_KEYS = {"shards": {"name": str, "sidecar_sha256": str}, "sources": {"path": str, "bytes": int}}
+ROW_KEYS: dict[str, dict[str, type]] = {
+    "shards": {"name": str, "sidecar_sha256": str},
+    "sources": {"path": str, "bytes": int},
+}
 
 
 def claim(out: Path):

@@ -7,7 +7,7 @@ durably. So a shard with a sidecar is finished, and the sidecar records the posi
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy
 
@@ -66,7 +66,8 @@ class Writer:
         self._new_shard()
 
     def _new_shard(self) -> None:
-        self.file, self.sha256, self.mark = None, hashlib.sha256(), Mark()
+        self.file: BinaryIO | None = None
+        self.sha256, self.mark = hashlib.sha256(), Mark()
         self.lengths: list[numpy.ndarray] = []
         self.tokens = self.largest = 0
 

@@ -6,10 +6,10 @@ of a corpus is cut in units of the seq_len at its beginning. After a change of s
 units until the epoch ends, so that every token of it is read exactly once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, NamedTuple
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from ted_scale.config.types import Count, PositiveInt
@@ -86,7 +86,9 @@ def begin(domains: list[Domain], shares: tuple[int, ...], seq_len: int, seed: in
     return Interval(0, seq_len, shares, tuple(domains), fresh, seed)
 
 
-def follow(before: Interval, position: int, domains: list[Domain], shares: tuple[int, ...], seq_len: int) -> Interval:
+def follow(
+    before: Interval, position: int, domains: Sequence[Domain], shares: tuple[int, ...], seq_len: int
+) -> Interval:
     """The same interval if nothing changed, else a new one from `position` on. The cursor of a corpus that left is kept."""
     kept = {d.name: (d, c) for d, c in zip(before.domains, before.cursors_at(position), strict=True)}
     here = {domain.name for domain in domains}
@@ -97,7 +99,7 @@ def follow(before: Interval, position: int, domains: list[Domain], shares: tuple
     ):
         return before
     cursors = tuple(resumed(domain, *kept.get(domain.name, (domain, None)), seq_len) for domain in domains)
-    return Interval(position, seq_len, shares, domains, cursors, before.seed)
+    return Interval(position, seq_len, shares, tuple(domains), cursors, before.seed)
 
 
 def shares_by_domain(domains, shares) -> dict[Domain, int]:
@@ -143,9 +145,8 @@ def other_texts(earlier: Interval | None, after: Interval) -> list[str]:
     return [f"from this stage on {other_text(was, domain)}" for was, domain in known if was != domain]
 
 
+@with_config(ConfigDict(strict=True, extra="ignore"))
 class DomainRecord(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="ignore")
-
     tokens: PositiveInt
     content: str
     share: Count
@@ -155,10 +156,9 @@ class DomainRecord(TypedDict):
     seen: Count
 
 
+@with_config(ConfigDict(strict=True, extra="ignore"))
 class BlendRecord(TypedDict):
     """An interval as a checkpoint keeps it, equally small at any position."""
-
-    __pydantic_config__ = ConfigDict(strict=True, extra="ignore")
 
     start: Count
     seq_len: PositiveInt
@@ -181,7 +181,7 @@ def check_record(record: BlendRecord, samples: int) -> None:
 
 def as_record(interval: Interval) -> BlendRecord:
     rows = zip(interval.domains, interval.shares, interval.cursors, strict=True)
-    domains = {
+    domains: dict = {
         d.name: {"tokens": d.tokens, "content": d.content, "share": share, **cursor._asdict()}
         for d, share, cursor in rows
     }
@@ -192,7 +192,7 @@ def from_record(record: BlendRecord) -> Interval:
     rows = record["domains"]
     domains = tuple(Domain(name, row["tokens"], row["content"]) for name, row in rows.items())
     shares = tuple(row["share"] for row in rows.values())
-    cursors = tuple(Cursor(*(row[field] for field in Cursor._fields)) for row in rows.values())
+    cursors = tuple(Cursor(row["epoch"], row["unit"], row["token"], row["seen"]) for row in rows.values())
     return Interval(record["start"], record["seq_len"], shares, domains, cursors, record["seed"])
 
 

@@ -30,8 +30,8 @@ class Batch(NamedTuple):
 
     def moved(self, move) -> "Batch":
         """With `move` called on every tensor."""
-        tensors = (move(t) for t in self[:3])
-        return Batch(*tensors, self.packing and self.packing.moved(move))
+        tokens, labels, weights = (move(t) for t in self[:3])
+        return Batch(tokens, labels, weights, self.packing and self.packing.moved(move))
 
 
 class Window(NamedTuple):
@@ -170,8 +170,8 @@ def batch(stream: Stream, positions: list[int | None]) -> Batch:
         labels[row, window.ends] = IGNORED  # a document must not predict how the next one begins
         begins[row, window.begins] = True
     weights = (labels != IGNORED).astype(numpy.float32)
-    tensors = (torch.from_numpy(a) for a in (tokens, labels, weights))
-    return Batch(*tensors, pack(begins) if stream.attention == "document" else None)
+    tokens, labels, weights = (torch.from_numpy(a) for a in (tokens, labels, weights))
+    return Batch(tokens, labels, weights, pack(begins) if stream.attention == "document" else None)
 
 
 def text_lengths(stream: Stream, windows: int = 64) -> tuple[int, ...]:

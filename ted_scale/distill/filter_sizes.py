@@ -29,7 +29,7 @@ class Sides(NamedTuple):
 
     @property
     def width(self) -> int:
-        return self.run.filters.width
+        return int(self.run.filters.width)
 
 
 def resolved(run: Run, student: Anatomy, teacher: Anatomy, pairs: list) -> Run:

@@ -32,7 +32,7 @@ def keys_of(lengths: Sequence[int]) -> Keys:
     @lru_cache
     def keys(window: int | None) -> float:
         most = lengths if window is None else numpy.minimum(lengths, window)
-        return float((most * (most + 1) // 2 + (lengths - most) * most).sum() / lengths.sum())
+        return float((most * (most + 1) // 2 + (lengths - most) * most).sum() / numpy.sum(lengths))
 
     return keys
 

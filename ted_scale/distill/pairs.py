@@ -36,7 +36,7 @@ def match_layers(pairs: Pairs, student: Anatomy, teacher: Anatomy) -> Matched:
 
 def choose(pairs: Pairs, student: Anatomy, teacher: Anatomy) -> Matched:
     if pairs.explicit:
-        return Matched([tuple(pair) for pair in pairs.explicit], "as pairs.explicit lists them")
+        return Matched([(s, t) for s, t in pairs.explicit], "as pairs.explicit lists them")
     if pairs.rule == "uniform":
         return Matched(uniform(student.layers, teacher.layers), "by pairs.rule = 'uniform'")
     if (cut := read_cut(student)) and cut["teacher"] == shape_of(teacher):

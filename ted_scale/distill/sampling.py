@@ -23,7 +23,7 @@ def drawn_rows(filters: Filters, pairs: list[int], pair: int, seed: int, batch: 
         return torch.empty(0, dtype=torch.int64, device=device)
     if filters.sample_tokens == 1.0:
         return None
-    kept = max(1, round(length * filters.sample_tokens))
+    kept = max(1, round(length * float(filters.sample_tokens)))
     positions = permutation(length, mix(seed, 1 + pair))[:kept].sort().values
     rows = torch.arange(batch)[:, None] * length + positions[None, :]
     return rows.flatten().to(device, non_blocking=True)

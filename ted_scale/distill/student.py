@@ -105,8 +105,8 @@ class Student(nn.Module):
             start_gather(heads.teacher.parameters)  # the own head's are the network's, which gathers them first
         _, states = self.run_network(batch, True)
         pairs, every = drawn_pairs(settings, len(self.blocks), weights.sample_seed), range(len(self.blocks))
-        shape, device = batch.tokens_BT.shape, batch.tokens_BT.device
-        rows = [drawn_rows(settings, pairs, k, weights.sample_seed, *shape, device) for k in every]
+        (count, length), device = batch.tokens_BT.shape, batch.tokens_BT.device
+        rows = [drawn_rows(settings, pairs, k, weights.sample_seed, count, length, device) for k in every]
         with gathered([*heads.teacher.parameters, *heads.for_student.parameters] if shares_heads else []):
             of_pairs = [self.pair_losses(k, signal.layers_NE[k], states[k], rows[k], batch, denom) for k in every]
         layers = torch.stack([value for side in zip(*of_pairs, strict=True) for value in side])

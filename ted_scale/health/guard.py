@@ -31,7 +31,8 @@ class Guard:
 
     def __init__(self, engine, stage: Stage, alert, saved):
         self.engine, self.stage, self.alert, self.saved, self.settings = engine, stage, alert, saved, stage.run.health
-        self.local, self.unread, self.finite, self.stopping = None, False, True, False
+        self.local: torch.Tensor | None = None
+        self.unread, self.finite, self.stopping = False, True, False
         zero = engine.optimizer
         self.clip, self.update, self.measure = zero.unscale_and_clip_grads, zero._optimizer_step, zero._get_norm_groups
         zero.unscale_and_clip_grads, zero._optimizer_step = self.before_update, self.update_unless_dropped

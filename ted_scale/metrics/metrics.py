@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -35,7 +36,8 @@ class Metrics:
         self.stream = None  # what is trained on
         self.clock, self.since, self.tokens_before = Clock(device), time.perf_counter(), None
         self.lost = False
-        self.path, self.already, self.file = run.folder / "metrics.jsonl", set(), None
+        self.file: TextIO | None = None
+        self.path, self.already = run.folder / "metrics.jsonl", set()
         self.open(step)
         self.bar = tqdm(
             total=total_steps,

@@ -13,7 +13,7 @@ that drop the keyword.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -84,7 +84,7 @@ def packing_arguments(packing: Packing | None) -> dict:
     return {} if packing is None else {"position_ids": packing.positions_BT, "packing": packing}
 
 
-def describe(mode: str, models: dict[str, Iterable[Layer]], length: int, dtype: torch.dtype, device) -> str:
+def describe(mode: str, models: Mapping[str, Iterable[Layer]], length: int, dtype: torch.dtype, device) -> str:
     """The line for the log."""
     paths = {
         side: sorted({choose_path(layer, length, mode == "document", dtype, device) for layer in layers})

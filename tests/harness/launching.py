@@ -2,28 +2,31 @@
 
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 
+import forked
 
-def start_ranks(ranks: int, said, *words) -> list[subprocess.Popen]:
+
+def start_ranks(ranks: int, said, *words) -> list:
     """`python WORDS…` once a rank; all write to `said`."""
-    with socket.socket() as free:  # of this moment: two suites may run on one machine
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, words)]
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
     return [
-        subprocess.Popen(
-            command, env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=said, stderr=said
+        forked.start(
+            words, env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=said, stderr=said
         )
         for rank in range(ranks)
     ]
 
 
-def ended(processes: list[subprocess.Popen], seconds: float) -> list[int]:
+def free_port() -> str:
+    """Free at this moment: two suites may run on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def ended(processes: list, seconds: float) -> list[int]:
     """Exit codes when all have ended, or one in a way that leaves the others waiting."""
     deadline = time.monotonic() + seconds
     while any(p.poll() is None for p in processes) and time.monotonic() < deadline:

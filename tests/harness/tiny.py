@@ -6,8 +6,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from launching import free_port
+from places import ROOT
 
 from ted_scale.config.run import Run
+
+PRETRAIN = ROOT / "launch" / "pretrain.py"
 
 VOCABULARY = 128
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -99,11 +103,9 @@ def write_run(path: Path, run: Run) -> Path:
 
 def pretrain_command(*arguments, ranks: int = 0) -> list[str]:
     """`launch/pretrain.py` as a user starts it: by the launcher on `ranks` CPU ranks, or alone (0)."""
-    script = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
-    launcher = (
-        [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)] if ranks else [sys.executable]
-    )
-    return [*launcher, str(script), *map(str, arguments)]
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    launcher = [deepspeed, "--num_gpus", str(ranks), "--master_port", free_port()] if ranks else [sys.executable]
+    return [*launcher, str(PRETRAIN), *map(str, arguments)]
 
 
 def pretrain(*arguments, ranks: int = 0, timeout: float = 180, env=None, cwd=None) -> subprocess.CompletedProcess:

@@ -86,6 +86,7 @@ def test_memory_at_a_real_size():
 LIMITS = {"linear_kl_ce": 0.85, "filtered_mse_nmse": 1.1, "filtered_mse_mse": 1.1}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("operation", LIMITS)
 def test_time_compared_with_plain_torch_on_a_cpu(operation):
     """In a separate process, like the benchmark: where large tensors were freed before, plain torch need not allocate.

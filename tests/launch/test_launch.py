@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import free_port
 from places import ROOT
 from tiny import make_corpus, make_model, make_run, pretrain, pretrain_command, write_run
 
@@ -132,12 +133,12 @@ def test_a_run_folder_that_nodes_do_not_share_is_refused_on_every_node(root, tmp
     config = write_run(tmp_path / "nodes.toml", make_run(root, name="nodes", runs="runs"))
     (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
     script = str(ROOT / "launch" / "pretrain.py")
-    nodes = []
+    nodes, port = [], free_port()
     for rank in (0, 1):
         home = tmp_path / f"node{rank}"
         home.mkdir()
         command = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(tmp_path / "hosts"), "--no_ssh"]
-        command += ["--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", "29733"]
+        command += ["--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", port]
         nodes.append(
             subprocess.Popen(
                 [*command, script, "--config", str(config)],
