@@ -80,7 +80,7 @@ def unfinished(prefix: str | os.PathLike) -> Path:
 
 
 def _exists(prefix: str) -> bool:
-    return Path(prefix + ".idx").exists() or Path(prefix + ".bin").exists()
+    return any(_status(Path(prefix + ending)) for ending in (".idx", ".bin"))
 
 
 def _prefixes(folder: Path) -> list[str]:
@@ -106,10 +106,11 @@ def read_index(prefix: str | os.PathLike) -> ShardIndex:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
-        return None
+    with files_at(path):
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
+            return None
     return status if stat.S_ISREG(status.st_mode) else None
 
 

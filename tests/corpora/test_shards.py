@@ -109,3 +109,11 @@ def test_checking_shards_imports_neither_torch_nor_megatron():
 def test_a_name_that_no_file_can_have_is_a_missing_file():
     with pytest.raises(UserError, match="must exist, but is missing"):
         read_index("corpus\0")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000])
+def test_a_name_that_is_too_long_is_one_sentence(name):
+    with pytest.raises(UserError, match="File name too long"):
+        read_index(name)
+    with pytest.raises(UserError, match="File name too long"):
+        expand(name)
