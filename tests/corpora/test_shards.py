@@ -111,9 +111,7 @@ def test_a_name_that_no_file_can_have_is_a_missing_file():
         read_index("corpus\0")
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000])
-def test_a_name_that_is_too_long_is_one_sentence(name):
+@pytest.mark.parametrize("read", [read_index, expand])
+def test_a_name_that_is_too_long_is_one_sentence(read):
     with pytest.raises(UserError, match="File name too long"):
-        read_index(name)
-    with pytest.raises(UserError, match="File name too long"):
-        expand(name)
+        read("x" * 300)
