@@ -20,7 +20,7 @@ MANY_EPOCHS = 4
 
 
 class Reading(NamedTuple):
-    """A corpus: tokens to train on, tokens held out, and the epochs over the former in each stage that is not done."""
+    """A corpus: tokens to train on, tokens held out, and how often each unfinished stage reads the tokens to train on."""
 
     tokens: int
     held_out: int

@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def filters_file(self) -> Path | None:
-        """Where stage II reads the filters: from this run's stage I, or from another run."""
+        """The filters that stage II starts from: in this run's folder, or in that of another run."""
         if self.run.method != "ted":
             return None
         return files.filters_of(Path(self.run.filters.from_run) if self.run.filters.from_run else self.run.folder)

@@ -189,7 +189,7 @@ def validation_is_missing(parts: Parts, stage: Stage, progress: Progress) -> boo
 
 def next_stretch(parts: Parts, stage: Stage, student, stream: Stream, progress: Progress) -> tuple[Stream, Progress]:
     """(stream, progress) for the steps up to the next border. An adaptive blend is measured at every border. If the run cannot
-    go on, it saves first; both reasons are the same on all ranks, as a save needs all of them."""
+    go on, it saves first. All ranks find the same reason, so all of them take part in the save."""
     plan, teacher, metrics, *_ = parts
     if feed.due(stage, stream, progress):
         stream, progress, stopping = feed.weigh(plan, teacher, metrics, student, stream, progress)
@@ -263,6 +263,6 @@ def save_checkpoint(plan: Plan, stage: Stage, metrics: Metrics, saver: Saver, st
 
 
 def save_unless_saved(parts: Parts, stage: Stage, student, progress: Progress) -> None:
-    """Saving a step twice would delete its checkpoint first."""
+    """A second save of the same step would first remove its good checkpoint."""
     if progress.step != parts.saver.saved_step:
         save_checkpoint(parts.plan, stage, parts.metrics, parts.saver, student, progress)

@@ -1,4 +1,4 @@
-"""Filters as one safetensors file: the result of stage I, from which stage II starts."""
+"""Filters as one safetensors file, from which stage II starts: the result of stage I, or measured starts without one."""
 
 import json
 from pathlib import Path

@@ -39,7 +39,7 @@ def checkpoints_of(folder: Path) -> Path:
 
 
 def filters_of(folder: Path) -> Path:
-    """The file with the filters that stage I has learned."""
+    """The file with the filters that stage II starts from."""
     return folder / FILTERS
 
 

@@ -1,7 +1,7 @@
 """Where a run is: one record, which the program passes on and which a checkpoint keeps as progress.json.
 
-The annotations are checked to the last number when a file is read, because it decides which data are read and what W&B is
-told; pydantic checks them. Records that the program makes are not checked.
+pydantic checks every field of a file when it is read, because the file decides which data are read and what is sent to W&B.
+Records that the program makes are not checked.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Health:
 
 @dataclass(frozen=True)
 class Progress:
-    """With the ranks' files beside it, all that a resume needs: the schedule follows from it."""
+    """Everything that a resume needs besides the ranks' files. The schedule is computed from it."""
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
@@ -65,7 +65,7 @@ class Progress:
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # plan.identity
     run: dict[str, Any] | None = None  # the whole run file, resolved; earlier versions wrote none
     validation: Finite | None = None  # the student's loss, where it was measured at this very step
-    forks: tuple[Count, ...] = ()  # the step that each line of the run but the first began behind
+    forks: tuple[Count, ...] = ()  # for each line of the run after the first: the step after which it began
 
     def advanced(self, samples: int, seq_len: int) -> "Progress":
         tokens = self.tokens + samples * seq_len

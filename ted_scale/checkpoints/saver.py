@@ -95,8 +95,8 @@ class Saver:
         self.thread.start()
 
     def wait(self, *, leaving: bool = False) -> dict[str, float]:
-        """Wait until no save is under way. Returns how long it took, once. A run that is `leaving` does not wait until old
-        checkpoints are removed."""
+        """Wait until no save is under way. Returns how long it took, at the first call after it. A run that is `leaving` does
+        not wait until old checkpoints are removed."""
         if self.thread is None:
             return {}
         self.written.wait()

@@ -55,7 +55,8 @@ class Health(Section):
     )
     max_rewinds: PositiveInt = Field(3, description="rewinds without a step past the spike; the next one stops the run")
     replicas_every: Annotated[int, Field(ge=0)] = Field(
-        0, description="steps between comparisons of the bits that must be equal on all ranks; 0: only before each save"
+        0,
+        description="steps between comparisons of the bits that must be equal on all ranks, also before each save; 0: never",
     )
 
 

@@ -17,7 +17,8 @@ from ted_scale.data import order
 
 
 class Cursor(NamedTuple):
-    """Of an epoch that is cut in units of `unit` tokens, `token` tokens were read; of all epochs, `seen` tokens."""
+    """A place in a corpus: `token` tokens of this epoch were read, `seen` tokens in all. The epoch is cut in units of `unit`
+    tokens."""
 
     epoch: int
     unit: int
@@ -107,7 +108,7 @@ def shares_by_domain(domains, shares) -> dict[Domain, int]:
 
 
 def resumed(domain: Domain, before: Domain, cursor: Cursor | None, seq_len: int) -> Cursor:
-    """A begun epoch is finished as it was cut, unless the corpus has changed: then the next epoch begins."""
+    """An epoch that has begun keeps its unit. If the corpus changed, the epoch is abandoned and the next one begins."""
     if cursor is None:
         return Cursor(0, seq_len, 0, 0)
     if cursor.token and domain == before:
@@ -134,7 +135,7 @@ def changes(before: Interval, after: Interval) -> list[str]:
 
 
 def other_text(was: Domain, domain: Domain) -> str:
-    """Other shards, or another part of them is held out."""
+    """The shards changed, or another part of them is held out."""
     return f"corpus {domain.name} holds other text to train on, {domain.tokens} tokens instead of {was.tokens}"
 
 

@@ -20,7 +20,7 @@ def first_weights(prior: list[float], gaps: list[float], smoothing: float) -> li
 
 
 def next_weights(before: list[float], gaps: list[float], smoothing: float) -> list[float]:
-    """r_t+1 = smoothing * psi / sum(psi) + (1 - smoothing) / N, where psi = r_t * exp(gap): its momentum is r_t."""
+    """r_t+1 = smoothing * psi / sum(psi) + (1 - smoothing) / N, where psi = r_t * exp(gap); r_t are the weights before."""
     return smoothed([math.log(r) + gap if r else -math.inf for r, gap in zip(before, gaps, strict=True)], smoothing)
 
 

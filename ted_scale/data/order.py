@@ -1,8 +1,8 @@
-"""Which corpus stands at a position of training, and how an epoch of one is cut and shuffled: pure functions of a seed.
+"""Which corpus a position of training reads, and how an epoch of a corpus is cut and shuffled: pure functions of a seed.
 
 Nothing is drawn ahead and nothing is stored. So resuming at position 10^9 costs the same as at position 0, and the number
 of ranks does not matter. A Feistel network shuffles; cycle walking fits it to any size. Note: the shares of a blend hold
-within every block of 1000 samples, so a weight below 1/1000 is rounded up to it.
+within every block of 1000 samples, so a share below 1/1000 becomes 1/1000.
 """
 
 import hashlib
@@ -121,6 +121,6 @@ def units(tokens: int, unit: int) -> int:
 
 @lru_cache(maxsize=1024)
 def cut(tokens: int, unit: int, key: int, epoch: int) -> Cut:
-    """The epoch's offset moves all cuts: 0 .. unit-1, less if a single unit leaves less room."""
+    """All cuts are shifted by an offset of 0 to unit - 1, or less if the corpus has too few tokens for more."""
     count, key = units(tokens, unit), mix(key, epoch)
     return Cut(unit, count, mix(key, -1) % min(unit, tokens - count * unit), key)

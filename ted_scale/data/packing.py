@@ -42,7 +42,7 @@ def pack(begins_BT: numpy.ndarray) -> Packing:
 
 @functools.lru_cache(maxsize=4)
 def whole_rows(rows: int, length: int, device: torch.device) -> Packing:
-    """Every row one document: what a layer with a window sees where documents are not kept apart."""
+    """Each row is one document. A layer with a window uses this if documents are not kept apart."""
     positions = torch.arange(length, device=device).expand(rows, length)
     borders = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
     return Packing(positions, borders, (length,) * rows)

@@ -180,7 +180,7 @@ def text_lengths(stream: Stream, windows: int = 64) -> tuple[int, ...]:
 
 
 def read_ahead(batches: Iterable[list], depth: int, announce: Callable[[list], None]) -> Iterator[list]:
-    """The same batches of positions; each is yielded after `depth` windows following it were announced."""
+    """The same batches of positions. A batch is yielded once the `depth` windows after it are announced."""
     coming, windows = deque(), 0
     for positions in batches:
         if depth:
@@ -202,7 +202,8 @@ def rank_positions(start: int, stop: int, micro_batch: int, rank: int, world: in
 def validation_batches(
     stream: Stream, *, tokens: int, micro_batch: int, rank: int, world: int, device
 ) -> Iterator[Batch]:
-    """The first `tokens` tokens of a validation stream, each window on one rank; equally many batches on every rank."""
+    """The first `tokens` tokens of a validation stream, each window on one rank. Every rank gets the same
+    number of batches."""
     windows = min(stream.count, -(-tokens // stream.seq_len))
     padded = -(-windows // (micro_batch * world)) * micro_batch * world
     rows = rank_positions(0, padded, micro_batch, rank, world)

@@ -52,7 +52,7 @@ def add_moments(sums: list[Moments] | None, batch, states_t, states_s) -> list[M
 
 
 def over_ranks(sums: list[Moments]) -> None:
-    """Adds the sums of all ranks: those of pair k on the rank that computes its filters."""
+    """Adds the sums over all ranks. Those of pair k go to the rank that computes its filters."""
     for k, pair in enumerate(sums):
         for tensor in pair:
             if tensor is not None:

@@ -82,7 +82,8 @@ def auto_width(student: Anatomy, teacher: Anatomy, count: int) -> int:
 
 
 def share_of_tokens(sides: Sides) -> float:
-    """As many positions of a sequence as cost no more than both bodies' forward, but at least LEAST_ROWS rows a step."""
+    """The largest share of tokens for which stage I's heads cost no more than the forward of both bodies, but at least
+    LEAST_ROWS rows a step."""
     run, length, count = sides.run, sides.run.data.seq_len, len(sides.pairs)
     share = min(run.filters.sample_pairs or count, count) / count
     row = flops.stage_one_flops(sides, 1.0, share) - flops.stage_one_flops(sides, 0.0, share)

@@ -26,7 +26,7 @@ class Work(NamedTuple):
 
 
 def keys_of(lengths: Sequence[int]) -> Keys:
-    """For causal documents of these lengths; a row with one text is one document."""
+    """For causal documents of these lengths. A row without borders counts as one document."""
     lengths = numpy.asarray(lengths, numpy.int64)
 
     @lru_cache
@@ -94,7 +94,8 @@ def filters_flops(plan, anatomy: Anatomy) -> float:
 
 def stage_one_flops(plan, tokens: float, pairs: float) -> float:
     """Filters, lifts and heads of both sides, forward and backward, for the shares of tokens and pairs that are read. The
-    states below a filter have no gradient, so its map has one of two gradients. A frozen head's weight has none."""
+    states below a filter have no gradient, so of its map only the gradient of the weight is computed. A frozen head's
+    weight has none."""
     filters, count = plan.run.filters, len(plan.pairs)
     lift = 3 * filter_flops(plan.width, plan.teacher.width) if has_lift(plan.run, plan.teacher) else 0
     total = 0.0

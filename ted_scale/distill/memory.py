@@ -84,8 +84,7 @@ def own_heads(plan) -> int:
 
 
 def reduction(plan, trained: float, b: int, device: str) -> float:
-    """A host only provides memory that is touched, a device all that is allocated. A matrix larger than the bucket is reduced
-    alone."""
+    """A CPU uses only memory that is written, a GPU all that is allocated. A matrix larger than the bucket is reduced alone."""
     bucket, contiguous = setting(plan, "reduce_bucket_size"), setting(plan, "contiguous_gradients")
     used, largest = min(bucket, trained), min(trained, plan.student.vocab_size * plan.student.head_width)
     buffer = (used if device == "cpu" else bucket) if contiguous else 0

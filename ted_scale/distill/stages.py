@@ -51,7 +51,7 @@ class Stage:
         return self.run.adapts and not self.learns_filters
 
     def border(self, step: int) -> int:
-        """The last step whose blend is already known after `step` steps of the run."""
+        """The last step up to which the blend is fixed, after `step` steps of the run."""
         if not self.adapts:
             return self.last_step
         every = self.run.data.blend.every

@@ -27,7 +27,7 @@ class TeacherBody(torch.nn.Module):
 
 
 class Teacher:
-    """Runs the engine (without DeepSpeed, the body itself) only where a loss weight needs it."""
+    """Runs the teacher if a loss weight needs it. Without DeepSpeed, `engine` is the body itself."""
 
     def __init__(self, engine, body: TeacherBody):
         self.engine, self.body, self.head = engine, body, head_of(body.network, body.anatomy)

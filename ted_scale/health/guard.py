@@ -2,8 +2,8 @@
 update or drop it, and go on, go back or stop. Gradients are clipped here, too.
 
 DeepSpeed computes the global gradient norm inside its step; then it clips and updates one sub-group after another. Guard
-replaces these methods. If the norm itself is not finite, DeepSpeed skips the update without calling our methods; a method
-that was not called is how we detect it. Note: losses are gathered from all ranks and summed here, not reduced. So the sums are
+replaces these methods. If the norm itself is not finite, DeepSpeed skips the update without calling our methods, and
+this is how we detect it. Note: losses are gathered from all ranks and summed here, not reduced. So the sums are
 equal on every rank to the last bit, as the decision must be, and they show which rank has a bad value.
 """
 

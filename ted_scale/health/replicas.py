@@ -39,7 +39,7 @@ def digest(values: torch.Tensor) -> torch.Tensor:
 
 
 def mixed(bits: torch.Tensor, start: int) -> torch.Tensor:
-    """Of each entry plus its place, a permutation of the 64 bits. int64 wraps around; the mask removes the copied sign bits."""
+    """Mixes each entry with its place, by a permutation of 64 bits. int64 wraps around; the mask removes the copied sign bits."""
     x = torch.arange(start + 1, start + 1 + len(bits), device=bits.device).mul_(GOLDEN).add_(bits)
     for shift, odd in ROUNDS:
         x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(odd)

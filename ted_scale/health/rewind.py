@@ -26,7 +26,8 @@ class Rewind(Exception):
 
 
 def ways_back(folder: Path, first_step: int, rewinds: int) -> list[Path]:
-    """The whole checkpoints of this stage, newest first. Every earlier rewind that did not help removes the newest one."""
+    """The whole checkpoints of this stage, newest first. Each earlier rewind that did not help leaves
+    out one more of the newest; no file is deleted."""
     names = None
     if dist.get_rank() == 0:
         whole = {c.path.name: c.manifest for c in files.published(folder) if c.fault is None}

@@ -14,7 +14,7 @@ LONGEST_WRITE = timedelta(hours=12)
 
 
 def broadcast(value):
-    """Rank 0's value. A shared file system may show each node another moment, so only rank 0 looks."""
+    """Rank 0's value. A shared file system may show different nodes different states, so only rank 0 looks."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]

@@ -1,4 +1,4 @@
-"""What the main thread works on, since when, and whether it has taken a step that no checkpoint holds.
+"""What the main thread works on, since when, and whether a step of this stage has begun.
 
 The main thread only writes here, which takes nanoseconds; the threads of watch.py read. A write replaces the whole value,
 so that a reader never sees half of one.

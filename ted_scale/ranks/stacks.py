@@ -19,7 +19,7 @@ def stacks() -> str:
 
 
 def write_stacks(folder: Path, rank: int, text: str, patience_s: float) -> None:
-    """In a thread that is given up after a while: the file system may be what hangs."""
+    """A thread writes, and we wait only `patience_s` for it: the file system may be what hangs."""
     writer = threading.Thread(target=write_file, args=(folder, rank, text), daemon=True)
     writer.start()
     writer.join(patience_s)

@@ -34,7 +34,7 @@ current: "Watch | None" = None
 
 
 def start(limits, folder: Path) -> None:
-    """Call this before the process group is made, so that this is watched, too. The environment says where the store is."""
+    """Call this before the process group is made, so that making it is watched, too. The environment says where the store is."""
     global current
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     watch = patiently(lambda: begun(rank, world, limits, folder), 2 * limits.silence_s + 2 * GRACE_S)
