@@ -102,7 +102,7 @@ def test_an_id_outside_the_vocabulary_is_refused_by_the_sidecar_before_tokens_ar
 
 
 def test_checking_shards_imports_neither_torch_nor_megatron():
-    code = "import sys, ted_scale.shards; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
+    code = "import sys, ted_scale.corpora.shards; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
