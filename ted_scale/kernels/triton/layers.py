@@ -41,10 +41,7 @@ def difference_kernel(
     plane = tiles_n.to(tl.int64) * N
     tl.store(sums + plane + out, tl.sum(t * t, axis=1), mask=rows < N)
 
-    if TWO:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    else:
-        acc = -t
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if TWO else -t
     if FILTERED_S:
         acc = project_tile(
             acc, h_s, w_s, m, n, N, D, E_s, h_s_stride, w_s_stride, DESCRIPTORS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
