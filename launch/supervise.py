@@ -31,7 +31,7 @@ from ted_scale.base.exits import run_main
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import read_progress
 from ted_scale.config.run_file import load_run
-from ted_scale.ranks.signals import ranks_below
+from ted_scale.ranks.signals import descendants_of, ranks_below
 
 PR_SET_CHILD_SUBREAPER = 36
 FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1, signal.SIGINT: signal.SIGTERM}
@@ -186,9 +186,9 @@ def forward(number: int, main_pid: int) -> None:
 
 def kill_remaining() -> None:
     end = time.monotonic() + KILLED_S
-    while (alive := psutil.Process().children(recursive=True)) and time.monotonic() < end:
+    while (alive := descendants_of(os.getpid())) and time.monotonic() < end:
         for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.Error):
                 process.kill()
         time.sleep(POLL_S / 3)
         reap()

@@ -1,5 +1,6 @@
 """The data: corpora, how they are blended, and how those in object storage are fetched."""
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -9,6 +10,8 @@ from pydantic import Field, model_validator
 
 from ted_scale.base.errors import shown
 from ted_scale.config.types import Fraction, NonNegative, Positive, PositiveInt, Section
+
+log = logging.getLogger("ted_scale")
 
 
 class Corpus(Section):
@@ -75,11 +78,13 @@ class Data(Section):
     @model_validator(mode="before")
     @classmethod
     def a_thread_reads(cls, values):
-        """Run files of earlier versions have `workers = 0`; a larger number asked for reading processes."""
+        """Run files of earlier versions have `workers`, which never changed a result: processes that read for a rank."""
         if not isinstance(values, dict) or "workers" not in values:
             return values
-        if (workers := values["workers"]) != 0:
-            raise ValueError(f"workers must be 0 or left out, but is {shown(workers)}: a thread reads; leave it out")
+        if type(workers := values["workers"]) is not int or workers < 0:
+            raise ValueError(f"workers must be left out, for a thread reads, but is {shown(workers)}; leave it out")
+        if workers:
+            log.warning(f"data.workers = {workers} has no effect any more: a thread reads; leave it out")
         return {key: value for key, value in values.items() if key != "workers"}
 
     @model_validator(mode="after")

@@ -58,6 +58,7 @@ def new_folder(out: Path, *, overwrite: bool, sources: Iterable[Path] = ()):
         yield part
         for path in part.rglob("*"):
             sync(path)
+        sync(part)
         publish(part)
     except OSError as error:
         raise UserError(

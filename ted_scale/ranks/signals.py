@@ -77,23 +77,37 @@ def launchers_above() -> tuple[psutil.Process, ...]:
 
 
 def parent_of(process: psutil.Process) -> psutil.Process | None:
-    """None where there is none, or `process` has ended."""
-    with contextlib.suppress(psutil.NoSuchProcess):
+    """None if there is none, or if the system does not show it: under hidepid other users' processes cannot be read."""
+    with contextlib.suppress(psutil.Error, OSError):
         return process.parent()
     return None
 
 
 def words_of(process: psutil.Process) -> list[str]:
-    """The command line; nothing of a process that has ended or is another user's."""
-    with contextlib.suppress(psutil.Error):
+    """The command line; empty if the process has ended or cannot be read."""
+    with contextlib.suppress(psutil.Error, OSError):
         return process.cmdline()
     return []
 
 
+def descendants_of(pid: int) -> list[psutil.Process]:
+    """Parents before their children, without zombies. psutil's own `children` fails if one process of the machine, also
+    another user's, cannot be read."""
+    children: dict[int, list[psutil.Process]] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                children.setdefault(process.ppid(), []).append(process)
+    found, below = [], children.get(pid, [])
+    while below:
+        found += below
+        below = [child for process in below for child in children.get(process.pid, [])]
+    return found
+
+
 def ranks_below(pid: int) -> list[int]:
     """The ranks that a DeepSpeed launcher under `pid` has started: it passes --local_rank to them."""
-    below = psutil.Process(pid).children(recursive=True)
-    return [p.pid for p in below if any(word.startswith("--local_rank") for word in words_of(p))]
+    return [p.pid for p in descendants_of(pid) if any(word.startswith("--local_rank") for word in words_of(p))]
 
 
 def is_launcher(word: str) -> bool:
@@ -101,10 +115,16 @@ def is_launcher(word: str) -> bool:
 
 
 def launcher_is_gone() -> bool:
-    """The system gives a process whose parent has died to another parent."""
-    process = psutil.Process()
+    """The system gives a process whose parent has died to another parent. watch.py asks every second, in a thread that must
+    not end: what cannot be read now, for lack of descriptors or of memory, is asked again."""
+    pid = os.getppid()
     for launcher in launchers:
-        process = parent_of(process)
-        if process != launcher:
+        if pid != launcher.pid:
             return True
+        try:
+            pid = launcher.ppid()
+        except psutil.NoSuchProcess:
+            return True
+        except (psutil.Error, OSError):
+            return False
     return False

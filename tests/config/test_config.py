@@ -121,10 +121,12 @@ def test_a_file_that_is_missing_or_not_toml_is_refused_by_name(tmp_path):
         load_run(tmp_path / "binary.toml")
 
 
-def test_workers_0_of_an_earlier_version_loads_and_more_workers_are_refused(tmp_path):
-    assert load(tmp_path, "data.workers=0") == load(tmp_path)
-    for workers in (2, "'x'"):
-        said = f"data.workers must be 0 or left out, but is {workers}: a thread reads; leave it out"
+def test_workers_of_an_earlier_version_load_without_effect(tmp_path, caplog):
+    assert load(tmp_path, "data.workers=0") == load(tmp_path) and not caplog.records
+    assert load(tmp_path, "data.workers=2") == load(tmp_path)
+    assert caplog.messages == ["data.workers = 2 has no effect any more: a thread reads; leave it out"]
+    for workers in (-1, "'x'"):
+        said = f"data.workers must be left out, for a thread reads, but is {workers}; leave it out"
         assert refusal(tmp_path, f"data.workers={workers}") == said
 
 
