@@ -63,6 +63,8 @@ def measure_both(plan, student, streams: dict[str, Stream], teacher, teacher_str
 def measure(plan, streams: dict[str, Stream], summed_loss: Callable, device) -> dict[str, Loss] | None:
     """Equal on every rank to the last bit, because decisions follow from it. The host waits for the device at every batch: a
     run that is asked to stop must not continue to validate."""
+    if not streams:
+        return {}
     sums = torch.zeros(2, len(streams), dtype=torch.float64, device=device)
     for k, stream in enumerate(streams.values()):
         for batch in batches(plan, stream, device):
