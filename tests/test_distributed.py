@@ -387,8 +387,8 @@ def test_loading_needs_less_memory_than_a_rank_s_part_and_one_file(world, rank):
 
 def test_a_step_reads_the_device_once_and_a_micro_step_never(world):
     per_step = result(world, "host_reads")[:-1]
-    assert per_step[1:4] == [["guard.py:judge.tolist"]] * 3, per_step  # stage I
-    assert per_step[5:10] == [["guard.py:judge.tolist"]] * 5, per_step  # step 5 comes after a validation
+    assert per_step[1:4] == [["guard.py:read_numbers.tolist"]] * 3, per_step  # stage I
+    assert per_step[5:10] == [["guard.py:read_numbers.tolist"]] * 5, per_step  # step 5 comes after a validation
 
 
 @pytest.mark.parametrize("pairs", ["4", "16"])

@@ -60,7 +60,7 @@ def test_a_model_of_a_family_that_transformers_has_is_read_without_the_code_that
 
 def test_a_model_that_needs_its_own_code_is_refused_in_one_sentence(world):
     edit(world / "student" / "config.json", auto_map=AUTO_MAP, model_type="foreign")
-    with pytest.raises(UserError, match=r"code that comes with a model is not run; name a model in a format") as caught:
+    with pytest.raises(UserError, match=r"code that comes with a model is not run; choose a model") as caught:
         inspect("student.path", str(world / "student"))
     assert str(caught.value).startswith("student.path must hold the config.json of a known model family, but ")
     assert "trust_remote_code" not in str(caught.value)

@@ -6,7 +6,6 @@ import os
 import torch
 
 
-@functools.cache  # every loss asks
 def runs_triton(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
