@@ -37,7 +37,7 @@ def steps_of(run) -> list[int]:
 
 def at_step(process, run, step: int) -> list[int]:
     """The ranks, when `step` is in the metrics."""
-    metrics, deadline = run.folder / "metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = run.folder / "metrics.jsonl", time.monotonic() + 300
     while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
