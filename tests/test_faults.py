@@ -1,6 +1,6 @@
 """What clusters do to a run, done to real ranks: killed at any moment, started again on other numbers of ranks.
 
-The full counts run under `make soak`. The surprise: ranks are started without the launcher here (launching.py).
+The full counts run under `make soak`. Note: ranks are started without the launcher here (launching.py).
 """
 
 import json

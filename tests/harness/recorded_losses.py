@@ -1,7 +1,7 @@
 """Every loss and gradient norm of four short runs, kept as exact numbers: a change that must change nothing is held to them.
 
 `python tests/harness/recorded_losses.py write FILE` trains ce, kd, lwd and ted on two ranks and keeps what they wrote; `check FILE`
-trains them again and names the first number that is another. The surprise: bits belong to a processor and a set of packages,
+trains them again and names the first number that is another. Note: bits belong to a processor and a set of packages,
 which stand in the file; elsewhere the same code has other last digits (`tolerance`).
 """
 
