@@ -67,7 +67,7 @@ def describe(plan: Plan, device: torch.device) -> list[str]:
     return [
         kernels.describe(run.loss.backend, device),
         attention.describe(run.data.attention, layers, run.data.seq_len, dtype, device),
-        fused.describe(run.fused_blocks, sides, device),
+        fused.describe(run.fused_blocks, device),
     ]
 
 
@@ -80,10 +80,11 @@ def build_teacher(plan: Plan):
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
     start: dict = {"init": plan.run.teacher.init, "seed": plan.run.seed + 1}  # not the student's seed
     network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision], **start)
-    fused.fuse(network, plan.run.fused_blocks)
+    blocks = network.get_submodule(plan.teacher.blocks)
+    fused.fuse(network, blocks, plan.run.fused_blocks)
     body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
-    zero_hooks.patch_deepspeed()
-    zero_hooks.gather_whole_blocks(network.get_submodule(plan.teacher.blocks))
+    zero_hooks.patch_deepspeed(config)
+    zero_hooks.gather_whole_blocks(blocks)
     teacher = Teacher(deepspeed.initialize(model=body, config=config)[0], body)
     zero_hooks.drop_backward_hooks(teacher.engine, body)
     if plan.run.health.replicas_every:
@@ -100,7 +101,8 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
         plan, plan.student, gradient_accumulation_steps=plan.accumulation, gradient_clipping=run.train.clip
     )
     network = build_network(plan.student, ds_config=config, dtype=dtype, init=run.student.init, seed=run.seed)
-    fused.fuse(network, run.fused_blocks).requires_grad_(not stage.learns_filters)
+    blocks = network.get_submodule(plan.student.blocks)
+    fused.fuse(network, blocks, run.fused_blocks).requires_grad_(not stage.learns_filters)
     if run.student.gradient_checkpointing and not stage.learns_filters:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     with sharded_construction(config):
@@ -116,8 +118,8 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
     module.train()
     settings = {"lr": run.train.lr, "betas": run.train.betas, "eps": run.train.eps, "fused": True}
     optimizer = torch.optim.AdamW(parameter_groups(run, module), **settings)
-    zero_hooks.patch_deepspeed()
-    zero_hooks.gather_whole_blocks(network.get_submodule(plan.student.blocks))
+    zero_hooks.patch_deepspeed(config)
+    zero_hooks.gather_whole_blocks(blocks)
     engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
     for part in frozen_parts(module, stage):
         zero_hooks.drop_backward_hooks(engine, part)

@@ -23,6 +23,7 @@ TWO_RANKS = (
     "undisturbed_to_six", "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
+    "blocks_compiled",
 )  # fmt: skip
 
 
@@ -124,17 +125,25 @@ def test_far_positions_are_as_exact_as_bf16_is(world):
     assert distance["ours"] <= 1.1 * distance["theirs"] and distance["theirs"] > 0.01
 
 
-def test_one_rank_alone_reduces_nothing_and_no_gradient_is_copied_for_its_norm(world):
-    assert result(world, "alone") == {"reductions": 0, "norms": ["torch.float32"]}
+def test_one_rank_alone_gathers_and_reduces_nothing_and_no_gradient_is_copied_for_its_norm(world):
+    assert result(world, "alone") == {"reductions": 0, "gathers": 0, "norms": ["torch.float32"]}
 
 
 def test_blocks_by_liger_have_the_losses_of_plain_torch(world):
     pytest.importorskip("liger_kernel")
     result(world, "blocks_by_liger")
-    assert "blocks: student by Liger, teacher by Liger" in (world / "runs/by_liger/log.txt").read_text()
+    assert "blocks: with Liger's kernels" in (world / "runs/by_liger/log.txt").read_text()
     ours, plain = losses(world, "by_liger"), plain_losses(world, **sections_for_liger(world))
     assert len(ours) == 2 and ours != plain
     assert max(abs(a - b) for a, b in zip(ours, plain, strict=True)) < 1e-5
+
+
+def test_compiled_blocks_have_the_losses_of_others_and_keep_no_released_weight(world):
+    found = result(world, "blocks_compiled")
+    assert found["graphs"] and found["compiled"][0] > 50 and found["compiled_again"][0] > 50
+    assert found["compiled"][1] == found["compiled_again"][1] == 0
+    plain = losses(world, "not_compiled")
+    assert all(losses(world, name) == pytest.approx(plain, abs=1e-5) for name in ("compiled", "compiled_again"))
 
 
 def test_two_ranks_one_rank_and_plain_torch_have_the_same_losses(world):

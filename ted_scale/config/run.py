@@ -31,8 +31,9 @@ class Run(Section):
     seed: Count = 0
     runs: str = Field("runs", description="the folder in which the run's folder NAME is made; shared by all nodes")
     ds_config: str = "ds_configs/zero3.json"
-    fused_blocks: Literal["auto", "liger", "off"] = Field(
-        "auto", description="RMSNorm, rotary positions, gated MLP by Liger; auto: on a GPU, where it is installed"
+    fused_blocks: Literal["auto", "liger", "compile", "off"] = Field(
+        "auto",
+        description="compiled by torch, or RMSNorm, rotary positions and gated MLP by Liger; auto: compiled on a GPU",
     )
     student: Student
     teacher: Model | None = None

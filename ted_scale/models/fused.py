@@ -1,4 +1,4 @@
-"""Liger's kernels in the blocks of teacher and student: RMSNorm, rotary positions and the gate of the MLP.
+"""Fewer kernels in the blocks of teacher and student: compiled by torch, or with Liger's RMSNorm, rotary positions and gate.
 
 Liger knows which of its kernels replaces which module of a family; `fuse` applies them to one network and keeps its
 parameters. Liger also changes the family's file in transformers, and so every model of the process. Among these are the
@@ -30,13 +30,13 @@ def check(wish: str, models: dict) -> None:
         return
     if not installed():
         raise UserError(
-            "fused_blocks must be auto or off where liger-kernel is not installed, but is 'liger'; pip install -e .[liger], or "
-            "leave it out"
+            "fused_blocks must be auto, compile or off where liger-kernel is not installed, but is 'liger'; pip install -e "
+            ".[liger], or leave it out"
         )
     for side, anatomy in models.items():
         if anatomy and anatomy.family not in FAMILIES:
             raise UserError(
-                f"fused_blocks must be auto or off for a {side} of family {anatomy.family}, but is 'liger', which "
+                f"fused_blocks must be auto, compile or off for a {side} of family {anatomy.family}, but is 'liger', which "
                 f"supports {', '.join(FAMILIES)}; leave it out"
             )
 
@@ -44,8 +44,8 @@ def check(wish: str, models: dict) -> None:
 def check_device(wish: str, device: torch.device) -> None:
     if wish == "liger" and not (runs_triton(device) or interprets()):
         raise UserError(
-            f"fused_blocks must be auto or off on {device_name(device)}, but is 'liger', which needs ROCm or CUDA sm_80; leave "
-            "it out"
+            f"fused_blocks must be auto, compile or off on {device_name(device)}, but is 'liger', which needs ROCm or CUDA "
+            "sm_80; leave it out"
         )
 
 
@@ -53,38 +53,56 @@ def installed() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
-def why_not(wish: str, family: str, device: torch.device) -> str | None:
-    """The reason why a network keeps transformers' code; None if there is none."""
-    if wish == "off":
-        return "off"
-    if wish == "auto" and not runs_triton(device):
-        return f"no Triton on {device_name(device)}"
-    if not installed():
-        return "liger-kernel is not installed"
-    return None if family in FAMILIES else f"Liger does not support {family}"
+def chosen(wish: str, device: torch.device) -> str:
+    """compile, liger or off. On a CPU a block's work is long beside its launch, and compiling takes as long as on a GPU."""
+    return ("compile" if runs_triton(device) else "off") if wish == "auto" else wish
 
 
-def describe(wish: str, models: dict, device: torch.device) -> str:
+def describe(wish: str, device: torch.device) -> str:
     """The line for the log."""
-    reasons = {side: why_not(wish, anatomy.family, device) for side, anatomy in models.items() if anatomy}
-    sides = (f"{s} as in transformers ({why})" if why else f"{s} by Liger" for s, why in reasons.items())
-    return "blocks: " + ", ".join(sides)
+    said = {
+        "compile": "compiled by torch, which takes a minute at the first steps", "liger": "with Liger's kernels",
+        "off": "as in transformers",
+    }  # fmt: skip
+    return f"blocks: {said[chosen(wish, device)]}" + (" (auto)" if wish == "auto" else "")
 
 
-def fuse(network, wish: str):
-    """The network, with Liger's forward in the modules for which there is one."""
+def fuse(network, blocks, wish: str):
+    """The network, with its `blocks` compiled or with Liger's forward in the modules for which there is one."""
     from deepspeed.accelerator import get_accelerator
 
-    if why_not(wish, network.config.model_type, torch.device(get_accelerator().device_name())) is None:
-        names = vars(sys.modules[type(network).__module__])
-        before = dict(names)
-        try:
-            apply_liger(network)
-            functions = {n: f for n, f in names.items() if isinstance(f, types.FunctionType) and before.get(n) is not f}
-        finally:
-            names.update(before)
-        for module in network.modules():
-            use_functions(module, names, functions)
+    way = chosen(wish, torch.device(get_accelerator().device_name()))
+    if way == "compile":
+        compile_blocks(blocks, fails=wish != "auto")
+    elif way == "liger":
+        use_liger(network)
+    return network
+
+
+def compile_blocks(blocks, fails: bool) -> None:
+    """Each block's forward; DeepSpeed's hooks stay around it. Blocks of one kind share a graph. A block that torch cannot
+    compile runs as it is, unless it `fails`."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(
+        64, torch._dynamo.config.recompile_limit
+    )  # two models, stages, validation
+    torch._dynamo.config.suppress_errors = not fails
+    for block in blocks:
+        block.forward = torch.compile(block.forward)
+
+
+def use_liger(network):
+    """The network, with Liger's forward in the modules for which there is one."""
+    names = vars(sys.modules[type(network).__module__])
+    before = dict(names)
+    try:
+        apply_liger(network)
+        functions = {n: f for n, f in names.items() if isinstance(f, types.FunctionType) and before.get(n) is not f}
+    finally:
+        names.update(before)
+    for module in network.modules():
+        use_functions(module, names, functions)
     return network
 
 

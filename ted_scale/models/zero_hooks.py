@@ -11,6 +11,8 @@ import inspect
 import torch.distributed as dist
 from torch import nn
 
+from ted_scale.models import zero_lean, zero_single
+
 
 def gather_whole_blocks(blocks) -> None:
     """One hook gathers all weights of a block together. Call it before the engine is created."""
@@ -29,12 +31,10 @@ def drop_backward_hooks(engine, module: nn.Module) -> None:
 
 
 def cache_signatures(engine) -> None:
-    """torch inspects a function's signature at every call: two calls for each tensor of a module, one for each linear layer.
-    A stored signature saves that time."""
-    from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
-
+    """torch inspects a function's signature at every call: two calls for each tensor of a module. A stored one saves that
+    time."""
     hooks = [getattr(m, name, None) for m in engine.module.modules() for name in ("pre_bwd_fn", "post_bwd_fn")]
-    for function in (*filter(None, hooks), LinearFunctionForZeroStage3):
+    for function in filter(None, hooks):
         function.forward.__signature__ = inspect.signature(function.forward)
 
 
@@ -63,9 +63,14 @@ def release_rule():
     return inspect.getclosurevars(Coordinator._PartitionedParameterCoordinator__params_to_release).nonlocals["func"]
 
 
+def patch_deepspeed(config: dict) -> None:
+    """Before an engine of this configuration is made."""
+    patch_once()
+    zero_single.use(config["zero_optimization"])
+
+
 @functools.cache
-def patch_deepspeed() -> None:
-    """Patches DeepSpeed, once a process, before the first engine."""
+def patch_once() -> None:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import partition_parameters, stage3
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
@@ -81,6 +86,7 @@ def patch_deepspeed() -> None:
         invalidate(coordinator)
 
     Coordinator._invalidate_trace = invalidate_with_cache
+    zero_lean.patch()
     for handle in (partition_parameters.NoGatherHandle, partition_parameters.NoGatherCoalescedHandle):
         handle.wait = functools.partialmethod(wait_on_single_rank, f"_{handle.__name__}__")
 

@@ -416,23 +416,29 @@ def families(folder: Path, device):
 
 
 def alone(folder: Path, device):
-    """Reductions that one rank asks for, and of what types it takes norms."""
+    """Reductions and gathers that one rank asks for, and of what types it takes norms."""
     from deepspeed.comm import comm
+    from deepspeed.runtime.zero.partition_parameters import NoGatherCoalescedHandle
 
-    calls, types = [], set()
-    reduce, norm = comm.cdb.reduce_scatter_tensor, torch.Tensor.norm
+    calls, types, gathers = [], set(), []
+    gather = NoGatherCoalescedHandle.__init__
+    NoGatherCoalescedHandle.__init__ = lambda handle, weights: (gathers.append(len(weights)), gather(handle, weights))[
+        1
+    ]
+    reduce, norm = comm.cdb.reduce_scatter_tensor, torch._foreach_norm
 
-    def noting(tensor, *arguments, **named):
-        types.add(str(tensor.dtype))
-        return norm(tensor, *arguments, **named)
+    def noting(tensors, *arguments, **named):
+        types.update(str(tensor.dtype) for tensor in tensors)
+        return norm(tensors, *arguments, **named)
 
     comm.cdb.reduce_scatter_tensor = lambda *a, **named: (calls.append(1), reduce(*a, **named))[1]
-    torch.Tensor.norm = noting
+    torch._foreach_norm = noting
     try:
         start(folder, device, name="alone_1", **THREE_STEPS)
     finally:
-        comm.cdb.reduce_scatter_tensor, torch.Tensor.norm = reduce, norm
-    return {"reductions": len(calls), "norms": sorted(types)}
+        comm.cdb.reduce_scatter_tensor, torch._foreach_norm = reduce, norm
+        NoGatherCoalescedHandle.__init__ = gather
+    return {"reductions": len(calls), "gathers": len(gathers), "norms": sorted(types)}
 
 
 def blocks_by_liger(folder: Path, device):

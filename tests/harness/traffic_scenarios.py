@@ -1,5 +1,7 @@
 """Scenarios of ranks.py about what a micro-step asks of the device and of the network."""
 
+import contextlib
+import functools
 import gc
 import json
 from dataclasses import asdict
@@ -12,6 +14,7 @@ from scenarios import start
 from tiny import make_model
 
 from ted_scale.metrics.metrics import Metrics
+from ted_scale.models import zero_hooks
 
 MICRO_STEPS = 2
 
@@ -82,3 +85,53 @@ def bytes_alive() -> int:
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def blocks_compiled(folder: Path, device) -> dict:
+    """Compiled blocks, whose activations are computed again or kept: how many weights are released before a backward, and how
+    many of these are still in memory when it begins; and the number of graphs. Traced and cut as for a GPU, but without a
+    compiler of C++."""
+    sections = {**deep(folder, 4), "ds_config": str(folder / "nothing_kept.json"), "fused_blocks": "compile"}
+    paths = {"student": sections["student"] | {"gradient_checkpointing": True}}
+    compiler, held = torch.compile, {}
+    torch.compile = functools.partial(compiler, backend="aot_eager_decomp_partition")
+    try:
+        for name, more in (("compiled", {}), ("compiled_again", paths)):
+            with watched_releases() as counts:
+                start(folder, device, name=name, **{**sections, **more})
+            held[name] = [max(column) for column in zip(*counts, strict=True)]
+    finally:
+        torch.compile = compiler
+    start(folder, device, name="not_compiled", **{**sections, "fused_blocks": "off"})
+    return held | {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+
+@contextlib.contextmanager
+def watched_releases():
+    """Before each backward: (weights released since the one before, those whose memory is still held)."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    zero_hooks.patch_once()
+    released, counts = [], []
+    name = "_PartitionedParameterCoordinator__release_param"
+    release, backward = getattr(Coordinator, name), DeepSpeedEngine.backward
+
+    def noting(coordinator, weight, free_data=True):
+        if weight.numel():
+            released.append(StorageWeakRef(weight.untyped_storage()))
+        release(coordinator, weight, free_data)
+
+    def counting(engine, *arguments, **named):
+        counts.append((len(released), sum(not storage.expired() for storage in released)))
+        released.clear()
+        return backward(engine, *arguments, **named)
+
+    setattr(Coordinator, name, noting)
+    DeepSpeedEngine.backward = counting
+    try:
+        yield counts
+    finally:
+        setattr(Coordinator, name, release)
+        DeepSpeedEngine.backward = backward

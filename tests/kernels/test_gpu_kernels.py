@@ -34,7 +34,7 @@ def layer_operands(n, d_s, d_t, width, dtype) -> dict:
         "b_t": normal(width, dtype=dtype), "h_s": normal(n, d_s, dtype=dtype).requires_grad_(),
         "w_s": normal(width, d_s, dtype=dtype, scale=d_s**-0.5).requires_grad_(),
         "b_s": normal(width, dtype=dtype).requires_grad_(), "token_weight": torch.rand(n, device="cuda"),
-        "denom": torch.tensor(float(n), device="cuda"),
+        "denom": torch.tensor(1.0, device="cuda"),  # a mean's gradients would be too small for fp16: 1e-6
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from ted_scale.base.errors import UserError
 from ted_scale.kernels import filtered_ce
 from ted_scale.models import fused
 from ted_scale.models.anatomy import head_of
-from ted_scale.models.fused import describe, fuse
+from ted_scale.models.fused import describe, fuse, use_liger
 from ted_scale.models.inspection import inspect
 from ted_scale.plan import make_plan
 
@@ -78,7 +78,7 @@ def test_liger_s_kernels_give_a_family_s_own_logits_and_gradients(models, family
     file = vars(sys.modules[type(network).__module__])
     before = dict(file)
     _, other = tiny(models, family)
-    logits, gradients = logits_and_gradients(fuse(other, "liger"), anatomy, [tokens(2, 12)])
+    logits, gradients = logits_and_gradients(use_liger(other), anatomy, [tokens(2, 12)])
     kinds = {name.removesuffix("Attention").removesuffix("MLP").removesuffix("RMSNorm") for name in changed(other)}
     assert len(changed(other)) == 3 and len(kinds) == 1, changed(other)
     assert file == before and not changed(network)
@@ -89,10 +89,8 @@ def test_liger_s_kernels_give_a_family_s_own_logits_and_gradients(models, family
 
 
 @pytest.mark.parametrize("family", sorted({*FAMILIES, *MORE} - {*LIGER}))
-def test_a_family_without_kernels_stays_as_it_is_and_is_named(models, family):
-    anatomy, network = tiny(models, family)
-    assert not changed(fuse(network, "liger"))
-    assert f"Liger does not support {anatomy.family}" in describe("liger", {"student": anatomy}, CPU)
+def test_a_family_without_kernels_is_named(models, family):
+    anatomy, _ = tiny(models, family)
     with pytest.raises(UserError, match=rf"for a student of family {anatomy.family}, but is 'liger'"):
         fused.check("liger", {"teacher": None, "student": anatomy})
 
@@ -101,28 +99,27 @@ def test_a_gate_with_another_activation_keeps_its_own(models):
     anatomy, network = tiny(models / "relu", "llama", hidden_act="relu")
     with torch.no_grad():
         wanted = logits_of(network, anatomy, tokens(1, 8))
-        assert (logits_of(fuse(network, "liger"), anatomy, tokens(1, 8)) - wanted).abs().max() < 2e-5
+        assert (logits_of(use_liger(network), anatomy, tokens(1, 8)) - wanted).abs().max() < 2e-5
     assert changed(network) == {"LlamaAttention", "LlamaRMSNorm"}
 
 
 def test_on_a_cpu_auto_changes_nothing_and_logs_it(models):
     anatomy, network = tiny(models, "llama")
-    assert not changed(fuse(network, "auto")) and not changed(fuse(network, "off"))
-    said = describe("auto", {"student": anatomy, "teacher": None}, CPU)
-    assert said == "blocks: student as in transformers (no Triton on cpu)"
+    blocks = network.get_submodule(anatomy.blocks)
+    assert not changed(fuse(network, blocks, "auto")) and not changed(fuse(network, blocks, "off"))
+    assert describe("auto", CPU) == "blocks: as in transformers (auto)"
 
 
-def test_on_a_gpu_auto_is_liger_where_it_is_installed(models, monkeypatch):
-    anatomy, _ = tiny(models, "llama")
-    sides = {"student": anatomy, "teacher": anatomy}
+def test_on_a_gpu_auto_compiles_blocks_and_liger_must_be_installed(models, monkeypatch):
+    anatomy, network = tiny(models, "llama")
     monkeypatch.setattr(fused, "runs_triton", lambda device: True)
-    assert describe("auto", sides, CPU) == "blocks: student by Liger, teacher by Liger"
+    assert describe("auto", CPU) == "blocks: compiled by torch, which takes a minute at the first steps (auto)"
+    assert changed(fuse(network, network.get_submodule(anatomy.blocks), "auto")) == {"LlamaDecoderLayer"}
     monkeypatch.setattr(fused, "installed", lambda: False)
-    assert describe("auto", sides, CPU).endswith("teacher as in transformers (liger-kernel is not installed)")
     with pytest.raises(
         UserError, match=r"where liger-kernel is not installed, but is 'liger'; pip install -e .\[liger\]"
     ):
-        fused.check("liger", sides)
+        fused.check("liger", {"student": anatomy, "teacher": anatomy})
 
 
 def test_an_impossible_setting_is_refused_before_the_ranks_start(models, monkeypatch):
@@ -132,13 +129,15 @@ def test_an_impossible_setting_is_refused_before_the_ranks_start(models, monkeyp
     with pytest.raises(UserError, match="for a student of family gpt2, but is 'liger'"):
         make_plan(make_run(models, method="kd", fused_blocks="liger", **sections), 1)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(UserError, match="must be auto or off on cpu, but is 'liger', which needs ROCm or CUDA sm_80"):
+    with pytest.raises(
+        UserError, match="must be auto, compile or off on cpu, but is 'liger', which needs ROCm or CUDA sm_80"
+    ):
         fused.check_device("liger", CPU)
 
 
 def test_a_model_inspected_beside_a_fused_one_is_not_fused(models):
     anatomy, network = tiny(models, "qwen3")
-    fuse(network, "liger")
+    use_liger(network)
     assert inspect("student.path", str(models / "qwen3")) == anatomy
 
 
@@ -147,7 +146,7 @@ def test_a_filter_learns_through_the_tail(models):
     anatomy, network = tiny(models, "llama")
     states = torch.randn(6, anatomy.width, generator=torch.Generator().manual_seed(0))
     found = []
-    for head in (head_of(network, anatomy), head_of(fuse(tiny(models, "llama")[1], "liger"), anatomy)):
+    for head in (head_of(network, anatomy), head_of(use_liger(tiny(models, "llama")[1]), anatomy)):
         weight, bias = torch.eye(anatomy.width).requires_grad_(), torch.zeros(anatomy.width, requires_grad=True)
         settings = {"labels": torch.arange(6), "token_weight": torch.ones(6), "denom": 6.0}
         filtered_ce(states, weight, bias, **settings, **head.filtered_ce_arguments).backward()
@@ -157,7 +156,7 @@ def test_a_filter_learns_through_the_tail(models):
 
 def test_activations_computed_again_give_the_same_gradients(models):
     anatomy, network = tiny(models, "llama")
-    _, once = logits_and_gradients(fuse(network, "liger").train(), anatomy, [tokens(1, 8)])
+    _, once = logits_and_gradients(use_liger(network).train(), anatomy, [tokens(1, 8)])
     network.gradient_checkpointing_enable({"use_reentrant": False})
     _, again = logits_and_gradients(network, anatomy, [tokens(1, 8)])
     assert all(torch.equal(once[name], again[name]) for name in once)

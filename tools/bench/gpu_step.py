@@ -67,14 +67,14 @@ TINY_SHAPES = {
 }
 
 
-def measure(task, write, shape: str, method: str) -> None:
-    """Both arms, and ratios of ours to plain."""
+def measure(task, write, shape: str, method: str, blocks: str = "auto") -> None:
+    """Both arms, and ratios of ours to plain; of compiled blocks only ours."""
     task.device()
-    plan = plan_of(task.work / task.part, (TINY_SHAPES if task.tiny else SHAPES)[shape], method)
+    plan = plan_of(task.work / task.part, (TINY_SHAPES if task.tiny else SHAPES)[shape], method, blocks)
     device = start_ranks()
     refuse_small(plan, device)
     batches, found = forever(plan, device), {}
-    for arm, build in ((PLAIN, build_plain), (OURS, build_ours)):
+    for arm, build in ((PLAIN, build_plain), (OURS, build_ours))[blocks == "compile" :]:
         try:
             found[arm] = measure_arm(plan, device, build, batches, 2 if task.tiny else 10, write_of(write, plan, arm))
         except Exception as error:  # a failure of plain must not end ours
@@ -90,12 +90,13 @@ def measure(task, write, shape: str, method: str) -> None:
         raise RuntimeError("ours did not run; its row has the reason")
 
 
-def plan_of(folder: Path, shape: Shape, method: str) -> Plan:
+def plan_of(folder: Path, shape: Shape, method: str, blocks: str) -> Plan:
     for side, sizes in (("teacher", shape.teacher), ("student", shape.teacher | shape.student)):
         transformers.LlamaConfig(**sizes).save_pretrained(folder / side)
     write_corpus(folder / "corpus", shape.teacher["vocab_size"], 64 * shape.tokens)
     run = {
         "name": "step", "method": method, "runs": str(folder / "runs"), "ds_config": str(ZERO3), "seed": 1,
+        "fused_blocks": blocks,
         "student": {"path": str(folder / "student"), "init": "random", "gradient_checkpointing": shape.checkpointing},
         "teacher": {"path": str(folder / "teacher"), "init": "random"},
         "data": {"seq_len": shape.tokens, "corpora": [{"path": str(folder / "corpus")}]},
