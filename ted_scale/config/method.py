@@ -83,7 +83,7 @@ class Loss(Section):
     kind: Literal["nmse", "mse", "cosine"] = "nmse"
     backend: Literal["auto", "triton", "torch", "compiled"] = Field("auto", description="ted_scale/kernels/README.md")
     mode: Literal["chunked", "strict"] = Field(
-        "chunked", description="strict: keeps no logits in memory, for 1.6 times the work of the logit losses"
+        "chunked", description="strict: keeps few logits in memory, for 1.6 times the work of the logit losses"
     )
     chunk_tokens: PositiveInt | None = Field(None, description="tokens a chunk; default: what the scratch budget holds")
 

@@ -1,7 +1,7 @@
 """Logit losses straight from states and output weights: next-token cross-entropy and KL to a teacher.
 
 `chunked` holds the logits of one chunk of tokens and computes the gradients with the loss. `strict` (logit_loss_strict.py)
-never holds logits and computes the gradients in backward.
+holds a small tile of logits and computes the gradients in backward.
 """
 
 import contextlib

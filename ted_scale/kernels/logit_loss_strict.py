@@ -1,20 +1,23 @@
-"""linear_kl_ce without logits in memory: statistics in forward, gradients in backward, one slice of the vocabulary at a time.
+"""linear_kl_ce without whole logits in memory: statistics in forward, gradients in backward, one slice of the vocabulary
+at a time.
 
 Forward keeps three normalizers a token. Backward computes each slice's logits again and writes that slice's ∂/∂logits in
 the states' type. It multiplies them into ∂/∂h_s (an fp32 sum) and into the slice's rows of ∂/∂w_s. Those rows are final
-at once, so there is no [V, d] sum in fp32. The matrix work is 1.6 times that of `chunked`.
+after the last token, so there is no [V, d] sum in fp32. The matrix work is 1.6 times that of `chunked`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ted_scale.kernels.autograd import as_scalar
 from ted_scale.kernels.formulas import logits
 from ted_scale.kernels.formulas.logits import LogitLoss, Normalizers, Statistics
-from ted_scale.kernels.products import add_matmul, chunks, live_rows, matmul, project
+from ted_scale.kernels.products import add_matmul, chunks, live_rows, matmul_into, project
 
-SLICE = 4096  # columns of the vocabulary: backward holds one slice for all tokens
+# Both sides' fp32 logits are of ROWS tokens and LOGITS columns: 34 MB, which a GPU's L2 cache holds. Their gradient collects
+# SLICE columns: its product with w_s reads and writes the fp32 ∂h_s, once a slice.
+ROWS, LOGITS, SLICE = 4096, 1024, 4096
 
 
 def strict_kl_ce(student, teacher, labels, weight, denom, loss, backend: str, chunk_tokens: int, gather):
@@ -55,11 +58,15 @@ def strict_losses(
     loss: Sequence[float], backend: str, chunk_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """((total, kl, ce) summed over rows, the normalizers [3, N])"""
-    f = LogitLoss(*loss)
+    f, add = LogitLoss(*loss), statistics_of(backend)
     if not len(weight) or not (f.kl_weight or f.ce_weight):
         return weight.new_zeros(3), weight.new_zeros(3, len(weight))
-    sides = (h_s, w_s, b_s), (h_t, w_t, b_t)
-    kl, ce, normalizers = logits.finish(statistics_of(backend)(*sides, labels, weight, f, chunk_tokens), weight, f)
+    labels, tiles = labels.contiguous(), Tiles((h_s, w_s, b_s), (h_t, w_t, b_t), chunk_tokens)
+    running = torch.stack(logits.of_nothing(weight))
+    for rows in tiles.rows:
+        for at, z_s, z_t in tiles.logits(rows, slice(0, len(w_s))):
+            add(running[:, rows], z_s, z_t, labels[rows], at.start, f)
+    kl, ce, normalizers = logits.finish(Statistics(*running), weight, f)
     kl, ce = kl.sum(), ce.sum()
     return torch.stack([f.ce_weight * ce + f.kl_weight * kl, kl, ce]), torch.stack(normalizers)
 
@@ -76,23 +83,42 @@ def strict_gradients(
     normalizers: torch.Tensor, scale: torch.Tensor, wanted: Sequence[bool], loss: Sequence[float], backend: str,
     chunk_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    f, n = LogitLoss(*loss), Normalizers(*normalizers)
-    grads = [torch.zeros_like(t) if w else h_s.new_empty(0) for t, w in zip((h_s, w_s, b_s), wanted, strict=True)]
+    f, tensors = LogitLoss(*loss), (h_s, w_s, b_s)
     if not len(weight) or not (f.kl_weight or f.ce_weight):
-        return tuple(grads)
-    slopes, live = slopes_of(backend), live_rows(h_s, weight)
-    dh = torch.zeros_like(h_s, dtype=torch.float32) if wanted[0] else None
+        return tuple(torch.zeros_like(t) if w else h_s.new_empty(0) for t, w in zip(tensors, wanted, strict=True))
+    tiles = Tiles((h_s, w_s, b_s), (h_t, w_t, b_t), chunk_tokens)
+    dh, dw, db = sums(tiles, labels.contiguous(), weight, normalizers, scale, wanted, f, slopes_of(backend))
+    del tiles  # its memory has room for ∂h_s in 16 bits
+    return dh.mul_(scale).to(h_s.dtype), dw, db if b_s is None else db.mul_(scale).to(b_s.dtype)
+
+
+def sums(tiles, labels, weight, normalizers, scale, wanted, f: LogitLoss, write):
+    """(∂h_s in fp32, scale·∂w_s in its type, ∂b_s in fp32); what is not wanted is empty"""
+    h_s, w_s, _ = tiles.student
+    makers = (torch.empty_like, torch.float32), (torch.empty_like, w_s.dtype), (torch.zeros_like, torch.float32)
+    dh, dw, db = (
+        make(t, dtype=dtype) if wants else h_s.new_empty(0)
+        for t, (make, dtype), wants in zip(tiles.student, makers, wanted, strict=True)
+    )
+    width = min(SLICE, len(w_s))
+    slopes = h_s.new_empty(tiles.count * width)
+    product = h_s.new_empty(width if wanted[1] else 0, h_s.shape[1], dtype=torch.float32)
     for at in chunks(len(w_s), SLICE):
-        dz = slopes((live, w_s, b_s), (h_t, w_t, b_t), labels, weight, n, at, f, chunk_tokens)
-        if wanted[0]:
-            add_matmul(dh, dz, w_s[at])
+        slice_dw = product[: at.stop - at.start]
+        for rows in tiles.rows:
+            live, dz = weight[rows], matrix(slopes, rows, at)
+            for part, z_s, z_t in tiles.logits(rows, at):
+                own = dz[:, part.start - at.start : part.stop - at.start]
+                write(own, z_s, z_t, labels[rows], live, part.start, normalizers[:, rows], f)
+            if wanted[0]:
+                (add_matmul if at.start else matmul_into)(dh[rows], dz, w_s[at])
+            if wanted[1]:
+                (add_matmul if rows.start else matmul_into)(slice_dw, dz.t(), live_rows(h_s[rows], live))
+            if wanted[2]:
+                db[at] += dz.sum(dim=0, dtype=torch.float32)
         if wanted[1]:
-            grads[1][at] = matmul(dz.t(), live).mul_(scale)  # before rounding: a sum may exceed fp16
-        if wanted[2]:
-            grads[2][at] = dz.sum(dim=0, dtype=torch.float32) * scale
-    if wanted[0]:
-        torch.mul(dh, scale, out=grads[0]) if dh.dtype == grads[0].dtype else grads[0].copy_(dh.mul_(scale))
-    return tuple(grads)
+            dw[at] = slice_dw.mul_(scale)  # before rounding: a sum may exceed fp16
+    return dh, dw, db
 
 
 @strict_gradients.register_fake
@@ -100,60 +126,69 @@ def _(h_s, w_s, b_s, h_t, w_t, b_t, labels, weight, normalizers, scale, wanted, 
     return tuple(torch.empty_like(t) if w else h_s.new_empty(0) for t, w in zip((h_s, w_s, b_s), wanted, strict=True))
 
 
+class Tiles:
+    """Both sides' logits of some tokens and columns. Every tile is in the memory of the one before."""
+
+    def __init__(self, student, teacher, chunk_tokens: int):
+        self.student, self.teacher, h_s = student, teacher, student[0]
+        self.rows = chunks(len(h_s), chunk_tokens or ROWS)
+        self.count = self.rows[0].stop
+        sides, columns = 1 if teacher[1] is None else 2, min(LOGITS, len(student[1]))
+        self.room = h_s.new_empty(sides, self.count * columns, dtype=torch.float32)
+
+    def logits(self, rows: slice, columns: slice) -> Iterator[tuple]:
+        """(columns, the student's raw logits, the teacher's or None), LOGITS columns at a time"""
+        for part in chunks(columns.stop - columns.start, LOGITS):
+            at = slice(columns.start + part.start, columns.start + part.stop)
+            yield at, tile(self.student, rows, at, self.room[0]), tile(self.teacher, rows, at, self.room[-1])
+
+
+def tile(side, rows: slice, at: slice, room):
+    """These columns' raw logits as far as the side has them. A token that does not count has logits, too, perhaps NaN."""
+    h, w, b = side
+    at = slice(at.start, min(at.stop, 0 if w is None else len(w)))
+    if at.stop <= at.start:
+        return None
+    return project(h[rows], w[at], None if b is None else b[at], matrix(room, rows, at))
+
+
+def matrix(room, rows: slice, at: slice):
+    """The first entries of `room` as a dense matrix."""
+    shape = rows.stop - rows.start, at.stop - at.start
+    return room[: shape[0] * shape[1]].view(shape)
+
+
 def statistics_of(backend: str):
-    """`f(student, teacher, labels, weight, loss, chunk_tokens) -> Statistics` of whole rows."""
+    """`f(running, z_s, z_t, labels, first, loss)` adds a slice's raw logits to the statistics [8, N], and may overwrite
+    the former."""
     if backend == "triton":
         from ted_scale.kernels.triton.strict import launch_statistics
 
         return launch_statistics
-    return sliced_statistics
+    return add_statistics
 
 
 def slopes_of(backend: str):
-    """`f(student, teacher, labels, weight, normalizers, slice, loss, chunk_tokens) -> ∂/∂logits` of a slice."""
+    """`f(dz, z_s, z_t, labels, weight, first, normalizers, loss)` writes ∂/∂z_s to dz: 0 where a token does not count."""
     if backend == "triton":
         from ted_scale.kernels.triton.strict import launch_slopes
 
         return launch_slopes
-    return sliced_slopes
+    return write_slopes
 
 
-def sliced_statistics(student, teacher, labels, weight, f: LogitLoss, chunk_tokens: int) -> Statistics:
-    whole = []
-    for rows in chunks(len(weight), rows_of(student, chunk_tokens)):
-        live = weight[rows]
-        parts = []
-        for at in chunks(len(student[1]), SLICE):
-            y_s, u = logits_of(student, teacher, rows, live, at, f)
-            parts.append(logits.statistics(y_s, u, labels[rows], at.start, f))
-        whole.append(logits.merge(Statistics(*map(torch.stack, zip(*parts, strict=True)))))
-    return Statistics(*map(torch.cat, zip(*whole, strict=True)))
+def add_statistics(running, z_s, z_t, labels, first: int, f: LogitLoss) -> None:
+    y_s, u = softened(z_s, z_t, f)
+    pairs = zip(running, logits.statistics(y_s, u, labels, first, f), strict=True)
+    running.copy_(torch.stack(logits.merge(Statistics(*map(torch.stack, pairs)))))
 
 
-def sliced_slopes(student, teacher, labels, weight, n: Normalizers, at: slice, f: LogitLoss, chunk_tokens: int):
-    h_s = student[0]
-    dz = torch.empty(len(h_s), at.stop - at.start, dtype=h_s.dtype, device=h_s.device)
-    for rows in chunks(len(h_s), rows_of(student, chunk_tokens)):
-        y_s, u = logits_of(student, teacher, rows, weight[rows], at, f)
-        own = Normalizers(*(x[rows] for x in n))
-        dz[rows] = logits.gradient(y_s, u, labels[rows], at.start, own, weight[rows], f)
-    return dz
+def write_slopes(dz, z_s, z_t, labels, weight, first: int, normalizers, f: LogitLoss) -> None:
+    y_s, u = softened(z_s, z_t, f)
+    dz.copy_(live_rows(logits.gradient(y_s, u, labels, first, Normalizers(*normalizers), weight, f), weight))
 
 
-def logits_of(student, teacher, rows: slice, weight, at: slice, f: LogitLoss):
-    """(the student's softened logits, the teacher's over T or None) of some rows and one slice of the vocabulary"""
-    y_s = logits.soften_(part(student, rows, weight, at), f.softcap_s, f.scale_s)
-    at = slice(at.start, min(at.stop, 0 if teacher[1] is None else len(teacher[1])))
-    if at.stop <= at.start:
-        return y_s, None
-    y_t = logits.soften_(part(teacher, rows, weight, at), f.softcap_t, f.scale_t)
-    return y_s, logits.over_(y_t, f.temperature)
-
-
-def part(side, rows: slice, weight, at: slice):
-    h, w, b = side
-    return project(live_rows(h[rows], weight), w[at], None if b is None else b[at])
-
-
-def rows_of(student, chunk_tokens: int) -> int:
-    return chunk_tokens or max(1, min(1024, len(student[0])))
+def softened(z_s, z_t, f: LogitLoss):
+    """(y_s, the teacher's y/T or None), in the memory of the logits"""
+    y_s = logits.soften_(z_s, f.softcap_s, f.scale_s)
+    return y_s, None if z_t is None else logits.over_(logits.soften_(z_t, f.softcap_t, f.scale_t), f.temperature)

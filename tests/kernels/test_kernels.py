@@ -24,7 +24,6 @@ from ted_scale.kernels.formulas.logits import soften
 from ted_scale.kernels.tokens import IGNORED
 from ted_scale.kernels.triton import layers as triton_layers
 from ted_scale.kernels.triton import shapes
-from ted_scale.kernels.triton import strict as triton_strict
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels/test_gpu_kernels.py compiles them")
 A_UNIT = {torch.float32: 5e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -48,11 +47,12 @@ def mended_interpreter_and_poisoned_memory():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many programs, many steps a program, and partial tiles at every edge."""
-    for module in (triton_layers, triton_strict):
-        monkeypatch.setattr(module, "pick", lambda table, *operands: shapes.tile(16, 16, 16, 4, 1))
+    monkeypatch.setattr(triton_layers, "pick", lambda table, *operands: shapes.tile(16, 16, 16, 4, 1))
     monkeypatch.setattr("ted_scale.kernels.triton.rows.pick", lambda *_: shapes.Shape({"BLOCK": 32}, 4, 1))
-    monkeypatch.setattr("ted_scale.kernels.logit_loss_strict.SLICE", 32)
-    monkeypatch.setattr(triton_strict, "PROGRAMS", 6)
+    for table in ("STATISTICS", "SLOPES"):
+        monkeypatch.setattr(shapes, table, {"any": shapes.Shape({"ROWS": 2, "BLOCK": 8}, 4, 1)})
+    for name, size in (("LOGITS", 12), ("SLICE", 32)):
+        monkeypatch.setattr(f"ted_scale.kernels.logit_loss_strict.{name}", size)
 
 
 def errors(mine, theirs, least=0.1) -> list[float]:
@@ -187,12 +187,8 @@ def test_layer_losses_in_the_shipped_shape_and_through_descriptors(kind, monkeyp
 
 
 @pytest.mark.parametrize("mode", ["chunked", "strict"])
-def test_logit_losses_in_the_shipped_shape_and_through_descriptors(mode, monkeypatch):
-    values = tensors(n=21, d_s=32, d_t=48, v_s=64, v_t=56)
-    compare_kl_ce(values, torch.float32, mode)
-    shape = shapes.tile(16, 16, 16, 4, 1, descriptors=True)
-    monkeypatch.setattr(triton_strict, "pick", lambda table, *operands: shape)
-    compare_kl_ce(values, torch.float32, mode)
+def test_logit_losses_in_the_shipped_shape(mode):
+    compare_kl_ce(tensors(n=21, d_s=32, d_t=48, v_s=64, v_t=56), torch.float32, mode)
 
 
 @pytest.mark.parametrize("kind", ["nmse", "mse", "cosine"])

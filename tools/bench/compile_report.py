@@ -42,7 +42,7 @@ KERNELS = {
 BOTH = {"FILTERED_T": True, "FILTERED_S": True, "BIAS_T": True, "BIAS_S": True}
 LOGITS, GRADIENT = {"KL": True, "CE": True}, {"WANTS_GRADIENT": True}
 STORE, TWO = {"STORE": True}, {"TWO": True, "STORE": True}
-BIASES, CAPS = {"BIAS_S": True, "BIAS_T": True}, {"CAPPED_S": True, "CAPPED_T": True}
+CAPS = {"CAPPED_S": True, "CAPPED_T": True}
 CASES = {  # what a kernel is called for: the flags that are then set. The first is the usual one, all were seen to spill
     "rows": {
         "KL and CE": LOGITS | GRADIENT,
@@ -53,19 +53,8 @@ CASES = {  # what a kernel is called for: the flags that are then set. The first
     },
     "difference": {"filtered": BOTH | STORE, "raw": STORE, "loss only": BOTH},
     "cosine": {"filtered": BOTH | TWO, "raw": TWO, "raw student": {"FILTERED_T": True} | TWO},
-    "statistics": {
-        "KL and CE": LOGITS,
-        "CE": {"CE": True},
-        "KL": {"KL": True},
-        "biases": LOGITS | BIASES,
-        "soft-capped, biases": LOGITS | CAPS | BIASES,
-    },
-    "slopes": {
-        "KL and CE": LOGITS,
-        "CE": {"CE": True},
-        "soft-capped": LOGITS | CAPS,
-        "soft-capped, biases": LOGITS | CAPS | BIASES,
-    },
+    "statistics": {"KL and CE": LOGITS, "CE": {"CE": True}, "KL": {"KL": True}, "soft-capped": LOGITS | CAPS},
+    "slopes": {"KL and CE": LOGITS, "CE": {"CE": True}, "KL": {"KL": True}, "soft-capped": LOGITS | CAPS},
 }
 
 
@@ -121,7 +110,7 @@ def main() -> None:
 def shape_of(text: str) -> shapes.Shape:
     blocks, warps, stages, *descriptors = text.split(",")
     sizes = [int(size) for size in blocks.split("x")]
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K") if len(sizes) > 1 else ("BLOCK",)
+    names = {1: ("BLOCK",), 2: ("ROWS", "BLOCK"), 3: ("BLOCK_M", "BLOCK_N", "BLOCK_K")}[len(sizes)]
     return shapes.Shape(dict(zip(names, sizes, strict=True)), int(warps), int(stages), bool(descriptors))
 
 
@@ -169,7 +158,7 @@ def type_of(name: str, job: Job) -> str:
         return "*fp32"
     if name in ("h_t", "w_t", "h_s", "w_s", "b_t", "b_s", "d_out", "s_out", "dz"):
         return f"*{job.dtype}"
-    if name in ("z_s", "z_t", "weight", "norms", "sums", "out", "kl_out", "ce_out"):
+    if name in ("z_s", "z_t", "weight", "norms", "running", "sums", "kl_out", "ce_out"):
         return "*fp32"
     if name == "labels":
         return "*i64"
@@ -224,8 +213,13 @@ def fault(job: Job, result: Result) -> str | None:
         return f"spills {result.spills} {'registers' if job.arch.startswith('gfx') else 'bytes'}"
     if result.shared > SHARED[job.arch]:
         return f"takes {result.shared} bytes of shared memory of {SHARED[job.arch]}"
-    multiplies = job.kernel != "rows" and job.case != "raw" and job.dtype != "fp32"
+    multiplies = not reads_logits(job) and job.case != "raw" and job.dtype != "fp32"
     return f"has no {MATRIX[job.arch]} instruction" if multiplies and not result.matrix else None
+
+
+def reads_logits(job: Job) -> bool:
+    """Whether the kernel has no product: then its logits are fp32, and its shape does not depend on the operands."""
+    return "any" in shapes.TABLES[job.kernel]
 
 
 def tile_of(shape: shapes.Shape) -> str:
@@ -236,7 +230,7 @@ def report(done: list[tuple[Job, Result]]) -> str:
     """A line for each kernel, target and shape: the most of its operand types and of the cases."""
     groups: dict[tuple, list[tuple[Job, Result]]] = {}
     for job, result in done:
-        exact = job.dtype == "fp32" and job.kernel != "rows"
+        exact = job.dtype == "fp32" and not reads_logits(job)
         shape = tile_of(job.shape), job.shape.num_warps, job.shape.num_stages
         groups.setdefault((job.kernel, job.arch, exact, shape), []).append((job, result))
     lines = [f"{LEGEND} triton {triton.__version__}:", "", row(COLUMNS), row(["---"] * len(COLUMNS))]

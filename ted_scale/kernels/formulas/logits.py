@@ -72,9 +72,14 @@ def over_(y, temperature: float):
     return y if temperature == 1.0 else y.div_(temperature)
 
 
+def of_nothing(weight) -> Statistics:
+    """Of rows without a column."""
+    nothing, least = torch.zeros_like(weight), torch.full_like(weight, -torch.inf)
+    return Statistics(least, nothing, nothing, least, nothing, least, nothing, nothing)
+
+
 def statistics(y_s, u, labels, first: int, f: LogitLoss) -> Statistics:
-    nothing, least = y_s.new_zeros(len(y_s)), y_s.new_full((len(y_s),), -torch.inf)
-    out = Statistics(least, nothing, nothing, least, nothing, least, nothing, nothing)
+    out = of_nothing(y_s[:, 0])
     if f.ce_weight:
         m_1, l_1 = exponents(y_s)
         out = out._replace(m_1=m_1, l_1=l_1, at_label=label_logit(y_s, labels, first))

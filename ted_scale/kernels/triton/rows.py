@@ -49,6 +49,45 @@ def soften_backward(g, y, cap, scale, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def add_columns(
+    m_t, l_t, cross, m_s, l_s, m_1, l_1, y_label, z_s, z_t, label, V, shared, temperature, cap_s, cap_t, scale_s,
+    scale_t, KL: tl.constexpr, CE: tl.constexpr, CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The running `Statistics` of rows with V more columns; the teacher has the first `shared` of them."""
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)[None, :]
+        y = soften(tl.load(z_s + at, mask=at < V, other=0.0), cap_s, scale_s, CAPPED_S)
+        if CE:
+            m_1, l_1, _ = add_block(m_1, l_1, tl.where(at < V, y, float("-inf")))
+            y_label += tl.sum(tl.where(at == label, y, 0.0), axis=1)
+        if KL:
+            u = soften(tl.load(z_t + at, mask=at < shared, other=0.0), cap_t, scale_t, CAPPED_T) / temperature
+            m_s, l_s, _ = add_block(m_s, l_s, tl.where(at < shared, y / temperature, float("-inf")))
+            m_t, l_t, factor = add_block(m_t, l_t, tl.where(at < shared, u, float("-inf")))
+            e = tl.where(at < shared, tl.exp(u - m_t[:, None]), 0.0)
+            cross = cross * factor + tl.sum(e * (u - y / temperature), axis=1)
+    return m_t, l_t, cross, m_s, l_s, m_1, l_1, y_label
+
+
+@triton.jit
+def write_gradient(
+    z_s, z_t, dz, norms, label, w, V, shared, temperature, kl_weight, ce_weight, cap_s, cap_t, scale_s, scale_t,
+    KL: tl.constexpr, CE: tl.constexpr, CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """∂/∂z_s of these columns to dz, which may be z_s itself; 0 where a token does not count, even if its logits are NaN."""
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)[None, :]
+        y = soften(tl.load(z_s + at, mask=at < V, other=0.0), cap_s, scale_s, CAPPED_S)
+        u = y
+        if KL:
+            u = soften(tl.load(z_t + at, mask=at < shared, other=0.0), cap_t, scale_t, CAPPED_T) / temperature
+            u = tl.where(at < shared, u, float("-inf"))
+        g = logit_gradient(y, u, norms, at == label, w * kl_weight * temperature, w * ce_weight, temperature, KL, CE)
+        g = tl.where(w > 0, soften_backward(g, y, cap_s, scale_s, CAPPED_S), 0.0)
+        tl.store(dz + at, g.to(dz.dtype.element_ty), mask=at < V)
+
+
+@triton.jit
 def rows_kernel(
     z_s, z_t, dz, labels, weight, kl_out, ce_out, stride_s, stride_t, stride_d, V, shared, temperature, kl_weight,
     ce_weight, cap_s, cap_t, scale_s, scale_t, KL: tl.constexpr, CE: tl.constexpr, CAPPED_S: tl.constexpr,
@@ -60,23 +99,13 @@ def rows_kernel(
     z_t += row * stride_t
     dz += row * stride_d
     w, label = tl.load(weight + row), tl.load(labels + row)
-    columns = tl.arange(0, BLOCK)[None, :]
 
     m_t = tl.full((1,), float("-inf"), tl.float32)
     l_t = tl.zeros((1,), tl.float32)
-    m_s, m_1, l_s, l_1, cross, y_label = m_t, m_t, l_t, l_t, l_t, l_t
-    for start in range(0, V, BLOCK):
-        at = start + columns
-        y = soften(tl.load(z_s + at, mask=at < V, other=0.0), cap_s, scale_s, CAPPED_S)
-        if CE:
-            m_1, l_1, _ = add_block(m_1, l_1, tl.where(at < V, y, float("-inf")))
-            y_label += tl.sum(tl.where(at == label, y, 0.0), axis=1)
-        if KL:
-            u = soften(tl.load(z_t + at, mask=at < shared, other=0.0), cap_t, scale_t, CAPPED_T) / temperature
-            m_s, l_s, _ = add_block(m_s, l_s, tl.where(at < shared, y / temperature, float("-inf")))
-            m_t, l_t, factor = add_block(m_t, l_t, tl.where(at < shared, u, float("-inf")))
-            e = tl.where(at < shared, tl.exp(u - m_t[:, None]), 0.0)
-            cross = cross * factor + tl.sum(e * (u - y / temperature), axis=1)
+    m_t, l_t, cross, m_s, l_s, m_1, l_1, y_label = add_columns(
+        m_t, l_t, l_t, m_t, l_t, m_t, l_t, l_t, z_s, z_t, label, V, shared, temperature, cap_s, cap_t, scale_s, scale_t,
+        KL, CE, CAPPED_S, CAPPED_T, BLOCK,
+    )  # fmt: skip
 
     n_t, n_s, n_1 = m_t + tl.log(l_t), m_s + tl.log(l_s), m_1 + tl.log(l_1)
     only = tl.arange(0, 1)
@@ -87,18 +116,11 @@ def rows_kernel(
         tl.store(ce_out + row + only, tl.where(w > 0, w * (n_1 - y_label), 0.0))
 
     if WANTS_GRADIENT:
-        factor_kl, factor_ce = w * kl_weight * temperature, w * ce_weight
-        for start in range(0, V, BLOCK):
-            at = start + columns
-            y = soften(tl.load(z_s + at, mask=at < V, other=0.0), cap_s, scale_s, CAPPED_S)
-            u = y
-            if KL:
-                u = soften(tl.load(z_t + at, mask=at < shared, other=0.0), cap_t, scale_t, CAPPED_T) / temperature
-                u = tl.where(at < shared, u, float("-inf"))
-            norms = n_t[:, None], n_s[:, None], n_1[:, None]
-            g = logit_gradient(y, u, norms, at == label, factor_kl, factor_ce, temperature, KL, CE)
-            g = soften_backward(g, y, cap_s, scale_s, CAPPED_S)
-            tl.store(dz + at, g.to(dz.dtype.element_ty), mask=at < V)
+        norms = n_t[:, None], n_s[:, None], n_1[:, None]
+        write_gradient(
+            z_s, z_t, dz, norms, label, w, V, shared, temperature, kl_weight, ce_weight, cap_s, cap_t, scale_s, scale_t,
+            KL, CE, CAPPED_S, CAPPED_T, BLOCK,
+        )  # fmt: skip
 
 
 def launch_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, room):

@@ -33,6 +33,8 @@ def tile(m: int, n: int, k: int, warps: int, stages: int, **options) -> Shape:
 # fp32 operands: exact products, without tensor cores. ptxas spills a little to fit more blocks on a multiprocessor. Where it
 # does so depends on the target, so a target may have its own shape, "fp32 <target>".
 ROWS = {"any": Shape({"BLOCK": 4096}, 16, 1)}
+STATISTICS = {"any": Shape({"ROWS": 1, "BLOCK": 1024}, 4, 1)}  # strict mode: ROWS rows a program
+SLOPES = {"any": Shape({"ROWS": 1, "BLOCK": 1024}, 4, 1)}
 DIFFERENCE = {  # `plain` also reads sides without a filter
     "fp32": tile(128, 64, 32, 8, 2),
     "sm_80": tile(128, 128, 64, 8, 3),
@@ -45,21 +47,6 @@ COSINE = {
     "sm_80": tile(128, 64, 64, 8, 3),
     "sm_90": tile(128, 128, 64, 8, 4, descriptors=True, plain=tile(128, 64, 64, 8, 3)),
     "sm_100": tile(128, 128, 64, 8, 4, descriptors=True, plain=tile(128, 64, 64, 8, 3)),
-    "gfx942": tile(128, 128, 64, 8, 2),
-}
-STATISTICS = {
-    "fp32": tile(64, 64, 64, 8, 1),
-    "fp32 sm_100": tile(64, 64, 64, 8, 2),
-    "sm_80": tile(64, 128, 64, 8, 3),
-    "sm_90": tile(128, 64, 64, 8, 4, descriptors=True, plain=tile(64, 128, 64, 8, 3)),
-    "sm_100": tile(128, 64, 64, 8, 3, descriptors=True, plain=tile(128, 64, 64, 8, 3)),
-    "gfx942": tile(128, 128, 64, 8, 2),
-}
-SLOPES = {
-    "fp32": tile(64, 64, 32, 8, 2),
-    "sm_80": tile(64, 128, 64, 8, 3),
-    "sm_90": tile(128, 64, 64, 8, 4, descriptors=True, plain=tile(128, 64, 64, 8, 3)),
-    "sm_100": tile(128, 64, 64, 8, 4, descriptors=True, plain=tile(128, 64, 64, 8, 3)),
     "gfx942": tile(128, 128, 64, 8, 2),
 }
 TABLES = {"rows": ROWS, "difference": DIFFERENCE, "cosine": COSINE, "statistics": STATISTICS, "slopes": SLOPES}
