@@ -52,9 +52,9 @@ def step_part(shape: str, method: str, seconds: float) -> Part:
     return Part(f"c.{shape}.{method}", seconds, "gpu_step", "measure", {"shape": shape, "method": method})
 
 
-def compiled_part(shape: str, method: str, seconds: float) -> Part:
-    settings = {"shape": shape, "method": method, "blocks": "compile"}
-    return Part(f"c.{shape}.{method}.compiled", seconds, "gpu_step", "measure", settings)
+def changed_part(shape: str, method: str, name: str, seconds: float, **changes) -> Part:
+    settings = {"shape": shape, "method": method, "changes": changes}
+    return Part(f"c.{shape}.{method}.{name}", seconds, "gpu_step", "measure", settings)
 
 
 def bench_part(name: str, seconds: float, script: str, words: str, tiny: str) -> Part:
@@ -73,7 +73,8 @@ PARTS = [
     Part("b.gradient_error", 40, "gpu_losses", "gradient_error", {}),
     *(step_part("8b", method, 90) for method in ("kd", "ted", "ce")),
     *(step_part("smollm2", method, 60) for method in ("kd", "ted", "ce")),
-    compiled_part("8b", "kd", 90),
+    changed_part("8b", "kd", "liger", 60, fused_blocks="liger"),
+    changed_part("smollm2", "ted", "documents", 60, data={"attention": "document"}),
     Part("d.teacher", 110, "gpu_learning", "teacher", {}),
     Part("d.students", 150, "gpu_learning", "students", {}),
     Part("a.rest", 240, "gpu_machine", "tests", {}),

@@ -67,14 +67,16 @@ TINY_SHAPES = {
 }
 
 
-def measure(task, write, shape: str, method: str, blocks: str = "auto") -> None:
-    """Both arms, and ratios of ours to plain; of compiled blocks only ours."""
+def measure(task, write, shape: str, method: str, changes: dict | None = None) -> None:
+    """Both arms, and ratios of ours to plain; with changes of the run only ours."""
     task.device()
-    plan = plan_of(task.work / task.part, (TINY_SHAPES if task.tiny else SHAPES)[shape], method, blocks)
+    if changes and task.tiny:
+        changes = {**changes, "fused_blocks": "off"}  # a CPU has no kernels of Liger's
+    plan = plan_of(task.work / task.part, (TINY_SHAPES if task.tiny else SHAPES)[shape], method, changes or {})
     device = start_ranks()
     refuse_small(plan, device)
     batches, found = forever(plan, device), {}
-    for arm, build in ((PLAIN, build_plain), (OURS, build_ours))[blocks == "compile" :]:
+    for arm, build in ((PLAIN, build_plain), (OURS, build_ours))[bool(changes) :]:
         try:
             found[arm] = measure_arm(plan, device, build, batches, 2 if task.tiny else 10, write_of(write, plan, arm))
         except Exception as error:  # a failure of plain must not end ours
@@ -90,13 +92,12 @@ def measure(task, write, shape: str, method: str, blocks: str = "auto") -> None:
         raise RuntimeError("ours did not run; its row has the reason")
 
 
-def plan_of(folder: Path, shape: Shape, method: str, blocks: str) -> Plan:
+def plan_of(folder: Path, shape: Shape, method: str, changes: dict) -> Plan:
     for side, sizes in (("teacher", shape.teacher), ("student", shape.teacher | shape.student)):
         transformers.LlamaConfig(**sizes).save_pretrained(folder / side)
     write_corpus(folder / "corpus", shape.teacher["vocab_size"], 64 * shape.tokens)
     run = {
         "name": "step", "method": method, "runs": str(folder / "runs"), "ds_config": str(ZERO3), "seed": 1,
-        "fused_blocks": blocks,
         "student": {"path": str(folder / "student"), "init": "random", "gradient_checkpointing": shape.checkpointing},
         "teacher": {"path": str(folder / "teacher"), "init": "random"},
         "data": {"seq_len": shape.tokens, "corpora": [{"path": str(folder / "corpus")}]},
@@ -104,6 +105,8 @@ def plan_of(folder: Path, shape: Shape, method: str, blocks: str) -> Plan:
         "train": {"steps": 10_000, "tokens_per_step": shape.tokens, "micro_batch": 1, "lr": 1e-5},
         "checkpoint": {"every": 1_000_000},
     }  # fmt: skip
+    for key, value in changes.items():
+        run[key] = run[key] | value if isinstance(value, dict) else value
     return make_plan(Run.model_validate(run), 1)
 
 

@@ -1,7 +1,7 @@
-"""The host's time for one pass through 28 small blocks: plain, under DeepSpeed's ZeRO-3, and with our lean hooks.
+"""The host's time for one pass through 28 small blocks: plain, and under ZeRO-3 with our lean hooks or, with --deepspeed, its own.
 
-The blocks are so small that the measured time is the host's work for them, for which a GPU would wait. One process and one
-rank, the arms in turn, medians.
+The blocks are so small that the measured time is the host's work for them, for which a GPU would wait. One process a rank, the
+arms in turn, medians. Our changes hold for a whole process, so DeepSpeed's own hooks need a process without them.
 """
 
 import argparse
@@ -18,7 +18,10 @@ BLOCKS = 28
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=15)
-    turns = parser.parse_args().turns
+    parser.add_argument("--deepspeed", action="store_true", help="DeepSpeed's own hooks")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from DeepSpeed's launcher
+    arguments = parser.parse_args()
+    lean, name = not arguments.deepspeed, "DeepSpeed" if arguments.deepspeed else "lean"
 
     from ted_scale.ranks.group import start_ranks
 
@@ -27,19 +30,19 @@ def main() -> None:
     tokens = torch.zeros(1, 4, dtype=torch.long)
     arms = {
         "frozen, plain": forward(plain(), tokens),
-        "frozen, DeepSpeed": forward(sharded(lean=False, trained=False), tokens),
-        "frozen, lean": forward(sharded(lean=True, trained=False), tokens),
+        f"frozen, {name}": forward(sharded(lean, trained=False), tokens),
         "trained, plain": both(plain(), tokens),
-        "trained, DeepSpeed": both(sharded(lean=False, trained=True), tokens),
-        "trained, lean": both(sharded(lean=True, trained=True), tokens),
+        f"trained, {name}": both(sharded(lean, trained=True), tokens),
     }
     times = {name: [] for name in arms}
-    for turn in range(turns + 4):
+    for turn in range(arguments.turns + 4):
         for name, run in arms.items():
             began = time.perf_counter()
             run()
             if turn >= 4:  # ZeRO-3 learns the order of modules
                 times[name].append(time.perf_counter() - began)
+    if torch.distributed.get_rank():
+        return
     for name, values in times.items():
         base = times[f"{name.split(',')[0]}, plain"]
         ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
@@ -54,8 +57,8 @@ def plain():
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def sharded(*, lean: bool, trained: bool):
-    """Every weight is sharded. One rank has nothing to gather, but runs all hooks."""
+def sharded(lean: bool, *, trained: bool):
+    """Every weight is sharded."""
     import deepspeed
 
     from ted_scale.models import zero_hooks
