@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.kernels.triton import shapes
-from ted_scale.kernels.triton.layers import difference_kernel
+from ted_scale.kernels.triton.layers import layers_kernel
 from ted_scale.kernels.triton.rows import rows_kernel
 from ted_scale.kernels.triton.strict import slopes_kernel, statistics_kernel
 
@@ -34,14 +34,13 @@ SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # the target's fastest, no other
 KERNELS = {
     "rows": rows_kernel,
-    "difference": difference_kernel,
-    "cosine": difference_kernel,
+    "layers": layers_kernel,
     "statistics": statistics_kernel,
     "slopes": slopes_kernel,
 }
-BOTH = {"FILTERED_T": True, "FILTERED_S": True, "BIAS_T": True, "BIAS_S": True}
+ROWWISE = ("rows", "layers")  # they multiply no matrices, and everything in them is fp32
 LOGITS, GRADIENT = {"KL": True, "CE": True}, {"WANTS_GRADIENT": True}
-STORE, TWO = {"STORE": True}, {"TWO": True, "STORE": True}
+TRAINS = GRADIENT | {"KEEPS": True, "BIAS_T": True, "BIAS_S": True}
 BIASES, CAPS = {"BIAS_S": True, "BIAS_T": True}, {"CAPPED_S": True, "CAPPED_T": True}
 CASES = {  # what a kernel is called for: the flags that are then set. The first is the usual one, all were seen to spill
     "rows": {
@@ -51,8 +50,13 @@ CASES = {  # what a kernel is called for: the flags that are then set. The first
         "loss only": LOGITS,
         "soft-capped": LOGITS | CAPS | GRADIENT,
     },
-    "difference": {"filtered": BOTH | STORE, "raw": STORE, "loss only": BOTH},
-    "cosine": {"filtered": BOTH | TWO, "raw": TWO, "raw student": {"FILTERED_T": True} | TWO},
+    "layers": {
+        "nmse": {"KIND": "nmse"} | TRAINS,
+        "mse": {"KIND": "mse"} | TRAINS,
+        "cosine": {"KIND": "cosine"} | TRAINS,
+        "raw": {"KIND": "cosine"} | GRADIENT,
+        "loss only": {"KIND": "nmse", "BIAS_T": True, "BIAS_S": True},
+    },
     "statistics": {
         "KL and CE": LOGITS,
         "CE": {"CE": True},
@@ -129,8 +133,8 @@ def jobs(kernel: str, arch: str, other: shapes.Shape | None = None) -> list[Job]
     """In everything that is shipped, or in another shape."""
     found = []
     for dtype, shape in [("bf16", other)] if other else shapes_of(shapes.TABLES[kernel], arch):
-        cases = [case for case in CASES[kernel] if not (shape.descriptors and "raw" in case)]  # those take `plain`
-        found += [Job(kernel, arch, dtype, shape, case) for case in cases[: 1 if dtype == "fp16" else None]]
+        cases = list(CASES[kernel])[: 1 if dtype == "fp16" else None]
+        found += [Job(kernel, arch, dtype, shape, case) for case in cases]
     return found
 
 
@@ -165,11 +169,11 @@ def type_of(name: str, job: Job) -> str:
     if name in ("h_t", "w_t", "h_s", "w_s") and job.shape.descriptors:
         m, n, k = job.shape.blocks.values()
         return f"tensordesc<{job.dtype}[{m if name[0] == 'h' else n}, {k}]>"
-    if name in ("d_out", "s_out") and job.kernel == "cosine":
-        return "*fp32"
-    if name in ("h_t", "w_t", "h_s", "w_s", "b_t", "b_s", "d_out", "s_out", "dz"):
+    if name in ("h_t", "w_t", "h_s", "w_s", "b_t", "b_s", "dz", "h", "dy", "kept"):
         return f"*{job.dtype}"
-    if name in ("z_s", "z_t", "weight", "norms", "sums", "out", "kl_out", "ce_out"):
+    if name in ("t", "s"):  # a filtered state, or a raw one
+        return f"*{job.dtype if job.case == 'raw' else 'fp32'}"
+    if name in ("z_s", "z_t", "weight", "values", "norms", "sums", "out", "kl_out", "ce_out"):
         return "*fp32"
     if name == "labels":
         return "*i64"
@@ -224,7 +228,7 @@ def fault(job: Job, result: Result) -> str | None:
         return f"spills {result.spills} {'registers' if job.arch.startswith('gfx') else 'bytes'}"
     if result.shared > SHARED[job.arch]:
         return f"takes {result.shared} bytes of shared memory of {SHARED[job.arch]}"
-    multiplies = job.kernel != "rows" and job.case != "raw" and job.dtype != "fp32"
+    multiplies = job.kernel not in ROWWISE and job.dtype != "fp32"
     return f"has no {MATRIX[job.arch]} instruction" if multiplies and not result.matrix else None
 
 
@@ -236,7 +240,7 @@ def report(done: list[tuple[Job, Result]]) -> str:
     """A line for each kernel, target and shape: the most of its operand types and of the cases."""
     groups: dict[tuple, list[tuple[Job, Result]]] = {}
     for job, result in done:
-        exact = job.dtype == "fp32" and job.kernel != "rows"
+        exact = job.dtype == "fp32" and job.kernel not in ROWWISE
         shape = tile_of(job.shape), job.shape.num_warps, job.shape.num_stages
         groups.setdefault((job.kernel, job.arch, exact, shape), []).append((job, result))
     lines = [f"{LEGEND} triton {triton.__version__}:", "", row(COLUMNS), row(["---"] * len(COLUMNS))]

@@ -33,20 +33,7 @@ def tile(m: int, n: int, k: int, warps: int, stages: int, **options) -> Shape:
 # fp32 operands: exact products, without tensor cores. ptxas spills a little to fit more blocks on a multiprocessor. Where it
 # does so depends on the target, so a target may have its own shape, "fp32 <target>".
 ROWS = {"any": Shape({"BLOCK": 4096}, 16, 1)}
-DIFFERENCE = {  # `plain` also reads sides without a filter
-    "fp32": tile(128, 64, 32, 8, 2),
-    "sm_80": tile(128, 128, 64, 8, 3),
-    "sm_90": tile(128, 256, 64, 8, 3, descriptors=True, plain=tile(128, 128, 64, 8, 3)),
-    "sm_100": tile(128, 256, 64, 8, 3, descriptors=True, plain=tile(128, 128, 64, 8, 3)),
-    "gfx942": tile(128, 256, 64, 8, 2),
-}
-COSINE = {
-    "fp32": tile(128, 64, 32, 8, 2),
-    "sm_80": tile(128, 64, 64, 8, 3),
-    "sm_90": tile(128, 128, 64, 8, 4, descriptors=True, plain=tile(128, 64, 64, 8, 3)),
-    "sm_100": tile(128, 128, 64, 8, 4, descriptors=True, plain=tile(128, 64, 64, 8, 3)),
-    "gfx942": tile(128, 128, 64, 8, 2),
-}
+LAYERS = {"any": Shape({"BLOCK": 2048}, 8, 1)}
 STATISTICS = {
     "fp32": tile(64, 64, 64, 8, 1),
     "fp32 sm_100": tile(64, 64, 64, 8, 2),
@@ -62,7 +49,7 @@ SLOPES = {
     "sm_100": tile(128, 64, 64, 8, 4, descriptors=True, plain=tile(128, 64, 64, 8, 3)),
     "gfx942": tile(128, 128, 64, 8, 2),
 }
-TABLES = {"rows": ROWS, "difference": DIFFERENCE, "cosine": COSINE, "statistics": STATISTICS, "slopes": SLOPES}
+TABLES = {"rows": ROWS, "layers": LAYERS, "statistics": STATISTICS, "slopes": SLOPES}
 
 
 def pick(table: dict[str, Shape], *operands) -> Shape:
