@@ -10,11 +10,11 @@ def wants_gradient(operands) -> list[bool]:
 def attach(total, values, denom, operands, wanted, gradients):
     """(total / denom with its gradients, values / denom without); 0 where denom is 0.
 
-    `gradients` are ∂total/∂ each of `operands`, before the division. Backward only scales them, on the device and in
-    place: a second backward through the same loss raises. No operand is kept: what ZeRO-3 gathered may be released.
+    `gradients` are ∂total/∂ each of `operands`, before the division. Backward only scales them, on the device, and in
+    place where the type stays: a second backward through the same loss then raises. No operand is kept: what ZeRO-3
+    gathered may be released.
     """
-    denom = as_scalar(denom, values.device)
-    scale = torch.where(denom > 0, 1.0 / denom, 0.0)
+    scale = as_scalar(denom, values.device).reciprocal().nan_to_num(0.0, 0.0, 0.0)
     scaled = values * scale
     trained = [t for t, wants in zip(operands, wanted, strict=True) if wants]
     if not trained:
@@ -36,15 +36,18 @@ class FormedEarly(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # without it a second derivative would be 0, and no error
     def backward(ctx, g):
         scale, *gradients = ctx.saved_tensors
-        scaled = [scale_by_(grad, g * scale).to(d) for grad, d in zip(gradients, ctx.dtypes, strict=True)]
+        factor = g * scale
+        scaled = [scaled_by(grad, factor, d) for grad, d in zip(gradients, ctx.dtypes, strict=True)]
         return None, None, None, *scaled, *[None] * len(scaled)
 
 
-def scale_by_(gradient, factor):
-    """The factor stays fp32 for a 16-bit gradient, too: rounded to 16 bits it would change all entries alike."""
-    if gradient.dtype == torch.float32:
-        return gradient.mul_(factor)
-    return torch.mul(gradient, factor.reshape(1), out=gradient)
+def scaled_by(gradient, factor, dtype):
+    """The factor stays fp32 for a 16-bit gradient, too: rounded to 16 bits it would change all entries alike. On a device
+    one pass also writes the operand's type; a CPU would make an fp32 copy for that."""
+    if gradient.is_cpu and gradient.dtype == torch.float32:
+        return gradient.mul_(factor).to(dtype)
+    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor.reshape(1), out=out)
 
 
 def as_scalar(denom, device) -> torch.Tensor:

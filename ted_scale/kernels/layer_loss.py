@@ -19,8 +19,12 @@ from ted_scale.kernels.products import (
     live_rows,
     operand,
     project,
-    rows_per_chunk,
 )
+
+# On a device one fp32 product of a chunk has so many entries: one wave of tiles of 128x256 on an H100, and 16 MiB, so that
+# a pair of them is still in its 50 MB of cache when the row kernel reads it.
+CHUNK_ENTRIES = 1 << 22
+SPAN = 4  # chunks whose 16-bit gradients wait for each other: one product for each operand then has the rows of all
 
 
 def filtered_mse(
@@ -35,7 +39,7 @@ def filtered_mse(
     arguments.check_positive("chunk_tokens", chunk_tokens)
     student = (h_s, w_s, b_s)
     wanted, backend = wants_gradient(student), choose(backend, h_s.device)
-    weight = torch.where(token_weight > 0, token_weight, 0.0).float()
+    weight = token_weight.float().contiguous()
     # Only a trace needs the registered operation: its call costs 0.3 ms a pair.
     form = layer_chunks if torch.compiler.is_compiling() else form_chunks
     with torch.no_grad():
@@ -66,27 +70,48 @@ def form_chunks(
     backend: str, chunk_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(Σ of the rows' values, ∂/∂h_s, ∂/∂w_s, ∂/∂b_s); a gradient that is not wanted is empty."""
-    if backend == "triton":
-        from ted_scale.kernels.triton.layers import launch_difference
-    width, wants = h_s.shape[1] if w_s is None else len(w_s), any(wanted)
+    width = h_s.shape[1] if w_s is None else len(w_s)
     # A chunk's ∂/∂h_s is written last: until then its memory holds the filtered states s, where they fit.
     reuses = wanted[0] and h_s.dtype == torch.float32 and width <= h_s.shape[1]
-    chunk = rows_per_chunk(len(h_s), 12 * width, h_s.device, chunk_tokens or default_rows(weight, reuses))
+    chunk = min(chunk_tokens or default_rows(weight, reuses, width), max(len(h_s), 1))
+    if backend == "triton":
+        return form_by_rows(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind, wanted, chunk, width)
     dh, dw, db = gradients = empty_gradients(h_s, w_s, b_s, wanted)
     w_t, w_s = operand(w_t, backend), operand(w_s, backend)
-    operand_type = h_s.dtype if backend == "triton" else torch.float32
-    values = torch.zeros_like(weight)
+    operand_type = h_s.dtype if h_s.is_cuda else torch.float32
+    values, weight = torch.empty_like(weight), torch.where(weight > 0, weight, 0.0)
     for at in chunks(len(h_s), chunk):
         live, h = weight[at], live_rows(h_s[at], weight[at])
-        if backend == "triton":
-            rows = launch_difference(h_t[at], w_t, b_t, h, w_s, b_s, live, kind, wants)
-        else:
-            room = dh[at].view(-1)[: len(h) * width].view(-1, width) if reuses else None
-            rows = difference(project(live_rows(h_t[at], live), w_t, b_t), project(h, w_s, b_s, room), kind)
+        room = dh[at].view(-1)[: len(h) * width].view(-1, width) if reuses else None
+        rows = difference(project(live_rows(h_t[at], live), w_t, b_t), project(h, w_s, b_s, room), kind)
         values[at], scale, along_s = row_values(rows, live, kind, width)
-        if wants:
+        if any(wanted):
             add_gradients(row_gradients(rows, scale, along_s, operand_type), h, w_s, wanted, dh[at], dw, db)
         del h, rows  # freed before the next chunk allocates
+    return values.sum(), *gradients
+
+
+def form_by_rows(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind, wanted, chunk: int, width: int):
+    """form_chunks by the vendor's products and one row kernel. Rows that do not count are projected and then left out."""
+    from ted_scale.kernels.triton.layers import launch_layers
+
+    dh, dw, db = gradients = empty_gradients(h_s, w_s, b_s, wanted, torch.empty if len(h_s) else torch.zeros)
+    h_t, h_s, b_t, b_s = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (h_t, h_s, b_t, b_s))
+    room_t, room_s = (None if w is None else weight.new_empty(chunk, width) for w in (w_t, w_s))
+    span, values = min(SPAN * chunk, len(h_s)), torch.empty_like(weight)
+    slopes = h_s.new_empty(span if any(wanted) and w_s is not None else 0, width)
+    copies = h_s.new_empty(span if wanted[1] and not wanted[0] else 0, h_s.shape[1])
+    for at in chunks(len(h_s), SPAN * chunk):
+        h, t, live, value = h_s[at], h_t[at], weight[at], values[at]
+        dy = dh[at] if w_s is None else slopes[: len(h)]
+        # The product for the filter's gradient reads `counted`; ∂/∂h_s takes its memory after that.
+        counted = dh[at] if wanted[0] and wanted[1] else copies[: len(h)]
+        for part in chunks(len(h), chunk):
+            y_t = t[part] if w_t is None else project(t[part], w_t, None, room_t[: len(t[part])])
+            y_s = h[part] if w_s is None else project(h[part], w_s, None, room_s[: len(h[part])])
+            launch_layers(y_t, b_t, y_s, b_s, h[part], live[part], value[part], dy[part], counted[part], kind)
+        if any(wanted) and w_s is not None:
+            add_gradients(dy, counted, w_s, wanted, dh[at], dw, db, first=at.start == 0)
     return values.sum(), *gradients
 
 
@@ -98,9 +123,10 @@ def _(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind, wanted, backend, chunk_tokens)
     return weight.new_empty(()), *empty_gradients(h_s, w_s, b_s, wanted)
 
 
-def default_rows(weight, reuses: bool) -> int | None:
-    """Few rows stay in a CPU's cache, many make products fast: 768 in all [rows, width] buffers together. These are t, s
-    unless it lies in its gradient's memory, and copies of both states where some tokens do not count."""
+def default_rows(weight, reuses: bool, width: int) -> int:
+    """A device has CHUNK_ENTRIES in one product. On a CPU few rows stay in its cache, many make products fast: 768 in all
+    [rows, width] buffers together. These are t, s unless it lies in its gradient's memory, and copies of both states where
+    some tokens do not count."""
     if not weight.is_cpu:
-        return None
+        return max(CHUNK_ENTRIES // width // 128 * 128, 128)
     return 768 // (3 if not all_count(weight) else 1 if reuses else 2)

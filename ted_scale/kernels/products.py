@@ -49,24 +49,28 @@ def project(states, weight, bias, out=None):
     return y if bias is None else y.add_(bias)
 
 
-def empty_gradients(h, w, b, wanted):
+def empty_gradients(h, w, b, wanted, start=torch.zeros):
     """Tensors for the gradients of h·wᵀ + b. A row's gradient is written once, in its own type. A weight's is a sum over
-    chunks: fp32, starting at 0. An op cannot return None, so a gradient that is not wanted has no entries."""
-    makers = (torch.empty, h.dtype), (torch.zeros, torch.float32), (torch.zeros, torch.float32)
+    chunks: fp32, starting at 0, or at nothing (torch.empty) where the first chunk writes it. An op cannot return None, so a
+    gradient that is not wanted has no entries."""
+    makers = (torch.empty, h.dtype), (start, torch.float32), (start, torch.float32)
     return [
         make(t.shape if wants else 0, dtype=dtype, device=h.device)
         for t, (make, dtype), wants in zip((h, w, b), makers, wanted, strict=True)
     ]
 
 
-def add_gradients(dy, h, w, wanted, dh, dw, db) -> None:
-    """One chunk's gradients of y = h·wᵀ + b: written to dh, added to dw and db. What is not wanted is not touched."""
+def add_gradients(dy, h, w, wanted, dh, dw, db, first: bool = False) -> None:
+    """One chunk's gradients of y = h·wᵀ + b: written to dh, added to dw and db, or written there by the first chunk. What is
+    not wanted is not touched. dh is written last: until then its memory may hold h."""
+    if wanted[1]:
+        (matmul_into if first else add_matmul)(dw, dy.t(), h)
+    if wanted[2] and first:
+        torch.sum(dy, dim=0, dtype=torch.float32, out=db)
+    elif wanted[2]:
+        db.add_(dy.sum(dim=0, dtype=torch.float32))
     if wanted[0]:
         dh.copy_(dy) if w is None else matmul_into(dh, dy, w)
-    if wanted[1]:
-        add_matmul(dw, dy.t(), h)
-    if wanted[2]:
-        db.add_(dy.sum(dim=0, dtype=torch.float32))
 
 
 def matmul(a, b):

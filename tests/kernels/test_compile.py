@@ -21,7 +21,7 @@ def test_no_shipped_shape_spills_on_its_target():
 
 
 def test_a_shape_that_spills_is_refused():
-    done = report("--check", "--only", "difference", "--arch", "sm_80", "--shape", "256x256x64,8,3")
+    done = report("--check", "--only", "layers", "--arch", "sm_80", "--shape", "32768,4,1")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "error: difference (filtered) of bf16 on sm_80, 256x256x64 in 8 warps and 3 stages, spills" in done.stderr
+    assert "error: layers (nmse) of bf16 on sm_80, 32768 in 4 warps and 1 stages, spills" in done.stderr
     assert "Traceback" not in done.stderr

@@ -65,7 +65,7 @@ def test_logit_losses_are_those_of_the_torch_formulas(mode, settings, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["nmse", "mse", "cosine"])
-@pytest.mark.parametrize("width", [WIDTH, 1027], ids=["by descriptors", "odd"])
+@pytest.mark.parametrize("width", [WIDTH, 1027], ids=["even", "odd"])
 def test_layer_losses_are_those_of_the_torch_formulas(width, kind, dtype):
     values = layer_operands(1000, 512, 1024, width, dtype)
     trained = ("h_s", "w_s", "b_s")
@@ -78,6 +78,9 @@ def test_layer_losses_are_those_of_the_torch_formulas(width, kind, dtype):
 def test_the_same_call_gives_the_same_bits(mode):
     values = logit_operands(1000, 512, 1024, 32003, torch.bfloat16)
     first, again = (run(linear_kl_ce, values, ("h_s", "w_s"), mode=mode) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    layers = layer_operands(3000, 512, 1024, WIDTH, torch.bfloat16)
+    first, again = (run(filtered_mse, layers, ("h_s", "w_s", "b_s"), chunk_tokens=256) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -93,6 +96,39 @@ def test_memory_beyond_the_weight_gradient_at_a_real_size(mode, limit_gb):
     linear_kl_ce(**values, mode=mode)[0].backward()
     weight_gradient = V * D_S * (4 if mode == "chunked" else 2)
     assert (torch.cuda.max_memory_allocated() - before - weight_gradient) / 1e9 <= limit_gb
+
+
+def test_memory_beyond_a_layer_loss_s_gradients_at_a_real_size():
+    values, trained = layer_operands(N, D_S, D_T, WIDTH, torch.bfloat16), ("h_s", "w_s", "b_s")
+    run(filtered_mse, values, trained)
+    for name in trained:
+        values[name].grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    filtered_mse(**values).backward()
+    gradients = 2 * N * D_S + 4 * WIDTH * D_S
+    assert (torch.cuda.max_memory_allocated() - before - gradients) / 1e6 <= 80
+
+
+@pytest.mark.parametrize("side", ["raw teacher", "raw student"])
+@pytest.mark.parametrize("kind", ["nmse", "cosine"])
+def test_layer_losses_of_raw_states_are_those_of_the_torch_formulas(kind, side):
+    values = layer_operands(1000, 1024, 1024, 1024, torch.bfloat16)
+    values |= dict.fromkeys(("w_t", "b_t") if side == "raw teacher" else ("w_s", "b_s"))
+    trained = [name for name in ("h_s", "w_s", "b_s") if values[name] is not None]
+    ours, plain = (run(filtered_mse, values, trained, kind=kind, backend=b) for b in ("triton", "torch"))
+    assert all(relative(a, b) < 8e-3 for a, b in zip(ours, plain, strict=True))
+
+
+def test_rows_of_weight_0_reach_nothing_in_a_layer_loss():
+    values, trained = layer_operands(3000, 512, 1024, WIDTH, torch.bfloat16), ("h_s", "w_s", "b_s")
+    values["token_weight"][::3] = 0
+    clean = run(filtered_mse, values, trained, chunk_tokens=256)
+    with torch.no_grad():
+        values["h_s"][::3] = values["h_t"][::3] = float("nan")
+    again = run(filtered_mse, values, trained, chunk_tokens=256)
+    assert all(torch.equal(a, b) for a, b in zip(clean, again, strict=True))
 
 
 def test_no_host_read_in_a_forward_and_backward():

@@ -1,7 +1,7 @@
 """What the compiler makes of every Triton kernel in every shipped shape, for every architecture, on no GPU.
 
-Registers, spills, shared memory and matrix instructions are written into docs/kernels.md, between its two
-markers. `--check` writes nothing and exits with 1 where a shape spills, does not fit, or uses no matrix unit.
+Registers, spills and shared memory are written into docs/kernels.md, between its two markers. `--check` writes nothing and
+exits with 1 where a shape spills or does not fit.
 """
 
 import argparse
@@ -22,26 +22,23 @@ from triton.compiler import ASTSource
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.kernels.triton import shapes
-from ted_scale.kernels.triton.layers import difference_kernel
+from ted_scale.kernels.triton.layers import layers_kernel
 from ted_scale.kernels.triton.rows import rows_kernel
 from ted_scale.kernels.triton.strict import slopes_kernel, statistics_kernel
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 MARKERS = "<!-- compile report -->", "<!-- /compile report -->"
-COLUMNS = ["kernel", "target", "operands", "tile", "warps", "stages", "registers", "spills", "shared", "matrix"]
+COLUMNS = ["kernel", "target", "operands", "tile", "warps", "stages", "registers", "spills", "shared"]
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # sm_80: sm_86's and sm_120's
-MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # the target's fastest, no other
 KERNELS = {
     "rows": rows_kernel,
-    "difference": difference_kernel,
-    "cosine": difference_kernel,
+    "layers": layers_kernel,
     "statistics": statistics_kernel,
     "slopes": slopes_kernel,
 }
-BOTH = {"FILTERED_T": True, "FILTERED_S": True, "BIAS_T": True, "BIAS_S": True}
 LOGITS, GRADIENT = {"KL": True, "CE": True}, {"WANTS_GRADIENT": True}
-STORE, TWO = {"STORE": True}, {"TWO": True, "STORE": True}
+TRAINS = GRADIENT | {"KEEPS": True, "BIAS_T": True, "BIAS_S": True}
 CAPS = {"CAPPED_S": True, "CAPPED_T": True}
 CASES = {  # what a kernel is called for: the flags that are then set. The first is the usual one, all were seen to spill
     "rows": {
@@ -51,16 +48,21 @@ CASES = {  # what a kernel is called for: the flags that are then set. The first
         "loss only": LOGITS,
         "soft-capped": LOGITS | CAPS | GRADIENT,
     },
-    "difference": {"filtered": BOTH | STORE, "raw": STORE, "loss only": BOTH},
-    "cosine": {"filtered": BOTH | TWO, "raw": TWO, "raw student": {"FILTERED_T": True} | TWO},
+    "layers": {
+        "nmse": {"KIND": "nmse"} | TRAINS,
+        "mse": {"KIND": "mse"} | TRAINS,
+        "cosine": {"KIND": "cosine"} | TRAINS,
+        "raw": {"KIND": "cosine"} | GRADIENT,
+        "loss only": {"KIND": "nmse", "BIAS_T": True, "BIAS_S": True},
+    },
     "statistics": {"KL and CE": LOGITS, "CE": {"CE": True}, "KL": {"KL": True}, "soft-capped": LOGITS | CAPS},
     "slopes": {"KL and CE": LOGITS, "CE": {"CE": True}, "KL": {"KL": True}, "soft-capped": LOGITS | CAPS},
 }
 
 
 LEGEND = (
-    "Spills are bytes stored and loaded (AMD: registers), shared memory is of a block, `matrix` are the matrix "
-    "instructions in the code; each is the most of all cases that a kernel is called for. Compiled by"
+    "Spills are bytes stored and loaded (AMD: registers), shared memory is of a block; each is the most of all cases that a "
+    "kernel is called for. Compiled by"
 )
 
 
@@ -82,7 +84,6 @@ class Result(NamedTuple):
     registers: int
     spills: int  # bytes stored and loaded; on AMD registers
     shared: int
-    matrix: int
 
 
 def main() -> None:
@@ -90,9 +91,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a shape will not do")
     parser.add_argument("--only", choices=KERNELS, metavar="KERNEL", help=f"print one: {', '.join(KERNELS)}")
     parser.add_argument("--arch", choices=TARGETS, metavar="ARCH", help=f"print one: {', '.join(TARGETS)}")
-    parser.add_argument(
-        "--shape", type=shape_of, metavar="MxNxK,WARPS,STAGES[,descriptors]", help="try this one, in bf16"
-    )
+    parser.add_argument("--shape", type=shape_of, metavar="ROWSxBLOCK,WARPS,STAGES", help="try this one, in bf16")
     arguments = parser.parse_args()
     kernels = [arguments.only] if arguments.only else list(KERNELS)
     archs = [arguments.arch] if arguments.arch else list(TARGETS)
@@ -108,28 +107,18 @@ def main() -> None:
 
 
 def shape_of(text: str) -> shapes.Shape:
-    blocks, warps, stages, *descriptors = text.split(",")
+    blocks, warps, stages = text.split(",")
     sizes = [int(size) for size in blocks.split("x")]
-    names = {1: ("BLOCK",), 2: ("ROWS", "BLOCK"), 3: ("BLOCK_M", "BLOCK_N", "BLOCK_K")}[len(sizes)]
-    return shapes.Shape(dict(zip(names, sizes, strict=True)), int(warps), int(stages), bool(descriptors))
+    return shapes.Shape(dict(zip(("ROWS", "BLOCK")[-len(sizes) :], sizes, strict=True)), int(warps), int(stages))
 
 
 def jobs(kernel: str, arch: str, other: shapes.Shape | None = None) -> list[Job]:
-    """In everything that is shipped, or in another shape."""
+    """In what is shipped, or in another shape; fp16 is the same code as bf16."""
     found = []
-    for dtype, shape in [("bf16", other)] if other else shapes_of(shapes.TABLES[kernel], arch):
-        cases = [case for case in CASES[kernel] if not (shape.descriptors and "raw" in case)]  # those take `plain`
-        found += [Job(kernel, arch, dtype, shape, case) for case in cases[: 1 if dtype == "fp16" else None]]
+    for dtype in ("bf16",) if other else ("bf16", "fp16", "fp32"):
+        cases = list(CASES[kernel])[: 1 if dtype == "fp16" else None]
+        found += [Job(kernel, arch, dtype, other or shapes.SHAPES[kernel], case) for case in cases]
     return found
-
-
-def shapes_of(table: dict[str, shapes.Shape], arch: str) -> list[tuple[str, shapes.Shape]]:
-    """(operand type, shape) of all that the architecture can be given; fp16 is the same code as bf16."""
-    if "any" in table:
-        return [(dtype, table["any"]) for dtype in ("bf16", "fp16", "fp32")]
-    shape = shapes.shape_for(table, arch, exact=False)
-    plain = [("bf16", shape.plain)] if shape.plain else []
-    return [("bf16", shape), ("fp16", shape), *plain, ("fp32", shapes.shape_for(table, arch, exact=True))]
 
 
 def compile_job(job: Job) -> Result:
@@ -137,46 +126,42 @@ def compile_job(job: Job) -> Result:
     signature = {p.name: "constexpr" if p.is_constexpr else type_of(p.name, job) for p in kernel.params}
     divisible = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
     source = ASTSource(kernel, signature, flags_of(job), divisible)
-    compiled = triton.compile(source, target=TARGETS[job.arch], options=job.shape.launch)
-    registers, spills, code = (read_amd if job.arch.startswith("gfx") else read_nvidia)(compiled.asm)
-    matrix = len(re.findall(rf"\b{MATRIX[job.arch]}", code))
-    return Result(registers, spills, compiled.metadata.shared, matrix)
+    compiled = triton.compile(
+        source, target=TARGETS[job.arch], options={"num_warps": job.shape.num_warps, "num_stages": job.shape.num_stages}
+    )
+    registers, spills = (read_amd if job.arch.startswith("gfx") else read_nvidia)(compiled.asm)
+    return Result(registers, spills, compiled.metadata.shared)
 
 
 def flags_of(job: Job) -> dict:
-    own = {"DESCRIPTORS": job.shape.descriptors, "PRECISION": "ieee" if job.dtype == "fp32" else "tf32"}
-    given = own | job.shape.blocks | CASES[job.kernel][job.case]
+    given = job.shape.blocks | CASES[job.kernel][job.case]
     return {p.name: given.get(p.name, False) for p in KERNELS[job.kernel].params if p.is_constexpr}
 
 
 def type_of(name: str, job: Job) -> str:
-    """An argument's type, by its name; operands are matrices of the operand type, or descriptors of their tiles."""
-    if name in ("h_t", "w_t", "h_s", "w_s") and job.shape.descriptors:
-        m, n, k = job.shape.blocks.values()
-        return f"tensordesc<{job.dtype}[{m if name[0] == 'h' else n}, {k}]>"
-    if name in ("d_out", "s_out") and job.kernel == "cosine":
-        return "*fp32"
-    if name in ("h_t", "w_t", "h_s", "w_s", "b_t", "b_s", "d_out", "s_out", "dz"):
+    """An argument's type, by its name."""
+    if name in ("b_t", "b_s", "dz", "h", "dy", "kept"):
         return f"*{job.dtype}"
-    if name in ("z_s", "z_t", "weight", "norms", "running", "sums", "kl_out", "ce_out"):
+    if name in ("t", "s"):  # a filtered state, or a raw one
+        return f"*{job.dtype if job.case == 'raw' else 'fp32'}"
+    if name in ("z_s", "z_t", "weight", "values", "norms", "running", "kl_out", "ce_out"):
         return "*fp32"
     if name == "labels":
         return "*i64"
     return "fp32" if re.match("temperature|cap_|scale_|kl_weight|ce_weight", name) else "i32"
 
 
-def read_nvidia(asm) -> tuple[int, int, str]:
-    """(registers, spilled bytes, the code)"""
+def read_nvidia(asm) -> tuple[int, int]:
+    """(registers, spilled bytes)"""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
         usage = output_of(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        worth = (
-            "STACK:0 " not in usage or "mma" in asm["ptx"]
-        )  # else there is nothing to count, and this takes its time
-        code = output_of(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name) if worth else ""
+        code = ""  # without a stack there is nothing to count, and this takes its time
+        if "STACK:0 " not in usage:
+            code = output_of(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
     spills = sum(local_bytes(suffix) for suffix in re.findall(r"\b(?:STL|LDL)((?:\.\w+)*)", code))
-    return int(re.search(r"REG:(\d+)", usage)[1]), spills, code
+    return int(re.search(r"REG:(\d+)", usage)[1]), spills
 
 
 def local_bytes(suffix: str) -> int:
@@ -185,11 +170,11 @@ def local_bytes(suffix: str) -> int:
     return int(width[1]) // 8 if width else 4
 
 
-def read_amd(asm) -> tuple[int, int, str]:
-    """(registers, spilled registers, the code)"""
+def read_amd(asm) -> tuple[int, int]:
+    """(registers, spilled registers)"""
     code = asm["amdgcn"]
     registers, spills = (int(re.search(rf"\.{name}:\s*(\d+)", code)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
-    return registers, spills, code
+    return registers, spills
 
 
 def output_of(*command: str) -> str:
@@ -213,36 +198,28 @@ def fault(job: Job, result: Result) -> str | None:
         return f"spills {result.spills} {'registers' if job.arch.startswith('gfx') else 'bytes'}"
     if result.shared > SHARED[job.arch]:
         return f"takes {result.shared} bytes of shared memory of {SHARED[job.arch]}"
-    multiplies = not reads_logits(job) and job.case != "raw" and job.dtype != "fp32"
-    return f"has no {MATRIX[job.arch]} instruction" if multiplies and not result.matrix else None
-
-
-def reads_logits(job: Job) -> bool:
-    """Whether the kernel has no product: then its logits are fp32, and its shape does not depend on the operands."""
-    return "any" in shapes.TABLES[job.kernel]
+    return None
 
 
 def tile_of(shape: shapes.Shape) -> str:
-    return "x".join(map(str, shape.blocks.values())) + (" by descriptors" if shape.descriptors else "")
+    return "x".join(map(str, shape.blocks.values()))
 
 
 def report(done: list[tuple[Job, Result]]) -> str:
     """A line for each kernel, target and shape: the most of its operand types and of the cases."""
     groups: dict[tuple, list[tuple[Job, Result]]] = {}
     for job, result in done:
-        exact = job.dtype == "fp32" and not reads_logits(job)
         shape = tile_of(job.shape), job.shape.num_warps, job.shape.num_stages
-        groups.setdefault((job.kernel, job.arch, exact, shape), []).append((job, result))
+        groups.setdefault((job.kernel, job.arch, shape), []).append((job, result))
     lines = [f"{LEGEND} triton {triton.__version__}:", "", row(COLUMNS), row(["---"] * len(COLUMNS))]
     lines += [row(cells(*key, members)) for key, members in groups.items()]
     return "\n".join(lines)
 
 
-def cells(kernel: str, arch: str, exact: bool, shape: tuple, members) -> list:
+def cells(kernel: str, arch: str, shape: tuple, members) -> list:
     dtypes = ", ".join(dict.fromkeys(job.dtype for job, _ in members))
-    registers, spills, shared, matrix = (max(column) for column in zip(*(result for _, result in members), strict=True))
-    name = f"{matrix} {MATRIX[arch]}" if matrix else "none"
-    return [kernel, arch, dtypes, *shape, registers, spills, f"{shared / 1024:.1f} KiB", name]
+    registers, spills, shared = (max(column) for column in zip(*(result for _, result in members), strict=True))
+    return [kernel, arch, dtypes, *shape, registers, spills, f"{shared / 1024:.1f} KiB"]
 
 
 def row(values) -> str:

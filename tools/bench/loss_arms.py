@@ -94,8 +94,7 @@ def layer_arms(device: str) -> dict[str, Callable]:
         "naive-compiled": lambda: torch.compile(naive_mse, dynamic=False),
         "ours": lambda: filtered_mse,
     }
-    # The vendor's product of 16-bit operands with an fp32 result (torch.mm's out_dtype) and an eager epilogue: that is
-    # what our torch backend is on CUDA.
+    # The same products of 16-bit operands with fp32 results, and the row formulas in torch: our torch backend on CUDA.
     vendor = {"vendor-gemm": lambda: lambda **call: filtered_mse(**call, backend="torch")}
     return arms | vendor if device == "cuda" else arms
 

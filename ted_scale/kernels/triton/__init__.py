@@ -1,1 +1,1 @@
-"""The Triton kernels of the losses: tile shapes, tile loads and products, and one file a loss."""
+"""The Triton kernels of the losses: their shapes, and one file a loss."""

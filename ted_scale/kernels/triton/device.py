@@ -25,7 +25,7 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """`sm_90`, `gfx942`; the interpreter uses the shapes of sm_80."""
+    """`sm_90`, `gfx942`"""
     if device.type != "cuda":
         return "sm_80"
     properties = torch.cuda.get_device_properties(device)

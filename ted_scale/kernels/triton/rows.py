@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ted_scale.kernels.formulas.logits import LogitLoss
-from ted_scale.kernels.triton.shapes import ROWS, pick
+from ted_scale.kernels.triton.shapes import SHAPES
 
 
 @triton.jit
@@ -129,11 +129,10 @@ def launch_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, ro
     kl, ce = weight.new_zeros(2, rows).unbind()
     dz = z_s if room is None else room
     z_t, shared = (z_s, 0) if z_t is None else (z_t, z_t.shape[1])
-    shape = pick(ROWS, z_s)
     rows_kernel[(rows,)](
         z_s, z_t, dz, labels.contiguous(), weight, kl, ce, z_s.stride(0), z_t.stride(0), dz.stride(0), vocab, shared,
         f.temperature, f.kl_weight, f.ce_weight, f.softcap_s, f.softcap_t, f.scale_s, f.scale_t,
         KL=bool(f.kl_weight), CE=bool(f.ce_weight), CAPPED_S=bool(f.softcap_s), CAPPED_T=bool(f.softcap_t),
-        WANTS_GRADIENT=wants_gradient, **shape.blocks, **shape.launch,
+        WANTS_GRADIENT=wants_gradient, **SHAPES["rows"].launch,
     )  # fmt: skip
     return kl, ce, dz if wants_gradient else None

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from ted_scale.kernels.formulas.logits import LogitLoss
-from ted_scale.kernels.triton import shapes
 from ted_scale.kernels.triton.rows import add_columns, write_gradient
+from ted_scale.kernels.triton.shapes import SHAPES
 
 
 @triton.jit
@@ -56,27 +56,27 @@ def slopes_kernel(
 
 
 def launch_statistics(running, z_s, z_t, labels, first: int, f: LogitLoss) -> None:
-    z_t, shared, shape, options = prepare(shapes.STATISTICS, z_s, z_t, f)
+    z_t, shared, options = prepare("statistics", z_s, z_t, f)
     rows, vocab = z_s.shape
-    statistics_kernel[(triton.cdiv(rows, shape.blocks["ROWS"]),)](
+    statistics_kernel[(triton.cdiv(rows, options["ROWS"]),)](
         running, z_s, z_t, labels, rows, running.stride(0), z_s.stride(0), z_t.stride(0), first, vocab, shared,
         f.temperature, f.softcap_s, f.softcap_t, f.scale_s, f.scale_t, **options,
     )  # fmt: skip
 
 
 def launch_slopes(dz, z_s, z_t, labels, weight, first: int, normalizers, f: LogitLoss) -> None:
-    z_t, shared, shape, options = prepare(shapes.SLOPES, z_s, z_t, f)
+    z_t, shared, options = prepare("slopes", z_s, z_t, f)
     rows, vocab = z_s.shape
-    slopes_kernel[(triton.cdiv(rows, shape.blocks["ROWS"]),)](
+    slopes_kernel[(triton.cdiv(rows, options["ROWS"]),)](
         dz, z_s, z_t, labels, weight, normalizers, rows, normalizers.stride(0), dz.stride(0), z_s.stride(0),
         z_t.stride(0), first, vocab, shared, f.temperature, f.kl_weight, f.ce_weight, f.softcap_s, f.softcap_t,
         f.scale_s, f.scale_t, **options,
     )  # fmt: skip
 
 
-def prepare(table, z_s, z_t, f: LogitLoss):
-    """(what to read for z_t, the columns that both sides have, the shape, a launch's options)"""
-    shape, kl = shapes.pick(table, z_s), z_t is not None
+def prepare(kernel: str, z_s, z_t, f: LogitLoss):
+    """(what to read for z_t, the columns that both sides have, a launch's options)"""
+    kl = z_t is not None
     z_t, shared = (z_t, z_t.shape[1]) if kl else (z_s, 0)
     flags = {"KL": kl, "CE": bool(f.ce_weight), "CAPPED_S": bool(f.softcap_s), "CAPPED_T": bool(f.softcap_t)}
-    return z_t, shared, shape, flags | shape.blocks | shape.launch
+    return z_t, shared, flags | SHAPES[kernel].launch
