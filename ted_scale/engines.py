@@ -67,8 +67,28 @@ def describe(plan: Plan, device: torch.device) -> list[str]:
     return [
         kernels.describe(run.loss.backend, device),
         attention.describe(run.data.attention, layers, run.data.seq_len, dtype, device),
-        fused.describe(run.fused_blocks, device),
+        fused.describe(run.fused_blocks, {s: blocks_are(plan, a, device) for s, a in sides.items() if a}),
     ]
+
+
+def blocks_are(plan: Plan, anatomy, device: torch.device) -> str:
+    """Compiled, with Liger's kernels, or as they are: compile, liger, off."""
+    run = plan.run
+    paths = attention.paths_of(
+        run.data.attention, anatomy.attention, run.data.seq_len, DTYPES[run.train.precision], device
+    )
+    return fused.chosen(run.fused_blocks, anatomy.family, paths, device)
+
+
+def with_blocks(plan: Plan, anatomy, network):
+    """(the network in that way, its blocks)"""
+    from deepspeed.accelerator import get_accelerator
+
+    way, blocks = (
+        blocks_are(plan, anatomy, torch.device(get_accelerator().device_name())),
+        network.get_submodule(anatomy.blocks),
+    )
+    return fused.fuse(network, blocks, way, fails=plan.run.fused_blocks != "auto"), blocks
 
 
 def build_teacher(plan: Plan):
@@ -80,8 +100,7 @@ def build_teacher(plan: Plan):
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
     start: dict = {"init": plan.run.teacher.init, "seed": plan.run.seed + 1}  # not the student's seed
     network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision], **start)
-    blocks = network.get_submodule(plan.teacher.blocks)
-    fused.fuse(network, blocks, plan.run.fused_blocks)
+    network, blocks = with_blocks(plan, plan.teacher, network)
     body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
     zero_hooks.patch_deepspeed(config)
     zero_hooks.gather_whole_blocks(blocks)
@@ -101,8 +120,8 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
         plan, plan.student, gradient_accumulation_steps=plan.accumulation, gradient_clipping=run.train.clip
     )
     network = build_network(plan.student, ds_config=config, dtype=dtype, init=run.student.init, seed=run.seed)
-    blocks = network.get_submodule(plan.student.blocks)
-    fused.fuse(network, blocks, run.fused_blocks).requires_grad_(not stage.learns_filters)
+    network, blocks = with_blocks(plan, plan.student, network)
+    network.requires_grad_(not stage.learns_filters)
     if run.student.gradient_checkpointing and not stage.learns_filters:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     with sharded_construction(config):

@@ -103,7 +103,7 @@ def make_plan(run: Run, world: int) -> Plan:
     matched = match_layers(run.pairs, student, teacher) if run.matches_layers else Matched([], "")
     run = filter_sizes.resolved(run, student, teacher, matched.pairs) if matched.pairs else run
     width = int(run.filters.width) if matched.pairs else 0
-    fused.check(run.fused_blocks, {"student": student, "teacher": teacher})
+    fused.check(run.fused_blocks, {"student": student, "teacher": teacher}, run.data.attention)
     check_wandb(run)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)

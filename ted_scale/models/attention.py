@@ -84,12 +84,13 @@ def packing_arguments(packing: Packing | None) -> dict:
     return {} if packing is None else {"position_ids": packing.positions_BT, "packing": packing}
 
 
+def paths_of(mode: str, layers: Iterable[Layer], length: int, dtype: torch.dtype, device) -> list[str]:
+    return sorted({choose_path(layer, length, mode == "document", dtype, device) for layer in layers})
+
+
 def describe(mode: str, models: Mapping[str, Iterable[Layer]], length: int, dtype: torch.dtype, device) -> str:
     """The line for the log."""
-    paths = {
-        side: sorted({choose_path(layer, length, mode == "document", dtype, device) for layer in layers})
-        for side, layers in models.items()
-    }
+    paths = {side: paths_of(mode, layers, length, dtype, device) for side, layers in models.items()}
     return f"attention: {mode} on {device_name(device)}, " + ", ".join(
         f"{s} by {' and '.join(p)}" for s, p in paths.items()
     )

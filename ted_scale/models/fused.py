@@ -24,8 +24,14 @@ FAMILIES = (
 )  # fmt: skip
 
 
-def check(wish: str, models: dict) -> None:
-    """Refuses a setting that the models (name: anatomy or None) or the installation do not allow, before any rank starts."""
+def check(wish: str, models: dict, attention: str) -> None:
+    """Refuses a setting that the models (name: anatomy or None), their attention or the installation do not allow, before any
+    rank starts."""
+    if wish == "compile" and attention == "document":
+        raise UserError(
+            "fused_blocks must be auto, liger or off where data.attention is 'document', but is 'compile': attention to "
+            "documents is not compiled well, and an H100 took ten times as long for a block; leave it out"
+        )
     if wish != "liger":
         return
     if not installed():
@@ -53,27 +59,32 @@ def installed() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
-def chosen(wish: str, device: torch.device) -> str:
-    """compile, liger or off. On a CPU a block's work is long beside its launch, and compiling takes as long as on a GPU."""
-    return ("compile" if runs_triton(device) else "off") if wish == "auto" else wish
+def chosen(wish: str, family: str, paths: list[str], device: torch.device) -> str:
+    """compile, liger or off. `paths` are those of attention.py: torch compiles only its own attention well. On a CPU a
+    block's work is long beside its launch."""
+    if wish != "auto":
+        return wish
+    if not runs_triton(device):
+        return "off"
+    if paths == ["sdpa"]:
+        return "compile"
+    return "liger" if installed() and family in FAMILIES else "off"
 
 
-def describe(wish: str, device: torch.device) -> str:
-    """The line for the log."""
+def describe(wish: str, ways: dict[str, str]) -> str:
+    """The line for the log; `ways` are what was chosen for each side."""
     said = {
-        "compile": "compiled by torch, which takes a minute at the first steps", "liger": "with Liger's kernels",
+        "compile": "compiled by torch (a minute at the first steps)", "liger": "with Liger's kernels",
         "off": "as in transformers",
     }  # fmt: skip
-    return f"blocks: {said[chosen(wish, device)]}" + (" (auto)" if wish == "auto" else "")
+    sides = ", ".join(f"{side} {said[way]}" for side, way in ways.items())
+    return f"blocks: {sides}" + (" (auto)" if wish == "auto" else "")
 
 
-def fuse(network, blocks, wish: str):
+def fuse(network, blocks, way: str, fails: bool = True):
     """The network, with its `blocks` compiled or with Liger's forward in the modules for which there is one."""
-    from deepspeed.accelerator import get_accelerator
-
-    way = chosen(wish, torch.device(get_accelerator().device_name()))
     if way == "compile":
-        compile_blocks(blocks, fails=wish != "auto")
+        compile_blocks(blocks, fails)
     elif way == "liger":
         use_liger(network)
     return network

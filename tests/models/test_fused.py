@@ -92,7 +92,7 @@ def test_liger_s_kernels_give_a_family_s_own_logits_and_gradients(models, family
 def test_a_family_without_kernels_is_named(models, family):
     anatomy, _ = tiny(models, family)
     with pytest.raises(UserError, match=rf"for a student of family {anatomy.family}, but is 'liger'"):
-        fused.check("liger", {"teacher": None, "student": anatomy})
+        fused.check("liger", {"teacher": None, "student": anatomy}, "causal")
 
 
 def test_a_gate_with_another_activation_keeps_its_own(models):
@@ -103,23 +103,33 @@ def test_a_gate_with_another_activation_keeps_its_own(models):
     assert changed(network) == {"LlamaAttention", "LlamaRMSNorm"}
 
 
-def test_on_a_cpu_auto_changes_nothing_and_logs_it(models):
-    anatomy, network = tiny(models, "llama")
-    blocks = network.get_submodule(anatomy.blocks)
-    assert not changed(fuse(network, blocks, "auto")) and not changed(fuse(network, blocks, "off"))
-    assert describe("auto", CPU) == "blocks: as in transformers (auto)"
-
-
-def test_on_a_gpu_auto_compiles_blocks_and_liger_must_be_installed(models, monkeypatch):
-    anatomy, network = tiny(models, "llama")
+def test_auto_changes_nothing_on_a_cpu_and_compiles_torch_s_own_attention_on_a_gpu(models, monkeypatch):
+    assert fused.chosen("auto", "llama", ["sdpa"], CPU) == "off"
     monkeypatch.setattr(fused, "runs_triton", lambda device: True)
-    assert describe("auto", CPU) == "blocks: compiled by torch, which takes a minute at the first steps (auto)"
-    assert changed(fuse(network, network.get_submodule(anatomy.blocks), "auto")) == {"LlamaDecoderLayer"}
+    assert fused.chosen("auto", "llama", ["sdpa"], CPU) == "compile"
+    assert fused.chosen("auto", "llama", ["sdpa", "varlen"], CPU) == "liger"
+    assert fused.chosen("auto", "gpt2", ["varlen"], CPU) == "off"
+    monkeypatch.setattr(fused, "installed", lambda: False)
+    assert fused.chosen("auto", "llama", ["varlen"], CPU) == "off"
+    said = describe("auto", {"student": "compile", "teacher": "off"})
+    assert said == "blocks: student compiled by torch (a minute at the first steps), teacher as in transformers (auto)"
+
+
+def test_only_blocks_are_compiled(models):
+    anatomy, network = tiny(models, "llama")
+    assert changed(fuse(network, network.get_submodule(anatomy.blocks), "compile")) == {"LlamaDecoderLayer"}
+
+
+def test_what_does_not_work_is_refused(models, monkeypatch):
+    anatomy, _ = tiny(models, "llama")
+    sides = {"student": anatomy, "teacher": anatomy}
+    with pytest.raises(UserError, match=r"where data\.attention is 'document', but is 'compile'"):
+        fused.check("compile", sides, "document")
     monkeypatch.setattr(fused, "installed", lambda: False)
     with pytest.raises(
         UserError, match=r"where liger-kernel is not installed, but is 'liger'; pip install -e .\[liger\]"
     ):
-        fused.check("liger", {"student": anatomy, "teacher": anatomy})
+        fused.check("liger", sides, "causal")
 
 
 def test_an_impossible_setting_is_refused_before_the_ranks_start(models, monkeypatch):
