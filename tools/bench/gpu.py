@@ -79,6 +79,7 @@ PARTS = [
     Part("d.students", 150, "gpu_learning", "students", {}),
     Part("a.rest", 240, "gpu_machine", "tests", {}),
     Part("e.chunks", 60, "gpu_losses", "chunk_sizes", {}),
+    Part("e.tiles", 60, "gpu_losses", "tile_sizes", {}),
     bench_part(
         "e.attention",
         90,

@@ -5,15 +5,19 @@ from argparse import Namespace
 
 import torch
 
+from ted_scale.kernels import filtered_mse, logit_loss_strict
 from ted_scale.kernels.backend import choose
 from ted_scale.kernels.formulas.logits import LogitLoss
 from ted_scale.kernels.logit_loss import SPAN, row_losses_of, rows_of_chunk
 from tools.bench import losses
 from tools.bench.gpu_machine import best, copy_rate
-from tools.bench.loss_arms import ARMS, logit_case, means, normal, ours_kl_ce
+from tools.bench.loss_arms import ARMS, layers_case, logit_case, means, normal, ours_kl_ce
 
 TINY = {"tokens": 128, "d_s": 32, "d_t": 64, "vocab": 512, "width": 32, "pairs": 2}
 CHUNKS = (512, 768, 1024, 2048)
+TILES = (
+    (8192, 768, 1536), (8192, 1024, 2048), (8192, 2048, 2048), (4096, 1024, 4096), (2048, 2048, 4096)
+)  # fmt: skip
 ROW_BYTES = 18  # a logit: both sides' fp32 read for the losses and read again for the gradient, which is 16 bits
 
 
@@ -65,6 +69,33 @@ def chunk_sizes(task, write) -> None:
     arms = {f"{n} tokens": lambda n=n: ours_kl_ce(chunk_tokens=n) for n in ((64, 128) if task.tiny else CHUNKS)}
     for row in losses.case_rows(case, arms, device, 2 if task.tiny else 10):
         write_loss(write, row)
+
+
+def tile_sizes(task, write) -> None:
+    """Strict mode's tiles (tokens x columns of logits, columns of their gradient), and the layer loss's tokens a chunk."""
+    device = task.device()
+    case = logit_case("linear_kl_ce", arguments(task, device, "cuda", []), torch.bfloat16, device)
+    arms = {
+        f"strict {r} x {c}, {s}": lambda t=(r, c, s): strict_in(*t) for r, c, s in TILES[: 2 if task.tiny else None]
+    }
+    for row in losses.case_rows(case, arms, device, 2 if task.tiny else 10):
+        write_loss(write, row)
+    del case
+    case = layers_case("filtered_mse_nmse", arguments(task, device, "cuda", []), torch.bfloat16, device)
+    rows = (32, 64) if task.tiny else (2048, 4096, 8192)
+    layers = {f"{n} tokens": lambda n=n: lambda **call: filtered_mse(**call, chunk_tokens=n) for n in rows}
+    for row in losses.case_rows(case, layers, device, 2 if task.tiny else 10):
+        write_loss(write, row)
+
+
+def strict_in(rows: int, columns: int, gradients: int):
+    call = ours_kl_ce(mode="strict")
+
+    def loss(**values):
+        logit_loss_strict.ROWS, logit_loss_strict.LOGITS, logit_loss_strict.SLICE = rows, columns, gradients
+        return call(**values)
+
+    return loss
 
 
 def row_kernel(task, write) -> None:
