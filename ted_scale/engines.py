@@ -84,10 +84,8 @@ def with_blocks(plan: Plan, anatomy, network):
     """(the network in that way, its blocks)"""
     from deepspeed.accelerator import get_accelerator
 
-    way, blocks = (
-        blocks_are(plan, anatomy, torch.device(get_accelerator().device_name())),
-        network.get_submodule(anatomy.blocks),
-    )
+    way = blocks_are(plan, anatomy, torch.device(get_accelerator().device_name()))
+    blocks = network.get_submodule(anatomy.blocks)
     return fused.fuse(network, blocks, way, fails=plan.run.fused_blocks != "auto"), blocks
 
 

@@ -125,7 +125,7 @@ def test_far_positions_are_as_exact_as_bf16_is(world):
     assert distance["ours"] <= 1.1 * distance["theirs"] and distance["theirs"] > 0.01
 
 
-def test_one_rank_alone_gathers_and_reduces_nothing_and_no_gradient_is_copied_for_its_norm(world):
+def test_one_rank_alone_gathers_no_block_and_reduces_nothing_and_no_gradient_is_copied_for_its_norm(world):
     assert result(world, "alone") == {"reductions": 0, "gathers": 0, "norms": ["torch.float32"]}
 
 

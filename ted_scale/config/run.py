@@ -31,9 +31,10 @@ class Run(Section):
     seed: Count = 0
     runs: str = Field("runs", description="the folder in which the run's folder NAME is made; shared by all nodes")
     ds_config: str = "ds_configs/zero3.json"
-    fused_blocks: Literal["auto", "liger", "compile", "off"] = Field(
+    fused_blocks: Literal["auto", "compile", "liger", "off"] = Field(
         "auto",
-        description="compiled by torch, or RMSNorm, rotary positions and gated MLP by Liger; auto: compiled on a GPU",
+        description="compiled by torch, or RMSNorm, rotary positions and gated MLP by Liger; auto: on a GPU, compiled where "
+        "attention is torch's own, else Liger's",
     )
     student: Student
     teacher: Model | None = None

@@ -11,6 +11,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from ted_scale.base.errors import RunStopped
 from ted_scale.models.zero import is_sharded, without_padding
@@ -53,9 +54,12 @@ def shards_of(module) -> dict[str, torch.Tensor]:
 
 
 def copies_of(module) -> dict[str, torch.Tensor]:
-    """The parameters that are whole on this rank. Between two steps a parameter is whole on all ranks or on none."""
+    """The parameters that are whole on this rank. Between two steps a parameter is whole on all ranks or on none. A single rank
+    has no other to compare with."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+    if dist.get_world_size() == 1:
+        return {}
     whole = ((n, p) for n, p in module.named_parameters() if is_sharded(p) and p.ds_status == ZeroParamStatus.AVAILABLE)
     return {name: p.data for name, p in whole}
 

@@ -30,7 +30,7 @@ def check(wish: str, models: dict, attention: str) -> None:
     if wish == "compile" and attention == "document":
         raise UserError(
             "fused_blocks must be auto, liger or off where data.attention is 'document', but is 'compile': attention to "
-            "documents is not compiled well, and an H100 took ten times as long for a block; leave it out"
+            "documents is not compiled well, and made a block's forward many times slower on an H100; leave it out"
         )
     if wish != "liger":
         return
@@ -48,9 +48,14 @@ def check(wish: str, models: dict, attention: str) -> None:
 
 
 def check_device(wish: str, device: torch.device) -> None:
+    if wish == "compile" and not runs_triton(device):
+        raise UserError(
+            f"fused_blocks must be auto or off on {device_name(device)}, but is 'compile', which needs ROCm or CUDA sm_80; leave "
+            "it out"
+        )
     if wish == "liger" and not (runs_triton(device) or interprets()):
         raise UserError(
-            f"fused_blocks must be auto, compile or off on {device_name(device)}, but is 'liger', which needs ROCm or CUDA "
+            f"fused_blocks must be auto or off on {device_name(device)}, but is 'liger', which needs ROCm or CUDA "
             "sm_80; leave it out"
         )
 
@@ -74,7 +79,7 @@ def chosen(wish: str, family: str, paths: list[str], device: torch.device) -> st
 def describe(wish: str, ways: dict[str, str]) -> str:
     """The line for the log; `ways` are what was chosen for each side."""
     said = {
-        "compile": "compiled by torch (a minute at the first steps)", "liger": "with Liger's kernels",
+        "compile": "to be compiled by torch at the first steps", "liger": "with Liger's kernels",
         "off": "as in transformers",
     }  # fmt: skip
     sides = ", ".join(f"{side} {said[way]}" for side, way in ways.items())
@@ -95,12 +100,11 @@ def compile_blocks(blocks, fails: bool) -> None:
     compile runs as it is, unless it `fails`."""
     import torch._dynamo
 
-    torch._dynamo.config.recompile_limit = max(
-        64, torch._dynamo.config.recompile_limit
-    )  # two models, stages, validation
+    # Two models, two stages and validation compile the same code.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.suppress_errors = not fails
     for block in blocks:
-        block.forward = torch.compile(block.forward)
+        block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def use_liger(network):

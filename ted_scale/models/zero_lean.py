@@ -4,6 +4,8 @@ Small blocks take a GPU less time than DeepSpeed's Python for them, so this work
 file uses internals of DeepSpeed 0.19.8.
 """
 
+import functools
+
 import torch
 
 
@@ -23,20 +25,23 @@ def patch() -> None:
         if hasattr(module, "iter_params"):
             module.iter_params = parameters_of
     nvtx.enable_nvtx = False  # some forty ranges a block
-    linear.zero3_linear_wrap.__globals__["LinearFunctionForZeroStage3"] = Linear(linear.LinearFunctionForZeroStage3)
+    linear.LinearFunctionForZeroStage3 = Linear(linear.LinearFunctionForZeroStage3)
     stage3.DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct = gradient_norm
     Coordinator._PartitionedParameterCoordinator__release_param = release
 
 
 def silence(module) -> None:
-    """DeepSpeed makes these messages, and asks for its rank, for every weight, and prints none."""
+    """DeepSpeed makes these messages, and asks for its rank, for every weight; it prints those with `force`."""
     for name in dir(module):
-        if name in ("print_rank_0", "see_memory_usage") or name.startswith("debug_param2name"):
-            setattr(module, name, nothing)
+        if name in ("print_rank_0", "see_memory_usage"):
+            setattr(module, name, functools.partial(only_forced, getattr(module, name)))
+        elif name.startswith("debug_param2name"):
+            setattr(module, name, lambda _: "")
 
 
-def nothing(*_, **__) -> str:
-    return ""
+def only_forced(say, *message, force: bool = False, **more) -> None:
+    if force:
+        say(*message, force=True, **more)
 
 
 def parameters_of(module, recurse: bool = False) -> tuple:
@@ -88,8 +93,8 @@ class LinearFunction(torch.autograd.Function):
         is_away = getattr(getattr(weight, "ds_status", None), "name", "") == "NOT_AVAILABLE"
         if is_away:
             weight.all_gather()
-        rows = slopes.reshape(-1, slopes.shape[-1])
         dx = slopes.matmul(weight) if wanted[0] else None
+        rows = slopes.reshape(-1, slopes.shape[-1]) if any(wanted[1:]) else None
         dw = rows.t().matmul(x.reshape(-1, x.shape[-1])) if wanted[1] else None
         if is_away:
             weight.partition()

@@ -416,21 +416,23 @@ def families(folder: Path, device):
 
 
 def alone(folder: Path, device):
-    """Reductions and gathers that one rank asks for, and of what types it takes norms."""
+    """Reductions, and gathers of several weights, that one rank asks for, and of what types it takes norms."""
     from deepspeed.comm import comm
     from deepspeed.runtime.zero.partition_parameters import NoGatherCoalescedHandle
 
     calls, types, gathers = [], set(), []
     gather = NoGatherCoalescedHandle.__init__
-    NoGatherCoalescedHandle.__init__ = lambda handle, weights: (gathers.append(len(weights)), gather(handle, weights))[
-        1
-    ]
     reduce, norm = comm.cdb.reduce_scatter_tensor, torch._foreach_norm
 
     def noting(tensors, *arguments, **named):
         types.update(str(tensor.dtype) for tensor in tensors)
         return norm(tensors, *arguments, **named)
 
+    def counting(handle, weights):
+        gathers.append(len(weights))
+        gather(handle, weights)
+
+    NoGatherCoalescedHandle.__init__ = counting
     comm.cdb.reduce_scatter_tensor = lambda *a, **named: (calls.append(1), reduce(*a, **named))[1]
     torch._foreach_norm = noting
     try:

@@ -1,4 +1,4 @@
-"""The linear map and the gradient's norm that replace DeepSpeed's are torch's own, to the last bit or to -1."""
+"""The linear map and the gradient's norm that replace DeepSpeed's are torch's own."""
 
 from types import SimpleNamespace
 

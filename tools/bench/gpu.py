@@ -54,7 +54,7 @@ def step_part(shape: str, method: str, seconds: float) -> Part:
 
 def changed_part(shape: str, method: str, name: str, seconds: float, **changes) -> Part:
     settings = {"shape": shape, "method": method, "changes": changes}
-    return Part(f"c.{shape}.{method}.{name}", seconds, "gpu_step", "measure", settings)
+    return Part(f"c.{name}.{shape}.{method}", seconds, "gpu_step", "measure", settings)
 
 
 def bench_part(name: str, seconds: float, script: str, words: str, tiny: str) -> Part:
