@@ -29,8 +29,8 @@ def check(wish: str, models: dict, attention: str) -> None:
     rank starts."""
     if wish == "compile" and attention == "document":
         raise UserError(
-            "fused_blocks must be auto, liger or off where data.attention is 'document', but is 'compile': attention to "
-            "documents is not compiled well, and made a block's forward many times slower on an H100; leave it out"
+            "fused_blocks must be auto, liger or off where data.attention is 'document', but is 'compile': a "
+            "graph would hold for the documents of one batch, so that every step would be compiled anew; leave it out"
         )
     if wish != "liger":
         return
