@@ -80,13 +80,14 @@ def blocks_are(plan: Plan, anatomy, device: torch.device) -> str:
     return fused.chosen(run.fused_blocks, anatomy.family, paths, device)
 
 
-def with_blocks(plan: Plan, anatomy, network):
-    """(the network in that way, its blocks)"""
+def prepare_blocks(plan: Plan, anatomy, network):
+    """Makes the network's blocks so, and returns them."""
     from deepspeed.accelerator import get_accelerator
 
     way = blocks_are(plan, anatomy, torch.device(get_accelerator().device_name()))
     blocks = network.get_submodule(anatomy.blocks)
-    return fused.fuse(network, blocks, way, fails=plan.run.fused_blocks != "auto"), blocks
+    fused.fuse(network, blocks, way, fails=plan.run.fused_blocks != "auto")
+    return blocks
 
 
 def build_teacher(plan: Plan):
@@ -98,7 +99,7 @@ def build_teacher(plan: Plan):
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
     start: dict = {"init": plan.run.teacher.init, "seed": plan.run.seed + 1}  # not the student's seed
     network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision], **start)
-    network, blocks = with_blocks(plan, plan.teacher, network)
+    blocks = prepare_blocks(plan, plan.teacher, network)
     body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
     zero_hooks.patch_deepspeed(config)
     zero_hooks.gather_whole_blocks(blocks)
@@ -118,7 +119,7 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
         plan, plan.student, gradient_accumulation_steps=plan.accumulation, gradient_clipping=run.train.clip
     )
     network = build_network(plan.student, ds_config=config, dtype=dtype, init=run.student.init, seed=run.seed)
-    network, blocks = with_blocks(plan, plan.student, network)
+    blocks = prepare_blocks(plan, plan.student, network)
     network.requires_grad_(not stage.learns_filters)
     if run.student.gradient_checkpointing and not stage.learns_filters:
         network.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""Every tile shape of every Triton kernel compiles for its architecture without a spill; needs no GPU."""
+"""Every shape of every Triton kernel compiles for its architecture without a spill; needs no GPU."""
 
 import os
 import subprocess

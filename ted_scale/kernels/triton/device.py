@@ -26,7 +26,5 @@ def device_name(device: torch.device) -> str:
 @functools.cache
 def architecture(device: torch.device) -> str:
     """`sm_90`, `gfx942`"""
-    if device.type != "cuda":
-        return "sm_80"
     properties = torch.cuda.get_device_properties(device)
     return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
