@@ -26,7 +26,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ted_scale.base.errors import DONE, MEANINGS, MEMORY, MISTAKE, NUMBERS, RESUME, UserError
+from ted_scale.base.errors import DONE, MEANINGS, MEMORY, MISTAKE, NUMBERS, RESUME, Gone, UserError
 from ted_scale.base.exits import run_main
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import read_progress
@@ -121,8 +121,8 @@ def pause_after(code: int, exits: int, settings, draw: float) -> float:
 
 
 def step_of(run) -> int:
-    """Of the newest checkpoint; the trainer reports a damaged one."""
-    with contextlib.suppress(UserError):
+    """Of the newest checkpoint; the trainer reports one that is damaged or cannot be read."""
+    with contextlib.suppress(UserError, Gone):
         newest = files.newest_checkpoint(run.folder)
         return read_progress(newest).step if newest else 0
     return 0

@@ -39,7 +39,7 @@ from ted_scale.metrics.tracking import open_wandb
 from ted_scale.models import zero_hooks
 from ted_scale.plan import Plan, as_dict
 from ted_scale.ranks import pulse, shortage, watch
-from ted_scale.ranks.agree import broadcast, first_of_all, share
+from ted_scale.ranks.agree import broadcast, of_rank_0, share, verdict
 from ted_scale.ranks.group import start_ranks
 from ted_scale.train import train
 
@@ -237,8 +237,8 @@ def go_back(stage: Stage, student, rewind: Rewind, metrics: Metrics) -> Progress
     the memory."""
     for checkpoint in rewind.checkpoints:
         pulse.doing(f"the rewind to {checkpoint.name}")
-        if (fault := first_of_all(files.check_digests(checkpoint, share()))) is None:
-            progress = gone_back(read_progress(checkpoint), rewind.progress)
+        if (fault := verdict(files.check_digests, checkpoint, share())) is None:
+            progress = gone_back(of_rank_0(read_progress, checkpoint), rewind.progress)
             state.load(student, checkpoint)
             metrics.go_back(progress)
             return spikes.begin(progress, stage)

@@ -25,7 +25,7 @@ from ted_scale.metrics.console import open_log
 from ted_scale.metrics.rows import trim_rows
 from ted_scale.plan import Plan, describe
 from ted_scale.ranks import pulse
-from ted_scale.ranks.agree import broadcast, first_of_all, refuse_together, share
+from ted_scale.ranks.agree import broadcast, of_rank_0, refuse_together, share, verdict
 
 log = logging.getLogger("ted_scale")
 held: list = []  # the lock of the run's folder, until this process exits
@@ -42,7 +42,7 @@ def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
     dist.barrier()
     # Find the newest whole checkpoint, and refuse it if it is of another run.
     newest, line = resume_point(plan.run)
-    progress = read_progress(newest) if newest else Progress()
+    progress = of_rank_0(read_progress, newest) if newest else Progress()
     progress = replace(progress, forks=progress.forks + (progress.step,) * (line - len(progress.forks)))
     if newest:
         changes.refuse_another_run(newest, progress.identity, plan.identity(), plan.run.resume.allow, progress.step)
@@ -59,9 +59,13 @@ def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
 
 def where_it_stands(folder: Path, begins: str) -> str:
     """What Ctrl-C prints about the run."""
-    whole = [c for c in files.published(folder) if c.fault is None]
-    newest = f"the newest checkpoint is {whole[0].path}" if whole else "there is no checkpoint yet"
-    return f"{pulse.now.what}, {begins}{newest}"
+    try:
+        newest = next(iter(files.listed(folder)), None)
+    except Gone as error:
+        return f"{pulse.now.what}, {begins}{error}"
+    return f"{pulse.now.what}, {begins}" + (
+        f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+    )
 
 
 def on_other_ranks(checkpoint: Path) -> str:
@@ -71,13 +75,15 @@ def on_other_ranks(checkpoint: Path) -> str:
 
 def check_shared(folder: Path, writes: bool) -> None:
     """Rank 0 locks the folder and makes a file in it; every rank must find this file. Its name is new each time, because an
-    NFS client remembers for a while that a file was not there."""
+    NFS client remembers for a while that a file was not there. It is among the checkpoints, because a client forgets an old
+    listing of a folder in which it makes a file."""
     token, sentence, busy = broadcast(f".shared_{os.urandom(8).hex()}"), None, None
+    checkpoints = files.checkpoints_of(folder)
     if writes:
         try:
-            files.checkpoints_of(folder).mkdir(parents=True, exist_ok=True)
+            checkpoints.mkdir(parents=True, exist_ok=True)
             if lock(folder):
-                (folder / token).touch()
+                (checkpoints / token).touch()
             else:
                 busy = f"runs must be used by one process at a time, but another process is using {folder}"
                 busy += "; wait for it, or give this run another name"
@@ -85,12 +91,12 @@ def check_shared(folder: Path, writes: bool) -> None:
             sentence = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
     refuse_together(sentence)
     refuse_together(busy, Gone)  # not a mistake: a file server keeps the lock of a lost node for a while
-    if not (folder / token).exists():
+    if not (checkpoints / token).exists():
         sentence = f"runs must be a folder that all nodes share, but rank {dist.get_rank()} sees another {folder}"
         sentence += "; set runs to a folder on a shared file system"
     refuse_together(sentence)
     if writes:
-        for left in folder.glob(".shared_*"):
+        for left in checkpoints.glob(".shared_*"):
             left.unlink(missing_ok=True)
 
 
@@ -115,11 +121,11 @@ def resume_point(run) -> tuple[Path | None, int]:
     """(checkpoint, line): the newest checkpoint whose bytes are all intact, here or among the copies in object storage, and
     the line in which the run goes on. That is a new line if damaged checkpoints, which are logged, had to be skipped."""
     place, writes, damaged = copies.place_of(run), dist.get_rank() == 0, []
-    here = broadcast([c.path.name for c in files.published(run.folder)] if writes else None)
-    there = broadcast(copies.names(place) if writes and place else [])
+    here = [path.name for path in of_rank_0(files.listed, run.folder)]
+    there = of_rank_0(copies.names, place) if place else []
     for name in sorted({*here, *there}, key=files.key_of, reverse=True):
         checkpoint = files.checkpoints_of(run.folder) / name
-        faults = [first_of_all(files.check_digests(checkpoint, share()))] if name in here else []
+        faults = [verdict(files.check_digests, checkpoint, share())] if name in here else []
         if name in there and None not in faults:
             faults.append(fetch(place, checkpoint))
         for fault in filter(None, faults):
@@ -138,11 +144,11 @@ def fetch(place: str, checkpoint: Path) -> str | None:
     """Download a copy, every rank a share of its files. Returns None if it is whole, what is wrong with it if not, and "" if
     the copy was never whole."""
     part, writes = checkpoint.with_name(checkpoint.name + PART), dist.get_rank() == 0
-    manifest, fault = broadcast(manifest_there(place, checkpoint.name) if writes else None)
+    manifest, fault = of_rank_0(manifest_there, place, checkpoint.name)
     if manifest is None:
         return fault
     first, each = share()
-    fault = first_of_all(copies.fetch(place, part, manifest, list(manifest["files"])[first::each]))
+    fault = verdict(copies.fetch, place, part, manifest, list(manifest["files"])[first::each])
     if writes and not fault:
         with files_at(checkpoint):
             copies.fetch_file(place, part, MANIFEST)

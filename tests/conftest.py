@@ -24,6 +24,14 @@ LONG = (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def files_that_are_missing_stay_missing(monkeypatch) -> None:
+    """On the disks here; a file server's client may be told another thing two seconds later (patience.py)."""
+    from ted_scale.base import patience
+
+    monkeypatch.setattr(patience, "MISSING_S", 0.0)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))

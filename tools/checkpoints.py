@@ -1,8 +1,8 @@
 """A run's checkpoints: python tools/checkpoints.py RUN list | verify | prune
 
-`list` checks names and sizes. `verify` reads every byte and exits with 1 if one is not as it was written. `prune` removes
-checkpoints that the run file's [checkpoint] does not keep, damaged ones, and what a crash left unfinished. Without --yes,
-prune only lists them.
+`list` checks names and sizes. `verify` reads every byte and exits with 1 if one is not as it was written or cannot be read.
+`prune` removes checkpoints that the run file's [checkpoint] does not keep, damaged ones, and what a crash left unfinished.
+Without --yes, prune only lists them. While a checkpoint cannot be read, it removes nothing: nobody knows which are kept.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
 from ted_scale.base import durable
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import Gone, UserError
 from ted_scale.base.exits import run_main
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.folder import Published
@@ -41,13 +41,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def describe(checkpoint: Published, fault: str | None) -> str:
+def judge(path: Path, reads_all: bool) -> tuple[Published, str]:
+    """(the checkpoint, what it is: whole, damaged, or not to be read now)"""
+    try:
+        found = files.look_at(path)
+        fault = found.fault or (files.check_digests(path) if reads_all else None)
+    except Gone as error:
+        return Published(path, None, None), f"cannot be read: {error}"
+    return found, f"DAMAGED: {fault}" if fault else "whole"
+
+
+def describe(checkpoint: Published, what_it_is: str) -> str:
     manifest = checkpoint.manifest or {"files": {}}
     size = sum(entry.bytes for entry in manifest["files"].values())
     loss, ranks = manifest.get("validation"), manifest.get("ranks", "?")
     when = datetime.datetime.fromtimestamp(checkpoint.path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     held = f"{size / 1e6:>12,.1f} MB  {ranks:>5} ranks  {f'val {loss:.4f}' if loss is not None else '':<12}"
-    return f"{checkpoint.path.name}  {when}  {held}  {f'DAMAGED: {fault}' if fault else 'whole'}"
+    return f"{checkpoint.path.name}  {when}  {held}  {what_it_is}"
 
 
 def settings_of(arguments) -> Checkpoint:
@@ -64,7 +74,8 @@ def settings_of(arguments) -> Checkpoint:
 
 
 def to_remove(folder: Path, settings: Checkpoint) -> list[Path]:
-    """Reads every byte first: a checkpoint that is damaged inside must not be kept instead of a complete one."""
+    """Reads every byte first: a checkpoint that is damaged inside must not be kept instead of a complete one. Gone if one cannot
+    be read."""
     checkpoints = [s._replace(fault=s.fault or files.check_digests(s.path)) for s in files.published(folder)]
     whole = {s.path.name: s.manifest for s in checkpoints if s.fault is None}
     if checkpoints and not whole:
@@ -99,17 +110,17 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.action == "prune":
         prune(arguments)
         return
-    damaged = 0
-    for checkpoint in files.published(arguments.run):
-        fault = checkpoint.fault or (files.check_digests(checkpoint.path) if arguments.action == "verify" else None)
+    others = 0
+    for path in files.listed(arguments.run):
+        checkpoint, what_it_is = judge(path, arguments.action == "verify")
         try:
-            print(describe(checkpoint, fault), flush=True)
-            damaged += bool(fault)
+            print(describe(checkpoint, what_it_is), flush=True)
+            others += what_it_is != "whole"
         except FileNotFoundError:  # a run that trains keeps the newest ones only
-            print(f"{checkpoint.path.name}  removed meanwhile", flush=True)
+            print(f"{path.name}  removed meanwhile", flush=True)
     for part in sorted(files.checkpoints_of(arguments.run).glob(f"*{durable.PART}")):
         print(f"{part.name}  unfinished")
-    if damaged and arguments.action == "verify":
+    if others and arguments.action == "verify":
         sys.exit(1)
 
 

@@ -28,9 +28,8 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
     checkpoint, folder = source, source.parent.parent
     if (source / "run.toml").is_file():
         checkpoint, folder = files.newest_checkpoint(source), source
-        for standing in files.published(source):
-            if checkpoint and files.key_of(standing.path.name) > files.key_of(checkpoint.name):
-                print(files.skipped(standing.path, standing.fault), file=sys.stderr)
+        for damaged in files.first_whole(source)[1]:
+            print(files.skipped(damaged.path, damaged.fault), file=sys.stderr)
         if checkpoint is None:
             raise UserError(f"RUN must have a checkpoint, but {source} has none yet; train it, then export it")
     if not (checkpoint / "progress.json").is_file():

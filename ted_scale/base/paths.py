@@ -5,6 +5,7 @@ may come from anyone. Note: a link in the folder is followed only if its target 
 leave the folder through a link that was copied with it.
 """
 
+import contextlib
 import os
 import stat
 import unicodedata
@@ -13,6 +14,33 @@ from pathlib import Path
 from ted_scale.base.errors import UserError
 
 LONGEST = 255  # bytes of one part of a path, on every common file system
+KINDS = {
+    stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+class NoFile(Exception):
+    """What stands where a file should be: "a link", "a pipe"."""
+
+
+def open_file(path: Path, flags: int = os.O_RDONLY, **where) -> int:
+    """A descriptor of a plain file. Nothing else is opened: a link leads elsewhere, a pipe blocks, a device may act."""
+    with contextlib.suppress(FileNotFoundError):
+        refuse_no_file(os.lstat(path, **where))
+    opened = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o664, **where)
+    try:
+        refuse_no_file(os.fstat(opened))
+    except NoFile:
+        os.close(opened)
+        raise
+    return opened
+
+
+def refuse_no_file(status: os.stat_result) -> os.stat_result:
+    if not stat.S_ISREG(status.st_mode):
+        raise NoFile(KINDS.get(stat.S_IFMT(status.st_mode), "no file"))
+    return status
 
 
 def inside(folder: Path, name: str, source: str | Path) -> Path:

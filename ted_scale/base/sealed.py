@@ -1,20 +1,27 @@
 """A sealed folder: a manifest names every file with its size and digest, so that a damaged one is known.
 
-durable.py writes the files and renames the folder; this file knows nothing of checkpoints. Note: the manifest holds a digest
-of itself, too.
+durable.py writes the files and renames the folder. Damage is what a name, a size or a digest proves; an error of the file
+system proves nothing: patience.py tries again, and raises Gone. Note: the manifest holds a digest of itself, too.
 """
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from ted_scale.base.durable import Entry, sync, write_file
 from ted_scale.base.errors import UserError, shown
 from ted_scale.base.parsing import is_count, parse_json
-from ted_scale.base.paths import checked_name
+from ted_scale.base.paths import NoFile, checked_name, open_file, refuse_no_file
+from ted_scale.base.patience import patiently
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+LARGEST_TEXT = 2**28  # bytes; the manifest of 100,000 ranks has a tenth
+WAY_OUT = (
+    "start the same command again; if this stays (a bad block of the disk), let `tools/checkpoints.py RUN verify` show which "
+    "checkpoints cannot be read, and move them away"
+)
 
 
 class Damaged(Exception):
@@ -22,9 +29,13 @@ class Damaged(Exception):
 
 
 def digest_of(path: Path) -> Entry:
-    with path.open("rb", buffering=0) as file:
+    with os.fdopen(open_file(path), "rb", buffering=0) as file:
         digest = hashlib.file_digest(file, "sha256")
         return Entry(file.tell(), digest.hexdigest())
+
+
+def size_of(path: Path) -> int:
+    return refuse_no_file(path.lstat()).st_size
 
 
 def seal(part: Path, files: dict[str, Entry], about: dict) -> None:
@@ -42,13 +53,26 @@ def digest_of_content(content: dict) -> str:
 def read_manifest(folder: Path) -> dict:
     """What was sealed, with `files` as entries by name; Damaged if the manifest is not as it was written."""
     try:
-        return parse_manifest((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Damaged(f"it has no {MANIFEST}") from None
-    except OSError as error:
-        raise Damaged(f"its {MANIFEST} cannot be read ({error.strerror})") from None
+        return parse_manifest(read(folder, MANIFEST, read_text))
     except UnicodeDecodeError:
         raise Damaged(f"its {MANIFEST} is not one") from None
+
+
+def read_text(path: Path) -> str:
+    with os.fdopen(open_file(path), "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST_TEXT:
+            raise Damaged(f"{path.name} has more than {LARGEST_TEXT} bytes")
+        return file.readall().decode()
+
+
+def read(folder: Path, name: str, action):
+    """`action` with a file of the folder; Damaged if it is not there or no file, Gone if it cannot be read."""
+    try:
+        return patiently(action, folder / name, WAY_OUT)
+    except FileNotFoundError:
+        raise Damaged(f"it has no {name}" if name == MANIFEST else f"{name} is missing") from None
+    except NoFile as error:
+        raise Damaged(f"{name} is {error}") from None
 
 
 def parse_manifest(text: str) -> dict:
@@ -76,19 +100,17 @@ def check(folder: Path) -> dict:
     """The manifest, if every file is there and has its size. `check_file` checks digests, which reads all bytes."""
     content = read_manifest(folder)
     for name, entry in content["files"].items():
-        try:
-            size = (folder / name).stat().st_size
-        except OSError:
-            raise Damaged(f"{name} is missing") from None
-        if size != entry.bytes:
-            raise Damaged(f"{name} has {size} bytes instead of {entry.bytes}")
+        check_size(folder, name, entry)
     return content
 
 
+def check_size(folder: Path, name: str, entry: Entry) -> None:
+    size = read(folder, name, size_of)
+    if size != entry.bytes:
+        raise Damaged(f"{name} has {size} bytes instead of {entry.bytes}")
+
+
 def check_file(folder: Path, name: str, entry: Entry) -> None:
-    try:
-        found = digest_of(folder / name)
-    except OSError as error:
-        raise Damaged(f"{name} cannot be read ({error.strerror})") from None
-    if found != entry:
+    check_size(folder, name, entry)
+    if read(folder, name, digest_of) != entry:
         raise Damaged(f"{name} is not as it was written")

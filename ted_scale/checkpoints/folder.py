@@ -17,6 +17,7 @@ from ted_scale.base import durable, sealed
 from ted_scale.base.durable import PART
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import is_count
+from ted_scale.base.patience import patiently
 from ted_scale.base.sealed import Damaged
 
 FILTERS = "filters.safetensors"
@@ -53,10 +54,37 @@ def key_of(name: str) -> tuple[int, int] | None:
     return (int(found[2] or 0), int(found[1])) if found else None
 
 
+def listed(folder: Path) -> list[Path]:
+    """What has the name of a checkpoint; newest first. Gone if the folder cannot be read."""
+    try:
+        names = patiently(lambda place: names_in(folder, place), checkpoints_of(folder), sealed.WAY_OUT)
+    except FileNotFoundError:
+        names = []
+    return [checkpoints_of(folder) / name for name in sorted(filter(key_of, names), key=key_of, reverse=True)]
+
+
+def names_in(folder: Path, checkpoints: Path) -> list[str]:
+    """None at once where the run has no folder yet: only what is missing in a folder may be there a moment later."""
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [path.name for path in checkpoints.iterdir()]
+
+
 def published(folder: Path) -> list[Published]:
-    """Newest first. Reads manifests and sizes; `check_digests` reads everything."""
-    found = (p for p in checkpoints_of(folder).glob("step_*") if p.is_dir() and key_of(p.name))
-    return sorted(map(look_at, found), key=lambda checkpoint: key_of(checkpoint.path.name), reverse=True)
+    """Newest first. Reads manifests and sizes; `check_digests` reads everything. Gone if one of them cannot be read."""
+    return [look_at(path) for path in listed(folder)]
+
+
+def first_whole(folder: Path) -> tuple[Published | None, list[Published]]:
+    """(the newest whole checkpoint, the damaged ones that are newer). It looks at no older one."""
+    damaged = []
+    for path in listed(folder):
+        if (found := look_at(path)).fault is None:
+            return found, damaged
+        damaged.append(found)
+    return None, damaged
 
 
 def look_at(checkpoint: Path) -> Published:
@@ -85,7 +113,7 @@ def history(whole: dict[str, dict]) -> list[str]:
 def check_digests(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """Read a checkpoint's files and return what is wrong with them. With a share (rank, ranks), every rank reads some of them."""
     try:
-        files = checked(sealed.check(checkpoint), checkpoint.name)["files"]
+        files = checked(sealed.read_manifest(checkpoint), checkpoint.name)["files"]
         for name in list(files)[share[0] :: share[1]]:
             sealed.check_file(checkpoint, name, files[name])
     except Damaged as damage:
@@ -95,11 +123,10 @@ def check_digests(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | No
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole one. A run whose checkpoints are all damaged must not silently start again."""
-    found = published(folder)
-    whole = next((c.path for c in found if c.fault is None), None)
-    if found and whole is None:
-        raise none_is_whole(folder, [(c.path, c.fault) for c in found])
-    return whole
+    whole, damaged = first_whole(folder)
+    if damaged and whole is None:
+        raise none_is_whole(folder, [(c.path, c.fault) for c in damaged])
+    return whole and whole.path
 
 
 def renamed(folder: Path) -> list[str]:
@@ -107,7 +134,7 @@ def renamed(folder: Path) -> list[str]:
     lines = []
     for path in sorted(p for p in checkpoints_of(folder).glob("*") if not p.name.endswith(PART) and not key_of(p.name)):
         try:
-            manifest = sealed.read_manifest(path)
+            manifest = sealed.read_manifest(path) if (path / sealed.MANIFEST).exists() else {}
             lines.append(
                 f"{path} is not used, because its name is not {checkpoint_name(manifest['step'], len(manifest['forks']))}"
             )
@@ -148,7 +175,8 @@ def kept(whole: dict[str, dict], settings) -> set[str]:
 
 
 def prune(folder: Path, settings, spared: Set[str] = frozenset()) -> None:
-    """Remove the whole checkpoints that need not be kept. tools/checkpoints.py removes damaged ones."""
+    """Remove the whole checkpoints that need not be kept. tools/checkpoints.py removes damaged ones. Note: while one cannot be
+    read, nobody knows which are kept, and `published` raises Gone."""
     whole = {c.path.name: c.manifest for c in published(folder) if c.fault is None}
     for name in whole.keys() - kept(whole, settings) - spared:
         durable.remove(checkpoints_of(folder) / name)

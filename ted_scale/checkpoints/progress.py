@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
+from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import parse_json
 from ted_scale.config.types import Count
@@ -81,8 +82,8 @@ ALWAYS_WRITTEN = {"step", "tokens", "samples", "blend", "adaptive", "wandb_id", 
 def read_progress(checkpoint: Path) -> Progress:
     path = checkpoint / PROGRESS
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = sealed.read(checkpoint, PROGRESS, sealed.read_text)
+    except (sealed.Damaged, UnicodeDecodeError) as error:
         raise UserError(f"{path} must be a progress file, but is not: {error}") from None
     return parse_progress(text, str(path))
 

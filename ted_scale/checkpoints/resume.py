@@ -35,9 +35,8 @@ def find(run, identity: dict) -> tuple[str, Progress]:
 
 def newest_progress(run) -> tuple[str, Progress]:
     """(newest whole checkpoint, its progress), in the run's folder or among its copies."""
-    found = files.published(run.folder)
-    local = next((c.path for c in found if c.fault is None), None)
-    damaged = [(c.path, c.fault) for c in found if c.fault]
+    whole, passed = files.first_whole(run.folder)
+    local, damaged = whole and whole.path, [(c.path, c.fault) for c in passed]
     if place := copies.place_of(run):
         check_package(place, "checkpoint.copy_to")
         names = copies.names(place)

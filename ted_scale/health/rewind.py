@@ -8,12 +8,10 @@ checkpoint, meets the same spike, and goes back in the same way.
 from dataclasses import replace
 from pathlib import Path
 
-import torch.distributed as dist
-
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.health.spikes import state_of
-from ted_scale.ranks.agree import broadcast
+from ted_scale.ranks.agree import of_rank_0
 
 
 class Rewind(Exception):
@@ -28,11 +26,8 @@ class Rewind(Exception):
 def ways_back(folder: Path, first_step: int, rewinds: int) -> list[Path]:
     """The whole checkpoints of this stage, newest first. Each earlier rewind that did not help leaves
     out one more of the newest; no file is deleted."""
-    names = None
-    if dist.get_rank() == 0:
-        whole = {c.path.name: c.manifest for c in files.published(folder) if c.fault is None}
-        names = choose(files.history(whole), first_step, rewinds)
-    return [files.checkpoints_of(folder) / name for name in broadcast(names)]
+    whole = of_rank_0(lambda: {c.path.name: c.manifest for c in files.published(folder) if c.fault is None})
+    return [files.checkpoints_of(folder) / name for name in choose(files.history(whole), first_step, rewinds)]
 
 
 def choose(history: list[str], first_step: int, rewinds: int) -> list[str]:

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import SENTENCES, UserError
 
 LONGEST_WRITE = timedelta(hours=12)
 
@@ -30,6 +30,33 @@ def gather(mine, group=None) -> list:
 def first_of_all(fault, group=None):
     """The fault of the first rank that has one; None if no rank has one."""
     return next(filter(None, gather(fault, group)), None)
+
+
+def verdict(look, *arguments):
+    """The fault that `look` finds on the first rank that finds one, None if no rank does. If a rank could not look and no other
+    has found a fault, all ranks raise what it met: a rank that raised alone would leave the others waiting."""
+    fault, error = caught(look, arguments)
+    everyone = gather((fault, error))
+    found = next((fault for fault, _ in everyone if fault), None)
+    if found is None and (met := next((error for _, error in everyone if error), None)):
+        raise met
+    return found
+
+
+def of_rank_0(look, *arguments):
+    """What rank 0 finds by `look`, on all ranks; what it raises, all ranks raise."""
+    found, error = broadcast(caught(look, arguments) if dist.get_rank() == 0 else None)
+    if error:
+        raise error
+    return found
+
+
+def caught(look, arguments):
+    """(what it returns, the sentence that it raises), one of which is None."""
+    try:
+        return look(*arguments), None
+    except SENTENCES as error:
+        return None, error
 
 
 def refuse_together(sentence: str | None, kind=UserError) -> None:

@@ -1,16 +1,20 @@
 """A checkpoint is whole or passed over, and which of the whole ones stay. What 200 damages do: test_saver.py, on what the
 trainer writes."""
 
+import errno
+import hashlib
 import json
+import os
 import random
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
 from damages import flip
 
-from ted_scale.base import durable, sealed
-from ted_scale.base.errors import UserError
+from ted_scale.base import durable, patience, sealed
+from ted_scale.base.errors import Gone, UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
 
@@ -169,4 +173,115 @@ def test_a_manifest_of_another_folder_is_damage_although_its_digest_is_right(ori
     content = {**json.loads(path.read_text())["content"], **forged}
     path.write_text(json.dumps({"content": content, "sha256": sealed.digest_of_content(content)}))
     assert files.published(run)[0].fault == "its manifest.json is not of step_00000012"
+    assert newest_whole(run).name == "step_00000008"
+
+
+# What a file server says for a while is no damage
+
+PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EACCES, errno.ENOTCONN, errno.ENOENT)
+
+
+def answering(monkeypatch, name: str, code: int, times: float):
+    """The calls of `os.NAME` for files of the newest checkpoint fail that often."""
+    original, left = getattr(os, name), [times]
+
+    def call(path, *arguments, **named):
+        if left[0] > 0 and "step_00000012/" in str(path):
+            left[0] -= 1
+            raise OSError(code, os.strerror(code))
+        return original(path, *arguments, **named)
+
+    monkeypatch.setattr(os, name, call)
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    for name, value in {"PATIENCE_S": 0.2, "MISSING_S": 0.1, "FIRST_PAUSE_S": 0.001, "LONGEST_PAUSE_S": 0.01}.items():
+        monkeypatch.setattr(patience, name, value)
+
+
+@pytest.mark.parametrize("call", ["open", "lstat"])
+@pytest.mark.parametrize("code", PASSING, ids=errno.errorcode.get)
+def test_an_error_that_passes_is_no_damage(original, hasty, monkeypatch, code, call):
+    answering(monkeypatch, call, code, 3)
+    newest = files.listed(original)[0]
+    assert files.look_at(newest).fault is None and files.check_digests(newest) is None
+
+
+@pytest.mark.parametrize("code", PASSING[:-1], ids=errno.errorcode.get)
+def test_an_error_that_stays_is_gone_and_never_damage_and_nothing_older_is_used_or_removed(
+    original, tmp_path, hasty, monkeypatch, code
+):
+    run = shutil.copytree(original, tmp_path / "run")
+    answering(monkeypatch, "open", code, float("inf"))
+
+    class Settings:
+        keep, keep_every, keep_best = 1, 0, False
+
+    for look in (files.newest_checkpoint, files.published, lambda run: files.prune(run, Settings)):
+        with pytest.raises(
+            Gone, match=rf"step_00000012/manifest.json must be readable.*{os.strerror(code)}.*move them"
+        ):
+            look(run)
+    assert len(files.listed(run)) == 3
+
+
+def test_a_listing_that_fails_is_asked_for_again_and_is_not_an_empty_one(original, hasty, monkeypatch):
+    scandir, left = os.listdir, [2]
+
+    def listdir(path):
+        left[0] -= 1
+        if left[0] >= 0 and str(path).endswith("checkpoints"):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert len(files.listed(original)) == 3
+    left[0] = 10**6
+    with pytest.raises(Gone, match="checkpoints must be readable, but was not for"):
+        files.listed(original)
+
+
+def test_the_tool_calls_what_cannot_be_read_by_its_name_and_prunes_nothing(
+    original, tmp_path, hasty, monkeypatch, capsys
+):
+    from tools.checkpoints import main
+
+    run, digest = shutil.copytree(original, tmp_path / "run"), hashlib.file_digest
+
+    def bad_block(file, kind):
+        if "step_00000008/rank_00001" in str(Path(f"/proc/self/fd/{file.fileno()}").readlink()):
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", bad_block)
+    with pytest.raises(SystemExit):
+        main([str(run), "verify"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.rstrip().endswith("whole") for line in said] == [True, False, True]
+    assert "cannot be read: " in said[1] and "DAMAGED" not in said[1] and "rank_00001.safetensors" in said[1]
+    with pytest.raises(Gone, match="Input/output error"):
+        main([str(run), "prune", "--keep", "1", "--yes"])
+    assert len(files.listed(run)) == 3
+
+
+def test_a_start_looks_at_no_checkpoint_behind_the_newest_whole_one(original, monkeypatch):
+    seen, look = [], files.look_at
+    monkeypatch.setattr(files, "look_at", lambda path: seen.append(path.name) or look(path))
+    assert files.newest_checkpoint(original).name == "step_00000012" and seen == ["step_00000012"]
+
+
+@pytest.mark.parametrize("name", [sealed.MANIFEST, PROGRESS])
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder", "socket"])
+def test_what_is_no_plain_file_is_damage_and_is_not_opened(original, tmp_path, name, kind):
+    """Without a wait: the open of a pipe would not return."""
+    run = shutil.copytree(original, tmp_path / "run")
+    path = files.checkpoints_of(run) / "step_00000012" / name
+    path.rename(tmp_path / "true")
+    make = {
+        "pipe": os.mkfifo, "folder": Path.mkdir, "link": lambda path: path.symlink_to(tmp_path / "true"),
+        "socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+    }  # fmt: skip
+    make[kind](path)
+    assert files.published(run)[0].fault == f"{name} is a {kind}"
     assert newest_whole(run).name == "step_00000008"

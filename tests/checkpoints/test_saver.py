@@ -1,6 +1,7 @@
 """Saves in the background. Whichever call fails: the failure is reported, and the run can still resume."""
 
 import errno
+import hashlib
 import itertools
 import logging
 import os
@@ -24,6 +25,7 @@ from ted_scale.checkpoints.progress import Progress
 from ted_scale.checkpoints.saver import Save, Saver
 from ted_scale.checkpoints.state import Snapshot, State, key_of
 from ted_scale.config.operation import Checkpoint
+from ted_scale.ranks import agree
 from ted_scale.run_folder import resume_point
 
 log = logging.getLogger("ted_scale")
@@ -182,6 +184,57 @@ def test_200_damages_are_all_noticed_and_the_checkpoint_before_is_used(tmp_path,
             f"checkpoint {newest} is damaged and skipped: "
         )
     assert len(seen) == len(DAMAGES) * 4 - 1
+
+
+def test_one_stale_handle_at_a_resume_takes_no_checkpoint_away(tmp_path, monkeypatch, caplog):
+    """Damage would mean: back to the checkpoint before, on a new line, whose first save prunes the good newer one."""
+    (tmp_path / "filters").write_bytes(b"filters")
+    run, digest, left = Run(tmp_path / "run", keep=2), hashlib.file_digest, [1]
+    saver = saver_of(run, tmp_path / "filters")
+    assert write(saver, 1000) is None and write(saver, 2000) is None
+
+    def stale(file, kind):
+        if left and not left.clear():
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return digest(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", stale)
+    assert resume_point(run) == (files.checkpoints_of(run.folder) / "step_00002000", 0)
+    assert not caplog.messages
+
+
+def test_all_ranks_reach_one_verdict_whatever_each_of_them_meets(monkeypatch):
+    """Two ranks as threads, which meet in the gather as processes do: none is left there alone."""
+    meeting, met = threading.Barrier(2, timeout=5), {}
+
+    def gather(mine, group=None):
+        met[threading.current_thread().name] = mine
+        meeting.wait()
+        everyone = [met["0"], met["1"]]
+        meeting.wait()
+        return everyone
+
+    monkeypatch.setattr(agree, "gather", gather)
+
+    def look(found):
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def verdict(found, into):
+        try:
+            into.append(agree.verdict(look, found))
+        except Gone as error:
+            into.append(str(error))
+
+    for of_0, of_1, expected in (
+        (None, None, None), (None, Gone("away"), "away"), (Gone("away"), None, "away"), (Gone("away"), "broken", "broken"),
+        ("broken", None, "broken"), (Gone("one"), Gone("two"), "one"),
+    ):  # fmt: skip
+        said = []
+        ranks = [threading.Thread(target=verdict, args=(f, said), name=str(k)) for k, f in enumerate((of_0, of_1))]
+        [rank.start() for rank in ranks], [rank.join() for rank in ranks]
+        assert said == [expected] * 2
 
 
 def test_a_checkpoint_with_a_missing_file_is_not_published(tmp_path):
