@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ted_scale.base.durable import PART, publish, sync, write_durably
 from ted_scale.base.errors import Gone, files_at
-from ted_scale.base.sealed import MANIFEST, Damaged, read_manifest
+from ted_scale.base.sealed import read_manifest
 from ted_scale.checkpoints import copies
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import Progress, read_progress
@@ -134,6 +134,8 @@ def resume_point(run) -> tuple[Path | None, int]:
                 log.error(files.skipped(checkpoint, fault))
         if None in faults:
             passed = [path.name for path, _ in damaged if path.name != name]
+            if writes:
+                copies.forget_fetched(checkpoint.parent)
             return checkpoint, files.key_of(passed[0])[0] + 1 if passed else files.key_of(name)[0]
     if damaged:
         raise files.none_is_whole(run.folder, damaged)
@@ -144,27 +146,19 @@ def fetch(place: str, checkpoint: Path) -> str | None:
     """Download a copy, every rank a share of its files. Returns None if it is whole, what is wrong with it if not, and "" if
     the copy was never whole."""
     part, writes = checkpoint.with_name(checkpoint.name + PART), dist.get_rank() == 0
-    manifest, fault = of_rank_0(manifest_there, place, checkpoint.name)
-    if manifest is None:
-        return fault
-    first, each = share()
-    fault = verdict(copies.fetch, place, part, manifest, list(manifest["files"])[first::each])
+    copy = of_rank_0(copies.copy_of, place, checkpoint.name)
+    if not copy.is_whole:
+        return copy.fault or ""
+    folder, (first, each) = checkpoint.with_name(checkpoint.name + copies.FETCHED), share()
+    fault = verdict(copies.fetch, copy, folder, list(copy.manifest["files"])[first::each])
     if writes and not fault:
         with files_at(checkpoint):
-            copies.fetch_file(place, part, MANIFEST)
+            copies.publishable(copy, folder, part)
             sync(part)
             publish(part)
         log.info(f"{checkpoint} was downloaded from {place}")
     dist.barrier()
-    return fault and f"its copy: {fault}"
-
-
-def manifest_there(place: str, name: str) -> tuple[dict | None, str]:
-    """(the manifest of a copy, what is wrong with it)"""
-    try:
-        return copies.manifest_of(place, name), ""
-    except Damaged as damage:
-        return None, f"its copy: {damage}"
+    return fault
 
 
 def filters_files(plan: Plan, newest: Path | None) -> list[Path]:

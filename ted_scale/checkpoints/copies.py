@@ -3,16 +3,21 @@ no whole checkpoint that is as new.
 
 Copying runs in the background, during training and during the next save, one copy at a time. A checkpoint that is published
 while an earlier one is still being copied gets no copy; the next one does. Requests, credentials and their sentences are in
-objects.py. Note: the manifest is the last object of a copy, so a copy without a manifest does not count.
+storage/. Note: the manifest is the last object of a copy, so a copy without a manifest does not count; and a copy whose objects
+do not have the sizes in its manifest is damaged, like a checkpoint on disk.
 """
 
 import contextlib
+import logging
+import shutil
 import threading
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
-from ted_scale.base import durable, sealed
+from ted_scale.base import sealed
 from ted_scale.base.errors import files_at
 from ted_scale.base.sealed import MANIFEST, Damaged
 from ted_scale.checkpoints import folder as files
@@ -20,7 +25,25 @@ from ted_scale.checkpoints.attempts import Failure, attempt, warn_of_old_ones
 from ted_scale.checkpoints.progress import PROGRESS, Progress, parse_progress
 from ted_scale.ranks import pulse
 from ted_scale.ranks.agree import first_of_all, new_group
-from ted_scale.storage import objects
+from ted_scale.storage import objects, transfers
+from ted_scale.storage.objects import Object
+from ted_scale.storage.retries import Missing
+
+log = logging.getLogger("ted_scale")
+FETCHED = ".fetched"  # ends the name of a checkpoint that is being downloaded; a later start goes on with its files
+
+
+class Copy(NamedTuple):
+    """A copy and what is wrong with it, judged by its manifest and the sizes of its objects. One that was never whole has no
+    manifest, and nothing is wrong with it."""
+
+    manifest: dict | None
+    objects: dict[str, Object]
+    fault: str | None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.manifest is not None and self.fault is None
 
 
 class Copier:
@@ -28,7 +51,7 @@ class Copier:
 
     def __init__(self, run, alert):
         self.place, self.settings, self.alert = place_of(run), run.checkpoint, alert
-        self.group, self.thread, self.name, self.failed, self.manifests = new_group(), None, "", 0, {}
+        self.group, self.thread, self.name, self.failed = new_group(), None, "", 0
 
     def is_copying(self) -> bool:
         return self.thread is not None and self.thread.is_alive()
@@ -50,7 +73,7 @@ class Copier:
             if failure := self.copy(checkpoint, names):
                 self.alert_no_copy(checkpoint, failure)
             elif dist.get_rank() == 0:
-                failure, _ = attempt(prune, self.place, self.manifests, self.settings)
+                failure, _ = attempt(prune, self.place, self.settings)
                 warn_of_old_ones(self.place, failure)
 
     def copy(self, checkpoint: Path, names: list[str]) -> Failure | None:
@@ -74,71 +97,122 @@ def place_of(run) -> str:
 
 
 def send(checkpoint: Path, place: str, names: list[str]) -> None:
+    digests = {name: entry.sha256 for name, entry in sealed.read_manifest(checkpoint)["files"].items()}
     for name in names:
         url = f"{place}/{checkpoint.name}/{name}"
-        objects.upload(checkpoint / name, url, f"checkpoint {url} must be written", objects.COPYING_S)
+        digest = digests.get(name) or sealed.digest_of(checkpoint / name).sha256
+        transfers.upload(checkpoint / name, url, digest, f"checkpoint {url} must be written", objects.COPYING_S)
 
 
-def remove(place: str, name: str) -> None:
+def remove(place: str, name: str, found: dict[str, Object]) -> None:
     """The manifest first: if this is interrupted, the rest does not count as a checkpoint."""
-    folder = f"{place}/{name}"
-    found = objects.listed(folder, "", objects.COPYING_S)
     for file in sorted(found, key=lambda name: name != MANIFEST):
-        objects.delete(f"{folder}/{file}", f"checkpoint {folder} must be removed", objects.COPYING_S)
+        objects.delete(found[file].url, f"checkpoint {place}/{name} must be removed", objects.COPYING_S)
+
+
+# What is there
 
 
 def names(place: str) -> list[str]:
-    """Newest first. Some of them may have no manifest yet."""
+    """Newest first. Some of them may not be whole."""
     what = f"checkpoint.copy_to {place} must be listed"
     found = objects.folders(place, what, objects.OPENING_S)
     return sorted(filter(files.key_of, found), key=files.key_of, reverse=True)
 
 
-def manifest_of(place: str, name: str) -> dict | None:
-    """None if the copy was never whole; Damaged if its manifest is not valid any more."""
-    url = f"{place}/{name}/{MANIFEST}"
-    text = objects.text(url, f"checkpoint {url} must be read", objects.COPYING_S)
-    return None if text is None else files.checked(sealed.parse_manifest(text), name)
+def copy_of(place: str, name: str) -> Copy:
+    return judged(name, objects.tree(f"{place}/{name}", f"checkpoint {place}/{name} must be listed", objects.COPYING_S))
 
 
-def progress_of(place: str, name: str) -> Progress:
-    url = f"{place}/{name}/{PROGRESS}"
-    text = objects.text(url, f"checkpoint {url} must be read", objects.COPYING_S)
-    return parse_progress(text or "", url)
+def all_copies(place: str) -> dict[str, Copy]:
+    """By name; with one listing."""
+    found: dict[str, dict[str, Object]] = {}
+    for path, thing in objects.tree(place, f"checkpoint.copy_to {place} must be listed", objects.COPYING_S).items():
+        name, _, file = path.partition("/")
+        if files.key_of(name):
+            found.setdefault(name, {})[file] = thing
+    return {name: judged(name, there) for name, there in found.items()}
 
 
-def prune(place: str, known: dict[str, dict], settings) -> None:
-    """Remove the copies that `files.prune` would remove. `known` keeps the manifests that were read."""
-    there, torn = names(place), []
-    for name in set(there) - known.keys():
-        with contextlib.suppress(Damaged):  # a person should look at it; a later version may have written it
-            if (manifest := manifest_of(place, name)) is None:
-                torn.append(name)
-            else:
-                known[name] = manifest
-    whole = {name: known[name] for name in there if name in known}
+def judged(name: str, there: dict[str, Object]) -> Copy:
+    try:
+        manifest = manifest_in(there[MANIFEST], name)
+    except (KeyError, Missing):
+        return Copy(None, there, None)
+    except Damaged as damage:
+        return Copy(None, there, f"its copy: {damage}")
+    for file, entry in manifest["files"].items():
+        size = there[file].size if file in there else None
+        if size != entry.bytes:
+            wrong = "is missing" if size is None else f"has {size} bytes instead of {entry.bytes}"
+            return Copy(manifest, there, f"its copy: {file} {wrong}")
+    return Copy(manifest, there, None)
+
+
+@lru_cache(maxsize=256)
+def manifest_in(thing: Object, name: str) -> dict:
+    return files.checked(sealed.parse_manifest(text_of(thing)), name)
+
+
+def progress_of(copy: Copy) -> Progress:
+    thing = copy.objects[PROGRESS]
+    return parse_progress(text_of(thing), thing.url)
+
+
+def text_of(thing: Object) -> str:
+    return objects.text(thing, f"checkpoint {thing.url} must be read", objects.COPYING_S)
+
+
+def prune(place: str, settings) -> None:
+    """Remove the copies that `files.prune` would remove, and what earlier processes left unfinished. Damaged copies stay: a
+    person should look at them, and a later version may have written them."""
+    there = all_copies(place)
+    whole = {name: copy.manifest for name, copy in there.items() if copy.is_whole}
     newest = max(map(files.key_of, whole), default=(0, 0))
-    doomed = {name for name in torn if files.key_of(name) < newest}  # an earlier process exited while it copied
-    for name in doomed | (whole.keys() - files.kept(whole, settings)):
-        remove(place, name)
+    torn = {name for name, copy in there.items() if copy.manifest is None and copy.fault is None}
+    for name in {name for name in torn if files.key_of(name) < newest} | (whole.keys() - files.kept(whole, settings)):
+        remove(place, name, there[name].objects)
+    transfers.abort(place, f"uploads to {place} must be removed", objects.COPYING_S)
 
 
-def fetch(place: str, part: Path, manifest: dict, names: list[str]) -> str | None:
+# From there to here
+
+
+def fetch(copy: Copy, folder: Path, names: list[str]) -> str | None:
     """Download files of a copy and compare them with its manifest; return what is wrong with them. An error of the store is
     not damage: it raises."""
-    with files_at(part):
-        part.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            fetch_file(place, part, name)
-    try:
-        for name in names:
-            sealed.check_file(part, name, manifest["files"][name])
-    except Damaged as damage:
-        return str(damage)
-    return None
+    with files_at(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        faults = (fetch_file(copy.objects[name], folder, name, copy.manifest["files"][name]) for name in names)
+        return next(filter(None, faults), None)
 
 
-def fetch_file(place: str, part: Path, name: str) -> None:
-    url = f"{place}/{part.name.removesuffix(durable.PART)}/{name}"
-    objects.download(url, part / name, f"checkpoint {url} must be read", objects.COPYING_S)
-    durable.sync(part / name)
+def fetch_file(thing: Object, folder: Path, name: str, entry: sealed.Entry | None) -> str | None:
+    """What an earlier process began is continued. If the whole is wrong then, it was begun from another object."""
+    while True:
+        try:
+            goes_on = transfers.download(
+                thing, folder / name, f"checkpoint {thing.url} must be read", objects.COPYING_S
+            )
+            if entry:
+                sealed.check_file(folder, name, entry)
+            return None
+        except Missing:
+            return f"its copy: {name} is missing"
+        except Damaged as damage:
+            (folder / name).unlink()
+            if not goes_on:
+                return f"its copy: {damage}"
+
+
+def publishable(copy: Copy, folder: Path, part: Path) -> None:
+    """Give a checkpoint that is fetched its manifest, last, and the name of one that can be published."""
+    shutil.rmtree(part, ignore_errors=True)
+    folder.rename(part)
+    fetch_file(copy.objects[MANIFEST], part, MANIFEST, None)
+
+
+def forget_fetched(checkpoints: Path) -> None:
+    """What downloads left that are not needed any more."""
+    for left in checkpoints.glob(f"*{FETCHED}"):
+        shutil.rmtree(left, ignore_errors=True)

@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 
 from ted_scale.base.errors import UserError
-from ted_scale.base.sealed import Damaged
 from ted_scale.checkpoints import copies
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import Progress, read_progress
@@ -41,11 +40,11 @@ def newest_progress(run) -> tuple[str, Progress]:
         check_package(place, "checkpoint.copy_to")
         names = copies.names(place)
         for name in (name for name in names if local is None or files.key_of(name) > files.key_of(local.name)):
-            try:
-                if copies.manifest_of(place, name):
-                    return f"{place}/{name}", copies.progress_of(place, name)
-            except Damaged as damage:
-                damaged.append((Path(f"{place}/{name}"), f"its copy: {damage}"))
+            copy = copies.copy_of(place, name)
+            if copy.is_whole:
+                return f"{place}/{name}", copies.progress_of(copy)
+            if copy.fault:
+                damaged.append((Path(f"{place}/{name}"), copy.fault))
     if damaged and local is None:
         raise files.none_is_whole(run.folder, damaged)
     return (str(local), read_progress(local)) if local else ("", Progress())

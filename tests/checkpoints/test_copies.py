@@ -19,6 +19,7 @@ from ted_scale.checkpoints.resume import newest_progress
 from ted_scale.checkpoints.saver import Saver
 from ted_scale.run_folder import resume_point
 from ted_scale.storage import objects as object_store
+from ted_scale.storage import transfers
 from tools.bench.object_server import serving
 
 
@@ -96,6 +97,63 @@ def test_a_damaged_checkpoint_here_is_replaced_by_its_copy(endpoint, run, tmp_pa
     rank_0.write_bytes(data)
     assert content(resume_point(run)[0]) == 8
     assert "step_00000008 is damaged and skipped: rank_00000.safetensors is not as it was written" in caplog.text
+
+
+def test_a_copy_that_lacks_an_object_is_damaged_and_the_one_before_is_used(endpoint, run, tmp_path, caplog):
+    saver = saver_of(run, tmp_path)
+    for step in (4, 8):
+        assert write(saver, step) is None
+    shutil.rmtree(run.folder)
+    files.checkpoints_of(run.folder).mkdir(parents=True)
+    key = f"{copies.place_of(run).removeprefix('s3://bucket/')}/step_00000008/rank_00000.safetensors"
+    endpoint.client().delete_object(Bucket="bucket", Key=key)
+    assert newest_progress(run)[1].step == 4
+    newest, line = resume_point(run)
+    assert (content(newest), line) == (4, 1)
+    assert "step_00000008 is damaged and skipped: its copy: rank_00000.safetensors is missing" in caplog.text
+
+
+def test_a_copy_that_lacks_an_object_does_not_count_among_those_that_are_kept(endpoint, run, tmp_path):
+    saver = saver_of(run, tmp_path)
+    for step in (4, 8):
+        assert write(saver, step) is None
+    key = f"{copies.place_of(run).removeprefix('s3://bucket/')}/step_00000008/rank_00000.safetensors"
+    endpoint.client().delete_object(Bucket="bucket", Key=key)
+    assert write(saver, 12) is None
+    assert copied(endpoint, run).keys() == {"step_00000004", "step_00000008", "step_00000012"}
+
+
+@pytest.mark.parametrize("left", [b"of another object" * 10, None], ids=["other", "half"])
+def test_a_start_goes_on_with_what_an_earlier_one_has_downloaded(endpoint, run, tmp_path, monkeypatch, left):
+    saver = saver_of(run, tmp_path)
+    assert write(saver, 4) is None
+    name = "rank_00000.safetensors"
+    whole = (files.checkpoints_of(run.folder) / "step_00000004" / name).read_bytes()
+    shutil.rmtree(run.folder)
+    began = files.checkpoints_of(run.folder) / f"step_00000004{copies.FETCHED}"
+    began.mkdir(parents=True)
+    (began / name).write_bytes(left or whole[:500])
+    stale = began.with_name(f"step_00000003{copies.FETCHED}")
+    stale.mkdir()
+    starts, read = [], object_store.read
+
+    def noted(thing, start, *arguments):
+        starts.extend([start] if thing.url.endswith(name) else [])
+        return read(thing, start, *arguments)
+
+    monkeypatch.setattr(transfers, "PART", 100)
+    monkeypatch.setattr(object_store, "read", noted)
+    files.clear_unfinished(run.folder)  # as a start does
+    assert content(resume_point(run)[0]) == 4
+    assert left or sorted(starts) == [500, 600, 700, 800]
+    assert not began.exists() and not stale.exists()
+
+
+def test_a_whole_copy_removes_the_uploads_that_an_exit_has_left(endpoint, run, tmp_path):
+    client, prefix = endpoint.client(), copies.place_of(run).removeprefix("s3://bucket/")
+    client.create_multipart_upload(Bucket="bucket", Key=f"{prefix}/step_00000002/rank_00000.safetensors")
+    assert write(saver_of(run, tmp_path), 4) is None
+    assert not client.list_multipart_uploads(Bucket="bucket", Prefix=prefix).get("Uploads")
 
 
 def test_a_copy_without_a_manifest_is_not_used(endpoint, run, tmp_path):
@@ -193,7 +251,7 @@ def test_a_run_does_not_start_again_because_of_an_outage_or_a_full_disk(endpoint
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="on a disk with room, but is not"):
-        patch.setattr(object_store, "download", full)
+        patch.setattr(transfers, "download", full)
         resume_point(run)
     assert content(resume_point(run)[0]) == 4
 
