@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.checkpoints.progress import Measured, Progress
 from ted_scale.data import blend, ddk, order
-from ted_scale.data.stream import Stream, open_held_out, open_stream, refuse_repetition
+from ted_scale.data.stream import Stream, open_stream, refuse_repetition
 from ted_scale.validate import measure_both, perplexity, tokens_of_each
 
 # Up to here, repeated text is worth nearly as much as new text; later it is worth nothing (Muennighoff et al., NeurIPS 2023).
@@ -101,8 +101,7 @@ def weigh(plan, teacher, metrics, student, stream: Stream, progress: Progress):
     """(stream, progress, whether a signal asks to stop): DDK's weights from here on, which follow from the student's and the
     teacher's losses on the held-out text of each corpus. If a signal asks to stop, nothing changes."""
     with metrics.aside():
-        held_out = open_held_out(plan.run.data, plan.vocabulary)
-        held_out = {name: held for name, held in held_out.items() if name in stream.parts}
+        held_out = {name: held for name, held in stream.held_out.items() if name in stream.parts}
         known = known_of_teacher(plan, progress, held_out)
         missing = {name: held for name, held in held_out.items() if name not in known}
         losses = measure_both(plan, student, held_out, teacher, missing)

@@ -14,12 +14,11 @@ import torch.distributed as dist
 from ted_scale.checkpoints.filters_file import filter_tensors, save_filters
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.config.run import Model
-from ted_scale.data.stream import validation_batches
+from ted_scale.data.stream import Stream, validation_batches
 from ted_scale.distill.filter_init import TOKENS_A_WIDTH, Moments, Start, add_moments, over_ranks, start_of
 from ted_scale.distill.filters import has_lift
 from ted_scale.distill.signal import Weights
 from ted_scale.engines import build_filters, build_teacher
-from ted_scale.feed import open_feed
 from ted_scale.models import zero_hooks
 from ted_scale.ranks import pulse
 
@@ -29,21 +28,23 @@ log = logging.getLogger("ted_scale")
 READ = Weights(ce=0.0, kl=0.0, layer=1.0)
 
 
-def first_filters(plan, stage, teacher, progress: Progress, learned: Path | None, device) -> Path | None:
-    """The file of the filters that a stage starts from. `learned` is that of an earlier stage I. None if the stage has no
-    filters, if they start at random, or if a checkpoint of the stage has them."""
+def first_filters(
+    plan, stage, stream: Stream, teacher, progress: Progress, learned: Path | None, device
+) -> Path | None:
+    """The file of the filters that a stage, which reads `stream`, starts from. `learned` is that of an earlier stage I. None if
+    the stage has no filters, if they start at random, or if a checkpoint of the stage has them."""
     filters, starts = plan.run.filters, stage is plan.stages[0] and progress.step == stage.first_step
     own = plan.run.method == "ted" and not filters.from_run and starts
     if own and not stage.learns_filters:
-        return write_start(plan, stage, teacher, device, plan.filters_file)
+        return write_start(plan, stage, stream, teacher, device, plan.filters_file)
     if own and filters.start == "states":
-        return write_start(plan, stage, teacher, device, plan.run.folder / "filters_start.safetensors")
+        return write_start(plan, stage, stream, teacher, device, plan.run.folder / "filters_start.safetensors")
     return None if stage.learns_filters else learned
 
 
-def write_start(plan, stage, teacher, device, path: Path) -> Path:
+def write_start(plan, stage, stream: Stream, teacher, device, path: Path) -> Path:
     """The filters that `stage` starts from, in a file like the result of stage I. A collective."""
-    starts = measured_starts(plan, stage, teacher, device) if needs_states(plan) else []
+    starts = measured_starts(plan, stream, teacher, device) if needs_states(plan) else []
     tensors = filter_tensors(filled(plan, stage, starts)) if dist.get_rank() == 0 else {}
     save_filters(path, tensors, plan.filters_identity())
     return path
@@ -76,12 +77,12 @@ def begin(filters_s, filters_t, starts: list[Start]) -> None:
                 of_teacher.lift_weight.copy_(start.teacher.t())
 
 
-def measured_starts(plan, stage, teacher, device) -> list[Start]:
+def measured_starts(plan, stream: Stream, teacher, device) -> list[Start]:
     """The start of each pair, on all ranks. One rank has a pair's sums and solves it. A student with random weights is not read:
     its states mean nothing."""
     student = None if plan.run.student.init == "random" else build_teacher(as_teacher(plan))
     tokens, sums = TOKENS_A_WIDTH * max(plan.student.width, plan.teacher.width), None
-    for batch in batches(plan, stage, tokens, device):
+    for batch in batches(plan, stream, tokens, device):
         states = [side(batch, READ).layers_NE if side else () for side in (teacher, student)]
         sums = add_moments(sums, batch, *states)
     if student:
@@ -100,9 +101,8 @@ def as_teacher(plan):
     return replace(plan, run=run, teacher=plan.student, pairs=[(s, s) for s, _ in plan.pairs])
 
 
-def batches(plan, stage, tokens: int, device) -> Iterator:
+def batches(plan, stream: Stream, tokens: int, device) -> Iterator:
     """The stage's first windows, the same on any number of ranks."""
-    stream, _, _ = open_feed(plan.run, stage, Progress(stage.first_step), plan.vocabulary)
     stream = stream._replace(count=-(-tokens // stream.seq_len))
     return validation_batches(
         stream, tokens=tokens, micro_batch=plan.run.train.micro_batch, rank=dist.get_rank(), world=dist.get_world_size(),

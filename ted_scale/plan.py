@@ -20,7 +20,7 @@ from ted_scale.config.ds_config import load_ds_config
 from ted_scale.config.run import Model, Run
 from ted_scale.corpora.corpus import read_corpus
 from ted_scale.corpora.shards import check_vocabulary
-from ted_scale.data.stream import open_held_out, open_stream, text_lengths
+from ted_scale.data.stream import open_stream, text_lengths
 from ted_scale.distill import filter_sizes
 from ted_scale.distill.flops import keys_of, step_flops
 from ted_scale.distill.pairs import Matched, match_layers
@@ -175,16 +175,15 @@ def check_shards(run: Run, vocabulary: int, student: Anatomy) -> None:
 def check_corpora(plan: Plan, progress: Progress) -> dict[str, Reading]:
     """What is read of each corpus. Refuses corpora without a window to train on or to validate on, and corpora that must not
     repeat but are too short for the rest of a stage."""
-    run, tokens, held_out, epochs = plan.run, {}, {}, {}
+    tokens, held_out, epochs = {}, {}, {}
     for stage in plan.stages:
         if progress.step < stage.last_step:
             at = progress if progress.step > stage.first_step else Progress(stage.first_step)
-            stream, at, _ = open_feed(run, stage, at, plan.vocabulary)
-            refuse_short_corpora(run, stage, stream, at)
+            stream, at, _ = open_feed(plan.run, stage, at, plan.vocabulary)
+            refuse_short_corpora(plan.run, stage, stream, at)
             tokens |= {name: part.tokens for name, part in stream.parts.items()}
+            held_out |= {name: held.parts[name].tokens for name, held in stream.held_out.items()}
             epochs[stage.name] = epochs_of(stage, stream, at)
-    if any(corpus.validation for corpus in run.data.corpora):
-        held_out = {name: s.parts[name].tokens for name, s in open_held_out(run.data, plan.vocabulary).items()}
     return {
         name: Reading(
             tokens.get(name, 0), held_out.get(name, 0), {s: of[name] for s, of in epochs.items() if name in of}

@@ -41,6 +41,7 @@ from ted_scale.plan import Plan, as_dict
 from ted_scale.ranks import pulse, shortage, watch
 from ted_scale.ranks.agree import broadcast, of_rank_0, share, verdict
 from ted_scale.ranks.group import start_ranks
+from ted_scale.same_text import open_together
 from ted_scale.train import train
 
 log = logging.getLogger("ted_scale")
@@ -138,10 +139,11 @@ def build_parts(plan: Plan, device, progress: Progress, newest: Path | None) -> 
 
 def train_stage(parts: Parts, stage: Stage, progress: Progress, resumed: Path | None) -> Progress:
     """Build the stage, then train on one stretch of its data after another, then end the stage."""
-    student = build_stage(parts, stage, progress, resumed)
+    pulse.building(f"the build of stage {stage.name}")
     stream, progress = open_data(parts, stage, progress)
+    student = build_stage(parts, stage, stream, progress, resumed)
     guard = Guard(student, stage, parts.metrics.alert, parts.saver.wait)
-    progress = validate_before_training(parts, stage, student, progress, resumed)
+    progress = validate_before_training(parts, stage, student, stream, progress, resumed)
     parts.metrics.resume_from(progress.tokens)
     while progress.step < stage.last_step:
         stream, progress = next_stretch(parts, stage, student, stream, progress)
@@ -150,11 +152,10 @@ def train_stage(parts: Parts, stage: Stage, progress: Progress, resumed: Path | 
     return progress
 
 
-def build_stage(parts: Parts, stage: Stage, progress: Progress, resumed: Path | None):
+def build_stage(parts: Parts, stage: Stage, stream: Stream, progress: Progress, resumed: Path | None):
     """The student's engine, with the state of the checkpoint that it resumes from."""
     plan, teacher, _, loader, saver = parts
-    pulse.building(f"the build of stage {stage.name}")
-    filters_file = first_filters(plan, stage, teacher, progress, saver.filters_file, loader.device)
+    filters_file = first_filters(plan, stage, stream, teacher, progress, saver.filters_file, loader.device)
     gc.collect()  # frees the engine of an earlier stage, which has reference cycles
     student = build_student(plan, stage, teacher, filters_file)
     if resumed:
@@ -165,17 +166,22 @@ def build_stage(parts: Parts, stage: Stage, progress: Progress, resumed: Path | 
 
 def open_data(parts: Parts, stage: Stage, progress: Progress) -> tuple[Stream, Progress]:
     plan, metrics = parts.plan, parts.metrics
-    stream, progress, changed = feed.open_feed(plan.run, stage, progress, plan.vocabulary)
+    stream, progress, changed = open_together(partial(feed.open_feed, plan.run, stage, progress, plan.vocabulary))
     metrics.log_changes(changed)
     return stream, spikes.begin(progress, stage)
 
 
-def validate_before_training(parts: Parts, stage: Stage, student, progress: Progress, resumed) -> Progress:
+def validate_before_training(
+    parts: Parts, stage: Stage, student, stream: Stream, progress: Progress, resumed
+) -> Progress:
     """Validate student and teacher before stage II's first step. On a resume, repeat a validation that a signal cut short."""
     fresh = progress.step == stage.first_step and not stage.learns_filters
     if fresh or (resumed and validation_is_missing(parts, stage, progress)):
         plan, teacher, metrics, *_ = parts
-        progress, stopping = validation.validate(plan, teacher, metrics, student, progress, with_teacher=fresh)
+        held_out = stream.held_out
+        progress, stopping = validation.validate(
+            plan, teacher, metrics, held_out, student, progress, with_teacher=fresh
+        )
         if stopping:
             raise Preempted  # no step was taken; the next start validates
     return progress
@@ -212,7 +218,7 @@ def train_stretch(parts: Parts, stage: Stage, student, guard: Guard, stream: Str
     data = loader.steps(stream, start=progress.samples, stop=stop, samples_per_step=each)
     data = metrics.counted(enumerate(data, progress.step), partial(step_flops, plan, stage))
     verify = partial(replicas.verify, teacher)
-    validate = partial(validation.validate, plan, teacher, metrics)
+    validate = partial(validation.validate, plan, teacher, metrics, stream.held_out)
     save = partial(save_checkpoint, plan, stage, metrics, saver)
     try:
         return train(stage, student, teacher, data, guard, metrics, progress, verify, validate, save)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ted_scale.data.stream import Stream, open_held_out, validation_batches
+from ted_scale.data.stream import Stream, validation_batches
 from ted_scale.distill.normalization import count_valid
 from ted_scale.distill.signal import Weights
 from ted_scale.ranks import pulse, signals
@@ -26,14 +26,13 @@ class Loss(NamedTuple):
         return self.total / self.tokens
 
 
-def validate(plan, teacher, metrics, student, progress, *, with_teacher: bool = False):
+def validate(plan, teacher, metrics, held_out: dict[str, Stream], student, progress, *, with_teacher: bool = False):
     """Write val/loss and val/ppl of this step, in all and by corpus; nothing if no text is held out. Returns (progress with the
     loss, whether a signal asks to stop). If it does, nothing is written, and the resumed run validates this step."""
-    if not holds_out(plan.run):
+    if not held_out:
         return progress, False
     with metrics.aside():
-        streams = open_held_out(plan.run.data, plan.vocabulary)
-        losses = measure_both(plan, student, streams, teacher, streams if with_teacher and plan.teacher else {})
+        losses = measure_both(plan, student, held_out, teacher, held_out if with_teacher and plan.teacher else {})
     if losses is None:
         return progress, True
     of_student, of_teacher = losses

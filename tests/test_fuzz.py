@@ -51,7 +51,7 @@ from ted_scale.corpora.documents import read_documents
 from ted_scale.corpora.megatron import mapped
 from ted_scale.corpora.shards import document_borders, read_index
 from ted_scale.corpora.tokenizer import digest, load_tokenizer
-from ted_scale.data.stream import batch, open_held_out, open_stream
+from ted_scale.data.stream import batch, open_stream
 from ted_scale.distill import pairs
 from ted_scale.distill.filters import Filter
 from ted_scale.metrics.rows import rows_at, trim_rows
@@ -229,7 +229,7 @@ def read_all(prefix: Path) -> None:
     data = make_run(prefix.parent, data={"seq_len": 16, "corpora": [{"path": str(prefix), "validation": 0.2}]}).data
     stream = open_stream(data, 1, VOCABULARY)
     batch(stream, [0, 1, 7, 10**6])
-    for held_out in open_held_out(data, VOCABULARY).values():
+    for held_out in stream.held_out.values():
         batch(held_out, list(range(min(held_out.count, 4))))
     document_borders(index)
 

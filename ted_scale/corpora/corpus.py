@@ -47,6 +47,17 @@ class Part(NamedTuple):
         made = [(i.tokens, i.files.bin_bytes, (i.sidecar or {}).get("idx_sha256")) for i in self.shards]
         return hashlib.sha256(repr((self.start, self.stop, made)).encode()).hexdigest()[:16]
 
+    @property
+    def listed(self) -> str:
+        """A digest that also differs for shards of other names, for other tokens of the same number as far as sidecars tell, and
+        for another version of an object."""
+        found = [
+            (Path(i.prefix).name, (i.sidecar or {}).get("bin_sha256"), thing and (thing.version, thing.size))
+            for i in self.shards
+            for thing in [i.files.remote_bin]
+        ]
+        return hashlib.sha256(repr((self.content, found)).encode()).hexdigest()[:16]
+
     def _ranges(self, offset: int, count: int):
         """(shard, its first token in the corpus, first and last+1 token in the shard) of each shard in the range."""
         begin = self.start + offset
@@ -112,6 +123,12 @@ def read_corpus(path: str, stream) -> list[ShardIndex]:
     return indices
 
 
+def list_again() -> None:
+    """Forget what was listed in object storage. A folder on disk is listed at every opening."""
+    remote.listing.cache_clear()
+    remote.read_corpus.cache_clear()
+
+
 def refuse_lost_shards(path: str, prefixes: set[str], stream) -> None:
     """Every shard that a manifest lists must be there, unless the path names a single shard."""
     if prefixes == {re.sub(r"\.(bin|idx)$", "", path)}:
@@ -138,16 +155,16 @@ def manifest_files(path: str, prefixes: Iterable[str], stream) -> dict[str, Path
     return {name: manifest_path(name) for name in sorted(names) if manifest_path(name).exists()}
 
 
-def open_part(number: int, corpus, vocab_size: int, training: bool, stream) -> Part:
-    """Corpus `number` of the run file, checked: the tokens to train on, or the held-out tokens after them."""
+def open_parts(number: int, corpus, vocab_size: int, stream) -> tuple[Part, Part]:
+    """Corpus `number` of the run file, listed once and checked: the tokens to train on, and the held-out tokens after them."""
     name = f"data.corpora[{number}] ({corpus.path})"
     indices = read_corpus(corpus.path, stream)
     for index in indices:
         check_vocabulary(index, vocab_size)
     starts = tuple(accumulate((index.tokens for index in indices), initial=0))
     border = _border(indices, starts, corpus.validation)
-    start, stop = (0, border) if training else (border, starts[-1])
-    return Part(number, name, tuple(indices), starts[:-1], start, stop, stream)
+    training = Part(number, name, tuple(indices), starts[:-1], 0, border, stream)
+    return training, training._replace(start=border, stop=starts[-1])
 
 
 def _border(indices: list[ShardIndex], starts: tuple[int, ...], fraction: float) -> int:

@@ -13,7 +13,7 @@ import numpy
 import torch
 
 from ted_scale.base.errors import UserError
-from ted_scale.corpora.corpus import Part, open_part
+from ted_scale.corpora.corpus import Part, open_parts
 from ted_scale.data import blend, order
 from ted_scale.data.blend import Domain, Interval
 from ted_scale.data.packing import Packing, pack
@@ -44,7 +44,8 @@ class Window(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Windows by position: endless ones of the blend, or the `count` windows that one corpus holds out, in order."""
+    """Windows by position: endless ones of the blend, or the `count` windows that one corpus holds out, in order. All that a
+    stage reads is in its stream, listed once: a file that arrives later moves no text between the two."""
 
     parts: dict[str, Part]
     interval: Interval | None
@@ -52,6 +53,7 @@ class Stream(NamedTuple):
     seq_len: int
     attention: str
     vocab_size: int
+    held_out: dict[str, "Stream"]  # by corpus; a held-out stream has none
 
     def sample(self, position: int) -> Window:
         part, pieces = self._at(position)
@@ -99,10 +101,10 @@ class Stream(NamedTuple):
 def open_stream(
     data, seed: int, vocab_size: int, before: Interval | None = None, position: int = 0, weights: dict | None = None
 ) -> Stream:
-    """The training stream of a run file's data section, endless and shuffled. It continues at `position` if an earlier
-    blend is given, and uses measured `weights` if there are any."""
+    """The training stream of a run file's data section, endless and shuffled, with what the same listing of the corpora holds
+    out. It continues at `position` if an earlier blend is given, and uses measured `weights` if there are any."""
     order.shares([c.weight for c in data.corpora])  # refuses weights that mean nothing
-    parts = open_parts(data, vocab_size, [c.weight > 0 for c in data.corpora], training=True)
+    parts, held_out = parts_of(data, vocab_size)
     domains = [Domain(name, part.tokens, part.content) for name, part in parts.items()]
     written = [(weights or {}).get(c.name, c.weight) for c in data.corpora if c.weight > 0]
     kind, sizes = data.blend, [domain.tokens for domain in domains]
@@ -111,30 +113,26 @@ def open_stream(
         interval = blend.begin(domains, shares, data.seq_len, seed)
     else:
         interval = blend.follow(before, position, domains, shares, data.seq_len)
-    return Stream(parts, interval, None, data.seq_len, data.attention, vocab_size)
+    streams = {name: held_out_stream(data, vocab_size, part, name) for name, part in held_out.items()}
+    return Stream(parts, interval, None, data.seq_len, data.attention, vocab_size, streams)
 
 
-def open_held_out(data, vocab_size: int) -> dict[str, Stream]:
-    """The validation documents: a finite stream in order for every corpus that holds some out."""
-    wanted = [corpus.validation > 0 for corpus in data.corpora]
-    if not any(wanted):
-        raise UserError("data.corpora.validation must be above 0 for one corpus to validate, but is 0 for all; set one")
-    parts = open_parts(data, vocab_size, wanted, training=False)
-
-    def stream(name: str, part: Part) -> Stream:
-        windows = (part.tokens - 1) // data.seq_len
-        return Stream({name: part}, None, windows, data.seq_len, data.attention, vocab_size)
-
-    return {name: stream(name, part) for name, part in parts.items()}
+def parts_of(data, vocab_size: int) -> tuple[dict[str, Part], dict[str, Part]]:
+    """(what to train on, what is held out) by corpus. Each corpus is listed once for both."""
+    wanted = [(i, corpus) for i, corpus in enumerate(data.corpora) if corpus.weight or corpus.validation]
+    listed = [(corpus, open_parts(i, corpus, vocab_size, data.stream)) for i, corpus in wanted]
+    training = {corpus.name: part for corpus, (part, _) in listed if corpus.weight}
+    held_out = {corpus.name: part for corpus, (_, part) in listed if corpus.validation}
+    for split, parts in (("train", training), ("validation", held_out)):
+        for part in parts.values():
+            _refuse_short(part, data.seq_len, split)
+    return training, held_out
 
 
-def open_parts(data, vocab_size: int, wanted: list[bool], training: bool) -> dict[str, Part]:
-    parts = {
-        c.name: open_part(i, c, vocab_size, training, data.stream) for i, c in enumerate(data.corpora) if wanted[i]
-    }
-    for part in parts.values():
-        _refuse_short(part, data.seq_len, "train" if training else "validation")
-    return parts
+def held_out_stream(data, vocab_size: int, part: Part, name: str) -> Stream:
+    """The validation documents of a corpus: a finite stream, in order."""
+    windows = (part.tokens - 1) // data.seq_len
+    return Stream({name: part}, None, windows, data.seq_len, data.attention, vocab_size, {})
 
 
 def refuse_repetition(data, stream: Stream, samples: int) -> None:

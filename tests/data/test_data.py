@@ -11,7 +11,7 @@ from corpus import counting_documents, data_section, steps, write_shard
 
 from ted_scale.base.errors import UserError
 from ted_scale.data import order
-from ted_scale.data.stream import open_held_out, open_stream, validation_batches
+from ted_scale.data.stream import open_stream, validation_batches
 from ted_scale.kernels.tokens import IGNORED
 
 VOCAB = 60000
@@ -147,7 +147,8 @@ def test_invalid_weights_are_refused(weights):
 @pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5, 0.97])
 def test_training_and_validation_share_no_document_and_leave_none_out(two_shards, fraction):
     data = data_section(two_shards, validation=fraction, seq_len=2)
-    streams = open_stream(data, 1, VOCAB), *open_held_out(data, VOCAB).values()
+    stream = open_stream(data, 1, VOCAB)
+    streams = stream, *stream.held_out.values()
     train, held = (next(iter(stream.parts.values())) for stream in streams)
     assert (train.start, train.stop, held.stop) == (0, held.start, 564)
     assert held.start in numpy.cumsum(LENGTHS)
@@ -159,7 +160,8 @@ def test_a_document_is_cut_where_whole_ones_would_take_more_than_twice_the_share
     """Two documents of 313 and 402,329 tokens left 313 to train on. What is cut lies in what was held out before."""
     prefix = write_shard(tmp_path / "long", counting_documents(lengths))
     data = data_section(prefix, validation=0.02 if len(lengths) < 3 else 0.06)
-    streams = open_stream(data, 1, VOCAB), *open_held_out(data, VOCAB).values()
+    stream = open_stream(data, 1, VOCAB)
+    streams = stream, *stream.held_out.values()
     train, held = (next(iter(stream.parts.values())) for stream in streams)
     held_out = {1: 20, 2: 20, 3: 100}[
         len(lengths)
@@ -176,12 +178,7 @@ def test_a_part_shorter_than_a_window_is_refused_by_name(two_shards):
     ):
         open_stream(data_section(two_shards, seq_len=564), 1, VOCAB)
     with pytest.raises(UserError, match="tokens or more for validation, but leaves"):
-        open_held_out(data_section(two_shards, seq_len=100, validation=0.01), VOCAB)
-
-
-def test_validation_must_be_held_out_somewhere(two_shards):
-    with pytest.raises(UserError, match=r"data.corpora.validation must be above 0 for one corpus"):
-        open_held_out(data_section(two_shards), VOCAB)
+        open_stream(data_section(two_shards, seq_len=100, validation=0.01), 1, VOCAB)
 
 
 @pytest.mark.parametrize("attention", ["causal", "document"])
@@ -207,7 +204,7 @@ def test_labels_never_cross_a_document_and_positions_restart_where_attention_end
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("tokens", [40, 64, 10**9])
 def test_validation_counts_each_window_once_for_any_number_of_ranks(two_shards, world, tokens):
-    (stream,) = open_held_out(data_section(two_shards, validation=0.3), VOCAB).values()
+    (stream,) = open_stream(data_section(two_shards, validation=0.3), 1, VOCAB).held_out.values()
     ranks = [
         list(validation_batches(stream, tokens=tokens, micro_batch=2, rank=r, world=world, device="cpu"))
         for r in range(world)

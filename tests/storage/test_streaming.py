@@ -17,7 +17,7 @@ from ted_scale.config.data import Streaming
 from ted_scale.corpora import remote as remote_shards
 from ted_scale.corpora.corpus import read_corpus
 from ted_scale.corpora.output import as_text, sealed
-from ted_scale.data.stream import open_held_out, open_stream, validation_batches
+from ted_scale.data.stream import open_stream, validation_batches
 from ted_scale.storage import objects
 from ted_scale.storage.chunks import chunks_of
 from tools import inspect_corpus
@@ -99,7 +99,7 @@ def test_held_out_documents_are_those_of_the_local_corpus(endpoint, corpus, tmp_
     batches = [
         list(validation_batches(stream, tokens=10**6, micro_batch=4, rank=0, world=1, device="cpu"))
         for path in (corpus / "web", S3)
-        for stream in open_held_out(section(path, tmp_path, validation=0.1), VOCAB).values()
+        for stream in open_stream(section(path, tmp_path, validation=0.1), 1, VOCAB).held_out.values()
     ]
     assert len(batches[0]) == len(batches[1]) > 3
     assert all((a.labels_BT == b.labels_BT).all() for a, b in zip(*batches, strict=True))

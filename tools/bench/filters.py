@@ -112,14 +112,11 @@ def arm_of(plan, stage, teacher, network, moments=None, learnt=None) -> Arm:
 
 def batches(plan, held_out: bool = False):
     """Micro-batches of the training stream, or of the held-out text."""
-    from ted_scale.data.stream import batch, open_held_out, open_stream
+    from ted_scale.data.stream import batch, open_stream
 
     vocabulary, data = plan.student.vocab_size, plan.run.data
-    stream = (
-        next(iter(open_held_out(data, vocabulary).values()))
-        if held_out
-        else open_stream(data, plan.run.seed, vocabulary)
-    )
+    stream = open_stream(data, plan.run.seed, vocabulary)
+    stream = next(iter(stream.held_out.values())) if held_out else stream
     rows, position = plan.run.train.micro_batch, 0
     while not held_out or position + rows <= stream.count:
         yield batch(stream, list(range(position, position + rows)))
