@@ -27,7 +27,7 @@ from ted_scale.distill.pairs import Matched, match_layers
 from ted_scale.distill.stages import Stage, stages_of
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.metrics.rows import last_row
-from ted_scale.metrics.tracking import has_key
+from ted_scale.metrics.tracking import why_offline
 from ted_scale.models import fused
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import inspect
@@ -104,7 +104,6 @@ def make_plan(run: Run, world: int) -> Plan:
     run = filter_sizes.resolved(run, student, teacher, matched.pairs) if matched.pairs else run
     width = int(run.filters.width) if matched.pairs else 0
     fused.check(run.fused_blocks, {"student": student, "teacher": teacher}, run.data.attention)
-    check_wandb(run)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)
     check_shards(run, vocabulary, student)
@@ -135,14 +134,6 @@ def derive_accumulation(run: Run, world: int) -> int:
             f"({train.micro_batch} * {seq_len} * {world} = {micro_step}), but is {train.tokens_per_step}"
         )
     return train.tokens_per_step // micro_step
-
-
-def check_wandb(run: Run) -> None:
-    if run.wandb and run.wandb.mode == "online" and not has_key():
-        raise UserError(
-            "wandb.mode must be auto or offline without an API key, but is 'online'; set WANDB_API_KEY, run `wandb login`, or "
-            "change it"
-        )
 
 
 def check_length(run: Run, *models: Anatomy | None) -> None:
@@ -231,6 +222,8 @@ def describe(plan: Plan) -> str:
         tokens = stage.steps * train.tokens_per_step
         epochs, flops = feed.describe_epochs(plan.readings, stage), stage_flops(plan, stage)
         lines.append(f"stage {stage.name}: {stage.steps:,} steps, {tokens:,} tokens, {epochs}, {flops:.3g} FLOPs")
+    if run.wandb and run.wandb.mode == "online" and (why := why_offline(run.wandb)):
+        lines.append(f"W&B will be offline{why}")
     lines += plan.resumes
     return "\n".join(lines)
 

@@ -117,7 +117,8 @@ def build_parts(plan: Plan, device, progress: Progress, newest: Path | None) -> 
     # W&B opens before the teacher is loaded, so that it shows a run that fails there.
     wandb_run = open_wandb(run, progress.wandb_id) if writes else None
     if wandb_run:
-        wandb_run.config.update({"plan": redact.cleaned(as_dict(plan))}, allow_val_change=True)
+        facts = {"plan": redact.cleaned(as_dict(plan))}
+        wandb_run.tell(lambda opened: opened.config.update(facts, allow_val_change=True))
     teacher = build_teacher(plan)
     at_start = {"total_steps": plan.total_steps, "step": progress.step, "device": device}
     metrics = Metrics(run, writes=writes, **at_start, wandb_run=wandb_run)

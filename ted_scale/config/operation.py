@@ -77,7 +77,10 @@ class Limits(Section):
 
 class Wandb(Section):
     project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
-    mode: Literal["auto", "online", "offline"] = Field("auto", description="auto: online with an API key, else offline")
+    mode: Literal["auto", "online", "offline"] = Field(
+        "auto",
+        description="auto: online with an API key, else offline; online: the same, but --dry-run warns if there is no key",
+    )
     entity: str | None = None
     group: str | None = None
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field([])

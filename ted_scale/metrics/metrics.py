@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from typing import TextIO
 
 import torch
@@ -22,12 +23,13 @@ from ted_scale.metrics.clock import Clock
 from ted_scale.metrics.console import log_line
 from ted_scale.metrics.peaks import device_peak
 from ted_scale.metrics.rows import rows_at, trim_rows
+from ted_scale.metrics.tracking import WandbRun
 
 
 class Metrics:
     """Writes a row every `log_every` steps. Only rank 0 writes; on other ranks the same calls do nothing."""
 
-    def __init__(self, run: Run, *, writes: bool, total_steps: int, step: int, device, wandb_run):
+    def __init__(self, run: Run, *, writes: bool, total_steps: int, step: int, device, wandb_run: WandbRun | None):
         self.writes, self.wandb_run, self.device = writes, wandb_run, device
         self.every, self.peak = run.log_every, device_peak(device, run.train.precision)
         self.rows: list[dict[str, float]] = []
@@ -88,9 +90,8 @@ class Metrics:
         """Log what a resume finds changed in the run file and the data, also in W&B."""
         for sentence in sentences:
             log_line(sentence)
-        if sentences and self.wandb_run is not None:
-            all_changes = [*self.wandb_run.config.get("changes", []), *redact.cleaned(sentences)]
-            self.wandb_run.config.update({"changes": all_changes}, allow_val_change=True)
+        if sentences:
+            self.call_wandb(partial(add_changes, redact.cleaned(sentences)))
 
     def alert(self, title: str, text: str) -> None:
         """Log it, and send it as a W&B alert. W&B drops a second alert within a minute."""
@@ -186,19 +187,17 @@ class Metrics:
     def close(self) -> None:
         self.bar.close()
         self.close_file()
-        self.call_wandb(lambda run: run.finish())
+        if self.wandb_run:
+            self.wandb_run.close()
 
     def call_wandb(self, action) -> None:
-        """W&B's process may be gone: it crashed, or was killed together with the rank's children. Training goes on without it."""
-        if self.wandb_run is None:
-            return
-        try:
-            action(self.wandb_run)
-        except Exception as error:
-            self.wandb_run = None
-            log_line(
-                f"W&B is lost until the next start ({type(error).__name__}: {error}); metrics.jsonl has every number"
-            )
+        if self.wandb_run:
+            self.wandb_run.tell(action)
+
+
+def add_changes(sentences: list[str], wandb_run) -> None:
+    all_changes = [*wandb_run.config.get("changes", []), *sentences]
+    wandb_run.config.update({"changes": all_changes}, allow_val_change=True)
 
 
 def shown(key: str) -> bool:

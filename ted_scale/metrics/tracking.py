@@ -1,42 +1,143 @@
-"""Weights & Biases: one W&B run for a run of ours, with the same id after every resume, and without secrets."""
+"""Weights & Biases: one W&B run for a run of ours, with the same id after every resume, and without secrets.
+
+A thread opens the W&B run and passes everything on, in order, so that neither the start nor a step waits for the network. If
+W&B cannot be reached, this start stays offline, in the same folder and with the same id. Note: W&B repeats what may succeed
+later until ATTEMPT_S has passed, so an error that comes earlier is final: a wrong key, for example.
+"""
 
 import contextlib
-import logging
 import os
+import queue
+import secrets
 import subprocess
+import threading
+import time
+from functools import partial
 from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
 
 from ted_scale.base import redact
+from ted_scale.base.errors import clean, shortened
+from ted_scale.config.operation import Wandb
 from ted_scale.config.run import Run
+from ted_scale.metrics.console import log_line
 
-log = logging.getLogger("ted_scale")
+ATTEMPT_S, PATIENCE_S = 20.0, 180.0  # of one try to go online, of all of them
+HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the earlier name and the later one
+KEPT = 10_000  # rows and messages that wait until the W&B run is open
 # Neither the end of a run nor the message of a fault may wait for the network for ever. `wandb sync` uploads the rest.
 LAST_UPLOAD = {"finish_timeout": 30, "finish_timeout_raises": True}
+CLOSE_S = ATTEMPT_S + LAST_UPLOAD["finish_timeout"] + 10
 
 
-def open_wandb(run: Run, run_id: str | None):
-    """Open the W&B run, or resume it by its id. Without a key it is offline, and the log shows the command that uploads it."""
+class WandbRun:
+    """The W&B run `run_id`. `open_run(closing)` opens it in the thread; `closing` is set when the run ends."""
+
+    def __init__(self, run_id: str, open_run):
+        self.id, self.open_run, self.full = run_id, open_run, False
+        self.actions: queue.SimpleQueue = queue.SimpleQueue()
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self.work, daemon=True, name="wandb")
+        self.thread.start()
+
+    def tell(self, action) -> None:
+        """Let the thread call `action(W&B's run)`."""
+        if self.actions.qsize() < KEPT:
+            self.actions.put(action)
+        elif not self.full and self.thread.is_alive():
+            self.full = True
+            log_line(f"W&B is behind by {KEPT:,} rows and misses some from here on; metrics.jsonl has every number")
+
+    def work(self) -> None:
+        """W&B's process may be gone: it crashed, or was killed together with the rank's children. Training goes on."""
+        try:
+            wandb_run = self.open_run(self.closing)
+            while action := self.actions.get():
+                action(wandb_run)
+        except (Exception, SystemExit) as error:  # W&B's teardown may raise SystemExit
+            log_line(f"W&B is lost until the next start ({said(error)}); metrics.jsonl has every number")
+
+    def close(self) -> None:
+        self.closing.set()
+        for last in (lambda wandb_run: wandb_run.finish(), None):
+            self.actions.put(last)
+        self.thread.join(CLOSE_S)
+
+
+def open_wandb(run: Run, run_id: str | None) -> WandbRun | None:
+    """Open the W&B run, or resume it by its id, without waiting for it."""
     if run.wandb is None:
         return None
+    run_id = run_id or secrets.token_hex(4)
+    with contextlib.suppress(Exception):  # the thread meets the same error and logs it
+        start_service()
+    return WandbRun(run_id, partial(opened, run, run_id))
+
+
+def start_service() -> None:
+    """Start W&B's own process, in the main thread if possible, because this changes the environment. W&B uploads every
+    variable of Slurm, and SLURM_JWT is a key; its reports of errors would upload tracebacks, in which nothing is hidden."""
+    import wandb
+
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    with redact.out_of_the_environment("SLURM"):
+        wandb.setup(wandb.Settings(silent=True))
+
+
+def opened(run: Run, run_id: str, closing: threading.Event):
+    """W&B's run: online if W&B answers within PATIENCE_S, else offline."""
+    import wandb
+
+    why, until = why_offline(run.wandb), time.monotonic() + PATIENCE_S
+    while why is None:
+        began = time.monotonic()
+        try:
+            return begun(run, run_id, "online")
+        except Exception as error:
+            is_final = time.monotonic() - began < ATTEMPT_S
+            wandb.teardown(1)  # or W&B refuses the next try: the id would be in use
+            start_service()
+            if is_final or closing.is_set() or time.monotonic() > until:
+                why = f", because it could not be reached ({said(error)}); the next start tries again"
+    folder = f"{run.folder}/wandb"
+    log_line(f"W&B is offline{why}; look with `wandb leet {folder}`, upload with `wandb sync {folder}/offline-run-*`")
+    return begun(run, run_id, "offline")
+
+
+def begun(run: Run, run_id: str, mode: Literal["online", "offline"]):
     import wandb
 
     settings = run.wandb
-    online = settings.mode == "online" or (settings.mode == "auto" and has_key())
-    with redact.out_of_the_environment("SLURM"):  # W&B uploads every variable of Slurm, and SLURM_JWT is a key
-        wandb_run = wandb.init(
-            project=settings.project, entity=settings.entity, group=settings.group, name=run.name, id=run_id,
-            tags=settings.tags, notes=settings.notes, dir=str(run.folder), config=run.model_dump(by_alias=True),
-            mode="online" if online else "offline", resume="allow",
-            settings=wandb.Settings(silent=True, console="off", **LAST_UPLOAD, **git_facts()),
-        )  # fmt: skip
+    wandb_run = wandb.init(
+        project=settings.project, entity=settings.entity, group=settings.group, name=run.name, id=run_id,
+        tags=settings.tags, notes=settings.notes, dir=str(run.folder), config=run.model_dump(by_alias=True),
+        mode=mode, resume="allow",
+        settings=wandb.Settings(silent=True, console="off", init_timeout=ATTEMPT_S, **LAST_UPLOAD, **git_facts()),
+    )  # fmt: skip
     for axis in ("step", "tokens"):
         wandb_run.define_metric(axis)
     wandb_run.define_metric("*", step_metric="step")
-    if not online:
-        log.info(
-            f"W&B is offline; look with `wandb leet {run.folder}/wandb`, upload with `wandb sync {run.folder}/wandb/offline-run-*`"
-        )
     return wandb_run
+
+
+def why_offline(settings: Wandb) -> str | None:
+    """None if it goes online when it can."""
+    if settings.mode == "offline":
+        return ""
+    return None if has_key() else ", because there is no API key: set WANDB_API_KEY or run `wandb login`"
+
+
+def has_key() -> bool:
+    import netrc
+
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    own = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        known = netrc.netrc()
+        return any(known.authenticators(host) for host in ([own] if own else HOSTS))
+    return False
 
 
 def git_facts() -> dict[str, str]:
@@ -53,11 +154,5 @@ def git_facts() -> dict[str, str]:
     return facts or {"disable_git": True}
 
 
-def has_key() -> bool:
-    import netrc
-
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    return False
+def said(error: BaseException) -> str:
+    return shortened(f"{type(error).__name__}: {clean(' '.join(str(error).split()))}", 300)

@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl, what a resume removes from them, and what Weights & Biases gets, read from its own file."""
+"""The rows of metrics.jsonl, and what a resume removes from them."""
 
 import json
 import math
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import make_run
-from wandb_file import read_config, read_records, read_rows
 
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.data.stream import Batch
@@ -16,7 +15,6 @@ from ted_scale.distill.flops import Work
 from ted_scale.metrics.clock import Clock
 from ted_scale.metrics.metrics import Metrics, mean_rows, shown
 from ted_scale.metrics.rows import trim_rows
-from ted_scale.metrics.tracking import has_key, open_wandb
 
 CPU = torch.device("cpu")
 
@@ -189,32 +187,6 @@ def test_a_full_disk_loses_rows_which_is_logged_once_and_the_run_goes_on(tmp_pat
     assert said == [f"{numbers.path} must be writable, but is not (No space left on device): rows are lost until it is"]
 
 
-def test_an_alert_contains_no_secret(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "planted-in-an-alert")
-    told = []
-
-    class Run:
-        def alert(self, title, text, level):
-            told.append(text)
-
-    metrics(make_run(tmp_path), wandb_run=Run()).alert("a spike", "denied for planted-in-an-alert")
-    assert told == ["denied for ***"]
-
-
-def test_an_alert_is_logged_even_if_wandb_is_gone(tmp_path, caplog):
-    class Gone:
-        def alert(self, *arguments, **named):
-            raise BrokenPipeError("its process has ended")
-
-    caplog.set_level("INFO", logger="ted_scale")
-    numbers = metrics(make_run(tmp_path), wandb_run=Gone())
-    numbers.alert("a spike", "a loss spiked")
-    numbers.alert("a spike", "another loss spiked")
-    said = [record.message for record in caplog.records]
-    assert said[0] == "a loss spiked" and said[2:] == ["another loss spiked"]
-    assert said[1].startswith("W&B is lost until the next start (BrokenPipeError: its process has ended)")
-
-
 def test_other_ranks_write_nothing(tmp_path):
     run = make_run(tmp_path)
     numbers = metrics(run, writes=False)
@@ -248,97 +220,6 @@ def test_rows_after_a_resume_are_appended_to_the_kept_ones(tmp_path):
     assert [r["step"] for r in rows_of(run)] == [1, 2, 3, 4, 5]
 
 
-SECTION = {
-    "project": "ted", "mode": "offline", "entity": "lab", "group": "arms", "tags": ["tiny", "cpu"], "notes": "Größe 😀",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def offline(tmp_path_factory):
-    """(run, W&B ids, records) of two processes: one takes six steps and validates, the other resumes from step 6."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("WANDB_API_KEY", raising=False)
-        run = make_run(tmp_path_factory.mktemp("offline"), wandb=SECTION, log_every=2)
-        run.folder.mkdir(parents=True)
-        ids = []
-        for first, last in ((1, 6), (7, 10)):
-            wandb_run = open_wandb(run, ids[0] if ids else None)
-            ids.append(wandb_run.id)
-            numbers = metrics(run, step=first - 1, wandb_run=wandb_run)
-            take_steps(numbers, first, last)
-            numbers.write(last, last * 256, {"val/loss": 1.5})
-            numbers.alert("loss spike", f"step {last}: loss/total is 9")
-            numbers.close()
-            time.sleep(1.1)  # W&B names its folders by the second
-    files = sorted((run.folder / "wandb").glob("offline-run-*/*.wandb"))
-    return run, ids, [list(read_records(file)) for file in files]
-
-
-def test_a_resumed_run_keeps_its_wandb_id(offline):
-    run, ids, lives = offline
-    assert ids[0] == ids[1] and len(lives) == 2
-    headers = [r.run for records in lives for r in records if r.WhichOneof("record_type") == "run"]
-    assert {h.run_id for h in headers} == {ids[0]}
-    assert all((run.folder / "wandb").glob(f"offline-run-*-{ids[0]}"))
-
-
-def test_wandb_has_the_settings_of_the_run_file(offline):
-    run, _, (records, _) = offline
-    header = next(r.run for r in records if r.WhichOneof("record_type") == "run")
-    assert (header.project, header.entity, header.run_group, header.display_name) == ("ted", "lab", "arms", "tiny")
-    assert (list(header.tags), header.notes) == (["tiny", "cpu"], "Größe 😀")
-    config = read_config(records)
-    assert config["train"] == run.model_dump(mode="json")["train"]
-    assert config["filters"]["from"] is None and config["method"] == "ted"
-
-
-def test_the_end_of_a_run_waits_for_wandb_at_most_30_s(offline):
-    """W&B records its settings."""
-    for records in offline[2]:
-        features = [r.telemetry.feature for r in records if r.WhichOneof("record_type") == "telemetry"]
-        assert any(f.finish_timeout for f in features) and any(f.finish_timeout_raises for f in features)
-
-
-def test_wandb_gets_the_rows_of_the_file(offline):
-    run, _, lives = offline
-    told = [{k: v for k, v in row.items() if not k.startswith("_")} for records in lives for row in read_rows(records)]
-    assert told == rows_of(run)
-    assert [row["step"] for row in told] == [2, 4, 6, 6, 8, 10, 10]
-    assert {"val/loss": 1.5, "step": 6, "tokens": 1536} in told
-
-
-def test_a_spike_is_a_wandb_alert(offline):
-    _, _, lives = offline
-    alerts = [[r.alert for r in records if r.WhichOneof("record_type") == "alert"] for records in lives]
-    assert [[(a.title, a.text, a.level) for a in life] for life in alerts] == [
-        [("loss spike", f"step {step}: loss/total is 9", "WARN")] for step in (6, 10)
-    ]
-
-
-def test_wandb_plots_over_steps_and_has_tokens_as_another_axis(offline):
-    _, _, (records, _) = offline
-    axes = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
-    assert {m.name for m in axes} >= {"step", "tokens"}
-    assert {m.step_metric for m in axes if m.glob_name == "*" or m.name.startswith("loss/")} == {"step"}
-    assert all("tokens" in row and "step" in row for row in read_rows(records))
-
-
-def test_without_a_wandb_section_nothing_is_opened(tmp_path):
-    assert open_wandb(make_run(tmp_path), None) is None
-
-
-def test_a_key_is_found_in_the_environment_or_in_netrc(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert not has_key()
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
-    (tmp_path / ".netrc").chmod(0o600)
-    assert has_key()
-    (tmp_path / ".netrc").unlink()
-    monkeypatch.setenv("WANDB_API_KEY", "secret")
-    assert has_key()
-
-
 def test_the_console_shows_totals_and_the_weights_of_an_adaptive_blend():
     keys = (
         "loss/ce",
@@ -350,24 +231,3 @@ def test_the_console_shows_totals_and_the_weights_of_an_adaptive_blend():
         "blend/code/ppl",
     )
     assert [key for key in keys if shown(key)] == ["loss/ce", "val/loss", "blend/code/weight"]
-
-
-class Lost:
-    """A W&B run whose process was killed."""
-
-    def log(self, row):
-        raise ConnectionResetError("Connection lost")
-
-    finish = log
-
-
-def test_a_run_whose_wandb_process_is_killed_keeps_its_numbers_and_logs_it_once(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr("ted_scale.metrics.metrics.log_line", said.append)
-    run = make_run(tmp_path, log_every=1)
-    numbers = metrics(run, wandb_run=Lost())
-    take_steps(numbers, 1, 4)
-    numbers.close()
-    assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4]
-    lost = "W&B is lost until the next start (ConnectionResetError: Connection lost); metrics.jsonl has every number"
-    assert said.count(lost) == 1
