@@ -17,11 +17,19 @@ def log_line(line: str) -> None:
         log.info(line)
 
 
+class LogFile(logging.FileHandler):
+    """On a disk that is full or fails, it loses lines, which the console has, too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)  # a bug: its traceback
+
+
 def open_log(folder: Path, writes: bool) -> None:
     """Rank 0 logs to log.txt and to the console. The other ranks log only warnings, to the console."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if writes:
-        handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
+        handlers.append(LogFile(folder / "log.txt", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     redact.watch_logs()

@@ -19,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import faulty_files
+
 PACKAGES = (
     "torch", "deepspeed", "megatron.core.datasets.indexed_dataset", "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
@@ -61,11 +63,12 @@ def start(command, *, stdout, stderr, env=None, cwd=None) -> Forked | subprocess
     command = [str(word) for word in command]
     if torch.cuda.is_available():
         return subprocess.Popen([sys.executable, *command], stdout=stdout, stderr=stderr, env=env, cwd=cwd)
-    request = {"command": command, "env": dict(os.environ if env is None else env), "cwd": str(cwd or Path.cwd())}
+    env = dict(os.environ if env is None else env)
+    request = {"command": command, "env": env, "cwd": str(cwd or Path.cwd())}
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         descriptors = [stdout.fileno(), stderr.fileno(), theirs.fileno()]
-        socket.send_fds(origin(), [json.dumps(request).encode()], descriptors)
+        socket.send_fds(origin(env.get("LD_PRELOAD", "")), [json.dumps(request).encode()], descriptors)
     return Forked(command, ours)
 
 
@@ -83,12 +86,13 @@ def run(command, *, timeout: float, env=None, cwd=None) -> subprocess.CompletedP
 
 
 @functools.cache
-def origin() -> socket.socket:
-    """The process that forks, by the socket that it reads; it exits with this one, whose end of the socket then closes."""
+def origin(preloaded: str) -> socket.socket:
+    """The process that forks, by the socket that it reads; it exits with this one, whose end of the socket then closes. There is
+    one for each library that is to be loaded first, because only a new program loads it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         command = [sys.executable, __file__, str(theirs.fileno())]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "LD_PRELOAD": preloaded}
         subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
     return ours
 
@@ -131,6 +135,8 @@ def become(request: dict) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    if rules := os.environ.get("FAULTY_FILES"):
+        faulty_files.begin(Path(rules))
     sys.argv[:] = request["command"]
     sys.path[:1] = [str(Path(sys.argv[0]).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     runpy.run_path(sys.argv[0], run_name="__main__")

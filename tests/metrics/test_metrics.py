@@ -12,6 +12,7 @@ from tiny import make_run
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.data.stream import Batch
 from ted_scale.distill.flops import Work
+from ted_scale.metrics import console
 from ted_scale.metrics.clock import Clock
 from ted_scale.metrics.metrics import Metrics, mean_rows, shown
 from ted_scale.metrics.rows import trim_rows
@@ -169,6 +170,16 @@ def test_waiting_before_a_stage_does_not_count_in_the_stage(tmp_path):
     take_steps(numbers, 1, 1)
     numbers.close()
     assert "perf/data_wait_ms" not in rows_of(run)[0]
+
+
+def test_a_full_disk_loses_lines_of_the_log_and_the_console_still_has_them(tmp_path, capfd, monkeypatch):
+    for name, value in (("handlers", []), ("propagate", False), ("level", 0)):  # what open_log changes is put back
+        monkeypatch.setattr(console.log, name, value)
+    console.open_log(tmp_path, writes=True)
+    monkeypatch.setattr(console.log.handlers[1], "stream", Path("/dev/full").open("a"))  # noqa: SIM115
+    console.log.info("a step")
+    said = capfd.readouterr().err
+    assert "a step" in said and "Traceback" not in said
 
 
 def test_a_full_disk_loses_rows_which_is_logged_once_and_the_run_goes_on(tmp_path, caplog):
