@@ -4,6 +4,7 @@ The full counts run under `make soak`. Note: ranks are started without the launc
 """
 
 import json
+import os
 import random
 import re
 import signal
@@ -14,14 +15,21 @@ from pathlib import Path
 
 import pytest
 import soak_report
+import store_contents
 import torch
+from faulty_files import COMPILER, Faults, Rule
+from faulty_store import standing_before
 from launching import ended, start_ranks
 from places import ROOT
 from tiny import make_corpus, make_model, make_run, write_run
+from trainer_schedules import Schedule
 
 from ted_scale.base import durable, sealed
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.state import KINDS, State
+from tools.bench.object_server import serving
+
+NEEDS_COMPILER = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler for faulty_files.c")
 
 SHARDED, PERSISTENT, OFFLOADED = (
     str(ROOT / path)
@@ -164,6 +172,74 @@ def test_a_run_resumes_with_the_losses_of_an_undisturbed_one_on_4_then_2_then_3_
     said = (run.folder / "log.txt").read_text()
     assert "step_00000006, which 4 ranks wrote and 2 read\n" in said
     assert "step_00000009, which 2 ranks wrote and 3 read\n" in said
+
+
+def under_faults(root: Path, undisturbed, seed: int, store=None) -> dict:
+    """A schedule of faults from its seed, and that it ends with the weights of the undisturbed run."""
+    schedule, began = Schedule(root, seed, SETTINGS, store), time.monotonic()
+    schedule.to_its_end()
+    if store and not schedule.wrong:
+        schedule.lose_folder_and_resume()
+    assert not schedule.wrong, (seed, schedule.wrong, schedule.lives, schedule.faults.log())
+    ours, theirs = final_state(schedule.run), final_state(undisturbed)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs), seed
+    return {"lives": schedule.lives, "struck": schedule.faults.log(), "s": round(time.monotonic() - began)}
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_run_whose_files_fail_at_random_ends_with_the_weights_of_an_undisturbed_one(root, undisturbed, seed):
+    assert under_faults(root, undisturbed, seed)["struck"]
+
+
+@pytest.mark.soak
+@NEEDS_COMPILER
+def test_sixty_runs_whose_files_and_stores_fail_at_random_end_with_the_weights_of_an_undisturbed_one(root, undisturbed):
+    """Every third copies its checkpoints. FAULT_SEEDS=20:40 runs a slice; what is in docs/soak.csv is not run again."""
+    first, last = map(int, os.environ.get("FAULT_SEEDS", "100:160").split(":"))
+    with serving() as moto, standing_before(moto.moto) as store, pytest.MonkeyPatch.context() as patch:
+        moto.client().create_bucket(Bucket=store_contents.BUCKET)
+        patch.setenv("AWS_ENDPOINT_URL", store.url)
+        patch.setenv("MOTO_URL", moto.moto)
+        for seed in (seed for seed in range(first, last) if str(seed) not in soak_report.done("faults")):
+            found = under_faults(root, undisturbed, seed, store if seed % 3 == 2 else None)
+            soak_report.note("faults", seed, **{**found, "struck": len(found["struck"])})
+
+
+def start_with(root: Path, name: str, rules: list[Rule], **sections) -> tuple:
+    """A run of two ranks under these rules, to its end: (run, exit codes, faults)."""
+    run, faults = make_run(root, name=name, **{**SETTINGS, **sections}), Faults(root / f"{name}.faults")
+    faults.arm(rules)
+    config = write_run(root / f"{name}.toml", run)
+    with config.with_suffix(".out").open("a") as said:
+        words = ROOT / "launch" / "pretrain.py", "--config", config
+        return run, ended(start_ranks(2, said, *words, environment=faults.environment()), 400), faults
+
+
+@pytest.mark.soak
+@NEEDS_COMPILER
+def test_a_rank_whose_files_pause_for_90_s_is_not_declared_dead_at_default_limits(root, undisturbed):
+    """First a read of its corpus, then of the checkpoint that it resumes from."""
+    pauses = [Rule("read", f"{root}/corpus.bin", "delay", 90, first=6, rank=1)]
+    half = {**SETTINGS["train"], "steps": 3}
+    run, codes, faults = start_with(root, "paused", pauses, train=half)
+    assert (codes, len(faults.log())) == ([0, 0], 1)
+    pauses = [Rule("open", f"{run.folder}/checkpoints/step_*/rank_00000*", "delay", 90, first=1, rank=0)]
+    run, codes, faults = start_with(root, "paused", pauses)
+    assert (codes, len(faults.log())) == ([0, 0], 1)
+    ours, theirs = final_state(run), final_state(undisturbed)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    soak_report.note("pause", "90 s", codes=codes)
+
+
+@pytest.mark.soak
+@NEEDS_COMPILER
+def test_a_rank_that_is_killed_is_declared_dead_within_30_s_at_default_limits(root):
+    rules = [Rule("open", "*/step_00000004.part/rank_00001*", "kill", rank=1)]
+    _, codes, faults = start_with(root, "dead", rules)
+    took = time.time() - (faults.folder / "log").stat().st_mtime
+    soak_report.note("death", "kill -9", s=round(took, 1))
+    assert codes == [5, -9] and took <= 30
 
 
 @pytest.mark.soak

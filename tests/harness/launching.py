@@ -8,13 +8,12 @@ import time
 import forked
 
 
-def start_ranks(ranks: int, said, *words) -> list:
-    """`python WORDS…` once a rank; all write to `said`."""
+def start_ranks(ranks: int, said, *words, environment: dict[str, str] | None = None) -> list:
+    """`python WORDS…` once a rank, with this environment beside the test's own; all write to `said`."""
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    shared = {**os.environ, **(environment or {}), **world}
     return [
-        forked.start(
-            words, env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=said, stderr=said
-        )
+        forked.start(words, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=said, stderr=said)
         for rank in range(ranks)
     ]
 
@@ -26,12 +25,12 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def ended(processes: list, seconds: float) -> list[int]:
-    """Exit codes when all have ended, or one in a way that leaves the others waiting."""
+def ended(processes: list, seconds: float, alone_s: float = 60) -> list[int]:
+    """Exit codes when all have ended, or one in a way that leaves the others waiting, so long."""
     deadline = time.monotonic() + seconds
     while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
         if any(p.poll() for p in processes):
-            deadline = min(deadline, time.monotonic() + 60)
+            deadline = min(deadline, time.monotonic() + alone_s)
         time.sleep(0.05)
     for process in processes:
         process.kill()
