@@ -4,7 +4,6 @@ The process that forks has neither threads nor a process group. Note: a rank tha
 collective. In a run watch.py ends them; here `live` does.
 """
 
-import contextlib
 import errno
 import faulthandler
 import os
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import faulty_files
 import torch.distributed as dist
 
+from ted_scale.base import patience
 from ted_scale.base.errors import FAULT, MISTAKE, SENTENCES
 
 LONGEST_S = 30.0  # then a rank hangs
@@ -59,10 +59,7 @@ def live(ranks: int, place: Path, faults: Path, action, *arguments) -> list[End]
 
 def shorten_patience() -> None:
     """That of a program for which nobody waits."""
-    with contextlib.suppress(ImportError):
-        from ted_scale.base import patience
-
-        patience.PATIENCE_S, patience.MISSING_S, patience.FIRST_PAUSE_S = 0.3, 0.05, 0.001
+    patience.PATIENCE_S, patience.MISSING_S, patience.FIRST_PAUSE_S = 0.3, 0.05, 0.001
 
 
 def start_rank(rank: int, ranks: int, place: Path, faults: Path, action, arguments) -> int:
