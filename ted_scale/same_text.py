@@ -43,7 +43,7 @@ def open_together(open_stage: Callable[[], tuple]) -> tuple:
         readings = [reading for reading, _ in everyone]
         if opened and all(other == reading for other in readings):
             return opened
-        hopeless = all(isinstance(reading, str) for reading in readings)
+        hopeless = all(isinstance(reading, UserError) for reading in readings)
         if hopeless or any(late for _, late in everyone):
             raise unlike(readings)
         log.info(
@@ -54,11 +54,11 @@ def open_together(open_stage: Callable[[], tuple]) -> tuple:
 
 
 def attempt(open_stage: Callable[[], tuple]) -> tuple:
-    """(what was opened, what it reads by corpus); (None, a sentence) if it cannot be opened."""
+    """(what was opened, what it reads by corpus); (None, the error) if it cannot be opened."""
     try:
         opened = open_stage()
-    except UserError as error:
-        return None, str(error)
+    except (UserError, Gone) as error:
+        return None, error
     return opened, what_is_read(opened[0])
 
 
@@ -75,10 +75,10 @@ def listed(training: Part | None, held_out: Part | None) -> Listed:
 
 def unlike(readings: list) -> UserError | Gone:
     """Why the ranks cannot go on: the first sentence of any, or the first corpus of which they list different text."""
-    failed = [rank for rank, reading in enumerate(readings) if isinstance(reading, str)]
+    failed = [rank for rank, reading in enumerate(readings) if isinstance(reading, Exception)]
     if failed:
         some = f" (so on {named(failed)}, not on the others)" if len(failed) < len(readings) else ""
-        return UserError(readings[failed[0]] + some)
+        return type(readings[failed[0]])(f"{readings[failed[0]]}{some}")
     names = dict.fromkeys(name for reading in readings for name in reading)
     name = next(name for name in names if len({reading.get(name) for reading in readings}) > 1)
     groups: dict[Listed, list[int]] = {}

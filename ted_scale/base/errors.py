@@ -6,9 +6,16 @@ and secrets are hidden.
 """
 
 import contextlib
+import errno
 
 from ted_scale.base import redact
 
+# What a user must correct: a name, a right, or room. Other errors of a file system may pass by themselves.
+CORRECTABLE = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.EXDEV, errno.EMLINK),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+}
 LONGEST_VALUE, LONGEST_SENTENCE = 200, 4000  # characters
 
 # The one list of what a run's exit code means; docs/operations.md shows it, launch/supervise.py acts on it.
@@ -95,12 +102,18 @@ def shortened(text: str, most: int) -> str:
 
 @contextlib.contextmanager
 def files_at(place):
-    """An OSError about files becomes a sentence. It names the error's file, or `place` where the error names none."""
+    """An OSError about files becomes a sentence. It names the error's file, or `place` where the error names none. What is no
+    mistake is Gone: a file server that fails over answers again."""
     try:
         yield
     except ConnectionError:  # a pipe without a reader
         raise
     except OSError as error:
+        if error.errno not in CORRECTABLE:
+            raise Gone(
+                f"{error.filename or place} must be readable and writable, but the file system says "
+                f"{error.strerror or error}; look at it and start the same command again"
+            ) from None
         raise UserError(
             f"{error.filename or place} must be a file or folder that this user can use, on a disk with room, but is not: "
             f"{error.strerror or error}; put that right and start the same command again"

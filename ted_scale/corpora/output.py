@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from ted_scale.base.durable import sync, write_durably
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import fits, parse_json
 from ted_scale.base.paths import checked_name, inside
 from ted_scale.corpora.shards import OUTPUT_MANIFEST, unfinished
@@ -153,11 +153,12 @@ def manifest_path(out: str | Path) -> Path:
 def read_manifest(path: Path, called: str = "") -> dict:
     """The manifest of a published output, checked; {} where there is none, as for shards of other tools. Sentences use
     `called` for the copy of a remote one."""
-    try:
-        manifest = read_json(path)
-        sound = not path.exists() or sealed(manifest) == manifest
-    except (ValueError, AttributeError, OSError):
-        sound = False
+    with files_at(called or path):
+        try:
+            manifest = read_json(path)
+            sound = not path.exists() or sealed(manifest) == manifest
+        except (ValueError, AttributeError):
+            sound = False
     if not sound:
         raise UserError(
             f"{called or path} must be as it was written, but its digest is another; copy it again, or delete it"

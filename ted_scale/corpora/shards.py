@@ -195,9 +195,11 @@ def _sidecar(files: Files, tokens: int) -> dict | None:
 
 def read_sidecar(path: Path, called: str) -> dict:
     """What a sidecar holds. Sentences use `called` for the copy of a remote one."""
+    with files_at(called):
+        content = path.read_bytes() if path.stat().st_size <= LARGEST_SIDECAR else b""
     try:
-        sidecar = parse_json(path.read_bytes()) if path.stat().st_size <= LARGEST_SIDECAR else None
-    except (ValueError, OSError):
+        sidecar = parse_json(content)
+    except ValueError:
         sidecar = None
     if not fits(sidecar, SIDECAR, SIGNED):
         raise UserError(f"corpus file {called} must describe its shard, but is unreadable; delete it or tokenize again")

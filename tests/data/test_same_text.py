@@ -116,6 +116,21 @@ def test_a_mistake_that_one_rank_finds_ends_all_ranks_with_its_sentence(run, mon
     assert ranks.listings[0] > 1  # a shard may just be arriving
 
 
+def test_ranks_read_again_what_a_file_server_did_not_let_some_or_all_of_them_read(run, monkeypatch):
+    def fail(rank, listings, shards):
+        if listings < 2 or (rank == 1 and listings < 4):
+            raise Gone("corpus file web.idx must be readable")
+        return shards
+
+    ranks = Ranks(monkeypatch, run)
+    ranks.stale = fail
+    assert len({stream.interval for stream in ranks.open()}) == 1 and ranks.listings == [4, 4, 4]
+    ranks = Ranks(monkeypatch, run, patience_s=0.1)
+    ranks.stale = lambda rank, listings, shards: fail(rank, 0, shards)
+    ends = ranks.open()
+    assert [type(end) for end in ends] == [Gone] * RANKS
+
+
 def test_a_mistake_that_all_ranks_find_ends_them_at_once(run, monkeypatch, tmp_path):
     (tmp_path / "web" / "web-00002.bin").unlink()
     ranks = Ranks(monkeypatch, run)
