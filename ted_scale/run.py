@@ -87,11 +87,14 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
             if progress.step < stage.last_step or validation_is_missing(parts, stage, progress):
                 resumed = newest if progress.step > stage.first_step else None
                 progress = train_stage(parts, stage, progress, resumed)
+        parts.saver.copier.insist()
     except Preempted:
         parts.saver.finish(leaving=True)
+        parts.saver.copier.finish(leaving=True)
         raise
-    except (UserError, RunStopped):  # wait for the checkpoint that is being written
+    except (UserError, RunStopped):  # wait for the checkpoint that is being written, and for its copy
         parts.saver.wait(leaving=True)
+        parts.saver.copier.finish()
         raise
     finally:
         parts.loader.close()
@@ -126,6 +129,7 @@ def build_parts(plan: Plan, device, progress: Progress, newest: Path | None) -> 
     if newest:
         metrics.log_changes(changes.changes(progress.identity, identity, progress.run, written, progress.step))
     saver = Saver(run, run_folder.filters_files(plan, newest), metrics.alert)
+    saver.copier.begin_again(newest)
     loader = Loader(
         prefetch=run.data.prefetch, micro_batch=run.train.micro_batch,
         rank=dist.get_rank(), world=dist.get_world_size(), device=device,

@@ -20,7 +20,7 @@ LONG = (
     "test_distributed", "test_faults", "test_compile", "test_launch", "test_export", "test_kernel_peers", "test_loader",
     "test_kernels", "test_gpu_bench", "test_tokenize_resume", "test_adaptive", "test_watch", "test_fuzz", "test_plan",
     "test_supervise", "test_secrets", "test_tokenize", "test_attention", "test_loss_precision", "test_streaming",
-    "test_saver", "test_copies", "test_resume", "test_fused", "test_cut_student", "test_sampling",
+    "test_saver", "test_copies", "test_copier", "test_resume", "test_fused", "test_cut_student", "test_sampling",
 )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class Failure(NamedTuple):
     reason: str
-    no_room: bool = False  # the user must correct this; other failures may pass by themselves
+    no_room: bool = False
+    mistake: bool = False  # the user must correct this, and no room; other failures may pass by themselves
 
 
 def attempt(action, *arguments):
@@ -38,7 +39,8 @@ def attempt(action, *arguments):
 
 def failure_of(error: Exception) -> Failure:
     text = str(error) if isinstance(error, (*SENTENCES, Damaged)) else repr(error)
-    return Failure(getattr(error, "strerror", None) or text, getattr(error, "errno", None) in NO_ROOM)
+    no_room = getattr(error, "errno", None) in NO_ROOM
+    return Failure(getattr(error, "strerror", None) or text, no_room, isinstance(error, UserError))
 
 
 def attempt_write(place: Path, action, *arguments):
@@ -59,7 +61,7 @@ def could_not_write(place: Path, failure: Failure) -> Failure:
 
 
 def give_up(failure: Failure) -> NoReturn:
-    raise (UserError if failure.no_room else Gone)(failure.reason)
+    raise (UserError if failure.no_room or failure.mistake else Gone)(failure.reason)
 
 
 def warn_of_old_ones(place, failure: Failure | None) -> None:

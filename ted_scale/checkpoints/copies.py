@@ -1,35 +1,24 @@
-"""Copies of checkpoints under s3://. Each checkpoint is copied when it is published; a copy is fetched if the run's folder has
-no whole checkpoint that is as new.
+"""Copies of checkpoints under s3://: what is there, what of it is whole, and how files get there and back.
 
-Copying runs in the background, during training and during the next save, one copy at a time. A checkpoint that is published
-while an earlier one is still being copied gets no copy; the next one does. Requests, credentials and their sentences are in
-storage/. Note: the manifest is the last object of a copy, so a copy without a manifest does not count; and a copy whose objects
-do not have the sizes in its manifest is damaged, like a checkpoint on disk.
+copier.py decides which checkpoint is copied when. A copy is fetched if the run's folder has no whole checkpoint that is as new.
+Requests, credentials and their sentences are in storage/. Note: the manifest is the last object of a copy, so a copy without a
+manifest does not count; and a copy whose objects do not have the sizes in its manifest is damaged, like a checkpoint on disk.
 """
 
-import contextlib
-import logging
 import shutil
-import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
-
-import torch.distributed as dist
 
 from ted_scale.base import sealed
 from ted_scale.base.errors import files_at
 from ted_scale.base.sealed import MANIFEST, Damaged
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints.attempts import Failure, attempt, warn_of_old_ones
 from ted_scale.checkpoints.progress import PROGRESS, Progress, parse_progress
-from ted_scale.ranks import pulse
-from ted_scale.ranks.agree import first_of_all, new_group
 from ted_scale.storage import objects, transfers
 from ted_scale.storage.objects import Object
 from ted_scale.storage.retries import Missing
 
-log = logging.getLogger("ted_scale")
 FETCHED = ".fetched"  # ends the name of a checkpoint that is being downloaded; a later start goes on with its files
 
 
@@ -46,54 +35,22 @@ class Copy(NamedTuple):
         return self.manifest is not None and self.fault is None
 
 
-class Copier:
-    """Copies in a thread of its own, on every rank. `alert(title, text)` alerts the user."""
-
-    def __init__(self, run, alert):
-        self.place, self.settings, self.alert = place_of(run), run.checkpoint, alert
-        self.group, self.thread, self.name, self.failed = new_group(), None, "", 0
-
-    def is_copying(self) -> bool:
-        return self.thread is not None and self.thread.is_alive()
-
-    def begin(self, checkpoint: Path, names: list[str]) -> None:
-        """Every rank copies the files that it wrote."""
-        self.name = checkpoint.name
-        self.thread = threading.Thread(target=self.run_thread, args=(checkpoint, names), daemon=True, name="copy")
-        self.thread.start()
-
-    def finish(self) -> None:
-        """Wait for the copy. This ends: requests have time limits, and the death of another rank ends this one."""
-        while self.is_copying():
-            pulse.doing(f"the copy of {self.name}")
-            self.thread.join(1)
-
-    def run_thread(self, checkpoint: Path, names: list[str]) -> None:
-        with contextlib.suppress(Exception):
-            if failure := self.copy(checkpoint, names):
-                self.alert_no_copy(checkpoint, failure)
-            elif dist.get_rank() == 0:
-                failure, _ = attempt(prune, self.place, self.settings)
-                warn_of_old_ones(self.place, failure)
-
-    def copy(self, checkpoint: Path, names: list[str]) -> Failure | None:
-        """All ranks' files first, the manifest last."""
-        failure, _ = attempt(send, checkpoint, self.place, names)
-        failure = first_of_all(failure, self.group)
-        if not failure and dist.get_rank() == 0:
-            failure, _ = attempt(send, checkpoint, self.place, [MANIFEST])
-        return failure
-
-    def alert_no_copy(self, checkpoint: Path, failure: Failure) -> None:
-        self.failed += 1
-        if dist.get_rank() == 0:
-            self.alert(
-                "a checkpoint was not copied", f"{checkpoint.name} has no copy; the run goes on: {failure.reason}"
-            )
-
-
 def place_of(run) -> str:
     return f"{run.checkpoint.copy_to.rstrip('/')}/{run.name}/checkpoints" if run.checkpoint.copy_to else ""
+
+
+# From here to there
+
+
+def make_way(checkpoint: Path, place: str) -> bool:
+    """Whether anything of a checkpoint is to be sent. A manifest of other bytes under this name goes first: with it, a copy
+    that is half replaced would look whole."""
+    there = copy_of(place, checkpoint.name)
+    if there.is_whole and there.manifest == sealed.read_manifest(checkpoint):
+        return False
+    if MANIFEST in there.objects:
+        remove(place, checkpoint.name, {MANIFEST: there.objects[MANIFEST]})
+    return True
 
 
 def send(checkpoint: Path, place: str, names: list[str]) -> None:

@@ -6,7 +6,6 @@ stage, insists. Note: the threads of all ranks use process groups of their own, 
 same time.
 """
 
-import contextlib
 import errno
 import shutil
 import threading
@@ -28,7 +27,7 @@ from ted_scale.checkpoints.attempts import (
     give_up,
     warn_of_old_ones,
 )
-from ted_scale.checkpoints.copies import Copier
+from ted_scale.checkpoints.copier import Copier
 from ted_scale.checkpoints.folder import FILTERS
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
 from ted_scale.ranks.agree import first_of_all, gather, new_group
@@ -49,7 +48,6 @@ class Outcome(NamedTuple):
     """How a save went. All ranks have the same outcome, except for the time."""
 
     failure: Failure | None
-    copying: bool = False  # some rank still copies an earlier checkpoint
     write_ms: float = 0.0
 
 
@@ -130,13 +128,14 @@ class Saver:
         """If a rank has died, the collectives of all others fail. watch.py reports the death, so nothing is reported here."""
         try:
             names = self.write(save)
+            if not self.outcome.failure:
+                self.copier.begin(save.place, names)
         except Exception as error:
-            names = []
             self.outcome = self.outcome._replace(failure=could_not_write(save.place, Failure(repr(error))))
         self.written.set()
-        if not self.outcome.failure:
-            with contextlib.suppress(Exception):
-                self.after_publishing(save.place, names)
+        if not self.outcome.failure and dist.get_rank() == 0:  # the next save need not wait for this
+            failure, _ = attempt(files.prune, self.folder, self.settings, self.copier.needed())
+            warn_of_old_ones(self.folder, failure)
 
     def write(self, save: Save) -> list[str]:
         """Write and publish a checkpoint. All ranks get the same outcome. Returns the names of the files that this rank wrote."""
@@ -144,17 +143,16 @@ class Saver:
         part = place.with_name(place.name + PART)
         # Every rank writes its files; then all ranks know what was written, and whether a rank has failed.
         failure, mine = attempt_write(place, self.write_files, part, save)
-        everyone = gather((failure, mine, self.copier.is_copying()), self.group)
-        failure = next((failed for failed, _, _ in everyone if failed), None)
+        everyone = gather((failure, mine), self.group)
+        failure = next((failed for failed, _ in everyone if failed), None)
         # Rank 0 publishes the checkpoint, or removes its parts before any rank may write them again.
         if is_first and not failure:
-            failure, _ = attempt_write(place, seal_and_publish, part, [entries for _, entries, _ in everyone], save)
+            failure, _ = attempt_write(place, seal_and_publish, part, [entries for _, entries in everyone], save)
         if is_first and failure:
             shutil.rmtree(part, ignore_errors=True)
         # All ranks know whether it is published.
         failure = first_of_all(failure, self.group)
-        copying = any(copying for _, _, copying in everyone)
-        self.outcome = Outcome(failure, copying, (time.perf_counter() - began) * 1e3)
+        self.outcome = Outcome(failure, (time.perf_counter() - began) * 1e3)
         if save.with_filters and not failure:
             self.last_filters = [place / FILTERS, *self.last_filters[:1]]
         if is_first and failure:
@@ -167,17 +165,6 @@ class Saver:
             "a checkpoint was not written",
             f"{failure.reason}; the run stops after more than {most} such failures in a row",
         )
-
-    def after_publishing(self, place: Path, names: list[str]) -> None:
-        """Work that the next save need not wait for: remove old checkpoints, and copy this one to object storage."""
-        if dist.get_rank() == 0:
-            spared = {self.copier.name} if self.outcome.copying else set()
-            failure, _ = attempt(files.prune, self.folder, self.settings, spared)
-            warn_of_old_ones(self.folder, failure)
-        if self.copier.place and self.outcome.copying:
-            self.copier.alert_no_copy(place, Failure(f"the copy of {self.copier.name} is not done yet"))
-        elif self.copier.place:
-            self.copier.begin(place, names)
 
     def write_files(self, part: Path, save: Save) -> dict[str, Entry]:
         """Write this rank's file. Rank 0 also writes the files that exist once for all ranks."""

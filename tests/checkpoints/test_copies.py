@@ -2,13 +2,12 @@
 
 import errno
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
 import test_saver
 import torch.distributed as dist
-from test_saver import Run, content, one_rank  # noqa: F401 - a fixture of this module, too
+from test_saver import content, one_rank  # noqa: F401 - a fixture of this module, too
 
 from ted_scale.base import sealed
 from ted_scale.base.errors import SENTENCES, UserError
@@ -20,22 +19,6 @@ from ted_scale.checkpoints.saver import Saver
 from ted_scale.run_folder import resume_point
 from ted_scale.storage import objects as object_store
 from ted_scale.storage import transfers
-from tools.bench.object_server import serving
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    with serving() as running:
-        running.client().create_bucket(Bucket="bucket")
-        yield running
-
-
-@pytest.fixture
-def run(endpoint, tmp_path):
-    object_store.s3_client.cache_clear()
-    endpoint.faults()
-    (tmp_path / "filters").write_bytes(b"filters")
-    return Run(tmp_path / f"run_{tmp_path.name}", keep=2, copy_to="s3://bucket/runs/")
 
 
 def saver_of(run, filters: Path) -> Saver:
@@ -192,30 +175,6 @@ def test_a_copy_that_was_never_finished_is_removed_later(endpoint, run, tmp_path
     endpoint.client().delete_object(Bucket="bucket", Key=f"{prefix}/step_00000004/{sealed.MANIFEST}")
     assert write(saver, 12) is None
     assert copied(endpoint, run).keys() == {"step_00000008", "step_00000012"}
-
-
-def test_a_save_does_not_wait_for_the_copy_before_and_a_checkpoint_stays_until_it_is_copied(
-    endpoint, run, tmp_path, monkeypatch, caplog
-):
-    """With a slow network. The next checkpoints get no copy, which is reported, and the one being copied is not removed."""
-    saver, free, send = saver_of(run, tmp_path), threading.Event(), copies.send
-
-    def slowly(*arguments):
-        assert free.wait(60)
-        send(*arguments)
-
-    monkeypatch.setattr(copies, "send", slowly)
-    for step in (4, 8, 12, 16):
-        assert test_saver.write(saver, step) is None
-    left = sorted(s.step for s in files.published(run.folder))
-    assert left == [4, 12, 16]
-    assert caplog.text.count("has no copy; the run goes on: the copy of step_00000004 is not done yet") == 3
-    free.set()
-    saver.copier.finish()
-    assert copied(endpoint, run).keys() == {"step_00000004"}
-    assert write(saver, 20) is None
-    assert sorted(s.step for s in files.published(run.folder)) == [16, 20]
-    assert copied(endpoint, run).keys() == {"step_00000004", "step_00000020"}
 
 
 def test_a_failed_copy_is_reported_and_the_run_and_the_checkpoint_stay(run, tmp_path, caplog):

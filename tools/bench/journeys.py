@@ -35,7 +35,7 @@ import transformers
 import ted_scale
 from ted_scale.base.errors import RESUME
 from ted_scale.base.exits import run_main
-from ted_scale.checkpoints.copies import Copier
+from ted_scale.checkpoints.copier import Copier
 from ted_scale.checkpoints.saver import Saver
 from ted_scale.config.run import Run
 from ted_scale.data.loader import Loader

@@ -1,0 +1,140 @@
+"""Which checkpoint is copied to object storage when: in the background, one at a time, the newest that is published.
+
+What is published while a copy is under way waits for its turn; if a newer one comes meanwhile, that one waits instead. At the
+end of a run the last copy is awaited, and without it the run is not done. Note: rank 0 chooses, because it also removes old
+checkpoints from disk and must spare the one that is next. Another rank may be slower and not know yet of what rank 0 has
+chosen, but it will: all ranks publish the same checkpoints in the same order.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from ted_scale.base import sealed
+from ted_scale.checkpoints import copies
+from ted_scale.checkpoints.attempts import Failure, attempt, give_up, warn_of_old_ones
+from ted_scale.ranks import pulse, signals
+from ted_scale.ranks.agree import first_of_all, gather, new_group, share
+
+log = logging.getLogger("ted_scale")
+# A run that is asked to stop waits so long for a copy. Spot machines, Kubernetes and launch.py give 30 s in all, the step and the
+# save come first, and on a machine that is not preempted the next start sends what is missing.
+LEAVING_S = 20
+
+
+class Task(NamedTuple):
+    checkpoint: Path
+    names: list[str]  # of the files that this rank sends
+
+
+class Copier:
+    """Copies in a thread of its own, on every rank. `alert(title, text)` alerts the user."""
+
+    def __init__(self, run, alert):
+        self.place, self.settings, self.alert = copies.place_of(run), run.checkpoint, alert
+        self.rank, self.group, self.changed = dist.get_rank(), new_group(), threading.Condition()
+        self.waiting: dict[int, Task] = {}  # by number; all ranks number alike
+        self.number, self.under_way, self.thread = 0, "", None
+        self.failed, self.failure = 0, None  # copies since it was last asked; of the last copy
+
+    # Called by the saver and the trainer
+
+    def begin(self, checkpoint: Path, names: list[str]) -> None:
+        """All ranks call this for the same checkpoints in the same order. Every rank sends the files that it wrote."""
+        if not self.place:
+            return
+        with self.changed:
+            self.number += 1
+            self.waiting[self.number] = Task(checkpoint, names)
+            self.changed.notify()
+            if not self.is_copying():
+                self.thread = threading.Thread(target=self.run_thread, daemon=True, name="copy")
+                self.thread.start()
+
+    def begin_again(self, checkpoint: Path | None) -> None:
+        """At a start: the checkpoint that the run resumes from may have no copy, or half of one."""
+        if self.place and checkpoint:
+            rank, ranks = share()
+            self.begin(checkpoint, list(sealed.read_manifest(checkpoint)["files"])[rank::ranks])
+
+    def is_copying(self) -> bool:
+        thread = self.thread  # the thread sets it to None at its end
+        return thread is not None and thread.is_alive()
+
+    def needed(self) -> set[str]:
+        """The names of the checkpoints that must stay on disk. Only rank 0 asks, which chooses what is next."""
+        with self.changed:
+            return {self.under_way, *(task.checkpoint.name for task in list(self.waiting.values())[-1:])}
+
+    def finish(self, *, leaving: bool = False) -> None:
+        """Wait for the copies. This ends: requests have time limits, and the death of another rank ends this one."""
+        end = time.monotonic() + LEAVING_S if leaving else None
+        if self.is_copying():
+            log.info(f"waiting for the copy of {self.under_way}")
+        while (thread := self.thread) is not None and thread.is_alive() and (end is None or time.monotonic() < end):
+            pulse.doing(f"the copy of {self.under_way}")
+            thread.join(1)
+            if signals.asked.is_set() and end is None:
+                end = time.monotonic() + LEAVING_S
+
+    def insist(self) -> None:
+        """Wait for the copies; a run whose last checkpoint has none is not done. The next start copies it."""
+        self.finish()
+        if self.failure:
+            sentence = f"checkpoint.copy_to must hold the run's last checkpoint, but does not: {self.failure.reason}"
+            give_up(self.failure._replace(reason=f"{sentence}; it is whole on disk, and the same command copies it"))
+
+    # The thread's part; every rank has such a thread
+
+    def run_thread(self) -> None:
+        """If a rank has died, the collectives of all others fail. watch.py reports the death, so nothing is reported here."""
+        with contextlib.suppress(Exception):
+            while (task := self.next()) is not None:
+                self.failure = self.copy(task)
+                if self.failure:
+                    self.alert_no_copy(task.checkpoint, self.failure)
+                elif self.rank == 0:
+                    failure, _ = attempt(copies.prune, self.place, self.settings)
+                    warn_of_old_ones(self.place, failure)
+
+    def next(self) -> Task | None:
+        """The newest task that rank 0 knows. Those before it are passed over."""
+        with self.changed:
+            if not self.waiting:
+                self.under_way, self.thread = "", None
+                return None
+            newest = max(self.waiting)
+            self.under_way = self.waiting[newest].checkpoint.name
+        chosen = gather(newest, self.group)[0]
+        with self.changed:
+            self.changed.wait_for(lambda: chosen in self.waiting)
+            for number in sorted(number for number in self.waiting if number < chosen):
+                late = Failure("a newer checkpoint came before the copy of an earlier one was done")
+                self.alert_no_copy(self.waiting.pop(number).checkpoint, late)
+            task = self.waiting.pop(chosen)
+            self.under_way, self.failure = task.checkpoint.name, Failure("its copy was interrupted")
+            return task
+
+    def copy(self, task: Task) -> Failure | None:
+        """All ranks' files first, the manifest last. All ranks get the same failure."""
+        failure, is_needed = attempt(copies.make_way, task.checkpoint, self.place) if self.rank == 0 else (None, True)
+        failure, is_needed = gather((failure, is_needed), self.group)[0]
+        if failure or not is_needed:
+            return failure
+        failure, _ = attempt(copies.send, task.checkpoint, self.place, task.names)
+        failure = first_of_all(failure, self.group)
+        if not failure and self.rank == 0:
+            failure, _ = attempt(copies.send, task.checkpoint, self.place, [sealed.MANIFEST])
+        return first_of_all(failure, self.group)
+
+    def alert_no_copy(self, checkpoint: Path, failure: Failure) -> None:
+        self.failed += 1
+        if self.rank == 0:
+            self.alert(
+                "a checkpoint was not copied", f"{checkpoint.name} has no copy; the run goes on: {failure.reason}"
+            )
