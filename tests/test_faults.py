@@ -21,12 +21,13 @@ from faulty_files import COMPILER, Faults, Rule
 from faulty_store import standing_before
 from launching import ended, start_ranks
 from places import ROOT
+from states import state_of, whole
 from tiny import make_corpus, make_model, make_run, write_run
 from trainer_schedules import Schedule
 
-from ted_scale.base import durable, sealed
+from ted_scale.base import durable
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints.state import KINDS, State
+from ted_scale.checkpoints.state import KINDS
 from tools.bench.object_server import serving
 
 NEEDS_COMPILER = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler for faulty_files.c")
@@ -84,8 +85,8 @@ def newest_step(run) -> int:
 
 def final_state(run) -> dict[str, torch.Tensor]:
     newest = files.newest_checkpoint(run.folder)
-    state = State(newest, sealed.read_manifest(newest))
-    return {f"{kind} {name}": state.whole(name, kind) for name in state.shapes for kind in KINDS}
+    state = state_of(newest)
+    return {f"{kind} {name}": whole(state, name, kind) for name in state.shapes for kind in KINDS}
 
 
 def what_was_read(run) -> list[dict]:

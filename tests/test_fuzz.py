@@ -31,6 +31,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plain import VOCABULARY, make_world
 from safetensors.torch import save_file
+from states import state_of
 from tiny import make_run, run_values
 
 from ted_scale import feed, plan
@@ -39,7 +40,7 @@ from ted_scale.base.errors import UserError, files_at
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.filters_file import check_filters, filter_tensors, load_filters
 from ted_scale.checkpoints.progress import Measured, Progress, read_progress
-from ted_scale.checkpoints.state import KINDS, State, as_bytes, key_of, rank_file
+from ted_scale.checkpoints.state import KINDS, Part, key_of, rank_file
 from ted_scale.config import changes
 from ted_scale.config.data import Streaming
 from ted_scale.config.ds_config import load_ds_config
@@ -60,6 +61,7 @@ from ted_scale.models.inspection import inspect
 from ted_scale.models.vocabulary import read_vocabulary
 from ted_scale.models.weights import build_network, load_weights
 from ted_scale.plan import describe, make_plan
+from ted_scale.storage.tensor_file import as_bytes
 from tools import inspect_corpus, train_tokenizer
 
 LONGEST_S = 20  # a first import is in it
@@ -208,8 +210,8 @@ def sealed_folder(data, at: Place) -> Callable:
         files.newest_checkpoint(at.folder)
         files.kept({s.path.name: s.manifest for s in files.published(at.folder)}, Checkpoint(keep_best=True))
         if files.check_digests(folder) is None:
-            found = State(folder, sealed.read_manifest(folder))
-            assert all(found.whole(name).numel() < 100 for name in found.shapes)
+            found = state_of(folder)
+            found.fill([Part("fp32", name, 0, torch.empty(6)) for name in found.shapes])
 
     return read
 

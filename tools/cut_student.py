@@ -9,9 +9,9 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
@@ -28,10 +28,10 @@ from ted_scale.models.model_folder import (
     write_shards,
 )
 from ted_scale.models.weights import renamer
+from ted_scale.storage import tensor_file
 from ted_scale.storage.hub import find_folder
+from ted_scale.storage.tensor_file import Entry, Stretch
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
-          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 NO_LAYERS = ("architectures", "id2label", "label2id")  # their length may equal the depth by chance
 
 
@@ -72,38 +72,47 @@ def cut_config(folder: Path, blocks: list[int]) -> dict:
     return values
 
 
-def find_tensors(anatomy: Anatomy) -> dict[str, tuple[Path, str]]:
-    """Name in the teacher → where it is read. A tied tensor has its first name, whatever its file calls it."""
+class Place(NamedTuple):
+    """Where a tensor of the teacher is read."""
+
+    file: Path
+    key: str
+    entry: Entry
+
+
+def find_tensors(anatomy: Anatomy) -> dict[str, Place]:
+    """By name in the teacher. A tied tensor has its first name, whatever its file calls it."""
     with torch.device("meta"):
         model = empty_model(read_config("TEACHER", anatomy.folder))
     targets = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in saved_tensors(model).items()}
     rename, places = renamer(model, targets), {}
     for file in sorted(anatomy.folder.glob("*.safetensors")):
-        for key in opened(file, lambda tensors: list(tensors.keys())):
+        for key, entry in tensor_file.header_of(file).entries.items():
             name = rename(key)
             if name in targets:
-                places.setdefault(first[id(targets[name])], (file, key))
+                places.setdefault(first[id(targets[name])], Place(file, key, entry))
     return places
 
 
-def opened(file: Path, read):
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return read(tensors)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} must be a whole safetensors file, but is not: {error}; copy it again") from None
-
-
-def recipes(teacher: Anatomy, student: Path, blocks: list[int]) -> list[Recipe]:
-    """The student's tensors: those of the blocks under their new numbers, and those outside of blocks."""
+def places_of(teacher: Anatomy, student: Path, blocks: list[int]) -> dict[str, Place]:
+    """By name in the student: the tensors of the blocks under their new numbers, and those outside of blocks."""
     with torch.device("meta"):
         model = empty_model(read_config("OUT", student))
-    places = find_tensors(teacher)
-    return [
-        recipe(name, tuple(target.shape), places.get(name_in_teacher(name, teacher.blocks, blocks)), teacher.folder)
-        for name, target in saved_tensors(model).items()
-    ]
+    found, places = find_tensors(teacher), {}
+    for name, target in saved_tensors(model).items():
+        place = found.get(name_in_teacher(name, teacher.blocks, blocks))
+        if place is None:
+            raise UserError(
+                f"TEACHER must hold the weights its config.json describes, but {teacher.folder} has none for {name}"
+            )
+        if place.entry.shape != target.shape:
+            raise UserError(
+                f"{place.file}: {place.key} must have shape {tuple(target.shape)}, but has {place.entry.shape}; the file "
+                "belongs to another model"
+            )
+        places[name] = place
+    return places
 
 
 def name_in_teacher(name: str, prefix: str, blocks: list[int]) -> str:
@@ -113,18 +122,11 @@ def name_in_teacher(name: str, prefix: str, blocks: list[int]) -> str:
     return f"{prefix}.{blocks[int(number)]}.{rest}"
 
 
-def recipe(name: str, shape: tuple, place: tuple[Path, str] | None, folder: Path) -> Recipe:
-    if place is None:
-        raise UserError(f"TEACHER must hold the weights its config.json describes, but {folder} has none for {name}")
-    file, key = place
-    found, dtype = opened(file, lambda tensors: facts(tensors.get_slice(key)))
-    if found != shape or dtype not in DTYPES:
-        raise UserError(f"{file}: {key} must have shape {shape} and a plain dtype, but has {found} in {dtype}")
-    return Recipe(name, shape, DTYPES[dtype], partial(opened, file, lambda tensors: tensors.get_tensor(key)))
-
-
-def facts(tensor) -> tuple[tuple, str]:
-    return tuple(tensor.get_shape()), tensor.get_dtype()
+def read(places: dict[str, Place], tensors: dict[str, torch.Tensor]) -> None:
+    """Fill the tensors of an output shard, which opens each file of the teacher once."""
+    for file in sorted({places[name].file for name in tensors}):
+        here = [Stretch(places[name].key, 0, t.view(-1)) for name, t in tensors.items() if places[name].file == file]
+        tensor_file.fill(file, lambda entries, here=here: here)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -148,7 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     with new_folder(arguments.out, overwrite=arguments.overwrite, sources=[folder]) as part:
         write_json(part / "config.json", cut_config(folder, blocks))
         student = inspect("a cut of TEACHER", str(part), needs_weights=False)
-        size = write_shards(part, recipes(teacher, part, blocks), arguments.max_shard_gb * 1e9)
+        places = places_of(teacher, part, blocks)
+        recipes = [Recipe(name, place.entry.shape, place.entry.dtype) for name, place in places.items()]
+        size = write_shards(part, recipes, partial(read, places), arguments.max_shard_gb * 1e9)
         copy_files(folder, part, [*TOKENIZER_FILES, "generation_config.json"])
         write_json(part / CUT, cut_map(teacher, blocks))
     print(f"blocks {', '.join(map(str, blocks))} of {teacher.layers} of {folder} -> {arguments.out}")

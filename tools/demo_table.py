@@ -4,13 +4,13 @@ It knows nothing about how the demo runs. demo.py prints and saves what `render`
 """
 
 import json
+import math
 import statistics
 from pathlib import Path
 
-from safetensors import safe_open
-
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import load_run
+from ted_scale.storage import tensor_file
 
 
 def render(teacher_config: Path, ted_config: Path, student: Path, sample: Path, table: Path) -> str:
@@ -79,12 +79,5 @@ def read_rows(run: Run) -> list[dict]:
 
 def parameters(folder: Path) -> int:
     """Elements in a model folder's files; a tied weight is saved once."""
-    count = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a dict
-                size = 1
-                for length in tensors.get_slice(key).get_shape():
-                    size *= length
-                count += size
-    return count
+    headers = map(tensor_file.header_of, folder.glob("*.safetensors"))
+    return sum(math.prod(entry.shape) for header in headers for entry in header.entries.values())

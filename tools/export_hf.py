@@ -1,7 +1,7 @@
 """A run's student as a Hugging Face folder: python tools/export_hf.py RUN_OR_CHECKPOINT [OUT]
 
-Verifies the digests of the ranks' files, memory-maps them, and writes shard by shard: no GPU, no process group, one output
-shard in memory. Note: a bf16 run is exported in bf16, whatever type the student was saved in, because its forward ran in
+Verifies the digests of the ranks' files, and reads and writes shard by shard: no GPU, no process group, one output shard in
+memory. Note: a bf16 run is exported in bf16, whatever type the student was saved in, because its forward ran in
 bf16; --dtype fp32 gives the master weights.
 """
 
@@ -53,7 +53,7 @@ def check_trained(run: Run, checkpoint: Path) -> None:
 
 
 def open_state(checkpoint: Path):
-    """The trained module's tensors; each is read from the ranks' mapped files when needed."""
+    """The trained module's tensors, in the ranks' files."""
     from ted_scale.checkpoints.state import State
 
     if fault := files.check_digests(checkpoint):
@@ -63,7 +63,7 @@ def open_state(checkpoint: Path):
     return State(checkpoint, sealed.read_manifest(checkpoint))
 
 
-def recipes(checkpoint: Path, student: Path, dtype) -> list:
+def recipes(state, student: Path, dtype) -> list:
     """The network's tensors under their family's names, and nothing else of the trained module."""
     import torch
 
@@ -72,22 +72,25 @@ def recipes(checkpoint: Path, student: Path, dtype) -> list:
 
     with torch.device("meta"):
         model = empty_model(read_config("student.path", student))
-    state, found = open_state(checkpoint), []
+    found = []
     for name, target in saved_tensors(model).items():
         theirs, shape = state.shapes.get(NETWORK + name), tuple(target.shape)
         if theirs is None or tuple(theirs) != shape:
             has = "does not have it" if theirs is None else f"has {tuple(theirs)}"
             raise UserError(
-                f"{checkpoint} must hold {name} of shape {shape}, as {student} says, but {has}; name the "
+                f"{state.checkpoint} must hold {name} of shape {shape}, as {student} says, but {has}; name the "
                 "folder the run started from with --student"
             )
         kept = dtype if target.is_floating_point() else target.dtype
-        found.append(Recipe(name, shape, kept, partial(whole, state, NETWORK + name, kept)))
+        found.append(Recipe(name, shape, kept))
     return found
 
 
-def whole(state, name: str, dtype):
-    return state.whole(name).contiguous().to(dtype)
+def read(state, tensors: dict) -> None:
+    """Fill the tensors of an output shard, which opens each rank's file once."""
+    from ted_scale.checkpoints.state import Part
+
+    state.fill([Part("fp32", NETWORK + name, 0, tensor.view(-1)) for name, tensor in tensors.items()])
 
 
 def write_config(student: Path, target: Path, dtype) -> None:
@@ -145,7 +148,9 @@ def main(argv: list[str] | None = None) -> None:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype or run.train.precision]
     out = arguments.out or folder / "export"
     with new_folder(out, overwrite=arguments.overwrite, sources=(student, folder)) as part:
-        size = write_shards(part, recipes(checkpoint, student, dtype), arguments.max_shard_gb * 1e9)
+        state = open_state(checkpoint)
+        shards = recipes(state, student, dtype)
+        size = write_shards(part, shards, partial(read, state), arguments.max_shard_gb * 1e9)
         write_config(student, part, dtype)
         copy_tokenizer(run, student, part)
     print(f"{checkpoint.name} of {run.name} -> {out}, {size / 1e6:,.1f} MB in {name_of(dtype)}; load it:")

@@ -10,11 +10,11 @@ from ted_scale.base.durable import write_durably
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import parse_json
 from ted_scale.checkpoints.attempts import attempt_write, give_up
-from ted_scale.checkpoints.state import as_bytes
 from ted_scale.config import changes
 from ted_scale.models.weights import load_file
 from ted_scale.models.zero import gathered
 from ted_scale.ranks.agree import broadcast
+from ted_scale.storage import tensor_file
 
 
 def filter_tensors(sides: dict) -> dict[str, torch.nn.Parameter]:
@@ -53,7 +53,7 @@ def save_filters(path: Path, tensors: dict, identity: dict) -> None:
 
 
 def write_filters(path: Path, tensors: dict, identity: dict) -> None:
-    write_durably(path, as_bytes(tensors, {"identity": json.dumps(identity)}))
+    write_durably(path, tensor_file.as_bytes(tensors, {"identity": json.dumps(identity)}))
 
 
 def load_filters(path: Path, sides: dict) -> None:
@@ -66,13 +66,10 @@ def load_filters(path: Path, sides: dict) -> None:
 
 def check_filters(path: Path, identity: dict) -> None:
     """Refuse `filters.from` unless it names a run whose stage I is done and whose filters fit this run."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise UserError(f"filters.from must name a run folder whose stage I is done, but {path} does not exist")
     try:
-        with safe_open(path, framework="pt") as tensors:
-            written = dict(parse_json(tensors.metadata()["identity"]))
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        written = dict(parse_json(tensor_file.header_of(path).about["identity"]))
+    except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"filters.from must name filters that this project wrote, but {path} is not: {error}") from None
     changes.refuse_other_filters(path, written, identity)

@@ -31,6 +31,7 @@ from ted_scale.checkpoints.copier import Copier
 from ted_scale.checkpoints.folder import FILTERS
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
 from ted_scale.ranks.agree import first_of_all, gather, new_group
+from ted_scale.storage.tensor_file import as_bytes
 
 LAST_PAUSES_S = (5, 15, 45)  # before the retries of a stage's last save
 
@@ -170,7 +171,7 @@ class Saver:
         """Write this rank's file. Rank 0 also writes the files that exist once for all ranks."""
         part.mkdir(parents=True, exist_ok=True)
         name = state.rank_file(dist.get_rank())
-        entries = {name: durable.write_file(part / name, state.as_bytes(save.snapshot.tensors))}
+        entries = {name: durable.write_file(part / name, as_bytes(save.snapshot.tensors))}
         if dist.get_rank() == 0:
             entries[PROGRESS] = durable.write_file(part / PROGRESS, [progress_as_bytes(save.progress)])
             if save.with_filters:

@@ -1,29 +1,28 @@
 """The trained state: from the engine to host memory, as one safetensors file a rank, and back on any number of ranks.
 
 DeepSpeed keeps flat groups of fp32 master weights, with AdamW's moments for each. ZeRO-3 cuts every tensor, flattened, into
-equal pieces, one a rank. A rank's file holds its pieces, without the padding of the last one; a reader on other ranks takes
-what it needs from the files that have it. The manifest holds the names and shapes of the tensors (sealed.py). The frozen teacher
-is never saved. Note: DeepSpeed's own save and load are not used (design note 16): they pickle, they need the same number of
-ranks again, and they restore learning rates that the run file has changed.
+equal pieces, one a rank. A rank's file holds its pieces, without the padding of the last one; a reader on other ranks goes
+through the files and takes what it needs from each. The manifest holds the names and shapes of the tensors (sealed.py). The
+frozen teacher is never saved. Note: DeepSpeed's own save and load are not used (design note 16): they pickle, they need the
+same number of ranks again, and they restore learning rates that the run file has changed.
 """
 
-import json
 import math
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import fits, is_count
+from ted_scale.storage import tensor_file
+from ted_scale.storage.tensor_file import Stretch
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")  # the master weight and AdamW's moments, all in fp32
-BYTES = 4
 
 
 class Snapshot(NamedTuple):
@@ -108,7 +107,7 @@ def snapshot(engine, buffers: list[dict[str, torch.Tensor]]) -> Snapshot:
     return Snapshot(tensors, {"ranks": dist.get_world_size(), "updates": updates.pop(), "shapes": shapes})
 
 
-# Host memory to a file
+# A file of each rank
 
 
 def key_of(kind: str, name: str) -> str:
@@ -117,20 +116,6 @@ def key_of(kind: str, name: str) -> str:
 
 def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
-
-
-def as_bytes(tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None) -> Iterable:
-    """A safetensors file of fp32 tensors in host memory, in pieces, without a copy of the tensors."""
-    header, end = {"__metadata__": about} if about else {}, 0
-    for key, tensor in tensors.items():
-        first, end = end, end + BYTES * tensor.numel()
-        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [first, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        if tensor.numel():
-            yield memoryview(tensor.flatten().numpy())
 
 
 # Files to tensors, and to an engine
@@ -148,8 +133,17 @@ def is_valid(manifest: dict) -> bool:
     return manifest["ranks"] > 0 and all(size > 0 and is_count(size) for size in sizes)
 
 
+class Part(NamedTuple):
+    """Elements of a flattened tensor, from `first` on, as many as `target` takes."""
+
+    kind: str
+    name: str
+    first: int
+    target: torch.Tensor  # flat
+
+
 class State:
-    """The tensors of a checkpoint, memory-mapped. A file is opened when it is first needed."""
+    """The tensors of a checkpoint, in the files of the ranks that wrote it."""
 
     def __init__(self, checkpoint: Path, manifest: dict):
         if not fits(manifest, {"ranks": int, "updates": int, "shapes": dict}) or not is_valid(manifest):
@@ -157,45 +151,33 @@ class State:
                 f"{checkpoint / sealed.MANIFEST} must hold ranks, updates and shapes, but does not; copy it again"
             )
         self.checkpoint, self.ranks, self.shapes = checkpoint, manifest["ranks"], manifest["shapes"]
-        self.opened = lru_cache(maxsize=64)(lambda rank: safe_open(checkpoint / rank_file(rank), framework="pt"))
 
-    def stretch(self, kind: str, name: str, first: int, last: int) -> torch.Tensor:
-        """The elements [first, last) of a flattened tensor."""
-        numel = torch.Size(self.shapes[name]).numel()
-        parts, each = [], max(1, -(-numel // self.ranks))
-        for rank in range(first // each, -(-last // each)):
-            begin, end = cut(numel, self.ranks, rank)
-            part = self.read(rank, key_of(kind, name))
-            parts.append(part[max(first, begin) - begin : min(last, end) - begin])
-        found = torch.cat(parts) if len(parts) != 1 else parts[0]
-        if len(found) != last - first:
-            raise UserError(
-                f"{self.checkpoint} must hold {numel} numbers of {kind} of {name}, but does not; copy it again"
-            )
-        return found
+    def fill(self, parts: list[Part]) -> None:
+        """Read all parts, file by file: each file that holds some of them is opened once."""
+        for rank in sorted(set().union(*map(self.holders, parts))):
+            tensor_file.fill(self.checkpoint / rank_file(rank), partial(self.held_by, rank, parts))
 
-    def read(self, rank: int, key: str):
-        try:
-            return self.opened(rank).get_slice(key)
-        except (SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{self.checkpoint / rank_file(rank)} must hold {key}, but does not ({reason}); copy it again"
-            ) from None
+    def holders(self, part: Part) -> range:
+        """The ranks whose files hold some of a part."""
+        each = max(1, -(-math.prod(self.shapes[part.name]) // self.ranks))
+        return range(part.first // each, -(-(part.first + part.target.numel()) // each))
 
-    def whole(self, name: str, kind: str = "fp32") -> torch.Tensor:
-        shape = torch.Size(self.shapes[name])
-        return self.stretch(kind, name, 0, shape.numel()).view(shape)
+    def held_by(self, rank: int, parts: list[Part], entries) -> Iterator[Stretch]:
+        """What the file of `rank` holds of the parts."""
+        for kind, name, first, target in parts:
+            begin, end = cut(math.prod(self.shapes[name]), self.ranks, rank)
+            low, high = max(first, begin), min(first + target.numel(), end)
+            if low < high:
+                yield Stretch(key_of(kind, name), low - begin, target[low - first : high - first])
 
 
 def load(engine, checkpoint: Path) -> None:
     """Load masters and moments, whatever number of ranks wrote them, and the weights that follow from the masters. Learning
     rates stay those of the run file."""
     manifest = sealed.read_manifest(checkpoint)
-    state, optimizer = State(checkpoint, manifest), engine.optimizer
-    for number, group in enumerate(groups_of(engine)):
-        for member in group.members:
-            load_member(state, group, member)
+    state, optimizer, groups = State(checkpoint, manifest), engine.optimizer, groups_of(engine)
+    state.fill([part for group in groups for member in group.members for part in parts_of(state, group, member)])
+    for number, group in enumerate(groups):
         group.step.fill_(manifest["updates"])
         optimizer._reassign_or_swap_out_partitioned_parameters(number)  # masters to weights, as after a step
     if optimizer.persistent_parameters:  # small tensors, which every rank has whole: gather them again
@@ -203,14 +185,13 @@ def load(engine, checkpoint: Path) -> None:
     optimizer._post_step(())
 
 
-def load_member(state: State, group: Group, member: Member) -> None:
+def parts_of(state: State, group: Group, member: Member) -> list[Part]:
+    """What a group takes of a parameter; the padding behind it becomes zero."""
     name, shape, place, first, last = member
     check_shape(state, name, shape)
-    for kind, tensor in group.tensors.items():
-        piece = tensor[place]
-        piece[last - first :] = 0
-        if last > first:
-            piece[: last - first].copy_(state.stretch(kind, name, first, last))
+    for tensor in group.tensors.values():
+        tensor[place][last - first :] = 0
+    return [Part(kind, name, first, tensor[place][: last - first]) for kind, tensor in group.tensors.items()]
 
 
 def check_shape(state: State, name: str, shape: tuple[int, ...]) -> None:

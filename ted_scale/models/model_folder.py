@@ -1,6 +1,6 @@
 """Write a Hugging Face model folder: safetensors shards, one at a time, and the small files beside them.
 
-The caller describes each tensor by a recipe, which is executed when its shard is written. So only one shard is in memory.
+The caller describes each tensor, and reads those of a shard into memory when it is written. So only one shard is in memory.
 Everything is written to OUT.part, which is renamed to OUT when it is complete.
 """
 
@@ -26,12 +26,11 @@ TOKENIZER_FILES = (
 
 
 class Recipe(NamedTuple):
-    """A tensor to be written; `make` returns it contiguous, in this shape and dtype."""
+    """A tensor to be written."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
 
     @property
     def size(self) -> int:
@@ -80,13 +79,14 @@ def check_out(out: Path, overwrite: bool, sources: Iterable[Path]) -> None:
         raise UserError(f"OUT must not hold what is read, but {lost} is in {out}; choose another OUT")
 
 
-def write_shards(folder: Path, recipes: Iterable[Recipe], limit: float) -> int:
-    """Write the tensors in files of at most `limit` bytes (or one tensor) and their index; returns the size of all."""
+def write_shards(folder: Path, recipes: Iterable[Recipe], read: Callable[[dict], None], limit: float) -> int:
+    """Write the tensors in files of at most `limit` bytes (or one tensor) and their index; returns the size of all. `read`
+    fills a shard's tensors, by name."""
     shards = split(recipes, limit)
     places = {}
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_shard(folder / name, shard)
+        write_shard(folder / name, shard, read)
         places |= {recipe.name: name for recipe in shard}
     size = sum(recipe.size for shard in shards for recipe in shard)
     if len(shards) > 1:
@@ -105,13 +105,9 @@ def split(recipes: Iterable[Recipe], limit: float) -> list[list[Recipe]]:
     return shards
 
 
-def write_shard(path: Path, shard: list[Recipe]) -> None:
-    tensors = {recipe.name: recipe.make() for recipe in shard}
-    for recipe in shard:
-        made = tensors[recipe.name]
-        assert (made.dtype, tuple(made.shape)) == (recipe.dtype, recipe.shape), (
-            f"differs from its recipe: {recipe.name}"
-        )
+def write_shard(path: Path, shard: list[Recipe], read: Callable[[dict], None]) -> None:
+    tensors = {recipe.name: torch.empty(recipe.shape, dtype=recipe.dtype) for recipe in shard}
+    read(tensors)
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:

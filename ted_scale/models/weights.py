@@ -8,12 +8,13 @@ import contextlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ted_scale.base.errors import UserError
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import empty_model, read_config
 from ted_scale.models.zero import is_sharded, shape_of, shard_range, sharded_construction, without_padding
+from ted_scale.storage import tensor_file
+from ted_scale.storage.tensor_file import Stretch
 
 
 def build_network(anatomy: Anatomy, *, ds_config: dict | None, dtype, init: str = "weights", seed: int = 0):
@@ -71,17 +72,15 @@ def load_weights(network, folder: Path) -> None:
 
 
 def load_file(file: Path, targets: dict, rename=lambda name: name) -> set[str]:
-    """Copy this rank's part of every known tensor in one file; returns the names that were filled."""
+    """Read this rank's part of every known tensor in one file; returns the names that were filled."""
     filled = set()
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a dict
-                name = rename(key)
-                if name in targets:
-                    fill(targets[name], tensors.get_slice(key), f"{file}: {key}")
-                    filled.add(name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} must be a whole safetensors file, but is not: {error}; copy it again") from None
+
+    def choose(entries):
+        names = {key: name for key in entries if (name := rename(key)) in targets}
+        filled.update(names.values())
+        return [own_part(key, targets[name], entries[key].shape, f"{file}: {key}") for key, name in names.items()]
+
+    tensor_file.fill(file, choose)
     return filled
 
 
@@ -101,26 +100,13 @@ def renamer(network, targets):
     return rename
 
 
-@torch.no_grad()
-def fill(parameter, source, what: str) -> None:
-    """Write `source` (a safetensors slice) into a parameter: this rank's shard, or all of a parameter that is not sharded."""
-    shape = tuple(source.get_shape())
+def own_part(key: str, parameter, shape: tuple[int, ...], what: str) -> Stretch:
+    """What a parameter takes of a tensor of `shape`: this rank's shard, or all of it if it is not sharded."""
     if shape != shape_of(parameter):
         raise UserError(
             f"{what} must have shape {shape_of(parameter)}, but has {shape}; the file belongs to another model"
         )
-    if not is_sharded(parameter):
-        parameter.data.copy_(source[:] if shape else source[...])
-        return
-    first, last = shard_range(parameter)
-    without_padding(parameter, parameter.ds_tensor.data).copy_(flat_range(source, shape, first, last))
-
-
-def flat_range(source, shape, first: int, last: int) -> torch.Tensor:
-    """Elements [first, last) of the flattened tensor, reading only the rows that hold them."""
-    if not shape:
-        return source[...].reshape(1)[first:last]
-    row = max(1, torch.Size(shape[1:]).numel())
-    start = first // row
-    rows = source[start : -(-last // row)].reshape(-1)
-    return rows[first - start * row : last - start * row]
+    if is_sharded(parameter):
+        return Stretch(key, shard_range(parameter)[0], without_padding(parameter, parameter.ds_tensor.data))
+    parameter.data = parameter.data.contiguous()
+    return Stretch(key, 0, parameter.data.view(-1))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from damages import DAMAGES, copy_run, mix_up
+from states import state_of, whole
 
 from ted_scale.base import durable, sealed
 from ted_scale.base.errors import Gone, UserError
@@ -23,10 +24,11 @@ from ted_scale.checkpoints import saver as saving
 from ted_scale.checkpoints.filters_file import save_filters
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.checkpoints.saver import Save, Saver
-from ted_scale.checkpoints.state import Snapshot, State, key_of
+from ted_scale.checkpoints.state import KINDS, Part, Snapshot, State, cut, key_of, rank_file
 from ted_scale.config.operation import Checkpoint
 from ted_scale.ranks import agree
 from ted_scale.run_folder import resume_point
+from ted_scale.storage.tensor_file import as_bytes
 
 log = logging.getLogger("ted_scale")
 WRITES = ("open", "write", "fsync", "rename", "mkdir", "link", "unlink", "rmdir")
@@ -63,7 +65,7 @@ def write(saver: Saver, step: int) -> str | None:
 
 def content(checkpoint: Path) -> float:
     assert files.check_digests(checkpoint) is None
-    return State(checkpoint, sealed.read_manifest(checkpoint)).whole("w").unique().item()
+    return whole(state_of(checkpoint), "w").unique().item()
 
 
 def failing(monkeypatch, number: int, code: int, for_good: bool):
@@ -345,21 +347,64 @@ def test_a_step_waits_only_for_the_copy_to_memory_and_the_next_save_waits_for_th
     assert [s.step for s in files.published(tmp_path)] == [8]
 
 
-@pytest.mark.parametrize(("before", "after"), [(4, 3), (3, 4), (1, 5), (5, 1), (2, 2)])
-def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path, before, after):
-    """Of tensors with more and with fewer elements than ranks, every part that one of `after` ranks holds."""
-    from ted_scale.checkpoints.state import as_bytes, cut, rank_file
+SHAPES = {"large": [7, 11], "small": [2], "one": [1]}  # more and fewer elements than ranks
 
-    shapes = {"large": [7, 11], "small": [2], "one": [1]}
-    whole = {name: torch.randn(shape) for name, shape in shapes.items()}
-    for rank in range(before):
-        stretches = {name: cut(tensor.numel(), before, rank) for name, tensor in whole.items()}
-        pieces = {key_of("fp32", n): whole[n].flatten()[a:b] for n, (a, b) in stretches.items() if b > a}
-        durable.write_file(tmp_path / rank_file(rank), as_bytes(pieces))
-    read = State(tmp_path, {"ranks": before, "updates": 0, "shapes": shapes})
-    for name, tensor in whole.items():
-        assert torch.equal(read.whole(name), tensor)
-        for rank in range(after):
-            first, last = cut(tensor.numel(), after, rank)
-            if last > first:
-                assert torch.equal(read.stretch("fp32", name, first, last), tensor.flatten()[first:last])
+
+def state_written_by(folder: Path, ranks: int, shapes: dict) -> tuple[State, dict[str, torch.Tensor]]:
+    """(a checkpoint, the tensors that are in it)"""
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    for rank in range(ranks):
+        places = {name: cut(tensor.numel(), ranks, rank) for name, tensor in tensors.items()}
+        pieces = {key_of("fp32", n): tensors[n].flatten()[a:b] for n, (a, b) in places.items() if b > a}
+        durable.write_file(folder / rank_file(rank), as_bytes(pieces))
+    return State(folder, {"ranks": ranks, "updates": 0, "shapes": shapes}), tensors
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 3), (3, 4), (1, 5), (5, 1), (2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path, before, after, dtype):
+    """Every part that one of `after` ranks holds, also into memory of another kind, which is filled through the host's."""
+    read, tensors = state_written_by(tmp_path, before, SHAPES)
+    for name, tensor in tensors.items():
+        assert torch.equal(whole(read, name), tensor)
+    for rank in range(after):
+        held = {name: cut(tensor.numel(), after, rank) for name, tensor in tensors.items()}
+        parts = [Part("fp32", name, a, torch.full((b - a,), -1, dtype=dtype)) for name, (a, b) in held.items()]
+        read.fill(parts)
+        assert all(torch.equal(p.target, tensors[p.name].flatten()[slice(*held[p.name])].to(dtype)) for p in parts)
+
+
+def test_a_rank_among_fewer_opens_each_file_once_and_reads_only_what_it_holds(tmp_path, monkeypatch):
+    """Rank 1 of 2 reads what 200 wrote: from more files than may be open at once."""
+    state, tensors = state_written_by(tmp_path, 200, {"a": [30, 40], "b": [1200]})
+    opened, counts, opening, reading = [], [], os.open, os.preadv
+
+    def open_file(path, *arguments):
+        opened.append((Path(path).name, opening(path, *arguments)))
+        return opened[-1][1]
+
+    def read_some(descriptor, buffers, begin):
+        counts.append(reading(descriptor, buffers, begin))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "preadv", read_some)
+    parts = [Part("fp32", name, 600, torch.empty(600)) for name in tensors]
+    state.fill(parts)
+    names = [rank_file(rank) for rank in range(100, 200)]
+    assert [name for name, _ in opened] == names
+    assert len({descriptor for _, descriptor in opened}) == 1  # each was closed before the next
+    assert sum(counts) == sum((tmp_path / name).stat().st_size for name in names)  # all of it, once
+    assert all(torch.equal(part.target, tensors[part.name].flatten()[600:]) for part in parts)
+
+
+def test_pieces_side_by_side_are_read_by_one_call(tmp_path, monkeypatch):
+    pieces = {key_of(kind, name): torch.randn(5) for name in ("a", "b") for kind in KINDS}
+    durable.write_file(tmp_path / rank_file(0), as_bytes(pieces))
+    read = State(tmp_path, {"ranks": 1, "updates": 0, "shapes": {"a": [5], "b": [5]}})
+    parts = [Part(kind, name, 0, torch.empty(5)) for kind in KINDS for name in ("b", "a")]
+    calls, reading = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *arguments: calls.append(arguments) or reading(*arguments))
+    read.fill(parts)
+    assert len(calls) == 3  # the header's length, the header, and all pieces
+    assert all(torch.equal(part.target, pieces[key_of(part.kind, part.name)]) for part in parts)

@@ -88,7 +88,9 @@ def test_a_file_that_holds_no_filters_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"filters.from must name filters that this project wrote, but .* is not"):
         check_filters(file, IDENTITY)
     file.write_bytes(b"not a safetensors file")
-    with pytest.raises(UserError, match=r"filters.from must name filters that this project wrote, but .* is not"):
+    with pytest.raises(
+        UserError, match=r"filters.safetensors must be a whole safetensors file, but is not: .*; copy it"
+    ):
         check_filters(file, IDENTITY)
 
 

@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 import drawn_faults
 import lives
+import states
 import store_contents
 import torch
 import torch.distributed as dist
 from faulty_files import Faults
 from lives import End, live
 
-from ted_scale.base import sealed
 from ted_scale.checkpoints import attempts, state
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import saver as saving
@@ -138,10 +138,10 @@ def snapshot(step: int) -> state.Snapshot:
 
 
 def check_bits(checkpoint: Path, step: int) -> None:
-    found = state.State(checkpoint, sealed.read_manifest(checkpoint))
+    found = states.state_of(checkpoint)
     for kind in state.KINDS:
         for name in SHAPES:
-            assert torch.equal(found.whole(name, kind), whole(step)[state.key_of(kind, name)]), (
+            assert torch.equal(states.whole(found, name, kind), whole(step)[state.key_of(kind, name)]), (
                 f"{checkpoint} holds other bits"
             )
 
