@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ted_scale.base.errors import DONE, MEANINGS, MEMORY, MISTAKE, NUMBERS, RESUME, Gone, UserError
 from ted_scale.base.exits import run_main
 from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints import life
 from ted_scale.checkpoints.progress import read_progress
 from ted_scale.config.run_file import load_run
 from ted_scale.ranks.signals import descendants_of, ranks_below
@@ -100,6 +101,7 @@ def supervise(run, command: list[str], settings) -> int:
         exits = exits.after(step_of(run))
         report = (
             f"exit code {code} ({MEANINGS.get(code, 'ended by a signal, or by its launcher')}) at step {exits.step}"
+            f"{not_saved(run, exits.step)}"
         )
         if code in (DONE, MISTAKE, NUMBERS, MEMORY) or received:
             log(report)
@@ -126,6 +128,11 @@ def step_of(run) -> int:
         newest = files.newest_checkpoint(run.folder)
         return read_progress(newest).step if newest else 0
     return 0
+
+
+def not_saved(run, step: int) -> str:
+    last = life.read(run.folder)
+    return f" and {last.step - step} steps that are not saved" if last and last.step > step else ""
 
 
 def is_done(run) -> bool:

@@ -19,7 +19,7 @@ from ted_scale import validate as validation
 from ted_scale.base import exits, redact
 from ted_scale.base.errors import Preempted, RunStopped, UserError
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints import state
+from ted_scale.checkpoints import life, state
 from ted_scale.checkpoints.filters_file import gather_filters, save_filters
 from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.checkpoints.saver import Saver
@@ -99,6 +99,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     finally:
         parts.loader.close()
         parts.metrics.close()
+    parts.metrics.leave_word("it was done")
     log_line(f"done: {plan.run.folder} is at step {progress.step}; next: python tools/export_hf.py {plan.run.folder}")
     return progress
 
@@ -114,6 +115,7 @@ def refuse_other_world(plan: Plan) -> None:
 def build_parts(plan: Plan, device, progress: Progress, newest: Path | None) -> tuple[Parts, Progress]:
     """(what all stages use, the progress with this start's run file and W&B run)"""
     run, writes = plan.run, dist.get_rank() == 0
+    spent, lost = broadcast(life.take_up(run.folder, progress.step, progress.spent) if writes else None)
     if writes:
         for line in describe(plan, device):
             log.info(line)
@@ -124,7 +126,10 @@ def build_parts(plan: Plan, device, progress: Progress, newest: Path | None) -> 
         wandb_run.tell(lambda opened: opened.config.update(facts, allow_val_change=True))
     teacher = build_teacher(plan)
     at_start = {"total_steps": plan.total_steps, "step": progress.step, "device": device}
-    metrics = Metrics(run, writes=writes, **at_start, wandb_run=wandb_run)
+    metrics = Metrics(run, writes=writes, **at_start, wandb_run=wandb_run, spent=spent)
+    exits.at_end = metrics.leave_word
+    if lost:
+        metrics.restarted(lost)
     written, identity = changes.as_written(run), plan.identity()
     if newest:
         metrics.log_changes(changes.changes(progress.identity, identity, progress.run, written, progress.step))
@@ -160,6 +165,8 @@ def train_stage(parts: Parts, stage: Stage, progress: Progress, resumed: Path | 
 def build_stage(parts: Parts, stage: Stage, stream: Stream, progress: Progress, resumed: Path | None):
     """The student's engine, with the state of the checkpoint that it resumes from."""
     plan, teacher, _, loader, saver = parts
+    pulse.building(f"the build of stage {stage.name}")
+    parts.metrics.ledger.turn("start")
     filters_file = first_filters(plan, stage, stream, teacher, progress, saver.filters_file, loader.device)
     gc.collect()  # frees the engine of an earlier stage, which has reference cycles
     student = build_student(plan, stage, teacher, filters_file)
@@ -236,8 +243,9 @@ def train_stretch(parts: Parts, stage: Stage, student, guard: Guard, stream: Str
 def end_stage(parts: Parts, stage: Stage, student, progress: Progress) -> None:
     """Wait for the last save and its copy, then free the engine."""
     metrics, saver = parts.metrics, parts.saver
-    metrics.write(progress.step, progress.tokens, saver.finish())
-    saver.copier.finish()
+    with metrics.ledger.within("checkpoints"):
+        metrics.write(progress.step, progress.tokens, saver.finish())
+        saver.copier.finish()
     pulse.building(f"the end of stage {stage.name}")
     saver.forget()
     zero_hooks.destroy(student)
@@ -270,7 +278,10 @@ def save_checkpoint(plan: Plan, stage: Stage, metrics: Metrics, saver: Saver, st
         save_filters(plan.filters_file, filters, plan.filters_identity())
         saver.use_filters(plan.filters_file)
     with_filters = plan.run.method == "ted" and (done or not stage.learns_filters)
-    metrics.write(progress.step, progress.tokens, saver.save(student, progress, with_filters=with_filters))
+    with metrics.ledger.within("checkpoints"):
+        progress = replace(progress, spent=metrics.ledger.spent())
+        row = saver.save(student, progress, with_filters=with_filters)
+    metrics.write(progress.step, progress.tokens, row)
 
 
 def save_unless_saved(parts: Parts, stage: Stage, student, progress: Progress) -> None:

@@ -14,9 +14,11 @@ import traceback
 from ted_scale.base import redact
 from ted_scale.base.errors import FAULT, SENTENCES, Preempted
 
-# Both are set during a run. The first is watch.py's and ends all ranks; the second describes the position for Ctrl-C.
+# These are set during a run. The first is watch.py's and ends all ranks; the second describes the position for Ctrl-C; rank 0
+# calls the third with its last words.
 end_together = None
 where_it_stands = None
+at_end = None
 
 
 def run_main(main) -> None:

@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import parse_json
+from ted_scale.checkpoints.life import Spent
 from ted_scale.config.types import Count
 from ted_scale.data.blend import BlendRecord, check_record
 
@@ -66,6 +67,7 @@ class Progress:
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # plan.identity
     run: dict[str, Any] | None = None  # the whole run file, resolved; earlier versions wrote none
     validation: Finite | None = None  # the student's loss, where it was measured at this very step
+    spent: Spent | None = None  # the run's time until this step
     forks: tuple[Count, ...] = ()  # for each line of the run after the first: the step after which it began
 
     def advanced(self, samples: int, seq_len: int) -> "Progress":

@@ -42,4 +42,6 @@ def gone_back(before: Progress, now: Progress) -> Progress:
     past = replace(past, rewinds=state.rewinds + 1, rewound_from=max(state.rewound_from, now.step))
     adaptive = now.adaptive and {**now.adaptive, "step": before.step}  # the next border measures these weights again
     forks = (*now.forks, before.step)
-    return replace(now, step=before.step, tokens=before.tokens, adaptive=adaptive, health=past, forks=forks)
+    return replace(
+        now, step=before.step, tokens=before.tokens, adaptive=adaptive, health=past, forks=forks, spent=before.spent
+    )

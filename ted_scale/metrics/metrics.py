@@ -16,11 +16,14 @@ import torch
 from tqdm import tqdm
 
 from ted_scale.base import redact
+from ted_scale.checkpoints import life
+from ted_scale.checkpoints.life import Lost, Spent
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.config.run import Run
 from ted_scale.distill.flops import Work, keys_of, lengths_of
 from ted_scale.metrics.clock import Clock
 from ted_scale.metrics.console import log_line
+from ted_scale.metrics.goodput import Ledger
 from ted_scale.metrics.peaks import device_peak
 from ted_scale.metrics.rows import rows_at, trim_rows
 from ted_scale.metrics.tracking import WandbRun
@@ -29,7 +32,10 @@ from ted_scale.metrics.tracking import WandbRun
 class Metrics:
     """Writes a row every `log_every` steps. Only rank 0 writes; on other ranks the same calls do nothing."""
 
-    def __init__(self, run: Run, *, writes: bool, total_steps: int, step: int, device, wandb_run: WandbRun | None):
+    def __init__(
+        self, run: Run, *, writes: bool, total_steps: int, step: int, device, wandb_run: WandbRun | None,
+        spent: Spent | None = None,
+    ):  # fmt: skip
         self.writes, self.wandb_run, self.device = writes, wandb_run, device
         self.every, self.peak = run.log_every, device_peak(device, run.train.precision)
         self.rows: list[dict[str, float]] = []
@@ -37,6 +43,9 @@ class Metrics:
         self.waits: dict[str, float] = {}
         self.stream = None  # what is trained on
         self.clock, self.since, self.tokens_before = Clock(device), time.perf_counter(), None
+        self.ledger = Ledger(spent or Spent())
+        self.restart: dict[str, float] = {}  # what the end of the last process cost, until a row has it
+        self.step, self.told, self.words = step, time.monotonic(), ""
         self.lost = False
         self.file: TextIO | None = None
         self.path, self.already = run.folder / "metrics.jsonl", set()
@@ -63,15 +72,22 @@ class Metrics:
                 trim_rows(self.path, progress.step)
         self.open(progress.step)
         self.bar.update(progress.step - self.bar.n)
+        self.step = progress.step
+        self.ledger.undo(progress.spent)
         self.resume_from(progress.tokens)
 
     def add(self, progress: Progress, values: dict[str, float], *, last: bool) -> None:
         """Add a step's numbers; write the row when it is due."""
         self.rows.append(values)
         self.bar.update(1)
+        self.step = progress.step
+        if time.monotonic() - self.told > life.EVERY_S:
+            self.leave_word()
         if progress.step % self.every == 0 or last:
             row = {**mean_rows(self.rows), **self.performance(progress.tokens, len(self.rows))}
             row |= {"optim/skipped": progress.skipped} if progress.skipped else {}
+            row |= self.ledger.shares() | self.restart
+            self.restart = {}
             self.write(progress.step, progress.tokens, row | self.read_of_corpora(progress.samples))
             self.rows = []
 
@@ -92,6 +108,17 @@ class Metrics:
             log_line(sentence)
         if sentences:
             self.call_wandb(partial(add_changes, redact.cleaned(sentences)))
+
+    def restarted(self, lost: Lost) -> None:
+        """Log what the end of the last process cost; the next row has it, too."""
+        log_line(lost.sentence(self.step))
+        self.restart = lost.row()
+
+    def leave_word(self, words: str = "") -> None:
+        """On rank 0: for the next start, how far this one came, and why it ended."""
+        self.told, self.words = time.monotonic(), self.words or life.ending(words)
+        if self.writes:
+            life.write(self.path.parent, life.Life(self.step, self.ledger.spent(), self.words))
 
     def alert(self, title: str, text: str) -> None:
         """Log it, and send it as a W&B alert. W&B drops a second alert within a minute."""
@@ -145,7 +172,8 @@ class Metrics:
     def aside(self):
         """The time spent in here is not part of a step's time."""
         start = time.perf_counter()
-        yield
+        with self.ledger.within("validation"):
+            yield
         self.since += time.perf_counter() - start
 
     def has_already(self, key: str) -> bool:
@@ -157,6 +185,7 @@ class Metrics:
         self.tokens_before, self.since, self.rows, self.works = tokens, time.perf_counter(), [], []
         self.waits = {}
         self.clock.read()
+        self.ledger.turn("steps")
 
     def write(self, step: int, tokens: int, values: dict[str, float]) -> None:
         if not self.writes or not values or (step, *values) in self.already:
@@ -187,6 +216,7 @@ class Metrics:
     def close(self) -> None:
         self.bar.close()
         self.close_file()
+        self.leave_word()
         if self.wandb_run:
             self.wandb_run.close()
 

@@ -239,11 +239,13 @@ class Watch:
         self.log_and_leave(last["words"], last["code"])
 
     def log_and_leave(self, words: str, code: int) -> None:
-        """Rank 0 writes the log file and keeps the store until all have read it."""
+        """Rank 0 writes the log file and life.json, and keeps the store until all have read it."""
         if self.rank == 0:
             for handler in logging.getLogger("ted_scale").handlers:
                 if isinstance(handler, logging.FileHandler):
                     handler.handle(logging.makeLogRecord({"msg": words}))
+            if exits.at_end is not None:
+                exits.at_end(f"{words} (exit code {code})")
             time.sleep(HEARTBEAT_S if self.world > 1 else 0)
         self.leave(code)
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from ted_scale.base.errors import UserError
+from ted_scale.checkpoints.life import Spent
 from ted_scale.checkpoints.progress import Health, Progress, parse_progress, progress_as_bytes
 
 DOMAIN = {"tokens": 900, "content": "c", "share": 1000, "epoch": 1, "unit": 8, "token": 16, "seen": 912}
@@ -13,7 +14,7 @@ BLEND = {"start": 0, "seq_len": 8, "seed": 1, "domains": {"a": DOMAIN}}
 FULL = Progress(
     step=4, tokens=256, samples=32, blend=BLEND, wandb_id="abc", identity={"seed": 0}, run={"name": "r"}, validation=2.5,
     adaptive={"step": 2, "weights": {"a": 1.0}, "teacher": {"a": 2.5}, "text": {"a": "text"}},
-    health=Health(in_a_row=1, ground="g", losses=[1.5, 1.25]), forks=(2,),
+    health=Health(in_a_row=1, ground="g", losses=[1.5, 1.25]), forks=(2,), spent=Spent(at=9.0, steps=4.5),
 )  # fmt: skip
 FIRST_VERSION = ("step", "tokens", "samples", "blend", "adaptive", "wandb_id", "identity")
 
@@ -26,7 +27,7 @@ def test_what_is_written_is_read_back():
 def test_the_file_of_the_first_version_is_read():
     written = json.loads(progress_as_bytes(FULL))
     earlier = {key: written[key] for key in FIRST_VERSION}
-    later = {"skipped": 0, "health": None, "run": None, "validation": None, "forks": ()}
+    later = {"skipped": 0, "health": None, "run": None, "validation": None, "forks": (), "spent": None}
     assert parse_progress(json.dumps(earlier), "p") == dataclasses.replace(FULL, **later)
 
 
@@ -38,6 +39,7 @@ def test_the_file_of_the_first_version_is_read():
         ({"samples": 1.5}, "samples: Input should be a valid integer"),
         ({"wandb_id": "../x"}, "wandb_id: String should match pattern"),
         ({"validation": float("nan")}, "validation: Input should be a finite number"),
+        ({"spent": {"steps": -1.0}}, "spent.steps: Input should be greater than or equal to 0"),
         ({"another": 1}, "another: Unexpected keyword argument"),
         ({"health": {"losses": ["x"]}}, "health.losses.0: Input should be a valid number"),
         ({"blend": {**BLEND, "start": 33}}, "blend.start must be at most samples (32)"),

@@ -81,7 +81,21 @@ def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal(root
     assert len(starts) == 3 and "restarting in 0 s" in starts[1] and "exit code 75" in starts[1]
     resumed = int(re.findall(r"resuming from .*step_(\d+)", said)[-1])
     assert resumed >= 11, "the step that was signalled was saved"
-    assert said.count(Preempted.SENTENCE) == 1 and "Traceback" not in said
+    assert said.count(f"\nstopped: {Preempted.SENTENCE}") == 1 and "Traceback" not in said
+
+    killed, stopped = [line for line in said.splitlines() if "the run was down for" in line]
+    assert "after step 8 (" in killed and "its end: error: rank 1 must give a sign" in killed
+    assert killed.endswith("start the same command again (exit code 5)")
+    assert "no step must be taken again; its end: stopped: asked to stop" in stopped
+    assert re.search(r"at step 8 and [1-9] steps that are not saved; restarting", starts[0])
+    rows = [json.loads(line) for line in (unlucky.folder / "metrics.jsonl").read_text().splitlines()]
+    costs = [row for row in rows if "perf/restart_lost_steps" in row]
+    assert costs[0]["step"] == 9 and costs[0]["perf/restart_lost_steps"] >= 1 == 1 + costs[1]["perf/restart_lost_steps"]
+    assert min(costs[0]["perf/restart_lost_min"], costs[1]["perf/restart_down_min"]) > 0
+    last = [row for row in rows if "perf/goodput" in row][-1]
+    shares = {key: share for key, share in last.items() if key == "perf/goodput" or key.startswith("perf/lost_")}
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
+    assert shares["perf/lost_start"] > shares["perf/goodput"] > 0  # two minutes of imports, a second of steps
 
     after = json.loads((unlucky.folder / "checkpoints" / "step_00000014" / "progress.json").read_text())
     assert before["wandb_id"] == after["wandb_id"] is not None

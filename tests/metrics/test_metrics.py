@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import make_run
 
+from ted_scale.checkpoints.life import PARTS
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.data.stream import Batch
 from ted_scale.distill.flops import Work
@@ -58,6 +59,7 @@ def test_a_row_has_every_key_that_a_reader_expects(tmp_path):
     numbers.close()
     (row,) = rows_of(run)
     expected = {"step", "tokens", *losses(1), "perf/tokens_per_s", "perf/step_ms", "perf/teacher_ms", "memory/peak_gib"}
+    expected |= {"perf/goodput", *(f"perf/lost_{part}" for part in PARTS[1:])}
     assert row.keys() == expected  # no perf/mfu: a CPU has no known peak
     assert all(math.isfinite(v) and v >= 0 for v in row.values())
     assert row["memory/peak_gib"] > 0.05
