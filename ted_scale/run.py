@@ -19,7 +19,7 @@ from ted_scale import validate as validation
 from ted_scale.base import exits, redact
 from ted_scale.base.errors import Preempted, RunStopped, UserError
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints import state
+from ted_scale.checkpoints import owner, state
 from ted_scale.checkpoints.filters_file import gather_filters, save_filters
 from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.checkpoints.saver import Saver
@@ -99,6 +99,8 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     finally:
         parts.loader.close()
         parts.metrics.close()
+        if dist.get_rank() == 0:
+            owner.leave(plan.run)
     log_line(f"done: {plan.run.folder} is at step {progress.step}; next: python tools/export_hf.py {plan.run.folder}")
     return progress
 
