@@ -19,7 +19,7 @@ from ted_scale import validate as validation
 from ted_scale.base import exits, redact
 from ted_scale.base.errors import Preempted, RunStopped, UserError
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints import life, state
+from ted_scale.checkpoints import life, owner, state
 from ted_scale.checkpoints.filters_file import gather_filters, save_filters
 from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.checkpoints.saver import Saver
@@ -99,6 +99,8 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     finally:
         parts.loader.close()
         parts.metrics.close()
+        if dist.get_rank() == 0:
+            owner.leave(plan.run)
     parts.metrics.leave_word("it was done")
     log_line(f"done: {plan.run.folder} is at step {progress.step}; next: python tools/export_hf.py {plan.run.folder}")
     return progress
@@ -165,7 +167,6 @@ def train_stage(parts: Parts, stage: Stage, progress: Progress, resumed: Path | 
 def build_stage(parts: Parts, stage: Stage, stream: Stream, progress: Progress, resumed: Path | None):
     """The student's engine, with the state of the checkpoint that it resumes from."""
     plan, teacher, _, loader, saver = parts
-    pulse.building(f"the build of stage {stage.name}")
     parts.metrics.ledger.turn("start")
     filters_file = first_filters(plan, stage, stream, teacher, progress, saver.filters_file, loader.device)
     gc.collect()  # frees the engine of an earlier stage, which has reference cycles

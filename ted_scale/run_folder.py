@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ted_scale.base.durable import PART, publish, sync, write_durably
 from ted_scale.base.errors import Gone, files_at
 from ted_scale.base.sealed import read_manifest
-from ted_scale.checkpoints import copies
+from ted_scale.checkpoints import copies, owner
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.config import changes
@@ -34,12 +34,14 @@ held: list = []  # the lock of the run's folder, until this process exits
 def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
     """(progress, the checkpoint to resume from). The folder is locked, clean and shared by all ranks after it."""
     folder, writes = plan.run.folder, dist.get_rank() == 0
-    # Make the folder and lock it; remove what an earlier process left half-written.
+    # Make the folder and lock it; remove what an earlier process left half-written; own the copies.
     check_shared(folder, writes)
     open_log(folder, writes)
     if writes:
         files.clear_unfinished(folder)
-    dist.barrier()
+    of_rank_0(owner.claim, plan.run)
+    if writes:
+        owner.hold(plan.run)
     # Find the newest whole checkpoint, and refuse it if it is of another run.
     newest, line = resume_point(plan.run)
     progress = of_rank_0(read_progress, newest) if newest else Progress()

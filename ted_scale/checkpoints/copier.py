@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from ted_scale.base import sealed
-from ted_scale.checkpoints import copies
+from ted_scale.checkpoints import copies, owner
 from ted_scale.checkpoints.attempts import Failure, attempt, give_up, warn_of_old_ones
 from ted_scale.ranks import pulse, signals
 from ted_scale.ranks.agree import first_of_all, gather, new_group, share
@@ -36,7 +36,7 @@ class Copier:
     """Copies in a thread of its own, on every rank. `alert(title, text)` alerts the user."""
 
     def __init__(self, run, alert):
-        self.place, self.settings, self.alert = copies.place_of(run), run.checkpoint, alert
+        self.run, self.place, self.alert = run, copies.place_of(run), alert
         self.rank, self.group, self.changed = dist.get_rank(), new_group(), threading.Condition()
         self.waiting: dict[int, Task] = {}  # by number; all ranks number alike
         self.number, self.under_way, self.thread = 0, "", None
@@ -99,7 +99,7 @@ class Copier:
                 if self.failure:
                     self.alert_no_copy(task.checkpoint, self.failure)
                 elif self.rank == 0:
-                    failure, _ = attempt(copies.prune, self.place, self.settings)
+                    failure, _ = attempt(self.as_owner, copies.prune, self.place, self.run.checkpoint)
                     warn_of_old_ones(self.place, failure)
 
     def next(self) -> Task | None:
@@ -122,15 +122,20 @@ class Copier:
 
     def copy(self, task: Task) -> Failure | None:
         """All ranks' files first, the manifest last. All ranks get the same failure."""
-        failure, is_needed = attempt(copies.make_way, task.checkpoint, self.place) if self.rank == 0 else (None, True)
-        failure, is_needed = gather((failure, is_needed), self.group)[0]
+        begun = attempt(self.as_owner, copies.make_way, task.checkpoint, self.place) if self.rank == 0 else None
+        failure, is_needed = gather(begun, self.group)[0]
         if failure or not is_needed:
             return failure
         failure, _ = attempt(copies.send, task.checkpoint, self.place, task.names)
         failure = first_of_all(failure, self.group)
         if not failure and self.rank == 0:
-            failure, _ = attempt(copies.send, task.checkpoint, self.place, [sealed.MANIFEST])
+            failure, _ = attempt(self.as_owner, copies.send, task.checkpoint, self.place, [sealed.MANIFEST])
         return first_of_all(failure, self.group)
+
+    def as_owner(self, action, *arguments):
+        """What changes the copies, if they are still this run's."""
+        owner.renew(self.run)
+        return action(*arguments)
 
     def alert_no_copy(self, checkpoint: Path, failure: Failure) -> None:
         self.failed += 1

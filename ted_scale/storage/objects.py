@@ -5,12 +5,13 @@ always comes with its version, so that neither a cache nor a later request can u
 """
 
 import importlib.util
+from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 from ted_scale.base.errors import UserError
 from ted_scale.base.redact import holds_secret
 from ted_scale.storage.client import s3_client
-from ted_scale.storage.retries import ShortAnswer, persist
+from ted_scale.storage.retries import Changed, Missing, ShortAnswer, Unsupported, persist
 
 PACKAGES = {"s3": ("boto3", "boto3"), "msc": ("multistorageclient", "multi-storage-client")}  # scheme: module, package
 # How long a request that fails is retried depends on who waits for it. While a run reads, all ranks wait, and its user says
@@ -23,6 +24,14 @@ class Object(NamedTuple):
     url: str
     size: int
     version: str  # its etag; size and time where a store has none
+
+
+class Note(NamedTuple):
+    """A small object that several processes write, and its age by the store's own clock."""
+
+    text: str
+    version: str
+    age_s: float
 
 
 def is_remote(path) -> bool:
@@ -125,6 +134,38 @@ def folders(url: str, what: str, patience_s: float) -> list[str]:
 def text(thing: Object, what: str, patience_s: float) -> str:
     """A small object, whole."""
     return read(thing, 0, thing.size, what, patience_s).decode("utf-8", "replace") if thing.size else ""
+
+
+def note(url: str, what: str, patience_s: float) -> Note | None:
+    """None where there is no such object. Its age is 0 where the store does not say what time it is."""
+    bucket, key = split(url)
+
+    def request() -> Note:
+        found = s3_client().get_object(Bucket=bucket, Key=key)
+        headers = found["ResponseMetadata"]["HTTPHeaders"]
+        now, written = (
+            parsedate_to_datetime(headers.get(k, headers["last-modified"])) for k in ("date", "last-modified")
+        )
+        return Note(found["Body"].read().decode("utf-8", "replace"), found["ETag"], (now - written).total_seconds())
+
+    try:
+        return persist(what, request, patience_s)
+    except Missing:
+        return None
+
+
+def put_note(url: str, text: str, version: str | None, what: str, patience_s: float) -> None:
+    """Changed if the object is not of `version` any more; None means that there must be none. A store without such conditions
+    overwrites it: read it again."""
+    bucket, key = split(url)
+    request = {"Bucket": bucket, "Key": key, "Body": text.encode()}
+    condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
+    try:
+        persist(what, lambda: s3_client().put_object(**request, **condition), patience_s)
+    except Missing:
+        raise Changed(f"{what}, but it is gone") from None
+    except Unsupported:
+        persist(what, lambda: s3_client().put_object(**request), patience_s)
 
 
 def delete(url: str, what: str, patience_s: float) -> None:

@@ -22,6 +22,14 @@ class Missing(UserError):
     """The object, or the upload in parts, is not there; its bucket is."""
 
 
+class Changed(UserError):
+    """The object is not of the version that a condition names."""
+
+
+class Unsupported(UserError):
+    """The store does not know this kind of request."""
+
+
 class ShortAnswer(Exception):
     """Fewer bytes than were asked for."""
 
@@ -37,12 +45,16 @@ def persist(what: str, request, patience_s: float):
             if not passes(links):
                 if not is_ours(links):
                     raise  # a bug of this program, not a failure of the store
-                kind = Missing if answer(links)[1] in ABSENT_CODES else UserError
-                raise kind(f"{what}, but {reason(links)}") from error
+                raise kind_of(answer(links))(f"{what}, but {reason(links)}") from error
             if time.monotonic() + pause > end:
                 raise Gone(f"{what}, but was not for {patience_s:g} s: {reason(links)}") from error
         time.sleep(random.uniform(0.5, 1) * pause)  # all ranks fail at once, and must not all retry at once
         pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def kind_of(answer: tuple[int, str]) -> type[UserError]:
+    status, code = answer
+    return Missing if code in ABSENT_CODES else {412: Changed, 501: Unsupported}.get(status, UserError)
 
 
 def chain(error: BaseException | None):
@@ -69,7 +81,7 @@ def answer(links) -> tuple[int, str]:
 def passes(links) -> bool:
     status, code = answer(links)
     if status:
-        return status >= 500 or status in (408, 429) or code in PASSING_CODES
+        return (status >= 500 and status != 501) or status in (408, 429) or code in PASSING_CODES
     return any(names(error) & PASSING for error in links)
 
 

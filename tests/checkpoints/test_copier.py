@@ -1,6 +1,7 @@
 """When checkpoints are copied: no save waits, the newest one waits for its turn, and the end of a run waits for the last."""
 
 import random
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from test_saver import Run, one_rank  # noqa: F401 - a fixture of this module, t
 
 from ted_scale.base import sealed
 from ted_scale.base.errors import Gone, UserError
-from ted_scale.checkpoints import copier, copies
+from ted_scale.checkpoints import copier, copies, owner
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import saver as saving
 from ted_scale.checkpoints.progress import Progress
@@ -89,6 +90,8 @@ def test_a_start_copies_its_checkpoint_if_it_has_no_whole_copy_of_the_same_bytes
             endpoint.client().delete_object(Bucket="bucket", Key=key)
         if harm == "it is of other bytes":
             other = Run(tmp_path / "other" / run.name, copy_to="s3://bucket/runs/")
+            other.folder.mkdir(parents=True)
+            shutil.copy(run.folder / owner.OWNER, other.folder)  # the same run
             saver = saver_of(other, tmp_path)
             place_of, saver.copier.place = saver.copier.place, ""
             saver.begin(saving.Save(other.folder / "checkpoints" / newest.name, test_saver.state(5), Progress(4), True))
@@ -126,6 +129,7 @@ def test_ranks_copy_the_same_checkpoints_in_the_same_order_whoever_is_slow(run, 
     monkeypatch.setattr(
         copier, "first_of_all", lambda fault, rank: next(filter(None, meeting.gather(fault, rank)), None)
     )
+    monkeypatch.setattr(owner, "renew", lambda run: None)
     monkeypatch.setattr(copies, "make_way", lambda *_: True)
     monkeypatch.setattr(copies, "prune", lambda *_: None)
     monkeypatch.setattr(copies, "send", lambda at, place, names: time.sleep(rng.random() / 50))

@@ -11,7 +11,7 @@ from test_saver import content, one_rank  # noqa: F401 - a fixture of this modul
 
 from ted_scale.base import sealed
 from ted_scale.base.errors import SENTENCES, UserError
-from ted_scale.checkpoints import copies
+from ted_scale.checkpoints import copies, owner
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import PROGRESS
 from ted_scale.checkpoints.resume import newest_progress
@@ -230,7 +230,10 @@ def test_a_run_that_skips_a_newer_checkpoint_goes_on_in_a_new_line(run, tmp_path
 def test_old_copies_of_an_earlier_start_are_removed_too(endpoint, run, tmp_path):
     for step in (4, 8):
         assert write(saver_of(run, tmp_path), step) is None
+    owner.leave(run)
     shutil.rmtree(run.folder)
+    run.folder.mkdir()
+    owner.claim(run)
     saver = saver_of(run, tmp_path)
     for step in (12, 16):
         assert write(saver, step) is None

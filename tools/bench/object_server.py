@@ -83,7 +83,7 @@ class Proxy(BaseHTTPRequestHandler):
         self.send_response_only(status)
         length = {k.lower(): v for k, v in headers}.get("content-length", len(content))
         for key, value in headers:
-            if key.lower() not in ("content-length", "connection", "transfer-encoding", "date", "server"):
+            if key.lower() not in ("content-length", "connection", "transfer-encoding", "server"):
                 self.send_header(key, value)
         self.send_header("Content-Length", str(length))
         self.end_headers()
