@@ -1,12 +1,14 @@
 """Requests of a store that are retried while their failures are of the kind that pass, and the sentence about one that does not.
 
-Note: what is retried is one request, so patience bounds the time without an answer, not the time of a whole file.
+Credentials that are missing or old are looked for again with a fresh client, for KEYS_S. Note: what is retried is one request, so
+patience bounds the time without an answer, not the time of a whole file.
 """
 
 import random
 import time
 
 from ted_scale.base.errors import Gone, UserError
+from ted_scale.storage.client import anew, may_come
 
 LONGEST_PAUSE_S = 15
 # Exceptions of botocore, multi-storage-client, urllib3 and Python by name: neither package must be there to ask.
@@ -16,6 +18,10 @@ PASSING_CODES = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingExceptio
 PASSING_CODES |= {"ConditionalRequestConflict", "OperationAborted"}  # another request for the same object was under way
 ABSENT_CODES = {"NoSuchKey", "NoSuchUpload", "404"}  # the answer to HEAD has no text, only the number
 LOST_KEYS = {"NoCredentialsError", "PartialCredentialsError"}
+OLD_KEYS = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired", "InvalidAccessKeyId"}
+KEYS_S = (
+    20  # new credentials are waited for: a service that gives them is slow at times, a file is about to be replaced
+)
 
 
 class Missing(UserError):
@@ -36,20 +42,29 @@ class ShortAnswer(Exception):
 
 def persist(what: str, request, patience_s: float):
     """The answer to a request. It is retried with growing pauses while its failures are of the kind that pass."""
-    end, pause = time.monotonic() + patience_s, 0.05
+    end, keys_end, pause = time.monotonic() + patience_s, None, 0.05
     while True:
         try:
             return request()
         except Exception as error:
-            links = list(chain(error))
-            if not passes(links):
-                if not is_ours(links):
-                    raise  # a bug of this program, not a failure of the store
+            links, now = list(chain(error)), time.monotonic()
+            if not is_ours(links) and not passes(links):
+                raise  # a bug of this program, not a failure of the store
+            keys_end = (keys_end or now + min(patience_s, KEYS_S)) if may_get_keys(links) else None
+            if keys_end and now + pause < keys_end:
+                anew()
+            elif not passes(links):
                 raise kind_of(answer(links))(f"{what}, but {reason(links)}") from error
-            if time.monotonic() + pause > end:
+            elif now + pause > end:
                 raise Gone(f"{what}, but was not for {patience_s:g} s: {reason(links)}") from error
         time.sleep(random.uniform(0.5, 1) * pause)  # all ranks fail at once, and must not all retry at once
         pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def may_get_keys(links) -> bool:
+    """Whether it is for lack of credentials, and others may be there a moment later."""
+    kinds = set().union(*(names(error) for error in links))
+    return answer(links)[1] in OLD_KEYS or ("NoCredentialsError" in kinds and may_come())
 
 
 def kind_of(answer: tuple[int, str]) -> type[UserError]:
@@ -106,6 +121,8 @@ def reason(links) -> str:
     kinds, said = set().union(*(names(error) for error in links)), " ".join(str(links[-1]).split())[:300]
     if kinds & LOST_KEYS:
         return "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if code in OLD_KEYS:
+        return f"its credentials have expired or were replaced ({code}); set new ones"
     if code == "NoSuchBucket":
         return "its bucket does not exist; correct the path, or AWS_ENDPOINT_URL"
     if status in (401, 403) or "PermissionError" in kinds:
