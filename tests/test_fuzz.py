@@ -49,7 +49,7 @@ from ted_scale.config.run_file import load_run, to_toml
 from ted_scale.corpora import output
 from ted_scale.corpora.corpus import read_corpus
 from ted_scale.corpora.documents import read_documents
-from ted_scale.corpora.megatron import mapped
+from ted_scale.corpora.reader import opened
 from ted_scale.corpora.shards import document_borders, read_index
 from ted_scale.corpora.tokenizer import digest, load_tokenizer
 from ted_scale.data.stream import batch, open_stream
@@ -433,7 +433,7 @@ def one_input(target, data, at: Place) -> None:
         outcomes[target.__name__, "refused"] += 1
         assert str(error).isprintable() and len(str(error)) < 4100
     finally:
-        mapped.cache_clear()
+        opened.cache_clear()
         shutil.rmtree(at.folder)
     assert not at.mark.exists() and at.world.stat().st_mtime_ns == before
 

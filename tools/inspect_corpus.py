@@ -23,6 +23,7 @@ from ted_scale.base.exits import run_main
 from ted_scale.config.data import Streaming
 from ted_scale.corpora.corpus import manifest_files, prefixes_of, read_shards
 from ted_scale.corpora.output import TOTALS, read_manifest
+from ted_scale.corpora.reader import reading
 from ted_scale.corpora.shards import (
     SHARD_NUMBER,
     ShardIndex,
@@ -130,7 +131,7 @@ def tokens_of(index: ShardIndex, begin: int, end: int) -> numpy.ndarray:
     if thing := index.files.remote_bin:
         what, size = f"corpus shard {index.prefix} must be readable", index.dtype.itemsize
         return numpy.frombuffer(objects.read(thing, begin * size, end * size, what, STREAM.patience_s), index.dtype)
-    return numpy.memmap(index.prefix + ".bin", index.dtype, "r", shape=(index.tokens,))[begin:end]
+    return reading(index, lambda shard: shard.tokens(begin, end))
 
 
 def read_shard(prefix: str) -> ShardIndex:

@@ -1,15 +1,15 @@
 """Corpora opened for reading: the shards of one corpus as one run of tokens, cut in a training and a held-out part.
 
-shards.py checks shards, stream.py reads windows, chunks.py fetches what is in object storage. A part holds checked headers
-and nothing that is open; megatron.py opens shards when they are read. Note: reading a view of a closed shard crashes the
-process and raises nothing, so a reader holds its Shard and copies.
+shards.py checks shards, stream.py reads windows, chunks.py fetches what is in object storage. Note: a part holds checked
+headers and nothing that is open, so that it can be large and be sent to another process; reader.py opens shards when they are
+read.
 """
 
 import hashlib
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +19,8 @@ import numpy
 from ted_scale.base.errors import UserError
 from ted_scale.config.data import Streaming
 from ted_scale.corpora import remote
-from ted_scale.corpora.megatron import Shard
 from ted_scale.corpora.output import manifest_path, read_manifest
+from ted_scale.corpora.reader import Shard, reading
 from ted_scale.corpora.shards import SHARD_NUMBER, ShardIndex, check_vocabulary, expand, out_of_vocabulary, read_index
 from ted_scale.storage.chunks import chunks_of
 from ted_scale.storage.objects import is_remote
@@ -77,29 +77,36 @@ class Part(NamedTuple):
         """`count` tokens from `offset` of this part as int64, and where among them documents start."""
         begin, chunks, starts = self.start + offset, [], []
         for index, base, low, high in self._ranges(offset, count):
-            shard = Shard(index)
-            chunk = self._read(shard, low, high)
+            chunk, begins = reading(index, partial(self._read, low, high))
             self._check(chunk, index, vocab_size)
             chunks.append(chunk.astype(numpy.int64))
-            starts.append(shard.document_starts(low, high) + (base - begin))
+            starts.append(begins + (base - begin))
         return _joined(chunks), _joined(starts)
 
     def begins(self, offset: int, count: int) -> numpy.ndarray:
         """Where documents start among these tokens, from the indices alone."""
-        ranges, begin = self._ranges(offset, count), self.start + offset
-        return _joined([Shard(index).document_starts(low, high) + (base - begin) for index, base, low, high in ranges])
+        begin, starts = self.start + offset, []
+        for index, base, low, high in self._ranges(offset, count):
+            starts.append(reading(index, partial(_starts, low, high)) + (base - begin))
+        return _joined(starts)
 
-    def _read(self, shard: Shard, low: int, high: int) -> numpy.ndarray:
+    def _read(self, low: int, high: int, shard: Shard) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """(tokens [low, high) of a shard, first tokens of the documents there)"""
+        starts = shard.document_starts(low, high)
+        if not (thing := shard.index.files.remote_bin):
+            return shard.tokens(low, high), starts
         dtype = shard.index.dtype
-        if thing := shard.index.files.remote_bin:
-            content = chunks_of(self.stream).read(thing, low * dtype.itemsize, high * dtype.itemsize, self.name)
-            return numpy.frombuffer(content, dtype)
-        return shard.tokens.read(dtype=dtype.type, count=high - low, offset=low * dtype.itemsize)
+        content = chunks_of(self.stream).read(thing, low * dtype.itemsize, high * dtype.itemsize, self.name)
+        return numpy.frombuffer(content, dtype), starts
 
     def _check(self, chunk: numpy.ndarray, index: ShardIndex, vocab_size: int) -> None:
         for token in (int(chunk.max(initial=0)), int(chunk.min(initial=0))):
             if not 0 <= token < vocab_size:
                 raise out_of_vocabulary(f"{index.prefix} of {self.name}", token, vocab_size)
+
+
+def _starts(low: int, high: int, shard: Shard) -> numpy.ndarray:
+    return shard.document_starts(low, high)
 
 
 def _joined(arrays: list[numpy.ndarray]) -> numpy.ndarray:
@@ -175,9 +182,14 @@ def _border(indices: list[ShardIndex], starts: tuple[int, ...], fraction: float)
         return total
     target = round(total * (1 - fraction))
     s = min(bisect_right(starts, target), len(indices)) - 1
-    shard = Shard(indices[s])
-    document = shard.first_document(target - starts[s])
-    near = range(max(0, document - 1), min(shard.index.documents, document + 1) + 1)
-    borders = {starts[s] + shard.document_start(d) for d in near} - {0, total}
+    near = reading(indices[s], partial(_starts_near, target - starts[s]))
+    borders = {starts[s] + start for start in near} - {0, total}
     nearest = min(borders, key=lambda border: abs(border - target), default=0)
     return nearest if nearest and total - nearest <= 2 * (total - target) else target
+
+
+def _starts_near(token: int, shard: Shard) -> list[int]:
+    """First tokens of the first document that starts at `token` or later, and of its neighbours."""
+    document = shard.first_document(token)
+    near = range(max(0, document - 1), min(shard.index.documents, document + 1) + 1)
+    return [shard.document_start(d) for d in near]

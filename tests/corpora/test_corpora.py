@@ -1,6 +1,7 @@
 """A corpus of many shards: few of them are open at a time, whoever reads, and it starts within seconds."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,12 +15,15 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 from corpus import counting_documents, data_section, write_shard
 
-from ted_scale.base.errors import UserError
-from ted_scale.corpora import megatron
-from ted_scale.corpora.megatron import OPEN_SHARDS, mapped
+from ted_scale.base import patience
+from ted_scale.base.errors import Gone, UserError
+from ted_scale.corpora import reader
 from ted_scale.corpora.output import sealed
+from ted_scale.corpora.reader import BLOCK, OPEN_SHARDS, Shard, opened
+from ted_scale.corpora.shards import read_index
 from ted_scale.data.stream import open_stream
 
 VOCAB = 60000
@@ -64,16 +68,80 @@ def sound(window):
     return (window.labels - window.tokens)[window.labels % 600 != 0] == 1
 
 
-def test_open_files_and_mappings_are_bounded_for_any_number_of_shards(stream):
-    most = (0, 0)
+def test_few_files_are_open_for_any_number_of_shards_and_none_is_mapped(stream):
+    """A page fault on a map holds Python's lock for as long as a file server pauses: a healthy rank was declared dead."""
+    most = 0
     for position in range(2000):
         assert sound(stream.sample(position)).all()
-        most = max(most, (open_files(), mappings())) if position % 100 == 0 else most
-    assert 0 < most[0] <= 3 * OPEN_SHARDS and 0 < most[1] <= 2 * OPEN_SHARDS
+        if position % 100 == 0:
+            most = max(most, open_files())
+            assert mappings() == 0
+    assert 0 < most <= 2 * OPEN_SHARDS
+
+
+def megatron_corpus(prefix, lengths, draw):
+    """By megatron's own builder: documents of several sequences, some of them empty, and documents without any."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for length in lengths:
+        parts = draw.multinomial(length, [0.4, 0.4, 0.2]) if draw.random() < 0.5 else [length] * bool(length)
+        builder.add_document(torch.from_numpy(draw.integers(1, 50000, length).astype(numpy.uint16)), list(parts))
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+@pytest.mark.parametrize("kind", ["even", "short first", "long first", "many empty"])
+def test_tokens_and_documents_are_those_that_megatron_reads(tmp_path, kind):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    draw = numpy.random.default_rng(7)
+    lengths = draw.integers(0, 20, 6 * BLOCK)
+    if kind != "even":
+        lengths[: 3 * BLOCK] = {"short first": 1, "long first": 200, "many empty": 0}[kind]
+    prefix = megatron_corpus(tmp_path / "made", lengths.tolist(), draw)
+    theirs, shard = IndexedDataset(prefix), Shard(read_index(prefix))
+    tokens, total = numpy.concatenate([theirs[s] for s in range(len(theirs))]), int(lengths.sum())
+    begins = numpy.append(theirs.index.sequence_pointers // 2, total)[theirs.document_indices]
+    for low in [0, total - 1, *draw.integers(0, total, 200).tolist()]:
+        high = min(total, low + int(draw.integers(1, 3000)))
+        assert shard.first_document(low) == numpy.searchsorted(begins[:-1], low)
+        assert (shard.tokens(low, high) == tokens[low:high]).all()
+        found = begins[:-1][(low <= begins[:-1]) & (begins[:-1] < high)]
+        assert numpy.array_equal(shard.document_starts(low, high), found)
+
+
+def test_a_read_that_fails_is_tried_again_with_files_opened_anew(tmp_path, monkeypatch):
+    stream = open_stream(data_section(write_shard(tmp_path / "web", counting_documents([30] * 20))), 1, VOCAB)
+    expected, failures = stream.sample(0).tokens.tolist(), [errno.ESTALE, errno.EIO]
+
+    def fails(descriptor, count, start):
+        if failures:
+            raise OSError(failures[0], os.strerror(failures.pop(0)))
+        return real(descriptor, count, start)
+
+    real, before = os.pread, opened(stream.parts["web"].shards[0].files)
+    monkeypatch.setattr(os, "pread", fails)
+    assert stream.sample(0).tokens.tolist() == expected
+    assert opened(stream.parts["web"].shards[0].files) is not before
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
+    failures += [errno.EIO] * 100
+    with pytest.raises(Gone, match=r"web must be readable, but was not for 0\.2 s \(Input/output error\)"):
+        stream.sample(0)
+
+
+def test_a_shard_that_lost_its_end_is_one_sentence(tmp_path, monkeypatch):
+    """A map of it would end the process with SIGBUS."""
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.1)
+    stream = open_stream(data_section(write_shard(tmp_path / "web", counting_documents([30] * 20))), 1, VOCAB)
+    stream.sample(0)
+    os.truncate(tmp_path / "web.bin", 8)
+    with pytest.raises(Gone, match=r"web must be readable, but was not for 0\.1 s \(it ends at byte 8"):
+        stream.sample(1)
 
 
 def test_concurrent_threads_do_not_close_a_shard_that_another_one_reads(stream, monkeypatch):
-    monkeypatch.setattr(megatron, "mapped", lru_cache(maxsize=2)(mapped.__wrapped__))
+    monkeypatch.setattr(reader, "opened", lru_cache(maxsize=2)(opened.__wrapped__))
     expected = [stream.sample(position).tokens for position in range(300)]
     wrong = []
 
@@ -118,11 +186,9 @@ TEN_THOUSAND = """
 import resource, sys, time; sys.path[:0] = ["tests/harness", "."]
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 from corpus import data_section, steps
-from ted_scale.corpora.megatron import megatron_indexed
 from ted_scale.data.stream import open_stream
 from ted_scale.base.errors import UserError
 from ted_scale.corpora.output import sealed
-megatron_indexed()
 began = time.monotonic()
 stream = open_stream(data_section(sys.argv[1], seq_len=256, validation=0.01), 1, 60000)
 data = steps(stream, samples_per_step=512, micro_batch=64)

@@ -17,7 +17,6 @@ sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError
 from ted_scale.corpora.documents import find_files, read_documents
-from ted_scale.corpora.megatron import megatron_indexed
 from ted_scale.corpora.shards import expand, read_index, unfinished
 from tools import tokenize_corpus, train_tokenizer
 
@@ -95,10 +94,11 @@ def test_shards_do_not_depend_on_the_number_of_workers(tmp_path, folder, referen
 
 
 def test_megatron_reads_back_every_document_with_its_end_token(reference, folder, texts):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    dataset = megatron_indexed().IndexedDataset(str(reference[0].parent / "out"))
+    dataset = IndexedDataset(str(reference[0].parent / "out"))
     wanted = [[*model.encode(text), model.eos_id()] for text in texts + HARSH]
     assert [document.tolist() for document in dataset] == wanted
     assert dataset.index.dtype == numpy.uint16 and dataset.document_indices.tolist() == list(range(len(wanted) + 1))

@@ -15,7 +15,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder is on the path, its parent is not
 
 from ted_scale.config.data import Data
-from ted_scale.corpora.megatron import megatron_indexed
 from ted_scale.data.loader import Loader
 from ted_scale.data.stream import open_stream
 from tools.bench.loader import VOCABULARY, write_corpus
@@ -56,7 +55,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=110e6, help="of the corpora, two bytes each")
     parser.add_argument("--rounds", type=int, default=41)
     arguments = parser.parse_args()
-    megatron_indexed()
     with tempfile.TemporaryDirectory() as folder:
         prefixes = write_corpus(Path(folder), int(arguments.tokens), 4)
         alone(prefixes, 0)

@@ -7,10 +7,12 @@ and restarted positions of both are compared; ours are micro-batches, GPTDataset
 """
 
 import argparse
+import logging
 import statistics
 import sys
 import tempfile
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own f
 
 from ted_scale.base.exits import run_main
 from ted_scale.config.data import Data
-from ted_scale.corpora.megatron import without_noise
 from ted_scale.corpora.shards import document_borders, read_index
 from ted_scale.corpora.writer import index_bytes
 from ted_scale.data.loader import Loader
@@ -56,26 +57,24 @@ def windows(stream) -> dict[int, int]:
 def open_megatron(prefixes: list[str], seq_len: int, first_tokens: dict[int, int], attention: str, cache: str):
     """position → sample of a GPTDataset, for the positions whose window lies within one shard."""
     documents = attention == "document"
-    with without_noise():
-        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-        from megatron.core.datasets.utils import Split
+    warnings.simplefilter("ignore")  # megatron warns about packages that are not needed here
+    logging.disable(logging.WARNING)
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.utils import Split
 
-        config = GPTDatasetConfig(
-            random_seed=1, sequence_length=seq_len, blend=(prefixes, None), split="1", path_to_cache=cache,
-            tokenizer=SimpleNamespace(vocab_size=VOCABULARY, eod=END, pad=-1, unique_identifiers={}),
-            reset_position_ids=documents, reset_attention_mask=documents, eod_mask_loss=True,
-            create_attention_mask=False, defer_npy_index_mmap=True,
-        )  # fmt: skip
+    config = GPTDatasetConfig(
+        random_seed=1, sequence_length=seq_len, blend=(prefixes, None), split="1", path_to_cache=cache,
+        tokenizer=SimpleNamespace(vocab_size=VOCABULARY, eod=END, pad=-1, unique_identifiers={}),
+        reset_position_ids=documents, reset_attention_mask=documents, eod_mask_loss=True,
+        create_attention_mask=False, defer_npy_index_mmap=True,
+    )  # fmt: skip
     places, base = {}, 0
     for prefix in prefixes:
         index = read_index(prefix)
         borders = document_borders(index)
         inside = {p: f - base for p, f in first_tokens.items() if base <= f < base + index.tokens - seq_len}
-        with without_noise():
-            low = GPTDataset.build_low_level_dataset(prefix, config)
-            dataset = GPTDataset(
-                low, prefix, numpy.arange(index.documents, dtype=numpy.int32), None, Split.train, config
-            )
+        low = GPTDataset.build_low_level_dataset(prefix, config)
+        dataset = GPTDataset(low, prefix, numpy.arange(index.documents, dtype=numpy.int32), None, Split.train, config)
         starts = numpy.arange(min(inside.values()), index.tokens, seq_len)
         rows = numpy.searchsorted(borders, starts, side="right") - 1
         dataset.document_index = numpy.arange(index.documents, dtype=numpy.int32)

@@ -17,8 +17,6 @@ LAUNCH = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
 ONLY_IMPORTS = """
 import deepspeed, torch, transformers
 from ted_scale import run
-from ted_scale.corpora.corpus import megatron_indexed
-megatron_indexed()
 print("imported", flush=True)
 """
 

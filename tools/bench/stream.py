@@ -64,12 +64,10 @@ def first_step_s(path: str, folder: Path) -> float:
 
 
 def print_first_step(path: str, folder: Path) -> None:
-    from ted_scale.corpora.megatron import megatron_indexed
     from ted_scale.data.loader import Loader
     from ted_scale.data.stream import open_stream
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
-    megatron_indexed()
     began = time.monotonic()
     stream = open_stream(section(path, folder), 1, VOCAB)
     loader = Loader(prefetch=2, micro_batch=8, rank=0, world=1, device="cpu")
