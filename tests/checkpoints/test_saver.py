@@ -73,8 +73,10 @@ def failing(monkeypatch, number: int, code: int, for_good: bool):
     calls = itertools.count(1)
 
     def wrapped(original):
+        opens = original is os.open
+
         def call(*arguments, **named):
-            if original is os.open and not arguments[1] & os.O_CREAT:
+            if opens and not arguments[1] & os.O_CREAT:
                 return original(*arguments, **named)
             mine = next(calls)
             if mine == number or (for_good and mine > number):
