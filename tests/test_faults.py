@@ -175,9 +175,9 @@ def test_a_run_resumes_with_the_losses_of_an_undisturbed_one_on_4_then_2_then_3_
     assert "step_00000009, which 2 ranks wrote and 3 read\n" in said
 
 
-def under_faults(root: Path, undisturbed, seed: int, store=None) -> dict:
+def under_faults(root: Path, undisturbed, seed: int, store=None, **settings) -> dict:
     """A schedule of faults from its seed, and that it ends with the weights of the undisturbed run."""
-    schedule, began = Schedule(root, seed, SETTINGS, store), time.monotonic()
+    schedule, began = Schedule(root, seed, SETTINGS, store, **settings), time.monotonic()
     schedule.to_its_end()
     if store and not schedule.wrong:
         schedule.lose_folder_and_resume()
@@ -190,7 +190,7 @@ def under_faults(root: Path, undisturbed, seed: int, store=None) -> dict:
 @NEEDS_COMPILER
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_run_whose_files_fail_at_random_ends_with_the_weights_of_an_undisturbed_one(root, undisturbed, seed):
-    assert under_faults(root, undisturbed, seed)["struck"]
+    assert under_faults(root, undisturbed, seed, delays=(0.2,))["struck"]
 
 
 @pytest.mark.soak

@@ -28,6 +28,7 @@ from ted_scale.checkpoints import folder as files
 CHECKPOINTS = ("/*", "/checkpoints/*", "/checkpoints/step_*", "/*.part*", "/*/manifest.json", "/*/rank_0000?.safetensors",
                "/*/progress.json", "/*filters.safetensors", "/metrics.jsonl", "/log.txt")  # fmt: skip
 CORPORA = ("*", "*.idx", "*.bin")
+DELAYS_S = (0.5, 3, 15)
 TIMES = (1, 1, 1, 2, 3, 8)  # a fault for ever is one of a test without engines
 SHORT_SILENCE = {"limits": {"silence_s": 8.0}}
 POLICY = argparse.Namespace(attempts=5, pause_s=0.1, longest_pause_s=1.0, patience_s=60)
@@ -42,14 +43,14 @@ def load_supervise():
     return module
 
 
-def drawn(rng: random.Random, run, corpus: Path) -> list[Rule]:
+def drawn(rng: random.Random, run, corpus: Path, delays: tuple[float, ...]) -> list[Rule]:
     """Of the run's folder and of its corpus. Some strike nothing, because the run makes fewer such calls."""
     rules = []
     for _ in range(rng.randint(3, 7)):
         of_run = rng.random() < 0.75
         calls = drawn_faults.WRITES if of_run else drawn_faults.READS
         paths = [f"{run.folder}{path}" for path in CHECKPOINTS] if of_run else [f"{corpus}{path}" for path in CORPORA]
-        rule = drawn_faults.one(rng, calls, paths, ranks=2, further=15, delay_s=rng.choice((0.5, 3, 15)))
+        rule = drawn_faults.one(rng, calls, paths, ranks=2, further=15, delay_s=rng.choice(delays))
         times = 1 if rule.action in ("kill", "delay") else rng.choice(TIMES)
         rules.append(rule._replace(times=times, value=20 if rule.action == "stale" else rule.value))
     return rules
@@ -58,13 +59,13 @@ def drawn(rng: random.Random, run, corpus: Path) -> list[Rule]:
 class Schedule:
     """One run, from its first start to its end. `root` has the models and the corpus, `store` is the faulty one, if any."""
 
-    def __init__(self, root: Path, seed: int, settings: dict, store=None):
+    def __init__(self, root: Path, seed: int, settings: dict, store=None, delays=DELAYS_S):
         rng, name = random.Random(seed), f"schedule_{seed}"
         copies = {"checkpoint": {**settings["checkpoint"], "copy_to": store_contents.PLACE}} if store else {}
         self.run = make_run(root, name=name, **{**settings, **SHORT_SILENCE, **copies})
         self.config, self.said = write_run(root / f"{name}.toml", self.run), root / f"{name}.said"
         self.faults, self.store = Faults(root / f"{name}.faults"), store
-        self.faults.arm(drawn(rng, self.run, root / "corpus"))
+        self.faults.arm(drawn(rng, self.run, root / "corpus", delays))
         if store:
             store.arm(drawn_faults.drawn_of_store(rng))
         self.ever, self.wrong, self.lives = {}, None, []
@@ -100,10 +101,10 @@ class Schedule:
         over.set()
         witness.join()
         code = max(codes) if max(codes) > 0 else 137 if min(codes) < 0 else 0
-        old_listing = any(" stale " in line for line in self.faults.log()[struck:])
+        struck = self.faults.log()[struck:]
         self.lives.append(code)
-        self.wrong = self.wrong_words(codes) or self.wrong_checkpoints(
-            before, self.resumed_from()[resumed:], old_listing
+        self.wrong = self.wrong_words(codes, struck) or self.wrong_checkpoints(
+            before, self.resumed_from()[resumed:], struck
         )
         return 2 if self.wrong else code
 
@@ -140,8 +141,8 @@ class Schedule:
             return f"codes {codes}, and nothing was killed: {text[-500:]}"
         return None
 
-    def wrong_checkpoints(self, before: str, resumed: list[str], old_listing: bool) -> str | None:
-        there = self.there()
+    def wrong_checkpoints(self, before: str, resumed: list[str], struck: list[str]) -> str | None:
+        old_listing, there = any(" stale " in line for line in struck), self.there()
         self.ever |= there
         if gone_back := [name for name in self.ever if files.key_of(name)[0]]:
             return f"{gone_back[0]} begins a new line, but nothing was damaged"
