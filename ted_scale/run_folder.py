@@ -4,6 +4,7 @@ folder.py knows the files in it. Note: before a checkpoint is used, the ranks to
 share, and all ranks get the same verdict.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -99,7 +100,8 @@ def check_shared(folder: Path, writes: bool) -> None:
     refuse_together(sentence)
     if writes:
         for left in checkpoints.glob(".shared_*"):
-            left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the next start removes it
+                left.unlink(missing_ok=True)
 
 
 def lock(folder: Path) -> bool:
