@@ -14,8 +14,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ted_scale.base.durable import PART, publish, sync, write_durably
-from ted_scale.base.errors import Gone, files_at
-from ted_scale.base.sealed import read_manifest
+from ted_scale.base.errors import CORRECTABLE, Gone, UserError, files_at
+from ted_scale.base.patience import patiently
+from ted_scale.base.sealed import WAY_OUT, read_manifest
 from ted_scale.checkpoints import copies, owner
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import Progress, read_progress
@@ -39,7 +40,8 @@ def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
     check_shared(folder, writes)
     open_log(folder, writes)
     if writes:
-        files.clear_unfinished(folder)
+        with files_at(folder):
+            files.clear_unfinished(folder)
     of_rank_0(owner.claim, plan.run)
     if writes:
         owner.hold(plan.run)
@@ -61,14 +63,13 @@ def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
 
 
 def where_it_stands(folder: Path, begins: str) -> str:
-    """What Ctrl-C prints about the run."""
-    try:
-        newest = next(iter(files.listed(folder)), None)
-    except Gone as error:
-        return f"{pulse.now.what}, {begins}{error}"
-    return f"{pulse.now.what}, {begins}" + (
-        f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
-    )
+    """What Ctrl-C prints about the run, at once: it waits for no file server."""
+    stands, place = "there is no checkpoint yet", files.checkpoints_of(folder)
+    with contextlib.suppress(OSError):
+        names = [path.name for path in place.iterdir() if files.key_of(path.name)]
+        if names:
+            stands = f"the newest checkpoint is {place / max(names, key=files.key_of)}"
+    return f"{pulse.now.what}, {begins}{stands}"
 
 
 def on_other_ranks(checkpoint: Path) -> str:
@@ -91,17 +92,29 @@ def check_shared(folder: Path, writes: bool) -> None:
                 busy = f"runs must be used by one process at a time, but another process is using {folder}"
                 busy += "; wait for it, or give this run another name"
         except OSError as error:
-            sentence = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
+            if error.errno in CORRECTABLE:
+                sentence = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
+            else:
+                busy = (
+                    f"{folder} must be writable, but its file system says {error.strerror}; look at it and start again"
+                )
     refuse_together(sentence)
     refuse_together(busy, Gone)  # not a mistake: a file server keeps the lock of a lost node for a while
-    if not (checkpoints / token).exists():
-        sentence = f"runs must be a folder that all nodes share, but rank {dist.get_rank()} sees another {folder}"
-        sentence += "; set runs to a folder on a shared file system"
-    refuse_together(sentence)
+    if fault := verdict(is_not_shared, folder, checkpoints / token):
+        raise UserError(fault)
     if writes:
         for left in checkpoints.glob(".shared_*"):
             with contextlib.suppress(OSError):  # the next start removes it
                 left.unlink(missing_ok=True)
+
+
+def is_not_shared(folder: Path, token: Path) -> str | None:
+    try:
+        patiently(os.stat, token, WAY_OUT)
+    except FileNotFoundError:
+        sees = f"runs must be a folder that all nodes share, but rank {dist.get_rank()} sees another {folder}"
+        return f"{sees}; set runs to a folder on a shared file system"
+    return None
 
 
 def lock(folder: Path) -> bool:

@@ -20,8 +20,8 @@ from ted_scale.storage.client import s3_client
 
 @pytest.fixture
 def lease(monkeypatch):
-    """A short one: the store writes whole seconds."""
-    monkeypatch.setattr(owner, "LEASE_S", 2.0)
+    """One that has ended when somebody asks."""
+    monkeypatch.setattr(owner, "LEASE_S", 0.0)
     monkeypatch.setattr(owner, "RENEWAL_S", 0.2)
 
 
@@ -64,7 +64,10 @@ def test_a_run_that_finds_its_owner_alive_does_not_start(endpoint, run, tmp_path
 
 
 @pytest.mark.parametrize("leaves", [True, False], ids=["left", "killed"])
-def test_a_run_without_its_folder_goes_on_when_the_owner_is_gone(endpoint, run, tmp_path, caplog, lease, leaves):
+def test_a_run_without_its_folder_goes_on_when_the_owner_is_gone(
+    endpoint, run, tmp_path, caplog, lease, leaves, monkeypatch
+):
+    monkeypatch.setattr(owner, "LEASE_S", 2.0)  # the store writes whole seconds
     assert write(started(run, tmp_path), 4) is None
     if leaves:
         owner.leave(run)

@@ -23,13 +23,14 @@ import torch.distributed as dist
 from faulty_files import Faults
 from lives import End, live
 
-from ted_scale.checkpoints import attempts, state
+from ted_scale.base.errors import files_at
+from ted_scale.checkpoints import attempts, owner, state
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import saver as saving
 from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.checkpoints.saver import Save, Saver
 from ted_scale.config.operation import Checkpoint
-from ted_scale.ranks.agree import share
+from ted_scale.ranks.agree import of_rank_0, share
 from ted_scale.run_folder import check_shared, resume_point
 from ted_scale.storage import objects
 
@@ -87,8 +88,9 @@ def train(run: Run, place: Path, life: Path) -> None:
     writes = dist.get_rank() == 0
     check_shared(run.folder, writes)
     if writes:
-        files.clear_unfinished(run.folder)
-    dist.barrier()
+        with files_at(run.folder):
+            files.clear_unfinished(run.folder)
+    of_rank_0(owner.claim, run)
     found, line = resume_point(run)
     progress = read_progress(found) if found else Progress()
     progress = replace(progress, forks=progress.forks + (progress.step,) * (line - len(progress.forks)))
@@ -113,7 +115,7 @@ def train(run: Run, place: Path, life: Path) -> None:
 def be_quick() -> None:
     """The pauses and the patience of a program that nobody waits for."""
     attempts.PAUSES_S, saving.LAST_PAUSES_S = (0, 0.001), (0, 0.001)
-    objects.COPYING_S, objects.OPENING_S = 2, 1
+    objects.COPYING_S, objects.OPENING_S, owner.LEASE_S = 2, 1, 0
     lives.shorten_patience()
 
 
