@@ -100,7 +100,7 @@ def flat(values: dict, prefix: str = "") -> dict:
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-            value = {row.get("name", number): row for number, row in enumerate(value)}
+            value = {str(row.get("name", number)): row for number, row in enumerate(value)}
         if isinstance(value, dict):
             rows |= flat(value, f"{name}.")
         elif value is not None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from ted_scale.base.errors import UserError, shown
+from ted_scale.base.errors import UserError, files_at, shown
 from ted_scale.base.parsing import fits, is_count, parse_json
 
 LONGEST_HEADER, MOST_DIMENSIONS = 100_000_000, 64
@@ -102,16 +102,16 @@ def header_of(path: Path) -> Header:
 def opened(path: Path) -> Iterator[int]:
     """A descriptor. What is no whole safetensors file, or cannot be read, becomes a sentence."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
-            raise Broken("it is no plain file")
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
-    except (Broken, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} must be a whole safetensors file, but is not: {reason}; copy it again") from None
+        with files_at(path):
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
+                raise Broken("it is no plain file")
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
+    except Broken as error:
+        raise UserError(f"{path} must be a whole safetensors file, but is not: {error}; copy it again") from None
 
 
 def read_header(descriptor: int) -> Header:

@@ -232,3 +232,10 @@ def test_filters_of_another_shape_are_refused(world):
         "to take filters from ROOT/other/filters.safetensors, filters.width must be 32, but is 48; set back what differs, or "
         "leave filters.from out"
     )
+
+
+def test_a_damaged_name_in_the_run_file_of_a_checkpoint_is_a_change_like_any_other():
+    written = {"data": {"corpora": [{"name": ["web"], "weight": 1.0}]}}
+    ours = {"data": {"corpora": [{"name": "web", "weight": 1.0}]}}
+    sentences = changes.changes({}, {}, written, ours, 4)
+    assert "data.corpora.web.weight is 1.0 instead of None from step 4 on" in sentences
