@@ -26,6 +26,7 @@ def tried(name, action):
 tried("open", lambda: (here / "absent").open())
 tried("read", lambda: os.read(os.open(here / "file", os.O_RDONLY), 6))
 tried("again", lambda: os.read(os.open(here / "file", os.O_RDONLY), 6))
+tried("vector", lambda: os.preadv(os.open(here / "vector", os.O_RDONLY), [bytearray(6)], 0))
 tried("rename", lambda: (here / "a").rename(here / "b"))
 tried("listed", lambda: sorted(os.listdir(here / "folder")))
 tried("stat", lambda: (here / "stale").exists())
@@ -42,6 +43,7 @@ print("not killed")
 @pytest.mark.skipif(faulty_files.COMPILER is None, reason="there is no C compiler for faulty_files.c")
 def test_rules_fail_shorten_age_lose_and_kill_what_they_name(tmp_path):
     (tmp_path / "file").write_text("sixsix")
+    (tmp_path / "vector").write_text("sixsix")
     (tmp_path / "a").touch()
     (tmp_path / "folder" / "young").mkdir(parents=True)
     faults = Faults(tmp_path / "faults")
@@ -49,6 +51,7 @@ def test_rules_fail_shorten_age_lose_and_kill_what_they_name(tmp_path):
         [
             faulty_files.Rule("open", "*/absent", "fail", errno.EIO),
             faulty_files.Rule("read", "*/file", "short"),
+            faulty_files.Rule("read", "*/vector", "fail", errno.EIO),
             faulty_files.Rule("rename", "*/a", "twice", errno.ENOENT),
             faulty_files.Rule("list", "*/folder", "stale", 60),
             faulty_files.Rule("stat", "*/stale", "fail", errno.ESTALE),
@@ -63,11 +66,12 @@ def test_rules_fail_shorten_age_lose_and_kill_what_they_name(tmp_path):
         [sys.executable, "-c", PROBE, tmp_path], env=environment, capture_output=True, text=True, check=False
     )
     assert done.stdout.splitlines() == [
-        "open Input/output error", "read b'six'", "again b'sixsix'", "rename No such file or directory", "listed []",
+        "open Input/output error", "read b'six'", "again b'sixsix'", "vector Input/output error",
+        "rename No such file or directory", "listed []",
         "stat Stale file handle", "fsync Input/output error", "close Disk quota exceeded", f"made {bytes(7)}",
     ]  # fmt: skip
     assert done.returncode == -9 and (tmp_path / "b").exists() and (tmp_path / "made").exists()
-    assert len(faults.log()) == 8
+    assert len(faults.log()) == 9
 
 
 class Origin(BaseHTTPRequestHandler):

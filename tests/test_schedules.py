@@ -47,7 +47,7 @@ def schedules(folder: Path, kind: str, seeds: range, seconds: float = 120) -> li
     return reports
 
 
-@pytest.mark.parametrize(("kind", "count"), [("saving", 40), ("reading", 40)])
+@pytest.mark.parametrize(("kind", "count"), [("saving", 40), ("reading", 40), ("copying", 8)])
 def test_no_schedule_of_faults_loses_a_checkpoint_or_reads_other_data(tmp_path, kind, count):
     assert sum(bool(report["struck"]) for report in schedules(tmp_path, kind, range(count))) > count / 2
 

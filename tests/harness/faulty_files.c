@@ -200,6 +200,8 @@ ssize_t pwrite64(int d, const void *of, size_t size, off64_t at) { BYTES("write"
 ssize_t readv(int d, const struct iovec *v, int n) { VECTOR("read", d, v, n, REAL(readv)(d, v, n)); }
 ssize_t preadv(int d, const struct iovec *v, int n, off_t at) { VECTOR("read", d, v, n, REAL(preadv)(d, v, n, at)); }
 ssize_t preadv64(int d, const struct iovec *v, int n, off64_t at) { VECTOR("read", d, v, n, REAL(preadv64)(d, v, n, at)); }
+ssize_t preadv64v2(int d, const struct iovec *v, int n, off64_t at, int flags) { /* what Python's os.preadv calls */
+    VECTOR("read", d, v, n, REAL(preadv64v2)(d, v, n, at, flags)); }
 
 #define LOOK(base, path, action) do { const struct rule *r = struck("stat", base, path); \
     return is(r, "fail") ? failed(r) : action; } while (0)
