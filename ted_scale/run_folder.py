@@ -27,7 +27,7 @@ from ted_scale.metrics.console import open_log
 from ted_scale.metrics.rows import trim_rows
 from ted_scale.plan import Plan, describe
 from ted_scale.ranks import pulse
-from ted_scale.ranks.agree import broadcast, of_rank_0, refuse_together, share, verdict
+from ted_scale.ranks.agree import broadcast, of_rank_0, share, verdict
 
 log = logging.getLogger("ted_scale")
 held: list = []  # the lock of the run's folder, until this process exits
@@ -39,9 +39,7 @@ def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
     # Make the folder and lock it; remove what an earlier process left half-written; own the copies.
     check_shared(folder, writes)
     open_log(folder, writes)
-    if writes:
-        with files_at(folder):
-            files.clear_unfinished(folder)
+    of_rank_0(files.clear_unfinished, folder)
     of_rank_0(owner.claim, plan.run)
     if writes:
         owner.hold(plan.run)
@@ -81,31 +79,35 @@ def check_shared(folder: Path, writes: bool) -> None:
     """Rank 0 locks the folder and makes a file in it; every rank must find this file. Its name is new each time, because an
     NFS client remembers for a while that a file was not there. It is among the checkpoints, because a client forgets an old
     listing of a folder in which it makes a file."""
-    token, sentence, busy = broadcast(f".shared_{os.urandom(8).hex()}"), None, None
     checkpoints = files.checkpoints_of(folder)
-    if writes:
-        try:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            if lock(folder):
-                (checkpoints / token).touch()
-            else:
-                busy = f"runs must be used by one process at a time, but another process is using {folder}"
-                busy += "; wait for it, or give this run another name"
-        except OSError as error:
-            if error.errno in CORRECTABLE:
-                sentence = f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
-            else:
-                busy = (
-                    f"{folder} must be writable, but its file system says {error.strerror}; look at it and start again"
-                )
-    refuse_together(sentence)
-    refuse_together(busy, Gone)  # not a mistake: a file server keeps the lock of a lost node for a while
-    if fault := verdict(is_not_shared, folder, checkpoints / token):
+    token = checkpoints / broadcast(f".shared_{os.urandom(8).hex()}")
+    of_rank_0(take, folder, token)
+    if fault := verdict(is_not_shared, folder, token):
         raise UserError(fault)
     if writes:
         for left in checkpoints.glob(".shared_*"):
             with contextlib.suppress(OSError):  # the next start removes it
                 left.unlink(missing_ok=True)
+
+
+def take(folder: Path, token: Path) -> None:
+    try:
+        token.parent.mkdir(parents=True, exist_ok=True)
+        is_free = lock(folder)
+        token.touch()
+    except OSError as error:
+        if error.errno in CORRECTABLE:
+            raise UserError(
+                f"runs must be a folder this user can write, but {folder} is not: {error.strerror}"
+            ) from None
+        raise Gone(
+            f"{folder} must be writable, but its file system says {error.strerror}; look at it and start again"
+        ) from None
+    if not is_free:  # not a mistake: a file server keeps the lock of a lost node for a while
+        raise Gone(
+            f"runs must be used by one process at a time, but another process is using {folder}; wait for it, or give this run "
+            "another name"
+        )
 
 
 def is_not_shared(folder: Path, token: Path) -> str | None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ted_scale.base import durable, sealed
 from ted_scale.base.durable import PART
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import is_count
 from ted_scale.base.patience import patiently
 from ted_scale.base.sealed import Damaged
@@ -157,7 +157,8 @@ def skipped(path: Path | str, fault: str) -> str:
 
 def clear_unfinished(folder: Path) -> None:
     """Remove what earlier processes left half-written. First give back the name to a checkpoint that was being replaced."""
-    durable.put_back(checkpoints_of(folder))
+    with files_at(folder):
+        durable.put_back(checkpoints_of(folder))
     for part in checkpoints_of(folder).glob(f"*{PART}"):
         shutil.rmtree(part, ignore_errors=True)
 

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ted_scale.base.durable import PART
 from ted_scale.base.errors import clean, shortened
+from ted_scale.base.paths import NoFile, open_file
 from ted_scale.config.types import Count
 
 NAME, LONGEST, EVERY_S = "life.json", 2**16, 10.0
@@ -119,12 +119,12 @@ def write(folder: Path, life: Life) -> None:
 
 def read(folder: Path) -> Life | None:
     """None if there is none, or if it cannot be read: nothing but a report depends on it."""
-    with contextlib.suppress(OSError, ValueError, ValidationError):
-        opened = os.open(folder / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(opened, "rb") as file:
-            if stat.S_ISREG(os.fstat(opened).st_mode):
-                life = READER.validate_json(file.read(LONGEST))
-                return dataclasses.replace(life, words=ending(life.words))
+    with (
+        contextlib.suppress(NoFile, OSError, ValueError, ValidationError),
+        os.fdopen(open_file(folder / NAME), "rb") as file,
+    ):
+        life = READER.validate_json(file.read(LONGEST))
+        return dataclasses.replace(life, words=ending(life.words))
     return None
 
 

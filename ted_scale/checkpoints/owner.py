@@ -33,9 +33,8 @@ from ted_scale.storage.retries import Changed
 log = logging.getLogger("ted_scale")
 OWNER = "owner.json"
 RENEWAL_S = 30
-LEASE_S = (
-    120  # four renewals; a node that is lost is noticed and replaced in about this time, so its successor hardly waits
-)
+# Four renewals. A node that is lost is noticed and replaced in about this time, so its successor hardly waits.
+LEASE_S = 120
 LEAVING_S = 5
 
 

@@ -19,9 +19,8 @@ PASSING_CODES |= {"ConditionalRequestConflict", "OperationAborted"}  # another r
 ABSENT_CODES = {"NoSuchKey", "NoSuchUpload", "404"}  # the answer to HEAD has no text, only the number
 LOST_KEYS = {"NoCredentialsError", "PartialCredentialsError"}
 OLD_KEYS = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired", "InvalidAccessKeyId"}
-KEYS_S = (
-    20  # new credentials are waited for: a service that gives them is slow at times, a file is about to be replaced
-)
+# New credentials are waited for so long: a service that gives them is slow at times, or a file is about to be replaced.
+KEYS_S = 20
 
 
 class Missing(UserError):

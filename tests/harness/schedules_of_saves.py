@@ -23,7 +23,6 @@ import torch.distributed as dist
 from faulty_files import Faults
 from lives import End, live
 
-from ted_scale.base.errors import files_at
 from ted_scale.checkpoints import attempts, owner, state
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import saver as saving
@@ -87,9 +86,7 @@ def train(run: Run, place: Path, life: Path) -> None:
     be_quick()
     writes = dist.get_rank() == 0
     check_shared(run.folder, writes)
-    if writes:
-        with files_at(run.folder):
-            files.clear_unfinished(run.folder)
+    of_rank_0(files.clear_unfinished, run.folder)
     of_rank_0(owner.claim, run)
     found, line = resume_point(run)
     progress = read_progress(found) if found else Progress()
