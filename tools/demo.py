@@ -7,7 +7,6 @@ interrupted demo continues where it was, and never mixes the results of two demo
 """
 
 import argparse
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -31,6 +30,7 @@ from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import read_progress
 from ted_scale.config.run_file import load_run
 from tools import demo_table
+from tools.sessions import end_session
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = Path("runs/demo")
@@ -95,21 +95,10 @@ def start(*command) -> None:
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        end_group(process)
+        end_session(process)
         raise RunStopped("the demo was interrupted; `make demo` continues from here") from None
     if code:
         raise RunStopped(f"the demo needs every phase, but {words[1]} exited with code {code}; see above")
-
-
-def end_group(process: subprocess.Popen) -> None:
-    """End the command and its children: `deepspeed` forwards no signal to its ranks and does not wait for them."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-            process.wait()
-            for _ in range(50):
-                time.sleep(0.2)
-                os.killpg(process.pid, 0)  # raises once no process is left
 
 
 def environment() -> dict[str, str]:

@@ -79,10 +79,10 @@ def put(values: dict, override: str) -> None:
     values[key] = value
 
 
-def sentence(error: ValidationError) -> str:
-    """The first fault of a run file, in the project's form."""
+def sentence(error: ValidationError, root: type[BaseModel] = Run) -> str:
+    """The first fault of a run file, or of another file whose sections `root` describes, in the project's form."""
     fault = min(error.errors(), key=how_far_from_the_cause)
-    names, section = where(fault["loc"])
+    names, section = where(fault["loc"], root)
     dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).lstrip(".")
     if fault["type"] == "extra_forbidden":
         return unknown_key(f"{dotted}." if dotted else "", str(fault["loc"][-1]), section)
@@ -103,10 +103,10 @@ def how_far_from_the_cause(fault) -> int:
     return {"extra_forbidden": 0, "missing": 1}.get(fault["type"], 3 if other_branch else 2)
 
 
-def where(location) -> tuple[list, type]:
+def where(location, root: type[BaseModel]) -> tuple[list, type]:
     """The keys and indices on pydantic's path to a fault, without the names of a union's branches; and the last section on
     the path."""
-    names, section = [], Run
+    names, section = [], root
     for part in location:
         field = keys_of(section).get(part)
         if field is not None or isinstance(part, int):

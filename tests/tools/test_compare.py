@@ -1,0 +1,260 @@
+"""tools/compare.py: equal conditions, budgets, paired differences, and a comparison that goes on.
+
+Runs are stand-ins that write what a run writes; the last test, of `make soak`, starts real ones.
+"""
+
+import json
+import math
+
+import numpy
+import pytest
+import tomli_w
+from tiny import make_corpus, make_model, make_run, write_run
+
+from ted_scale.base.errors import NUMBERS, RunStopped, UserError
+from ted_scale.checkpoints import life
+from ted_scale.checkpoints.life import Life, Spent
+from tools import compare
+from tools.comparison import plan as plans
+from tools.comparison import prices, results, starts
+from tools.comparison.prices import Price
+
+ARMS = {"ce": ["method=ce"], "kd": ["method=kd"], "ted": ["method=ted", "filters.steps=4"]}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("compare")
+    make_model(root / "teacher", "llama", hidden_size=48, num_hidden_layers=2)
+    make_model(root / "student", "gpt2", num_hidden_layers=2, seed=1)
+    make_corpus(root / "corpus")
+    train = {"steps": 9, "tokens_per_step": 384, "precision": "fp32", "lr": 1e-3}
+    write_run(root / "base.toml", make_run(root, train=train))
+    return root
+
+
+@pytest.fixture
+def write(root, tmp_path):
+    """Writes a plan and returns its path."""
+
+    def to(**values) -> str:
+        known = {
+            "run": str(root / "base.toml"),
+            "folder": str(tmp_path / "out"),
+            "arms": ARMS,
+            "budget": {"tokens": 7680},
+        }
+        (tmp_path / "plan.toml").write_text(tomli_w.dumps({**known, **values}))
+        return str(tmp_path / "plan.toml")
+
+    return to
+
+
+# Equal conditions
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["student.path=elsewhere"],
+            r"arms.other must have the student.path of arms.ce \('.*student'\), but has 'elsewhere'; if ",
+        ),
+        (
+            ["data.seq_len=64"],
+            r"arms.other must have the data.seq_len of arms.ce \(32\), but has 64; if that is what is ",
+        ),
+        (["data.blend.kind=temperature"], r"data.blend.kind of arms.ce"),
+        (["train.tokens_per_step=768"], r"train.tokens_per_step of arms.ce"),
+        (["seed=3"], r"arms.other must not set seed, because the comparison does"),
+        (["train.steps=3"], r"must not set train.steps"),
+        (["method=cee"], r"^arms.other: --set method: method must be"),
+    ],
+)
+def test_arms_that_start_or_read_differently_are_refused(write, words, sentence):
+    with pytest.raises(UserError, match=sentence):
+        plans.load(write(arms={**ARMS, "other": words}))
+
+
+def test_what_a_plan_names_in_differ_may_differ(write):
+    arms = {**ARMS, "long": ["data.seq_len=64"]}
+    assert "long" in plans.load(write(arms=arms, differ=["data.seq_len"])).arms
+    assert "long" in plans.load(write(arms=arms, differ=["data"])).arms
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"budget": {}}, r"budget.tokens or seconds must be set, and not both, but neither is"),
+        ({"budget": {"tokens": 1, "seconds": 1.0}}, r"but both are"),
+        ({"baseline": "lwd"}, r"baseline must be one of the arms"),
+        ({"seeds": [1, 1]}, r"seeds must differ, but are \[1, 1\]"),
+        ({"sedes": [1]}, r"unknown key sedes; did you mean seeds\?"),
+        ({"arms": {}}, r"arms must "),
+        ({"arms": {"a_b": []}}, r"arms"),
+    ],
+)
+def test_a_mistake_in_a_plan_is_one_sentence(write, values, sentence):
+    with pytest.raises(UserError, match=sentence):
+        plans.load(write(**values))
+
+
+# Budgets
+
+
+def test_a_budget_of_tokens_pays_for_stage_i(write):
+    plan = plans.load(write(budget={"tokens": 7680}))
+    assert [prices.steps_within(plan, arm, None) for arm in ("ce", "ted")] == [20, 16]
+    with pytest.raises(
+        UserError, match=r"budget.tokens \(1,536\) must hold a step of arms.ted after its 4 steps of stage I"
+    ):
+        prices.steps_within(plans.load(write(budget={"tokens": 1536})), "ted", None)
+
+
+def test_a_budget_of_seconds_pays_for_stage_i_and_validation(write):
+    plan, price = plans.load(write(budget={"seconds": 60.0})), Price(filter_step=2.0, step=3.0, validation=1.0)
+    assert prices.steps_within(plan, "ce", price) == (60 - 5) // 3
+    assert prices.steps_within(plan, "ted", price) == (60 - 5 - 4 * 2) // 3
+    run = plans.of_arm(plan, "ted")
+    assert prices.seconds_at(price, run, 6, 2) == 4 * 2 + 2 * 3 + 2
+    assert prices.seconds_at(price, run, 3, 0) == 3 * 2
+
+
+# Differences
+
+
+def test_the_interval_of_paired_differences_is_that_of_student_s_t():
+    rng = numpy.random.default_rng(0)
+    for count in range(2, plans.MOST_SEEDS + 1):
+        ours, theirs = rng.normal(size=(2, count))
+        found = results.paired(dict(enumerate(ours)), dict(enumerate(theirs)))
+        spread = (ours - theirs).std(ddof=1) / numpy.sqrt(count)
+        assert found.mean == pytest.approx((ours - theirs).mean())
+        assert inside(found.half / spread, count - 1) == pytest.approx(0.95, abs=4e-5)
+
+
+def inside(t: float, freedom: int) -> float:
+    """The share of Student's distribution within ±t, by summing its density."""
+    x = numpy.linspace(0, t, 200_001)
+    density = (1 + x * x / freedom) ** (-(freedom + 1) / 2)
+    norm = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    return 2 * norm * float(numpy.trapezoid(density, x))
+
+
+def test_only_seeds_that_both_arms_finished_are_paired():
+    assert results.paired({0: 1.0, 1: 2.0}, {1: 1.5, 2: 9.0}) == (0.5, None)
+    assert results.paired({0: 1.0}, {1: 1.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "verdict"),
+    [(-0.2, 0.1, "better"), (0.2, 0.1, "worse"), (0.1, 0.2, "noise"), (1.0, None, "one seed")],
+)
+def test_what_is_within_the_interval_is_called_noise(mean, half, verdict):
+    assert results.Difference(mean, half).verdict == verdict
+
+
+# A comparison as a whole
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The names of runs that were started; each writes losses that its arm and seed decide, unless its code is another."""
+    names, codes = [], {}
+
+    def run_all(plan, jobs):
+        for job in jobs:
+            if codes.get(job.name) == "interrupt":
+                raise KeyboardInterrupt
+            names.append(job.name)
+            settings = dict(word.split("=", 1) for word in job.words)
+            stand_in(plan.place / "runs" / job.name, settings, codes.get(job.name, 0))
+            yield job, codes.get(job.name, 0)
+
+    monkeypatch.setattr(starts, "run_all", run_all)
+    return names, codes
+
+
+STEP_MS = {"ce": 100.0, "kd": 200.0, "ted": 400.0}
+
+
+def stand_in(folder, settings, code):
+    folder.mkdir(parents=True, exist_ok=True)
+    method, stage_i = settings["method"], int(settings.get("filters.steps", 0))
+    total, every = stage_i + int(settings["train.steps"]), int(settings["validation.every"]) or 10**9
+    loss = 5 - {"ce": 0.0, "kd": 0.1, "ted": 0.2}[method] + int(settings.get("seed", 0)) / 10
+    rows = []
+    for step in range(1, total + 1):
+        cost = 50.0 if step <= stage_i else STEP_MS[method]
+        rows.append({"step": step, "tokens": step * 384, "perf/step_ms": 9e9 if step in (1, stage_i + 1) else cost})
+        if step > stage_i and (step % every == 0 or step == total):
+            rows.append({"step": step, "tokens": step * 384, "val/loss": loss + (total - step) / total})
+    rows.insert(0, {"step": stage_i, "tokens": stage_i * 384, "val/loss": 9.0})
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    life.write(
+        folder, Life(total, Spent(steps=total / 10, validation=0.6), "loss/ce is not finite" if code else "it was done")
+    )
+
+
+def test_arms_take_the_steps_that_their_budget_of_seconds_holds(write, started):
+    path = write(budget={"seconds": 12.0}, seeds=[0, 1])
+    compare.main([path])
+    plan = plans.load(path)
+    # 5 validations of 0.3 s; 4 steps of stage I of 0.05 s each.
+    assert {r.arm: r.steps for r in results.noted(plan)} == {"ce": 105, "kd": 52, "ted": 25}
+    table = (plan.place / "table.md").read_text()
+    assert "| ce | 2 | 105 | 11 | 5.0500 | 0.0707 | - |  |" in table
+    assert "| kd | 2 | 52 | 6 | 4.9500 | 0.0707 | -0.1000 ± 0.0000 | better |" in table
+    assert (plan.place / "curves.csv").read_text().splitlines()[1].startswith("ce,0,0,0,0.0,9.0,")
+    assert (plan.place / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_that_was_interrupted_goes_on_and_repeats_nothing(write, started):
+    names, codes = started
+    path = write(seeds=[0, 1])
+    codes["ted_seed0"] = "interrupt"
+    with pytest.raises(KeyboardInterrupt):
+        compare.main([path])
+    codes.clear()
+    compare.main([path])
+    assert names == ["ce_seed0", "kd_seed0", "ted_seed0", "ce_seed1", "kd_seed1", "ted_seed1"]
+    compare.main([path])
+    assert len(names) == 6
+    with pytest.raises(
+        UserError, match=r"out must have results of this budget, but ce_seed0 took 20 steps and not 40; give "
+    ):
+        compare.main([write(seeds=[0, 1], budget={"tokens": 15_360})])
+
+
+def test_an_arm_that_diverges_is_named_and_the_others_go_on(write, started, capsys):
+    names, codes = started
+    codes["kd_seed0"] = NUMBERS
+    compare.main([write(seeds=[0, 1])])
+    assert len(names) == 6
+    said = capsys.readouterr().out
+    assert "kd_seed0: diverged: loss/ce is not finite" in said
+    assert "| kd | 1 | 20 | 3 | 5.0000 | - | -0.1000 | one seed; diverged: loss/ce is not finite |" in said
+
+
+def test_a_run_that_fails_otherwise_ends_the_comparison_with_its_output_named(write, started):
+    started[1]["ce_seed0"] = 5
+    with pytest.raises(
+        RunStopped, match=r"^ce_seed0 ended with exit code 5; look into .*said/ce_seed0.txt, then give the same"
+    ):
+        compare.main([write()])
+
+
+def test_a_mistake_that_only_a_plan_of_a_run_shows_is_found_before_any_run(write, started, root):
+    with pytest.raises(UserError, match=r"^arms.kd: teacher.path must "):
+        compare.main([write(arms={"ce": ["method=ce"], "kd": ["method=kd", f"teacher.path={root / 'nowhere'}"]})])
+    assert not started[0]
+
+
+@pytest.mark.soak
+def test_real_runs_of_a_comparison_start_alike_and_end_within_their_seconds(write):
+    path = write(arms={"ce": ["method=ce"], "ted": ARMS["ted"]}, budget={"seconds": 8.0}, seeds=[0], at_once=2)
+    compare.main([path])
+    found = {r.arm: r for r in results.noted(plans.load(path))}
+    assert found["ce"].points[0].loss == pytest.approx(found["ted"].points[0].loss, rel=1e-6)
+    assert all(r.end == "done" and r.seconds < 2 * 8 for r in found.values())
+    assert found["ce"].steps > found["ted"].steps

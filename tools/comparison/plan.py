@@ -1,0 +1,163 @@
+"""What is compared: arms, seeds and a budget, from one TOML file. An arm is a run file plus the words that `--set` takes.
+
+Note: arms must start from the same student and read the same data. What is meant to differ all the same, as the student does
+when cuts are compared, is named in `differ`.
+"""
+
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from pydantic import Field, ValidationError, model_validator
+
+from ted_scale.base.errors import UserError, shown
+from ted_scale.base.parsing import parse_toml
+from ted_scale.config.run import Run
+from ted_scale.config.run_file import load_run, sentence
+from ted_scale.config.types import Count, Positive, PositiveInt, Section
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
+OURS = ("name", "runs", "seed", "train.steps", "validation.every", "log_every", "resume.allow")
+EQUAL = ("student", "data", "train.tokens_per_step", "validation")
+MOST_SEEDS = 10
+
+
+class Budget(Section):
+    """What each arm may use, stage I included. Exactly one is set."""
+
+    tokens: PositiveInt | None = Field(None, description="read in training")
+    seconds: Positive | None = Field(None, description="of steps and validation; starts do not count")
+
+    @model_validator(mode="after")
+    def one_is_set(self):
+        if (self.tokens is None) == (self.seconds is None):
+            raise ValueError("tokens or seconds must be set, and not both, but " + (
+                "neither is" if self.tokens is None else "both are"))  # fmt: skip
+        return self
+
+
+class Measure(Section):
+    """How a budget of seconds becomes steps: short runs of every arm, in turn."""
+
+    steps: Annotated[int, Field(ge=3)] = Field(12, description="of each stage; the first is not counted")
+    rounds: PositiveInt = 2
+
+
+class Comparison(Section):
+    run: str = Field(description="the run file that every arm starts from")
+    folder: str = Field(description="where the arms' runs and the results are made")
+    arms: dict[Name, list[str]] = Field(min_length=1, description="for each, its section.key=value words")
+    budget: Budget
+    seeds: list[Count] = Field([0, 1, 2], min_length=1, max_length=MOST_SEEDS)
+    baseline: str = Field("", description="the arm that others are compared with; default: the first")
+    set: list[str] = Field([], description="section.key=value words for every arm")
+    differ: list[str] = Field([], description="keys of the student and the data that arms may set differently")
+    ranks: PositiveInt = Field(1, description="of each run")
+    at_once: PositiveInt = Field(1, description="runs at the same time; on GPUs each has devices of its own")
+    validations: PositiveInt = Field(4, description="in a run, besides the one at its start")
+    keep_checkpoints: bool = Field(True, description="false: a run's checkpoints go when its result is noted")
+    measure: Measure = Measure()
+
+    @model_validator(mode="after")
+    def baseline_is_an_arm(self):
+        if self.baseline and self.baseline not in self.arms:
+            raise ValueError(f"baseline must be one of the arms {sorted(self.arms)}, but is {shown(self.baseline)}")
+        if len({*self.seeds}) < len(self.seeds):
+            raise ValueError(f"seeds must differ, but are {self.seeds}")
+        return self
+
+    @property
+    def compared_with(self) -> str:
+        return self.baseline or next(iter(self.arms))
+
+    @property
+    def place(self) -> Path:
+        return Path(self.folder)
+
+
+class Job(NamedTuple):
+    """One run: an arm with a seed, or a short run that measures an arm's seconds."""
+
+    name: str
+    words: tuple[str, ...]  # for --set
+
+
+def load(path: str) -> Comparison:
+    try:
+        values = parse_toml(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"PLAN must name a readable file, but {path} is not: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} must be valid TOML, but is not: {' '.join(str(error).split())}") from None
+    try:
+        plan = Comparison.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {sentence(error, Comparison)}") from None
+    refuse_unequal(plan)
+    return plan
+
+
+def refuse_unequal(plan: Comparison) -> None:
+    """Also finds the mistakes of every arm's run file and words."""
+    for arm, words in plan.arms.items():
+        for word in (*plan.set, *words):
+            key = word.partition("=")[0].strip()
+            if any(key == ours or key.startswith(f"{ours}.") for ours in OURS):
+                raise UserError(f"arms.{arm} must not set {key}, because the comparison does; take it out of the plan")
+    runs = {arm: equal_values(of_arm(plan, arm)) for arm in plan.arms}
+    base = plan.compared_with
+    for arm, values in runs.items():
+        for key in sorted({*values, *runs[base]}):
+            if values.get(key) != runs[base].get(key) and not named(key, plan.differ):
+                raise UserError(
+                    f"arms.{arm} must have the {key} of arms.{base} ({shown(runs[base].get(key))}), but has "
+                    f"{shown(values.get(key))}; if that is what is compared, put {key} into differ"
+                )
+
+
+def of_arm(plan: Comparison, arm: str, *more: str) -> Run:
+    try:
+        return load_run(plan.run, [*plan.set, *plan.arms[arm], *more])
+    except UserError as error:
+        raise UserError(f"arms.{arm}: {error}") from None
+
+
+def equal_values(run: Run) -> dict:
+    flat = flattened("", run.model_dump(by_alias=True))
+    return {key: value for key, value in flat.items() if named(key, EQUAL) and not named(key, OURS)}
+
+
+def flattened(prefix: str, value) -> dict:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: v for name, inner in value.items() for key, v in flattened(f"{prefix}.{name}".lstrip("."), inner).items()
+    }
+
+
+def named(key: str, names) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def job_of(plan: Comparison, arm: str, seed: int, steps: int) -> Job:
+    stage_i = stage_i_steps(of_arm(plan, arm))
+    every = max(1, (steps + stage_i) // plan.validations)
+    own = [f"seed={seed}", f"train.steps={steps}", f"validation.every={every}", f"log_every={max(1, steps // 20)}"]
+    return Job(f"{arm}_seed{seed}", words_of(plan, arm, f"{arm}_seed{seed}", own))
+
+
+def measuring_job(plan: Comparison, arm: str, turn: int) -> Job:
+    run, name = of_arm(plan, arm), f"measure_{arm}_{turn}"
+    stage_i = [f"filters.steps={plan.measure.steps}"] if stage_i_steps(run) else []
+    own = [f"train.steps={plan.measure.steps}", "train.warmup_steps=0", "validation.every=0", "log_every=1", *stage_i]
+    return Job(name, words_of(plan, arm, name, own))
+
+
+def words_of(plan: Comparison, arm: str, name: str, own: list[str]) -> tuple[str, ...]:
+    """The plan's own come last, so that nothing replaces them."""
+    return (*plan.set, *plan.arms[arm], f"name={name}", f"runs={plan.place / 'runs'}", *own)
+
+
+def stage_i_steps(run: Run) -> int:
+    from ted_scale.distill.stages import stages_of  # imports torch: a mistake in a plan should not wait for it
+
+    return sum(stage.steps for stage in stages_of(run) if stage.learns_filters)

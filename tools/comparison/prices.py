@@ -1,0 +1,75 @@
+"""What an arm's steps cost in seconds, and how many of them a budget holds. Stage I and validation are paid from the budget.
+
+Note: prices are measured in runs of all arms in turn, as many at once as in the comparison, because a machine's speed changes
+with what else runs on it and from hour to hour.
+"""
+
+import json
+import statistics
+from typing import NamedTuple
+
+from ted_scale.base.durable import write_durably
+from ted_scale.base.errors import UserError
+from ted_scale.checkpoints import life
+from ted_scale.metrics.rows import rows_in
+from tools.comparison import plan as plans
+from tools.comparison.plan import Comparison
+
+
+class Price(NamedTuple):
+    """Seconds."""
+
+    filter_step: float  # of stage I; 0 where there is none
+    step: float
+    validation: float
+
+
+def price_of(plan: Comparison, arm: str, name: str) -> Price:
+    """From a measuring run that is over. The first step of a stage compiles and fills caches, so it is not counted."""
+    folder = plan.place / "runs" / name
+    run = plans.of_arm(plan, arm)
+    timed = [row for row in rows_in(folder / "metrics.jsonl") if "perf/step_ms" in row]
+    first = plan.measure.steps if plans.stage_i_steps(run) else 0
+    stage_i = [row["perf/step_ms"] / 1e3 for row in timed if 1 < row["step"] <= first]
+    stage_ii = [row["perf/step_ms"] / 1e3 for row in timed if row["step"] > first + 1]
+    spent = life.read(folder).spent
+    return Price(statistics.mean(stage_i) if stage_i else 0.0, statistics.mean(stage_ii), spent.validation / 2)
+
+
+def middle(prices: list[Price]) -> Price:
+    return Price(*(statistics.median(column) for column in zip(*prices, strict=True)))
+
+
+def note(plan: Comparison, prices: dict[str, Price]) -> None:
+    values = {arm: price._asdict() for arm, price in prices.items()}
+    write_durably(plan.place / "prices.json", json.dumps(values, indent=1) + "\n")
+
+
+def noted(plan: Comparison) -> dict[str, Price]:
+    path = plan.place / "prices.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return {arm: Price(**values) for arm, values in known.items() if arm in plan.arms}
+
+
+def steps_within(plan: Comparison, arm: str, price: Price | None) -> int:
+    """Steps of stage II that the budget holds."""
+    run, budget = plans.of_arm(plan, arm), plan.budget
+    stage_i = plans.stage_i_steps(run)
+    if budget.tokens:
+        steps, kind = budget.tokens // run.train.tokens_per_step - stage_i, f"tokens ({budget.tokens:,})"
+    else:
+        left = budget.seconds - stage_i * price.filter_step - (plan.validations + 1) * price.validation
+        steps, kind = int(left / price.step), f"seconds ({budget.seconds:,.0f})"
+    if steps < 1:
+        raise UserError(
+            f"budget.{kind} must hold a step of arms.{arm} after its {stage_i} steps of stage I, but does not; raise it"
+        )
+    return steps
+
+
+def seconds_at(price: Price | None, run, step: int, validations: int) -> float | None:
+    """What a run has cost by this step of its own count; None where nothing was measured."""
+    if price is None:
+        return None
+    stage_i = min(step, plans.stage_i_steps(run))
+    return stage_i * price.filter_step + (step - stage_i) * price.step + validations * price.validation

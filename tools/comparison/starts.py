@@ -1,0 +1,87 @@
+"""Runs of a comparison as processes: some at once, each with its own devices or cores, and none left behind.
+
+Note: `deepspeed` forwards no signal to its ranks and does not wait for them, so each run is a session that is ended whole.
+"""
+
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from ted_scale.base.errors import UserError
+from tools.comparison.plan import Comparison, Job
+from tools.sessions import end_session
+
+ROOT = Path(__file__).resolve().parents[2]
+FIRST_PORT = 29_600
+
+
+def run_all(plan: Comparison, jobs: list[Job]) -> Iterator[tuple[Job, int]]:
+    """Each job with its exit code, as they end."""
+    places: queue.SimpleQueue = queue.SimpleQueue()
+    for words in places_of(plan):
+        places.put(words)
+    alive: list[subprocess.Popen] = []
+    with ThreadPoolExecutor(plan.at_once) as pool:
+        waits = {pool.submit(run_one, plan, job, places, alive): job for job in jobs}
+        try:
+            for done in as_completed(waits):
+                yield waits[done], done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in alive:
+                end_session(process)
+            raise
+
+
+def run_one(plan: Comparison, job: Job, places: queue.SimpleQueue, alive: list) -> int:
+    place = places.get()
+    said = plan.place / "said" / f"{job.name}.txt"
+    said.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with said.open("a") as out:
+            process = subprocess.Popen(
+                [Path(sys.executable).with_name("deepspeed"), *place, ROOT / "launch" / "pretrain.py", "--config", plan.run,
+                 *(word for each in job.words for word in ("--set", each))],
+                stdout=out, stderr=out, env=environment(plan), start_new_session=True,
+            )  # fmt: skip
+            alive.append(process)
+            code = process.wait()
+            alive.remove(process)
+            return code
+    finally:
+        places.put(place)
+
+
+def places_of(plan: Comparison) -> list[list[str]]:
+    """The launcher's words for each of the runs that go on at once."""
+    devices = device_count()
+    if devices and plan.at_once * plan.ranks > devices:
+        raise UserError(
+            f"at_once must leave each run {plan.ranks} devices, but is {plan.at_once} on a machine with {devices}; lower it"
+        )
+    found = []
+    for k in range(plan.at_once):
+        own = ",".join(str(n) for n in range(k * plan.ranks, (k + 1) * plan.ranks))
+        where = ["--include", f"localhost:{own}"] if devices else ["--num_gpus", str(plan.ranks)]
+        found.append([*where, "--master_port", str(FIRST_PORT + k)])
+    return found
+
+
+def device_count() -> int:
+    import torch  # seconds that a mistake in a plan should not wait for
+
+    return torch.cuda.device_count()
+
+
+def environment(plan: Comparison) -> dict[str, str]:
+    """Runs on a CPU share its cores; torch would use all of them in each process."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    own = {**os.environ, "PATH": path}
+    if device_count():
+        return own
+    threads = max(1, len(os.sched_getaffinity(0)) // (plan.ranks * plan.at_once))
+    return {"OMP_NUM_THREADS": str(threads), **own, "DS_ACCELERATOR": "cpu"}
