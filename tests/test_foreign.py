@@ -17,9 +17,11 @@ from ted_scale.base.paths import own_folder
 from ted_scale.config.data import Streaming
 from ted_scale.corpora import corpus, output, remote
 from ted_scale.corpora.tokenizer import load_tokenizer
+from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
 from ted_scale.models.model_folder import TOKENIZER_FILES, copy_files
 from ted_scale.models.vocabulary import read_vocabulary
+from ted_scale.plan import describe, make_plan
 from ted_scale.storage.objects import Object
 from tools.train_tokenizer import train, write_folder
 
@@ -171,3 +173,14 @@ def test_a_checkpoint_s_wandb_id_makes_no_path(world):
     (run.folder / PROGRESS).write_bytes(progress_as_bytes(Progress(wandb_id="../../x")))
     with pytest.raises(UserError, match=r"progress.json must be a progress file, but is not: wandb_id: "):
         read_progress(run.folder)
+
+
+def test_a_model_behind_a_link_is_resolved_once_and_its_place_and_fingerprint_are_logged(world, tmp_path):
+    (tmp_path / "latest").symlink_to(world / "student")
+    found = inspect("student.path", str(tmp_path / "latest"))
+    assert found.folder == (world / "student").resolve()
+    before = fingerprint(found.folder)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to(world / "teacher")
+    assert fingerprint(found.folder) == before != fingerprint(tmp_path / "latest")
+    assert f"from {found.folder}, fingerprint {before}" in describe(make_plan(make_run(world), 1))
