@@ -30,6 +30,7 @@ from ted_scale.metrics.rows import last_row
 from ted_scale.metrics.tracking import why_offline
 from ted_scale.models import fused
 from ted_scale.models.anatomy import Anatomy
+from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
 from ted_scale.models.vocabulary import check_corpus_tokenizer, check_same_tokenizer
 
@@ -208,7 +209,7 @@ def describe(plan: Plan) -> str:
             shape = (
                 f"{a.layers} blocks, width {a.width}, vocabulary {a.vocab_size}, {a.parameters / 1e6:,.2f} M parameters"
             )
-            lines.append(f"{side}: {a.family}, {shape}, from {a.folder}")
+            lines.append(f"{side}: {a.family}, {shape}, from {a.folder}, fingerprint {fingerprint(a.folder)}")
     if plan.pairs:
         pairs = " ".join(f"({s},{t})" for s, t in plan.pairs)
         lines.append(f"pairs (student block, teacher block), {plan.pairs_origin}: {pairs}")

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ted_scale.base.beneath import discard, keep_inside, make_folder, make_new, open_plain
 from ted_scale.base.durable import PART, publish, sync, write_durably
 from ted_scale.base.errors import CORRECTABLE, Gone, UserError, files_at
 from ted_scale.base.patience import patiently
 from ted_scale.base.sealed import WAY_OUT, read_manifest
-from ted_scale.checkpoints import copies, owner
+from ted_scale.checkpoints import copies, owner, strangers
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.config import changes
@@ -30,13 +31,14 @@ from ted_scale.ranks import pulse
 from ted_scale.ranks.agree import broadcast, of_rank_0, share, verdict
 
 log = logging.getLogger("ted_scale")
-held: list = []  # the lock of the run's folder, until this process exits
+held: dict[Path, int] = {}  # the locks of run folders, until this process exits
 
 
 def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
     """(progress, the checkpoint to resume from). The folder is locked, clean and shared by all ranks after it."""
     folder, writes = plan.run.folder, dist.get_rank() == 0
     # Make the folder and lock it; remove what an earlier process left half-written; own the copies.
+    keep_inside(folder)
     check_shared(folder, writes)
     open_log(folder, writes)
     of_rank_0(files.clear_unfinished, folder)
@@ -86,15 +88,16 @@ def check_shared(folder: Path, writes: bool) -> None:
         raise UserError(fault)
     if writes:
         for left in checkpoints.glob(".shared_*"):
-            with contextlib.suppress(OSError):  # the next start removes it
-                left.unlink(missing_ok=True)
+            discard(left)  # as far as that works: the next start removes the rest
 
 
 def take(folder: Path, token: Path) -> None:
     try:
-        token.parent.mkdir(parents=True, exist_ok=True)
+        strangers.refuse(folder)
+        make_folder(token.parent)
         is_free = lock(folder)
-        token.touch()
+        os.close(make_new(token, 0o600))
+        strangers.refuse_others(folder, token)
     except OSError as error:
         if error.errno in CORRECTABLE:
             raise UserError(
@@ -120,19 +123,20 @@ def is_not_shared(folder: Path, token: Path) -> str | None:
 
 
 def lock(folder: Path) -> bool:
-    """Lock the folder until this process exits, in whatever way. False if another process trains in it."""
+    """Lock the folder until this process exits, in whatever way. False if another process trains in it. Nothing is written to
+    the file, because it may be a second name of another one."""
     path = folder / ".lock"
-    if any(file.name == str(path) for file in held):  # an earlier run of this process has locked it
+    if path in held:  # an earlier run of this process has locked it
         return True
-    file = path.open("w")
+    file = open_plain(path, os.O_RDWR)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
+        os.close(file)
         return False
     except OSError as error:  # some shared file systems have no locks; train without one
         log.warning(f"{path} cannot be locked ({error.strerror}): nothing keeps a second run out of this folder")
-    held.append(file)
+    held[path] = file
     return True
 
 

@@ -1,5 +1,6 @@
 """What comes with a model, a tokenizer or a corpus is data: it is not run, and it leads nowhere."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,19 +8,29 @@ import stat
 import sys
 from pathlib import Path
 
+import hostile
 import pytest
 from foreign import AUTO_MAP, plant
 from plain import make_world
 from tiny import make_run
 
+from ted_scale import run_folder
+from ted_scale.base import beneath, durable, sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.paths import own_folder
+from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints import life, strangers
 from ted_scale.config.data import Streaming
 from ted_scale.corpora import corpus, output, remote
 from ted_scale.corpora.tokenizer import load_tokenizer
+from ted_scale.metrics.console import open_log
+from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
 from ted_scale.models.model_folder import TOKENIZER_FILES, copy_files
 from ted_scale.models.vocabulary import read_vocabulary
+from ted_scale.plan import describe, make_plan
+from ted_scale.ranks import stacks
+from ted_scale.storage import transfers
 from ted_scale.storage.objects import Object
 from tools.train_tokenizer import train, write_folder
 
@@ -171,3 +182,210 @@ def test_a_checkpoint_s_wandb_id_makes_no_path(world):
     (run.folder / PROGRESS).write_bytes(progress_as_bytes(Progress(wandb_id="../../x")))
     with pytest.raises(UserError, match=r"progress.json must be a progress file, but is not: wandb_id: "):
         read_progress(run.folder)
+
+
+# A run's folder from a stranger: what is written stays in it
+
+
+@pytest.fixture
+def home(tmp_path):
+    home = hostile.victim(tmp_path / "home")
+    before = hostile.state_of(home)
+    yield home
+    assert hostile.state_of(home) == before
+
+
+@pytest.fixture
+def gift(tmp_path, home, monkeypatch):
+    """Its lock is given back at the end, and its root is guarded until then."""
+    monkeypatch.setattr(run_folder, "held", {})
+    monkeypatch.setattr(beneath, "roots", set())
+    folder = tmp_path / "runs" / "gift"
+    (folder / "checkpoints").mkdir(parents=True)
+    yield folder
+    for held in run_folder.held.values():
+        os.close(held)
+
+
+def claim(folder: Path) -> None:
+    """What rank 0 does with a run's folder before it looks for a checkpoint."""
+    beneath.keep_inside(folder)
+    run_folder.take(folder, folder / "checkpoints" / ".shared_0")
+    open_log(folder, True)
+    files.clear_unfinished(folder)
+
+
+def refused(folder: Path, name: str) -> None:
+    with pytest.raises(UserError, match=rf"^{folder / name} must be ") as caught:
+        claim(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", hostile.NO_FILES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", strangers.FILES)
+def test_a_run_folder_with_something_else_where_a_file_is_written_is_refused(gift, home, name, kind):
+    kind(gift / name, home)
+    refused(gift, name)
+
+
+@pytest.mark.parametrize("kind", [*hostile.LINKS, hostile.pipe, hostile.plain_file], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", [*strangers.FOLDERS, "checkpoints/step_00000004"])
+def test_a_run_folder_with_something_else_where_a_folder_is_written_is_refused(gift, home, name, kind):
+    if name == "checkpoints":
+        (gift / name).rmdir()
+    kind(gift / name, home)
+    refused(gift, name) if "step" not in name or kind in hostile.LINKS else claim(gift)
+
+
+@pytest.mark.parametrize("name", strangers.APPENDED)
+def test_a_file_that_a_run_appends_to_has_one_name(gift, home, name):
+    hostile.second_name(gift / name, home)
+    refused(gift, name)
+
+
+def test_a_lock_with_a_second_name_is_locked_and_not_written_to(gift, home):
+    hostile.second_name(gift / ".lock", home)
+    claim(gift)
+
+
+@pytest.mark.parametrize("kind", hostile.LINKS, ids=lambda kind: kind.__name__)
+def test_a_link_with_the_name_of_an_unfinished_checkpoint_goes_and_what_it_leads_to_stays(gift, home, kind):
+    names = [
+        gift / "checkpoints" / f"step_0000000{n}{end}" for n, end in enumerate((".part", ".old.part", ".gone.part"))
+    ]
+    for name in names:
+        kind(name, home)
+    claim(gift)
+    assert not any(map(os.path.lexists, names))
+
+
+def test_a_start_up_file_behind_log_txt_gets_no_line(gift, home):
+    """A log quotes what stands in progress.json: a shell would run it."""
+    (gift / "log.txt").symlink_to(home / ".bashrc")
+    refused(gift, "log.txt")
+    with pytest.raises(UserError, match=r"log\.txt must be a plain file, because a run writes there, but is a link"):
+        open_log(gift, True)
+
+
+def test_w_and_b_s_own_links_stay_and_no_link_leads_out_of_its_folder(gift, home):
+    inner = gift / "wandb" / "run-20260101_000000-abc" / "logs"
+    inner.mkdir(parents=True)
+    (inner / "debug.log").touch()
+    (gift / "wandb" / "latest-run").symlink_to(inner.parent.name)
+    (gift / "wandb" / "debug.log").symlink_to(inner / "debug.log")
+    claim(gift)
+    (inner / "out").symlink_to(home / "thesis.tex")
+    with pytest.raises(
+        UserError, match=r"logs/out must be in its own folder, because a run writes there, but is a link"
+    ):
+        strangers.refuse(gift)
+
+
+def test_a_folder_that_everybody_may_write_to_is_refused_unless_its_file_system_keeps_no_modes(gift, monkeypatch):
+    (gift / "checkpoints").chmod(0o777)
+    with pytest.raises(UserError, match=r"checkpoints must not be writable by everybody, but is.*`chmod -R o-w "):
+        claim(gift)
+    monkeypatch.setattr(run_folder, "make_new", lambda path, mode: beneath.make_new(path, 0o666))
+    before = os.umask(0)
+    try:
+        claim(gift)
+    finally:
+        os.umask(before)
+
+
+def test_the_root_of_a_run_s_folder_may_be_a_link(gift, tmp_path, home):
+    (tmp_path / "runs" / "linked").symlink_to(gift)
+    claim(tmp_path / "runs" / "linked")
+    assert (gift / "log.txt").exists()
+
+
+AS_ROOT = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+
+
+@AS_ROOT
+@pytest.mark.parametrize("name", ["", *strangers.FOLDERS])
+def test_a_folder_of_another_user_is_refused(gift, home, name):
+    (gift / name).mkdir(exist_ok=True)
+    os.chown(gift / name, 12345, 12345)
+    with pytest.raises(
+        UserError, match=rf"^{gift / name} must be yours, .* but belongs to 12345; copy .* `cp -r`, "
+    ) as caught:
+        claim(gift)
+    assert "\n" not in str(caught.value)
+
+
+@AS_ROOT
+def test_a_folder_may_belong_to_root_or_to_who_owns_the_folder_above(gift, home, monkeypatch):
+    """As in a container with a folder from outside, and with a server that makes somebody else of root."""
+    for path in (gift.parent, gift):
+        os.chown(path, 12345, 12345)
+    make_new = run_folder.make_new
+    monkeypatch.setattr(run_folder, "make_new", lambda path, mode: given_away(make_new(path, mode)))
+    claim(gift)
+
+
+def given_away(file: int) -> int:
+    os.fchown(file, 65534, 65534)
+    return file
+
+
+def writes_of_a_run(run: Path) -> dict:
+    """Each writes one thing into the run's folder, without a look at the folder as a whole."""
+    part = run / "checkpoints" / "step_00000004.part"
+    return {
+        "checkpoints": lambda: durable.write_file(part / "manifest.json", [b"{}"]),
+        "checkpoints/step_00000004.part": lambda: (beneath.make_folder(part), sealed.seal(part, {}, {})),
+        "checkpoints/step_00000004.part/manifest.json": lambda: (beneath.make_folder(part), sealed.seal(part, {}, {})),
+        "run.toml": lambda: durable.write_durably(run / "run.toml", "x"),
+        "run.toml.part": lambda: durable.write_durably(run / "run.toml", "x"),
+        "filters.safetensors": lambda: durable.link_or_copy(run / "sound", run / "filters.safetensors"),
+        "life.json": lambda: life.write(run, life.Life(4, life.Spent())),
+        "life.json.part": lambda: life.write(run, life.Life(4, life.Spent())),
+        "checkpoints/step_00000004.fetched": lambda: download(part.with_suffix(".fetched") / "progress.json"),
+        "checkpoints/step_00000004.fetched/progress.json": lambda: download(
+            part.with_suffix(".fetched") / "progress.json"
+        ),
+        "metrics.jsonl": lambda: beneath.append_to(run / "metrics.jsonl").write("x"),
+        "stacks": lambda: stacks.write(run / "stacks", 0, "x"),
+        "stacks/rank_0.txt": lambda: stacks.write(run / "stacks", 0, "x"),
+        "reports": lambda: (
+            beneath.make_folder(run / "reports"),
+            durable.write_durably(run / "reports" / "a.json", "x"),
+        ),
+    }
+
+
+def download(target: Path) -> None:
+    beneath.make_folder(target.parent)
+    transfers.download(Object("s3://bucket/none", 0, "0"), target, "it must be read", 1.0)
+
+
+@pytest.mark.parametrize("kind", [*hostile.LINKS, hostile.second_name, hostile.pipe], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", writes_of_a_run(Path()))
+def test_no_write_passes_a_link_that_came_after_the_start(gift, home, name, kind):
+    beneath.keep_inside(gift)
+    (gift / "sound").write_text("sound")
+    if name == "checkpoints":
+        (gift / name).rmdir()
+    (gift / name).parent.mkdir(exist_ok=True)
+    kind(gift / name, home)
+    with contextlib.suppress(OSError, UserError):
+        writes_of_a_run(gift)[name]()
+
+
+def test_a_removed_checkpoint_that_is_a_link_leaves_what_it_led_to(gift, home):
+    beneath.keep_inside(gift)
+    hostile.link_to_folder(gift / "checkpoints" / "step_00000004", home)
+    durable.remove(gift / "checkpoints" / "step_00000004")
+    assert not list((gift / "checkpoints").iterdir())
+
+
+def test_a_model_behind_a_link_is_resolved_once_and_its_place_and_fingerprint_are_logged(world, tmp_path):
+    (tmp_path / "latest").symlink_to(world / "student")
+    found = inspect("student.path", str(tmp_path / "latest"))
+    assert found.folder == (world / "student").resolve()
+    before = fingerprint(found.folder)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to(world / "teacher")
+    assert fingerprint(found.folder) == before != fingerprint(tmp_path / "latest")
+    assert f"from {found.folder}, fingerprint {before}" in describe(make_plan(make_run(world), 1))

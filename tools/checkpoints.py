@@ -7,16 +7,16 @@ Without --yes, prune only lists them. While a checkpoint cannot be read, it remo
 
 import argparse
 import datetime
-import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
-from ted_scale.base import durable
+from ted_scale.base import beneath, durable
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.base.exits import run_main
 from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints import strangers
 from ted_scale.checkpoints.folder import Published
 from ted_scale.config.operation import Checkpoint
 from ted_scale.config.run_file import load_run
@@ -90,6 +90,9 @@ def to_remove(folder: Path, settings: Checkpoint) -> list[Path]:
 def prune(arguments) -> None:
     from ted_scale.run_folder import lock
 
+    if arguments.yes:
+        strangers.refuse(arguments.run)
+        beneath.keep_inside(arguments.run)
     if arguments.yes and not lock(arguments.run):
         raise UserError(
             f"RUN must not be training when it is pruned, but a process trains in {arguments.run}; wait for it"
@@ -100,7 +103,7 @@ def prune(arguments) -> None:
     for path in doomed:
         print(f"{'removing' if arguments.yes else 'would remove'} {path}")
         if arguments.yes:
-            shutil.rmtree(path) if path.name.endswith(durable.PART) else durable.remove(path)
+            beneath.discard(path) if path.name.endswith(durable.PART) else durable.remove(path)
     if doomed and not arguments.yes:
         print("nothing was removed; add --yes to remove them")
 

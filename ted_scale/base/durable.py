@@ -1,15 +1,19 @@
 """Files and folders that are whole or not there, also after a power cut: written aside, synced, then renamed.
 
 All writing goes through os.write, os.fsync and os.rename, one call at a time, because that is where tests let the disk
-fail. Digests are taken of the bytes in memory on their way out, so that what a disk makes of them is noticed.
+fail, and below a run's folder it passes no link (beneath.py). Digests are taken of the bytes in memory on their way out, so
+that what a disk makes of them is noticed.
 """
 
+import contextlib
 import hashlib
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from ted_scale.base import beneath
+from ted_scale.base.beneath import discard, is_there, rename
 
 PART = ".part"  # ends the name of what is not whole yet
 ASIDE = f".old{PART}"
@@ -22,10 +26,9 @@ class Entry(NamedTuple):
 
 
 def write_file(path: Path, pieces: Iterable) -> Entry:
-    """Bytes to disk for good. An older file goes first: it may be a second name of another folder's file."""
+    """Bytes to disk for good. An older file goes first."""
     digest, size = hashlib.sha256(), 0
-    path.unlink(missing_ok=True)
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    target = beneath.make_new(path)
     try:
         for piece in pieces:
             left = memoryview(piece).cast("B")
@@ -43,13 +46,13 @@ def write_durably(path: Path, content: str | Iterable) -> None:
     """The file is there with all of its content or not at all, also after a power cut."""
     temporary = path.with_name(path.name + PART)
     write_file(temporary, [content.encode()] if isinstance(content, str) else content)
-    temporary.rename(path)
+    rename(temporary, path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
     """Make a folder's names, or a file that other code wrote, durable."""
-    opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.fsync(opened)
     finally:
@@ -64,11 +67,11 @@ def read_pieces(path: Path):
 
 def link_or_copy(source: Path, target: Path) -> None:
     """A second name where the file system has them; the same bytes, and durable, in either case."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        write_file(target, read_pieces(source))
+    beneath.unlink(target)
+    with beneath.opened(target.parent) as at, contextlib.suppress(OSError):
+        os.link(source, target.name, dst_dir_fd=at, follow_symlinks=False)
+        return
+    write_file(target, read_pieces(source))
 
 
 def publish(part: Path) -> Path:
@@ -76,13 +79,13 @@ def publish(part: Path) -> Path:
     repeated."""
     place = part.with_name(part.name.removesuffix(PART))
     aside = place.with_name(place.name + ASIDE)
-    if part.exists():
-        if place.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            place.rename(aside)
-        part.rename(place)
+    if is_there(part):
+        if is_there(place):
+            discard(aside)
+            rename(place, aside)
+        rename(part, place)
     sync(place.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    discard(aside)
     return place
 
 
@@ -90,13 +93,13 @@ def put_back(folder: Path) -> None:
     """Folders that `publish` had moved aside when a crash came between its two renames get their names back."""
     for aside in folder.glob(f"*{ASIDE}"):
         place = aside.with_name(aside.name.removesuffix(ASIDE))
-        if not place.exists():
-            aside.rename(place)
+        if not is_there(place):
+            rename(aside, place)
 
 
 def remove(folder: Path) -> None:
     """Renamed first, then deleted: a crash in between leaves a .part, not half a folder under a good name."""
     doomed = folder.with_name(folder.name + ".gone" + PART)
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    discard(doomed)
+    rename(folder, doomed)
+    discard(doomed)

@@ -24,7 +24,7 @@ class NoFile(Exception):
     """What stands where a file should be: "a link", "a pipe"."""
 
 
-def open_file(path: Path, flags: int = os.O_RDONLY, **where) -> int:
+def open_file(path: Path | str, flags: int = os.O_RDONLY, **where) -> int:
     """A descriptor of a plain file. Nothing else is opened: a link leads elsewhere, a pipe blocks, a device may act."""
     with contextlib.suppress(FileNotFoundError):
         refuse_no_file(os.lstat(path, **where))

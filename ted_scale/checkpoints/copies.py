@@ -5,12 +5,11 @@ Requests, credentials and their sentences are in storage/. Note: the manifest is
 manifest does not count; and a copy whose objects do not have the sizes in its manifest is damaged, like a checkpoint on disk.
 """
 
-import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.base import sealed
+from ted_scale.base import beneath, sealed
 from ted_scale.base.errors import files_at
 from ted_scale.base.sealed import MANIFEST, Damaged
 from ted_scale.checkpoints import folder as files
@@ -139,7 +138,7 @@ def fetch(copy: Copy, folder: Path, names: list[str]) -> str | None:
     """Download files of a copy and compare them with its manifest; return what is wrong with them. An error of the store is
     not damage: it raises."""
     with files_at(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        beneath.make_folder(folder)
         faults = (fetch_file(copy.objects[name], folder, name, copy.manifest["files"][name]) for name in names)
         return next(filter(None, faults), None)
 
@@ -157,19 +156,19 @@ def fetch_file(thing: Object, folder: Path, name: str, entry: sealed.Entry | Non
         except Missing:
             return f"its copy: {name} is missing"
         except Damaged as damage:
-            (folder / name).unlink()
+            beneath.unlink(folder / name)
             if not goes_on:
                 return f"its copy: {damage}"
 
 
 def publishable(copy: Copy, folder: Path, part: Path) -> None:
     """Give a checkpoint that is fetched its manifest, last, and the name of one that can be published."""
-    shutil.rmtree(part, ignore_errors=True)
-    folder.rename(part)
+    beneath.discard(part)
+    beneath.rename(folder, part)
     fetch_file(copy.objects[MANIFEST], part, MANIFEST, None)
 
 
 def forget_fetched(checkpoints: Path) -> None:
     """What downloads left that are not needed any more."""
     for left in checkpoints.glob(f"*{FETCHED}"):
-        shutil.rmtree(left, ignore_errors=True)
+        beneath.discard(left)

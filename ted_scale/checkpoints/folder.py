@@ -8,12 +8,11 @@ starts a new line, whose number is part of the name: step_00000007_1 is newer th
 
 import math
 import re
-import shutil
 from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.base import durable, sealed
+from ted_scale.base import beneath, durable, sealed
 from ted_scale.base.durable import PART
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import is_count
@@ -160,7 +159,7 @@ def clear_unfinished(folder: Path) -> None:
     with files_at(folder):
         durable.put_back(checkpoints_of(folder))
     for part in checkpoints_of(folder).glob(f"*{PART}"):
-        shutil.rmtree(part, ignore_errors=True)
+        beneath.discard(part)
 
 
 def kept(whole: dict[str, dict], settings) -> set[str]:

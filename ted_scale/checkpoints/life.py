@@ -15,6 +15,7 @@ from typing import Annotated
 import psutil
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from ted_scale.base import beneath
 from ted_scale.base.durable import PART
 from ted_scale.base.errors import clean, shortened
 from ted_scale.base.paths import NoFile, open_file
@@ -110,11 +111,9 @@ def write(folder: Path, life: Life) -> None:
     path = folder / NAME
     part = path.with_name(path.name + PART)
     with contextlib.suppress(OSError):
-        part.unlink(missing_ok=True)
-        opened = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)  # no link is followed
-        with os.fdopen(opened, "w", encoding="utf-8") as file:
+        with os.fdopen(beneath.make_new(part), "w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(life), file)
-        part.rename(path)
+        beneath.rename(part, path)
 
 
 def read(folder: Path) -> Life | None:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from ted_scale.base.errors import UserError
-from ted_scale.checkpoints import copies
+from ted_scale.checkpoints import copies, strangers
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.config import changes
@@ -22,6 +22,7 @@ def find(run, identity: dict) -> tuple[str, Progress]:
         existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     except OSError as error:
         raise UserError(f"runs must be a folder that can be reached, but {folder} is not: {error.strerror}") from None
+    strangers.refuse(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(
             f"runs must be a folder this user can write, but {existing} is not; set runs or change its mode"

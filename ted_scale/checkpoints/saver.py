@@ -7,7 +7,6 @@ same time.
 """
 
 import errno
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from ted_scale.base import durable, sealed
+from ted_scale.base import beneath, durable, sealed
 from ted_scale.base.durable import PART, Entry
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import state
@@ -150,7 +149,7 @@ class Saver:
         if is_first and not failure:
             failure, _ = attempt_write(place, seal_and_publish, part, [entries for _, entries in everyone], save)
         if is_first and failure:
-            shutil.rmtree(part, ignore_errors=True)
+            beneath.discard(part)
         # All ranks know whether it is published.
         failure = first_of_all(failure, self.group)
         self.outcome = Outcome(failure, (time.perf_counter() - began) * 1e3)
@@ -169,7 +168,7 @@ class Saver:
 
     def write_files(self, part: Path, save: Save) -> dict[str, Entry]:
         """Write this rank's file. Rank 0 also writes the files that exist once for all ranks."""
-        part.mkdir(parents=True, exist_ok=True)
+        beneath.make_folder(part)
         name = state.rank_file(dist.get_rank())
         entries = {name: durable.write_file(part / name, as_bytes(save.snapshot.tensors))}
         if dist.get_rank() == 0:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from ted_scale.base.beneath import make_folder
 from ted_scale.base.durable import write_durably
 from ted_scale.checkpoints.folder import checkpoint_name
 from ted_scale.checkpoints.progress import Progress
@@ -53,7 +54,7 @@ def write_report(engine, event: Event) -> str:
     found = [f"the first {side} that is not finite is {b['tensor']} of rank {b['rank']}" for side, b in bad.items()]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            path.parent.mkdir(exist_ok=True)
+            make_folder(path.parent)
             write_durably(path, json.dumps(as_dict(event, roles, looks, firsts), indent=1) + "\n")
         except OSError as error:  # the fault must be logged even if the report cannot be written
             return "; ".join([*found, f"no report ({path}: {error.strerror})"])

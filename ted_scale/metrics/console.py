@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ted_scale.base import redact
+from ted_scale.base.beneath import append_to
 
 log = logging.getLogger("ted_scale")
 
@@ -19,6 +20,9 @@ def log_line(line: str) -> None:
 
 class LogFile(logging.FileHandler):
     """On a disk that is full or fails, it loses lines, which the console has, too."""
+
+    def _open(self):
+        return append_to(Path(self.baseFilename))
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):

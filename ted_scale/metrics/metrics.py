@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ted_scale.base import redact
+from ted_scale.base.beneath import append_to
 from ted_scale.checkpoints import life
 from ted_scale.checkpoints.life import Lost, Spent
 from ted_scale.checkpoints.progress import Progress
@@ -62,7 +63,7 @@ class Metrics:
         """Append rows after those of `step`, which the run is at."""
         if self.writes:
             self.already = rows_at(self.path, step)
-            self.file = self.path.open("a", encoding="utf-8")
+            self.file = append_to(self.path)
 
     def go_back(self, progress: Progress) -> None:
         """Remove the rows after an earlier step, as a resume from there does."""

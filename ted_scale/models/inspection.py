@@ -84,7 +84,7 @@ def quiet_transformers():
 
 def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
     """The anatomy of a model; error messages name it by `key`, its key in the run file."""
-    folder = find_folder(key, path)
+    folder = find_folder(key, path).resolve()  # once: a link that is set to another model later changes nothing
     if needs_weights and not any(folder.glob("*.safetensors")):
         quantized = any(folder.glob("*.gguf"))
         out = "choose the model from which the GGUF was made" if quantized else "save the model with save_pretrained"

@@ -7,6 +7,9 @@ import sys
 import threading
 from pathlib import Path
 
+from ted_scale.base.beneath import make_folder
+from ted_scale.base.durable import write_file
+
 HERE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
@@ -20,15 +23,15 @@ def stacks() -> str:
 
 def write_stacks(folder: Path, rank: int, text: str, patience_s: float) -> None:
     """A thread writes, and we wait only `patience_s` for it: the file system may be what hangs."""
-    writer = threading.Thread(target=write_file, args=(folder, rank, text), daemon=True)
+    writer = threading.Thread(target=write, args=(folder, rank, text), daemon=True)
     writer.start()
     writer.join(patience_s)
 
 
-def write_file(folder: Path, rank: int, text: str) -> None:
+def write(folder: Path, rank: int, text: str) -> None:
     with contextlib.suppress(OSError):
-        folder.mkdir(exist_ok=True)
-        (folder / f"rank_{rank}.txt").write_text(text, encoding="utf-8")
+        make_folder(folder)
+        write_file(folder / f"rank_{rank}.txt", [text.encode()])
 
 
 def place() -> str:

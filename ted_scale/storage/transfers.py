@@ -7,6 +7,7 @@ shows that an upload is done although the answer to its last request was lost.
 
 import hashlib
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from ted_scale.base import beneath
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.storage import objects
 from ted_scale.storage.client import s3_client
@@ -174,7 +176,7 @@ def download(thing: Object, target: Path, what: str, patience_s: float) -> bool:
     def piece(start: int) -> bytes:
         return objects.read(thing, start, min(start + PART, thing.size), what, patience_s)
 
-    with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "wb") as file:
+    with os.fdopen(beneath.open_plain(target, os.O_WRONLY), "wb") as file:
         file.truncate(min(begin, thing.size))
         file.seek(0, os.SEEK_END)
         for content in in_order(piece, range(file.tell(), thing.size, PART)):
@@ -186,10 +188,10 @@ def download(thing: Object, target: Path, what: str, patience_s: float) -> bool:
 
 def begun_bytes(target: Path) -> int:
     """A link, or a second name of another file, must not be written to: it goes."""
-    if not target.is_symlink() and not target.exists():
+    if not beneath.is_there(target):
         return 0
     found = target.lstat()
-    if not target.is_file() or target.is_symlink() or found.st_nlink > 1:
-        target.unlink()
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        beneath.discard(target)
         return 0
     return found.st_size

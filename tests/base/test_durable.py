@@ -42,9 +42,9 @@ def test_a_folder_that_could_not_be_renamed_is_put_back(tmp_path, monkeypatch):
     for folder, text in ((old, "old"), (part, "new")):
         folder.mkdir()
         (folder / "file").write_text(text)
-    rename = Path.rename
+    rename = os.rename
     with monkeypatch.context() as broken, pytest.raises(OSError, match="the disk fails"):
-        broken.setattr(Path, "rename", lambda path, to: failing() if path == part else rename(path, to))
+        broken.setattr(os, "rename", lambda name, to, **at: failing() if name == part.name else rename(name, to, **at))
         durable.publish(part)
     assert not old.exists()
     durable.put_back(tmp_path)
