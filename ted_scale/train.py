@@ -2,7 +2,7 @@
 
 from ted_scale.base.errors import Preempted
 from ted_scale.distill.normalization import count_valid, for_engine
-from ted_scale.distill.stages import set_rates
+from ted_scale.distill.stages import of_step, set_rates
 from ted_scale.ranks import pulse, signals
 from ted_scale.ranks.agree import anywhere
 
@@ -11,11 +11,11 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
     """Take `student` (a DeepSpeed engine) through the steps of `stage` that `data` holds."""
     for micro_batches in metrics.timed(data, "data_wait_ms"):
         pulse.step(progress.step + 1)
-        weights = stage.weights(progress.step)
+        each = stage.of_micro_batches(progress.step, len(micro_batches))
         denom = count_valid(micro_batches)
-        set_rates(student, stage.rate(progress.step), weights)
+        set_rates(student, stage.rate(progress.step), each)
 
-        for batch in micro_batches:
+        for batch, weights in zip(micro_batches, each, strict=True):
             with metrics.clock.time("teacher_ms"):
                 signal = teacher(batch, weights)
             losses = student(batch, signal, weights, denom)
@@ -28,7 +28,7 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
 
         # If a number is bad, the run stops here or goes back to a checkpoint, unless it may skip the step.
         progress = guard.decide(progress.advanced(stage.samples_per_step, stage.run.data.seq_len))
-        metrics.add(progress, guard.read(weights), last=progress.step == stage.last_step)
+        metrics.add(progress, guard.read(of_step(each)), last=progress.step == stage.last_step)
         stopping = guard.stopping
         if stage.verifies(progress.step):
             verify(student, progress)

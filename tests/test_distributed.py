@@ -12,7 +12,7 @@ from corpus import steps
 from launching import run_ranks
 from number_scenarios import FAR
 from places import HARNESS
-from scenarios import beside, rows, sections_for_liger, sections_of_families
+from scenarios import beside, rows, sections_for_liger, sections_of_families, seldom
 from tiny import FAMILIES, MORE, make_model, make_run
 
 from ted_scale.checkpoints.folder import newest_checkpoint
@@ -23,7 +23,7 @@ TWO_RANKS = (
     "undisturbed_to_six", "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
-    "blocks_compiled",
+    "blocks_compiled", "asked_seldom",
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def world(tmp_path_factory):
     one_head = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 2}
     make_model(folder / "far", "llama", max_position_embeddings=FAR, **one_head)
     launch(folder, 2, TWO_RANKS)
-    launch(folder, 1, ("ten_steps", "all_methods", "kinds_of_filters", "alone"))
+    launch(folder, 1, ("ten_steps", "all_methods", "kinds_of_filters", "alone", "asked_seldom"))
     return folder
 
 
@@ -98,10 +98,10 @@ def plain_losses(folder: Path, **sections) -> list[float]:
         stream = open_stream(run.data, run.seed, 128)
         data = steps(stream, start=0, samples_per_step=8, micro_batch=1)
         for step, micros in zip(range(stage.first_step, stage.last_step), data, strict=False):
-            weights, denom = stage.weights(step), count_valid(micros)
+            each, denom = stage.of_micro_batches(step, len(micros)), count_valid(micros)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * stage.rate(step)
-            totals = [student(batch, teacher(batch, weights), weights, denom).total for batch in micros]
+            totals = [student(m, teacher(m, own), own, denom).total for m, own in zip(micros, each, strict=True)]
             sum(totals).backward()
             filters = {id(p) for n, p in student.named_parameters() if n.startswith("filters_")}
             for side in (True, False):
@@ -155,6 +155,18 @@ def test_two_ranks_one_rank_and_plain_torch_have_the_same_losses(world):
     assert len(two) == 10
     assert max(abs(a - b) for a, b in zip(two, one, strict=True)) < 1e-5
     assert max(abs(a - b) for a, b in zip(one, plain, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_teacher_that_is_asked_for_one_micro_batch_in_three_runs_for_no_other(world, ranks):
+    """A step has eight micro-batches on one rank and four on two; the ranks of a run are asked for the same ones."""
+    micros = 8 // ranks
+    found = json.loads((world / f"asked_seldom.{0 if ranks == 1 else 1}.json").read_text())
+    assert found == {"stage I": 4 * micros, "stage II": -(-6 * micros // 3)}
+    ours = losses(world, f"seldom_{ranks}")
+    assert len(ours) == 10
+    if ranks == 1:
+        assert max(abs(a - b) for a, b in zip(ours, plain_losses(world, **seldom(world)), strict=True)) < 1e-5
 
 
 @pytest.mark.parametrize(("student", "teacher"), beside(sorted(FAMILIES)))

@@ -47,7 +47,7 @@ class Health:
     rewinds: Count = 0  # since a step was taken past `rewound_from`
     rewound_from: Count = 0  # the furthest step whose spike sent the run back
     ground: str = ""  # what `losses` are losses of
-    losses: Sequence[Finite] = ()  # loss/total of the last steps that were taken
+    losses: Sequence[Finite] = ()  # the watched loss of the last steps that were taken
 
 
 @dataclass(frozen=True)

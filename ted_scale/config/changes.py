@@ -14,7 +14,7 @@ from ted_scale.base.parsing import is_count
 
 SHAPE = ("family", "layers", "width", "vocab_size", "parameters")
 DECISIVE = (
-    "method", "seed", "pairs",
+    "method", "seed", "pairs", "teacher.every",
     "filters.steps", "filters.head", "filters.width", "filters.mlp",
     "loss.ce", "loss.kl", "loss.layer", "loss.temperature", "loss.kind",
     "train.precision", "train.betas", "train.eps", "train.weight_decay",
@@ -36,7 +36,12 @@ def unknown_name(name: str) -> str | None:
 
 def differences(theirs: dict, ours: dict) -> list[str]:
     """Keys that both sides have and that differ. Earlier versions had fewer keys, and `method` decides which there are."""
-    return [key for key in theirs if key in ours and theirs[key] != ours[key]]
+    return [key for key in theirs if key in ours and without_none(theirs[key]) != without_none(ours[key])]
+
+
+def without_none(value):
+    """A schedule of an earlier version lacks the keys that came later, which are None where they are not used."""
+    return {key: v for key, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def refuse_another_run(where, theirs: dict, ours: dict, allowed: list[str], step: int) -> None:
@@ -110,7 +115,7 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 def plain(value):
     """A value of the run file as it comes back from JSON."""
-    return json.loads(json.dumps(value, default=lambda section: section.model_dump(mode="json")))
+    return json.loads(json.dumps(value, default=lambda section: section.model_dump(mode="json", exclude_none=True)))
 
 
 def as_written(run) -> dict:

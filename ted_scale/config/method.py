@@ -8,9 +8,10 @@ from ted_scale.config.types import Count, Fraction, NonNegative, Positive, Posit
 
 
 class Pairs(Section):
-    rule: Literal["cut", "uniform"] = Field(
+    rule: Literal["cut", "uniform", "last", "late_to_early"] = Field(
         "cut",
-        description="cut: the blocks that tools/cut_student.py kept of this teacher; without such a record, uniform",
+        description="cut: the blocks that tools/cut_student.py kept of this teacher; without such a record, uniform; last: one "
+        "pair, of the last blocks; late_to_early: one pair, the student's block at an eighth of its depth and the teacher's last",
     )
     explicit: list[tuple[int, int]] = Field([], description="(student block, teacher block), from 0; replaces the rule")
     skip_last: Count = 0
@@ -47,19 +48,24 @@ class Filters(Section):
 
 
 class Schedule(Section):
-    """A loss weight over the steps of stage II: from `start` to `end`, and 0 from `off_after` on, a fraction of the stage."""
+    """A loss weight over the steps of stage II: from `start` to `end`, and 0 from a fraction of the stage or a token on."""
 
     start: NonNegative
-    end: NonNegative | None = Field(None, description="constant has none")
-    shape: Literal["constant", "linear", "cosine"] = "constant"
+    end: NonNegative | None = Field(None, description="constant and rate have none")
+    shape: Literal["constant", "linear", "cosine", "rate"] = Field(
+        "constant", description="rate: start times the learning rate's share of its peak"
+    )
     off_after: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="0 from this fraction on")
+    off_after_tokens: PositiveInt | None = Field(None, description="0 once stage II has read so many")
 
     @model_validator(mode="after")
     def shape_and_end_belong_together(self):
-        if self.shape == "constant" and self.end not in (None, self.start):
-            raise ValueError("shape must be linear or cosine when end is set, but is 'constant'")
-        if self.shape != "constant" and self.end is None:
+        if self.shape in ("constant", "rate") and self.end not in (None, self.start):
+            raise ValueError(f"shape must be linear or cosine when end is set, but is '{self.shape}'")
+        if self.shape in ("linear", "cosine") and self.end is None:
             raise ValueError(f"end must be set when shape is '{self.shape}', but is missing")
+        if self.off_after and self.off_after_tokens:
+            raise ValueError(f"off_after must not be set beside off_after_tokens, but is {self.off_after}; keep one")
         return self
 
 
@@ -71,11 +77,15 @@ PRESETS = {
     "paper": {"temperature": 2.0, "kind": "mse"},
     # Hidden states as an early hint (METHOD: HLD, REPA): the layer loss ends after a tenth of stage II.
     "hint": {"layer": {"start": 1.0, "off_after": 0.1}},
+    # Most of the teacher while the learning rate is high, least at its end (Peng et al., arXiv 2410.16215: WSD for both).
+    "wsd": {"kl": {"start": 1.0, "shape": "rate"}},
+    # A small teacher for a larger student, early on (arXiv 2602.05393); with pairs.rule = "late_to_early" and method = "lwd".
+    "let": {"kl": 0.0, "layer": {"start": 0.1, "end": 0.0, "shape": "linear"}, "kind": "cosine"},
 }
 
 
 class Loss(Section):
-    preset: Literal["paper", "hint"] | None = None
+    preset: Literal["paper", "hint", "wsd", "let"] | None = None
     ce: Weight = 1.0
     kl: Weight = 1.0
     layer: Weight = 1.0

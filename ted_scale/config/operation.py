@@ -48,7 +48,8 @@ class Health(Section):
         "alert", description="rewind: load the last good checkpoint, and continue with samples not yet read"
     )
     spike_factor: Annotated[float, Field(gt=1)] = Field(
-        1.5, description="a spike is a loss/total above this many medians of the steps before it"
+        1.5,
+        description="a spike is a loss/total (with teacher.every > 1: a loss/ce) above this many medians of the steps before it",
     )
     spike_window: Annotated[int, Field(ge=4)] = Field(
         128, description="steps of that median; the check begins when a quarter of them was taken"

@@ -21,6 +21,14 @@ class Model(Section):
     )
 
 
+class Teacher(Model):
+    every: PositiveInt = Field(
+        1,
+        description="stage II asks the teacher for one micro-batch in so many, where its terms weigh as much more: the dial "
+        "between kd and ce",
+    )
+
+
 class Student(Model):
     gradient_checkpointing: bool = False
 
@@ -37,7 +45,7 @@ class Run(Section):
         "attention is torch's own, else Liger's",
     )
     student: Student
-    teacher: Model | None = None
+    teacher: Teacher | None = None
     data: Data
     pairs: Pairs = Pairs()
     filters: Filters = Filters()
@@ -58,6 +66,10 @@ class Run(Section):
     @property
     def matches_layers(self) -> bool:
         return self.method in ("lwd", "ted")
+
+    @property
+    def asks_every(self) -> int:
+        return self.teacher.every if self.teacher and self.method != "ce" else 1
 
     @property
     def adapts(self) -> bool:
@@ -93,6 +105,11 @@ class Run(Section):
     def sections_fit_the_method(self):
         if self.method != "ce" and self.teacher is None:
             raise ValueError(f"teacher.path must be set for method = '{self.method}', but there is no [teacher]")
+        if self.asks_every > 1 and self.loss.ce == 0:
+            raise ValueError(
+                f"teacher.every must be 1 where loss.ce is 0, but is {self.asks_every}: micro-batches without the teacher would "
+                "teach nothing"
+            )
         if self.train.warmup_steps >= self.train.steps:
             limit = self.train.steps
             raise ValueError(

@@ -68,15 +68,15 @@ def step_flops(plan, stage, step: int, keys: Keys) -> Work:
     weights = stage.weights(step)
     if stage.learns_filters:
         return Work(bodies_flops(plan, keys) + stage_one_flops(plan, *sampled(plan)))
-    student = head_flops(plan.student)
-    teacher = head_flops(plan.teacher, plan.student.vocab_size) if weights.kl else 0
+    student, asked = head_flops(plan.student), 1 / stage.asks_every
+    teacher = asked * head_flops(plan.teacher, plan.student.vocab_size) if weights.kl else 0
     body = body_flops(plan.student, keys)
     total = 3 * (body + student) + teacher
     if plan.teacher and (weights.kl or weights.layer):
-        total += body_flops(plan.teacher, keys)
+        total += asked * body_flops(plan.teacher, keys)
     if weights.layer:
-        total += 3 * filters_flops(plan, plan.student)
-        total += filters_flops(plan, plan.teacher) if plan.run.method == "ted" else 0
+        total += asked * 3 * filters_flops(plan, plan.student)
+        total += asked * filters_flops(plan, plan.teacher) if plan.run.method == "ted" else 0
     again = body if plan.run.student.gradient_checkpointing else 0
     return Work(total, again + (student + teacher if plan.run.loss.mode == "strict" else 0))
 

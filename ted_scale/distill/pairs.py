@@ -37,6 +37,11 @@ def match_layers(pairs: Pairs, student: Anatomy, teacher: Anatomy) -> Matched:
 def choose(pairs: Pairs, student: Anatomy, teacher: Anatomy) -> Matched:
     if pairs.explicit:
         return Matched([(s, t) for s, t in pairs.explicit], "as pairs.explicit lists them")
+    last = teacher.layers - 1
+    if pairs.rule == "last":
+        return Matched([(student.layers - 1, last)], "by pairs.rule = 'last'")
+    if pairs.rule == "late_to_early":
+        return Matched([(student.layers // 8, last)], "by pairs.rule = 'late_to_early'")
     if pairs.rule == "uniform":
         return Matched(uniform(student.layers, teacher.layers), "by pairs.rule = 'uniform'")
     if (cut := read_cut(student)) and cut["teacher"] == shape_of(teacher):

@@ -19,6 +19,7 @@ class Weights(NamedTuple):
     kl: float
     layer: float
     sample_seed: int = 0  # stage I: which pairs and tokens the step reads
+    asked: float = 1.0  # the share of the step's micro-batches that the teacher sees
 
 
 class Losses(NamedTuple):

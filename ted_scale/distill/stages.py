@@ -62,11 +62,29 @@ class Stage:
         if self.learns_filters:
             return Weights(ce=0.0, kl=0.0, layer=1.0, sample_seed=mix(self.run.seed, step))
         loss, method = self.run.loss, self.run.method
-        fraction = (step - self.first_step) / self.steps
-        ce = weight_at(loss.ce, fraction)
-        kl = 0.0 if method == "ce" else weight_at(loss.kl, fraction)
-        layer = weight_at(loss.layer, fraction) if self.run.matches_layers else 0.0
+        done = step - self.first_step
+        now = (done / self.steps, done * self.run.train.tokens_per_step, self.rate(step))
+        ce = weight_at(loss.ce, *now)
+        kl = 0.0 if method == "ce" else weight_at(loss.kl, *now)
+        layer = weight_at(loss.layer, *now) if self.run.matches_layers else 0.0
         return Weights(ce, kl, layer)
+
+    @property
+    def asks_every(self) -> int:
+        return 1 if self.learns_filters else self.run.asks_every
+
+    def of_micro_batches(self, step: int, count: int) -> list[Weights]:
+        """The weights of each of the step's micro-batches. The teacher is asked for one in `asks_every`, on all ranks for the same
+        ones; its terms weigh as much more there, so that their mean over steps is that of a teacher who is always asked."""
+        weights, every = self.weights(step), self.asks_every
+        if every == 1:
+            return [weights] * count
+        first = (step - self.first_step) * count
+        asked, without = (
+            weights._replace(kl=weights.kl * every, layer=weights.layer * every),
+            Weights(weights.ce, 0.0, 0.0),
+        )
+        return [without if (first + k) % every else asked for k in range(count)]
 
     def terms(self, layers: int) -> list[str]:
         """The keys of all sums of the guard, also of terms that are off."""
@@ -82,6 +100,7 @@ class Stage:
             sides = {"filter_t": layers[:half], "filter_s": layers[half:]}
             pairs = drawn_pairs(self.run.filters, half, weights.sample_seed)
             return {"loss/total": total, **{f"loss/{s}/{k}": vs[k] for s, vs in sides.items() for k in pairs}}
+        kl, layer, *layers = (value / weights.asked for value in (kl, layer, *layers))
         named = {"loss/total": total}
         named |= {"loss/ce": ce} if weights.ce else {}
         named |= {"loss/kl": kl} if weights.kl else {}
@@ -103,24 +122,34 @@ def stages_of(run: Run) -> list[Stage]:
     return [Stage("filters", 0, run.filters.steps, run), Stage("student", run.filters.steps, run.train.steps, run)]
 
 
-def set_rates(engine, share: float, weights: Weights) -> None:
-    """Sets every group's learning rate. While the layer loss is off, filters have rate 0 and no gradient."""
+def set_rates(engine, share: float, each: list[Weights]) -> None:
+    """Sets every group's learning rate. While the layer loss is off, filters have rate 0 and no gradient. DeepSpeed adds to the
+    last step's gradient from the second micro-batch on, so a step whose first one has no layer loss must begin without it."""
     for group in engine.optimizer.param_groups:
-        off = group["role"] == "filters" and not weights.layer
+        off = group["role"] == "filters" and not any(weights.layer for weights in each)
         group["lr"] = 0.0 if off else group["peak_lr"] * share
-    if not weights.layer and engine.module.filters_s is not None:
+    if not each[0].layer and engine.module.filters_s is not None:
         forget_gradients(engine.module.filters_s)
 
 
-def weight_at(weight: float | Schedule, fraction: float) -> float:
+def weight_at(weight: float | Schedule, fraction: float, tokens: int = 0, rate: float = 1.0) -> float:
+    """After this fraction of the stage and so many of its tokens, at this share of the peak learning rate."""
     if not isinstance(weight, Schedule):
         return float(weight)
-    if weight.off_after is not None and fraction >= weight.off_after:
+    if fraction >= (weight.off_after or math.inf) or tokens >= (weight.off_after_tokens or math.inf):
         return 0.0
+    if weight.shape == "rate":
+        return weight.start * rate
     if weight.shape == "constant" or weight.end is None:
         return weight.start
     progress = fraction if weight.shape == "linear" else 1 - cosine(fraction)
     return weight.start + (weight.end - weight.start) * progress
+
+
+def of_step(each: list[Weights]) -> Weights:
+    """The weights of a step, from those of its micro-batches."""
+    asked = [weights for weights in each if weights.kl or weights.layer]
+    return asked[0]._replace(asked=len(asked) / len(each)) if asked else each[0]
 
 
 def rate_at(train: Train, done: int) -> float:

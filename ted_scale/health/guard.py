@@ -33,6 +33,8 @@ class Guard:
         self.engine, self.stage, self.alert, self.saved, self.settings = engine, stage, alert, saved, stage.run.health
         self.local: torch.Tensor | None = None
         self.unread, self.finite, self.stopping = False, True, False
+        # Where the teacher is asked for some micro-batches only, the total jumps with their number.
+        self.watched = ("loss/total", 0) if stage.asks_every == 1 else ("loss/ce", 1)
         zero = engine.optimizer
         self.clip, self.update, self.measure = zero.unscale_and_clip_grads, zero._optimizer_step, zero._get_norm_groups
         zero.unscale_and_clip_grads, zero._optimizer_step = self.before_update, self.update_unless_dropped
@@ -79,15 +81,16 @@ class Guard:
         self.norms, self.sums = rest[: len(self.apart)], rest[len(self.apart) :]
         self.stopping = asked > 0  # on any rank: all ranks stop after the same step
         self.finite = all(v - v == 0 for v in (self.norm, *self.sums))
-        self.median = spikes.spiked_over(spikes.state_of(self.before), self.settings, self.sums[0])
+        self.median = spikes.spiked_over(spikes.state_of(self.before), self.settings, self.sums[self.watched[1]])
         if not self.finite or self.median is not None:
             fault = self.spike() if self.finite else self.not_finite()
             event = Event(self.before, self.stage, fault, self.norm, self.stage.terms(len(self.sums) - 4), self.shares)
             self.fault = f"step {self.before.step + 1}: {fault}; {write_report(self.engine, event)}"
 
     def spike(self) -> str:
-        loss, steps = self.sums[0], len(spikes.state_of(self.before).losses)
-        return f"loss/total is {loss:.4g}, {loss / self.median:.3g} times its median over {steps} steps"
+        name, place = self.watched
+        loss, steps = self.sums[place], len(spikes.state_of(self.before).losses)
+        return f"{name} is {loss:.4g}, {loss / self.median:.3g} times its median over {steps} steps"
 
     def not_finite(self) -> str:
         """The first term that is not finite; the parts of the loss come before their total. If all are finite, the gradient."""
@@ -110,7 +113,7 @@ class Guard:
             return self.after_dropped_step(progress)
         if self.median is not None:
             self.after_spike(progress)
-        return spikes.taken(progress, self.settings, self.sums[0])
+        return spikes.taken(progress, self.settings, self.sums[self.watched[1]])
 
     def after_dropped_step(self, progress: Progress) -> Progress:
         state, limit = spikes.state_of(progress), self.settings.max_skipped

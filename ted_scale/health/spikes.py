@@ -27,10 +27,10 @@ def begin(progress: Progress, stage) -> Progress:
 
 
 def ground_of(stage) -> str:
-    """A digest of everything that a stage's loss/total depends on."""
+    """A digest of everything that the watched loss of a stage depends on."""
     data = stage.run.data
     corpora = [(corpus.name, corpus.weight) for corpus in data.corpora]
-    made_of = [stage.name, stage.run.loss.model_dump(), data.seq_len, data.attention, corpora]
+    made_of = [stage.name, stage.run.loss.model_dump(), data.seq_len, data.attention, corpora, stage.asks_every]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 

@@ -82,7 +82,7 @@ CHANGES = {  # what differs: what is said of it; can it be allowed?
     "eps": ({"train": {"eps": 1e-6}}, "train.eps must be 1e-08, but is 1e-06", True),
     "decay": ({"train": {"weight_decay": 0.0}}, "train.weight_decay must be 0.1, but is 0.0", True),
     "loss weight": ({"loss": {"layer": {"start": 1.0, "off_after": 0.5}}},
-                    "loss.layer must be 1.0, but is {'start': 1.0, 'end': None, 'shape': 'constant', 'off_after': 0.5}", True),
+                    "loss.layer must be 1.0, but is {'start': 1.0, 'shape': 'constant', 'off_after': 0.5}", True),
     "loss kind": ({"loss": {"kind": "mse"}}, "loss.kind must be 'nmse', but is 'mse'", True),
     "other pairs": ({"pairs": {"explicit": [[0, 1], [1, 2]]}}, "pairs must be [[0, 1], [1, 3]], but is [[0, 1], [1, 2]]", True),
     "fewer pairs": ({"pairs": {"skip_last": 1}}, "pairs must be [[0, 1], [1, 3]], but is [[0, 1]]", False),

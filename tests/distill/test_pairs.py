@@ -51,6 +51,13 @@ def test_uniform_pairs_end_with_both_last_blocks_and_use_no_block_twice(layers_s
     assert max(gaps) - min(gaps) <= 1  # evenly spread
 
 
+@pytest.mark.parametrize(("layers_s", "layers_t"), [(6, 12), (30, 12), (1, 4)])
+def test_last_and_late_to_early_match_the_teacher_s_last_block_alone(layers_s, layers_t):
+    """Also where the student is the deeper one."""
+    assert match(Pairs(rule="last"), layers_s, layers_t) == [(layers_s - 1, layers_t - 1)]
+    assert match(Pairs(rule="late_to_early"), layers_s, layers_t) == [(layers_s // 8, layers_t - 1)]
+
+
 def test_skip_last_leaves_out_the_last_pairs_of_either_rule():
     assert match(Pairs(skip_last=2), 4, 8) == [(0, 1), (1, 3)]
     assert match(Pairs(explicit=[(0, 7), (3, 1)], skip_last=1), 4, 8) == [(0, 7)]

@@ -10,7 +10,7 @@ from tiny import make_run
 
 from ted_scale.config.method import Train
 from ted_scale.distill.signal import Weights
-from ted_scale.distill.stages import Stage, rate_at, set_rates, stages_of, weight_at
+from ted_scale.distill.stages import Stage, of_step, rate_at, set_rates, stages_of, weight_at
 
 FLOOR = 0.1
 
@@ -84,6 +84,21 @@ def test_off_after_ends_a_weight_from_that_fraction_on():
     assert [weight_at(stops, f) for f in (0, 0.49, 0.5, 0.9)] == pytest.approx([2.0, 1.51, 0.0, 0.0])
 
 
+def test_a_weight_may_end_after_so_many_tokens():
+    stops = weight(start=2, off_after_tokens=1000)
+    assert [weight_at(stops, 0.0, tokens) for tokens in (0, 999, 1000)] == [2.0, 2.0, 0.0]
+
+
+def test_a_weight_may_follow_the_learning_rate():
+    follows = weight(start=2, shape="rate", off_after=0.9)
+    assert [weight_at(follows, f, 0, rate) for f, rate in ((0, 0.1), (0.5, 1.0), (0.8, 0.25), (0.9, 0.2))] == [
+        0.2,
+        2.0,
+        0.5,
+        0.0,
+    ]
+
+
 def stages(**sections) -> list[Stage]:
     return stages_of(make_run(Path("/x"), **sections))
 
@@ -132,6 +147,41 @@ def test_the_hint_preset_ends_the_layer_loss_after_a_tenth_of_stage_two():
     assert layer == [1.0] * 10 + [0.0] * 90
 
 
+def test_the_wsd_preset_ties_the_teacher_s_weight_to_the_learning_rate():
+    stage = stages(loss={"preset": "wsd"}, train={"steps": 100, "schedule": "wsd"})[1]
+    steps = range(stage.first_step, stage.last_step)
+    assert [stage.weights(step).kl for step in steps] == [stage.rate(step) for step in steps]
+    assert stage.weights(steps[-1]).kl < 0.1 and stage.weights(steps[-1]).ce == 1.0
+
+
+def test_the_let_preset_has_a_falling_layer_loss_and_no_kl():
+    (stage,) = stages(method="lwd", loss={"preset": "let"}, train={"steps": 10})
+    assert [stage.weights(step)[1:3] for step in (0, 5)] == [(0.0, 0.1), (0.0, 0.05)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_a_teacher_that_is_asked_for_one_micro_batch_in_four_weighs_as_much_as_one_that_is_always_asked(count):
+    stage = stages(teacher={"every": 4}, loss={"kl": 0.5, "layer": 2.0})[1]
+    each = [w for step in range(4, 8) for w in stage.of_micro_batches(step, count)]
+    assert [bool(w.kl) for w in each] == [k % 4 == 0 for k in range(4 * count)]
+    assert all(bool(w.kl) == bool(w.layer) and w.ce == 1.0 for w in each)
+    assert [sum(w[i] for w in each) / len(each) for i in (1, 2)] == [0.5, 2.0]
+
+
+def test_the_terms_of_a_teacher_that_is_asked_seldom_are_shown_as_means_over_what_it_saw():
+    stage = stages(method="kd", teacher={"every": 4})[0]
+    weights = of_step(stage.of_micro_batches(0, 8))
+    assert weights.asked == 0.25
+    assert stage.name_losses([3.0, 2.0, 0.25, 0.0], weights)["loss/kl"] == 1.0
+    none = of_step(stage.of_micro_batches(1, 2))
+    assert not none.kl and set(stage.name_losses([2.0, 2.0, 0.0, 0.0], none)) == {"loss/total", "loss/ce"}
+
+
+def test_stage_one_asks_the_teacher_always():
+    first = stages(teacher={"every": 4})[0]
+    assert all(w == first.weights(1) for w in first.of_micro_batches(1, 5))
+
+
 def test_weights_follow_the_stage_s_own_clock():
     """They depend on the fraction of stage II, whether or not there was a stage I."""
     kl = {"kl": {"start": 1, "end": 0, "shape": "linear"}}
@@ -156,9 +206,9 @@ def engine(*roles):
 
 def test_every_group_has_its_own_peak_and_filters_have_rate_0_without_layer_loss():
     student = engine(("decay", 1e-3), ("plain", 1e-3), ("filters", 4e-3))
-    set_rates(student, 0.5, Weights(1.0, 1.0, 1.0))
+    set_rates(student, 0.5, [Weights(1.0, 1.0, 1.0)])
     assert [g["lr"] for g in student.optimizer.param_groups] == [5e-4, 5e-4, 2e-3]
-    set_rates(student, 0.5, Weights(1.0, 1.0, 0.0))
+    set_rates(student, 0.5, [Weights(1.0, 1.0, 0.0)])
     assert [g["lr"] for g in student.optimizer.param_groups] == [5e-4, 5e-4, 0.0]
 
 

@@ -21,6 +21,7 @@ from ted_scale.checkpoints.progress import Progress
 from ted_scale.checkpoints.saver import Save
 from ted_scale.checkpoints.state import KINDS, Snapshot, key_of
 from ted_scale.distill.student import Student
+from ted_scale.distill.teacher import Teacher
 from ted_scale.kernels.arguments import check_labels
 from ted_scale.kernels.products import all_count
 from ted_scale.metrics.metrics import Metrics
@@ -65,6 +66,27 @@ def all_methods(folder: Path, device):
     """ce, kd and lwd take the same path."""
     for method in ("ce", "kd", "lwd"):
         start(folder, device, name=f"{method}_{dist.get_world_size()}", method=method, **TEN_STEPS)
+
+
+def seldom(folder: Path) -> dict:
+    """Without held-out text, on which the teacher would run, too."""
+    return {**TEN_STEPS, "teacher": {"every": 3}, "data": {"corpora": [{"path": str(folder / "corpus")}]}}
+
+
+def asked_seldom(folder: Path, device):
+    """TED with a teacher that is asked for one micro-batch in three: how often it ran in each stage."""
+    asked = []
+
+    def run(self, batch, wants_layers, wants_head):
+        asked.append(wants_head)
+        return Teacher_run(self, batch, wants_layers, wants_head)
+
+    Teacher_run, Teacher.run = Teacher.run, run
+    try:
+        start(folder, device, name=f"seldom_{dist.get_world_size()}", **seldom(folder))
+    finally:
+        Teacher.run = Teacher_run
+    return {"stage I": asked.count(False), "stage II": asked.count(True)}
 
 
 def resident_share(module) -> float:
