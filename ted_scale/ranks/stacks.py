@@ -21,14 +21,15 @@ def stacks() -> str:
         return file.read()
 
 
-def write_stacks(folder: Path, rank: int, text: str, patience_s: float) -> None:
+def aside(patience_s: float, write, *arguments) -> threading.Thread:
     """A thread writes, and we wait only `patience_s` for it: the file system may be what hangs."""
-    writer = threading.Thread(target=write, args=(folder, rank, text), daemon=True)
+    writer = threading.Thread(target=write, args=arguments, daemon=True)
     writer.start()
     writer.join(patience_s)
+    return writer
 
 
-def write(folder: Path, rank: int, text: str) -> None:
+def write_stacks(folder: Path, rank: int, text: str) -> None:
     with contextlib.suppress(OSError):
         make_folder(folder)
         write_file(folder / f"rank_{rank}.txt", [text.encode()])

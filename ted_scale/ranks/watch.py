@@ -12,23 +12,24 @@ import faulthandler
 import json
 import logging
 import os
-import signal
 import socket
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 
 from ted_scale.base import exits, redact
-from ted_scale.base.errors import FAULT, GONE, HUNG, RESUME, Gone, Preempted
+from ted_scale.base.errors import FAULT, GONE, HUNG, RESUME, Preempted
 from ted_scale.base.exits import leave, speak
 from ted_scale.ranks import pulse, signals
-from ted_scale.ranks.stacks import place, stacks, write_stacks
+from ted_scale.ranks.lived import Clock, set_alarm, stop_alarm
+from ted_scale.ranks.stacks import aside, place, stacks, write_stacks
+from ted_scale.ranks.store import open_store, patiently, taken
 
 HEARTBEAT_S = 1.0
-HEARTBEATS_A_LOOK = 5  # rank 0 reads the heartbeats of all ranks after this many of its own
+HEARTBEATS_A_LOOK = 4  # rank 0 reads the heartbeats of all ranks after this many of its own
+FRESH_LOOK = 2  # and once more, after so many, before it believes that a rank is silent
+LONGEST_ROUND = 1.5  # of a heartbeat: what takes longer was a pause of this process, and is nobody's silence
 GRACE_S = 10.0  # for what a rank still has to do when a rank has claimed the end
-MEETING_S = 600.0  # nodes do not start at the same moment
 
 current: "Watch | None" = None
 
@@ -49,18 +50,6 @@ def begun(rank: int, world: int, limits, folder: Path) -> "Watch":
     return watch
 
 
-def patiently(action, patience_s: float):
-    """Retry: a node that restarts at once finds the store of the run before, until its other ranks have exited, too."""
-    until = time.monotonic() + patience_s
-    while True:
-        try:
-            return action()
-        except Gone:
-            if time.monotonic() > until:
-                raise
-            time.sleep(HEARTBEAT_S)
-
-
 def close() -> None:
     """The run is done on all ranks: from here on a silent rank means nothing."""
     global current
@@ -69,34 +58,16 @@ def close() -> None:
     current = exits.end_together = None
 
 
-def open_store(rank: int, world: int, folder: Path):
-    """A connection of our own to the store: the process group's connection is locked while a thread waits in it. Rank 0 is
-    the server; torch finds this server later and uses it, too."""
-    import torch.distributed as dist
-
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    settings = {"timeout": timedelta(seconds=MEETING_S), "wait_for_workers": False, "multi_tenant": True}
-    try:
-        store = dist.TCPStore(host, port, world, rank == 0, **settings)
-    except RuntimeError as error:
-        if rank:
-            raise Gone(f"rank 0 must be at {host}:{port} within {MEETING_S:g} s, but is not: {error}") from None
-        raise taken(port) from None
-    return dist.PrefixStore(f"ted_scale/{world}/{folder}", store)
-
-
-def taken(port) -> Gone:
-    """Often the port is taken by this run's earlier process, which is about to notice that the run has ended."""
-    return Gone(f"MASTER_PORT must be free on rank 0's node, but {port} is not: wait, or set another, or --master_port")
-
-
 class Watch:
     """`leave` and `speak` are those of the process, except in a test that watches two ranks in one process."""
 
     def __init__(self, store, rank: int, world: int, limits, folder: Path, *, leave=leave, speak=speak):
         self.store, self.rank, self.world, self.limits, self.folder = store, rank, world, limits, folder
         self.leave, self.speak = leave, speak
-        self.heartbeats, self.heard, self.met = 0, {}, time.monotonic()
+        self.clock, self.heartbeats, self.meetings = Clock(LONGEST_ROUND * HEARTBEAT_S), 0, 0
+        self.heard: dict[int, tuple[bytes, float]] = {}  # each rank's last new heartbeat, and when it was seen
+        self.doubted: dict[int, int] = {}  # ranks that look silent, and the own heartbeat that found them so
+        self.stands, self.since = pulse.now, 0.0
         self.closed, self.alone = threading.Event(), threading.Lock()
         self.threads = [threading.Thread(target=loop, daemon=True) for loop in (self.meet_others, self.watch_itself)]
 
@@ -114,7 +85,7 @@ class Watch:
         for thread in filter(threading.Thread.is_alive, self.threads):
             thread.join(GRACE_S)
         faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        stop_alarm()
         with contextlib.suppress(RuntimeError):  # rank 0 has not waited
             self.store.set(f"left/{self.rank}", "")
             if self.rank == 0:
@@ -126,13 +97,16 @@ class Watch:
         """The checks that need no other rank: launcher alive, rank 0 answers, own alarm set again. If the main thread holds
         Python's lock for ever, this loop stops: then a thread without Python writes the stack, the other ranks find this one
         silent, and the alarm ends it."""
-        silence_s, closed = self.limits.silence_s, False
+        silence_s, clock, closed = self.limits.silence_s, Clock(LONGEST_ROUND * HEARTBEAT_S), False
+        met, since = self.meetings, clock.now
         while not closed:
             faulthandler.dump_traceback_later(silence_s)
-            signal.setitimer(signal.ITIMER_REAL, 3 * silence_s)
+            set_alarm(3 * silence_s)
             if signals.launcher_is_gone():
                 signals.asked.set()
-            if time.monotonic() - self.met > silence_s:
+            if met != self.meetings:
+                met, since = self.meetings, clock.now
+            if clock.tick() - since > silence_s:
                 self.end_without_rank_0()
             closed = self.closed.wait(HEARTBEAT_S)
 
@@ -145,20 +119,22 @@ class Watch:
                 if not self.closed.wait(HEARTBEAT_S):
                     self.end_without_rank_0()
                 return
-            self.met = time.monotonic()
+            self.meetings += 1
 
     def round(self) -> None:
         self.heartbeats += 1
         self.store.set(f"heartbeat/{self.rank}", str(self.heartbeats))
         if self.store.check(["claim"]):
             self.follow()
-        now = pulse.now
+        now, lived = pulse.now, self.clock.tick()
+        if now != self.stands:
+            self.stands, self.since = now, lived
         limit, key = self.limit_of(now)
-        if time.monotonic() - now.since > limit:
+        if lived - self.since > limit:
             self.end(f"error: {now.what} must end within limits.{key} ({limit:g} s), but did not", HUNG)
         if signals.asked.is_set() and not now.unsaved:
             self.end(f"stopped: {Preempted.SENTENCE}", RESUME)
-        if self.rank == 0 and self.heartbeats % HEARTBEATS_A_LOOK == 0:
+        if self.rank == 0 and (self.doubted or self.heartbeats % HEARTBEATS_A_LOOK == 0):
             self.look_for_silence()
 
     def limit_of(self, now: pulse.Pulse) -> tuple[float, str]:
@@ -167,18 +143,17 @@ class Watch:
         return self.limits.step_s, "step_s"
 
     def look_for_silence(self) -> None:
-        """On rank 0: find ranks whose heartbeat has not changed for too long, by rank 0's clock. A rank that has not come yet
-        is not silent: the limit of start-up covers it."""
+        """On rank 0: find ranks whose heartbeat has not changed for too long, by the time that rank 0 has lived, and look at them
+        again before they are judged. A rank that has not come yet is not silent: the limit of start-up covers it."""
         came = [r for r in range(self.world) if r in self.heard or self.store.check([f"heartbeat/{r}"])]
-        heartbeats = self.store.multi_get([f"heartbeat/{r}" for r in came])
-        now = time.monotonic()
-        for rank, heartbeat in zip(came, heartbeats, strict=True):
+        for rank, heartbeat in zip(came, self.store.multi_get([f"heartbeat/{r}" for r in came]), strict=True):
             if self.heard.get(rank, (None,))[0] != heartbeat:
-                self.heard[rank] = heartbeat, now
-        silent = [r for r in came if now - self.heard[r][1] > self.limits.silence_s]
+                self.heard[rank] = heartbeat, self.clock.now
+        silent = [r for r in came if self.clock.now - self.heard[r][1] > self.limits.silence_s]
         silent = [r for r in silent if not self.store.check([f"left/{r}"])]
-        if silent:
-            self.end(self.silence_of(silent), GONE, silent)
+        self.doubted = {r: self.doubted.get(r, self.heartbeats) for r in silent}
+        if dead := [r for r, first in self.doubted.items() if self.heartbeats - first >= FRESH_LOOK]:
+            self.end(self.silence_of(dead), GONE, dead)
 
     # How all ranks exit
 
@@ -239,13 +214,9 @@ class Watch:
         self.log_and_leave(last["words"], last["code"])
 
     def log_and_leave(self, words: str, code: int) -> None:
-        """Rank 0 writes the log file and life.json, and keeps the store until all have read it."""
+        """Rank 0 keeps the store until all have read it."""
         if self.rank == 0:
-            for handler in logging.getLogger("ted_scale").handlers:
-                if isinstance(handler, logging.FileHandler):
-                    handler.handle(logging.makeLogRecord({"msg": words}))
-            if exits.at_end is not None:
-                exits.at_end(f"{words} (exit code {code})")
+            aside(GRACE_S / 2, write_last_words, words, code)
             time.sleep(HEARTBEAT_S if self.world > 1 else 0)
         self.leave(code)
 
@@ -260,7 +231,7 @@ class Watch:
         """Wait at most this long for `ranks` to set their `key`; return those that have not."""
         keys, end = {r: f"{key}/{r}" for r in ranks}, time.monotonic() + patience_s
         while keys and not self.store.check(list(keys.values())):
-            self.met = time.monotonic()
+            self.meetings += 1
             if time.monotonic() > end:
                 return [r for r, name in keys.items() if not self.store.check([name])]
             time.sleep(HEARTBEAT_S / 5)
@@ -285,7 +256,16 @@ class Watch:
     def show_stacks(self) -> None:
         text = f"{socket.gethostname()}: {pulse.now.what}\n{stacks()}"
         self.speak("\n".join(f"rank {self.rank}| {line}" for line in text.splitlines()))
-        write_stacks(self.folder / "stacks", self.rank, text, GRACE_S / 2)
+        aside(GRACE_S / 2, write_stacks, self.folder / "stacks", self.rank, text)
+
+
+def write_last_words(words: str, code: int) -> None:
+    """To the log file and life.json."""
+    for handler in logging.getLogger("ted_scale").handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(logging.makeLogRecord({"msg": words}))
+    if exits.at_end is not None:
+        exits.at_end(f"{words} (exit code {code})")
 
 
 def spell(ranks: list[int]) -> str:

@@ -6,25 +6,28 @@ Python's lock is free. Note: a file may be anybody's. Its header is checked as t
 that it names is allocated.
 """
 
-import contextlib
 import json
 import math
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from ted_scale.base.errors import UserError, files_at, shown
 from ted_scale.base.parsing import fits, is_count, parse_json
+from ted_scale.base.paths import NoFile, open_file
+from ted_scale.base.patience import patiently
 
 LONGEST_HEADER, MOST_DIMENSIONS = 100_000_000, 64
 PIECE = 4 * 2**20  # bytes of one call; also the most host memory that a read takes beside its targets
 MOST_BUFFERS = 1024  # of one call: IOV_MAX
 ABOUT = "__metadata__"
+WAY_OUT = "look at its file system, and start the same command again"
+Found = TypeVar("Found")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
@@ -35,7 +38,7 @@ DTYPES = {
 
 
 class Broken(Exception):
-    """What is wrong with a file."""
+    """What is wrong with a file, as the end of a sentence that names it."""
 
 
 class Entry(NamedTuple):
@@ -94,24 +97,30 @@ def memory_of(flat: torch.Tensor) -> memoryview:
 
 
 def header_of(path: Path) -> Header:
-    with opened(path) as descriptor:
-        return read_header(descriptor)
+    return read(path, read_header)
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """A descriptor. What is no whole safetensors file, or cannot be read, becomes a sentence."""
+def read(path: Path, action: Callable[[int], Found]) -> Found:
+    """`action` with a descriptor, repeated while the file system fails. What is no whole safetensors file becomes a sentence."""
     try:
+        return patiently(partial(with_descriptor, action), path, WAY_OUT)
+    except (Broken, FileNotFoundError) as error:
+        reason = error if isinstance(error, Broken) else "it is not there"
+        raise UserError(f"{path} must be a whole safetensors file, but is not: {reason}; copy it again") from None
+
+
+def with_descriptor(action: Callable[[int], Found], path: Path) -> Found:
+    try:
+        descriptor = open_file(Path(os.path.realpath(path)))  # a model's file may be a link, as in the hub's folders
+    except NoFile as error:
+        raise Broken(f"it is {error}") from None
+    except PermissionError:
         with files_at(path):
-            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
-                raise Broken("it is no plain file")
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                yield descriptor
-            finally:
-                os.close(descriptor)
-    except Broken as error:
-        raise UserError(f"{path} must be a whole safetensors file, but is not: {error}; copy it again") from None
+            raise
+    try:
+        return action(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_header(descriptor: int) -> Header:
@@ -167,11 +176,14 @@ def entry_of(key: str, value, begin: int) -> Entry:
 def fill(path: Path, choose: Callable[[dict[str, Entry]], Iterable[Stretch]]) -> None:
     """Read the stretches that are chosen from a file's entries, in the order of the file. Those that lie side by side are read
     by one call."""
-    with opened(path) as descriptor:
+
+    def action(descriptor: int) -> None:
         entries = read_header(descriptor).entries
         pieces = [piece for stretch in choose(entries) for piece in pieces_of(entries, stretch)]
         for batch in batches(sorted(pieces, key=lambda piece: piece.begin)):
             read_batch(descriptor, batch)
+
+    read(path, action)
 
 
 def pieces_of(entries: dict[str, Entry], stretch: Stretch) -> Iterator[Piece]:

@@ -42,6 +42,7 @@ FAULTS = (
     "signal",
     "interrupt",
     "early",
+    "suspended",
     "none",
 )
 
@@ -60,20 +61,36 @@ def fault(name: str, folder: Path) -> None:
     if name == "hang":
         time.sleep(600)
     if name == "lock":
-        PYTHON.sleep(600)
+        mutex = ctypes.create_string_buffer(64)  # no signal interrupts a wait for it, as it would interrupt a sleep
+        PYTHON.pthread_mutex_lock(mutex)
+        PYTHON.pthread_mutex_lock(mutex)
     if name == "signal":
         os.kill(os.getpid(), signal.SIGUSR1)
     if name == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
     if name == "orphan":
         os.kill(os.getppid(), signal.SIGKILL)
+    if name == "suspended":
+        suspend(14.0)
+
+
+def suspend(seconds: float) -> None:
+    """Longer than three times the limit of silence, after which the kernel's alarm would end the rank."""
+    rank = os.getpid()
+
+    def wake():
+        time.sleep(seconds)
+        os.kill(rank, signal.SIGCONT)
+
+    fork(wake)
+    os.kill(rank, signal.SIGSTOP)
 
 
 def rank_of(name: str, folder: Path) -> None:
     signals.listen()
     rank, faulty = dist_rank(), 0 if name in ("die0", "interrupt") else 1
     step_s = 4.0 if name == "hang" else 40.0
-    silence_s = {"die": 4.0, "die0": 4.0, "lock": 8.0}.get(name, 20.0)
+    silence_s = {"die": 4.0, "die0": 4.0, "lock": 8.0, "suspended": 4.0}.get(name, 20.0)
     watch.start(Limits(step_s=step_s, start_s=40.0, silence_s=silence_s), folder / name)
     dist.init_process_group("gloo")
     if rank == 0:
@@ -85,7 +102,7 @@ def rank_of(name: str, folder: Path) -> None:
         if name == "early":
             time.sleep(600)
         pulse.step(step)
-        if rank == faulty and step == FAULTY_STEP:
+        if step == FAULTY_STEP and (rank == faulty or name == "suspended"):
             with shortage.enough("lower something"):
                 fault(name, folder)
         asked = torch.tensor([float(signals.asked.is_set())])
@@ -94,7 +111,7 @@ def rank_of(name: str, folder: Path) -> None:
             dist.barrier()
             raise Preempted
         time.sleep(0.05 if step < 30 else 0)
-    if name != "none":
+    if name not in ("none", "suspended"):
         time.sleep(600)
     dist.barrier()
     watch.close()

@@ -17,6 +17,7 @@ import pytest
 import torch.distributed as dist
 from places import HARNESS
 
+from ted_scale.base import exits
 from ted_scale.base.errors import FAULT, GONE, HUNG, MEMORY, MISTAKE, RESUME, Gone, Preempted
 from ted_scale.config.operation import Limits
 from ted_scale.ranks import pulse, watch
@@ -97,6 +98,12 @@ def test_a_rank_that_keeps_python_s_lock_is_silent_to_the_others_and_the_alarm_e
     assert took[0] < 30 and took[1] < 40
     assert "error: rank 1 must give a sign" in said
     assert "in fault" in said  # its stack, written without the lock
+
+
+def test_a_run_that_is_suspended_for_longer_than_any_limit_of_silence_goes_on(ends):
+    codes, _, said = ends[0]["suspended"]
+    assert codes == [0, 0], said
+    assert "must give a sign" not in said
 
 
 @pytest.mark.parametrize("name", ["signal", "orphan"])
@@ -244,7 +251,8 @@ def test_a_reason_is_printed_before_deepspeed_s_launcher_kills_the_others():
     from deepspeed.launcher.launch import terminate_process_tree
 
     kills_after_s = float(re.search(r"timeout=(\d+)", inspect.getsource(terminate_process_tree))[1])
-    assert Limits().silence_s + watch.HEARTBEATS_A_LOOK * watch.HEARTBEAT_S + 3 * watch.HEARTBEAT_S < kills_after_s
+    looks = watch.HEARTBEATS_A_LOOK + watch.FRESH_LOOK
+    assert Limits().silence_s + (looks + 3) * watch.HEARTBEAT_S < kills_after_s
 
 
 def test_a_secret_in_a_traceback_is_in_no_log(pair, tmp_path, monkeypatch):
@@ -261,6 +269,18 @@ def test_a_secret_in_a_traceback_is_in_no_log(pair, tmp_path, monkeypatch):
     assert (tmp_path / "log.txt").read_text().count("denied for ***") == 1
 
 
+def test_a_log_file_that_does_not_answer_holds_up_no_exit(pair, monkeypatch):
+    """A hang is often one of the file system that the log is on. Rank 0 stayed until the others called it silent."""
+    watches, left, said, _ = pair
+    answers = threading.Event()
+    monkeypatch.setattr(exits, "at_end", lambda words: answers.wait(10))
+    began = time.monotonic()
+    with pytest.raises(Left):
+        watches[0].end("error: step 7 must end within limits.step_s (30 s), but did not", HUNG, [1])
+    answers.set()
+    assert left == {0: HUNG} and len(said) == 2 and time.monotonic() - began < 3
+
+
 def test_two_threads_of_a_rank_that_end_it_at_once_print_one_reason(pair):
     watches, left, said, _ = pair
     watches[1].close()
@@ -274,17 +294,46 @@ def test_two_threads_of_a_rank_that_end_it_at_once_print_one_reason(pair):
     assert left == {0: RESUME} and len(said) == 1
 
 
-@pytest.mark.parametrize(("first", "key"), [(False, "limits.step_s (30 s)"), (True, "limits.start_s (60 s)")])
+@pytest.mark.parametrize(("first", "key"), [(False, "limits.step_s (0.3 s)"), (True, "limits.start_s (0.9 s)")])
 def test_a_step_has_its_limit_and_a_first_step_a_longer_one(pair, first, key, monkeypatch):
     watches, left, said, _ = pair
-    monkeypatch.setattr(pulse, "now", pulse.Pulse("step 8", time.monotonic() - 45, first=first, unsaved=True))
-    if first:
-        watches[0].round()
-        assert not left
-        pulse.now = pulse.now._replace(since=time.monotonic() - 61)
+    for made in watches:
+        made.limits = Limits.model_construct(step_s=0.3, start_s=0.9, silence_s=10.0)
+    monkeypatch.setattr(pulse, "now", pulse.Pulse("step 8", time.monotonic(), first=first, unsaved=True))
+    began = time.monotonic()
     watched(*watches)
     assert left == {0: HUNG, 1: HUNG}
+    assert time.monotonic() - began > (0.9 if first else 0.3)
     assert f"error: step 8 must end within {key}, but did not: ranks 0, 1 in no line of ted_scale" in said[-1]
+
+
+def rounds(count: int, *watches) -> None:
+    """The ranks in turn, as if the others stood still."""
+    for made in watches * count:
+        time.sleep(0.02)
+        made.round()
+
+
+def test_a_pause_of_the_whole_run_is_nobody_s_silence(pair):
+    watches, left, said, _ = pair
+    rounds(8, *watches)
+    rounds(6, watches[0])  # it has seen the other's last heartbeat
+    time.sleep(2 * watches[0].limits.silence_s)
+    rounds(6, watches[0])  # before the other has gone on
+    rounds(8, *watches)
+    assert not left and not said
+    with pytest.raises(Left):
+        rounds(100, watches[0])
+    assert said[0].startswith("error: rank 1 must give a sign")
+
+
+def test_a_rank_that_looks_silent_is_looked_at_once_more(pair):
+    watches, left, said, _ = pair
+    rounds(8, *watches)
+    while not watches[0].doubted:
+        rounds(1, watches[0])
+    rounds(1, *watches[::-1])
+    assert not watches[0].doubted and not left and not said
 
 
 def test_a_signal_ends_all_at_once_only_while_nothing_is_unsaved(pair):

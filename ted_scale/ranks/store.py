@@ -1,0 +1,43 @@
+"""The store in which the ranks of a run meet: rank 0 serves it, and watch.py's heartbeats go over a connection of their own."""
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from ted_scale.base.errors import Gone
+
+MEETING_S = 600.0  # nodes do not start at the same moment
+
+
+def patiently(action, patience_s: float):
+    """Retry: a node that restarts at once finds the store of the run before, until its other ranks have exited, too."""
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            return action()
+        except Gone:
+            if time.monotonic() > until:
+                raise
+            time.sleep(1)
+
+
+def open_store(rank: int, world: int, folder: Path):
+    """A connection of our own to the store: the process group's connection is locked while a thread waits in it. Rank 0 is
+    the server; torch finds this server later and uses it, too."""
+    import torch.distributed as dist
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    settings = {"timeout": timedelta(seconds=MEETING_S), "wait_for_workers": False, "multi_tenant": True}
+    try:
+        store = dist.TCPStore(host, port, world, rank == 0, **settings)
+    except RuntimeError as error:
+        if rank:
+            raise Gone(f"rank 0 must be at {host}:{port} within {MEETING_S:g} s, but is not: {error}") from None
+        raise taken(port) from None
+    return dist.PrefixStore(f"ted_scale/{world}/{folder}", store)
+
+
+def taken(port) -> Gone:
+    """Often the port is taken by this run's earlier process, which is about to notice that the run has ended."""
+    return Gone(f"MASTER_PORT must be free on rank 0's node, but {port} is not: wait, or set another, or --master_port")
