@@ -256,7 +256,7 @@ def go_back(stage: Stage, student, rewind: Rewind, metrics: Metrics) -> Progress
     """Load an earlier checkpoint into the existing engine. DeepSpeed never releases a module, so a second engine would double
     the memory."""
     for checkpoint in rewind.checkpoints:
-        pulse.doing(f"the rewind to {checkpoint.name}")
+        pulse.building(f"the rewind to {checkpoint.name}")
         if (fault := verdict(files.check_digests, checkpoint, share())) is None:
             progress = gone_back(of_rank_0(read_progress, checkpoint), rewind.progress)
             state.load(student, checkpoint)

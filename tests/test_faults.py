@@ -227,10 +227,27 @@ def test_a_rank_whose_files_pause_for_90_s_is_not_declared_dead_at_default_limit
     assert (codes, len(faults.log())) == ([0, 0], 1)
     pauses = [Rule("open", f"{run.folder}/checkpoints/step_*/rank_00000*", "delay", 90, first=1, rank=0)]
     run, codes, faults = start_with(root, "paused", pauses)
-    assert (codes, len(faults.log())) == ([0, 0], 1)
+    assert (codes, len(faults.log())) == ([0, 0], 2)
     ours, theirs = final_state(run), final_state(undisturbed)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     soak_report.note("pause", "90 s", codes=codes)
+
+
+@pytest.mark.soak
+@NEEDS_COMPILER
+def test_a_start_that_reads_slowly_goes_on_beyond_start_s_and_one_that_stands_still_names_the_file(root):
+    """A resume of two ranks; the second rank's state file is slow, and then does not answer."""
+    run, codes, _ = start_with(root, "slow", [], train={**SETTINGS["train"], "steps": 3})
+    state, limits = f"{run.folder}/checkpoints/step_*/rank_00001*", {"step_s": 20.0, "start_s": 20.0}
+    _, codes, _ = start_with(root, "slow", [Rule("read", state, "delay", 120)], limits=limits)
+    said = (root / "slow.out").read_text()
+    assert codes == [4, 4] and re.search(
+        r"error: start-up must end or read on within limits.start_s .* while rank \d reads \S+/rank_00001.safetensors",
+        said,
+    )
+    _, codes, faults = start_with(root, "slow", [Rule("read", state, "delay", 12, times=4)], limits=limits)
+    assert (codes, len(faults.log())) == ([0, 0], 5)
+    soak_report.note("slow start", "48 s, start_s 20", codes=codes)
 
 
 @pytest.mark.soak

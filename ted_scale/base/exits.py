@@ -5,6 +5,7 @@ process group, because either of them may be what hangs.
 """
 
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -54,6 +55,15 @@ def last_words(words: str, code: int) -> None:
         time.sleep(5)  # the launcher ends this rank if rank 0 fails for the same reason; else this rank reports its own
     speak(words if rank == 0 else f"rank {rank}: {words}")
     leave(code)
+
+
+def write_last_words(words: str, code: int) -> None:
+    """On rank 0, for all ranks: to the log file and to life.json."""
+    for handler in logging.getLogger("ted_scale").handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(logging.makeLogRecord({"msg": words}))
+    if at_end is not None:
+        at_end(f"{words} (exit code {code})")
 
 
 def speak(words: str) -> None:

@@ -9,7 +9,8 @@ import json
 import os
 from pathlib import Path
 
-from ted_scale.base.durable import Entry, sync, write_file
+from ted_scale.base import progress
+from ted_scale.base.durable import PIECE, Entry, sync, write_file
 from ted_scale.base.errors import UserError, shown
 from ted_scale.base.parsing import is_count, parse_json
 from ted_scale.base.paths import NoFile, checked_name, open_file, refuse_no_file
@@ -29,9 +30,13 @@ class Damaged(Exception):
 
 
 def digest_of(path: Path) -> Entry:
-    with os.fdopen(open_file(path), "rb", buffering=0) as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return Entry(file.tell(), digest.hexdigest())
+    digest, size = hashlib.sha256(), 0
+    with progress.reading(path), os.fdopen(open_file(path), "rb", buffering=0) as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            progress.took(len(piece))
+            size += len(piece)
+    return Entry(size, digest.hexdigest())
 
 
 def size_of(path: Path) -> int:

@@ -65,7 +65,10 @@ class Limits(Section):
     """Anything that takes longer ends the run with a reason, because a cluster often runs unwatched."""
 
     step_s: Seconds = Field(1800.0, description="a step, a batch of validation, a checkpoint")
-    start_s: Seconds = Field(3600.0, description="start-up and a stage's first step, which compiles; at least step_s")
+    start_s: Seconds = Field(
+        3600.0,
+        description="start-up, a rewind, a stage's first step, which compiles: without a byte read by any rank; at least step_s",
+    )
     silence_s: Annotated[Seconds, Field(ge=3)] = Field(
         20.0,
         description="a rank without a sign of life counts as dead; DeepSpeed's launcher kills the others after 30 s",

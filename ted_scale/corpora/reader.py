@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy
 
+from ted_scale.base import progress
 from ted_scale.base.errors import files_at
 from ted_scale.base.patience import patiently
 from ted_scale.corpora.shards import HEADER, Files, ShardIndex, out_of_order
@@ -38,6 +39,7 @@ class File:
             if not more:
                 raise OSError(f"it ends at byte {start + len(content)}, but was longer when this run began")
             content += more
+        progress.took(count)
         return content
 
 

@@ -11,6 +11,9 @@ import torch
 from ted_scale.config.run import Run
 from ted_scale.ranks import watch
 
+# Of a collective whose ranks watch each other. watch.py ends a hang long before and shows every rank's stack; it alone knows
+# whether the rank that all others wait for still reads its part of a large state.
+LONGEST_WAIT = timedelta(days=7)
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -32,10 +35,8 @@ def start_ranks(run: Run | None = None, check=lambda device: None) -> torch.devi
     check(device)
     if run:
         watch.start(run.limits, run.folder)
-    patience_s = (
-        run.limits.longest_s + 300 if run else 1800
-    )  # watch.py's limit comes first and shows every rank's stack
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=patience_s))
+    patience = LONGEST_WAIT if run else timedelta(minutes=30)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=patience)
     return device
 
 

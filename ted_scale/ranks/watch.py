@@ -21,6 +21,7 @@ from ted_scale.base import exits, redact
 from ted_scale.base.errors import FAULT, GONE, HUNG, RESUME, Preempted
 from ted_scale.base.exits import leave, speak
 from ted_scale.ranks import pulse, signals
+from ted_scale.ranks.headway import Headway, beat, heard
 from ted_scale.ranks.lived import Clock, set_alarm, stop_alarm
 from ted_scale.ranks.stacks import aside, place, stacks, write_stacks
 from ted_scale.ranks.store import open_store, patiently, taken
@@ -29,8 +30,10 @@ HEARTBEAT_S = 1.0
 HEARTBEATS_A_LOOK = 4  # rank 0 reads the heartbeats of all ranks after this many of its own
 FRESH_LOOK = 2  # and once more, after so many, before it believes that a rank is silent
 LONGEST_ROUND = 1.5  # of a heartbeat: what takes longer was a pause of this process, and is nobody's silence
+TOLD_S = 60.0  # between lines on how far a start has come
 GRACE_S = 10.0  # for what a rank still has to do when a rank has claimed the end
 
+log = logging.getLogger("ted_scale")
 current: "Watch | None" = None
 
 
@@ -67,7 +70,7 @@ class Watch:
         self.clock, self.heartbeats, self.meetings = Clock(LONGEST_ROUND * HEARTBEAT_S), 0, 0
         self.heard: dict[int, tuple[bytes, float]] = {}  # each rank's last new heartbeat, and when it was seen
         self.doubted: dict[int, int] = {}  # ranks that look silent, and the own heartbeat that found them so
-        self.stands, self.since = pulse.now, 0.0
+        self.stands, self.since, self.headway, self.teller = pulse.now, 0.0, Headway(), None
         self.closed, self.alone = threading.Event(), threading.Lock()
         self.threads = [threading.Thread(target=loop, daemon=True) for loop in (self.meet_others, self.watch_itself)]
 
@@ -123,24 +126,34 @@ class Watch:
 
     def round(self) -> None:
         self.heartbeats += 1
-        self.store.set(f"heartbeat/{self.rank}", str(self.heartbeats))
+        self.store.set(f"heartbeat/{self.rank}", beat(self.heartbeats))
         if self.store.check(["claim"]):
             self.follow()
         now, lived = pulse.now, self.clock.tick()
         if now != self.stands:
             self.stands, self.since = now, lived
-        limit, key = self.limit_of(now)
-        if lived - self.since > limit:
-            self.end(f"error: {now.what} must end within limits.{key} ({limit:g} s), but did not", HUNG)
+            self.headway.begin(lived)
+        if not now.first and lived - self.since > (limit := self.limits.step_s):
+            self.end(f"error: {now.what} must end within limits.step_s ({limit:g} s), but did not", HUNG)
+        if now.first and self.rank == 0:
+            self.look_at_start(now.what, lived)
         if signals.asked.is_set() and not now.unsaved:
             self.end(f"stopped: {Preempted.SENTENCE}", RESUME)
         if self.rank == 0 and (self.doubted or self.heartbeats % HEARTBEATS_A_LOOK == 0):
             self.look_for_silence()
 
-    def limit_of(self, now: pulse.Pulse) -> tuple[float, str]:
-        if now.first:
-            return self.limits.longest_s, "start_s"
-        return self.limits.step_s, "step_s"
+    def look_at_start(self, what: str, lived: float) -> None:
+        """On rank 0, for all ranks: a start may read for hours, as long as a rank reads on. The others wait for this rank, so
+        each alone would look hung."""
+        limit, headway = self.limits.longest_s, self.headway
+        if lived - max(self.since, headway.moved) > limit:
+            words = (
+                f"error: {what} must end or read on within limits.start_s ({limit:g} s), but did not{headway.stands()}"
+            )
+            self.end(words, HUNG)
+        is_told = self.teller is None or not self.teller.is_alive()
+        if is_told and lived - headway.told > TOLD_S and (line := headway.line(what, lived)):
+            self.teller = aside(0, log.info, line)
 
     def look_for_silence(self) -> None:
         """On rank 0: find ranks whose heartbeat has not changed for too long, by the time that rank 0 has lived, and look at them
@@ -149,6 +162,7 @@ class Watch:
         for rank, heartbeat in zip(came, self.store.multi_get([f"heartbeat/{r}" for r in came]), strict=True):
             if self.heard.get(rank, (None,))[0] != heartbeat:
                 self.heard[rank] = heartbeat, self.clock.now
+                self.headway.hear(rank, heard(heartbeat), self.clock.now)
         silent = [r for r in came if self.clock.now - self.heard[r][1] > self.limits.silence_s]
         silent = [r for r in silent if not self.store.check([f"left/{r}"])]
         self.doubted = {r: self.doubted.get(r, self.heartbeats) for r in silent}
@@ -216,7 +230,7 @@ class Watch:
     def log_and_leave(self, words: str, code: int) -> None:
         """Rank 0 keeps the store until all have read it."""
         if self.rank == 0:
-            aside(GRACE_S / 2, write_last_words, words, code)
+            aside(GRACE_S / 2, exits.write_last_words, words, code)
             time.sleep(HEARTBEAT_S if self.world > 1 else 0)
         self.leave(code)
 
@@ -257,15 +271,6 @@ class Watch:
         text = f"{socket.gethostname()}: {pulse.now.what}\n{stacks()}"
         self.speak("\n".join(f"rank {self.rank}| {line}" for line in text.splitlines()))
         aside(GRACE_S / 2, write_stacks, self.folder / "stacks", self.rank, text)
-
-
-def write_last_words(words: str, code: int) -> None:
-    """To the log file and life.json."""
-    for handler in logging.getLogger("ted_scale").handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handle(logging.makeLogRecord({"msg": words}))
-    if exits.at_end is not None:
-        exits.at_end(f"{words} (exit code {code})")
 
 
 def spell(ranks: list[int]) -> str:

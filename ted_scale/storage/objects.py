@@ -8,6 +8,7 @@ import importlib.util
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
+from ted_scale.base import progress
 from ted_scale.base.errors import UserError
 from ted_scale.base.redact import holds_secret
 from ted_scale.storage.client import s3_client
@@ -95,9 +96,11 @@ def read(thing: Object, start: int, stop: int, what: str, patience_s: float) -> 
         found = (_s3_range if thing.url.startswith("s3://") else _msc_range)(thing, start, stop)
         if len(found) != stop - start:
             raise ShortAnswer(f"{thing.url} gave {len(found)} of {stop - start} bytes at {start}")
+        progress.took(len(found))
         return found
 
-    return persist(what, request, patience_s)
+    with progress.reading(thing.url):
+        return persist(what, request, patience_s)
 
 
 def _s3_range(thing: Object, start: int, stop: int) -> bytes:

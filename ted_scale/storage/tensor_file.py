@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from ted_scale.base import progress
 from ted_scale.base.errors import UserError, files_at, shown
 from ted_scale.base.parsing import fits, is_count, parse_json
 from ted_scale.base.paths import NoFile, open_file
@@ -103,7 +104,8 @@ def header_of(path: Path) -> Header:
 def read(path: Path, action: Callable[[int], Found]) -> Found:
     """`action` with a descriptor, repeated while the file system fails. What is no whole safetensors file becomes a sentence."""
     try:
-        return patiently(partial(with_descriptor, action), path, WAY_OUT)
+        with progress.reading(path):
+            return patiently(partial(with_descriptor, action), path, WAY_OUT)
     except (Broken, FileNotFoundError) as error:
         reason = error if isinstance(error, Broken) else "it is not there"
         raise UserError(f"{path} must be a whole safetensors file, but is not: {reason}; copy it again") from None
@@ -231,6 +233,7 @@ def read_exactly(descriptor: int, begin: int, buffers: list[memoryview]) -> None
         count = os.preadv(descriptor, buffers, begin)
         if not count:
             raise Broken("it ends too early")
+        progress.took(count)
         begin += count
         while buffers and count >= len(buffers[0]):
             count -= len(buffers.pop(0))

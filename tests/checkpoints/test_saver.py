@@ -1,7 +1,6 @@
 """Saves in the background. Whichever call fails: the failure is reported, and the run can still resume."""
 
 import errno
-import hashlib
 import itertools
 import logging
 import os
@@ -193,16 +192,16 @@ def test_200_damages_are_all_noticed_and_the_checkpoint_before_is_used(tmp_path,
 def test_one_stale_handle_at_a_resume_takes_no_checkpoint_away(tmp_path, monkeypatch, caplog):
     """Damage would mean: back to the checkpoint before, on a new line, whose first save prunes the good newer one."""
     (tmp_path / "filters").write_bytes(b"filters")
-    run, digest, left = Run(tmp_path / "run", keep=2), hashlib.file_digest, [1]
+    run, digest, left = Run(tmp_path / "run", keep=2), sealed.digest_of, [1]
     saver = saver_of(run, tmp_path / "filters")
     assert write(saver, 1000) is None and write(saver, 2000) is None
 
-    def stale(file, kind):
+    def stale(path):
         if left and not left.clear():
             raise OSError(errno.ESTALE, "Stale file handle")
-        return digest(file, kind)
+        return digest(path)
 
-    monkeypatch.setattr(hashlib, "file_digest", stale)
+    monkeypatch.setattr(sealed, "digest_of", stale)
     assert resume_point(run) == (files.checkpoints_of(run.folder) / "step_00002000", 0)
     assert not caplog.messages
 

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import logging
+import logging.handlers
 import re
 import signal
 import subprocess
@@ -294,7 +295,10 @@ def test_two_threads_of_a_rank_that_end_it_at_once_print_one_reason(pair):
     assert left == {0: RESUME} and len(said) == 1
 
 
-@pytest.mark.parametrize(("first", "key"), [(False, "limits.step_s (0.3 s)"), (True, "limits.start_s (0.9 s)")])
+@pytest.mark.parametrize(
+    ("first", "key"),
+    [(False, "end within limits.step_s (0.3 s)"), (True, "end or read on within limits.start_s (0.9 s)")],
+)
 def test_a_step_has_its_limit_and_a_first_step_a_longer_one(pair, first, key, monkeypatch):
     watches, left, said, _ = pair
     for made in watches:
@@ -304,7 +308,42 @@ def test_a_step_has_its_limit_and_a_first_step_a_longer_one(pair, first, key, mo
     watched(*watches)
     assert left == {0: HUNG, 1: HUNG}
     assert time.monotonic() - began > (0.9 if first else 0.3)
-    assert f"error: step 8 must end within {key}, but did not: ranks 0, 1 in no line of ted_scale" in said[-1]
+    assert f"error: step 8 must {key}, but did not: ranks 0, 1 in no line of ted_scale" in said[-1]
+
+
+def test_a_start_that_reads_on_goes_on_and_is_logged_and_one_that_stands_still_ends_and_names_what_is_read(
+    pair, monkeypatch
+):
+    """By any rank: here it is rank 1, for which rank 0 waits. It ended after start_s, at each start again."""
+    watches, left, said, _ = pair
+    monkeypatch.setattr(watch, "TOLD_S", 0.5, raising=False)
+    lines = logging.handlers.BufferingHandler(1000)
+    monkeypatch.setattr(logging.getLogger("ted_scale"), "handlers", [lines])
+    monkeypatch.setattr(logging.getLogger("ted_scale"), "level", logging.INFO)
+    watches[0].limits = Limits.model_construct(step_s=0.1, start_s=0.5, silence_s=10.0)
+    pulse.building("start-up")
+    thread = meeting(watches[0])
+
+    def beat(total: int) -> None:
+        time.sleep(0.1)
+        beat.number += 1
+        watches[1].store.set("heartbeat/1", json.dumps([beat.number, total, "/runs/a/rank_00001.safetensors"]))
+
+    beat.number = 0
+    for piece in range(20):
+        beat(piece * 1_000_000)
+    assert not left
+    while thread.is_alive():
+        beat(20_000_000)
+    assert left == {0: HUNG}
+    assert "start-up must end or read on within limits.start_s (0.5 s), but did not while rank 1 reads " in said[-1]
+    assert "reads /runs/a/rank_00001.safetensors (20.0 MB so far): rank" in said[-1]
+    told = [record.getMessage() for record in lines.buffer]
+    assert re.fullmatch(
+        r"start-up goes on: \d\.0 MB read, \d+\.\d MB/s; "
+        r"rank 1 reads /runs/a/rank_00001.safetensors \(\d\.0 MB so far\), \d+\.\d MB/s",
+        told[0],
+    )
 
 
 def rounds(count: int, *watches) -> None:

@@ -10,6 +10,7 @@ from botocore.awsrequest import AWSResponse
 from botocore.exceptions import ConnectionClosedError
 from botocore.httpsession import URLLib3Session
 
+from ted_scale.base import progress
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.storage import objects, transfers
 from ted_scale.storage.client import s3_client
@@ -209,8 +210,10 @@ def test_a_later_process_reads_on_where_an_earlier_one_stopped(client, wire, sou
     upload(source)
     target = tmp_path / "target"
     target.write_bytes(CONTENT[: (PARTS - 3) * PART + 5])
+    before = progress.now()[0]
     assert transfers.download(thing(), target, "it must be read", 5.0)
     assert wire.count("GetObject") == 3
+    assert progress.now() == (before + 3 * PART - 100, "")
     assert target.read_bytes() == CONTENT
 
 
