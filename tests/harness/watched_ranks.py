@@ -71,19 +71,17 @@ def fault(name: str, folder: Path) -> None:
     if name == "orphan":
         os.kill(os.getppid(), signal.SIGKILL)
     if name == "suspended":
-        suspend(14.0)
+        ranks = [int((folder / f"{name}.{rank}.pid").read_text()) for rank in (0, 1)]
+        fork(lambda: suspend(ranks, 14.0))
 
 
-def suspend(seconds: float) -> None:
-    """Longer than three times the limit of silence, after which the kernel's alarm would end the rank."""
-    rank = os.getpid()
-
-    def wake():
-        time.sleep(seconds)
+def suspend(ranks: list[int], seconds: float) -> None:
+    """Longer than three times the limit of silence, after which the kernel's alarm would end a rank."""
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    time.sleep(seconds)
+    for rank in ranks:
         os.kill(rank, signal.SIGCONT)
-
-    fork(wake)
-    os.kill(rank, signal.SIGSTOP)
 
 
 def rank_of(name: str, folder: Path) -> None:
@@ -102,7 +100,7 @@ def rank_of(name: str, folder: Path) -> None:
         if name == "early":
             time.sleep(600)
         pulse.step(step)
-        if step == FAULTY_STEP and (rank == faulty or name == "suspended"):
+        if rank == faulty and step == FAULTY_STEP:
             with shortage.enough("lower something"):
                 fault(name, folder)
         asked = torch.tensor([float(signals.asked.is_set())])
