@@ -93,18 +93,18 @@ def when_free(folder: Path, found: Found) -> Found:
 def unrenewed(folder: Path, found: Found) -> Found:
     """Once the lease has ended. A process that lives on this machine is watched, too: the folder may be a copy of the one that it
     uses. Note: every look opens the file anew, which is when an NFS client asks the server. A look that takes long says that the
-    file server pauses, for the other process, too: then the lease begins anew."""
+    file server pauses, for the other process, too, or that this one was suspended: then the lease begins anew."""
     log.warning(f"waiting for up to {LEASE_S:g} s: {found.holder or 'another process'} used {folder} and may go on")
-    end = time.monotonic() + LEASE_S
-    while time.monotonic() < end:
-        time.sleep(RENEWAL_S / 4)
-        began, again = time.monotonic(), look(folder)
+    pause, waited = RENEWAL_S / 4, 0.0
+    while waited < LEASE_S:
+        began = time.monotonic()
+        time.sleep(pause)
+        again = look(folder)
         if again.number == 0 or (again.holder and again.holder.left):
             return again
         if again != found:
             raise in_use(folder, again.holder)
-        if time.monotonic() - began > RENEWAL_S:
-            end = time.monotonic() + LEASE_S
+        waited = waited + pause if time.monotonic() - began < 2 * RENEWAL_S else 0.0
     return found
 
 
