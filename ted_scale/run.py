@@ -19,7 +19,7 @@ from ted_scale import validate as validation
 from ted_scale.base import exits, redact
 from ted_scale.base.errors import Preempted, RunStopped, UserError
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints import life, owner, state
+from ted_scale.checkpoints import holder, life, owner, state
 from ted_scale.checkpoints.filters_file import gather_filters, save_filters
 from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.checkpoints.saver import Saver
@@ -101,6 +101,8 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         parts.metrics.close()
         if dist.get_rank() == 0:
             owner.leave(plan.run)
+            if not parts.saver.is_writing():
+                holder.leave(plan.run.folder)
     parts.metrics.leave_word("it was done")
     log_line(f"done: {plan.run.folder} is at step {progress.step}; next: python tools/export_hf.py {plan.run.folder}")
     return progress

@@ -18,7 +18,7 @@ from ted_scale.base.durable import PART, publish, sync, write_durably
 from ted_scale.base.errors import CORRECTABLE, Gone, UserError, files_at
 from ted_scale.base.patience import patiently
 from ted_scale.base.sealed import WAY_OUT, read_manifest
-from ted_scale.checkpoints import copies, owner, strangers
+from ted_scale.checkpoints import copies, holder, owner, strangers
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.config import changes
@@ -98,6 +98,8 @@ def take(folder: Path, token: Path) -> None:
         is_free = lock(folder)
         os.close(make_new(token, 0o600))
         strangers.refuse_others(folder, token)
+        if is_free:  # as far as this node knows
+            holder.take(folder)
     except OSError as error:
         if error.errno in CORRECTABLE:
             raise UserError(
@@ -135,7 +137,9 @@ def lock(folder: Path) -> bool:
         os.close(file)
         return False
     except OSError as error:  # some shared file systems have no locks; train without one
-        log.warning(f"{path} cannot be locked ({error.strerror}): nothing keeps a second run out of this folder")
+        log.warning(
+            f"{path} cannot be locked ({error.strerror}): a second start has only the files holder_*.json to see"
+        )
     held[path] = file
     return True
 

@@ -13,10 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
 from ted_scale.base import beneath, durable
-from ted_scale.base.errors import Gone, UserError
+from ted_scale.base.errors import Gone, UserError, files_at
 from ted_scale.base.exits import run_main
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints import strangers
+from ted_scale.checkpoints import holder, strangers
 from ted_scale.checkpoints.folder import Published
 from ted_scale.config.operation import Checkpoint
 from ted_scale.config.run_file import load_run
@@ -88,16 +88,8 @@ def to_remove(folder: Path, settings: Checkpoint) -> list[Path]:
 
 
 def prune(arguments) -> None:
-    from ted_scale.run_folder import lock
-
     if arguments.yes:
-        strangers.refuse(arguments.run)
-        beneath.keep_inside(arguments.run)
-    if arguments.yes and not lock(arguments.run):
-        raise UserError(
-            f"RUN must not be training when it is pruned, but a process trains in {arguments.run}; wait for it"
-        )
-    if arguments.yes:
+        hold(arguments.run)
         durable.put_back(files.checkpoints_of(arguments.run))
     doomed = to_remove(arguments.run, settings_of(arguments))
     for path in doomed:
@@ -106,6 +98,19 @@ def prune(arguments) -> None:
             beneath.discard(path) if path.name.endswith(durable.PART) else durable.remove(path)
     if doomed and not arguments.yes:
         print("nothing was removed; add --yes to remove them")
+    holder.leave(arguments.run)
+
+
+def hold(folder: Path) -> None:
+    """As a run does, so that none begins meanwhile."""
+    from ted_scale.run_folder import lock
+
+    strangers.refuse(folder)
+    beneath.keep_inside(folder)
+    if not lock(folder):
+        raise UserError(f"RUN must not be training when it is pruned, but a process trains in {folder}; wait for it")
+    with files_at(folder):
+        holder.take(folder)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -57,6 +57,15 @@ def last_words(words: str, code: int) -> None:
     leave(code)
 
 
+def end(words: str, code: int) -> None:
+    """Called by a thread: end this process, and the other ranks where they watch each other."""
+    if end_together is not None:
+        end_together(words, code)  # returns if another thread is ending the run already
+    else:
+        speak(words)
+        leave(code)
+
+
 def write_last_words(words: str, code: int) -> None:
     """On rank 0, for all ranks: to the log file and to life.json."""
     for handler in logging.getLogger("ted_scale").handlers:

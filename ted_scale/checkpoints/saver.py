@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ted_scale.base import beneath, durable, sealed
 from ted_scale.base.durable import PART, Entry
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints import state
+from ted_scale.checkpoints import holder, state
 from ted_scale.checkpoints.attempts import (
     Failure,
     attempt,
@@ -104,6 +104,9 @@ class Saver:
         self.failed = self.failed + 1 if self.outcome.failure else 0
         failed, self.copier.failed = bool(self.outcome.failure) + self.copier.failed, 0
         return {"checkpoint/write_ms": self.outcome.write_ms, "checkpoint/failed": float(failed)}
+
+    def is_writing(self) -> bool:
+        return self.under_way is not None and not self.written.is_set()
 
     def finish(self, *, leaving: bool = False) -> dict[str, float]:
         """Wait, and retry if the save has failed: the last state of a stage is nowhere else."""
@@ -211,4 +214,5 @@ def seal_and_publish(part: Path, of_ranks: list[dict[str, Entry]], save: Save) -
         entries = {name: entry for entries in of_ranks for name, entry in entries.items()}
         sealed.seal(part, entries, {**about, **save.snapshot.about})
         sealed.check(part)
+    holder.confirm(save.place.parents[1])
     durable.publish(part)

@@ -17,7 +17,7 @@ from states import state_of, whole
 
 from ted_scale.base import durable, sealed
 from ted_scale.base.errors import Gone, UserError
-from ted_scale.checkpoints import attempts
+from ted_scale.checkpoints import attempts, holder
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import saver as saving
 from ted_scale.checkpoints.filters_file import save_filters
@@ -120,6 +120,21 @@ def test_whichever_write_fails_a_whole_checkpoint_is_left_and_the_next_save_work
     assert number > 15
     assert published > 1
     assert failed > 5 or not (for_good or code == errno.ENOSPC)  # a single error is retried
+
+
+def test_a_process_that_another_start_has_replaced_publishes_nothing_more(tmp_path, monkeypatch):
+    (tmp_path / "filters").write_bytes(b"filters")
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    holder.take(run.folder)
+    saver = saver_of(run, tmp_path / "filters")
+    assert write(saver, 4) is None
+    number, mine = holder.held[run.folder]
+    holder.make(holder.path_of(run.folder, number + 1), mine._replace(host="node7", pid=12, token="other"))
+    failure = write(saver, 8)
+    assert failure and "process 12 on node7 has taken" in failure
+    assert [path.name for path in files.checkpoints_of(run.folder).iterdir()] == ["step_00000004"]
+    del holder.held[run.folder]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full", "broken"])

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from faulty_files import Faults
 from lives import End, live
 
-from ted_scale.checkpoints import attempts, owner, state
+from ted_scale.checkpoints import attempts, holder, owner, state
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import saver as saving
 from ted_scale.checkpoints.progress import Progress, read_progress
@@ -113,6 +113,7 @@ def be_quick() -> None:
     """The pauses and the patience of a program that nobody waits for."""
     attempts.PAUSES_S, saving.LAST_PAUSES_S = (0, 0.001), (0, 0.001)
     objects.COPYING_S, objects.OPENING_S, owner.LEASE_S = 2, 1, 0
+    holder.RENEWAL_S, holder.LEASE_S = 0.01, 0.04
     lives.shorten_patience()
 
 
