@@ -274,9 +274,12 @@ def test_w_and_b_s_own_links_stay_and_no_link_leads_out_of_its_folder(gift, home
     (gift / "wandb" / "latest-run").symlink_to(inner.parent.name)
     (gift / "wandb" / "debug.log").symlink_to(inner / "debug.log")
     claim(gift)
-    (inner / "out").symlink_to(home / "thesis.tex")
+    (inner / "debug-core.log").symlink_to(home / ".cache")  # W&B does this
+    claim(gift)
+    (gift / "wandb" / "latest-run").unlink()
+    (gift / "wandb" / "latest-run").symlink_to(home)
     with pytest.raises(
-        UserError, match=r"logs/out must be in its own folder, because a run writes there, but is a link"
+        UserError, match=r"wandb/latest-run must be in its own folder, because a run writes there, but is a link"
     ):
         strangers.refuse(gift)
 
@@ -346,8 +349,8 @@ def writes_of_a_run(run: Path) -> dict:
             part.with_suffix(".fetched") / "progress.json"
         ),
         "metrics.jsonl": lambda: beneath.append_to(run / "metrics.jsonl").write("x"),
-        "stacks": lambda: stacks.write(run / "stacks", 0, "x"),
-        "stacks/rank_0.txt": lambda: stacks.write(run / "stacks", 0, "x"),
+        "stacks": lambda: stacks.write_stacks(run / "stacks", 0, "x"),
+        "stacks/rank_0.txt": lambda: stacks.write_stacks(run / "stacks", 0, "x"),
         "reports": lambda: (
             beneath.make_folder(run / "reports"),
             durable.write_durably(run / "reports" / "a.json", "x"),

@@ -82,9 +82,9 @@ def linked_checkpoints(folder: Path) -> Iterator[Path]:
 
 
 def leading_out(folder: Path) -> Iterator[Path]:
-    """Links out of it, anywhere in it."""
+    """Links out of it. Those in the folders of its runs are W&B's own (logs/debug-core.log leads to its cache) and not written
+    to any more, because every start gets a new folder."""
     root = folder.resolve()
-    for place, folders, files in os.walk(folder):
-        for path in (Path(place, name) for name in (*folders, *files)):
-            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
-                yield path
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+            yield path
