@@ -281,6 +281,28 @@ def test_text_that_is_not_utf8_is_named(tmp_path, folder):
     assert f"{tmp_path}/latin.txt must be UTF-8 text" in refused(folder, tmp_path / "c", tmp_path / "latin.txt")
 
 
+def as_bad_json_lines(path):
+    path.write_text('{"text": "one"}\n{"text": "half \\ud800 a pair"}\n{"text": "three \\ud83d\\ude00"}\n')
+    return path
+
+
+def as_bad_parquet(path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    texts = pyarrow.array([b"one", b"half \xed\xa0\x80 a pair", "three \U0001f600".encode()]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": texts}), path)
+    return path
+
+
+@pytest.mark.parametrize(("write", "name"), [(as_bad_json_lines, "a.jsonl"), (as_bad_parquet, "a.parquet")])
+def test_half_of_a_surrogate_pair_costs_its_own_document_alone(tmp_path, folder, write, name):
+    """In JSON it ended tokenization in a worker; in parquet the rows after it were lost."""
+    source = write(tmp_path / name)
+    assert f"{source}:2 must be a " in refused(folder, tmp_path / "a", source)
+    skipped = tokenize(folder, tmp_path / "b", source, "--on-error", "skip")
+    assert skipped == tokenize(folder, tmp_path / "c", write_jsonl(tmp_path / "c.jsonl", ["one", "three \U0001f600"]))
+
+
 def test_input_that_is_missing_or_holds_nothing_is_refused(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text(" \n")
