@@ -130,16 +130,6 @@ def test_a_read_that_fails_is_tried_again_with_files_opened_anew(tmp_path, monke
         stream.sample(0)
 
 
-def test_a_shard_that_lost_its_end_is_one_sentence(tmp_path, monkeypatch):
-    """A map of it would end the process with SIGBUS."""
-    monkeypatch.setattr(patience, "PATIENCE_S", 0.1)
-    stream = open_stream(data_section(write_shard(tmp_path / "web", counting_documents([30] * 20))), 1, VOCAB)
-    stream.sample(0)
-    os.truncate(tmp_path / "web.bin", 8)
-    with pytest.raises(Gone, match=r"web must be readable, but was not for 0\.1 s \(it ends at byte 8"):
-        stream.sample(1)
-
-
 def test_concurrent_threads_do_not_close_a_shard_that_another_one_reads(stream, monkeypatch):
     monkeypatch.setattr(reader, "opened", lru_cache(maxsize=2)(opened.__wrapped__))
     expected = [stream.sample(position).tokens for position in range(300)]

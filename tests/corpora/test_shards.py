@@ -9,7 +9,8 @@ import pytest
 from corpus import write_shard
 
 from ted_scale.base.errors import UserError
-from ted_scale.corpora.shards import check_vocabulary, expand, read_index
+from ted_scale.corpora.local import expand
+from ted_scale.corpora.shards import check_vocabulary, read_index
 
 DOCUMENTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 
@@ -67,7 +68,7 @@ def test_a_broken_shard_is_refused_with_a_sentence_naming_the_file(prefix, case)
 def test_a_sound_shard_is_described_from_its_header(prefix):
     index = read_index(prefix)
     assert (index.sequences, index.documents, index.tokens, str(index.dtype)) == (3, 3, 9, "uint16")
-    assert index.sidecar is None
+    assert index.recorded is None
 
 
 @pytest.mark.parametrize("documents", [[], [[]]], ids=["no_documents", "only_an_empty_one"])

@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError
 from ted_scale.corpora.documents import find_files, read_documents
-from ted_scale.corpora.shards import expand, read_index, unfinished
+from ted_scale.corpora.local import expand, unfinished
+from ted_scale.corpora.shards import read_index, sidecar_of
 from tools import tokenize_corpus, train_tokenizer
 
 HARSH = [
@@ -103,8 +104,9 @@ def test_megatron_reads_back_every_document_with_its_end_token(reference, folder
     assert [document.tolist() for document in dataset] == wanted
     assert dataset.index.dtype == numpy.uint16 and dataset.document_indices.tolist() == list(range(len(wanted) + 1))
     index = read_index(reference[0].parent / "out")
-    assert index.tokens == sum(map(len, wanted)) and index.sidecar["max_token_id"] == max(map(max, wanted))
-    assert (index.sidecar["documents"], index.sidecar["vocab_size"], index.sidecar["eod_id"]) == (len(wanted), 700, 2)
+    assert index.tokens == sum(map(len, wanted)) and index.recorded.max_token_id == max(map(max, wanted))
+    sidecar = sidecar_of(index.files)
+    assert (sidecar["documents"], sidecar["vocab_size"], sidecar["eod_id"]) == (len(wanted), 700, 2)
 
 
 def as_plain(path, texts):
