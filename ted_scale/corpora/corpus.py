@@ -20,10 +20,10 @@ import numpy
 from ted_scale.base.errors import UserError
 from ted_scale.config.data import Streaming
 from ted_scale.corpora import remote
-from ted_scale.corpora.local import SHARD_NUMBER, expand
+from ted_scale.corpora.local import SHARD_NUMBER, expand, name_of, names_in
 from ted_scale.corpora.output import manifest_path, read_manifest
 from ted_scale.corpora.reader import Shard, reading
-from ted_scale.corpora.shards import ShardIndex, check_vocabulary, out_of_vocabulary, read_index
+from ted_scale.corpora.shards import OUTPUT_MANIFEST, ShardIndex, check_vocabulary, out_of_vocabulary, read_indices
 from ted_scale.storage.chunks import chunks_of
 from ted_scale.storage.objects import is_remote
 
@@ -131,7 +131,7 @@ def prefixes_of(path: str, stream) -> list[str]:
 
 def read_shards(path: str, stream) -> list[ShardIndex]:
     """Checked headers of the shards that a corpus's path means, on disk or in object storage."""
-    return remote.read_corpus(path, stream) if is_remote(path) else [read_index(prefix) for prefix in expand(path)]
+    return remote.read_corpus(path, stream) if is_remote(path) else read_indices(expand(path))
 
 
 def read_corpus(path: str, stream) -> list[ShardIndex]:
@@ -170,7 +170,10 @@ def manifest_files(path: str, prefixes: Iterable[str], stream) -> dict[str, Path
     if is_remote(path):
         return remote.manifests(path, stream)
     names = {SHARD_NUMBER.sub("", prefix) for prefix in prefixes}
-    return {name: manifest_path(name) for name in sorted(names) if manifest_path(name).exists()}
+    folders = {name.removesuffix(name_of(name)) for name in names}  # one listing, and not a look for each of many names
+    files = (folder + file for folder in folders for file in names_in(Path(folder), (OUTPUT_MANIFEST,)))
+    found = sorted(file.removesuffix(OUTPUT_MANIFEST) for file in files)
+    return {name: manifest_path(name) for name in found if name in names}
 
 
 def open_parts(number: int, corpus, vocab_size: int, stream) -> tuple[Part, Part]:

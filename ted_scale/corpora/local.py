@@ -81,8 +81,9 @@ def open_file(path: str | os.PathLike) -> File:
 def expand(path: str | os.PathLike) -> list[str]:
     """The shards that `path` means: a prefix, one with .bin/.idx, a numbered family NAME-00001…, or a folder."""
     prefix = re.sub(r"\.(bin|idx)$", "", str(path))
-    if any(seen(prefix + ending) for ending in (".idx", ".bin")):
-        return [prefix]
+    with files_at(prefix):
+        if any(seen(prefix + ending) for ending in (".idx", ".bin")):
+            return [prefix]
     if Path(prefix).is_dir():
         found = _prefixes(Path(prefix))
         if not found:
@@ -119,7 +120,8 @@ def real_folder(prefix: str) -> str:
 def files_of(prefix: str, folder: str) -> Files:
     """The files of one shard as they are now; its folder really is `folder`."""
     place = f"{folder}/{name_of(prefix)}"
-    idx, bin_file, sidecar = (seen(place + ending) for ending in (".idx", ".bin", ".json"))
+    with files_at(prefix):
+        idx, bin_file, sidecar = (seen(place + ending) for ending in (".idx", ".bin", ".json"))
     if idx is None and unfinished(prefix).exists():
         raise UserError(f"corpus {prefix} must be finished, but is not; run the command that began it again")
     if idx is None or bin_file is None:
@@ -132,14 +134,13 @@ def files_of(prefix: str, folder: str) -> Files:
 def seen(path: str) -> tuple[bytes, str] | None:
     """(stamp of a file, where a link leads or ""); None where there is no file."""
     there = ""
-    with files_at(path):
-        try:
-            status = os.lstat(path)
-            if stat.S_ISLNK(status.st_mode):
-                there = os.path.realpath(path)
-                status = Path(there).stat()
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
-            return None
+    try:
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode):
+            there = os.path.realpath(path)
+            status = Path(there).stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
+        return None
     return (stamp_of(status), there) if stat.S_ISREG(status.st_mode) else None
 
 

@@ -9,7 +9,8 @@ import hashlib
 import os
 import struct
 import sys
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import numpy
@@ -29,6 +30,7 @@ SIGNED = {"bin_bytes": int, "bin_sha256": str, "idx_sha256": str, "documents": i
 LARGEST_SIDECAR = 1 << 20  # bytes; a thousandth is usual
 # Bytes of an index that is hashed at every opening, in 0.1 ms: ten thousand shards open in seconds; inspect_corpus hashes all.
 SMALL_INDEX = 1 << 16
+PARALLEL, BATCH = 32, 32  # threads, and shards that one of them looks at in turn
 
 
 class Recorded(NamedTuple):
@@ -60,7 +62,19 @@ def read_index(prefix: str | os.PathLike) -> ShardIndex:
     return check(files_of(str(prefix), real_folder(str(prefix))))
 
 
-@lru_cache(maxsize=1 << 16)
+def read_indices(prefixes: list[str]) -> list[ShardIndex]:
+    """The checked headers of shards in one folder. Threads look at many at a time, because a file server takes a while for each."""
+    folder = real_folder(prefixes[0])
+
+    def look_at(some: list[str]) -> list[ShardIndex]:
+        return [check(files_of(prefix, folder)) for prefix in some]
+
+    batches = [prefixes[first : first + BATCH] for first in range(0, len(prefixes), BATCH)]
+    with ThreadPoolExecutor(min(PARALLEL, len(batches))) as pool:
+        return [index for found in pool.map(look_at, batches) for index in found]
+
+
+@cache  # without a bound, because shards are asked for in order: of a corpus with more of them, nothing would be found
 def check(files: Files) -> ShardIndex:
     """A shard as its header, sizes and sidecar describe it; they must agree. Cached, because the plan and every stage ask again."""
     idx = files.prefix + ".idx"
@@ -152,7 +166,8 @@ def read_sidecar(path: str | os.PathLike, called: str) -> dict:
     """What a sidecar holds. Sentences use `called` for the copy of a remote one."""
     with files_at(called):
         file = open_file(path)
-        content = file.read(0, file.size) if file.size <= LARGEST_SIDECAR else b""
+        size = file.size
+        content = file.read(0, size) if size <= LARGEST_SIDECAR else b""
     try:
         sidecar = parse_json(content)
     except ValueError:
