@@ -20,11 +20,14 @@ MANY_EPOCHS = 4
 
 
 class Reading(NamedTuple):
-    """A corpus: tokens to train on, tokens held out, and how often each unfinished stage reads the tokens to train on."""
+    """A corpus: tokens to train on, tokens held out, how often each unfinished stage reads the tokens to train on, what tells this
+    text from another one, and where its files are if links lead there."""
 
     tokens: int
     held_out: int
     epochs: dict[str, float]
+    digest: str
+    place: str
 
 
 def open_feed(run, stage, progress: Progress, vocabulary: int) -> tuple[Stream, Progress, list[str]]:
@@ -67,7 +70,8 @@ def epochs_of(stage, stream: Stream, progress: Progress) -> dict[str, float]:
 def describe(readings: dict[str, Reading]) -> list[str]:
     """A line for each corpus, and a warning for each corpus that a stage reads too often."""
     lines = [
-        f"corpus {name}: {reading.tokens:,} tokens to train on, {reading.held_out:,} held out"
+        f"corpus {name}: {reading.tokens:,} tokens to train on, {reading.held_out:,} held out, digest {reading.digest}"
+        + (f", in {reading.place}" if reading.place else "")
         for name, reading in readings.items()
     ]
     return lines + [

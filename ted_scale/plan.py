@@ -18,7 +18,7 @@ from ted_scale.checkpoints.progress import Progress
 from ted_scale.config import changes
 from ted_scale.config.ds_config import load_ds_config
 from ted_scale.config.run import Model, Run
-from ted_scale.corpora.corpus import read_corpus
+from ted_scale.corpora.corpus import Part, read_corpus
 from ted_scale.corpora.shards import check_vocabulary
 from ted_scale.data.stream import open_stream, text_lengths
 from ted_scale.distill import filter_sizes
@@ -168,21 +168,27 @@ def check_shards(run: Run, vocabulary: int, student: Anatomy) -> None:
 def check_corpora(plan: Plan, progress: Progress) -> dict[str, Reading]:
     """What is read of each corpus. Refuses corpora without a window to train on or to validate on, and corpora that must not
     repeat but are too short for the rest of a stage."""
-    tokens, held_out, epochs = {}, {}, {}
+    training, held_out, epochs = {}, {}, {}
     for stage in plan.stages:
         if progress.step < stage.last_step:
             at = progress if progress.step > stage.first_step else Progress(stage.first_step)
             stream, at, _ = open_feed(plan.run, stage, at, plan.vocabulary)
             refuse_short_corpora(plan.run, stage, stream, at)
-            tokens |= {name: part.tokens for name, part in stream.parts.items()}
-            held_out |= {name: held.parts[name].tokens for name, held in stream.held_out.items()}
+            training |= stream.parts
+            held_out |= {name: held.parts[name] for name, held in stream.held_out.items()}
             epochs[stage.name] = epochs_of(stage, stream, at)
     return {
-        name: Reading(
-            tokens.get(name, 0), held_out.get(name, 0), {s: of[name] for s, of in epochs.items() if name in of}
+        name: reading_of(
+            training.get(name), held_out.get(name), {s: of[name] for s, of in epochs.items() if name in of}
         )
-        for name in dict.fromkeys([*tokens, *held_out])
+        for name in {**training, **held_out}
     }
+
+
+def reading_of(training: Part | None, held_out: Part | None, epochs: dict[str, float]) -> Reading:
+    tokens, kept = (part.tokens if part else 0 for part in (training, held_out))
+    part = training or held_out  # both are of the same shards
+    return Reading(tokens, kept, epochs, part.listed, part.place)
 
 
 def attended(run: Run, vocabulary: int, *models: Anatomy | None) -> dict[int | None, float]:

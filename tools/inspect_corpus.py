@@ -22,15 +22,16 @@ from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.config.data import Streaming
 from ted_scale.corpora.corpus import manifest_files, prefixes_of, read_shards
+from ted_scale.corpora.local import SHARD_NUMBER
 from ted_scale.corpora.output import TOTALS, read_manifest
 from ted_scale.corpora.reader import reading
 from ted_scale.corpora.shards import (
-    SHARD_NUMBER,
     ShardIndex,
     check_digest,
     check_recorded,
     document_borders,
     out_of_vocabulary,
+    sidecar_of,
     tokenizer_of,
 )
 from ted_scale.corpora.tokenizer import Tokenizer, digest, load_tokenizer
@@ -60,9 +61,8 @@ def summary(path: str, indices: list[ShardIndex], manifests: dict[str, dict]) ->
         f"{size:,} bytes of {'/'.join(sorted({i.dtype.name for i in indices}))}"
     ]
     named = {"tokenizer", "tokenizer_digest", "vocab_size", "eod_id"}
-    signed = [i.sidecar for i in indices if named <= (i.sidecar or {}).keys()]
-    if signed:
-        first = signed[0]
+    sidecars = (sidecar_of(index.files) or {} for index in indices)
+    if first := next((sidecar for sidecar in sidecars if named <= sidecar.keys()), None):
         lines.append(
             f"tokenizer {first['tokenizer']}: vocabulary {first['vocab_size']:,}, documents end with {first['eod_id']}, "
             f"digest {first['tokenizer_digest'][:12]}"
@@ -88,7 +88,8 @@ def histogram(lengths: Lengths) -> str:
 def choose_tokenizer(arguments, indices: list[ShardIndex]) -> Tokenizer | None:
     """The one on the command line, or, to show documents, the one that the corpus names. It must be the corpus's own."""
     written = tokenizer_of(f"corpus {arguments.path}", indices)
-    named = next((i.sidecar["tokenizer"] for i in indices if "tokenizer" in (i.sidecar or {})), None)
+    sidecars = (sidecar_of(index.files) or {} for index in indices)
+    named = next((sidecar["tokenizer"] for sidecar in sidecars if "tokenizer" in sidecar), None)
     path = arguments.tokenizer or (named if arguments.documents else None)
     if path is None:
         if arguments.documents:
@@ -157,8 +158,9 @@ def damages(prefixes: list[str], names: list[str], vocabulary: int | None) -> li
 
 def check_shard(prefix: str, vocabulary: int | None) -> None:
     index = read_shard(prefix)
-    sidecar = index.sidecar or {}
-    check_recorded(index.files, sidecar)
+    sidecar = sidecar_of(index.files) or {}
+    with Path(index.files.path(".idx")).open("rb") as file:
+        check_recorded(index.files, sidecar, hashlib.file_digest(file, "sha256").hexdigest())
     document_borders(index)
     vocabulary, digest, outside = vocabulary or sidecar.get("vocab_size"), hashlib.sha256(), []
     for begin in range(0, index.tokens, CHUNK):
@@ -181,8 +183,8 @@ def check_manifest(name: str, prefixes: list[str]) -> None:
         raise UserError(f"the shards of {path} must be those beside it, but {prefix} {state}; copy the corpus again")
     indices = [read_shard(prefix) for prefix in listed]
     for index, shard in zip(indices, manifest["shards"], strict=True):
-        sidecar = index.files.sidecar
-        if sidecar is None or hashlib.sha256(sidecar.read_bytes()).hexdigest() != shard["sidecar_sha256"]:
+        sidecar = Path(index.files.path(".json"))
+        if not sidecar.is_file() or hashlib.sha256(sidecar.read_bytes()).hexdigest() != shard["sidecar_sha256"]:
             raise UserError(
                 f"{index.prefix}.json must have the digest that {path} records, but has another; copy it again"
             )
@@ -226,7 +228,7 @@ def verify(arguments, prefixes: list[str], names: list[str]) -> None:
         print(f"damaged: {sentence}", file=sys.stderr)
     if found:
         sys.exit(1)
-    signed = sum(read_shard(prefix).sidecar is not None for prefix in prefixes)
+    signed = sum(read_shard(prefix).recorded is not None for prefix in prefixes)
     print(
         f"verified: {len(prefixes):,} shard(s), digests of {signed:,}, {len(names):,} manifest(s); nothing is damaged"
     )

@@ -22,7 +22,7 @@ from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
 from ted_scale.corpora import output
 from ted_scale.corpora.documents import find_files, read_documents, stop
-from ted_scale.corpora.shards import unfinished
+from ted_scale.corpora.local import unfinished
 from ted_scale.corpora.tokenizer import Tokenizer, digest, load_tokenizer
 from ted_scale.corpora.writer import Encoded, Mark, Writer, dtype_of
 

@@ -76,19 +76,19 @@ def published(folder: Path) -> list[Published]:
     return [look_at(path) for path in listed(folder)]
 
 
-def first_whole(folder: Path) -> tuple[Published | None, list[Published]]:
-    """(the newest whole checkpoint, the damaged ones that are newer). It looks at no older one."""
+def first_whole(folder: Path, check=sealed.check) -> tuple[Published | None, list[Published]]:
+    """(the newest whole checkpoint, the damaged ones that are newer), as `check` judges. It looks at no older one."""
     damaged = []
     for path in listed(folder):
-        if (found := look_at(path)).fault is None:
+        if (found := look_at(path, check)).fault is None:
             return found, damaged
         damaged.append(found)
     return None, damaged
 
 
-def look_at(checkpoint: Path) -> Published:
+def look_at(checkpoint: Path, check=sealed.check) -> Published:
     try:
-        return Published(checkpoint, checked(sealed.check(checkpoint), checkpoint.name), None)
+        return Published(checkpoint, checked(check(checkpoint), checkpoint.name), None)
     except Damaged as damage:
         return Published(checkpoint, None, str(damage))
 

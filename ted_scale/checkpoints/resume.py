@@ -7,10 +7,11 @@ run_folder.py looks again when the ranks are there, and reads every byte.
 import os
 from pathlib import Path
 
+from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints import copies, strangers
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints.progress import Progress, read_progress
+from ted_scale.checkpoints.progress import PROGRESS, Progress, read_progress
 from ted_scale.config import changes
 from ted_scale.storage.objects import check_package
 
@@ -35,7 +36,8 @@ def find(run, identity: dict) -> tuple[str, Progress]:
 
 def newest_progress(run) -> tuple[str, Progress]:
     """(newest whole checkpoint, its progress), in the run's folder or among its copies."""
-    whole, passed = files.first_whole(run.folder)
+    is_first = os.environ.get("RANK", "0") == "0"
+    whole, passed = files.first_whole(run.folder, sealed.check if is_first else check_progress)
     local, damaged = whole and whole.path, [(c.path, c.fault) for c in passed]
     if place := copies.place_of(run):
         check_package(place, "checkpoint.copy_to")
@@ -49,6 +51,15 @@ def newest_progress(run) -> tuple[str, Progress]:
     if damaged and local is None:
         raise files.none_is_whole(run.folder, damaged)
     return (str(local), read_progress(local)) if local else ("", Progress())
+
+
+def check_progress(checkpoint: Path) -> dict:
+    """The manifest, if the one file that is read here has its size. Of a thousand ranks that start at once, each would ask a file
+    server for the sizes of a thousand files; one rank does, and later they share the check of all bytes."""
+    content = sealed.read_manifest(checkpoint)
+    for name in content["files"].keys() & {PROGRESS}:
+        sealed.check_size(checkpoint, name, content["files"][name])
+    return content
 
 
 def describe(run, where: str, progress: Progress, total_steps: int, last_row: int) -> list[str]:

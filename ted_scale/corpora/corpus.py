@@ -6,6 +6,7 @@ read.
 """
 
 import hashlib
+import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
@@ -19,9 +20,10 @@ import numpy
 from ted_scale.base.errors import UserError
 from ted_scale.config.data import Streaming
 from ted_scale.corpora import remote
+from ted_scale.corpora.local import SHARD_NUMBER, expand, name_of, names_in
 from ted_scale.corpora.output import manifest_path, read_manifest
 from ted_scale.corpora.reader import Shard, reading
-from ted_scale.corpora.shards import SHARD_NUMBER, ShardIndex, check_vocabulary, expand, out_of_vocabulary, read_index
+from ted_scale.corpora.shards import OUTPUT_MANIFEST, ShardIndex, check_vocabulary, out_of_vocabulary, read_indices
 from ted_scale.storage.chunks import chunks_of
 from ted_scale.storage.objects import is_remote
 
@@ -44,7 +46,7 @@ class Part(NamedTuple):
     @property
     def content(self) -> str:
         """A digest that differs for other tokens, as far as indices and sizes differ."""
-        made = [(i.tokens, i.files.bin_bytes, (i.sidecar or {}).get("idx_sha256")) for i in self.shards]
+        made = [(i.tokens, i.files.bin_bytes, i.recorded and i.recorded.idx_sha256) for i in self.shards]
         return hashlib.sha256(repr((self.start, self.stop, made)).encode()).hexdigest()[:16]
 
     @property
@@ -52,11 +54,20 @@ class Part(NamedTuple):
         """A digest that also differs for shards of other names, for other tokens of the same number as far as sidecars tell, and
         for another version of an object."""
         found = [
-            (Path(i.prefix).name, (i.sidecar or {}).get("bin_sha256"), thing and (thing.version, thing.size))
+            (Path(i.prefix).name, i.recorded and i.recorded.bin_sha256, thing and (thing.version, thing.size))
             for i in self.shards
             for thing in [i.files.remote_bin]
         ]
         return hashlib.sha256(repr((self.content, found)).encode()).hexdigest()[:16]
+
+    @property
+    def place(self) -> str:
+        """The folder that links lead to; '' without links, and for object storage."""
+        files = self.shards[0].files
+        if files.remote_bin:
+            return ""
+        given, real = os.path.normpath(Path(files.prefix).absolute().parent), str(Path(files.path(".bin")).parent)
+        return "" if given == real else real
 
     def _ranges(self, offset: int, count: int):
         """(shard, its first token in the corpus, first and last+1 token in the shard) of each shard in the range."""
@@ -120,7 +131,7 @@ def prefixes_of(path: str, stream) -> list[str]:
 
 def read_shards(path: str, stream) -> list[ShardIndex]:
     """Checked headers of the shards that a corpus's path means, on disk or in object storage."""
-    return remote.read_corpus(path, stream) if is_remote(path) else [read_index(p) for p in expand(path)]
+    return remote.read_corpus(path, stream) if is_remote(path) else read_indices(expand(path))
 
 
 def read_corpus(path: str, stream) -> list[ShardIndex]:
@@ -159,7 +170,10 @@ def manifest_files(path: str, prefixes: Iterable[str], stream) -> dict[str, Path
     if is_remote(path):
         return remote.manifests(path, stream)
     names = {SHARD_NUMBER.sub("", prefix) for prefix in prefixes}
-    return {name: manifest_path(name) for name in sorted(names) if manifest_path(name).exists()}
+    folders = {name.removesuffix(name_of(name)) for name in names}  # one listing, and not a look for each of many names
+    files = (folder + file for folder in folders for file in names_in(Path(folder), (OUTPUT_MANIFEST,)))
+    found = sorted(file.removesuffix(OUTPUT_MANIFEST) for file in files)
+    return {name: manifest_path(name) for name in found if name in names}
 
 
 def open_parts(number: int, corpus, vocab_size: int, stream) -> tuple[Part, Part]:

@@ -142,14 +142,20 @@ def _json_lines(text_key: str, path: Path, skip: int, on_error: Callable) -> Ite
         if not line.strip():
             continue
         try:
-            text = parse_json(line)[text_key]
+            text = _checked(parse_json(line)[text_key])
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            on_error(_unreadable(path, number, f'a JSON object with "{text_key}"', f"{type(error).__name__}: {error}"))
-            continue
-        if isinstance(text, str):
-            yield number, text, consumed
+            must = f'a JSON object with text in "{text_key}"'
+            on_error(_unreadable(path, number, must, f"{type(error).__name__}: {error}"))
         else:
-            on_error(_unreadable(path, number, f'a JSON object with text in "{text_key}"', type(text).__name__))
+            yield number, text, consumed
+
+
+def _checked(text) -> str:
+    """The text. A ValueError or TypeError says why it is none: half of a surrogate pair, which JSON can spell, is no character."""
+    if not isinstance(text, str):
+        raise TypeError(f"it is {type(text).__name__}")
+    text.encode()
+    return text
 
 
 def _parquet(text_key: str, path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, str, int]]:
@@ -164,13 +170,15 @@ def _parquet(text_key: str, path: Path, skip: int, on_error: Callable) -> Iterat
         for rows in file.iter_batches(batch_size=1024, columns=[text_key]):
             texts = rows.column(0).slice(max(skip - row, 0))
             row += len(rows) - len(texts)
-            for text in texts.to_pylist():
+            for value in texts:  # one by one: a text that is not UTF-8 costs its own row, not all that follow
                 row += 1
-                if isinstance(text, str):
-                    yield row, text, size * row // file.metadata.num_rows
+                try:
+                    text = _checked(value.as_py())
+                except (ValueError, TypeError) as error:
+                    on_error(_unreadable(path, row, f"a row with text in {text_key}", error))
                 else:
-                    on_error(_unreadable(path, row, f"a row with text in {text_key}", type(text).__name__))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names and texts that are not UTF-8
+                    yield row, text, size * row // file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
         on_error(_unreadable(path, None, "a whole parquet file", error))
 
 

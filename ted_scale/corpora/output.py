@@ -15,7 +15,8 @@ from ted_scale.base.durable import sync, write_durably
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import fits, parse_json
 from ted_scale.base.paths import checked_name, inside
-from ted_scale.corpora.shards import OUTPUT_MANIFEST, unfinished
+from ted_scale.corpora.local import unfinished
+from ted_scale.corpora.shards import OUTPUT_MANIFEST
 from ted_scale.corpora.writer import as_text, finished_shards, part
 
 TOTALS = ("documents", "tokens")

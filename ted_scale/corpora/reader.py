@@ -4,7 +4,6 @@ Note: nothing is mapped into memory. A page fault on a map holds Python's lock u
 can say that this rank is alive. os.pread frees the lock (docs/design/0032-listed-once-and-read-without-maps.md).
 """
 
-import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import NamedTuple, TypeVar
 
 import numpy
 
-from ted_scale.base import progress
-from ted_scale.base.errors import files_at
+from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.patience import patiently
-from ted_scale.corpora.shards import HEADER, Files, ShardIndex, out_of_order
+from ted_scale.corpora.local import STAMP, File, Files, open_file
+from ted_scale.corpora.shards import HEADER, ShardIndex, out_of_order
 
 OPEN_SHARDS = 128  # two descriptors each, and 1024 descriptors are a common limit
 BLOCK = 512  # documents that are looked up at once: a page of the index
@@ -23,39 +22,28 @@ BLOCK = 512  # documents that are looked up at once: a page of the index
 Result = TypeVar("Result")
 
 
-class File:
-    """A file that is open as long as somebody holds this object."""
-
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
-
-    def __del__(self, close=os.close):  # os is gone when the process ends
-        close(self.descriptor)
-
-    def read(self, start: int, count: int) -> bytes:
-        content = os.pread(self.descriptor, count, start)
-        while len(content) < count:
-            more = os.pread(self.descriptor, count - len(content), start + len(content))
-            if not more:
-                raise OSError(f"it ends at byte {start + len(content)}, but was longer when this run began")
-            content += more
-        progress.took(count)
-        return content
-
-
 class Opened(NamedTuple):
     idx: File
     bin: File | None  # None: in object storage
 
 
-def open_file(path) -> File:
-    # Without O_NONBLOCK, what replaced a file could hold the run for ever: a FIFO waits for a writer.
-    return File(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
-
-
 @lru_cache(maxsize=OPEN_SHARDS)
 def opened(files: Files) -> Opened:
-    return Opened(open_file(files.idx), None if files.remote_bin else open_file(files.prefix + ".bin"))
+    return Opened(open_file(files.path(".idx")), None if files.remote_bin else open_file(files.path(".bin")))
+
+
+def changed(files: Files, stamps: bytes) -> UserError:
+    """The sentence about the first file whose stamp is another than when the corpus was listed."""
+    pairs = zip(
+        (".idx", ".bin"), STAMP.iter_unpack(files.stamps[: len(stamps)]), STAMP.iter_unpack(stamps), strict=True
+    )
+    ending, (size, time), (size_now, time_now) = next(each for each in pairs if each[1] != each[2])
+    times = (f"was written at {numpy.datetime64(t, 'ns')} UTC" for t in (time_now, time))
+    now, before = (f"has {size_now} bytes", f"had {size}") if size != size_now else times
+    return UserError(
+        f"corpus file {files.path(ending)} must stay as it is while a run reads it, but it {now}, and when the run listed it, it "
+        f"{before}; start the same command again to go on with the text that is there now"
+    )
 
 
 def reading(index: ShardIndex, action: Callable[["Shard"], Result]) -> Result:
@@ -77,6 +65,10 @@ class Shard:
 
     def __init__(self, index: ShardIndex):
         self.index, (self.idx, self.bin) = index, opened(index.files)
+        if self.bin:  # at every use: a file may also be written anew in place, while it is open
+            stamps = self.idx.stamp + self.bin.stamp
+            if not index.files.stamps.startswith(stamps):
+                raise changed(index.files, stamps)
 
     def tokens(self, low: int, high: int) -> numpy.ndarray:
         dtype = self.index.dtype

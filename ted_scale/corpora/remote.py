@@ -18,7 +18,8 @@ from ted_scale.base.durable import PART, write_file
 from ted_scale.base.errors import UserError
 from ted_scale.base.paths import checked_name, own_folder
 from ted_scale.corpora import shards
-from ted_scale.corpora.shards import OUTPUT_MANIFEST, Files, ShardIndex
+from ted_scale.corpora.local import SHARD_NUMBER, Files, missing
+from ted_scale.corpora.shards import OUTPUT_MANIFEST, ShardIndex
 from ted_scale.storage import objects
 from ted_scale.storage.objects import Object
 
@@ -45,7 +46,7 @@ class Wanted(NamedTuple):
 
 @lru_cache(maxsize=64)
 def listing(path: str, patience_s: float) -> dict[str, dict[str, Object]]:
-    """The shards that a path means, as shards.expand finds them on disk, each with its files by ending. A process lists a path
+    """The shards that a path means, as local.expand finds them on disk, each with its files by ending. A process lists a path
     once: files that are added during a run are for the next run."""
     objects.check_package(path)
     path = path.rstrip("/")
@@ -55,7 +56,7 @@ def listing(path: str, patience_s: float) -> dict[str, dict[str, Object]]:
     beside = {} if folder.endswith("/") else in_folder(folder, name, patience_s)  # s3://BUCKET alone is a folder
     if path in beside:
         return {path: beside[path]}
-    family = {prefix: files for prefix, files in beside.items() if shards.SHARD_NUMBER.sub("", prefix) == path}
+    family = {prefix: files for prefix, files in beside.items() if SHARD_NUMBER.sub("", prefix) == path}
     found = in_folder(path, "", patience_s) or family
     if not found:
         raise UserError(
@@ -78,7 +79,7 @@ def in_folder(folder: str, start: str, patience_s: float) -> dict[str, dict[str,
 
 def manifested(prefix: str, found: dict[str, dict[str, Object]]) -> dict[str, Object]:
     """The files of a shard, with the manifest of its output."""
-    manifest = found.get(shards.SHARD_NUMBER.sub("", prefix) + ".manifest", {})
+    manifest = found.get(SHARD_NUMBER.sub("", prefix) + ".manifest", {})
     return found[prefix] | ({OUTPUT_MANIFEST: manifest[".json"]} if ".json" in manifest else {})
 
 
@@ -93,21 +94,20 @@ def read_corpus(path: str, settings) -> list[ShardIndex]:
     for prefix, files in found.items():
         for ending in (".idx", ".bin"):
             if ending not in files:
-                raise shards.missing(prefix + ending)
+                raise missing(prefix + ending)
     sidecars = fetched({p: Wanted(files[".json"]) for p, files in found.items() if ".json" in files}, path, settings)
     digests = {p: shards.read_sidecar(copy, f"{p}.json").get("idx_sha256", "") for p, copy in sidecars.items()}
     indices = fetched({p: Wanted(files[".idx"], digests.get(p, "")) for p, files in found.items()}, path, settings)
-    return [
-        shards.check(Files(p, indices[p], sidecars.get(p), files[".bin"].size, files[".bin"]))
-        for p, files in found.items()
-    ]
+    copies = ((p, {".idx": indices[p]} | ({".json": sidecars[p]} if p in sidecars else {})) for p in found)
+    places = {p: tuple((ending, str(copy)) for ending, copy in of.items()) for p, of in copies}
+    return [shards.check(Files(p, "", places[p], remote_bin=files[".bin"])) for p, files in found.items()]
 
 
 def manifests(path: str, settings) -> dict[str, Path]:
     """Local copies of the manifests of the outputs that a path means, by output."""
     found = listing(path, opening_patience_s(settings))
     wanted = {
-        shards.SHARD_NUMBER.sub("", p): Wanted(files[OUTPUT_MANIFEST])
+        SHARD_NUMBER.sub("", p): Wanted(files[OUTPUT_MANIFEST])
         for p, files in found.items()
         if OUTPUT_MANIFEST in files
     }

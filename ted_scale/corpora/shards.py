@@ -1,24 +1,23 @@
 """What a corpus is on disk: Megatron .bin/.idx pairs, and the sidecar .json that tools/tokenize_corpus.py adds.
 
 Everything is checked from headers and file sizes, in constant time per shard and without torch or megatron, so that a
-dry run can do it. remote.py finds the same files in object storage, corpus.py reads tokens. Note: the .idx counts one
+dry run can do it. local.py and remote.py find the files, corpus.py reads tokens. Note: the .idx counts one
 document more than there are, because it stores borders.
 """
 
 import hashlib
 import os
-import re
-import stat
 import struct
-from functools import lru_cache
-from pathlib import Path
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import numpy
 
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import fits, parse_json
-from ted_scale.storage.objects import Object
+from ted_scale.corpora.local import TOKENIZE, File, Files, files_of, open_file, real_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
@@ -29,103 +28,62 @@ SIGNED = {"bin_bytes": int, "bin_sha256": str, "idx_sha256": str, "documents": i
     "tokenizer": str, "tokenizer_digest": str, "vocab_size": int, "eod_id": int
 }  # fmt: skip
 LARGEST_SIDECAR = 1 << 20  # bytes; a thousandth is usual
-TOKENIZE = "write it with tools/tokenize_corpus.py"
-SHARD_NUMBER = re.compile(r"-\d{5}$")
-SMALL_INDEX = (
-    1 << 16
-)  # bytes hashed at every open, 0.1 ms: ten thousand shards open in seconds; inspect_corpus hashes all
+# Bytes of an index that is hashed at every opening, in 0.1 ms: ten thousand shards open in seconds; inspect_corpus hashes all.
+SMALL_INDEX = 1 << 16
+PARALLEL, BATCH = 32, 32  # threads, and shards that one of them looks at in turn
 
 
-class Files(NamedTuple):
-    """The files of the shard called `prefix`: its .bin may be in object storage, the others are on local disk."""
+class Recorded(NamedTuple):
+    """What of a sidecar a run uses; None where it does not say."""
 
-    prefix: str
-    idx: Path
-    sidecar: Path | None
-    bin_bytes: int
-    remote_bin: Object | None = None
-    stamp: tuple = ()  # differs for files that replaced others of the same names; fetched copies have a version in their names
+    max_token_id: int
+    tokenizer_digest: str | None
+    idx_sha256: str | None
+    bin_sha256: str | None
 
 
 class ShardIndex(NamedTuple):
-    """One shard as its header describes it; `sidecar` is None for a shard written by another tool."""
+    """One shard as its header describes it; nothing is recorded of a shard that was written by another tool."""
 
-    prefix: str
+    files: Files
     dtype: numpy.dtype
     sequences: int
     documents: int
     tokens: int
-    sidecar: dict | None
-    files: Files
+    recorded: Recorded | None
 
-
-def expand(path: str | os.PathLike) -> list[str]:
-    """The shards that `path` means: a prefix, one with .bin/.idx, a numbered family NAME-00001…, or a folder."""
-    prefix = re.sub(r"\.(bin|idx)$", "", str(path))
-    if _exists(prefix):
-        return [prefix]
-    if Path(prefix).is_dir():
-        found = _prefixes(Path(prefix))
-        if not found:
-            raise UserError(f"corpus folder {prefix} must hold .bin/.idx pairs, but holds none; {TOKENIZE}")
-        return found
-    name = Path(prefix).name
-    family = [p for p in _prefixes(Path(prefix).parent) if SHARD_NUMBER.sub("", Path(p).name) == name]
-    return family or [prefix]
-
-
-def unfinished(prefix: str | os.PathLike) -> Path:
-    """The folder of an output's shards until all are there. Nothing in it has a name that a corpus path could mean."""
-    return Path(prefix).with_name(f".{Path(prefix).name}.unfinished")
-
-
-def _exists(prefix: str) -> bool:
-    return any(_status(Path(prefix + ending)) for ending in (".idx", ".bin"))
-
-
-def _prefixes(folder: Path) -> list[str]:
-    # A .bin without .idx counts: a set of shards that lost an index must be refused, not read in part.
-    if not folder.is_dir():
-        return []
-    names = (entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    stems = {name[:-4] for name in names if name.endswith((".bin", ".idx"))}
-    return [str(folder / stem) for stem in sorted(stems)]
+    @property
+    def prefix(self) -> str:
+        return self.files.prefix
 
 
 def read_index(prefix: str | os.PathLike) -> ShardIndex:
-    """Read and check the header of one shard; a UserError names the file that is wrong."""
-    prefix = str(prefix)
-    paths = [Path(prefix + ending) for ending in (".idx", ".bin", ".json")]
-    idx, bin_file, sidecar = (_status(path) for path in paths)
-    if idx is None and unfinished(prefix).exists():
-        raise UserError(f"corpus {prefix} must be finished, but is not; run the command that began it again")
-    if idx is None or bin_file is None:
-        raise missing(str(paths[0 if idx is None else 1]))
-    stamp = tuple((s.st_ino, s.st_mtime_ns, s.st_size) for s in (idx, bin_file, sidecar) if s)
-    return check(Files(prefix, paths[0], paths[2] if sidecar else None, bin_file.st_size, None, stamp))
+    """The checked header of one shard; a UserError names the file that is wrong."""
+    return check(files_of(str(prefix), real_folder(str(prefix))))
 
 
-def _status(path: Path) -> os.stat_result | None:
-    with files_at(path):
-        try:
-            status = path.stat()
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
-            return None
-    return status if stat.S_ISREG(status.st_mode) else None
+def read_indices(prefixes: list[str]) -> list[ShardIndex]:
+    """The checked headers of shards in one folder. Threads look at many at a time, because a file server takes a while for each."""
+    folder = real_folder(prefixes[0])
+
+    def look_at(some: list[str]) -> list[ShardIndex]:
+        return [check(files_of(prefix, folder)) for prefix in some]
+
+    batches = [prefixes[first : first + BATCH] for first in range(0, len(prefixes), BATCH)]
+    with ThreadPoolExecutor(min(PARALLEL, len(batches))) as pool:
+        return [index for found in pool.map(look_at, batches) for index in found]
 
 
-def missing(path: str) -> UserError:
-    return UserError(f"corpus file {path} must exist, but is missing; give a prefix, or {TOKENIZE}")
-
-
-@lru_cache(maxsize=1 << 16)
+@cache  # without a bound, because shards are asked for in order: of a corpus with more of them, nothing would be found
 def check(files: Files) -> ShardIndex:
-    """A shard as its header, sizes and sidecar describe it; they must agree. Cached, because plan, stages and every
-    validation call it again."""
+    """A shard as its header, sizes and sidecar describe it; they must agree. Cached, because the plan and every stage ask again."""
     idx = files.prefix + ".idx"
-    with files_at(idx), files.idx.open("rb") as file:
-        dtype, sequences, borders = _header(idx, file.read(HEADER.size))
-        if os.fstat(file.fileno()).st_size < HEADER.size + 12 * sequences + 8 * borders:
+    with files_at(idx):
+        file = open_file(files.path(".idx"))
+        size = file.size
+        head = file.read(0, size if size <= SMALL_INDEX else HEADER.size)
+        dtype, sequences, borders = _header(idx, head[: HEADER.size])
+        if size < HEADER.size + 12 * sequences + 8 * borders:
             raise UserError(
                 f"corpus file {idx} must have the size that its counts ask for, but is truncated; {TOKENIZE}"
             )
@@ -135,7 +93,8 @@ def check(files: Files) -> ShardIndex:
             raise UserError(
                 f"corpus file {idx} must end its last document at its last sequence, but does not; {TOKENIZE}"
             )
-    return ShardIndex(files.prefix, dtype, sequences, borders - 1, tokens, _sidecar(files, tokens), files)
+    small = hashlib.sha256(head).hexdigest() if len(head) == size else None
+    return ShardIndex(files, dtype, sequences, borders - 1, tokens, _recorded(files, tokens, small))
 
 
 def _header(idx: str, head: bytes) -> tuple[numpy.dtype, int, int]:
@@ -153,7 +112,7 @@ def _header(idx: str, head: bytes) -> tuple[numpy.dtype, int, int]:
     return numpy.dtype(TOKEN_TYPES[code]), sequences, borders
 
 
-def _tokens(idx: str, file, dtype: numpy.dtype, sequences: int) -> int:
+def _tokens(idx: str, file: File, dtype: numpy.dtype, sequences: int) -> int:
     """Tokens up to the end of the last sequence: its pointer and its length, the only two entries read."""
     if sequences == 0:
         return 0
@@ -164,9 +123,8 @@ def _tokens(idx: str, file, dtype: numpy.dtype, sequences: int) -> int:
     return pointer // dtype.itemsize + length
 
 
-def _entry(file, offset: int, form: str) -> int:
-    file.seek(offset)
-    return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+def _entry(file: File, offset: int, form: str) -> int:
+    return struct.unpack(form, file.read(offset, struct.calcsize(form)))[0]
 
 
 def _check_bin(files: Files, tokens: int, dtype: numpy.dtype) -> None:
@@ -179,24 +137,37 @@ def _check_bin(files: Files, tokens: int, dtype: numpy.dtype) -> None:
         )
 
 
-def _sidecar(files: Files, tokens: int) -> dict | None:
-    if files.sidecar is None:
+def _recorded(files: Files, tokens: int, idx_sha256: str | None) -> Recorded | None:
+    """What the sidecar records, which must be true; there is no digest of an index that is too large for every opening."""
+    sidecar = sidecar_of(files)
+    if sidecar is None:
         return None
-    path = files.prefix + ".json"
-    sidecar = read_sidecar(files.sidecar, path)
     if sidecar["tokens"] != tokens:
         raise UserError(
-            f"corpus file {path} must belong to its shard, but counts {sidecar['tokens']} tokens where the .idx has "
+            f"corpus file {files.prefix}.json must belong to its shard, but counts {sidecar['tokens']} tokens where the .idx has "
             f"{tokens}; delete it or tokenize again"
         )
-    check_recorded(files, sidecar, SMALL_INDEX)
-    return sidecar
+    check_recorded(files, sidecar, idx_sha256)
+    tokenizer = sidecar.get("tokenizer_digest")
+    return Recorded(
+        sidecar["max_token_id"],
+        tokenizer and sys.intern(tokenizer),
+        sidecar.get("idx_sha256"),
+        sidecar.get("bin_sha256"),
+    )
 
 
-def read_sidecar(path: Path, called: str) -> dict:
+def sidecar_of(files: Files) -> dict | None:
+    """All that the sidecar says; None where there is none."""
+    return read_sidecar(files.path(".json"), files.prefix + ".json") if files.have_sidecar else None
+
+
+def read_sidecar(path: str | os.PathLike, called: str) -> dict:
     """What a sidecar holds. Sentences use `called` for the copy of a remote one."""
     with files_at(called):
-        content = path.read_bytes() if path.stat().st_size <= LARGEST_SIDECAR else b""
+        file = open_file(path)
+        size = file.size
+        content = file.read(0, size) if size <= LARGEST_SIDECAR else b""
     try:
         sidecar = parse_json(content)
     except ValueError:
@@ -206,17 +177,16 @@ def read_sidecar(path: Path, called: str) -> dict:
     return sidecar
 
 
-def check_recorded(files: Files, sidecar: dict, largest_index: float = float("inf")) -> None:
-    """The files must be those of the sidecar: by the .bin's size, and the digest of an .idx that is not too large."""
+def check_recorded(files: Files, sidecar: dict, idx_sha256: str | None) -> None:
+    """The files must be those of the sidecar: by the .bin's size, and the digest of the .idx if it was computed."""
     size, prefix = files.bin_bytes, files.prefix
     if sidecar.get("bin_bytes", size) != size:
         raise UserError(
             f"corpus file {prefix}.bin must hold the {sidecar['bin_bytes']} bytes that {prefix}.json records, but holds "
             f"{size}; copy it again"
         )
-    if "idx_sha256" in sidecar and files.idx.stat().st_size <= largest_index:
-        with files.idx.open("rb") as file:
-            check_digest(prefix + ".idx", hashlib.file_digest(file, "sha256").hexdigest(), sidecar["idx_sha256"])
+    if idx_sha256 and "idx_sha256" in sidecar:
+        check_digest(prefix + ".idx", idx_sha256, sidecar["idx_sha256"])
 
 
 def check_digest(path: str, found: str, recorded: str) -> None:
@@ -229,8 +199,10 @@ def check_digest(path: str, found: str, recorded: str) -> None:
 
 def document_borders(index: ShardIndex) -> numpy.ndarray:
     """Where documents begin, in tokens, and at the end where the last one ends."""
-    lengths = numpy.fromfile(index.files.idx, "<i4", index.sequences, offset=HEADER.size)
-    borders = numpy.fromfile(index.files.idx, "<i8", index.documents + 1, offset=HEADER.size + 12 * index.sequences)
+    lengths = numpy.fromfile(index.files.path(".idx"), "<i4", index.sequences, offset=HEADER.size)
+    borders = numpy.fromfile(
+        index.files.path(".idx"), "<i8", index.documents + 1, offset=HEADER.size + 12 * index.sequences
+    )
     ends = numpy.concatenate([[0], numpy.cumsum(lengths, dtype=numpy.int64)])
     sound = lengths.min() >= 0 and ends[-1] == index.tokens and borders[0] == 0 and (numpy.diff(borders) >= 0).all()
     if not sound:
@@ -244,19 +216,21 @@ def out_of_order(idx: str) -> UserError:
 
 def tokenizer_of(what: str, indices: list[ShardIndex]) -> tuple[str, str] | None:
     """(shard, digest) of the tokenizer of all shards that record one. It must be the same; `what` begins the sentence."""
-    signed = [(i.prefix, i.sidecar["tokenizer_digest"]) for i in indices if "tokenizer_digest" in (i.sidecar or {})]
-    for prefix, digest in signed:
-        if digest != signed[0][1]:
+    first = None
+    for index in indices:
+        digest = index.recorded and index.recorded.tokenizer_digest
+        if digest and first and digest != first[1]:
             raise UserError(
-                f"{what} must be written with one tokenizer, but {prefix} is written with another than {signed[0][0]}; "
+                f"{what} must be written with one tokenizer, but {index.prefix} is written with another than {first[0]}; "
                 "tokenize one of them again"
             )
-    return signed[0] if signed else None
+        first = first or (digest and (index.prefix, digest)) or None
+    return first
 
 
 def check_vocabulary(index: ShardIndex, vocab_size: int) -> None:
     """Refuse a shard whose sidecar records an id outside the vocabulary. Without a sidecar the loader finds it later."""
-    largest = index.sidecar["max_token_id"] if index.sidecar else -1
+    largest = index.recorded.max_token_id if index.recorded else -1
     if largest >= vocab_size:
         raise out_of_vocabulary(index.prefix, largest, vocab_size)
 

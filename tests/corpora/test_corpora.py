@@ -30,16 +30,21 @@ VOCAB = 60000
 
 
 def many_shards(folder, count):
-    """Hard links of one signed shard: as many files to open, in a second."""
-    documents = counting_documents([30] * 20)
-    one = Path(write_shard(folder / "one" / "shard", documents))
-    idx = one.with_name("shard.idx").read_bytes()
-    facts = {"tokens": 600, "max_token_id": 599, "bin_bytes": 1200, "idx_sha256": hashlib.sha256(idx).hexdigest()}
-    one.with_name("shard.json").write_text(json.dumps(facts))
-    for number in range(1, count + 1):
+    """Hard links of signed shards: as many files to open, in a second. Many file systems allow only some 65,000 of one file."""
+    for number in range(count):
+        one = folder / "one" / f"shard-{number // 20_000}"
+        if number % 20_000 == 0:
+            signed_shard(one)
         for ending in (".bin", ".idx", ".json"):
-            os.link(one.with_name("shard" + ending), folder / f"web-{number:05d}{ending}")
+            os.link(f"{one}{ending}", folder / f"web-{number + 1:05d}{ending}")
     return str(folder / "web")
+
+
+def signed_shard(prefix):
+    write_shard(prefix, counting_documents([30] * 20))
+    idx_sha256, bin_sha256 = (hashlib.sha256(Path(f"{prefix}{e}").read_bytes()).hexdigest() for e in (".idx", ".bin"))
+    facts = {"tokens": 600, "max_token_id": 599, "bin_bytes": 1200, "idx_sha256": idx_sha256, "bin_sha256": bin_sha256}
+    Path(f"{prefix}.json").write_text(json.dumps({**facts, "tokenizer_digest": "a" * 64, "documents": 20}))
 
 
 @pytest.fixture(scope="module")
@@ -130,16 +135,6 @@ def test_a_read_that_fails_is_tried_again_with_files_opened_anew(tmp_path, monke
         stream.sample(0)
 
 
-def test_a_shard_that_lost_its_end_is_one_sentence(tmp_path, monkeypatch):
-    """A map of it would end the process with SIGBUS."""
-    monkeypatch.setattr(patience, "PATIENCE_S", 0.1)
-    stream = open_stream(data_section(write_shard(tmp_path / "web", counting_documents([30] * 20))), 1, VOCAB)
-    stream.sample(0)
-    os.truncate(tmp_path / "web.bin", 8)
-    with pytest.raises(Gone, match=r"web must be readable, but was not for 0\.1 s \(it ends at byte 8"):
-        stream.sample(1)
-
-
 def test_concurrent_threads_do_not_close_a_shard_that_another_one_reads(stream, monkeypatch):
     monkeypatch.setattr(reader, "opened", lru_cache(maxsize=2)(opened.__wrapped__))
     expected = [stream.sample(position).tokens for position in range(300)]
@@ -182,31 +177,36 @@ def test_a_replaced_shard_is_read_again(tmp_path):
     assert [set(window.tokens) for window in first] == [{5}, {7}]
 
 
-TEN_THOUSAND = """
-import resource, sys, time; sys.path[:0] = ["tests/harness", "."]
+HUNDRED_THOUSAND = """
+import os, re, resource, sys, time; sys.path[:0] = ["tests/harness", "."]
+from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 from corpus import data_section, steps
 from ted_scale.data.stream import open_stream
-from ted_scale.base.errors import UserError
-from ted_scale.corpora.output import sealed
-began = time.monotonic()
-stream = open_stream(data_section(sys.argv[1], seq_len=256, validation=0.01), 1, 60000)
-data = steps(stream, samples_per_step=512, micro_batch=64)
-next(data)
-print(f"{time.monotonic() - began:.2f} s to the first step")
+def memory(of):
+    return int(re.search(of + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+data, before, began = data_section(sys.argv[1], seq_len=256, validation=0.01), memory("VmRSS"), time.monotonic()
+stream = open_stream(data, 1, 60000)
+batches = steps(stream, samples_per_step=512, micro_batch=64)
+next(batches)
+first, began = time.monotonic() - began, time.monotonic()
+open_stream(data, 1, 60000)
+again = time.monotonic() - began
+print(f"{first:.1f} s to the first step, {again:.1f} s to list again, {memory('VmHWM') - before} MiB")
 for _ in range(10):
-    next(data)
+    next(batches)
 """
 
 
 @pytest.mark.soak
-def test_ten_thousand_shards_start_in_ten_seconds_under_a_limit_of_1024_descriptors(tmp_path):
-    path = many_shards(tmp_path, 10_000)
-    command = [sys.executable, "-c", TEN_THOUSAND, path]
+def test_a_hundred_thousand_shards_start_in_half_a_minute_under_a_limit_of_1024_descriptors(tmp_path):
+    many_shards(tmp_path, 100_000)
+    command = [sys.executable, "-c", HUNDRED_THOUSAND, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     print(done.stdout)
-    assert float(re.match(r"[\d.]+", done.stdout)[0]) < 10
+    first, again, memory = (float(number) for number in re.findall(r"[\d.]+(?= s| MiB)", done.stdout))
+    assert first < 30 and again < first and memory < 250
 
 
 def test_a_corpus_with_a_missing_shard_is_refused_by_its_manifest_and_a_single_shard_is_not(tmp_path):

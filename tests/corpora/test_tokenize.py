@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError
 from ted_scale.corpora.documents import find_files, read_documents
-from ted_scale.corpora.shards import expand, read_index, unfinished
+from ted_scale.corpora.local import expand, unfinished
+from ted_scale.corpora.shards import read_index, sidecar_of
 from tools import tokenize_corpus, train_tokenizer
 
 HARSH = [
@@ -103,8 +104,9 @@ def test_megatron_reads_back_every_document_with_its_end_token(reference, folder
     assert [document.tolist() for document in dataset] == wanted
     assert dataset.index.dtype == numpy.uint16 and dataset.document_indices.tolist() == list(range(len(wanted) + 1))
     index = read_index(reference[0].parent / "out")
-    assert index.tokens == sum(map(len, wanted)) and index.sidecar["max_token_id"] == max(map(max, wanted))
-    assert (index.sidecar["documents"], index.sidecar["vocab_size"], index.sidecar["eod_id"]) == (len(wanted), 700, 2)
+    assert index.tokens == sum(map(len, wanted)) and index.recorded.max_token_id == max(map(max, wanted))
+    sidecar = sidecar_of(index.files)
+    assert (sidecar["documents"], sidecar["vocab_size"], sidecar["eod_id"]) == (len(wanted), 700, 2)
 
 
 def as_plain(path, texts):
@@ -279,6 +281,28 @@ def test_a_cut_archive_is_named(tmp_path, folder, texts):
 def test_text_that_is_not_utf8_is_named(tmp_path, folder):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     assert f"{tmp_path}/latin.txt must be UTF-8 text" in refused(folder, tmp_path / "c", tmp_path / "latin.txt")
+
+
+def as_bad_json_lines(path):
+    path.write_text('{"text": "one"}\n{"text": "half \\ud800 a pair"}\n{"text": "three \\ud83d\\ude00"}\n')
+    return path
+
+
+def as_bad_parquet(path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    texts = pyarrow.array([b"one", b"half \xed\xa0\x80 a pair", "three \U0001f600".encode()]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": texts}), path)
+    return path
+
+
+@pytest.mark.parametrize(("write", "name"), [(as_bad_json_lines, "a.jsonl"), (as_bad_parquet, "a.parquet")])
+def test_half_of_a_surrogate_pair_costs_its_own_document_alone(tmp_path, folder, write, name):
+    """In JSON it ended tokenization in a worker; in parquet the rows after it were lost."""
+    source = write(tmp_path / name)
+    assert f"{source}:2 must be a " in refused(folder, tmp_path / "a", source)
+    skipped = tokenize(folder, tmp_path / "b", source, "--on-error", "skip")
+    assert skipped == tokenize(folder, tmp_path / "c", write_jsonl(tmp_path / "c.jsonl", ["one", "three \U0001f600"]))
 
 
 def test_input_that_is_missing_or_holds_nothing_is_refused(tmp_path, folder):

@@ -15,7 +15,8 @@ from places import ROOT
 
 from ted_scale.base.errors import UserError
 from ted_scale.corpora import output
-from ted_scale.corpora.shards import expand, read_index, tokenizer_of
+from ted_scale.corpora.local import expand
+from ted_scale.corpora.shards import read_index, tokenizer_of
 from tools import inspect_corpus, tokenize_corpus, train_tokenizer
 from tools.length_picture import Lengths, bins, picture
 
