@@ -188,7 +188,7 @@ def under_faults(root: Path, undisturbed, seed: int, store=None, **settings) -> 
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [28, 54, 57])  # a full quota, a failed close, a kill: three that need few starts
 def test_a_run_whose_files_fail_at_random_ends_with_the_weights_of_an_undisturbed_one(root, undisturbed, seed):
     assert under_faults(root, undisturbed, seed, delays=(0.2,))["struck"]
 
