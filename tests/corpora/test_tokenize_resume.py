@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
+from ted_scale.base import beneath, durable
 from ted_scale.base.errors import UserError
 from ted_scale.corpora import output as staging
 from ted_scale.corpora.local import expand, unfinished
@@ -86,8 +87,8 @@ def kill_at(monkeypatch, step):
 
         return one
 
-    monkeypatch.setattr(Path, "rename", counting(Path.rename))
-    monkeypatch.setattr(Path, "unlink", counting(Path.unlink))
+    for owner, name in ((Path, "rename"), (Path, "unlink"), (durable, "rename"), (beneath, "unlink")):
+        monkeypatch.setattr(owner, name, counting(getattr(owner, name)))
     monkeypatch.setattr(staging, "leave", lambda out: None)
     return done
 
