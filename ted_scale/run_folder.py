@@ -87,8 +87,9 @@ def check_shared(folder: Path, writes: bool) -> None:
     if fault := verdict(is_not_shared, folder, token):
         raise UserError(fault)
     if writes:
-        for left in checkpoints.glob(".shared_*"):
-            discard(left)  # as far as that works: the next start removes the rest
+        with contextlib.suppress(OSError):  # as far as that works: the next start removes the rest
+            for left in checkpoints.glob(".shared_*"):
+                discard(left)
 
 
 def take(folder: Path, token: Path) -> None:

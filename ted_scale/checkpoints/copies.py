@@ -5,6 +5,7 @@ Requests, credentials and their sentences are in storage/. Note: the manifest is
 manifest does not count; and a copy whose objects do not have the sizes in its manifest is damaged, like a checkpoint on disk.
 """
 
+import contextlib
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -170,5 +171,6 @@ def publishable(copy: Copy, folder: Path, part: Path) -> None:
 
 def forget_fetched(checkpoints: Path) -> None:
     """What downloads left that are not needed any more."""
-    for left in checkpoints.glob(f"*{FETCHED}"):
-        beneath.discard(left)
+    with contextlib.suppress(OSError):
+        for left in checkpoints.glob(f"*{FETCHED}"):
+            beneath.discard(left)

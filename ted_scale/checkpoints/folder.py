@@ -158,8 +158,8 @@ def clear_unfinished(folder: Path) -> None:
     """Remove what earlier processes left half-written. First give back the name to a checkpoint that was being replaced."""
     with files_at(folder):
         durable.put_back(checkpoints_of(folder))
-    for part in checkpoints_of(folder).glob(f"*{PART}"):
-        beneath.discard(part)
+        for part in checkpoints_of(folder).glob(f"*{PART}"):
+            beneath.discard(part)
 
 
 def kept(whole: dict[str, dict], settings) -> set[str]:
