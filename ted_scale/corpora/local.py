@@ -82,9 +82,11 @@ def expand(path: str | os.PathLike) -> list[str]:
     """The shards that `path` means: a prefix, one with .bin/.idx, a numbered family NAME-00001…, or a folder."""
     prefix = re.sub(r"\.(bin|idx)$", "", str(path))
     with files_at(prefix):
-        if any(seen(prefix + ending) for ending in (".idx", ".bin")):
-            return [prefix]
-    if Path(prefix).is_dir():
+        is_shard = any(seen(prefix + ending) for ending in (".idx", ".bin"))
+        is_folder = not is_shard and Path(prefix).is_dir()
+    if is_shard:
+        return [prefix]
+    if is_folder:
         found = _prefixes(Path(prefix))
         if not found:
             raise UserError(f"corpus folder {prefix} must hold .bin/.idx pairs, but holds none; {TOKENIZE}")
@@ -102,10 +104,11 @@ def _prefixes(folder: Path) -> list[str]:
 
 
 def names_in(folder: Path, endings: tuple[str, ...]) -> list[str]:
-    if not folder.is_dir():
-        return []
-    with files_at(folder), os.scandir(folder) as entries:
-        return [entry.name for entry in entries if entry.name.endswith(endings)]
+    with files_at(folder):
+        if not folder.is_dir():
+            return []
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if entry.name.endswith(endings)]
 
 
 def real_folder(prefix: str) -> str:
@@ -122,7 +125,8 @@ def files_of(prefix: str, folder: str) -> Files:
     place = f"{folder}/{name_of(prefix)}"
     with files_at(prefix):
         idx, bin_file, sidecar = (seen(place + ending) for ending in (".idx", ".bin", ".json"))
-    if idx is None and unfinished(prefix).exists():
+        is_unfinished = idx is None and unfinished(prefix).exists()
+    if is_unfinished:
         raise UserError(f"corpus {prefix} must be finished, but is not; run the command that began it again")
     if idx is None or bin_file is None:
         raise missing(prefix + (".idx" if idx is None else ".bin"))

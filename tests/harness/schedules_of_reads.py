@@ -34,7 +34,7 @@ def run(seed: int, place: Path, faults: Faults) -> tuple[str | None, list[str]]:
     if not corpora.exists():
         make_corpora(corpora)
         faults.arm([])
-        live(1, place / "undisturbed", faults.folder, read, corpora, place, 0, corpora / "expected.npy")
+        live(1, place / "undisturbed", faults.folder, read, corpora, place, 0, corpora.with_name("expected.npy"))
     for life in range(FAULTY + 1):
         rules = drawn_faults.drawn(rng, drawn_faults.READS, [f"{corpora}{path}" for path in PATHS])
         faults.arm([with_age(rule, corpora) for rule in rules] if life < FAULTY else [])
@@ -91,7 +91,7 @@ def read(corpora: Path, place: Path, first: int, record: Path | None) -> None:
     if record:
         numpy.save(record, numpy.stack(list(found)))
         return
-    expected = numpy.load(corpora / "expected.npy")
+    expected = numpy.load(corpora.with_name("expected.npy"))
     for number, step in enumerate(found, first):
         assert (step == expected[number]).all(), f"step {number} is not that of an undisturbed run"
         (place / "steps").write_text(str(number + 1))
