@@ -94,4 +94,5 @@ def read(corpora: Path, place: Path, first: int, record: Path | None) -> None:
     expected = numpy.load(corpora.with_name("expected.npy"))
     for number, step in enumerate(found, first):
         assert (step == expected[number]).all(), f"step {number} is not that of an undisturbed run"
-        (place / "steps").write_text(str(number + 1))
+        (place / "steps.part").write_text(str(number + 1))  # a kill in the middle leaves the number before
+        (place / "steps.part").rename(place / "steps")
