@@ -96,6 +96,7 @@ def train(run: Run, place: Path, life: Path) -> None:
     if found:
         check_bits(found, progress.step)
     saver = Saver(run, [found / files.FILTERS, place / "filters"] if found else [place / "filters"], lambda *_: None)
+    saver.copier.begin_again(found)
     for step in range(progress.step + 1, STEPS + 1):
         name = files.checkpoint_name(step, line)
         now = replace(progress, step=step, tokens=step, samples=step, validation=float(step * 7 % 5))
@@ -105,7 +106,7 @@ def train(run: Run, place: Path, life: Path) -> None:
             note(life / "published", {"name": name, "forks": now.forks, "validation": now.validation})
     saver.finish()
     saver.copier.finish()
-    if writes and run.checkpoint.copy_to and not saver.copier.failed:
+    if writes and run.checkpoint.copy_to and not saver.copier.failure:
         note(life / "copied", files.checkpoint_name(STEPS, line))
 
 
