@@ -1,0 +1,151 @@
+"""Named suites, and where lm-eval finds their tasks: its own definitions with data from the hub, or local files.
+
+With `--tasks FOLDER` nothing comes from the hub: a task is a YAML file below FOLDER or one of tools/evaluation/tasks, and the
+data files that it names are in FOLDER. What is missing is found from the YAML files alone, before a model is loaded. Note:
+such a YAML may call Python functions beside it, so FOLDER must come from somebody you trust.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ted_scale.base.errors import UserError, clean, shortened
+
+OURS = Path(__file__).with_name("tasks")
+METRIC = "code_eval/code_eval.py"  # what HumanEval and MBPP judge with; a script of the hub and in no package
+
+
+class Suite(NamedTuple):
+    tasks: tuple[str, ...]
+    where_at_hand: tuple[str, ...] = ()  # tasks that a folder of local files need not have
+
+
+SUITES = {
+    # TED's rows in DDK's table
+    "ted_public": Suite((
+        "gsm8k", "mmlu", "arc_challenge", "arc_easy", "winogrande", "commonsense_qa", "humaneval", "mbpp",
+    )),
+    # lm-eval's wikitext is WikiText-2, whose test text is that of WikiText-103
+    "ted_paper": Suite(("lambada_openai", "wikitext")),
+    # what is not noise below 200M parameters
+    "small": Suite(("lambada_openai", "arc_easy", "piqa"), where_at_hand=("blimp",)),
+}  # fmt: skip
+
+
+class Asked(NamedTuple):
+    """Tasks and groups, with those that run code and therefore are left out."""
+
+    specs: list  # lm-eval's tasks and groups
+    left_out: list[str]
+
+
+def load(wanted: list[str], folder: Path | None, run_code: bool) -> tuple[object, Asked]:
+    """(lm-eval's index of tasks, what is asked of it), with all data read."""
+    index = index_of(folder)
+    known = index.task_index
+    names = dict.fromkeys(name for each in wanted for name in tasks_of(each, known, folder))
+    for name, asked_by in zip(names, (asking(name, wanted) for name in names), strict=True):
+        refuse_unknown(name, asked_by, known, folder)
+    code = [name for name in names if any(known[leaf].cfg.get("unsafe_code") for leaf in leaves(name, known))]
+    kept = [name for name in names if run_code or name not in code]
+    if folder:
+        for name in kept:
+            refuse_missing_files(name, asking(name, wanted), known, folder)
+            if name in code:
+                refuse_missing_metric(name, folder)
+    specs = [spec for name in kept for spec in built(name, index, folder)]
+    return index, Asked(specs, [name for name in code if name not in kept])
+
+
+def index_of(folder: Path | None):
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError(
+            "lm-eval must be installed for --suite, but is not; `pip install -e '.[eval]'` installs it"
+        ) from None
+    if folder is None:
+        return TaskManager()
+    if not folder.is_dir():
+        raise UserError(f"--tasks must be a folder of task files, but {folder} is none; docs/evaluating.md shows one")
+    return TaskManager(include_path=[OURS, folder], include_defaults=False)
+
+
+def tasks_of(name: str, known: dict, folder: Path | None) -> tuple[str, ...]:
+    if name not in SUITES:
+        return (name,)
+    suite = SUITES[name]
+    return suite.tasks + tuple(task for task in suite.where_at_hand if folder is None or task in known)
+
+
+def asking(name: str, wanted: list[str]) -> str:
+    return next(
+        (f"suite {each}" for each in wanted if each in SUITES and name in (*SUITES[each].tasks, *SUITES[each][1])),
+        "--suite",
+    )
+
+
+def refuse_unknown(name: str, asked_by: str, known: dict, folder: Path | None) -> None:
+    if name in known:
+        return
+    if folder is None:
+        raise UserError(
+            f"{asked_by} must name suites ({', '.join(SUITES)}) or tasks of lm-eval, but {name} is neither; "
+            "`python -m lm_eval ls tasks` lists them"
+        )
+    raise UserError(
+        f"{asked_by} must find the task {name} in {folder}, but no file there defines it; put {name}.yaml and its data there "
+        "(docs/evaluating.md), or leave out --tasks, and lm-eval takes the data from the hub"
+    )
+
+
+def leaves(name: str, known: dict) -> Iterator[str]:
+    """The tasks of a group or a tag, or the task itself."""
+    entry = known.get(name)
+    if entry is None:
+        return
+    if entry.kind.name == "TAG":
+        members = sorted(entry.tags)
+    elif entry.kind.name == "GROUP":
+        members = [m if isinstance(m, str) else m.get("task") or m.get("group") for m in as_list(entry.cfg["task"])]
+    else:
+        yield name
+        return
+    for member in members:
+        yield from leaves(member, known)
+
+
+def refuse_missing_files(name: str, asked_by: str, known: dict, folder: Path) -> None:
+    for leaf in leaves(name, known):
+        files = (known[leaf].cfg.get("dataset_kwargs") or {}).get("data_files") or {}
+        for file in [f for of_split in files.values() for f in as_list(of_split)] if isinstance(files, dict) else []:
+            if "://" not in file and "*" not in file and not (folder / file).exists():
+                raise UserError(
+                    f"{asked_by} must find the data of task {leaf}, but {folder / file} is not there; docs/evaluating.md says "
+                    "how to make it"
+                )
+
+
+def refuse_missing_metric(name: str, folder: Path) -> None:
+    if not (folder / METRIC).exists():
+        raise UserError(
+            f"task {name} must find the code_eval metric, but {folder / METRIC} is not there; copy it and the execute.py beside "
+            "it from the hub's space evaluate-metric/code_eval"
+        )
+
+
+def built(name: str, index, folder: Path | None) -> list:
+    """Data files are named from FOLDER, as for lm-eval's own command line when it is started there."""
+    try:
+        with contextlib.chdir(folder) if folder else contextlib.nullcontext():
+            found = index.load([name])
+    except Exception as error:  # datasets and the hub's client raise many kinds
+        reason = shortened(clean(": ".join([type(error).__name__, *str(error).split("\n")[:1]])), 300)
+        out = "correct its files" if folder else "put it into a folder of local files and name that with --tasks"
+        raise UserError(f"task {name} must load with its data, but does not ({reason}); {out}") from None
+    return [found["groups"][name]] if name in found.get("groups", {}) else list(found["tasks"].values())
+
+
+def as_list(value) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]
