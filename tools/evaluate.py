@@ -112,7 +112,11 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 
     from tools.evaluation import text
 
-    readings = [text.plan(folder, data, arguments.tokens) if data else None for folder in folders]
+    tokenizers = [text.tokenizer_in(folder) for folder in folders]  # also for lm-eval, which checks nothing in them
+    readings = [
+        text.plan(folder, tokenizer, data, arguments.tokens) if data else None
+        for folder, tokenizer in zip(folders, tokenizers, strict=True)
+    ]
     index, asked = None, suites.Asked([], [])
     if arguments.suite:
         index, asked = suites.load(arguments.suite, arguments.tasks, arguments.run_code)

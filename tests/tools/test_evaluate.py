@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import json
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,7 +178,10 @@ def test_wandb_works_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))  # no key in a netrc file
     results.track("proof", Result("a", "x/a", [Score("cats", "bits a byte", 1.5)]), {})
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    (row,) = read_rows(read_records(file))
+    until = time.monotonic() + 20
+    while not (rows := read_rows(read_records(file))) and time.monotonic() < until:
+        time.sleep(0.05)  # W&B's own process writes a moment later
+    (row,) = rows
     assert row["cats/bits_a_byte"] == 1.5
 
 

@@ -44,16 +44,16 @@ def load(wanted: list[str], folder: Path | None, run_code: bool) -> tuple[object
     """(lm-eval's index of tasks, what is asked of it), with all data read."""
     index = index_of(folder)
     known = index.task_index
-    names = dict.fromkeys(name for each in wanted for name in tasks_of(each, known, folder))
-    for name, asked_by in zip(names, (asking(name, wanted) for name in names), strict=True):
-        refuse_unknown(name, asked_by, known, folder)
-    code = [name for name in names if any(known[leaf].cfg.get("unsafe_code") for leaf in leaves(name, known))]
-    kept = [name for name in names if run_code or name not in code]
+    asked_by = tasks_of(wanted, known, folder)
+    for name, by in asked_by.items():
+        refuse_unknown(name, by, known, folder)
+    code = [name for name in asked_by if any(known[leaf].cfg.get("unsafe_code") for leaf in leaves(name, known))]
+    kept = [name for name in asked_by if run_code or name not in code]
     if folder:
         for name in kept:
-            refuse_missing_files(name, asking(name, wanted), known, folder)
-            if name in code:
-                refuse_missing_metric(name, folder)
+            refuse_missing_files(name, asked_by[name], known, folder)
+        for name in {*code} & {*kept}:
+            refuse_missing_metric(name, folder)
     specs = [spec for name in kept for spec in built(name, index, folder)]
     return index, Asked(specs, [name for name in code if name not in kept])
 
@@ -72,18 +72,15 @@ def index_of(folder: Path | None):
     return TaskManager(include_path=[OURS, folder], include_defaults=False)
 
 
-def tasks_of(name: str, known: dict, folder: Path | None) -> tuple[str, ...]:
-    if name not in SUITES:
-        return (name,)
-    suite = SUITES[name]
-    return suite.tasks + tuple(task for task in suite.where_at_hand if folder is None or task in known)
-
-
-def asking(name: str, wanted: list[str]) -> str:
-    return next(
-        (f"suite {each}" for each in wanted if each in SUITES and name in (*SUITES[each].tasks, *SUITES[each][1])),
-        "--suite",
-    )
+def tasks_of(wanted: list[str], known: dict, folder: Path | None) -> dict[str, str]:
+    """Each task or group once, with what asks for it."""
+    found: dict[str, str] = {}
+    for name in wanted:
+        suite = SUITES.get(name)
+        at_hand = [task for task in suite.where_at_hand if folder is None or task in known] if suite else []
+        for task in (*suite.tasks, *at_hand) if suite else [name]:
+            found.setdefault(task, f"suite {name}" if suite else "--suite")
+    return found
 
 
 def refuse_unknown(name: str, asked_by: str, known: dict, folder: Path | None) -> None:
@@ -118,13 +115,24 @@ def leaves(name: str, known: dict) -> Iterator[str]:
 
 def refuse_missing_files(name: str, asked_by: str, known: dict, folder: Path) -> None:
     for leaf in leaves(name, known):
-        files = (known[leaf].cfg.get("dataset_kwargs") or {}).get("data_files") or {}
-        for file in [f for of_split in files.values() for f in as_list(of_split)] if isinstance(files, dict) else []:
-            if "://" not in file and "*" not in file and not (folder / file).exists():
+        for file in local_files(known[leaf].cfg):
+            if not (folder / file).exists():
                 raise UserError(
                     f"{asked_by} must find the data of task {leaf}, but {folder / file} is not there; docs/evaluating.md says "
                     "how to make it"
                 )
+
+
+def local_files(task: dict) -> list[str]:
+    """What a task's YAML names: files of its splits, or a folder as the hub has it."""
+    path, files = task.get("dataset_path") or "", (task.get("dataset_kwargs") or {}).get("data_files") or {}
+    named = (
+        [file for of_split in files.values() for file in as_list(of_split)]
+        if isinstance(files, dict)
+        else as_list(files)
+    )
+    folders = [path] if path.startswith(("./", "../", "/")) else []
+    return folders + [file for file in named if "://" not in file and "*" not in file]
 
 
 def refuse_missing_metric(name: str, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Loss and bits a byte on held-out shards, read window by window as a run reads what it validates on.
 
 Counted is each token that a run counts: not the first of the text, and not the first of a document. The loss is the mean of
-their nats. Bits a byte are the sum of their nats, divided by ln 2 and by the bytes of UTF-8 that they decode to, so models of
-different tokenizers can be compared. Note: a token that ends a document costs nats and has no bytes.
+their nats. Bits a byte are the sum of their nats, divided by ln 2 and by the bytes of UTF-8 that they decode to, so the same text
+in the shards of different tokenizers can be compared. Note: a token that ends a document costs nats and has no bytes.
 """
 
 import itertools
@@ -52,9 +52,9 @@ class Counted(NamedTuple):
         }
 
 
-def plan(folder: Path, data: Data, most: int | None) -> Reading:
+def plan(folder: Path, tokenizer: Tokenizer, data: Data, most: int | None) -> Reading:
     """Finds what does not fit together before anything is measured. `most` is the tokens to read of each corpus."""
-    anatomy, tokenizer = inspect("MODEL", str(folder)), tokenizer_in(folder)
+    anatomy = inspect("MODEL", str(folder))
     refuse_long_windows(anatomy, data)
     streams = {
         corpus.name: held_out_stream(data, anatomy.vocab_size, part_of(n, data, anatomy.vocab_size), corpus.name)
