@@ -7,13 +7,14 @@ Hugging Face folder or a hub id. docs/evaluating.md says what is counted and how
 
 import argparse
 import importlib.metadata
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
 from ted_scale.config.data import Data
 from ted_scale.storage.hub import find_folder
@@ -95,6 +96,13 @@ def names_alike(path: str, paths: list[str]) -> bool:
     return sum(Path(other).name == Path(path).name for other in paths) > 1
 
 
+def refuse_unwritable(file: Path) -> None:
+    with files_at(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"--json must be a file that this user can write, but {file} is not; name another")
+
+
 class Plan(NamedTuple):
     """All that is asked for, with no mistake left that can be found before a model is loaded."""
 
@@ -107,6 +115,8 @@ class Plan(NamedTuple):
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
     folders, data = [folder_of(model) for model in arguments.models], data_of(arguments)
+    if arguments.json:
+        refuse_unwritable(arguments.json)
 
     import torch  # imports take seconds; a mistake should not wait for them
 
@@ -161,13 +171,15 @@ def main(argv: list[str] | None = None) -> None:
     for name in plan.asked.left_out:
         print(f"{name} is left out: it runs code that a model wrote, which needs --run-code", file=sys.stderr)
     found, settings = [], settings_of(arguments, plan)
-    for number, name in enumerate(results.names([str(folder) for folder in plan.folders])):
-        found.append(Result(name, str(plan.folders[number]), scores_of(arguments, plan, number)))
-        if arguments.json:  # after each model, so that a later one's failure takes nothing away
-            results.write_json(arguments.json, found, settings)
-        if arguments.wandb:
-            results.track(arguments.wandb, found[-1], settings)
-    print(results.table(found), end="")
+    try:
+        for number, name in enumerate(results.names([str(folder) for folder in plan.folders])):
+            found.append(Result(name, str(plan.folders[number]), scores_of(arguments, plan, number)))
+            if arguments.json:
+                results.write_json(arguments.json, found, settings)
+    finally:  # a model's failure takes nothing away from those before it
+        print(results.table(found) if found else "", end="")
+    for result in found if arguments.wandb else ():
+        results.track(arguments.wandb, result, settings)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ def test_only_the_last_share_of_a_corpus_may_be_held_out(root):
         (["--corpora", "cats", "other/cats"], r"--corpora must end in another name each, but .*cats and .*cats do not"),
         (["--corpora", "cats", "--tokens", "0"], r"--tokens must be 1 or more, but is 0"),
         (["--corpora", "cats", "--held-out", "1"], r"--held-out must be at least 0 and below 1, but is 1"),
+        (["--corpora", "cats", "--json", "one"], r"--json must be a file that this user can write, but one is not"),
         (["--corpora", "cats", "--tasks", "cats"], r"--suite must name what to take from --tasks, but is not given"),
     ],
 )  # fmt: skip
@@ -158,6 +159,18 @@ def test_models_are_columns_and_scores_are_rows(root, capsys):
     assert rows[0].split("|")[3] != rows[0].split("|")[4]
 
 
+def test_a_models_failure_takes_nothing_away_from_those_before_it(root, capsys, monkeypatch):
+    def only_the_first(arguments, plan, number):
+        if number:
+            raise MemoryError
+        return [Score("arc_easy", "acc", 0.5)]
+
+    monkeypatch.setattr(evaluate, "scores_of", only_the_first)
+    with pytest.raises(MemoryError):
+        evaluate.main([str(root / "one"), str(root / "two"), "--corpora", str(root / "cats"), "--seq-len", "16"])
+    assert "| arc_easy | acc | 0.5000 |" in capsys.readouterr().out
+
+
 def test_a_score_that_a_model_lacks_is_a_dash():
     one, two = Score("arc_easy", "acc", 0.5, 0.01), Score("cats", "tokens", 12345)
     assert results.table([Result("a", "x/a", [one, two]), Result("b", "x/b", [one])]).splitlines()[2:] == [
@@ -183,6 +196,23 @@ def test_wandb_works_offline(tmp_path, monkeypatch):
         time.sleep(0.05)  # W&B's own process writes a moment later
     (row,) = rows
     assert row["cats/bits_a_byte"] == 1.5
+
+
+def test_a_wandb_that_does_not_answer_leaves_an_offline_run(monkeypatch, capsys):
+    modes = []
+
+    def log_to(project, result, settings, mode):
+        modes.append(mode)
+        if mode == "online":
+            raise TimeoutError("no answer")
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(results, "log_to", log_to)
+    monkeypatch.setattr(results, "start_service", lambda: None)
+    results.track("proof", Result("a", "x/a", []), {})
+    assert modes == ["online", "offline"]
+    assert "W&B is offline for a, because it could not be reached (TimeoutError: no answer)" in capsys.readouterr().err
 
 
 # Suites

@@ -2,11 +2,12 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale.base.durable import write_durably
-from ted_scale.metrics.tracking import has_key, start_service
+from ted_scale.metrics.tracking import ATTEMPT_S, has_key, said, start_service
 
 
 class Score(NamedTuple):
@@ -44,19 +45,31 @@ def table(results: list[Result]) -> str:
 
 def write_json(path: Path, results: list[Result], settings: dict) -> None:
     models = [{"model": r.model, "path": r.path, "scores": [score._asdict() for score in r.scores]} for r in results]
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, json.dumps({"settings": settings, "models": models}, indent=1) + "\n")
 
 
 def track(project: str, result: Result, settings: dict) -> None:
-    """A W&B run for each model. Without a key it stays offline."""
-    import wandb
+    """A W&B run for each model: online if there is a key and W&B answers, else offline."""
+    import wandb  # takes a second that a mistake should not wait for
 
     start_service()
     mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+    try:
+        log_to(project, result, settings, mode)
+    except Exception as error:  # W&B raises many kinds
+        if mode != "online":
+            raise
+        print(f"W&B is offline for {result.model}, because it could not be reached ({said(error)})", file=sys.stderr)
+        wandb.teardown(1)  # or W&B refuses the next try
+        log_to(project, result, settings, "offline")
+
+
+def log_to(project: str, result: Result, settings: dict, mode) -> None:
+    import wandb
+
     with wandb.init(
         project=project, name=result.model, config={**settings, "model": result.path}, mode=mode, job_type="evaluation",
-        settings=wandb.Settings(silent=True, console="off", disable_git=True),
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=ATTEMPT_S),
     ) as run:  # fmt: skip
         run.log({f"{score.what}/{score.metric.replace(' ', '_')}": score.value for score in result.scores})
 
