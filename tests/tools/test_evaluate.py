@@ -395,13 +395,14 @@ def test_a_local_task_is_lm_evals_own_but_for_its_data():
 
 
 @needs_lm_eval
-def test_scores_are_those_of_lm_eval_alone_and_of_each_model_alone(root, tasks, monkeypatch):
+def test_scores_are_those_of_lm_eval_alone_and_of_each_model_alone(root, tasks, monkeypatch, capsys):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     monkeypatch.chdir(tasks)
     words = ["--suite", "small", "--tasks", str(tasks), "--device", "cpu", "--json", str(tasks / "scores.json")]
     evaluate.main([str(root / "one"), str(root / "two"), *words])
+    assert capsys.readouterr().out.startswith("|  |  | one | two |\n")
     found = json.loads((tasks / "scores.json").read_text())["models"]
     for name, model in zip(("one", "two"), found, strict=True):
         plain = simple_evaluate(

@@ -1,7 +1,9 @@
 """lm-eval on one model: its tasks in, scores out. Prompts, metrics and standard errors are lm-eval's own."""
 
+import contextlib
 import logging
 import os
+import sys
 from pathlib import Path
 
 from tools.evaluation.results import Score
@@ -15,11 +17,12 @@ def evaluate(folder: Path, index, asked: Asked, *, dtype: str, batch: str, devic
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    found = simple_evaluate(
-        model="hf", model_args={"pretrained": str(folder), "dtype": dtype}, tasks=list(asked.specs), task_manager=index,
-        batch_size=batch, device=device, limit=limit, num_fewshot=shots, confirm_run_unsafe_code=run_code,
-        log_samples=False,
-    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):  # only the table goes to stdout
+        found = simple_evaluate(
+            model="hf", model_args={"pretrained": str(folder), "dtype": dtype}, tasks=list(asked.specs),
+            task_manager=index, batch_size=batch, device=device, limit=limit, num_fewshot=shots,
+            confirm_run_unsafe_code=run_code, log_samples=False,
+        )  # fmt: skip
     return scores(found)
 
 
