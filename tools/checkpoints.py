@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
             print(describe(checkpoint, what_it_is), flush=True)
             others += what_it_is != "whole"
         except FileNotFoundError:  # a run that trains keeps the newest ones only
-            print(f"{path.name}  removed by the run meanwhile", flush=True)
+            print(f"{path.name}  removed meanwhile", flush=True)
     for part in sorted(files.checkpoints_of(arguments.run).glob(f"*{durable.PART}")):
         print(f"{part.name}  unfinished")
     if others and arguments.action == "verify":
