@@ -266,7 +266,7 @@ def test_the_tool_calls_what_cannot_be_read_by_its_name_and_prunes_nothing(
 
 def test_a_start_looks_at_no_checkpoint_behind_the_newest_whole_one(original, monkeypatch):
     seen, look = [], files.look_at
-    monkeypatch.setattr(files, "look_at", lambda path: seen.append(path.name) or look(path))
+    monkeypatch.setattr(files, "look_at", lambda path, *check: seen.append(path.name) or look(path, *check))
     assert files.newest_checkpoint(original).name == "step_00000012" and seen == ["step_00000012"]
 
 
