@@ -8,12 +8,10 @@ A target makes a sound file, damages it and gives it to what reads it. A few hun
 import dataclasses
 import gzip
 import json
-import resource
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -25,7 +23,8 @@ import pytest
 import tomli_w
 import torch
 import zstandard
-from corpus import write_shard
+from bounded import bounds
+from corpus import read_all, write_shard
 from foreign import damaged_bytes, damaged_tree, json_text, plant
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -50,9 +49,9 @@ from ted_scale.corpora import output
 from ted_scale.corpora.corpus import read_corpus
 from ted_scale.corpora.documents import read_documents
 from ted_scale.corpora.reader import opened
-from ted_scale.corpora.shards import document_borders, read_index
+from ted_scale.corpora.shards import read_index
 from ted_scale.corpora.tokenizer import digest, load_tokenizer
-from ted_scale.data.stream import batch, open_stream
+from ted_scale.data.stream import batch
 from ted_scale.distill import pairs
 from ted_scale.distill.filters import Filter
 from ted_scale.metrics.rows import rows_at, trim_rows
@@ -64,8 +63,6 @@ from ted_scale.plan import describe, make_plan
 from ted_scale.storage.tensor_file import as_bytes
 from tools import inspect_corpus, train_tokenizer
 
-LONGEST_S = 20  # a first import is in it
-MEMORY = 4 << 30
 FEW = 30
 IDENTITY = {"pairs": [[0, 1], [1, 3]], "filters.width": 48, "filters.mlp": 0}
 numbers = count()
@@ -88,25 +85,6 @@ def place(tmp_path_factory) -> Place:
     texts = [f"some text number {n} about {word}\n" * 3 for n in range(40) for word in ("weights", "tokens", "layers")]
     train_tokenizer.write_folder(train_tokenizer.train(iter(texts), 320), world / "tokenizer")
     return Place(root / "inputs", world, root / "mark")
-
-
-@contextmanager
-def bounds():
-    """Time and memory of one input."""
-
-    def late(*_):
-        raise TimeoutError(f"longer than {LONGEST_S} s")
-
-    before, limits = signal.signal(signal.SIGALRM, late), resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, limits[1]))
-    signal.alarm(LONGEST_S)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def run_file(data, at: Place) -> Callable:
@@ -223,17 +201,6 @@ def corpus_of(at: Place, **sidecar) -> Path:
     tokens = sum(map(len, documents))
     write_shard(prefix, documents, sidecar={"max_token_id": 101, "tokens": tokens, **sidecar})
     return prefix
-
-
-def read_all(prefix: Path) -> None:
-    """What a run reads of a corpus: header, borders, windows to train and to validate on."""
-    index = read_index(prefix)
-    data = make_run(prefix.parent, data={"seq_len": 16, "corpora": [{"path": str(prefix), "validation": 0.2}]}).data
-    stream = open_stream(data, 1, VOCABULARY)
-    batch(stream, [0, 1, 7, 10**6])
-    for held_out in stream.held_out.values():
-        batch(held_out, list(range(min(held_out.count, 4))))
-    document_borders(index)
 
 
 def index_header(data, at: Place) -> Callable:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 from ted_scale.base import beneath, durable
 from ted_scale.base.errors import Gone, UserError, files_at
 from ted_scale.base.exits import run_main
+from ted_scale.base.redact import printable
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import holder, strangers
 from ted_scale.checkpoints.folder import Published
@@ -36,7 +37,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep-best", action="store_true", default=None, help="keep the lowest validation loss")
     parser.add_argument("--yes", action="store_true", help="prune: remove them")
     arguments = parser.parse_args(argv)
-    if not files.checkpoints_of(arguments.run).is_dir():
+    with files_at(arguments.run):
+        is_run = files.checkpoints_of(arguments.run).is_dir()
+    if not is_run:
         raise UserError(f"RUN must be a run's folder, with checkpoints in it, but {arguments.run} is not")
     return arguments
 
@@ -51,11 +54,15 @@ def judge(path: Path, reads_all: bool) -> tuple[Published, str]:
     return found, f"DAMAGED: {fault}" if fault else "whole"
 
 
+def say(line: str) -> None:
+    print(printable(line), flush=True)
+
+
 def describe(checkpoint: Published, what_it_is: str) -> str:
     manifest = checkpoint.manifest or {"files": {}}
     size = sum(entry.bytes for entry in manifest["files"].values())
     loss, ranks = manifest.get("validation"), manifest.get("ranks", "?")
-    when = datetime.datetime.fromtimestamp(checkpoint.path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    when = datetime.datetime.fromtimestamp(checkpoint.path.lstat().st_mtime).strftime("%Y-%m-%d %H:%M")
     held = f"{size / 1e6:>12,.1f} MB  {ranks:>5} ranks  {f'val {loss:.4f}' if loss is not None else '':<12}"
     return f"{checkpoint.path.name}  {when}  {held}  {what_it_is}"
 
@@ -93,7 +100,7 @@ def prune(arguments) -> None:
         durable.put_back(files.checkpoints_of(arguments.run))
     doomed = to_remove(arguments.run, settings_of(arguments))
     for path in doomed:
-        print(f"{'removing' if arguments.yes else 'would remove'} {path}")
+        say(f"{'removing' if arguments.yes else 'would remove'} {path}")
         if arguments.yes:
             beneath.discard(path) if path.name.endswith(durable.PART) else durable.remove(path)
     if doomed and not arguments.yes:
@@ -115,19 +122,21 @@ def hold(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    if arguments.action == "prune":
-        prune(arguments)
-        return
+    with files_at(arguments.run):
+        prune(arguments) if arguments.action == "prune" else show(arguments)
+
+
+def show(arguments) -> None:
     others = 0
     for path in files.listed(arguments.run):
         checkpoint, what_it_is = judge(path, arguments.action == "verify")
         try:
-            print(describe(checkpoint, what_it_is), flush=True)
+            say(describe(checkpoint, what_it_is))
             others += what_it_is != "whole"
         except FileNotFoundError:  # a run that trains keeps the newest ones only
-            print(f"{path.name}  removed meanwhile", flush=True)
+            say(f"{path.name}  removed meanwhile")
     for part in sorted(files.checkpoints_of(arguments.run).glob(f"*{durable.PART}")):
-        print(f"{part.name}  unfinished")
+        say(f"{part.name}  unfinished")
     if others and arguments.action == "verify":
         sys.exit(1)
 

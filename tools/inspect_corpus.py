@@ -20,6 +20,7 @@ import numpy
 
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
+from ted_scale.base.redact import printable
 from ted_scale.config.data import Streaming
 from ted_scale.corpora.corpus import manifest_files, prefixes_of, read_shards
 from ted_scale.corpora.local import SHARD_NUMBER
@@ -122,10 +123,10 @@ def show_documents(indices: list[ShardIndex], tokenizer: Tokenizer, number: int,
         ids = tokens_of(index, begin, end).tolist()
         if strange := [i for i in ids[: 4 * SHOWN] if not 0 <= i < len(tokenizer.pieces)]:
             raise out_of_vocabulary(index.prefix, strange[0], len(tokenizer.pieces))
-        print(f"\ndocument {document - starts[shard]:,} of {index.prefix}, {end - begin:,} tokens")
+        print(f"\ndocument {document - starts[shard]:,} of {printable(index.prefix)}, {end - begin:,} tokens")
         words = tokenizer.decode([i for i in ids[: 4 * SHOWN] if i != tokenizer.eod])
         for line in (words[:SHOWN] + " …" * (len(words) > SHOWN)).splitlines():
-            print("    " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+            print(f"    {printable(line)}")
 
 
 def tokens_of(index: ShardIndex, begin: int, end: int) -> numpy.ndarray:
@@ -243,11 +244,8 @@ def main(argv: list[str] | None = None) -> None:
     indices = read_shards(arguments.path, STREAM)
     tokenizer = choose_tokenizer(arguments, indices)
     lengths = lengths_of(indices)
-    print(
-        summary(
-            arguments.path, indices, {name: read_manifest(manifest_files(name, [name], STREAM)[name]) for name in names}
-        )
-    )
+    manifests = {name: read_manifest(manifest_files(name, [name], STREAM)[name]) for name in names}
+    print(printable(summary(arguments.path, indices, manifests), "\n"))
     print(histogram(lengths))
     if arguments.picture:
         arguments.picture.write_text(picture(f"Document lengths of {arguments.path}", lengths), encoding="utf-8")

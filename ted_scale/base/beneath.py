@@ -93,8 +93,9 @@ def is_there(path: Path) -> bool:
 
 
 def discard(path: Path) -> None:
-    """Remove it and what is in it, as far as that works: a link, and not what it leads to."""
-    with contextlib.suppress(OSError), opened(path.parent) as at:
+    """Remove it and what is in it, as far as that works: a link, and not what it leads to. Folders in folders may be deeper than
+    Python's stack."""
+    with contextlib.suppress(OSError, RecursionError), opened(path.parent) as at:
         if stat.S_ISDIR(os.stat(path.name, dir_fd=at, follow_symlinks=False).st_mode):
             shutil.rmtree(path.name, ignore_errors=True, dir_fd=at)
         else:
@@ -107,6 +108,9 @@ def as_sentence(path: Path):
         yield
     except NoFile as error:
         raise strange(path, "a plain file", str(error)) from None
+    except OSError as error:
+        error.filename = str(path)  # and not its name alone
+        raise
 
 
 def strange(path: Path, must: str, stands: str) -> UserError:

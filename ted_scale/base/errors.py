@@ -83,8 +83,7 @@ SENTENCES = (UserError, RunStopped, Gone, OutOfMemory, Preempted)
 
 def clean(sentence: str) -> str:
     text = sentence[: 10 * LONGEST_SENTENCE]  # more than is shown, so that a secret cut at its end is not shown
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shortened(redact.redact("".join(escaped)), LONGEST_SENTENCE)
+    return shortened(redact.redact(redact.printable(text)), LONGEST_SENTENCE)
 
 
 def shown(value) -> str:

@@ -77,7 +77,7 @@ def write_last_words(words: str, code: int) -> None:
 
 def speak(words: str) -> None:
     with contextlib.suppress(OSError):  # its reader may be gone
-        print(redact.redact(words.rstrip("\n")), file=sys.stderr, flush=True)
+        print(redact.printable(redact.redact(words.rstrip("\n")), "\n\t"), file=sys.stderr, flush=True)
 
 
 def show_traceback(kind, error, trace) -> None:

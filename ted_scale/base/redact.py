@@ -40,6 +40,11 @@ SHAPES = [
 ]  # fmt: skip
 
 
+def printable(text: str, keeps: str = "") -> str:
+    """Characters that are not printable are escaped: a name of somebody else's file moves no cursor and begins no line."""
+    return "".join(c if c.isprintable() or c in keeps else c.encode("unicode_escape").decode() for c in text)
+
+
 def is_secret_name(name: str) -> bool:
     return bool(NAMES.search(name)) and not PLACES.search(name)
 
@@ -96,7 +101,7 @@ def watch_logs() -> None:
         with contextlib.suppress(
             TypeError, ValueError, KeyError
         ):  # a message that does not fit its arguments: logging reports it
-            made.msg, made.args = redact(made.getMessage()), ()
+            made.msg, made.args = printable(redact(made.getMessage()), "\n\t"), ()
         if made.exc_info and made.exc_info[0]:
             made.exc_text = redact("".join(traceback.format_exception(*made.exc_info))).rstrip("\n")
         return made

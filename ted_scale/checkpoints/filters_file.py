@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ted_scale.base.durable import write_durably
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import parse_json
 from ted_scale.checkpoints.attempts import attempt_write, give_up
 from ted_scale.config import changes
@@ -66,7 +66,9 @@ def load_filters(path: Path, sides: dict) -> None:
 
 def check_filters(path: Path, identity: dict) -> None:
     """Refuse `filters.from` unless it names a run whose stage I is done and whose filters fit this run."""
-    if not path.is_file():
+    with files_at(path):
+        is_there = path.is_file()
+    if not is_there:
         raise UserError(f"filters.from must name a run folder whose stage I is done, but {path} does not exist")
     try:
         written = dict(parse_json(tensor_file.header_of(path).about["identity"]))

@@ -17,6 +17,7 @@ from ted_scale.base.durable import PART
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import is_count
 from ted_scale.base.patience import patiently
+from ted_scale.base.redact import printable
 from ted_scale.base.sealed import Damaged
 
 FILTERS = "filters.safetensors"
@@ -134,10 +135,9 @@ def renamed(folder: Path) -> list[str]:
     for path in sorted(p for p in checkpoints_of(folder).glob("*") if not p.name.endswith(PART) and not key_of(p.name)):
         try:
             manifest = sealed.read_manifest(path) if (path / sealed.MANIFEST).exists() else {}
-            lines.append(
-                f"{path} is not used, because its name is not {checkpoint_name(manifest['step'], len(manifest['forks']))}"
-            )
-        except (Damaged, KeyError, TypeError, ValueError):
+            name = checkpoint_name(manifest["step"], len(manifest["forks"]))
+            lines.append(f"{printable(str(path))} is not used, because its name is not {name}")
+        except (Damaged, OSError, KeyError, TypeError, ValueError):
             continue
     return lines
 

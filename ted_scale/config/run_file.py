@@ -11,6 +11,7 @@ from ted_scale.base.errors import UserError, shown
 from ted_scale.base.parsing import parse_toml
 from ted_scale.config.run import Run
 
+LARGEST = 2**24  # bytes
 REPLACED = {"data.mask_documents": "data.attention = 'document'"}
 # What other trainers call a key.
 CALLED = {
@@ -29,7 +30,11 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Read a run file and put `section.key=value` strings on top. A mistake is one UserError sentence that names the file or
     the --set that made it."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:  # may be a pipe, which the user made
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
+        text = content.decode()
     except OSError as error:
         raise UserError(f"--config must name a readable run file, but {path} is not: {error.strerror}") from None
     except ValueError as error:

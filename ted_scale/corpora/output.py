@@ -7,14 +7,16 @@ a restart then only continues to rename.
 
 import fcntl
 import hashlib
+import os
 import re
-import shutil
 from pathlib import Path
 
+from ted_scale.base import beneath
 from ted_scale.base.durable import sync, write_durably
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import fits, parse_json
 from ted_scale.base.paths import checked_name, inside
+from ted_scale.base.sealed import LARGEST_TEXT
 from ted_scale.corpora.local import unfinished
 from ted_scale.corpora.shards import OUTPUT_MANIFEST
 from ted_scale.corpora.writer import as_text, finished_shards, part
@@ -34,8 +36,9 @@ def claim(out: Path):
             f"--out must be a prefix like FOLDER/NAME without ending, but is {out}; add or shorten the name"
         )
     try:
-        unfinished(out).mkdir(parents=True, exist_ok=True)
-        lock = (unfinished(out) / "lock").open("w")
+        beneath.keep_inside(out.parent)
+        beneath.make_folder(unfinished(out))
+        lock = os.fdopen(beneath.open_plain(unfinished(out) / "lock", os.O_RDWR), "r+")
     except OSError as error:
         raise UserError(f"--out must be where files can be written, but {out} is not: {error.strerror}") from None
     try:
@@ -88,14 +91,14 @@ def clear(folder: Path) -> None:
     """The job goes first: if this is killed half-way, files without a job are deleted by the next start."""
     for path in [folder / "job.json", *folder.iterdir()]:
         if path.name != "lock":
-            path.unlink(missing_ok=True)
+            beneath.unlink(path)
 
 
 def leave(out: Path) -> None:
     """After a run that failed: remove the folder, unless it has finished shards, which the next run uses."""
     folder = unfinished(out)
     if folder.exists() and not finished_shards(folder) and not staged_manifest(out):
-        shutil.rmtree(folder)
+        beneath.discard(folder)
 
 
 def staged_manifest(out: Path) -> dict:
@@ -123,7 +126,7 @@ def publish(out: Path, manifest: dict) -> None:
     sync(out.parent)
     (folder / "manifest.json").rename(manifest_path(out))
     sync(out.parent)
-    shutil.rmtree(folder)
+    beneath.discard(folder)
 
 
 def describe(name: str, job: dict, sidecars: list[dict], left_out: dict) -> dict:
@@ -182,8 +185,12 @@ def read_job(path: Path) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """What the file holds; {} where there is no file."""
-    return parse_json(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """What the file holds, which may be a link to it; {} where there is no file."""
+    if not path.exists():
+        return {}
+    if not path.is_file() or path.stat().st_size > LARGEST_TEXT:
+        raise ValueError("it is no plain file, or too large")
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def existing(out: Path) -> list[Path]:

@@ -41,13 +41,13 @@ def load_tokenizer(path: str, parse_special: bool = False) -> Tokenizer:
 def _sentencepiece(path: str) -> Tokenizer:
     from sentencepiece import SentencePieceProcessor
 
+    must = f"--tokenizer {path} must be a sentencepiece model"
     try:
+        hub.check_text(must, Path(path))
         model = SentencePieceProcessor(model_file=str(path))
         pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
     except (OSError, RuntimeError, ValueError):  # ValueError: pieces that are not text
-        raise UserError(
-            f"--tokenizer {path} must be a sentencepiece model, but does not load; check the file"
-        ) from None
+        raise UserError(f"{must}, but does not load; check the file") from None
     if model.eos_id() < 0:
         raise UserError(f"--tokenizer {path} {NO_EOD}")
     content = _sha256(model.serialized_model_proto())
@@ -73,6 +73,7 @@ def hugging_face(path, must: str, out: str = "check its files"):
     import transformers
 
     transformers.logging.set_verbosity_error()
+    hub.check_texts(must, Path(path))
     try:
         check_class(transformers, path)
         model = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -6,12 +6,14 @@ durably. So a shard with a sidecar is finished, and the sidecar records the posi
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy
 
-from ted_scale.base.durable import sync, write_durably
+from ted_scale.base.beneath import make_new
+from ted_scale.base.durable import sync, write_durably, write_file
 from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import fits
 from ted_scale.corpora.shards import HEADER, MAGIC, TOKEN_TYPES, read_sidecar
@@ -85,7 +87,7 @@ class Writer:
                 self.finish_shard()
 
     def _append(self, ids: numpy.ndarray, lengths: numpy.ndarray, mark: Mark) -> None:
-        self.file = self.file or part(self.folder, len(self.sidecars) + 1, ".bin").open("wb")
+        self.file = self.file or os.fdopen(make_new(part(self.folder, len(self.sidecars) + 1, ".bin")), "wb")
         self.file.write(ids.data)
         self.sha256.update(ids.data)
         self.lengths.append(lengths)
@@ -97,9 +99,8 @@ class Writer:
         number, lengths = len(self.sidecars) + 1, numpy.concatenate(self.lengths).astype(numpy.int32)
         index = index_bytes(lengths, self.dtype)
         self.file.close()
-        part(self.folder, number, ".idx").write_bytes(index)
-        for ending in (".bin", ".idx"):
-            sync(part(self.folder, number, ending))
+        write_file(part(self.folder, number, ".idx"), [index])
+        sync(part(self.folder, number, ".bin"))
         sidecar = {
             **self.about,
             "documents": len(lengths),

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from ted_scale.base import redact
 from ted_scale.base.beneath import append_to
+from ted_scale.base.errors import files_at
 
 log = logging.getLogger("ted_scale")
 
@@ -33,7 +34,8 @@ def open_log(folder: Path, writes: bool) -> None:
     """Rank 0 logs to log.txt and to the console. The other ranks log only warnings, to the console."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if writes:
-        handlers.append(LogFile(folder / "log.txt", encoding="utf-8"))
+        with files_at(folder):
+            handlers.append(LogFile(folder / "log.txt", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     redact.watch_logs()

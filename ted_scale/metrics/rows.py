@@ -2,10 +2,17 @@
 
 import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from ted_scale.base.beneath import as_sentence
 from ted_scale.base.durable import write_durably
+from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import fits, parse_json
+from ted_scale.base.paths import open_file
+
+LARGEST, LONGEST_LINE = 2**36, 2**20  # bytes; a row has some thousand
 
 
 def trim_rows(path: Path, step: int) -> None:
@@ -19,11 +26,19 @@ def trim_rows(path: Path, step: int) -> None:
 def rows_in(path: Path) -> list[dict]:
     """The rows that are whole. A line may be cut off, where the machine stopped, or damaged by the disk."""
     rows = []
-    for line in path.read_bytes().splitlines():
+    for line in lines_in(path):
         with contextlib.suppress(ValueError):
             row = parse_json(line)
             rows += [row] if fits(row, {"step": int}) else []
     return rows
+
+
+def lines_in(path: Path) -> Iterator[bytes]:
+    """No more than a line is in memory: the file may be a stranger's."""
+    with as_sentence(path), os.fdopen(open_file(path), "rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > LARGEST:
+            raise UserError(f"{path} must have at most {LARGEST:,} bytes to be read, but has {size:,}; move it away")
+        yield from iter(lambda: file.readline(LONGEST_LINE), b"")
 
 
 def rows_at(path: Path, step: int) -> set[tuple]:
@@ -33,4 +48,5 @@ def rows_at(path: Path, step: int) -> set[tuple]:
 
 
 def last_row(path: Path) -> int:
-    return max((row["step"] for row in rows_in(path)), default=0) if path.is_file() else 0
+    with files_at(path):
+        return max((row["step"] for row in rows_in(path)), default=0) if path.is_file() else 0

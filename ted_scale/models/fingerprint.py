@@ -4,16 +4,20 @@ Equal fingerprints do not prove equal weights; other ones prove that it is anoth
 """
 
 import hashlib
+import os
 from pathlib import Path
+
+from ted_scale.base.errors import files_at
 
 READ = ("config.json", "model.safetensors.index.json")
 
 
 def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.name in READ or path.suffix == ".safetensors":
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        if path.name in READ:
-            digest.update(path.read_bytes())
+    with files_at(folder):
+        for path in sorted(folder.iterdir()):
+            if path.name in READ or path.suffix == ".safetensors":
+                digest.update(os.fsencode(path.name) + f" {path.stat().st_size}\n".encode())
+            if path.name in READ:
+                digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

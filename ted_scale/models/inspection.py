@@ -22,7 +22,7 @@ from ted_scale.data.packing import whole_rows
 from ted_scale.kernels.formulas.logits import soften
 from ted_scale.models import attention
 from ted_scale.models.anatomy import Anatomy
-from ted_scale.storage.hub import find_folder
+from ted_scale.storage.hub import check_texts, find_folder
 
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MOST_LAYERS = 1000
@@ -30,6 +30,7 @@ PROBE_LOGITS = torch.tensor([-40.0, -3.0, -0.5, 0.0, 1.0, 7.0, 55.0])
 
 
 def read_config(key: str, folder: Path):
+    check_texts(f"{key} must hold the config.json of a known model family", folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, and each family checks its own keys

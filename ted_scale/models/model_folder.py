@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ted_scale.base.durable import PART, publish, sync
 from ted_scale.base.errors import UserError
+from ted_scale.storage.hub import check_text
 
 TOKENIZER_FILES = (
     "tokenizer*.json", "tokenizer*.model", "*.spm", "spiece.model", "sentencepiece*.model", "*.tiktoken", "vocab.json",
@@ -136,6 +137,7 @@ def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> int:
     found = {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}
     for path in found:
         check_link(source, path)
+        check_text(f"{source} must be a model folder", path)
         place = target / path.relative_to(source)
         place.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, place)

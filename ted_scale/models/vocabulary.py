@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import UserError, files_at
 from ted_scale.corpora.shards import ShardIndex, tokenizer_of
 from ted_scale.corpora.tokenizer import digest, hugging_face, load_tokenizer
 from ted_scale.models.anatomy import Anatomy
@@ -62,7 +62,8 @@ def same_file(*folders: Path) -> bool:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in COMPARED_FILES)
+    with files_at(folder):
+        return any((folder / name).is_file() for name in COMPARED_FILES)
 
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import UserError, files_at
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import empty_model, read_config
 from ted_scale.models.zero import is_sharded, shape_of, shard_range, sharded_construction, without_padding
@@ -61,7 +61,9 @@ def load_weights(network, folder: Path) -> None:
         owners.setdefault(id(tensor), name)
     filled = set()
     rename = renamer(network, targets)
-    for file in sorted(Path(folder).glob("*.safetensors")):
+    with files_at(folder):
+        found = sorted(Path(folder).glob("*.safetensors"))
+    for file in found:
         filled |= load_file(file, targets, rename)
     done = {id(targets[name]) for name in filled}
     missing = [name for key, name in owners.items() if key not in done]

@@ -7,9 +7,12 @@ import difflib
 from pathlib import Path
 
 from ted_scale.base.errors import UserError, files_at, shortened
+from ted_scale.base.paths import NoFile, refuse_no_file
 
 MODEL = ("*.safetensors", "*.json", "*.model", "*.txt")
 TOKENIZER = ("*.json", "*.model", "*.txt")
+TEXTS = (".json", ".model", ".txt", ".spm", ".tiktoken", ".jinja")  # are read whole, by libraries
+LARGEST_TEXT = 2**28  # bytes; the largest tokenizers have a tenth
 FILES = (".gguf", ".safetensors", ".model", ".json", ".bin", ".pt")
 
 
@@ -29,6 +32,25 @@ def find_folder(key: str, name: str, wanted: tuple[str, ...] = MODEL) -> Path:
             f"{key} must be a local folder or a hub id that can be reached, but {name} is no folder, and the hub does not give "
             f"it ({reason}); check its spelling and the network"
         ) from None
+
+
+def check_texts(must: str, folder: Path) -> None:
+    """Refuse what would hold a library for ever, or fill the memory: pipes, devices, files of a terabyte."""
+    with files_at(folder):
+        for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+            if path.suffix in TEXTS and path.exists() and not path.is_dir():
+                check_text(must, path)
+
+
+def check_text(must: str, path: Path) -> None:
+    try:
+        size = refuse_no_file(path.stat()).st_size
+    except NoFile as error:
+        raise UserError(f"{must}, of plain files, but {path} is {error}; remove it") from None
+    if size > LARGEST_TEXT:
+        raise UserError(
+            f"{must}, of files of at most {LARGEST_TEXT:,} bytes, but {path} has {size:,}; copy it again, or remove it"
+        )
 
 
 def refuse_what_is_no_id(key: str, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import numpy
 
@@ -44,3 +45,19 @@ def steps(stream, *, start=0, stop=None, samples_per_step, micro_batch, rank=0, 
 
     loader = Loader(prefetch=prefetch, micro_batch=micro_batch, rank=rank, world=world, device="cpu")
     return loader.steps(stream, start=start, stop=stop, samples_per_step=samples_per_step)
+
+
+def read_all(path: Path, vocabulary: int = 128) -> None:
+    """What a run reads of a corpus: header, borders, windows to train and to validate on."""
+    from tiny import make_run
+
+    from ted_scale.corpora.shards import document_borders, expand, read_index
+    from ted_scale.data.stream import batch, open_stream
+
+    data = make_run(path.parent, data={"seq_len": 16, "corpora": [{"path": str(path), "validation": 0.2}]}).data
+    stream = open_stream(data, 1, vocabulary)
+    batch(stream, [0, 1, 7, 10**6])
+    for held_out in stream.held_out.values():
+        batch(held_out, list(range(min(held_out.count, 4))))
+    for prefix in expand(path):
+        document_borders(read_index(prefix))
