@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy
 
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import UserError, files_at
 from ted_scale.config.data import Streaming
 from ted_scale.corpora import remote
 from ted_scale.corpora.local import SHARD_NUMBER, expand, name_of, names_in
@@ -136,9 +136,10 @@ def read_shards(path: str, stream) -> list[ShardIndex]:
 
 def read_corpus(path: str, stream) -> list[ShardIndex]:
     """The same; a shard that its manifest lists and that is missing is refused."""
-    indices = read_shards(path, stream)
-    refuse_lost_shards(path, {index.prefix for index in indices}, stream)
-    return indices
+    with files_at(path):
+        indices = read_shards(path, stream)
+        refuse_lost_shards(path, {index.prefix for index in indices}, stream)
+        return indices
 
 
 def list_again() -> None:
