@@ -28,6 +28,7 @@ from ted_scale import run_folder
 from ted_scale.base import beneath
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.base.sealed import Damaged
+from ted_scale.checkpoints import holder
 from ted_scale.corpora.reader import opened
 from ted_scale.metrics.console import log
 from ted_scale.models.inspection import inspect
@@ -81,6 +82,8 @@ def one_rank(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def little_work_of_its_own(monkeypatch):
     monkeypatch.setattr("ted_scale.base.patience.PATIENCE_S", 0.0)
+    monkeypatch.setattr(holder, "RENEWAL_S", 0.05)
+    monkeypatch.setattr(holder, "LEASE_S", 0.1)
     monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(run_folder.memory, "describe", lambda plan: [])  # slow, and reads no folder
     monkeypatch.setattr(run_folder, "held", {})
@@ -179,7 +182,7 @@ def forget() -> None:
     log.handlers = []
     for held in run_folder.held.values():
         os.close(held)
-    run_folder.held.clear(), beneath.roots.clear(), opened.cache_clear()
+    holder.held.clear(), run_folder.held.clear(), beneath.roots.clear(), opened.cache_clear()
 
 
 def remove(at: Path) -> None:

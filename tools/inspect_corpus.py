@@ -160,8 +160,7 @@ def damages(prefixes: list[str], names: list[str], vocabulary: int | None) -> li
 def check_shard(prefix: str, vocabulary: int | None) -> None:
     index = read_shard(prefix)
     sidecar = sidecar_of(index.files) or {}
-    with Path(index.files.path(".idx")).open("rb") as file:
-        check_recorded(index.files, sidecar, hashlib.file_digest(file, "sha256").hexdigest())
+    check_recorded(index.files, sidecar, idx_digest(index) if "idx_sha256" in sidecar else None)
     document_borders(index)
     vocabulary, digest, outside = vocabulary or sidecar.get("vocab_size"), hashlib.sha256(), []
     for begin in range(0, index.tokens, CHUNK):
@@ -172,6 +171,11 @@ def check_shard(prefix: str, vocabulary: int | None) -> None:
         check_digest(prefix + ".bin", digest.hexdigest(), sidecar["bin_sha256"])
     if outside:
         raise out_of_vocabulary(prefix, outside[0], vocabulary)
+
+
+def idx_digest(index: ShardIndex) -> str:
+    with Path(index.files.path(".idx")).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_manifest(name: str, prefixes: list[str]) -> None:

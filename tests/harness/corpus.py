@@ -51,7 +51,8 @@ def read_all(path: Path, vocabulary: int = 128) -> None:
     """What a run reads of a corpus: header, borders, windows to train and to validate on."""
     from tiny import make_run
 
-    from ted_scale.corpora.shards import document_borders, expand, read_index
+    from ted_scale.corpora.local import expand
+    from ted_scale.corpora.shards import document_borders, read_index
     from ted_scale.data.stream import batch, open_stream
 
     data = make_run(path.parent, data={"seq_len": 16, "corpora": [{"path": str(path), "validation": 0.2}]}).data

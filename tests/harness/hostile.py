@@ -133,11 +133,13 @@ def twice(rng, path: Path, new: Path) -> None:
 def deep(rng, folder: Path, home: Path) -> None:
     """Folders in folders, deeper than a path can be long, and than Python's stack."""
     path = any_in(rng, folder)
-    at = os.open(path if path.is_dir() else path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    for name in (rng.choice(("x.part", "step_00000009.part", "d", "x" * 200)), *["d"] * rng.choice((30, 1100))):
-        with contextlib.suppress(FileExistsError):
+    at = os.open(folder_at(path), os.O_RDONLY | os.O_DIRECTORY)
+    for name in (rng.choice(("x.part", "step_00000009.part", "d", "x" * 200)), *["d"] * rng.choice((30, 30, 30, 1100))):
+        try:
             os.mkdir(name, dir_fd=at)
-        inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+        except OSError:  # the name is taken
+            break
         os.close(at)
         at = inner
     os.close(at)
@@ -148,9 +150,7 @@ def round_about(rng, folder: Path, home: Path) -> None:
     path = any_in(rng, folder)
     target = rng.choice((".", "..", str(folder), "../.."))
     with contextlib.suppress(OSError):
-        (path if path.is_dir() else path.parent).joinpath(
-            rng.choice(("loop", "loop.part", "step_00000008"))
-        ).symlink_to(target)
+        folder_at(path).joinpath(rng.choice(("loop", "loop.part", "step_00000008"))).symlink_to(target)
 
 
 def closed(rng, folder: Path, home: Path) -> None:
@@ -166,6 +166,7 @@ STRIKES = (
 )  # fmt: skip
 TB = 1 << 40
 LOOKED_FOR = (
+    "holder_00000001.json", "holder_00000002.json",
     "log.txt", ".lock", "metrics.jsonl", "run.toml.part", "life.json.part", "manifest.json", "manifest.json.part",
     "step_00000009", "step_00000008_1", "step_00000006.part", "step_00000004.old.part", "x.part", "stacks", "reports",
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -185,6 +186,10 @@ def any_in(rng, folder: Path) -> Path:
         found += inner
         places += [path for path in inner if path.is_dir() and not path.is_symlink()]
     return rng.choice(found or [folder])
+
+
+def folder_at(path: Path) -> Path:
+    return path if path.is_dir() and not path.is_symlink() else path.parent
 
 
 def remove(path: Path) -> None:

@@ -24,7 +24,7 @@ from ted_scale import run_folder
 from ted_scale.base import durable, sealed
 from ted_scale.base.beneath import make_folder
 from ted_scale.base.errors import files_at
-from ted_scale.checkpoints import copies, life, owner, resume, strangers
+from ted_scale.checkpoints import copies, holder, life, owner, resume, strangers
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.filters_file import check_filters, write_filters
 from ted_scale.checkpoints.progress import Progress, progress_as_bytes, read_progress
@@ -146,15 +146,17 @@ def acts_of_a_run_that_has_begun(folder: Path, world: World) -> Acts:
         lambda: files.clear_unfinished(folder),
         lambda: copies.forget_fetched(folder / "checkpoints"),
         lambda: life.take_up(folder, 6, life.Spent()),
+        lambda: holder.held and holder.renew(folder, holder.held[folder]),
         lambda: owner.record(folder, owner.Owner("id", "start", "host", "user")),
         lambda: write_rows(run),
-        lambda: stacks.write(folder / "stacks", 0, "stack"),
+        lambda: stacks.write_stacks(folder / "stacks", 0, "stack"),
         lambda: (
             make_folder(folder / "reports"),
             durable.write_durably(folder / "reports" / "step_00000003.json", "{}"),
         ),
         lambda: write_filters(folder / "filters_start.safetensors", {"student.0": torch.ones(2)}, {}),
         lambda: strangers.refuse(folder),
+        lambda: holder.leave(folder),
     ]
 
 
