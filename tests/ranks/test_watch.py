@@ -18,7 +18,7 @@ import pytest
 import torch.distributed as dist
 from places import HARNESS
 
-from ted_scale.base import exits
+from ted_scale.base import exits, progress
 from ted_scale.base.errors import FAULT, GONE, HUNG, MEMORY, MISTAKE, RESUME, Gone, Preempted
 from ted_scale.config.operation import Limits
 from ted_scale.ranks import pulse, watch
@@ -317,6 +317,7 @@ def test_a_start_that_reads_on_goes_on_and_is_logged_and_one_that_stands_still_e
     """By any rank: here it is rank 1, for which rank 0 waits. It ended after start_s, at each start again."""
     watches, left, said, _ = pair
     monkeypatch.setattr(watch, "TOLD_S", 0.5, raising=False)
+    monkeypatch.setattr(progress, "total", 0)  # what earlier tests of this process have read
     lines = logging.handlers.BufferingHandler(1000)
     monkeypatch.setattr(logging.getLogger("ted_scale"), "handlers", [lines])
     monkeypatch.setattr(logging.getLogger("ted_scale"), "level", logging.INFO)
