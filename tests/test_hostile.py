@@ -29,6 +29,7 @@ from ted_scale.base import beneath
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.base.sealed import Damaged
 from ted_scale.checkpoints import holder
+from ted_scale.corpora import documents
 from ted_scale.corpora.reader import opened
 from ted_scale.metrics.console import log
 from ted_scale.models.inspection import inspect
@@ -39,7 +40,6 @@ from tools import train_tokenizer
 FEW, MANY = 100, 10_000
 MEMORY, LARGEST = 1 << 30, 1 << 26
 NOBODY = 65534
-UNBOUNDED = (hostile.giant, hostile.deep)  # documents.py holds a line in memory, and walks by recursion
 REFUSED = (UserError, Gone, Damaged)
 TURNS = ("run", "corpus", "run", "model", "run", "texts", "corpus", "tokenizer")
 outcomes: Counter = Counter()
@@ -84,6 +84,7 @@ def little_work_of_its_own(monkeypatch):
     monkeypatch.setattr("ted_scale.base.patience.PATIENCE_S", 0.0)
     monkeypatch.setattr(holder, "RENEWAL_S", 0.05)
     monkeypatch.setattr(holder, "LEASE_S", 0.1)
+    monkeypatch.setattr(documents, "LONGEST", LARGEST)
     monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(run_folder.memory, "describe", lambda plan: [])  # slow, and reads no folder
     monkeypatch.setattr(run_folder, "held", {})
@@ -108,7 +109,6 @@ def one_input(seed: int, world: World) -> None:
     shutil.copytree(world.folder.with_name("sound") / name, folder, symlinks=True)
     hostile.victim(home)
     strikes = sorted(rng.choices(hostile.STRIKES, k=rng.randint(1, 3)), key=hostile.STRIKES.index)
-    strikes = [strike for strike in strikes if not (name == "texts" and strike in UNBOUNDED)]
     late = subject.begin is not None and rng.random() < 0.4
     acts = [partial(subject.begin, folder, world)] if late else subject.acts(folder, world)
     as_nobody = hostile.closed in strikes and os.getuid() == 0

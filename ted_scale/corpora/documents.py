@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import parse_json
 
 # fmt: off
@@ -30,6 +30,7 @@ TEXT = {
 LINES = {".jsonl", ".ndjson"}
 TABLES = {".csv", ".tsv"}
 PACKED = {".gz", ".zst"}
+LONGEST = 2**32  # bytes of a document: what has no end must not fill the memory
 
 
 class Document(NamedTuple):
@@ -49,9 +50,10 @@ def find_files(inputs: list[str]) -> list[Path]:
     """The files named, and those of known kind in the folders named (sorted, hidden ones left out)."""
     files = []
     for name in inputs:
-        if not Path(name).exists():
-            raise UserError(f"input {name} must exist, but is missing; check the path")
-        files += sorted(_walk(Path(name))) if Path(name).is_dir() else [Path(name)]
+        with files_at(name):
+            if not Path(name).exists():
+                raise UserError(f"input {name} must exist, but is missing; check the path")
+            files += sorted(_walk(Path(name))) if Path(name).is_dir() else [Path(name)]
     if not files:
         raise UserError(
             f"input {' '.join(inputs)} must hold text, .jsonl or .parquet files, but holds none; "
@@ -61,10 +63,13 @@ def find_files(inputs: list[str]) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.is_file() and _kind(path) in TEXT | LINES | {".parquet"}:
-            yield path
+    places = [folder]  # a list, because folders in folders may be deeper than Python's stack
+    for place in places:
+        for path in (path for path in place.iterdir() if not path.name.startswith(".")):
+            if path.is_dir() and not path.is_symlink():
+                places.append(path)
+            elif path.is_file() and _kind(path) in TEXT | LINES | {".parquet"}:
+                yield path
 
 
 def _kind(path: Path) -> str:
@@ -188,11 +193,23 @@ def _raw_file(path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, 
     raw, stream, errors = _open(path)
     with raw:
         try:
-            content = stream.read()
+            content = _read(stream)
         except errors as error:
             on_error(_unreadable(path, None, f"a whole {path.suffix} file", error))
             return
-    yield 1, content, path.stat().st_size
+    if len(content) > LONGEST:
+        on_error(_unreadable(path, None, f"a document of at most {LONGEST:,} bytes", "it is longer"))
+    else:
+        yield 1, content, path.stat().st_size
+
+
+def _read(stream: io.BufferedIOBase) -> bytes:
+    """All, or the beginning of more than LONGEST."""
+    pieces, size = [], 0
+    while size <= LONGEST and (piece := stream.read(1 << 20)):
+        pieces.append(piece)
+        size += len(piece)
+    return b"".join(pieces)
 
 
 def _raw_lines(path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, bytes, int]]:
@@ -202,7 +219,11 @@ def _raw_lines(path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int,
         try:
             for _ in islice(stream, skip):
                 pass
-            for number, line in enumerate(stream, skip + 1):
+            for number, line in enumerate(iter(partial(stream.readline, LONGEST + 1), b""), skip + 1):
+                if len(line) > LONGEST:
+                    must = f"a line of at most {LONGEST:,} bytes"
+                    on_error(_unreadable(path, number, must, "it is longer, and what follows is left out"))
+                    return
                 yield number, line.removesuffix(b"\n").removesuffix(b"\r"), raw.tell()
         except errors as error:
             on_error(_unreadable(path, number + 1, f"a whole {path.suffix} file", error))
