@@ -38,7 +38,7 @@ from ted_scale.metrics.metrics import Metrics
 from ted_scale.metrics.tracking import open_wandb
 from ted_scale.models import zero_hooks
 from ted_scale.plan import Plan, as_dict
-from ted_scale.ranks import pulse, shortage, watch
+from ted_scale.ranks import pulse, shortage, stacks, watch
 from ted_scale.ranks.agree import broadcast, of_rank_0, share, verdict
 from ted_scale.ranks.group import start_ranks
 from ted_scale.same_text import open_together
@@ -94,15 +94,17 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         raise
     except (UserError, RunStopped):  # wait for the checkpoint that is being written, and for its copy
         parts.saver.wait(leaving=True)
-        parts.saver.copier.finish()
+        parts.saver.copier.finish(leaving=True)  # the next start copies what is missing; other ranks may be in a step
         raise
     finally:
         parts.loader.close()
+        if (
+            dist.get_rank() == 0
+        ):  # before W&B is waited for, which may take a minute: a grace period may be over by then
+            stacks.aside(owner.LEAVING_S, owner.leave, plan.run)
         parts.metrics.close()
-        if dist.get_rank() == 0:
-            owner.leave(plan.run)
-            if not parts.saver.is_writing():
-                holder.leave(plan.run.folder)
+        if dist.get_rank() == 0 and not parts.saver.is_writing():
+            holder.leave(plan.run.folder)
     parts.metrics.leave_word("it was done")
     log_line(f"done: {plan.run.folder} is at step {progress.step}; next: python tools/export_hf.py {plan.run.folder}")
     return progress

@@ -173,20 +173,24 @@ def resume_point(run) -> tuple[Path | None, int]:
 def fetch(place: str, checkpoint: Path) -> str | None:
     """Download a copy, every rank a share of its files. Returns None if it is whole, what is wrong with it if not, and "" if
     the copy was never whole."""
-    part, writes = checkpoint.with_name(checkpoint.name + PART), dist.get_rank() == 0
     copy = of_rank_0(copies.copy_of, place, checkpoint.name)
     if not copy.is_whole:
         return copy.fault or ""
     folder, (first, each) = checkpoint.with_name(checkpoint.name + copies.FETCHED), share()
     fault = verdict(copies.fetch, copy, folder, list(copy.manifest["files"])[first::each])
-    if writes and not fault:
-        with files_at(checkpoint):
-            copies.publishable(copy, folder, part)
-            sync(part)
-            publish(part)
-        log.info(f"{checkpoint} was downloaded from {place}")
-    dist.barrier()
-    return fault
+    return fault or of_rank_0(finish_fetched, copy, folder, checkpoint)
+
+
+def finish_fetched(copy: copies.Copy, folder: Path, checkpoint: Path) -> str | None:
+    """On rank 0, once all files are there. Returns what is wrong."""
+    part = checkpoint.with_name(checkpoint.name + PART)
+    with files_at(checkpoint):
+        if fault := copies.publishable(copy, folder, part):
+            return fault
+        sync(part)
+        publish(part)
+    log.info(f"{checkpoint} was downloaded")
+    return None
 
 
 def filters_files(plan: Plan, newest: Path | None) -> list[Path]:

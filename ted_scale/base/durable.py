@@ -6,6 +6,7 @@ that what a disk makes of them is noticed.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterable
@@ -85,6 +86,8 @@ def publish(part: Path) -> Path:
             rename(place, aside)
         rename(part, place)
     sync(place.parent)
+    if not is_there(place):
+        raise FileNotFoundError(errno.ENOENT, "somebody has removed it", str(part))
     discard(aside)
     return place
 

@@ -35,7 +35,7 @@ def run_main(main) -> None:
     except SENTENCES as error:
         last_words(f"{'stopped' if isinstance(error, Preempted) else 'error'}: {error}", error.exit_code)
     except Exception:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if end_together is None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         last_words(traceback.format_exc(), FAULT)
 

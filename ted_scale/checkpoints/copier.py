@@ -6,7 +6,6 @@ checkpoints from disk and must spare the one that is next. Another rank may be s
 chosen, but it will: all ranks publish the same checkpoints in the same order.
 """
 
-import contextlib
 import logging
 import threading
 import time
@@ -25,6 +24,7 @@ log = logging.getLogger("ted_scale")
 # A run that is asked to stop waits so long for a copy. Spot machines, Kubernetes and launch.py give 30 s in all, the step and the
 # save come first, and on a machine that is not preempted the next start sends what is missing.
 LEAVING_S = 20
+INTERRUPTED = "its copy was interrupted"
 
 
 class Task(NamedTuple):
@@ -72,12 +72,13 @@ class Copier:
             return {self.under_way, *(task.checkpoint.name for task in list(self.waiting.values())[-1:])}
 
     def finish(self, *, leaving: bool = False) -> None:
-        """Wait for the copies. This ends: requests have time limits, and the death of another rank ends this one."""
-        end = time.monotonic() + LEAVING_S if leaving else None
-        if self.is_copying():
-            log.info(f"waiting for the copy of {self.under_way}")
+        """Wait for the copies. This ends: requests have time limits, the death of another rank ends this one, and watch.py ends
+        all if no rank reads on."""
+        end, said = time.monotonic() + LEAVING_S if leaving else None, None
         while (thread := self.thread) is not None and thread.is_alive() and (end is None or time.monotonic() < end):
-            pulse.doing(f"the copy of {self.under_way}")
+            if said != (said := self.under_way):
+                log.info(f"waiting for the copy of {said}")
+                pulse.reading(f"the copy of {said}")
             thread.join(1)
             if signals.asked.is_set() and end is None:
                 end = time.monotonic() + LEAVING_S
@@ -85,6 +86,8 @@ class Copier:
     def insist(self) -> None:
         """Wait for the copies; a run whose last checkpoint has none is not done. The next start copies it."""
         self.finish()
+        if self.waiting and not self.failure:  # the thread ended before it was asked to
+            self.failure = Failure(INTERRUPTED)
         if self.failure:
             sentence = f"checkpoint.copy_to must hold the run's last checkpoint, but does not: {self.failure.reason}"
             give_up(self.failure._replace(reason=f"{sentence}; it is whole on disk, and the same command copies it"))
@@ -92,8 +95,9 @@ class Copier:
     # The thread's part; every rank has such a thread
 
     def run_thread(self) -> None:
-        """If a rank has died, the collectives of all others fail. watch.py reports the death, so nothing is reported here."""
-        with contextlib.suppress(Exception):
+        """If a rank has died, the collectives of all others fail, and watch.py reports the death. A copy that ends like this counts
+        as failed."""
+        try:
             while (task := self.next()) is not None:
                 self.failure = self.copy(task)
                 if self.failure:
@@ -101,6 +105,8 @@ class Copier:
                 elif self.rank == 0:
                     failure, _ = attempt(self.as_owner, copies.prune, self.place, self.run.checkpoint)
                     warn_of_old_ones(self.place, failure)
+        except Exception as error:
+            log.warning(f"nothing is copied until the next checkpoint: {error!r}")
 
     def next(self) -> Task | None:
         """The newest task that rank 0 knows. Those before it are passed over."""
@@ -108,6 +114,7 @@ class Copier:
             if not self.waiting:
                 self.under_way, self.thread = "", None
                 return None
+            self.failure = Failure(INTERRUPTED)  # until the copy is there
             newest = max(self.waiting)
             self.under_way = self.waiting[newest].checkpoint.name
         chosen = gather(newest, self.group)[0]
@@ -117,7 +124,7 @@ class Copier:
                 late = Failure("a newer checkpoint came before the copy of an earlier one was done")
                 self.alert_no_copy(self.waiting.pop(number).checkpoint, late)
             task = self.waiting.pop(chosen)
-            self.under_way, self.failure = task.checkpoint.name, Failure("its copy was interrupted")
+            self.under_way = task.checkpoint.name
             return task
 
     def copy(self, task: Task) -> Failure | None:

@@ -162,11 +162,13 @@ def fetch_file(thing: Object, folder: Path, name: str, entry: sealed.Entry | Non
                 return f"its copy: {damage}"
 
 
-def publishable(copy: Copy, folder: Path, part: Path) -> None:
-    """Give a checkpoint that is fetched its manifest, last, and the name of one that can be published."""
+def publishable(copy: Copy, folder: Path, part: Path) -> str | None:
+    """Give a checkpoint that is fetched its manifest, last, and the name of one that can be published. Returns what is wrong."""
+    if fault := fetch_file(copy.objects[MANIFEST], folder, MANIFEST, None):
+        return fault
     beneath.discard(part)
     beneath.rename(folder, part)
-    fetch_file(copy.objects[MANIFEST], part, MANIFEST, None)
+    return None
 
 
 def forget_fetched(checkpoints: Path) -> None:

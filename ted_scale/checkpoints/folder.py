@@ -16,6 +16,7 @@ from ted_scale.base import beneath, durable, sealed
 from ted_scale.base.durable import PART
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import is_count
+from ted_scale.base.paths import NoFile
 from ted_scale.base.patience import patiently
 from ted_scale.base.redact import printable
 from ted_scale.base.sealed import Damaged
@@ -132,12 +133,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def renamed(folder: Path) -> list[str]:
     """A line for each checkpoint whose name is not that of a checkpoint: the run does not use it."""
     lines = []
-    for path in sorted(p for p in checkpoints_of(folder).glob("*") if not p.name.endswith(PART) and not key_of(p.name)):
-        try:
-            manifest = sealed.read_manifest(path) if (path / sealed.MANIFEST).exists() else {}
+    with files_at(folder):
+        paths = sorted(checkpoints_of(folder).glob("*"))
+    for path in (path for path in paths if not path.name.endswith(PART) and not key_of(path.name)):
+        try:  # once, because nobody needs it: it may have been moved aside because it cannot be read
+            manifest = sealed.parse_manifest(sealed.read_text(path / sealed.MANIFEST))
             name = checkpoint_name(manifest["step"], len(manifest["forks"]))
             lines.append(f"{printable(str(path))} is not used, because its name is not {name}")
-        except (Damaged, OSError, KeyError, TypeError, ValueError):
+        except (Damaged, NoFile, OSError, KeyError, TypeError, ValueError):
             continue
     return lines
 

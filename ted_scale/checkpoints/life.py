@@ -23,7 +23,7 @@ from ted_scale.config.types import Count
 
 NAME, LONGEST, EVERY_S = "life.json", 2**16, 10.0
 STRICT = ConfigDict(strict=True, extra="ignore")
-Time = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Time = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)

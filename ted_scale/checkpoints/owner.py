@@ -38,6 +38,10 @@ LEASE_S = 120
 LEAVING_S = 5
 
 
+class Taken(UserError):
+    """Another run has the place."""
+
+
 @dataclass(frozen=True)
 class Owner:
     id: str  # of the run's folder
@@ -130,25 +134,29 @@ def hold(run) -> None:
 
 
 def keep(run) -> None:
+    warned = False
     while True:
         time.sleep(RENEWAL_S)
         try:
             renew(run)
-        except Gone:
-            continue
-        except SENTENCES as error:
+            warned = False
+        except Taken as error:
             log.error(f"nothing is copied any more: {error}")
             return
+        except SENTENCES as error:
+            if not warned:
+                log.warning(f"{url_of(run)} was not renewed, and is tried again: {error}")
+            warned = True
 
 
 def renew(run, *, left: bool = False, patience_s: float | None = None) -> None:
-    """UserError if another run has the place."""
+    """Taken if another run has the place."""
     mine, found = recorded(run.folder), look(run, patience_s)
     if mine is None:
         return claim(run)
     theirs = parsed(found) if found else mine
     if not theirs.is_same(mine):
-        raise UserError(f"{begin(run)}, but {theirs} has it now; give one of the two another name or another copy_to")
+        raise Taken(f"{begin(run)}, but {theirs} has it now; give one of the two another name or another copy_to")
     if theirs.left:  # this run is at its end
         return
     try:

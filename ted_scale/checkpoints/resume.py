@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 
 from ted_scale.base import sealed
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import UserError, files_at
+from ted_scale.base.patience import patiently
 from ted_scale.checkpoints import copies, strangers
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import PROGRESS, Progress, read_progress
@@ -19,12 +20,10 @@ from ted_scale.storage.objects import check_package
 def find(run, identity: dict) -> tuple[str, Progress]:
     """(newest checkpoint, its progress). Refuses a folder that cannot be written and a checkpoint of another run."""
     folder = run.folder
-    try:
-        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    except OSError as error:
-        raise UserError(f"runs must be a folder that can be reached, but {folder} is not: {error.strerror}") from None
+    with files_at(folder):
+        existing, is_writable = patiently(nearest, folder, sealed.WAY_OUT)
     strangers.refuse(folder)
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    if not is_writable:
         raise UserError(
             f"runs must be a folder this user can write, but {existing} is not; set runs or change its mode"
         )
@@ -32,6 +31,13 @@ def find(run, identity: dict) -> tuple[str, Progress]:
     if where:
         changes.refuse_another_run(where, progress.identity, identity, run.resume.allow, progress.step)
     return where, progress
+
+
+def nearest(folder: Path) -> tuple[Path, bool]:
+    """(the folder, or the nearest one above it that is there; whether this user can write there)"""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    existing.stat()  # os.access says no to every error, also to one that passes
+    return existing, existing.is_dir() and os.access(existing, os.W_OK)
 
 
 def newest_progress(run) -> tuple[str, Progress]:

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from ted_scale.base.beneath import several_names, strange
+from ted_scale.base.beneath import is_there, several_names, strange
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.paths import KINDS
 from ted_scale.checkpoints.folder import FILTERS, checkpoints_of, key_of
@@ -22,9 +22,9 @@ FILES = (".lock", "run.toml", FILTERS, *APPENDED)
 
 def refuse(folder: Path) -> None:
     """One sentence about the first name that is not what a run would have made there."""
-    if not os.path.lexists(folder):
-        return
     with files_at(folder):
+        if not is_there(folder):
+            return
         for path in standing(folder, FOLDERS):
             kind = kind_of(path)
             if kind != "a folder":
@@ -68,7 +68,7 @@ def user_name(uid: int) -> str:
 
 
 def standing(folder: Path, names: tuple[str, ...]) -> Iterator[Path]:
-    return (folder / name for name in names if os.path.lexists(folder / name))
+    return (folder / name for name in names if is_there(folder / name))
 
 
 def kind_of(path: Path) -> str:

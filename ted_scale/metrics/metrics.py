@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ted_scale.base import redact
 from ted_scale.base.beneath import append_to
+from ted_scale.base.errors import files_at
 from ted_scale.checkpoints import life
 from ted_scale.checkpoints.life import Lost, Spent
 from ted_scale.checkpoints.progress import Progress
@@ -62,8 +63,9 @@ class Metrics:
     def open(self, step: int) -> None:
         """Append rows after those of `step`, which the run is at."""
         if self.writes:
-            self.already = rows_at(self.path, step)
-            self.file = append_to(self.path)
+            with files_at(self.path):
+                self.already = rows_at(self.path, step)
+                self.file = append_to(self.path)
 
     def go_back(self, progress: Progress) -> None:
         """Remove the rows after an earlier step, as a resume from there does."""

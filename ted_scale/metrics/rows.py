@@ -23,14 +23,13 @@ def trim_rows(path: Path, step: int) -> None:
     write_durably(path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
 
-def rows_in(path: Path) -> list[dict]:
+def rows_in(path: Path) -> Iterator[dict]:
     """The rows that are whole. A line may be cut off, where the machine stopped, or damaged by the disk."""
-    rows = []
     for line in lines_in(path):
         with contextlib.suppress(ValueError):
             row = parse_json(line)
-            rows += [row] if fits(row, {"step": int}) else []
-    return rows
+            if fits(row, {"step": int}):
+                yield row
 
 
 def lines_in(path: Path) -> Iterator[bytes]:
@@ -43,7 +42,7 @@ def lines_in(path: Path) -> Iterator[bytes]:
 
 def rows_at(path: Path, step: int) -> set[tuple]:
     """The rows of the step that a run resumes from, by their keys: the run measures some of them again."""
-    rows = rows_in(path) if path.exists() else []
+    rows = rows_in(path) if path.exists() else ()
     return {(step, *list(row)[2:]) for row in rows if row["step"] == step}
 
 

@@ -22,12 +22,14 @@ from ted_scale.base.errors import clean, shortened
 from ted_scale.config.operation import Wandb
 from ted_scale.config.run import Run
 from ted_scale.metrics.console import log_line
+from ted_scale.ranks import signals
 
 ATTEMPT_S, PATIENCE_S = 20.0, 180.0  # of one try to go online, of all of them
 HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the earlier name and the later one
 KEPT = 10_000  # rows and messages that wait until the W&B run is open
 # Neither the end of a run nor the message of a fault may wait for the network for ever. `wandb sync` uploads the rest.
 LAST_UPLOAD = {"finish_timeout": 30, "finish_timeout_raises": True}
+STOPPING_S = 5  # of a run that a signal asked to stop: `wandb sync` sends the rest
 CLOSE_S = ATTEMPT_S + LAST_UPLOAD["finish_timeout"] + 10
 
 
@@ -62,7 +64,7 @@ class WandbRun:
         self.closing.set()
         for last in (lambda wandb_run: wandb_run.finish(), None):
             self.actions.put(last)
-        self.thread.join(CLOSE_S)
+        self.thread.join(STOPPING_S if signals.asked.is_set() else CLOSE_S)
 
 
 def open_wandb(run: Run, run_id: str | None) -> WandbRun | None:

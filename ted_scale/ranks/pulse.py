@@ -32,6 +32,11 @@ def doing(what: str) -> None:
     put(now._replace(what=what, since=time.monotonic()))
 
 
+def reading(what: str) -> None:
+    """Work whose end depends on what the ranks read, like a start's; a signal waits for it."""
+    put(now._replace(what=what, since=time.monotonic(), first=True))
+
+
 def put(pulse: Pulse) -> None:
     global now
     now = pulse

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ted_scale.base import beneath
+from ted_scale.base import beneath, progress
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.storage import objects
 from ted_scale.storage.client import s3_client
@@ -54,6 +54,7 @@ class Upload(NamedTuple):
             content = file.read(min(self.each, self.size - start))
         if len(content) != min(self.each, self.size - start):
             raise OSError(f"{self.source} is shorter than when its upload began")
+        progress.took(len(content))
         return content
 
 
