@@ -20,23 +20,28 @@ from ted_scale.storage.objects import check_package
 def find(run, identity: dict) -> tuple[str, Progress]:
     """(newest checkpoint, its progress). Refuses a folder that cannot be written and a checkpoint of another run."""
     folder = run.folder
-    with files_at(folder):
-        existing, is_writable = patiently(nearest, folder, sealed.WAY_OUT)
+    nearest_writable(folder)
     strangers.refuse(folder)
-    if not is_writable:
-        raise UserError(
-            f"runs must be a folder this user can write, but {existing} is not; set runs or change its mode"
-        )
     where, progress = newest_progress(run)
     if where:
         changes.refuse_another_run(where, progress.identity, identity, run.resume.allow, progress.step)
     return where, progress
 
 
+def nearest_writable(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there. os.access says no to every error, also to one that passes, so it is
+    asked again."""
+    for _ in range(2):
+        with files_at(folder):
+            existing, is_writable = patiently(nearest, folder, sealed.WAY_OUT)
+        if is_writable:
+            return existing
+    raise UserError(f"runs must be a folder this user can write, but {existing} is not; set runs or change its mode")
+
+
 def nearest(folder: Path) -> tuple[Path, bool]:
     """(the folder, or the nearest one above it that is there; whether this user can write there)"""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    existing.stat()  # os.access says no to every error, also to one that passes
     return existing, existing.is_dir() and os.access(existing, os.W_OK)
 
 

@@ -51,3 +51,8 @@ def test_a_folder_that_could_not_be_renamed_is_put_back(tmp_path, monkeypatch):
     assert (old / "file").read_text() == "old"
     durable.publish(part)
     assert (old / "file").read_text() == "new" and list(tmp_path.iterdir()) == [old]
+
+
+def test_a_folder_that_somebody_removed_before_its_rename_is_not_published(tmp_path):
+    with pytest.raises(FileNotFoundError, match="somebody has removed it"):
+        durable.publish(tmp_path / "step.part")

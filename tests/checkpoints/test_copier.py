@@ -11,12 +11,13 @@ import test_saver
 from test_copies import copied, saver_of, write
 from test_saver import Run, one_rank  # noqa: F401 - a fixture of this module, too
 
-from ted_scale.base import sealed
+from ted_scale.base import progress, sealed
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.checkpoints import copier, copies, owner
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import saver as saving
 from ted_scale.checkpoints.progress import Progress
+from ted_scale.ranks import pulse
 
 
 @pytest.fixture
@@ -148,3 +149,41 @@ def test_ranks_copy_the_same_checkpoints_in_the_same_order_whoever_is_slow(run, 
     for rank in ranks:
         rank.insist()
     assert sent[0] == sent[1] == sent[2] and sent[0][-1] == "step_00000039" and 10 < len(sent[0]) < 40
+
+
+def test_a_copy_whose_thread_ended_before_it_began_is_none(endpoint, run, tmp_path, monkeypatch, caplog):
+    """After one that succeeded: a connection between ranks is reset, and no rank has died."""
+    saver = saver_of(run, tmp_path)
+    assert write(saver, 4) is None
+
+    def reset(*_):
+        raise RuntimeError("Connection reset by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copier, "gather", reset)
+        assert write(saver, 8) is None
+        with pytest.raises(
+            Gone, match=r"must hold the run's last checkpoint, but does not: its copy was interrupted; it is"
+        ):
+            saver.copier.insist()
+    assert "nothing is copied until the next checkpoint: RuntimeError('Connection reset" in caplog.text
+    assert write(saver, 12) is None
+    saver.copier.insist()
+    assert "step_00000012" in copied(endpoint, run)
+
+
+def test_who_waits_for_a_copy_is_judged_by_what_the_ranks_read(run, tmp_path, slow):
+    """It gave a new sign of life each second, so that no limit ended a copy that stood still."""
+    saver = saver_of(run, tmp_path)
+    assert test_saver.write(saver, 4) is None
+    waiting = threading.Thread(target=saver.copier.finish)
+    waiting.start()
+    time.sleep(0.3)
+    stands = pulse.now
+    assert (stands.what, stands.first) == ("the copy of step_00000004", True)
+    time.sleep(1.2)
+    assert pulse.now is stands
+    before = progress.total
+    slow.set()
+    waiting.join(20)
+    assert progress.total - before >= (run.folder / "checkpoints/step_00000004/rank_00000.safetensors").stat().st_size

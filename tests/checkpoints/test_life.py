@@ -109,3 +109,10 @@ def test_every_second_belongs_to_one_part(monkeypatch):
     assert [getattr(spent, part) for part in PARTS] == [720.0, 75.0, 13.0, 6.0, 60.0, 30.0]
     assert spent.total == SAVED.total + 5 + 10 + 100 + 1 + 40 + 3 + 20
     assert sum(ledger.shares().values()) == pytest.approx(1.0)
+
+
+def test_times_that_no_run_can_have_are_no_times(tmp_path):
+    """A sum of them was infinite, and a checkpoint with it could not be resumed."""
+    huge = dataclasses.asdict(Life(1, dataclasses.replace(SAVED, steps=1.7e308, repeated=1.7e308)))
+    (tmp_path / life.NAME).write_text(json.dumps(huge))
+    assert read(tmp_path) is None

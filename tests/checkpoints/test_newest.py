@@ -1,9 +1,16 @@
 """Where a run resumes is found with few questions to a file server."""
 
+import errno
+import os
+from pathlib import Path
+
+import pytest
 from test_saver import Run, one_rank, saver_of, write  # noqa: F401 - a fixture of this module, too
 
-from ted_scale.base import sealed
+from ted_scale.base import patience, sealed
+from ted_scale.base.errors import Gone, UserError
 from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints import resume
 from ted_scale.checkpoints.progress import PROGRESS
 from ted_scale.checkpoints.resume import newest_progress
 
@@ -23,3 +30,37 @@ def test_at_a_start_only_rank_0_asks_for_sizes_and_only_of_the_newest_whole_chec
         assert sorted(asked) == sorted(("step_00003000", name) for name in names)
     (files.checkpoints_of(run.folder) / "step_00003000" / PROGRESS).unlink()
     assert newest_progress(run)[1].step == 2000
+
+
+@pytest.mark.parametrize("call", ["stat", "access"])
+def test_a_folder_that_fails_once_is_looked_at_again(tmp_path, monkeypatch, call):
+    """One stale handle was a mistake of the user, after which no supervisor starts again."""
+    run = Run(tmp_path / "run", keep=3)
+    run.folder.mkdir()
+    struck, original = [], getattr(os, call)
+
+    def once(path, *arguments, **named):
+        if not struck and Path(path) == run.folder:
+            struck.append(path)
+            if call == "access":
+                return False
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return original(path, *arguments, **named)
+
+    monkeypatch.setattr(os, call, once)
+    assert resume.nearest_writable(run.folder) == run.folder
+    assert struck
+
+
+def test_a_folder_that_stays_out_of_reach_is_gone_and_one_without_rights_a_mistake(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^runs must be a folder this user can write, but .*file is not; set runs or"):
+        resume.nearest_writable(tmp_path / "file")
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(resume, "nearest", stale)
+    with pytest.raises(Gone, match=r"run must be readable, but was not for 0.2 s"):
+        resume.nearest_writable(tmp_path / "run")
+
+
+def stale(path):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))

@@ -179,3 +179,30 @@ def test_a_record_that_is_none_is_another_run_s(endpoint, run, tmp_path, lease, 
     (files.checkpoints_of(run.folder) / "step_00000004").mkdir()
     with pytest.raises(UserError, match=r"or remove s3://.*owner\.json if that run is gone for good"):
         owner.claim(run)
+
+
+def test_a_lease_outlives_a_refusal_that_passes(endpoint, run, tmp_path, lease, monkeypatch, caplog):
+    """Its thread ended for good, and a run without its folder could take the place of one that lives."""
+    started(run, tmp_path)
+    renew, asked = owner.renew, threading.Semaphore(0)
+
+    def refused(run):
+        asked.release()
+        if len(refusals) < 2:
+            refusals.append(1)
+            raise UserError("owner.json must be readable, but is not: AccessDenied")
+        renew(run)
+        if asked._value > 3:
+            raise SystemExit
+
+    refusals: list = []
+    monkeypatch.setattr(owner, "RENEWAL_S", 0.01)
+    monkeypatch.setattr(owner, "renew", refused)
+    thread = threading.Thread(target=owner.keep, args=(run,), daemon=True)
+    thread.start()
+    for _ in range(4):
+        assert asked.acquire(timeout=20)
+    assert caplog.text.count("was not renewed, and is tried again") == 1
+    monkeypatch.setattr(owner, "renew", lambda run: (_ for _ in ()).throw(owner.Taken("another has it")))
+    thread.join(20)
+    assert not thread.is_alive() and "nothing is copied any more: another has it" in caplog.text

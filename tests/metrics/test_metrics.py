@@ -1,7 +1,9 @@
 """The rows of metrics.jsonl, and what a resume removes from them."""
 
+import errno
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from tiny import make_run
 
+from ted_scale.base.errors import Gone
 from ted_scale.checkpoints.life import PARTS
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.data.stream import Batch
@@ -244,3 +247,16 @@ def test_the_console_shows_totals_and_the_weights_of_an_adaptive_blend():
         "blend/code/ppl",
     )
     assert [key for key in keys if shown(key)] == ["loss/ce", "val/loss", "blend/code/weight"]
+
+
+def test_rows_that_a_file_system_fails_to_give_are_a_sentence(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 2}\n')
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(run.folder / "metrics.jsonl"))
+
+    monkeypatch.setattr("ted_scale.metrics.rows.open_file", stale)
+    with pytest.raises(Gone, match=r"metrics.jsonl must be readable and writable, but the file system says Stale file handle"):
+        metrics(run, step=1)
