@@ -19,11 +19,11 @@ from ted_scale.base import beneath, durable, sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.paths import own_folder
 from ted_scale.checkpoints import folder as files
-from ted_scale.checkpoints import life, strangers
+from ted_scale.checkpoints import holder, life, strangers
 from ted_scale.config.data import Streaming
 from ted_scale.corpora import corpus, output, remote
 from ted_scale.corpora.tokenizer import load_tokenizer
-from ted_scale.metrics.console import open_log
+from ted_scale.metrics.console import log, open_log
 from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
 from ted_scale.models.model_folder import TOKENIZER_FILES, copy_files
@@ -197,8 +197,11 @@ def home(tmp_path):
 
 @pytest.fixture
 def gift(tmp_path, home, monkeypatch):
-    """Its lock is given back at the end, and its root is guarded until then."""
+    """Its lock is given back at the end, its root is guarded and its log is open until then."""
+    for name in ("handlers", "propagate"):
+        monkeypatch.setattr(log, name, getattr(log, name))
     monkeypatch.setattr(run_folder, "held", {})
+    monkeypatch.setattr(holder, "held", {})
     monkeypatch.setattr(beneath, "roots", set())
     folder = tmp_path / "runs" / "gift"
     (folder / "checkpoints").mkdir(parents=True)

@@ -87,7 +87,10 @@ def little_work_of_its_own(monkeypatch):
     monkeypatch.setattr(documents, "LONGEST", LARGEST)
     monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(run_folder.memory, "describe", lambda plan: [])  # slow, and reads no folder
+    for name in ("handlers", "propagate"):
+        monkeypatch.setattr(log, name, getattr(log, name))
     monkeypatch.setattr(run_folder, "held", {})
+    monkeypatch.setattr(holder, "held", {})
     monkeypatch.setattr(beneath, "roots", set())
 
 
