@@ -258,5 +258,7 @@ def test_rows_that_a_file_system_fails_to_give_are_a_sentence(tmp_path, monkeypa
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(run.folder / "metrics.jsonl"))
 
     monkeypatch.setattr("ted_scale.metrics.rows.open_file", stale)
-    with pytest.raises(Gone, match=r"metrics.jsonl must be readable and writable, but the file system says Stale file handle"):
+    with pytest.raises(
+        Gone, match=r"metrics.jsonl must be readable and writable, but the file system says Stale file handle"
+    ):
         metrics(run, step=1)
