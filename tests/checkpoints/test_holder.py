@@ -22,9 +22,9 @@ from tools import checkpoints as tool
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(holder, "RENEWAL_S", nodes.RENEWAL_S)
     monkeypatch.setattr(holder, "LEASE_S", LEASE_S)
+    monkeypatch.setattr(holder, "held", {})  # which ends the threads of other tests, and at the end its own
     files.checkpoints_of(tmp_path / "run").mkdir(parents=True)
-    yield tmp_path / "run"
-    holder.held.pop(tmp_path / "run", None)  # which ends its thread
+    return tmp_path / "run"
 
 
 def test_of_two_starts_on_two_nodes_the_second_is_refused_until_the_first_has_left(folder):
