@@ -7,6 +7,7 @@ before. No clock of a machine counts but that of the start that waits.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -178,8 +179,13 @@ def look(folder: Path) -> Found:
 
 
 def newest(folder: Path) -> Found:
-    number = max(numbers(folder), default=0)
-    return Found(number, read(path_of(folder, number)) if number else None)
+    """A start that loses removes its number, and one that wins those before: what is gone since the listing is listed anew."""
+    for _ in range(100):
+        number = max(numbers(folder), default=0)
+        with contextlib.suppress(FileNotFoundError):
+            return Found(number, read(path_of(folder, number)) if number else None)
+        time.sleep(0.01)
+    raise OSError(errno.ESTALE, "its listing is not up to date", str(folder))
 
 
 def read(path: Path) -> Holder | None:
