@@ -98,9 +98,8 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         raise
     finally:
         parts.loader.close()
-        if (
-            dist.get_rank() == 0
-        ):  # before W&B is waited for, which may take a minute: a grace period may be over by then
+        # Before W&B is waited for, which may take a minute: a grace period may be over by then.
+        if dist.get_rank() == 0:
             stacks.aside(owner.LEAVING_S, owner.leave, plan.run)
         parts.metrics.close()
         if dist.get_rank() == 0 and not parts.saver.is_writing():

@@ -216,3 +216,11 @@ def test_the_kernel_s_word_on_processes_is_believed():
     assert processes.is_gone(dead)  # a zombie
     os.waitpid(child, 0)
     assert processes.is_gone(dead)
+
+
+def test_a_record_that_is_gone_since_the_listing_is_listed_anew(folder, monkeypatch):
+    """A start that loses a race removes its number while others look."""
+    listings = iter(([1, 2], [1]))
+    monkeypatch.setattr(holder, "numbers", lambda _: next(listings))
+    holder.make(holder.path_of(folder, 1), holder.Holder("one", "kernel", 1, 1, "token"))
+    assert holder.newest(folder).number == 1
