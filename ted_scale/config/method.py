@@ -48,13 +48,14 @@ class Filters(Section):
 
 
 class Schedule(Section):
-    """A loss weight over the steps of stage II: from `start` to `end`, and 0 from a fraction of the stage or a token on."""
+    """A loss weight over the steps of stage II: from `start` to `end`, and 0 before or after a fraction of the stage or a token."""
 
     start: NonNegative
     end: NonNegative | None = Field(None, description="constant and rate have none")
     shape: Literal["constant", "linear", "cosine", "rate"] = Field(
         "constant", description="rate: start times the learning rate's share of its peak"
     )
+    on_after: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="0 before this fraction")
     off_after: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="0 from this fraction on")
     off_after_tokens: PositiveInt | None = Field(None, description="0 once stage II has read so many")
 

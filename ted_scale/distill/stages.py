@@ -136,6 +136,8 @@ def weight_at(weight: float | Schedule, fraction: float, tokens: int = 0, rate: 
     """After this fraction of the stage and so many of its tokens, at this share of the peak learning rate."""
     if not isinstance(weight, Schedule):
         return float(weight)
+    if fraction < (weight.on_after or 0.0):
+        return 0.0
     if fraction >= (weight.off_after or math.inf) or tokens >= (weight.off_after_tokens or math.inf):
         return 0.0
     if weight.shape == "rate":

@@ -8,6 +8,7 @@ equal on every rank to the last bit, as the decision must be, and they show whic
 """
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -49,7 +50,7 @@ class Guard:
 
     def gather(self, progress: Progress) -> None:
         """Gather the losses of all ranks. Call it after the last `add` and before the engine step that updates."""
-        self.before, self.unread = progress, True
+        self.before, self.unread = spikes.begin(progress, self.stage), True
         asked = self.local.new_full(
             (1,), float(signals.asked.is_set())
         )  # filled on the device, without a copy to wait for
@@ -107,6 +108,7 @@ class Guard:
 
     def decide(self, progress: Progress) -> Progress:
         """What the step's numbers mean for the run: go on, go back, or stop. `progress` is that after the step."""
+        progress = replace(progress, health=self.before.health)
         if self.unread:  # DeepSpeed did not call us: the norm is not finite
             self.read_numbers(math.inf)
         if not self.finite:

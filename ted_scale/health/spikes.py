@@ -19,18 +19,20 @@ def state_of(progress: Progress) -> Health:
 
 
 def begin(progress: Progress, stage) -> Progress:
-    """Start the median again if the stage, the loss terms or the data have changed: their losses cannot be compared."""
-    state, ground = state_of(progress), ground_of(stage)
+    """Start the median again if the stage, the loss terms or the data have changed: their losses cannot be compared. A term that
+    is off until later makes such a change in mid-stage."""
+    state, ground = state_of(progress), ground_of(stage, progress.step)
     if state.ground != ground:
         state = replace(state, ground=ground, losses=(), in_a_row=0)
     return replace(progress, health=state)
 
 
-def ground_of(stage) -> str:
-    """A digest of everything that the watched loss of a stage depends on."""
-    data = stage.run.data
+def ground_of(stage, step: int) -> str:
+    """A digest of everything that the watched loss of a step depends on."""
+    data, weights = stage.run.data, stage.weights(step)
     corpora = [(corpus.name, corpus.weight) for corpus in data.corpora]
     made_of = [stage.name, stage.run.loss.model_dump(), data.seq_len, data.attention, corpora, stage.asks_every]
+    made_of.append([weights.ce > 0, weights.kl > 0, weights.layer > 0])
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 

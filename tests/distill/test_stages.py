@@ -84,6 +84,11 @@ def test_off_after_ends_a_weight_from_that_fraction_on():
     assert [weight_at(stops, f) for f in (0, 0.49, 0.5, 0.9)] == pytest.approx([2.0, 1.51, 0.0, 0.0])
 
 
+def test_on_after_begins_a_weight_at_that_fraction():
+    late = weight(start=2, end=1, shape="linear", on_after=0.5, off_after=0.9)
+    assert [weight_at(late, f) for f in (0, 0.49, 0.5, 0.9)] == pytest.approx([0.0, 0.0, 1.5, 0.0])
+
+
 def test_a_weight_may_end_after_so_many_tokens():
     stops = weight(start=2, off_after_tokens=1000)
     assert [weight_at(stops, 0.0, tokens) for tokens in (0, 999, 1000)] == [2.0, 2.0, 0.0]

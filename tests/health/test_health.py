@@ -13,6 +13,7 @@ from ted_scale import run as build
 from ted_scale.base import durable, sealed
 from ted_scale.base.errors import RunStopped
 from ted_scale.checkpoints.progress import PROGRESS, Progress, parse_progress, progress_as_bytes
+from ted_scale.config.method import Schedule
 from ted_scale.distill.signal import Losses, Weights
 from ted_scale.distill.stages import stages_of
 from ted_scale.health import bad_step as report
@@ -339,3 +340,14 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_fault(tmp_path, monke
     said = report.write_report(None, event)
     assert said.startswith("the first gradient that is not finite is a of rank 0; no report (")
     assert said.endswith("step_00000007.json: No space left on device)")
+
+
+def test_a_term_that_begins_in_mid_stage_is_no_spike(tmp_path, monkeypatch):
+    """The layer loss alone is far below the loss of which next-token prediction is a part."""
+    at = World(tmp_path, monkeypatch, spike_window=4)
+    loss = at.run.loss.model_copy(update={"ce": Schedule(start=1, on_after=0.5)})
+    stage = stages_of(at.run.model_copy(update={"loss": loss}))[-1]
+    at.guard.stage, half = stage, stage.steps // 2
+    for step in range(stage.steps):
+        at.step(0.5 if step < half else 9.0)
+    assert at.alerts == [] and spikes.state_of(at.progress).losses == [9.0] * (stage.steps - half)
