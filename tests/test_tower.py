@@ -12,7 +12,7 @@ FLOORS = (  # the lowest first; packages of one floor do not import each other
     ("corpora", "ranks", "kernels"),
     ("data",),
     ("models",),
-    ("checkpoints", "distill"),
+    ("checkpoints", "distill", "evaluation"),
     ("metrics", "health"),
     ("",),
 )

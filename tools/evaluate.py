@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
 from ted_scale.config.data import Data
+from ted_scale.evaluation import suites
+from ted_scale.evaluation.scores import Score
 from ted_scale.storage.hub import find_folder
-from tools.evaluation import results, suites
-from tools.evaluation.results import Result, Score
+from tools.evaluation import results
+from tools.evaluation.results import Result
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -17,10 +17,12 @@ from tiny import make_model
 from wandb_file import read_records, read_rows
 
 from ted_scale.base.errors import UserError
+from ted_scale.evaluation import suites
+from ted_scale.evaluation.scores import Score, scores
+from ted_scale.evaluation.suites import Asked
 from tools import evaluate, tokenize_corpus, train_tokenizer
-from tools.evaluation import harness, olmes, results, suites
-from tools.evaluation.results import Result, Score
-from tools.evaluation.suites import Asked
+from tools.evaluation import olmes, results
+from tools.evaluation.results import Result
 
 VOCABULARY = 380
 TEXTS = [
@@ -311,7 +313,7 @@ def test_scores_are_those_of_groups_and_filters_by_name():
         },
         "group_subtasks": {"mmlu": ["mmlu_anatomy"], "gsm8k": []},
     }
-    assert harness.scores(found) == [
+    assert scores(found) == [
         Score("mmlu", "acc", 0.25, 0.01),
         Score("gsm8k", "exact_match strict-match", 0.0, None),
     ]

@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from tools.evaluation.results import Score
-from tools.evaluation.suites import Asked
+from ted_scale.evaluation.scores import Score, scores
+from ted_scale.evaluation.suites import Asked
 
 
 def evaluate(folder: Path, index, asked: Asked, *, dtype: str, batch: str, device: str, limit: int | None,
@@ -24,24 +24,3 @@ def evaluate(folder: Path, index, asked: Asked, *, dtype: str, batch: str, devic
             confirm_run_unsafe_code=run_code, log_samples=False,
         )  # fmt: skip
     return scores(found)
-
-
-def scores(found: dict) -> list[Score]:
-    """Of tasks and groups, without the members of a group: the group's own score has them."""
-    members = {name for children in found.get("group_subtasks", {}).values() for name in children}
-    return [
-        score for name, values in found["results"].items() if name not in members for score in scores_of(name, values)
-    ]
-
-
-def scores_of(name: str, values: dict) -> list[Score]:
-    """lm-eval's keys are METRIC,FILTER and METRIC_stderr,FILTER; most tasks have no filter."""
-    found = []
-    for key, value in values.items():
-        metric, _, how = key.partition(",")
-        if not how or metric.endswith("_stderr") or not isinstance(value, int | float):
-            continue
-        error = values.get(f"{metric}_stderr,{how}")
-        called = metric if how == "none" else f"{metric} {how}"
-        found.append(Score(name, called, float(value), error if isinstance(error, float) else None))
-    return found

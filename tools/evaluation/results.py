@@ -7,22 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale.base.durable import write_durably
+from ted_scale.evaluation.scores import Score
 from ted_scale.metrics.tracking import ATTEMPT_S, has_key, said, start_service
-
-
-class Score(NamedTuple):
-    """`what` is a corpus or a task."""
-
-    what: str
-    metric: str
-    value: float | int
-    error: float | None = None  # standard error, where it is known
-
-    @property
-    def shown(self) -> str:
-        if isinstance(self.value, int):
-            return f"{self.value:,}"
-        return f"{self.value:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
 
 
 class Result(NamedTuple):
@@ -71,7 +57,7 @@ def log_to(project: str, result: Result, settings: dict, mode) -> None:
         project=project, name=result.model, config={**settings, "model": result.path}, mode=mode, job_type="evaluation",
         settings=wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=ATTEMPT_S),
     ) as run:  # fmt: skip
-        run.log({f"{score.what}/{score.metric.replace(' ', '_')}": score.value for score in result.scores})
+        run.log({score.key: score.value for score in result.scores})
 
 
 def names(paths: list[str]) -> list[str]:

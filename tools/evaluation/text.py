@@ -20,10 +20,10 @@ from ted_scale.corpora.tokenizer import Tokenizer, digest, load_tokenizer
 from ted_scale.data.stream import Stream, held_out_stream, validation_batches
 from ted_scale.distill.normalization import count_valid
 from ted_scale.distill.teacher import Teacher, TeacherBody
+from ted_scale.evaluation.scores import Score
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import inspect, read_config
 from ted_scale.models.weights import build_network
-from tools.evaluation.results import Score
 
 CUT = "�"  # what a character decodes to whose bytes are not all there
 

@@ -1,6 +1,6 @@
 """Named suites, and where lm-eval finds their tasks: its own definitions with data from the hub, or local files.
 
-With `--tasks FOLDER` nothing comes from the hub: a task is a YAML file below FOLDER or one of tools/evaluation/tasks, and the
+With `--tasks FOLDER` nothing comes from the hub: a task is a YAML file below FOLDER or one of the tasks folder here, and the
 data files that it names are in FOLDER. What is missing is found from the YAML files alone, before a model is loaded. Note:
 such a YAML may call Python functions beside it, so FOLDER must come from somebody you trust.
 """
