@@ -79,7 +79,10 @@ class Plan:
             "method": run.method,
             "seed": run.seed,
             "teacher.every": run.asks_every,
-            **{f"loss.{k}": changes.plain(getattr(loss, k)) for k in ("ce", "kl", "layer", "temperature", "kind")},
+            **{
+                f"loss.{k}": changes.plain(getattr(loss, k))
+                for k in ("ce", "kl", "layer", "balance", "temperature", "kind")
+            },
             **{f"train.{k}": changes.plain(getattr(train, k)) for k in ("precision", "betas", "eps", "weight_decay")},
             **{f"{s}.{k}": getattr(a, k) for s, a in sides.items() if a for k in changes.SHAPE},
             **self.filters_identity(),

@@ -1,5 +1,6 @@
 """The training loop, from top to bottom. This file has everything that happens every step, in order; run.py has the rest."""
 
+from ted_scale import balance
 from ted_scale.base.errors import Preempted
 from ted_scale.distill.normalization import count_valid, for_engine
 from ted_scale.distill.stages import of_step, set_rates
@@ -11,7 +12,7 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
     """Take `student` (a DeepSpeed engine) through the steps of `stage` that `data` holds."""
     for micro_batches in metrics.timed(data, "data_wait_ms"):
         pulse.step(progress.step + 1)
-        each = stage.of_micro_batches(progress.step, len(micro_batches))
+        each = stage.of_micro_batches(progress.step, len(micro_batches), balance.scale_of(progress))
         denom = count_valid(micro_batches)
         set_rates(student, stage.rate(progress.step), each)
 
@@ -28,7 +29,9 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
 
         # If a number is bad, the run stops here or goes back to a checkpoint, unless it may skip the step.
         progress = guard.decide(progress.advanced(stage.samples_per_step, stage.run.data.seq_len))
-        metrics.add(progress, guard.read(of_step(each)), last=progress.step == stage.last_step)
+        numbers = guard.read(of_step(each))
+        progress = balance.followed(progress, stage, numbers)
+        metrics.add(progress, numbers, last=progress.step == stage.last_step)
         stopping = guard.stopping
         if stage.verifies(progress.step):
             verify(student, progress)

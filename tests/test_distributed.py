@@ -222,6 +222,9 @@ def test_a_resumed_run_has_the_losses_of_a_straight_one_to_the_last_bit(world, s
     straight, resumed = losses(world, "straight"), losses(world, f"from_{step}")
     assert len(straight) == 20
     assert resumed == straight
+    straight, resumed = ([r.get("loss/layer_weight") for r in rows(world, run)] for run in ("straight", f"from_{step}"))
+    assert len(set(straight)) == 13  # None, and stage II's twelve
+    assert [weight for weight in resumed if weight] == [weight for weight in straight if weight]
 
 
 def test_a_resumed_run_takes_the_rates_of_its_run_file_and_not_the_checkpoint_s(world):

@@ -51,6 +51,17 @@ class Health:
 
 
 @dataclass(frozen=True)
+class Balance:
+    """Means of both terms over the steps that had both; balance.py follows them."""
+
+    __pydantic_config__ = STRICT
+
+    kl: Finite = 0.0
+    layer: Finite = 0.0
+    steps: Count = 0
+
+
+@dataclass(frozen=True)
 class Progress:
     """Everything that a resume needs besides the ranks' files. The schedule is computed from it."""
 
@@ -63,6 +74,7 @@ class Progress:
     adaptive: Measured | None = None
     skipped: Count = 0  # steps whose update was dropped
     health: Health | None = None
+    balance: Balance | None = None
     wandb_id: RunId | None = None
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # plan.identity
     run: dict[str, Any] | None = None  # the whole run file, resolved; earlier versions wrote none

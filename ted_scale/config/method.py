@@ -90,6 +90,11 @@ class Loss(Section):
     ce: Weight = 1.0
     kl: Weight = 1.0
     layer: Weight = 1.0
+    balance: Literal["fixed", "auto"] = Field(
+        "fixed",
+        description="auto: layer times mean KL over mean layer loss, of the steps before; equal weights then make both terms "
+        "equally large",
+    )
     temperature: Positive = 1.0
     kind: Literal["nmse", "mse", "cosine"] = "nmse"
     backend: Literal["auto", "triton", "torch", "compiled"] = Field("auto", description="ted_scale/kernels/README.md")

@@ -72,6 +72,10 @@ class Run(Section):
         return self.teacher.every if self.teacher and self.method != "ce" else 1
 
     @property
+    def balances(self) -> bool:
+        return self.loss.balance == "auto" and self.matches_layers
+
+    @property
     def adapts(self) -> bool:
         return self.data.blend.kind == "adaptive"
 
@@ -109,6 +113,10 @@ class Run(Section):
             raise ValueError(
                 f"teacher.every must be 1 where loss.ce is 0, but is {self.asks_every}: micro-batches without the teacher would "
                 "teach nothing"
+            )
+        if self.balances and self.loss.kl == 0:
+            raise ValueError(
+                "loss.balance must be 'fixed' where loss.kl is 0, but is 'auto': there is no KL to balance the layer loss with"
             )
         if self.train.warmup_steps >= self.train.steps:
             limit = self.train.steps

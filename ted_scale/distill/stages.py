@@ -1,4 +1,7 @@
-"""Stages, learning rate and loss weights as pure functions of the step: a resume needs no scheduler state."""
+"""Stages, learning rate and loss weights as pure functions of the step: a resume needs no scheduler state.
+
+One number comes from outside: the scale of the layer loss, which balance.py follows and a checkpoint keeps.
+"""
 
 import math
 from dataclasses import dataclass
@@ -57,8 +60,12 @@ class Stage:
         every = self.run.data.blend.every
         return min(self.last_step, step + every - (step - self.first_step) % every)
 
-    def weights(self, step: int) -> Weights:
-        """Loss weights of the step after `step` steps of the run."""
+    @property
+    def balances(self) -> bool:
+        return self.run.balances and not self.learns_filters
+
+    def weights(self, step: int, scale: float = 1.0) -> Weights:
+        """Loss weights of the step after `step` steps of the run; `scale` is that of the layer loss (balance.py)."""
         if self.learns_filters:
             return Weights(ce=0.0, kl=0.0, layer=1.0, sample_seed=mix(self.run.seed, step))
         loss, method = self.run.loss, self.run.method
@@ -66,17 +73,17 @@ class Stage:
         now = (done / self.steps, done * self.run.train.tokens_per_step, self.rate(step))
         ce = weight_at(loss.ce, *now)
         kl = 0.0 if method == "ce" else weight_at(loss.kl, *now)
-        layer = weight_at(loss.layer, *now) if self.run.matches_layers else 0.0
+        layer = scale * weight_at(loss.layer, *now) if self.run.matches_layers else 0.0
         return Weights(ce, kl, layer)
 
     @property
     def asks_every(self) -> int:
         return 1 if self.learns_filters else self.run.asks_every
 
-    def of_micro_batches(self, step: int, count: int) -> list[Weights]:
+    def of_micro_batches(self, step: int, count: int, scale: float = 1.0) -> list[Weights]:
         """The weights of each of the step's micro-batches. The teacher is asked for one in `asks_every`, on all ranks for the same
         ones; its terms weigh as much more there, so that their mean over steps is that of a teacher who is always asked."""
-        weights, every = self.weights(step), self.asks_every
+        weights, every = self.weights(step, scale), self.asks_every
         if every == 1:
             return [weights] * count
         first = (step - self.first_step) * count
@@ -104,8 +111,10 @@ class Stage:
         named = {"loss/total": total}
         named |= {"loss/ce": ce} if weights.ce else {}
         named |= {"loss/kl": kl} if weights.kl else {}
-        pairs = {f"loss/layer/{k}": v for k, v in enumerate(layers)}
-        return named | ({"loss/layer": layer, **pairs} if weights.layer else {})
+        if not weights.layer:
+            return named
+        scaled = {"loss/layer_weight": weights.layer / self.asks_every} if self.balances else {}
+        return named | {"loss/layer": layer, **scaled, **{f"loss/layer/{k}": v for k, v in enumerate(layers)}}
 
     def rate(self, step: int) -> float:
         """Learning rate as a share of its peak."""

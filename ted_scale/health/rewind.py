@@ -42,6 +42,5 @@ def gone_back(before: Progress, now: Progress) -> Progress:
     past = replace(past, rewinds=state.rewinds + 1, rewound_from=max(state.rewound_from, now.step))
     adaptive = now.adaptive and {**now.adaptive, "step": before.step}  # the next border measures these weights again
     forks = (*now.forks, before.step)
-    return replace(
-        now, step=before.step, tokens=before.tokens, adaptive=adaptive, health=past, forks=forks, spent=before.spent
-    )
+    of_weights = {name: getattr(before, name) for name in ("step", "tokens", "balance", "spent")}
+    return replace(now, **of_weights, adaptive=adaptive, health=past, forks=forks)

@@ -32,7 +32,9 @@ from ted_scale.plan import make_plan
 
 TEN_STEPS = {"filters": {"steps": 4}, "train": {"steps": 6}}
 THREE_STEPS = {"filters": {"steps": 1}, "train": {"steps": 2}}
-TWENTY_STEPS = {"filters": {"steps": 8}, "train": {"steps": 12}, "checkpoint": {"every": 5, "keep": 100}}
+TWENTY_STEPS = {
+    "filters": {"steps": 8}, "train": {"steps": 12}, "checkpoint": {"every": 5, "keep": 100}, "loss": {"balance": "auto"},
+}  # fmt: skip
 
 
 def beside(names: list[str]) -> list[tuple[str, str]]:
