@@ -120,6 +120,16 @@ def test_a_budget_of_seconds_pays_for_stage_i_and_validation(write):
     assert prices.seconds_at(price, run, 3, 0) == 3 * 2
 
 
+def test_the_price_of_a_schedule_is_the_mean_of_its_parts(write, monkeypatch):
+    """The first step of each stage compiles; what it really costs is what the second one does."""
+    plan = plans.load(write(measure={"steps": 5}))
+    taken = [(1, 9.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 8.0), (7, 1.0), (8, 3.0), (9, 3.0), (10, 3.0)]
+    rows = [{"step": step, "perf/step_ms": 1e3 * seconds} for step, seconds in taken]
+    monkeypatch.setattr(prices, "rows_in", lambda path: rows)
+    monkeypatch.setattr(prices.life, "read", lambda folder: Life(10, Spent(validation=4.0)))
+    assert prices.price_of(plan, "ted", "measure_ted_0") == Price(filter_step=2.0, step=2.2, validation=2.0)
+
+
 # Differences
 
 

@@ -38,7 +38,7 @@ class Budget(Section):
 class Measure(Section):
     """How a budget of seconds becomes steps: short runs of every arm, in turn."""
 
-    steps: Annotated[int, Field(ge=3)] = Field(12, description="of each stage; the first is not counted")
+    steps: Annotated[int, Field(ge=3)] = Field(12, description="of each stage; the first counts as the second does")
     rounds: PositiveInt = 2
 
 

@@ -25,15 +25,15 @@ class Price(NamedTuple):
 
 
 def price_of(plan: Comparison, arm: str, name: str) -> Price:
-    """From a measuring run that is over. The first step of a stage compiles and fills caches, so it is not counted."""
-    folder = plan.place / "runs" / name
-    run = plans.of_arm(plan, arm)
+    """From a measuring run that is over. Its loss schedules are those of the whole run, so each part of them has its share of steps;
+    the first step of a stage compiles and fills caches, so the second one is counted twice."""
+    folder, run = plan.place / "runs" / name, plans.of_arm(plan, arm)
     timed = [row for row in rows_in(folder / "metrics.jsonl") if "perf/step_ms" in row]
     first = plan.measure.steps if plans.stage_i_steps(run) else 0
-    stage_i = [row["perf/step_ms"] / 1e3 for row in timed if 1 < row["step"] <= first]
-    stage_ii = [row["perf/step_ms"] / 1e3 for row in timed if row["step"] > first + 1]
-    spent = life.read(folder).spent
-    return Price(statistics.mean(stage_i) if stage_i else 0.0, statistics.mean(stage_ii), spent.validation / 2)
+    stage_i = [row["perf/step_ms"] / 1e3 for row in timed if row["step"] <= first]
+    stage_ii = [row["perf/step_ms"] / 1e3 for row in timed if row["step"] > first]
+    of_step = [statistics.mean([stage[1], *stage[1:]]) if stage else 0.0 for stage in (stage_i, stage_ii)]
+    return Price(*of_step, life.read(folder).spent.validation / 2)
 
 
 def middle(prices: list[Price]) -> Price:
