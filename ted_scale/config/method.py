@@ -79,6 +79,8 @@ PRESETS = {
     "paper": {"temperature": 2.0, "kind": "mse"},
     # Hidden states as an early hint (METHOD: HLD, REPA): the layer loss ends after a tenth of stage II.
     "hint": {"layer": {"start": 1.0, "off_after": 0.1}},
+    # The teacher's states alone first, without a product with the vocabulary; then the text without a teacher (docs/results.md).
+    "states_first": {"ce": {"start": 1.0, "on_after": 0.5}, "kl": 0.0, "layer": {"start": 1.0, "off_after": 0.5}},
     # Most of the teacher while the learning rate is high, least at its end (Peng et al., arXiv 2410.16215: WSD for both).
     "wsd": {"kl": {"start": 1.0, "shape": "rate"}},
     # A small teacher for a larger student, early on (arXiv 2602.05393); with pairs.rule = "late_to_early" and method = "lwd".
@@ -87,7 +89,7 @@ PRESETS = {
 
 
 class Loss(Section):
-    preset: Literal["paper", "hint", "wsd", "let"] | None = None
+    preset: Literal["paper", "hint", "states_first", "wsd", "let"] | None = None
     ce: Weight = 1.0
     kl: Weight = 1.0
     layer: Weight = 1.0
