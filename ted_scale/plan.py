@@ -6,6 +6,7 @@ carries the plan out.
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ted_scale.distill import filter_sizes
 from ted_scale.distill.flops import keys_of, step_flops
 from ted_scale.distill.pairs import Matched, match_layers
 from ted_scale.distill.stages import Stage, stages_of
+from ted_scale.evaluation.suites import load_for_training
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.metrics.rows import last_row
 from ted_scale.metrics.tracking import why_offline
@@ -32,7 +34,7 @@ from ted_scale.models import fused
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
-from ted_scale.models.vocabulary import check_corpus_tokenizer, check_same_tokenizer
+from ted_scale.models.vocabulary import check_corpus_tokenizer, check_same_tokenizer, tokenizer_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class Plan:
     readings: dict[str, Reading]
     attended: dict[int | None, float]  # a layer's window → keys that a query sees, on average
     resumes: list[str]  # where the run resumes, as lines
+    suite: dict | None = None  # lm-eval's tasks of validation.suite, with their data
+    tokenizer: Path | None = None  # the folder whose tokenizer the suite's texts are read with
 
     @property
     def total_steps(self) -> int:
@@ -117,6 +121,9 @@ def make_plan(run: Run, world: int) -> Plan:
         pairs_origin=matched.origin, width=width, accumulation=accumulation, stages=stages_of(run), readings={},
         attended=attended(run, vocabulary, student, teacher), resumes=[],
     )  # fmt: skip
+    if run.validation.suite:
+        tokenizer, suite = tokenizer_folder(student, teacher), load_for_training(*suite_of(run))
+        plan = dataclasses.replace(plan, suite=suite, tokenizer=tokenizer)
     where, progress = resume.find(run, plan.identity())
     readings = check_corpora(plan, progress)
     resumes = resume.describe(run, where, progress, plan.total_steps, last_row(run.folder / "metrics.jsonl"))
@@ -202,6 +209,11 @@ def attended(run: Run, vocabulary: int, *models: Anatomy | None) -> dict[int | N
     return {window: keys(window) for anatomy in models if anatomy for _, window in anatomy.scores}
 
 
+def suite_of(run: Run) -> tuple[list[str], Path | None]:
+    files = run.validation.suite_files
+    return run.validation.suite, Path(files) if files else None
+
+
 def stage_flops(plan: Plan, stage: Stage) -> float:
     """Model FLOPs of all tokens of the stage. A thousand of its steps are sampled, because loss weights change."""
     steps = range(stage.first_step, stage.last_step, max(1, stage.steps // 1000))
@@ -233,11 +245,20 @@ def describe(plan: Plan) -> str:
         tokens = stage.steps * train.tokens_per_step
         epochs, flops = feed.describe_epochs(plan.readings, stage), stage_flops(plan, stage)
         lines.append(f"stage {stage.name}: {stage.steps:,} steps, {tokens:,} tokens, {epochs}, {flops:.3g} FLOPs")
+    if plan.suite:
+        lines.append(describe_suite(plan.suite["tasks"], run.validation))
     if run.wandb and run.wandb.mode == "online" and (why := why_offline(run.wandb)):
         lines.append(f"W&B will be offline{why}")
     lines += plan.resumes
     return "\n".join(lines)
 
 
+def describe_suite(tasks: dict, validation) -> str:
+    most = validation.suite_limit or sys.maxsize
+    questions = sum(min(len(task.eval_docs), most) for task in tasks.values())
+    named = ", ".join(tasks) if len(tasks) < 8 else f"{len(tasks)} tasks"
+    return f"suite: {named}: {questions:,} questions at one validation in {validation.suite_every}"
+
+
 def as_dict(plan: Plan) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(plan), default=str))
+    return json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(plan, suite=None)), default=str))

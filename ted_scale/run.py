@@ -205,8 +205,7 @@ def validate_before_training(
 
 def validation_is_missing(parts: Parts, stage: Stage, progress: Progress) -> bool:
     """Whether a signal cut short the validation of the step that the run resumes from. Only rank 0 has the rows."""
-    due = stage.validates(progress.step) and validation.holds_out(parts.plan.run)
-    return broadcast(due and not parts.metrics.has_already("val/loss"))
+    return broadcast(validation.missing(parts.plan, parts.metrics, stage, progress.step))
 
 
 def next_stretch(parts: Parts, stage: Stage, student, stream: Stream, progress: Progress) -> tuple[Stream, Progress]:

@@ -1,4 +1,4 @@
-"""The next-token loss on held-out text: on each corpus that holds some out, by the student and by the teacher."""
+"""A validation: the loss on each corpus that holds text out, by student and teacher, and the student's scores in a suite."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,9 @@ from ted_scale.data.stream import Stream, validation_batches
 from ted_scale.distill.normalization import count_valid
 from ted_scale.distill.signal import Weights
 from ted_scale.ranks import pulse, signals
-from ted_scale.ranks.agree import anywhere
+from ted_scale.ranks.agree import anywhere, broadcast
+
+SUITE = "val/suite/"
 
 
 class Loss(NamedTuple):
@@ -27,8 +29,34 @@ class Loss(NamedTuple):
 
 
 def validate(plan, teacher, metrics, held_out: dict[str, Stream], student, progress, *, with_teacher: bool = False):
-    """Write val/loss and val/ppl of this step, in all and by corpus; nothing if no text is held out. Returns (progress with the
-    loss, whether a signal asks to stop). If it does, nothing is written, and the resumed run validates this step."""
+    """Write the losses of this step, and the scores of validation.suite where they are due. Returns (progress with the loss,
+    whether a signal asks to stop). If it does, the resumed run measures what is missing."""
+    progress, stopping = write_losses(plan, teacher, metrics, held_out, student, progress, with_teacher)
+    if not stopping and plan.stages[-1].asks_suite(progress.step):
+        stopping = write_scores(plan, metrics, student, progress)
+    return progress, stopping
+
+
+def missing(plan, metrics, stage, step: int) -> bool:
+    """On rank 0: whether this step's validation was not finished."""
+    losses = stage.validates(step) and holds_out(plan.run) and not metrics.has_already(step, "val/loss")
+    return losses or (stage.asks_suite(step) and not metrics.has_already(step, SUITE))
+
+
+def write_scores(plan, metrics, student, progress) -> bool:
+    """val/suite/TASK/METRIC; nothing if an earlier process wrote them. Returns whether a signal asks to stop."""
+    if broadcast(metrics.has_already(progress.step, SUITE)):
+        return False
+    from ted_scale.evaluation import live  # lm-eval is an extra
+
+    with metrics.aside():
+        scores = live.ask(plan.suite, student, plan.student, plan.tokenizer, plan.run.validation)
+    metrics.write(progress.step, progress.tokens, {f"{SUITE}{score.key}": score.value for score in scores or ()})
+    return scores is None
+
+
+def write_losses(plan, teacher, metrics, held_out: dict[str, Stream], student, progress, with_teacher: bool):
+    """val/loss and val/ppl, in all and by corpus; nothing if no text is held out, or if a signal asks to stop."""
     if not held_out:
         return progress, False
     with metrics.aside():

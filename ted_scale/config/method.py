@@ -136,3 +136,16 @@ class Train(Section):
 class Validation(Section):
     every: Count = Field(0, description="steps; 0: only at the start and the end of a stage")
     tokens: PositiveInt = Field(65536, description="over all corpora that hold some out, as many of each")
+    suite: list[str] = Field(
+        [],
+        description="log-likelihood tasks of lm-eval, by a suite's name or their own, asked of the student as it stands",
+    )
+    suite_every: PositiveInt = Field(1, description="validations; the first and the last always count")
+    suite_files: str | None = Field(None, description="a folder of task files and their data, instead of the hub")
+    suite_limit: PositiveInt | None = Field(None, description="questions of each task; default: all")
+    suite_batch: PositiveInt = Field(8, description="texts in a forward of a rank")
+
+    @field_validator("suite", mode="before")
+    @classmethod
+    def one_name_is_a_list(cls, value):
+        return [value] if isinstance(value, str) else value

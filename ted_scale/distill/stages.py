@@ -41,6 +41,13 @@ class Stage:
         due = step == self.last_step or (every > 0 and step % every == 0)
         return due and not self.learns_filters  # stage I does not change the student
 
+    def asks_suite(self, step: int) -> bool:
+        """Also before the first step. A pure function of the step, so that a resume asks at the same steps."""
+        validation = self.run.validation
+        every = validation.every * validation.suite_every
+        due = step in (self.first_step, self.last_step) or (every > 0 and step % every == 0)
+        return bool(validation.suite) and due and not self.learns_filters
+
     def saves(self, step: int) -> bool:
         return step == self.last_step or step % self.run.checkpoint.every == 0
 

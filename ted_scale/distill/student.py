@@ -14,6 +14,7 @@ from ted_scale.distill.filters import OutputHead
 from ted_scale.distill.sampling import drawn_pairs, drawn_rows
 from ted_scale.distill.signal import Losses, Signal, Weights
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
+from ted_scale.kernels.formulas.logits import soften
 from ted_scale.kernels.tokens import valid_weights
 from ted_scale.models.anatomy import Anatomy, Head, StateRecorder, head_of, run_body
 from ted_scale.models.zero import gathered, start_gather
@@ -41,9 +42,23 @@ class Student(nn.Module):
         self.recorder = StateRecorder(network, anatomy, self.blocks)
         self.filters_s, self.filters_t = filters_s, filters_t
 
-    def forward(self, batch, signal: Signal | None, weights: Weights, denom) -> Losses:
+    def forward(self, batch, signal: Signal | None, weights: Weights | None, denom) -> Losses | torch.Tensor:
+        """The losses. Without weights: the logits."""
+        if weights is None:
+            return self.logits(batch)
         losses = self.filter_losses if self.learns_filters else self.student_losses
         return losses(batch, signal, weights, denom)
+
+    def logits(self, batch) -> torch.Tensor:
+        """As the family itself computes them, [B, T, V]."""
+        last_ND, _ = self.run_network(batch, wants_layers=False)
+        own = self.heads.own
+
+        def raw(states_ND, weight):
+            return torch.nn.functional.linear(states_ND, weight, own.bias)
+
+        logits = soften(self.head(last_ND, raw), own.softcap, own.logit_scale)
+        return logits.unflatten(0, batch.tokens_BT.shape)
 
     def student_losses(self, batch, signal, weights, denom) -> Losses:
         last_ND, states = self.run_network(batch, weights.layer != 0)

@@ -1,6 +1,6 @@
 """Named suites, and where lm-eval finds their tasks: its own definitions with data from the hub, or local files.
 
-With `--tasks FOLDER` nothing comes from the hub: a task is a YAML file below FOLDER or one of the tasks folder here, and the
+With a FOLDER of local files nothing comes from the hub: a task is a YAML file below FOLDER or one of the tasks folder here, and the
 data files that it names are in FOLDER. What is missing is found from the YAML files alone, before a model is loaded. Note:
 such a YAML may call Python functions beside it, so FOLDER must come from somebody you trust.
 """
@@ -8,11 +8,12 @@ such a YAML may call Python functions beside it, so FOLDER must come from somebo
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ted_scale.base.errors import UserError, clean, shortened
 
 OURS = Path(__file__).with_name("tasks")
+LIKELIHOODS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")  # lm-eval's kinds of tasks
 METRIC = "code_eval/code_eval.py"  # what HumanEval and MBPP judge with; a script of the hub and in no package
 
 
@@ -40,50 +41,82 @@ class Asked(NamedTuple):
     left_out: list[str]
 
 
-def load(wanted: list[str], folder: Path | None, run_code: bool) -> tuple[object, Asked]:
-    """(lm-eval's index of tasks, what is asked of it), with all data read."""
-    index = index_of(folder)
+class Keys(NamedTuple):
+    """What the user calls the two settings."""
+
+    suite: str
+    files: str
+
+
+OPTIONS, SETTINGS = Keys("--suite", "--tasks"), Keys("validation.suite", "validation.suite_files")
+
+
+def load(wanted: list[str], folder: Path | None, run_code: bool) -> tuple[Any, Asked]:
+    """For an evaluation: (lm-eval's index of tasks, what is asked of it), with all data read."""
+    index, asked_by = find(wanted, folder, OPTIONS)
     known = index.task_index
-    asked_by = tasks_of(wanted, known, folder)
-    for name, by in asked_by.items():
-        refuse_unknown(name, by, known, folder)
     code = [name for name in asked_by if any(known[leaf].cfg.get("unsafe_code") for leaf in leaves(name, known))]
     kept = [name for name in asked_by if run_code or name not in code]
     if folder:
-        for name in kept:
-            refuse_missing_files(name, asked_by[name], known, folder)
         for name in {*code} & {*kept}:
             refuse_missing_metric(name, folder)
-    specs = [spec for name in kept for spec in built(name, index, folder)]
+    specs = read(index, {name: asked_by[name] for name in kept}, folder, OPTIONS)
     return index, Asked(specs, [name for name in code if name not in kept])
 
 
-def index_of(folder: Path | None):
+def load_for_training(wanted: list[str], folder: Path | None) -> dict:
+    """What lm-eval's `evaluate` takes, with all data read. Refuses tasks that need more than log-likelihoods."""
+    index, asked_by = find(wanted, folder, SETTINGS)
+    for name in asked_by:
+        for leaf in leaves(name, index.task_index):
+            refuse_generation(leaf, index.task_index[leaf].cfg)
+    return index.load(read(index, asked_by, folder, SETTINGS))
+
+
+def find(wanted: list[str], folder: Path | None, keys: Keys) -> tuple[Any, dict[str, str]]:
+    """(lm-eval's index, what asks for each task or group); every name is in the index."""
+    index = index_of(folder, keys)
+    asked_by = tasks_of(wanted, index.task_index, folder, keys)
+    for name, by in asked_by.items():
+        refuse_unknown(name, by, index.task_index, folder, keys)
+    return index, asked_by
+
+
+def read(index, asked_by: dict[str, str], folder: Path | None, keys: Keys) -> list:
+    if folder:
+        for name, by in asked_by.items():
+            refuse_missing_files(name, by, index.task_index, folder)
+    return [spec for name in asked_by for spec in built(name, index, folder, keys)]
+
+
+def index_of(folder: Path | None, keys: Keys):
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError(
-            "lm-eval must be installed for --suite, but is not; `pip install -e '.[eval]'` installs it"
+            f"lm-eval must be installed for {keys.suite}, but is not; `pip install -e '.[eval]'` installs it"
         ) from None
     if folder is None:
         return TaskManager()
     if not folder.is_dir():
-        raise UserError(f"--tasks must be a folder of task files, but {folder} is none; docs/evaluating.md shows one")
+        raise UserError(
+            f"{keys.files} must be a folder of task files, but {folder} is none; docs/evaluating.md shows one"
+        )
     return TaskManager(include_path=[OURS, folder], include_defaults=False)
 
 
-def tasks_of(wanted: list[str], known: dict, folder: Path | None) -> dict[str, str]:
+def tasks_of(wanted: list[str], known: dict, folder: Path | None, keys: Keys) -> dict[str, str]:
     """Each task or group once, with what asks for it."""
     found: dict[str, str] = {}
     for name in wanted:
         suite = SUITES.get(name)
         at_hand = [task for task in suite.where_at_hand if folder is None or task in known] if suite else []
         for task in (*suite.tasks, *at_hand) if suite else [name]:
-            found.setdefault(task, f"suite {name}" if suite else "--suite")
+            found.setdefault(task, f"suite {name}" if suite else keys.suite)
     return found
 
 
-def refuse_unknown(name: str, asked_by: str, known: dict, folder: Path | None) -> None:
+def refuse_unknown(name: str, asked_by: str, known: dict, folder: Path | None, keys: Keys) -> None:
     if name in known:
         return
     if folder is None:
@@ -93,7 +126,7 @@ def refuse_unknown(name: str, asked_by: str, known: dict, folder: Path | None) -
         )
     raise UserError(
         f"{asked_by} must find the task {name} in {folder}, but no file there defines it; put {name}.yaml and its data there "
-        "(docs/evaluating.md), or leave out --tasks, and lm-eval takes the data from the hub"
+        f"(docs/evaluating.md), or leave out {keys.files}, and lm-eval takes the data from the hub"
     )
 
 
@@ -123,6 +156,17 @@ def refuse_missing_files(name: str, asked_by: str, known: dict, folder: Path) ->
                 )
 
 
+def refuse_generation(name: str, task: dict) -> None:
+    kind = task.get("output_type")
+    if kind in LIKELIHOODS and not task.get("unsafe_code"):
+        return
+    does = "runs code that the model writes" if task.get("unsafe_code") else "lets the model write text"
+    raise UserError(
+        f"validation.suite must name tasks that compare log-likelihoods, but {name} {does}; ask it of an export, with "
+        "tools/evaluate.py"
+    )
+
+
 def local_files(task: dict) -> list[str]:
     """What a task's YAML names: files of its splits, or a folder as the hub has it."""
     path, files = task.get("dataset_path") or "", (task.get("dataset_kwargs") or {}).get("data_files") or {}
@@ -143,14 +187,14 @@ def refuse_missing_metric(name: str, folder: Path) -> None:
         )
 
 
-def built(name: str, index, folder: Path | None) -> list:
+def built(name: str, index, folder: Path | None, keys: Keys) -> list:
     """Data files are named from FOLDER, as for lm-eval's own command line when it is started there."""
     try:
         with contextlib.chdir(folder) if folder else contextlib.nullcontext():
             found = index.load([name])
     except Exception as error:  # datasets and the hub's client raise many kinds
         reason = shortened(clean(": ".join([type(error).__name__, *str(error).split("\n")[:1]])), 300)
-        out = "correct its files" if folder else "put it into a folder of local files and name that with --tasks"
+        out = "correct its files" if folder else f"put it into a folder of local files and name that with {keys.files}"
         raise UserError(f"task {name} must load with its data, but does not ({reason}); {out}") from None
     return [found["groups"][name]] if name in found.get("groups", {}) else list(found["tasks"].values())
 

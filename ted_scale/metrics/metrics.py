@@ -179,9 +179,9 @@ class Metrics:
             yield
         self.since += time.perf_counter() - start
 
-    def has_already(self, key: str) -> bool:
-        """On rank 0: whether the step that the run resumes from already has this number."""
-        return any(key in row for row in self.already)
+    def has_already(self, step: int, prefix: str) -> bool:
+        """On rank 0: whether an earlier process left numbers of this step whose keys begin so."""
+        return any(row[0] == step and any(key.startswith(prefix) for key in row[1:]) for row in self.already)
 
     def resume_from(self, tokens: int) -> None:
         """Measure speed from here on, without start-up and without the tokens of an earlier process."""
@@ -238,7 +238,7 @@ def shown(key: str) -> bool:
     if key.startswith("blend/"):
         return key.endswith("/weight")
     whole = key.startswith(("loss/", "val/", "optim/")) and key.count("/") == 1
-    return whole or key in ("perf/tokens_per_s", "perf/step_ms")
+    return whole or key.startswith("val/suite/") or key in ("perf/tokens_per_s", "perf/step_ms")
 
 
 def mean_rows(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -49,6 +49,17 @@ def student_tokenizer(folder: Path):
         raise UserError(str(error).replace("--tokenizer", "student.path", 1)) from None
 
 
+def tokenizer_folder(student: Anatomy, teacher: Anatomy | None) -> Path:
+    """Where the tokenizer of both models is."""
+    for anatomy in filter(None, (student, teacher)):
+        if has_tokenizer(anatomy.folder):
+            student_tokenizer(anatomy.folder)
+            return anatomy.folder
+    raise UserError(
+        f"student.path must hold a tokenizer for validation.suite, but {student.folder} has none; copy that of the corpora there"
+    )
+
+
 def same_file(*folders: Path) -> bool:
     """A fast test: whether the first of the tokenizer's files that both have is the same, byte for byte."""
     for name in COMPARED_FILES:

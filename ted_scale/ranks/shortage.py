@@ -61,6 +61,8 @@ def ways_to_need_less(run, ds_config: dict, on_cpu: bool) -> str:
     if not on_cpu:
         ways.append("set loss.chunk_tokens lower than its default" if run.loss.chunk_tokens is None else
                     f"lower loss.chunk_tokens ({run.loss.chunk_tokens})")  # fmt: skip
+    if run.validation.suite:
+        ways.append(f"lower validation.suite_batch ({run.validation.suite_batch})")
     if not on_cpu and not ds_config["zero_optimization"].get("offload_optimizer"):
         ways.append("take ds_config = 'ds_configs/zero3_offload_optimizer.json'")
     return f"{', '.join(ways)}, or give it more ranks; --dry-run has an estimate by terms"

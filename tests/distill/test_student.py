@@ -3,13 +3,14 @@
 import pytest
 import torch
 import transformers
-from plain import build, cut, make_batch, make_shard, make_world, run_step
+from plain import build, cut, make_batch, make_shard, make_world, own_model, run_step
 from tiny import make_model, make_run
 
 from ted_scale.distill.normalization import count_valid
 from ted_scale.distill.signal import Weights
 from ted_scale.engines import build_filters
 from ted_scale.kernels.tokens import IGNORED
+from ted_scale.models import attention
 from ted_scale.models.anatomy import StateRecorder
 from ted_scale.plan import make_plan
 
@@ -276,6 +277,18 @@ def test_validation_is_the_student_s_ce_without_a_signal_and_without_a_graph(wor
             losses = parts.student(batch, None, Weights(1.0, 0.0, 0.0), count_valid([batch]))
         assert not losses.total.requires_grad
         assert losses.ce.item() == pytest.approx(ce_of(own_student(world, batch).logits, batch).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma2", "cohere2"])
+def test_logits_are_the_family_s_own_to_the_last_bit(tmp_path, family):
+    """Tied or not, soft-capped, scaled: lm-eval's scores follow from them."""
+    make_model(tmp_path / "student", family)
+    make_shard(tmp_path / "corpus")
+    parts, batch = build(tmp_path, method="ce"), make_batch()
+    with torch.no_grad():
+        ours = parts.student(batch, None, None, None)
+        theirs = own_model(tmp_path / "student", attn_implementation=attention.NAME)(batch.tokens_BT).logits
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("stage", ["filters", "student"])

@@ -9,40 +9,23 @@ import json
 import math
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import make_model
+from judged import TEXTS, make_judged
 from wandb_file import read_records, read_rows
 
 from ted_scale.base.errors import UserError
 from ted_scale.evaluation import suites
-from ted_scale.evaluation.scores import Score, scores
-from ted_scale.evaluation.suites import Asked
+from ted_scale.evaluation.scores import Score
 from tools import evaluate, tokenize_corpus, train_tokenizer
 from tools.evaluation import olmes, results
 from tools.evaluation.results import Result
 
-VOCABULARY = 380
-TEXTS = [
-    f"Document {n} says: {'the cat sat on the mat, ' * (n % 5)}näive façade 🙂 costs {n * 37} €.\n  Indented."
-    for n in range(60)
-]
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A tokenizer, two tiny models with it, and a corpus."""
-    root = tmp_path_factory.mktemp("evaluate")
-    (root / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    train_tokenizer.main(["--vocab-size", str(VOCABULARY), "--out", str(root / "tok"), str(root / "texts.jsonl")])
-    tokenize_corpus.main(["--tokenizer", str(root / "tok"), "--out", str(root / "cats"), str(root / "texts.jsonl")])
-    for seed, name in enumerate(("one", "two")):
-        make_model(root / name, "llama", vocab_size=VOCABULARY, num_hidden_layers=2, seed=seed)
-        for file in (root / "tok").iterdir():
-            (root / name / file.name).write_bytes(file.read_bytes())
-    return root
+    return make_judged(tmp_path_factory.mktemp("evaluate"))
 
 
 def read(root, *words) -> dict:
@@ -217,108 +200,6 @@ def test_a_wandb_that_does_not_answer_leaves_an_offline_run(monkeypatch, capsys)
     assert "W&B is offline for a, because it could not be reached (TimeoutError: no answer)" in capsys.readouterr().err
 
 
-# Suites
-
-
-def entry(name="TASK", tags=(), **cfg):
-    return SimpleNamespace(kind=SimpleNamespace(name=name), cfg=cfg, tags=set(tags))
-
-
-class Index:
-    """Stands in for lm-eval's index of tasks."""
-
-    def __init__(self, **entries):
-        self.task_index = entries
-
-    def load(self, names):
-        return {"tasks": {name: name for name in names}}
-
-
-def local(name):
-    return entry(dataset_kwargs={"data_files": {"test": f"{name}.jsonl"}})
-
-
-@pytest.fixture
-def load(tmp_path, monkeypatch):
-    """suites.load over a folder in which some tasks are defined and some have data."""
-
-    def to(*wanted, tasks, data=(), run_code=False, folder=tmp_path):
-        monkeypatch.setattr(suites, "index_of", lambda folder: Index(**tasks))
-        for name in data:
-            (tmp_path / f"{name}.jsonl").touch()
-        return suites.load(list(wanted), folder, run_code)[1]
-
-    return to
-
-
-SMALL = {name: local(name) for name in ("lambada_openai", "arc_easy", "piqa")}
-
-
-def test_a_suite_takes_blimp_where_its_files_are_at_hand(load):
-    blimp = {"blimp": entry("GROUP", task=["blimp_a", "blimp_b"]), "blimp_a": local("a"), "blimp_b": local("b")}
-    assert load("small", tasks=SMALL, data=SMALL).specs == list(SMALL)
-    assert load("small", tasks=SMALL | blimp, data=["a", "b"]).specs == [*SMALL, "blimp"]
-
-
-def test_a_suite_without_its_files_is_refused_by_name_and_place(load, tmp_path):
-    with pytest.raises(
-        UserError, match=rf"suite small must find the data of task piqa, but {tmp_path}/piqa.jsonl is not"
-    ):
-        load("small", tasks=SMALL, data=["lambada_openai", "arc_easy"])
-    sentence = rf"suite ted_public must find the task gsm8k in {tmp_path}, but no file there defines it; put gsm8k.yaml"
-    with pytest.raises(UserError, match=sentence):
-        load("ted_public", tasks=SMALL)
-    group = {
-        "both": entry("GROUP", task=["arc_easy", {"group": "inner"}]),
-        "inner": entry("TAG", tags=["far"]),
-        "far": local("x"),
-    }
-    with pytest.raises(UserError, match=r"--suite must find the data of task far, but .*x.jsonl is not there"):
-        load("both", tasks=SMALL | group, data=SMALL)
-
-
-def test_a_name_that_is_no_task_is_refused(load):
-    with pytest.raises(
-        UserError, match=r"--suite must name suites \(ted_public, ted_paper, small\) or tasks .*, but arc_esy is"
-    ):
-        load("arc_esy", tasks=SMALL, folder=None)
-
-
-def test_code_runs_only_where_it_is_asked_for_and_with_its_metric(load, tmp_path):
-    tasks = {**SMALL, "humaneval": entry(unsafe_code=True)}
-    assert load("arc_easy", "humaneval", tasks=tasks, data=SMALL) == Asked(["arc_easy"], ["humaneval"])
-    with pytest.raises(
-        UserError, match=r"task humaneval must find the code_eval metric, but .*code_eval/code_eval.py is not"
-    ):
-        load("humaneval", tasks=tasks, run_code=True)
-    (tmp_path / "code_eval").mkdir()
-    (tmp_path / suites.METRIC).touch()
-    assert load("humaneval", tasks=tasks, run_code=True) == Asked(["humaneval"], [])
-
-
-def test_lm_eval_is_asked_for_only_where_it_is_needed(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
-    with pytest.raises(
-        UserError, match=r"lm-eval must be installed for --suite, but is not; `pip install -e '.\[eval\]'`"
-    ):
-        suites.load(["small"], None, run_code=False)
-
-
-def test_scores_are_those_of_groups_and_filters_by_name():
-    found = {
-        "results": {
-            "mmlu": {"alias": "mmlu", "acc,none": 0.25, "acc_stderr,none": 0.01},
-            "mmlu_anatomy": {"alias": " - anatomy", "acc,none": 0.5, "acc_stderr,none": 0.1},
-            "gsm8k": {"exact_match,strict-match": 0.0, "exact_match_stderr,strict-match": "N/A"},
-        },
-        "group_subtasks": {"mmlu": ["mmlu_anatomy"], "gsm8k": []},
-    }
-    assert scores(found) == [
-        Score("mmlu", "acc", 0.25, 0.01),
-        Score("gsm8k", "exact_match strict-match", 0.0, None),
-    ]
-
-
 # Local task data
 
 
@@ -408,7 +289,8 @@ def test_scores_are_those_of_lm_eval_alone_and_of_each_model_alone(root, tasks, 
     found = json.loads((tasks / "scores.json").read_text())["models"]
     for name, model in zip(("one", "two"), found, strict=True):
         plain = simple_evaluate(
-            model="hf", model_args={"pretrained": str(root / name)}, tasks=list(SMALL), batch_size=8, device="cpu",
+            model="hf", model_args={"pretrained": str(root / name)}, tasks=list(suites.SUITES["small"].tasks),
+            batch_size=8, device="cpu",
             task_manager=TaskManager(include_path=str(suites.OURS), include_defaults=False),
         )["results"]  # fmt: skip
         assert len(model["scores"]) == 6
