@@ -151,7 +151,7 @@ def frozen_parts(module: Student, stage: Stage) -> list:
 
 
 def build_filters(plan: Plan, stage: Stage):
-    """(student's filters, teacher's filters), one for each pair. lwd has random ones for the student and none for the teacher."""
+    """(student's filters, teacher's filters), one for each pair. lwd has none for the teacher."""
     if not plan.pairs:
         return None, None
     filters, lwd = plan.run.filters, plan.run.method == "lwd"
@@ -161,7 +161,7 @@ def build_filters(plan: Plan, stage: Stage):
     def side(anatomy, offset: int, lift: int = 0):
         seeds = [plan.run.seed * 1000 + 2 * k + offset for k in range(len(plan.pairs))]
         vocab = anatomy.vocab_size if heads else 0
-        settings: dict = {"mlp": filters.mlp, "random": lwd, "vocab": vocab, "lift": lift}
+        settings: dict = {"mlp": filters.mlp, "random": filters.start == "noise", "vocab": vocab, "lift": lift}
         return torch.nn.ModuleList(Filter(anatomy.width, plan.width, seed=seed, **settings) for seed in seeds)
 
     return side(plan.student, 0), None if lwd else side(plan.teacher, 1, lift)

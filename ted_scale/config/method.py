@@ -34,9 +34,10 @@ class Filters(Section):
     )
     mlp: Count = Field(0, description="hidden width of a residual MLP before the linear; 0: none")
     head: Literal["shared", "own", "per_layer"] = "shared"
-    start: Literal["states", "random"] = Field(
+    start: Literal["states", "random", "noise"] = Field(
         "states",
-        description="principal directions of the teacher's states; random: the identity where it fits, else random",
+        description="principal directions of the teacher's states; random: the identity where it fits, else random; noise: random "
+        "also where the identity fits. For lwd, which has no filters of the teacher, states is as random",
     )
     lr: Positive = 1e-3
     sample_tokens: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(

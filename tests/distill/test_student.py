@@ -4,12 +4,14 @@ import pytest
 import torch
 import transformers
 from plain import build, cut, make_batch, make_shard, make_world, run_step
-from tiny import make_model
+from tiny import make_model, make_run
 
 from ted_scale.distill.normalization import count_valid
 from ted_scale.distill.signal import Weights
+from ted_scale.engines import build_filters
 from ted_scale.kernels.tokens import IGNORED
 from ted_scale.models.anatomy import StateRecorder
+from ted_scale.plan import make_plan
 
 ON = Weights(ce=0.5, kl=2.0, layer=3.0)
 
@@ -295,3 +297,13 @@ def test_documents_reach_both_models(world):
     assert abs(apart[0].ce - together[0].ce) > 1e-3
     signals = [parts.teacher(make_batch(documents=d), ON) for d in (True, False)]
     assert (signals[0].last_NE - signals[1].last_NE).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("method", ["lwd", "ted"])
+def test_filters_between_equal_widths_begin_as_the_identity_unless_noise_is_asked_for(same_width, method):
+    for start, is_identity in (("states", True), ("random", True), ("noise", False)):
+        plan = make_plan(make_run(same_width, method=method, filters={"start": start}), 1)
+        sides = [side for side in build_filters(plan, plan.stages[-1]) if side is not None]
+        weights = [filter.weight for side in sides for filter in side]
+        assert len(weights) == 2 * (1 + (method == "ted"))
+        assert all(torch.equal(weight, torch.eye(32)) is is_identity for weight in weights)
