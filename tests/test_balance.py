@@ -1,5 +1,6 @@
 """loss.balance = "auto": the layer loss is scaled by the means of earlier steps, which a checkpoint keeps."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def stage_two(**sections):
 
 def take(stage, progress: Progress, kl: float, layer: float, count: int = 1):
     """(the step's weights, its named losses, the progress after it) where every micro-batch has these values."""
-    each = stage.of_micro_batches(progress.step, count, scale_of(progress))
+    each = stage.of_micro_batches(progress.step, count, scale_of(progress, stage))
     weights = of_step(each)
     sums = [9.0, 1.0, kl * weights.asked, layer * weights.asked, layer * weights.asked, layer * weights.asked]
     losses = stage.name_losses(sums, weights)
@@ -43,7 +44,7 @@ def test_a_step_s_own_losses_do_not_change_its_weights_and_one_step_changes_late
         *_, progress = take(stage, progress, 2.0, 1.0)
     each, _, progress = take(stage, progress, 200.0, 1.0)
     assert each[0].layer == pytest.approx(2.0)
-    assert scale_of(progress) == pytest.approx(2.0 + 198.0 / STEPS)
+    assert scale_of(progress, stage) == pytest.approx(2.0 + 198.0 / STEPS)
 
 
 def test_a_layer_weight_of_0_stays_0_and_the_means_wait():
@@ -87,16 +88,21 @@ def test_a_checkpoint_keeps_the_means_to_the_last_bit_and_a_rewind_takes_those_o
     for k in range(3):
         *_, progress = take(stage, progress, 1 / 3 + k, 0.1 * k + 0.3)
     read = spikes.begin(parse_progress(progress_as_bytes(progress).decode(), "a test"), stage)
-    assert read.balance == progress.balance and scale_of(read) == scale_of(progress)
+    assert read.balance == progress.balance and scale_of(read, stage) == scale_of(progress, stage)
     *_, later = take(stage, progress, 50.0, 1.0)
-    assert scale_of(gone_back(read, later)) == scale_of(progress) != scale_of(later)
+    assert scale_of(gone_back(read, later), stage) == scale_of(progress, stage) != scale_of(later, stage)
 
 
-def test_other_loss_terms_start_the_means_again():
-    stage = stage_two()
+def test_other_terms_start_the_means_again_but_other_weights_and_the_end_of_a_term_do_not():
+    stage = stage_two(loss={"kl": {"start": 1, "off_after": 0.5}})
     *_, progress = take(stage, spikes.begin(Progress(4), stage), 6.0, 0.5)
-    assert spikes.begin(progress, stage).balance == progress.balance
-    assert spikes.begin(progress, stage_two(loss={"kind": "mse"})).balance is None
+    late = spikes.begin(replace(progress, step=9), stage)
+    assert late.health.ground != progress.health.ground
+    assert stage.weights(9, scale_of(late, stage))[1:3] == (0.0, 12.0)  # the last balance holds where the KL has ended
+    assert scale_of(progress, stage_two(loss={"layer": 3.0, "backend": "torch"})) == 12.0
+    other = stage_two(loss={"kind": "mse"})
+    assert scale_of(progress, other) == 1.0
+    assert take(other, progress, 6.0, 3.0)[2].balance.steps == 1
 
 
 def test_without_kl_there_is_nothing_to_balance_with():

@@ -56,6 +56,7 @@ class Balance:
 
     __pydantic_config__ = STRICT
 
+    of: str = ""  # the settings that decide what the terms are
     kl: Finite = 0.0
     layer: Finite = 0.0
     steps: Count = 0

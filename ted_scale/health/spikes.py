@@ -19,13 +19,12 @@ def state_of(progress: Progress) -> Health:
 
 
 def begin(progress: Progress, stage) -> Progress:
-    """Start the median, and the balance of terms, again if the stage, the loss terms or the data have changed: their losses
-    cannot be compared. A term that is off until later makes such a change in mid-stage."""
+    """Start the median again if the stage, the loss terms or the data have changed: their losses cannot be compared. A term that
+    is off until later makes such a change in mid-stage."""
     state, ground = state_of(progress), ground_of(stage, progress.step)
-    if state.ground == ground:
-        return replace(progress, health=state)
-    state = replace(state, ground=ground, losses=(), in_a_row=0)
-    return replace(progress, health=state, balance=None)
+    if state.ground != ground:
+        state = replace(state, ground=ground, losses=(), in_a_row=0)
+    return replace(progress, health=state)
 
 
 def ground_of(stage, step: int) -> str:
