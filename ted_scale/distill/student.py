@@ -79,7 +79,7 @@ class Student(nn.Module):
         return last.flatten(0, 1), [states[block].flatten(0, 1) for block in self.blocks] if wants_layers else []
 
     def logit_losses(self, batch, last_ND, signal, weights, denom):
-        head_t = self.heads.teacher if weights.kl else None
+        terms, head_t = self.run.loss, self.heads.teacher if weights.kl else None
         settings = self.heads.own.linear_kl_ce_arguments("s")
         settings |= head_t.linear_kl_ce_arguments("t") if head_t else {}
 
@@ -87,8 +87,8 @@ class Student(nn.Module):
             return linear_kl_ce(
                 h_s, w_s, signal.last_NE if head_t else None, head_t and head_t.weight,
                 batch.labels_BT.flatten(), batch.weights_BT.flatten(), denom=denom,
-                temperature=self.run.loss.temperature, kl_weight=weights.kl, ce_weight=weights.ce,
-                mode=self.run.loss.mode, gather=gathered, **settings, **self.backend,
+                temperature=terms.temperature, kl_weight=weights.kl, ce_weight=weights.ce, divergence=terms.divergence,
+                top_k=terms.top_k, mode=terms.mode, gather=gathered, **settings, **self.backend,
             )  # fmt: skip
 
         with gathered(head_t.projection if head_t else []):

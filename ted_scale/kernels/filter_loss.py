@@ -86,7 +86,7 @@ def filter_chunks(
         y, norm_backward = apply_norm(norm, filtered, any(wanted[:4]))
         arguments.check_states("norm's result", y, head_w.shape[1], len(filtered))  # OPT's tail changes the width
         wants = [any(wanted[:4]), *wanted[4:]]
-        value, dy = head_chunk(y, head_w, head_b, labels[at], weight[at], dhead_w, dhead_b, list(f), wants, backend)
+        value, dy = head_chunk(y, head_w, head_b, labels[at], weight[at], dhead_w, dhead_b, f.numbers, wants, backend)
         total += value
         if wants[0]:
             dy = lift_backward(norm_backward(dy), narrow, lift_w, wanted[3], dlift)

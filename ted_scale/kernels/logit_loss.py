@@ -1,4 +1,4 @@
-"""Logit losses straight from states and output weights: next-token cross-entropy and KL to a teacher.
+"""Logit losses straight from states and output weights: next-token cross-entropy and a divergence from a teacher.
 
 `chunked` holds the logits of one chunk of tokens and computes the gradients with the loss. `strict` (logit_loss_strict.py)
 holds a small tile of logits and computes the gradients in backward.
@@ -14,6 +14,7 @@ from ted_scale.kernels import arguments
 from ted_scale.kernels.autograd import attach, wants_gradient
 from ted_scale.kernels.backend import choose
 from ted_scale.kernels.formulas import logits
+from ted_scale.kernels.formulas.divergences import DIVERGENCES, SCRATCH
 from ted_scale.kernels.formulas.logits import LogitLoss
 from ted_scale.kernels.products import (
     add_gradients,
@@ -36,12 +37,14 @@ SPAN = 4
 def linear_kl_ce(
     h_s, w_s, h_t, w_t, labels, token_weight, *, denom, temperature=1.0, kl_weight=1.0, ce_weight=1.0,
     softcap_s=None, softcap_t=None, logit_scale_s=1.0, logit_scale_t=1.0, head_bias_s=None, head_bias_t=None,
-    mode="chunked", backend="auto", chunk_tokens=None, gather=contextlib.nullcontext,
+    divergence="forward", top_k=0, mode="chunked", backend="auto", chunk_tokens=None, gather=contextlib.nullcontext,
 ):  # fmt: skip
     """(total, kl, ce), total = ce_weight·ce + kl_weight·kl, from states [N, d] and output weights [V, d].
 
-    kl is T²·KL(teacher ‖ student) at temperature T over the vocabulary that both sides have. ce is over the student's whole
-    vocabulary. Only `total` carries a gradient: for h_s, w_s and head_bias_s. A weight of 0 skips its term's work.
+    kl is T² times the divergence at temperature T over the vocabulary that both sides have: KL(teacher ‖ student), or
+    "reverse", or "jsd". With `top_k` it is that of the teacher's k likeliest tokens and one bucket for all others. ce is over
+    the student's whole vocabulary. Only `total` carries a gradient: for h_s, w_s and head_bias_s. A weight of 0 skips its
+    term's work. Strict mode and the kernels of Triton do not know all of it: `check_divergence`.
     Strict mode reads w_t and head_bias_t again in backward: `gather([w_t, head_bias_t])` is a context that makes them whole.
     """
     if not kl_weight:
@@ -52,16 +55,19 @@ def linear_kl_ce(
     arguments.check_positive("chunk_tokens", chunk_tokens)
     caps, scales = (softcap_s or 0.0, softcap_t or 0.0), (logit_scale_s, logit_scale_t)
     covers = 1.0 if w_t is not None and len(w_t) >= len(w_s) else 0.0  # bool() would bind a trace to one size of V
-    loss = [float(x) for x in LogitLoss(temperature, kl_weight, ce_weight, *caps, *scales, False)[:-1]] + [covers]
+    loss = LogitLoss(temperature, kl_weight, ce_weight, *caps, *scales, covers).numbers
     student, teacher = (h_s, w_s, head_bias_s), (h_t, w_t, head_bias_t)
-    backend, weight = choose(backend, h_s.device), valid_weights(labels, token_weight)
+    check_divergence(divergence, top_k, mode, backend)
+    backend, weight = choose(backend, h_s.device, top_k), valid_weights(labels, token_weight)
     if mode == "strict":
         from ted_scale.kernels.logit_loss_strict import strict_kl_ce
 
         return strict_kl_ce(student, teacher, labels, weight, denom, loss, backend, chunk_tokens or 0, gather)
     wanted = wants_gradient(student)
     with torch.no_grad():
-        values, *gradients = logit_chunks(*student, *teacher, labels, weight, loss, wanted, backend, chunk_tokens or 0)
+        values, *gradients = logit_chunks(
+            *student, *teacher, labels, weight, loss, wanted, backend, chunk_tokens or 0, divergence, top_k
+        )
     total, values = attach(values[0], values, denom, student, wanted, gradients)
     return total, values[1], values[2]
 
@@ -85,19 +91,29 @@ def check(h_s, w_s, b_s, h_t, w_t, b_t, labels, token_weight, teacher: bool) -> 
     arguments.check_common("h_s", {**tensors, "labels": labels, "token_weight": token_weight}, fixed)
 
 
+def check_divergence(divergence: str, top_k: int, mode: str, backend: str) -> None:
+    arguments.check_choice("divergence", divergence, tuple(DIVERGENCES))
+    if mode == "strict" and divergence != "forward":
+        raise ValueError(f"divergence must be forward in strict mode, but is '{divergence}'")
+    if top_k and (mode == "strict" or backend == "triton"):
+        raise ValueError(f"top_k must be 0 in strict mode and with backend 'triton', but is {top_k}")
+
+
 @torch.library.custom_op("ted_scale::logit_chunks", mutates_args=())
 def logit_chunks(
     h_s: torch.Tensor, w_s: torch.Tensor, b_s: torch.Tensor | None, h_t: torch.Tensor | None,
     w_t: torch.Tensor | None, b_t: torch.Tensor | None, labels: torch.Tensor, weight: torch.Tensor,
-    loss: Sequence[float], wanted: Sequence[bool], backend: str, chunk_tokens: int,
+    loss: Sequence[float], wanted: Sequence[bool], backend: str, chunk_tokens: int, divergence: str = "forward",
+    top_k: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """((total, kl, ce) summed over rows, ∂total/∂h_s, /∂w_s, /∂b_s); a gradient that is not wanted is empty."""
-    f, wants, row_losses = LogitLoss(*loss), any(wanted), row_losses_of(backend)
+    f, wants, row_losses = LogitLoss(*loss, divergence, top_k), any(wanted), row_losses_of(backend)
     if w_t is not None:  # the vocabulary that the student has, too
         w_t, b_t = w_t[: len(w_s)], None if b_t is None else b_t[: len(w_s)]
     # `span` chunks of logits are one span: a single product for the weight's gradient, from `slopes`.
     span = SPAN if wants and backend == "triton" and h_s.dtype != torch.float32 else 1
-    chunk = rows_of_chunk(h_s, w_s, w_t, span, chunk_tokens)
+    scratch = 0 if backend == "triton" else SCRATCH[divergence]
+    chunk = rows_of_chunk(h_s, w_s, w_t, span, chunk_tokens, scratch)
     dh, dw, db = gradients = empty_gradients(h_s, w_s, b_s, wanted)
     w_s, w_t = operand(w_s, backend), operand(w_t, backend)
     logits_s = weight.new_empty(chunk, len(w_s))  # the same memory for every chunk
@@ -122,13 +138,16 @@ def logit_chunks(
 
 
 @logit_chunks.register_fake
-def _(h_s, w_s, b_s, h_t, w_t, b_t, labels, weight, loss, wanted, backend, chunk_tokens):
+def _(
+    h_s, w_s, b_s, h_t, w_t, b_t, labels, weight, loss, wanted, backend, chunk_tokens, divergence="forward", top_k=0
+):  # fmt: skip
     return weight.new_empty(3), *empty_gradients(h_s, w_s, b_s, wanted)
 
 
-def rows_of_chunk(h_s, w_s, w_t, span: int, chunk_tokens: int) -> int:
-    """A row takes its fp32 logits and, where their gradient has memory of its own, `span` rows of that."""
-    logits = 4 * (len(w_s) + (0 if w_t is None else len(w_t)))
+def rows_of_chunk(h_s, w_s, w_t, span: int, chunk_tokens: int, scratch: int = 0) -> int:
+    """A row takes its fp32 logits, `scratch` rows of the teacher's and, where their gradient has memory of its own, `span` rows of
+    that."""
+    logits = 4 * (len(w_s) + (0 if w_t is None else (1 + scratch) * len(w_t)))
     apart = span * h_s.element_size() * len(w_s) if h_s.is_cuda and h_s.element_size() == 2 else 0
     return rows_per_chunk(len(h_s), logits + apart, h_s.device, chunk_tokens)
 

@@ -56,6 +56,13 @@ def test_offloaded_state_does_not_count_for_the_device_and_a_bucket_does(world, 
     assert here["reduction"] > 4 * 1e8
 
 
+def test_a_jensen_shannon_divergence_takes_two_more_matrices_of_a_chunk_where_torch_computes_it(world):
+    chunk = {"chunk_tokens": 16}
+    for device, more in (("cpu", 16 * 2 * 4 * 128), ("cuda", 0)):
+        kl, jsd = (of(world, device=device, loss={**chunk, **own})[1]["losses"] for own in ({}, {"divergence": "jsd"}))
+        assert jsd - kl == more
+
+
 @pytest.mark.parametrize("side", ["teacher", "student"])
 def test_activations_are_what_a_forward_s_graph_keeps(world, side):
     anatomy = getattr(make_plan(make_run(world), 1), side)
