@@ -36,7 +36,7 @@ from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
 from ted_scale.models.vocabulary import check_corpus_tokenizer, check_same_tokenizer, tokenizer_folder
 
-DECISIVE_OF_LOSSES = ("ce", "kl", "layer", "balance", "temperature", "kind", "divergence", "top_k")
+DECISIVE_OF_LOSSES = ("ce", "kl", "layer", "balance", "temperature", "kind", "divergence", "top_k", "skip_low_entropy")
 
 
 @dataclass(frozen=True, kw_only=True)

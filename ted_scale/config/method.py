@@ -105,6 +105,9 @@ class Loss(Section):
     top_k: Count = Field(
         0, description="the teacher's likeliest tokens, beside one bucket for all others; 0: every token"
     )
+    skip_low_entropy: Fraction = Field(
+        0.0, description="the share of tokens, those where the teacher is surest, that have no such loss; 0: none"
+    )
     kind: Literal["nmse", "mse", "cosine"] = "nmse"
     backend: Literal["auto", "triton", "torch", "compiled"] = Field("auto", description="ted_scale/kernels/README.md")
     mode: Literal["chunked", "strict"] = Field(
@@ -120,7 +123,7 @@ class Loss(Section):
     @model_validator(mode="after")
     def mode_and_backend_know_the_terms(self):
         if self.mode == "strict":
-            for key, usual in (("divergence", "forward"), ("top_k", 0)):
+            for key, usual in (("divergence", "forward"), ("top_k", 0), ("skip_low_entropy", 0.0)):
                 if (value := getattr(self, key)) != usual:
                     raise ValueError(
                         f"{key} must be {usual!r} where loss.mode is 'strict', but is {value!r}; use 'chunked'"

@@ -130,7 +130,7 @@ def head_chunk(
     y = y.to(w.dtype)
     apart = backend == "triton" and w.dtype != torch.float32 and any(wanted)
     room = y.new_empty(len(y), len(w)) if apart else None
-    _, ce, dz = row_losses_of(backend)(project(y, w, b), None, labels, weight, LogitLoss(*loss), any(wanted), room)
+    _, ce, dz, _ = row_losses_of(backend)(project(y, w, b), None, labels, weight, LogitLoss(*loss), any(wanted), room)
     dy = matmul(dz, w) if wanted[0] else y.new_empty(0, dtype=torch.float32)
     if any(wanted[1:]):
         add_gradients(dz, y, w, [False, *wanted[1:]], None, dw, db)

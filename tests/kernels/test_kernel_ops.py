@@ -86,11 +86,14 @@ def test_torch_compile_takes_a_loss_without_a_graph_break(name):
 def test_the_operations_pass_torch_s_own_checks():
     v = tensors()
     arguments = (v["h_s"], v["w_s"], v["head_bias_s"], v["h_t"], v["w_t"], v["head_bias_t"], v["labels"],
-                 v["token_weight"], [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0], [True, True, False], "torch", 5)  # fmt: skip
+                 v["token_weight"], [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0], [True, True, False], "torch", 5,
+                 "jsd", 3, 0.5)  # fmt: skip
     torch.library.opcheck(logit_chunks, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("settings", [{}, {"divergence": "reverse"}, {"divergence": "jsd", "top_k": 4}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"divergence": "reverse", "skip_below": 1.0}, {"divergence": "jsd", "top_k": 4}], ids=str
+)
 def test_the_compiled_backend_has_the_same_values(settings):
     """In fp32, with two chunks of one size and a ragged one."""
     settings = {"chunk_tokens": 5, "temperature": 2.0, **settings}
@@ -244,6 +247,8 @@ WRONG = {
     "backend must be one of auto, triton, torch, compiled": {"backend": "cuda"},
     "divergence must be one of forward, reverse, jsd": {"divergence": "tv"},
     "divergence must be forward in strict mode, but is 'jsd'": {"divergence": "jsd", "mode": "strict"},
+    "skip_below must be None in strict mode, but is 0.5": {"skip_below": 0.5, "mode": "strict"},
+    "skip_below must be None where kl_weight is 0, but is 0.5": {"skip_below": 0.5, "kl_weight": 0.0},
     "top_k must be 0 in strict mode and with backend 'triton', but is 3": {"top_k": 3, "mode": "strict"},
     "h_t must be a tensor where kl_weight is not 0": {"h_t": None},
 }  # fmt: skip

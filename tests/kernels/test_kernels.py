@@ -18,7 +18,20 @@ import triton
 import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_losses import HEADS, SETTINGS, SIDES, doubled, filtered, heads, naive_kl_ce, naive_mse, ours, tensors
+from test_losses import (
+    HEADS,
+    SETTINGS,
+    SIDES,
+    assert_equal,
+    doubled,
+    entropies_of,
+    filtered,
+    heads,
+    naive_kl_ce,
+    naive_mse,
+    ours,
+    tensors,
+)
 
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.formulas.logits import soften
@@ -119,6 +132,23 @@ def test_logit_losses(mode, dtype, options, small_tiles):
 def test_other_divergences(divergence, dtype, options, small_tiles):
     values = tensors(n=11, d_s=17, d_t=19, v_s=53, v_t=45, dtype=dtype)
     compare_kl_ce(values, dtype, "chunked", divergence=divergence, **options)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS[name] for name in ("plain", "softcaps", "kl only")], ids=str)
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_tokens_without_a_divergence_where_the_teacher_is_sure(divergence, settings, small_tiles):
+    values, settings = tensors(n=11, v_s=53, v_t=45), {**settings, "divergence": divergence}
+    true = entropies_of(values, 45, **settings)
+    floor = true.sort().values[5:7].mean().item()
+    (*mine, entropies), grads = ours(values, triton_kl_ce, **settings, skip_below=floor, chunk_tokens=5)
+    theirs, true_grads = ours(doubled(values), naive_kl_ce, **settings, skip_below=floor)
+    assert_equal([*mine[:2], *grads], [*theirs[:2], *true_grads])
+    counted = (values["labels"] != IGNORED) & (values["token_weight"] > 0)
+    assert torch.allclose(entropies[counted].double(), true[counted], atol=1e-5)
+    masked = ~counted[:, None]
+    bad = {k: torch.where(masked, float("nan"), values[k]) for k in ("h_s", "h_t")}
+    dirty = ours({**values, **bad}, triton_kl_ce, **settings, skip_below=floor, chunk_tokens=5)
+    assert all(torch.equal(a, b) for a, b in zip([*mine, *grads], [*dirty[0][:3], *dirty[1]], strict=True))
 
 
 @pytest.mark.parametrize("sizes", [(19, 23), (23, 23), (1, 1)], ids=str)

@@ -49,6 +49,7 @@ CASES = {  # what a kernel is called for: the flags that are then set. The first
         "soft-capped": LOGITS | CAPS | GRADIENT,
         "reverse KL": LOGITS | CAPS | GRADIENT | {"DIVERGENCE": "reverse"},
         "JSD": LOGITS | CAPS | GRADIENT | {"DIVERGENCE": "jsd"},
+        "JSD, entropy": LOGITS | CAPS | GRADIENT | {"DIVERGENCE": "jsd", "ENTROPY": True},
     },
     "layers": {
         "nmse": {"KIND": "nmse"} | TRAINS,
@@ -146,7 +147,7 @@ def type_of(name: str, job: Job) -> str:
         return f"*{job.dtype}"
     if name in ("t", "s"):  # a filtered state, or a raw one
         return f"*{job.dtype if job.case == 'raw' else 'fp32'}"
-    if name in ("z_s", "z_t", "weight", "values", "norms", "running", "kl_out", "ce_out"):
+    if name in ("z_s", "z_t", "weight", "values", "norms", "running", "kl_out", "ce_out", "floor", "entropy_out"):
         return "*fp32"
     if name == "labels":
         return "*i64"

@@ -56,4 +56,8 @@ def of_top(compare, k: int, log_p, log_q, room, wants_slope: bool):
 
 
 DIVERGENCES = {"forward": forward, "reverse": reverse, "jsd": jsd}
-SCRATCH = {"forward": 0, "reverse": 0, "jsd": 2}  # new matrices [N, V]
+
+
+def scratch(name: str, top_k: int) -> int:
+    """The new matrices [N, V] that `between` needs at a time."""
+    return 1 if top_k else 2 * (name == "jsd")

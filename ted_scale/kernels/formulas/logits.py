@@ -151,11 +151,12 @@ def gradient(y_s, u, labels, first: int, n: Normalizers, weight, f: LogitLoss):
     q_1 = y_s.sub_(n.student_1[:, None]).exp_() if f.ce_weight else y_s.zero_()
     if p is not None:
         gap = torch.sub(q_1[:, : p.shape[1]] if q is None else q, p, out=p)
-    return from_slopes(q_1, gap, slope, labels, first, weight, f)
+    return from_slopes(q_1, gap, slope, labels, first, weight, weight, f)
 
 
-def from_slopes(q_1, gap, slope, labels, first: int, weight, f: LogitLoss):
-    """The gradient from the student's softmax and the divergence's slope, written to q_1 (zeros where CE has no weight).
+def from_slopes(q_1, gap, slope, labels, first: int, weight, of_kl, f: LogitLoss):
+    """The gradient from the student's softmax and the divergence's slope, written to q_1 (zeros where CE has no weight). `of_kl`
+    are the rows' weights for the divergence.
 
     The slope, q − p for KL, is computed before its factor is applied: it is exactly 0 where student and teacher agree.
     """
@@ -163,33 +164,38 @@ def from_slopes(q_1, gap, slope, labels, first: int, weight, f: LogitLoss):
         at, found = label_column(q_1, labels, first)
         q_1.scatter_add_(1, at, -found.to(q_1.dtype)[:, None]).mul_((weight * f.ce_weight)[:, None])
     if gap is not None:
-        q_1[:, : gap.shape[1]].addcmul_(gap, (weight * f.kl_weight * f.temperature)[:, None])
+        q_1[:, : gap.shape[1]].addcmul_(gap, (of_kl * f.kl_weight * f.temperature)[:, None])
     out = q_1 if slope is None else q_1.mul_(slope)
     return out if f.scale_s == 1.0 else out.mul_(f.scale_s)
 
 
-def whole_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool):
-    """(weight·T²·divergence, weight·CE, ∂/∂z_s or None) of rows with all their raw logits, which are overwritten."""
+def whole_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, floor=None):
+    """(weight·T²·divergence, weight·CE, ∂/∂z_s or None, the teacher's entropies or None) of rows with all their raw logits, which
+    are overwritten. With a `floor` there are entropies, and a row below it has no divergence."""
     y_s = soften_(z_s, f.softcap_s, f.scale_s)
     slope = softcap_slope(y_s, f) if wants_gradient else None
     log_q_1 = y_s.log_softmax(dim=1) if f.ce_weight else None
     zero = torch.zeros_like(weight)
     ce = counted(weight, -label_logit(log_q_1, labels, 0)) if f.ce_weight else zero
     u = None if z_t is None else over_(soften_(z_t, f.softcap_t, f.scale_t), f.temperature)
-    kl, gap = (zero, None) if u is None else divergence(y_s, u, log_q_1, f, wants_gradient)
-    kl = counted(weight, kl)
+    of_teacher = (zero, None, None) if u is None else divergence(y_s, u, log_q_1, f, wants_gradient, floor is not None)
+    kl, gap, entropy = of_teacher
+    of_kl = weight if entropy is None else torch.where(entropy < floor, 0.0, weight)
+    kl = counted(of_kl, kl)
     if not wants_gradient:
-        return kl, ce, None
+        return kl, ce, None, entropy
     q_1 = torch.zeros_like(y_s) if log_q_1 is None else log_q_1 if f.one_softmax else log_q_1.exp_()
-    return kl, ce, from_slopes(q_1, gap, slope, labels, 0, weight, f)
+    return kl, ce, from_slopes(q_1, gap, slope, labels, 0, weight, of_kl, f), entropy
 
 
-def divergence(y_s, u, log_q_1, f: LogitLoss, wants_slope: bool):
-    """(T²·divergence, its slope). y_s and u are overwritten, and log_q_1 is q_1 afterwards where both softmaxes are one."""
+def divergence(y_s, u, log_q_1, f: LogitLoss, wants_slope: bool, wants_entropy: bool):
+    """(T²·divergence, its slope, the entropy of p). y_s and u are overwritten, and log_q_1 is q_1 afterwards where both softmaxes
+    are one."""
     log_q = log_q_1 if f.one_softmax else over_(y_s[:, : u.shape[1]], f.temperature).log_softmax(dim=1)
     log_p = torch.log_softmax(u, dim=1, out=y_s.view(-1)[: u.numel()].view_as(u))
+    entropy = torch.exp(log_p, out=u).mul_(log_p).sum(dim=1).neg_().clamp_(min=0) if wants_entropy else None
     value, slope = divergences.between(log_p, log_q, u, f.divergence, f.top_k, wants_slope)
-    return f.temperature**2 * value, slope
+    return f.temperature**2 * value, slope, entropy
 
 
 def counted(weight, x):

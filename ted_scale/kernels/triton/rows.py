@@ -4,6 +4,7 @@ Jensen-Shannon divergence needs another read in between, because both softmaxes 
 The formulas are those of formulas/logits.py and formulas/divergences.py. Everything is fp32.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -80,10 +81,10 @@ def soften_backward(g, y, cap, scale, CAPPED: tl.constexpr):
 def add_columns(
     m_t, l_t, cross, m_s, l_s, m_1, l_1, y_label, z_s, z_t, label, V, shared, temperature, cap_s, cap_t, scale_s,
     scale_t, KL: tl.constexpr, CE: tl.constexpr, CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
-    DIVERGENCE: tl.constexpr = "forward",
+    DIVERGENCE: tl.constexpr = "forward", moment=0.0, ENTROPY: tl.constexpr = False,
 ):  # fmt: skip
     """The running `Statistics` of rows with V more columns; the teacher has the first `shared` of them. For the reverse KL
-    `cross` is Σ e^(y_s/T − m_s)·(y_s/T − u)."""
+    `cross` is Σ e^(y_s/T − m_s)·(y_s/T − u). For an entropy, `moment` is Σ e^(u − m_t)·(u − m_t)."""
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)[None, :]
         y = soften(tl.load(z_s + at, mask=at < V, other=0.0), cap_s, scale_s, CAPPED_S)
@@ -93,14 +94,19 @@ def add_columns(
         if KL:
             u = soften(tl.load(z_t + at, mask=at < shared, other=0.0), cap_t, scale_t, CAPPED_T) / temperature
             m_s, l_s, factor_s = add_block(m_s, l_s, tl.where(at < shared, y / temperature, float("-inf")))
+            m_before, l_before = m_t, l_t
             m_t, l_t, factor = add_block(m_t, l_t, tl.where(at < shared, u, float("-inf")))
+            if ENTROPY:
+                shift = tl.where(m_before == float("-inf"), 0.0, m_before - m_t)
+                e = tl.where(at < shared, tl.exp(u - m_t[:, None]), 0.0)
+                moment = (moment + shift * l_before) * factor + tl.sum(e * (u - m_t[:, None]), axis=1)
             if DIVERGENCE == "forward":
                 e = tl.where(at < shared, tl.exp(u - m_t[:, None]), 0.0)
                 cross = cross * factor + tl.sum(e * (u - y / temperature), axis=1)
             if DIVERGENCE == "reverse":
                 e = tl.where(at < shared, tl.exp(y / temperature - m_s[:, None]), 0.0)
                 cross = cross * factor_s + tl.sum(e * (y / temperature - u), axis=1)
-    return m_t, l_t, cross, m_s, l_s, m_1, l_1, y_label
+    return m_t, l_t, cross, m_s, l_s, m_1, l_1, y_label, moment
 
 
 @triton.jit
@@ -122,8 +128,8 @@ def means(z_s, z_t, n_t, n_s, shared, temperature, cap_s, cap_t, scale_s, scale_
 @triton.jit
 def write_gradient(
     z_s, z_t, dz, norms, label, w, V, shared, temperature, kl_weight, ce_weight, cap_s, cap_t, scale_s, scale_t,
-    KL: tl.constexpr, CE: tl.constexpr, CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
-    of_q=0.0, DIVERGENCE: tl.constexpr = "forward",
+    KL: tl.constexpr, CE: tl.constexpr, CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr, of_kl, of_q,
+    DIVERGENCE: tl.constexpr = "forward",
 ):  # fmt: skip
     """∂/∂z_s of these columns to dz, which may be z_s itself; 0 where a token does not count, even if its logits are NaN."""
     for start in range(0, V, BLOCK):
@@ -134,7 +140,17 @@ def write_gradient(
             u = soften(tl.load(z_t + at, mask=at < shared, other=0.0), cap_t, scale_t, CAPPED_T) / temperature
             u = tl.where(at < shared, u, float("-inf"))
         g = logit_gradient(
-            y, u, norms, of_q, at == label, w * kl_weight * temperature, w * ce_weight, temperature, KL, CE, DIVERGENCE
+            y,
+            u,
+            norms,
+            of_q,
+            at == label,
+            of_kl * kl_weight * temperature,
+            w * ce_weight,
+            temperature,
+            KL,
+            CE,
+            DIVERGENCE,
         )
         g = tl.where(w > 0, soften_backward(g, y, cap_s, scale_s, CAPPED_S), 0.0)
         tl.store(dz + at, g.to(dz.dtype.element_ty), mask=at < V)
@@ -145,8 +161,10 @@ def rows_kernel(
     z_s, z_t, dz, labels, weight, kl_out, ce_out, stride_s, stride_t, stride_d, V, shared, temperature, kl_weight,
     ce_weight, cap_s, cap_t, scale_s, scale_t, KL: tl.constexpr, CE: tl.constexpr, CAPPED_S: tl.constexpr,
     CAPPED_T: tl.constexpr, DIVERGENCE: tl.constexpr, WANTS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    floor, entropy_out, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """A row's weighted T²·divergence and CE, and its gradient for the raw z_s in dz, which may be z_s itself."""
+    """A row's weighted T²·divergence and CE, and its gradient for the raw z_s in dz, which may be z_s itself. With ENTROPY also the
+    teacher's entropy; a row below the floor has no divergence."""
     row = tl.program_id(0).to(tl.int64)
     z_s += row * stride_s
     z_t += row * stride_t
@@ -155,14 +173,18 @@ def rows_kernel(
 
     m_t = tl.full((1,), float("-inf"), tl.float32)
     l_t = tl.zeros((1,), tl.float32)
-    m_t, l_t, cross, m_s, l_s, m_1, l_1, y_label = add_columns(
+    m_t, l_t, cross, m_s, l_s, m_1, l_1, y_label, moment = add_columns(
         m_t, l_t, l_t, m_t, l_t, m_t, l_t, l_t, z_s, z_t, label, V, shared, temperature, cap_s, cap_t, scale_s, scale_t,
-        KL, CE, CAPPED_S, CAPPED_T, BLOCK, DIVERGENCE,
+        KL, CE, CAPPED_S, CAPPED_T, BLOCK, DIVERGENCE, l_t, ENTROPY,
     )  # fmt: skip
 
     n_t, n_s, n_1 = m_t + tl.log(l_t), m_s + tl.log(l_s), m_1 + tl.log(l_1)
     only = tl.arange(0, 1)
-    of_q = l_t
+    of_q, of_kl = l_t, w
+    if ENTROPY:
+        entropy = tl.maximum(tl.log(l_t) - moment / l_t, 0.0)
+        tl.store(entropy_out + row + only, entropy)
+        of_kl = tl.where(tl.sum(entropy) < tl.load(floor), 0.0, w)
     if KL:
         if DIVERGENCE == "forward":
             kl = cross / l_t - n_t + n_s
@@ -175,7 +197,7 @@ def rows_kernel(
             )
             kl = 0.5 * (of_p + of_q)
         kl = temperature * temperature * kl
-        tl.store(kl_out + row + only, tl.where(w > 0, w * kl, 0.0))
+        tl.store(kl_out + row + only, tl.where(of_kl > 0, of_kl * kl, 0.0))
     if CE:
         tl.store(ce_out + row + only, tl.where(w > 0, w * (n_1 - y_label), 0.0))
 
@@ -183,20 +205,22 @@ def rows_kernel(
         norms = n_t[:, None], n_s[:, None], n_1[:, None]
         write_gradient(
             z_s, z_t, dz, norms, label, w, V, shared, temperature, kl_weight, ce_weight, cap_s, cap_t, scale_s, scale_t,
-            KL, CE, CAPPED_S, CAPPED_T, BLOCK, of_q[:, None], DIVERGENCE,
+            KL, CE, CAPPED_S, CAPPED_T, BLOCK, of_kl, of_q[:, None], DIVERGENCE,
         )  # fmt: skip
 
 
-def launch_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, room):
-    """(weight·T²·divergence, weight·CE, ∂/∂z_s or None); the gradient is in `room`, or in z_s where `room` is None."""
+def launch_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, room, floor=None):
+    """(weight·T²·divergence, weight·CE, ∂/∂z_s or None, the teacher's entropies or None); the gradient is in `room`, or in z_s
+    where `room` is None."""
     rows, vocab = z_s.shape
     kl, ce = weight.new_zeros(2, rows).unbind()
-    dz = z_s if room is None else room
+    dz, entropy = z_s if room is None else room, None if floor is None else torch.empty_like(weight)
     z_t, shared = (z_s, 0) if z_t is None else (z_t, z_t.shape[1])
     rows_kernel[(rows,)](
         z_s, z_t, dz, labels.contiguous(), weight, kl, ce, z_s.stride(0), z_t.stride(0), dz.stride(0), vocab, shared,
         f.temperature, f.kl_weight, f.ce_weight, f.softcap_s, f.softcap_t, f.scale_s, f.scale_t,
         KL=bool(f.kl_weight), CE=bool(f.ce_weight), CAPPED_S=bool(f.softcap_s), CAPPED_T=bool(f.softcap_t),
-        DIVERGENCE=f.divergence, WANTS_GRADIENT=wants_gradient, **SHAPES["rows"].launch,
+        DIVERGENCE=f.divergence, WANTS_GRADIENT=wants_gradient, floor=weight if floor is None else floor,
+        entropy_out=kl if entropy is None else entropy, ENTROPY=entropy is not None, **SHAPES["rows"].launch,
     )  # fmt: skip
-    return kl, ce, dz if wants_gradient else None
+    return kl, ce, dz if wants_gradient else None, entropy
