@@ -65,7 +65,7 @@ def describe(plan: Plan, device: torch.device) -> list[str]:
     layers = {side: anatomy.attention for side, anatomy in sides.items() if anatomy}
     dtype = DTYPES[run.train.precision]
     return [
-        kernels.describe(run.loss.backend, device),
+        kernels.describe(run.loss.backend, device, run.loss.top_k),
         attention.describe(run.data.attention, layers, run.data.seq_len, dtype, device),
         fused.describe(run.fused_blocks, {s: blocks_are(plan, a, device) for s, a in sides.items() if a}),
     ]

@@ -12,7 +12,8 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
     """Take `student` (a DeepSpeed engine) through the steps of `stage` that `data` holds."""
     for micro_batches in metrics.timed(data, "data_wait_ms"):
         pulse.step(progress.step + 1)
-        each = stage.of_micro_batches(progress.step, len(micro_batches), balance.scale_of(progress, stage))
+        scale, floor = balance.scale_of(progress, stage), progress.entropy_floor
+        each = stage.of_micro_batches(progress.step, len(micro_batches), scale, floor)
         denom = count_valid(micro_batches)
         set_rates(student, stage.rate(progress.step), each)
 

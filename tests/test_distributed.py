@@ -474,6 +474,15 @@ def test_a_run_without_stage_one_resumes_to_the_last_bit(world):
     assert resumed == straight
 
 
+def test_the_surest_tokens_of_all_ranks_go_without_a_kl_from_the_second_step_on(world):
+    """Equal shares: both numbers of ranks found the same floor. A resume takes it from its checkpoint."""
+    names = ("sampled_2", "sampled_1", "unlearnt", "unlearnt_from_1")
+    told = ([row["loss/kl_share"] for row in rows(world, name) if "loss/kl_share" in row] for name in names)
+    two, one, straight, resumed = told
+    assert two == one and two[0] == 1.0 and two[1] == pytest.approx(0.6, abs=0.1)
+    assert straight == resumed and min(straight) < 0.8
+
+
 def test_an_offloaded_optimizer_gives_the_same_losses(world):
     pairs = zip(losses(world, "offload_2"), losses(world, "ten_2"), strict=True)
     assert max(abs(a - b) for a, b in pairs) < 1e-5

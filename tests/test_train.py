@@ -37,7 +37,7 @@ def test_the_teacher_s_signal_is_freed_before_backward(monkeypatch):
     monkeypatch.setattr(loop.pulse, "step", lambda _: None)
     student, nothing = Student(), lambda *_, **__: None
     stage = SimpleNamespace(
-        of_micro_batches=lambda _, count, scale: [Weights(1.0, 1.0, 0.0)] * count, rate=nothing, samples_per_step=1,
+        of_micro_batches=lambda _, count, scale, floor: [Weights(1.0, 1.0, 0.0)] * count, rate=nothing, samples_per_step=1,
         balances=False, run=SimpleNamespace(data=SimpleNamespace(seq_len=1)),
         last_step=1, verifies=nothing, validates=nothing, saves=nothing,
     )  # fmt: skip

@@ -76,6 +76,7 @@ class Progress:
     skipped: Count = 0  # steps whose update was dropped
     health: Health | None = None
     balance: Balance | None = None
+    entropy_floor: Annotated[Finite, Field(ge=0)] = 0.0  # of the step before: loss.skip_low_entropy
     wandb_id: RunId | None = None
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # plan.identity
     run: dict[str, Any] | None = None  # the whole run file, resolved; earlier versions wrote none

@@ -16,7 +16,8 @@ SHAPE = ("family", "layers", "width", "vocab_size", "parameters")
 DECISIVE = (
     "method", "seed", "pairs", "teacher.every",
     "filters.steps", "filters.head", "filters.width", "filters.mlp",
-    "loss.ce", "loss.kl", "loss.layer", "loss.balance", "loss.temperature", "loss.kind",
+    "loss.ce", "loss.kl", "loss.layer", "loss.balance", "loss.temperature", "loss.kind", "loss.divergence", "loss.top_k",
+    "loss.skip_low_entropy",
     "train.precision", "train.betas", "train.eps", "train.weight_decay",
     *(f"student.{key}" for key in SHAPE), *(f"teacher.{key}" for key in SHAPE),
 )  # fmt: skip

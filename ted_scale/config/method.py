@@ -99,6 +99,15 @@ class Loss(Section):
         "equally large",
     )
     temperature: Positive = 1.0
+    divergence: Literal["forward", "reverse", "jsd"] = Field(
+        "forward", description="the logits' loss: KL(teacher, student), KL(student, teacher), or Jensen-Shannon's"
+    )
+    top_k: Count = Field(
+        0, description="the teacher's likeliest tokens, beside one bucket for all others; 0: every token"
+    )
+    skip_low_entropy: Fraction = Field(
+        0.0, description="the share of tokens, those where the teacher is surest, that have no such loss; 0: none"
+    )
     kind: Literal["nmse", "mse", "cosine"] = "nmse"
     backend: Literal["auto", "triton", "torch", "compiled"] = Field("auto", description="ted_scale/kernels/README.md")
     mode: Literal["chunked", "strict"] = Field(
@@ -110,6 +119,20 @@ class Loss(Section):
     @classmethod
     def preset_fills_what_is_not_written(cls, values):
         return {**PRESETS.get(str(values.get("preset")), {}), **values} if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def mode_and_backend_know_the_terms(self):
+        if self.mode == "strict":
+            for key, usual in (("divergence", "forward"), ("top_k", 0), ("skip_low_entropy", 0.0)):
+                if (value := getattr(self, key)) != usual:
+                    raise ValueError(
+                        f"{key} must be {usual!r} where loss.mode is 'strict', but is {value!r}; use 'chunked'"
+                    )
+        if self.backend == "triton" and self.top_k:
+            raise ValueError(
+                f"top_k must be 0 where loss.backend is 'triton', but is {self.top_k}; Triton has no kernel for it: use 'auto'"
+            )
+        return self
 
 
 class Train(Section):

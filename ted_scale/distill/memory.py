@@ -19,6 +19,7 @@ import torch
 
 from ted_scale.distill.filter_sizes import filter_parameters
 from ted_scale.distill.stages import Stage
+from ted_scale.kernels.formulas.divergences import scratch
 from ted_scale.kernels.products import CHUNK_BYTES
 from ted_scale.models.anatomy import Anatomy, run_body
 from ted_scale.models.engine_config import engine_config
@@ -149,6 +150,8 @@ def losses(plan, stage: Stage, tokens: int, b: int, filters: int, device: str) -
         rows = 4 * (a.vocab_size + (t.vocab_size if t else 0)) + (
             2 * a.vocab_size if device == "cuda" and b == 2 else 0
         )
+        if t and (device == "cpu" or plan.run.loss.top_k):
+            rows += 4 * scratch(plan.run.loss.divergence, plan.run.loss.top_k) * min(a.vocab_size, t.vocab_size)
         heads = a.vocab_size * a.head_width + (t.vocab_size * t.head_width if t else 0)
         waiting = (4 + b) * a.vocab_size * a.head_width + 4 * filters
         waiting += b * tokens * (len(plan.pairs) * a.width + a.head_width)

@@ -87,10 +87,10 @@ class Stage:
     def asks_every(self) -> int:
         return 1 if self.learns_filters else self.run.asks_every
 
-    def of_micro_batches(self, step: int, count: int, scale: float = 1.0) -> list[Weights]:
+    def of_micro_batches(self, step: int, count: int, scale: float = 1.0, floor: float = 0.0) -> list[Weights]:
         """The weights of each of the step's micro-batches. The teacher is asked for one in `asks_every`, on all ranks for the same
         ones; its terms weigh as much more there, so that their mean over steps is that of a teacher who is always asked."""
-        weights, every = self.weights(step, scale), self.asks_every
+        weights, every = self.weights(step, scale)._replace(floor=floor), self.asks_every
         if every == 1:
             return [weights] * count
         first = (step - self.first_step) * count

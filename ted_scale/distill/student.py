@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ted_scale.config.run import Run
+from ted_scale.distill import entropies
 from ted_scale.distill.filters import OutputHead
 from ted_scale.distill.sampling import drawn_pairs, drawn_rows
 from ted_scale.distill.signal import Losses, Signal, Weights
@@ -62,14 +63,17 @@ class Student(nn.Module):
 
     def student_losses(self, batch, signal, weights, denom) -> Losses:
         last_ND, states = self.run_network(batch, weights.layer != 0)
-        total, kl, ce = self.logit_losses(batch, last_ND, signal, weights, denom)
-        mask = valid_weights(batch.labels_BT, batch.weights_BT).flatten() if states else None
+        total, kl, ce, *of_teacher = self.logit_losses(batch, last_ND, signal, weights, denom)
+        mask = valid_weights(batch.labels_BT, batch.weights_BT).flatten() if states or of_teacher else None
         layers = [self.layer_loss(k, states[k], signal, mask, denom) for k in range(len(states))]
         layers = torch.stack(layers) if layers else total.new_zeros(len(self.blocks))
         layer = layers.mean() if len(layers) else total.new_zeros(())
         if weights.layer:
             total = total + weights.layer * layer
-        return Losses(total, ce.detach(), kl.detach(), layer.detach(), layers.detach())
+        tally = entropies.nothing(kl) if self.run.loss.skip_low_entropy else None
+        if of_teacher:
+            tally = entropies.tally(of_teacher[0], mask, weights.floor)
+        return Losses(total, ce.detach(), kl.detach(), layer.detach(), layers.detach(), tally)
 
     def run_network(self, batch, wants_layers: bool):
         """(the head's input, the matched blocks' states), one row a token; a frozen body makes no graph."""
@@ -79,16 +83,17 @@ class Student(nn.Module):
         return last.flatten(0, 1), [states[block].flatten(0, 1) for block in self.blocks] if wants_layers else []
 
     def logit_losses(self, batch, last_ND, signal, weights, denom):
-        head_t = self.heads.teacher if weights.kl else None
+        terms, head_t = self.run.loss, self.heads.teacher if weights.kl else None
         settings = self.heads.own.linear_kl_ce_arguments("s")
         settings |= head_t.linear_kl_ce_arguments("t") if head_t else {}
+        settings |= {"skip_below": weights.floor} if head_t and terms.skip_low_entropy else {}
 
         def loss(h_s, w_s):
             return linear_kl_ce(
                 h_s, w_s, signal.last_NE if head_t else None, head_t and head_t.weight,
                 batch.labels_BT.flatten(), batch.weights_BT.flatten(), denom=denom,
-                temperature=self.run.loss.temperature, kl_weight=weights.kl, ce_weight=weights.ce,
-                mode=self.run.loss.mode, gather=gathered, **settings, **self.backend,
+                temperature=terms.temperature, kl_weight=weights.kl, ce_weight=weights.ce, divergence=terms.divergence,
+                top_k=terms.top_k, mode=terms.mode, gather=gathered, **settings, **self.backend,
             )  # fmt: skip
 
         with gathered(head_t.projection if head_t else []):

@@ -14,6 +14,7 @@ import torch
 
 from ted_scale.base.errors import RunStopped
 from ted_scale.checkpoints.progress import Progress
+from ted_scale.distill import entropies
 from ted_scale.distill.signal import Losses, Weights
 from ted_scale.distill.stages import Stage
 from ted_scale.health import spikes
@@ -33,6 +34,7 @@ class Guard:
     def __init__(self, engine, stage: Stage, alert, saved):
         self.engine, self.stage, self.alert, self.saved, self.settings = engine, stage, alert, saved, stage.run.health
         self.local: torch.Tensor | None = None
+        self.tally: list[float] = []  # of the teacher's entropies
         self.unread, self.finite, self.stopping = False, True, False
         # Where the teacher is asked for some micro-batches only, the total jumps with their number.
         self.watched = ("loss/total", 0) if stage.asks_every == 1 else ("loss/ce", 1)
@@ -45,7 +47,9 @@ class Guard:
     # During the step
 
     def add(self, losses: Losses) -> None:
-        vector = torch.cat([torch.stack(losses[:4]).detach(), losses.layers])
+        tally = [] if losses.tally is None else [losses.tally]
+        self.terms = 4 + len(losses.layers)
+        vector = torch.cat([torch.stack(losses[:4]).detach(), losses.layers, *tally])
         self.local = vector if self.local is None else self.local + vector
 
     def gather(self, progress: Progress) -> None:
@@ -55,7 +59,10 @@ class Guard:
             (1,), float(signals.asked.is_set())
         )  # filled on the device, without a copy to wait for
         everyone = of_all_ranks(torch.cat([self.local, asked]))
-        self.shares, self.asked, self.local = everyone[:, :-1], everyone[:, -1], None
+        self.shares, self.tallies, self.asked = everyone.split(
+            [self.terms, everyone.shape[1] - self.terms - 1, 1], dim=1
+        )
+        self.local = None
 
     # DeepSpeed calls these three inside its step: once for the norms, then twice for each sub-group
 
@@ -78,8 +85,9 @@ class Guard:
         self.unread = False
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self.shares.device)
         apart = torch.stack([norm, self.asked.sum(), *(n.to(norm.device) for n in self.apart.values())])
-        self.norm, asked, *rest = torch.cat([apart, self.shares.sum(0)]).tolist()
-        self.norms, self.sums = rest[: len(self.apart)], rest[len(self.apart) :]
+        self.norm, asked, *rest = torch.cat([apart, self.shares.sum(0), self.tallies.sum(0)]).tolist()
+        self.norms, rest = rest[: len(self.apart)], rest[len(self.apart) :]
+        self.sums, self.tally = rest[: self.terms], rest[self.terms :]
         self.stopping = asked > 0  # on any rank: all ranks stop after the same step
         self.finite = all(v - v == 0 for v in (self.norm, *self.sums))
         self.median = spikes.spiked_over(spikes.state_of(self.before), self.settings, self.sums[self.watched[1]])
@@ -115,6 +123,8 @@ class Guard:
             return self.after_dropped_step(progress)
         if self.median is not None:
             self.after_spike(progress)
+        floor = entropies.floor_of(self.tally, self.stage.run.loss.skip_low_entropy)
+        progress = progress if floor is None else replace(progress, entropy_floor=floor)
         return spikes.taken(progress, self.settings, self.sums[self.watched[1]])
 
     def after_dropped_step(self, progress: Progress) -> Progress:
@@ -162,7 +172,9 @@ class Guard:
             return rate
         norms = dict(zip((f"optim/grad_norm_{side}" for side in self.apart), self.norms, strict=True))
         norms = {"optim/grad_norm": self.norm, **(norms if len(norms) > 1 else {})}
-        return {**self.stage.name_losses(self.sums, weights), **norms, **rate}
+        kept = entropies.kept_share(self.tally)
+        shares = {} if kept is None else {"loss/kl_share": kept}
+        return {**self.stage.name_losses(self.sums, weights), **shares, **norms, **rate}
 
 
 def sides_of(zero) -> list[str]:

@@ -70,6 +70,11 @@ def check_given(name: str, tensor, when: str = "") -> None:
         raise ValueError(f"{name} must be a tensor{when}, but is None")
 
 
+def check_absent(name: str, value, when: str) -> None:
+    if value is not None:
+        raise ValueError(f"{name} must be None {when}, but is {value}")
+
+
 def check_positive(name: str, value) -> None:
     if value is not None and not value > 0:
         raise ValueError(f"{name} must be above 0, but is {value}")

@@ -86,7 +86,7 @@ def filter_chunks(
         y, norm_backward = apply_norm(norm, filtered, any(wanted[:4]))
         arguments.check_states("norm's result", y, head_w.shape[1], len(filtered))  # OPT's tail changes the width
         wants = [any(wanted[:4]), *wanted[4:]]
-        value, dy = head_chunk(y, head_w, head_b, labels[at], weight[at], dhead_w, dhead_b, list(f), wants, backend)
+        value, dy = head_chunk(y, head_w, head_b, labels[at], weight[at], dhead_w, dhead_b, f.numbers, wants, backend)
         total += value
         if wants[0]:
             dy = lift_backward(norm_backward(dy), narrow, lift_w, wanted[3], dlift)
@@ -130,7 +130,7 @@ def head_chunk(
     y = y.to(w.dtype)
     apart = backend == "triton" and w.dtype != torch.float32 and any(wanted)
     room = y.new_empty(len(y), len(w)) if apart else None
-    _, ce, dz = row_losses_of(backend)(project(y, w, b), None, labels, weight, LogitLoss(*loss), any(wanted), room)
+    _, ce, dz, _ = row_losses_of(backend)(project(y, w, b), None, labels, weight, LogitLoss(*loss), any(wanted), room)
     dy = matmul(dz, w) if wanted[0] else y.new_empty(0, dtype=torch.float32)
     if any(wanted[1:]):
         add_gradients(dz, y, w, [False, *wanted[1:]], None, dw, db)

@@ -15,6 +15,7 @@ FULL = Progress(
     step=4, tokens=256, samples=32, blend=BLEND, wandb_id="abc", identity={"seed": 0}, run={"name": "r"}, validation=2.5,
     adaptive={"step": 2, "weights": {"a": 1.0}, "teacher": {"a": 2.5}, "text": {"a": "text"}},
     health=Health(in_a_row=1, ground="g", losses=[1.5, 1.25]), forks=(2,), spent=Spent(at=9.0, steps=4.5),
+    entropy_floor=0.1,
 )  # fmt: skip
 FIRST_VERSION = ("step", "tokens", "samples", "blend", "adaptive", "wandb_id", "identity")
 
@@ -27,7 +28,15 @@ def test_what_is_written_is_read_back():
 def test_the_file_of_the_first_version_is_read():
     written = json.loads(progress_as_bytes(FULL))
     earlier = {key: written[key] for key in FIRST_VERSION}
-    later = {"skipped": 0, "health": None, "run": None, "validation": None, "forks": (), "spent": None}
+    later = {
+        "skipped": 0,
+        "health": None,
+        "run": None,
+        "validation": None,
+        "forks": (),
+        "spent": None,
+        "entropy_floor": 0.0,
+    }
     assert parse_progress(json.dumps(earlier), "p") == dataclasses.replace(FULL, **later)
 
 

@@ -79,6 +79,14 @@ WRONG = {
     "loss.kl={start=1, shape='linear'}": "loss.kl.end must be set when shape is 'linear', but is missing",
     "loss.preset='papr'": "loss.preset must be 'paper', 'hint', 'states_first', 'wsd' or 'let', but is 'papr'",
     "loss.preset=['paper']": "loss.preset must be 'paper', 'hint', 'states_first', 'wsd' or 'let', but is ['paper']",
+    "loss={mode='strict', divergence='jsd'}": "loss.divergence must be 'forward' where loss.mode is 'strict', but is 'jsd'; use "
+    "'chunked'",
+    "loss={mode='strict', skip_low_entropy=0.15}": "loss.skip_low_entropy must be 0.0 where loss.mode is 'strict', but is 0.15; "
+    "use 'chunked'",
+    "loss.skip_low_entropy=1.0": "loss.skip_low_entropy must be less than 1, but is 1.0",
+    "loss={mode='strict', top_k=64}": "loss.top_k must be 0 where loss.mode is 'strict', but is 64; use 'chunked'",
+    "loss={backend='triton', top_k=64}": "loss.top_k must be 0 where loss.backend is 'triton', but is 64; Triton has no kernel "
+    "for it: use 'auto'",
     "data.corpora=[]": "data.corpora must have at least 1 item, but is []",
     "data.corpora=['a']": "data.corpora[0] must be a section of keys, but is 'a'",
     "pairs.explicit=[[0, 1], [1]]": "pairs.explicit[1][1] must be set, but is missing",

@@ -84,6 +84,11 @@ CHANGES = {  # what differs: what is said of it; can it be allowed?
     "loss weight": ({"loss": {"layer": {"start": 1.0, "off_after": 0.5}}},
                     "loss.layer must be 1.0, but is {'start': 1.0, 'shape': 'constant', 'off_after': 0.5}", True),
     "loss kind": ({"loss": {"kind": "mse"}}, "loss.kind must be 'nmse', but is 'mse'", True),
+    "divergence": ({"loss": {"divergence": "jsd"}}, "loss.divergence must be 'forward', but is 'jsd'", True),
+    "skipped tokens": (
+        {"loss": {"skip_low_entropy": 0.15}}, "loss.skip_low_entropy must be 0.0, but is 0.15", True,
+    ),
+    "top k": ({"loss": {"top_k": 64}}, "loss.top_k must be 0, but is 64", True),
     "other pairs": ({"pairs": {"explicit": [[0, 1], [1, 2]]}}, "pairs must be [[0, 1], [1, 3]], but is [[0, 1], [1, 2]]", True),
     "fewer pairs": ({"pairs": {"skip_last": 1}}, "pairs must be [[0, 1], [1, 3]], but is [[0, 1]]", False),
     "mlp": ({"filters": {"mlp": 4}}, "filters.mlp must be 0, but is 4", False),

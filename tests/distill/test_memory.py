@@ -56,6 +56,17 @@ def test_offloaded_state_does_not_count_for_the_device_and_a_bucket_does(world, 
     assert here["reduction"] > 4 * 1e8
 
 
+@pytest.mark.parametrize(
+    ("own", "on_cpu", "on_cuda"),
+    [({"divergence": "jsd"}, 2, 0), ({"divergence": "reverse"}, 0, 0), ({"top_k": 8}, 1, 1)],
+    ids=str,
+)
+def test_a_divergence_may_take_more_matrices_of_a_chunk_where_torch_computes_it(world, own, on_cpu, on_cuda):
+    for device, more in (("cpu", on_cpu), ("cuda", on_cuda)):
+        kl, other = (of(world, device=device, loss={"chunk_tokens": 16, **x})[1]["losses"] for x in ({}, own))
+        assert other - kl == more * 16 * 4 * 128
+
+
 @pytest.mark.parametrize("side", ["teacher", "student"])
 def test_activations_are_what_a_forward_s_graph_keeps(world, side):
     anatomy = getattr(make_plan(make_run(world), 1), side)

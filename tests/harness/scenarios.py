@@ -32,6 +32,7 @@ from ted_scale.plan import make_plan
 
 TEN_STEPS = {"filters": {"steps": 4}, "train": {"steps": 6}}
 THREE_STEPS = {"filters": {"steps": 1}, "train": {"steps": 2}}
+SKIPPING = {"divergence": "jsd", "skip_low_entropy": 0.4}  # from the second step of stage II on
 TWENTY_STEPS = {
     "filters": {"steps": 8}, "train": {"steps": 12}, "checkpoint": {"every": 5, "keep": 100}, "loss": {"balance": "auto"},
 }  # fmt: skip
@@ -407,7 +408,7 @@ def kinds_of_filters(folder: Path, device):
         "own": ({"head": "own"}, narrow),
         "per_layer": ({"head": "per_layer"}, {}),
         "mlp": ({"mlp": 8}, {"loss": {"kind": "cosine"}}),
-        "sampled": ({"sample_tokens": 0.5, "sample_pairs": 1}, {}),
+        "sampled": ({"sample_tokens": 0.5, "sample_pairs": 1}, {"loss": SKIPPING}),
         "narrow": ({"width": 16, "start": "states", "sample_tokens": "auto"}, {}),
         "narrow_own": ({"width": 16, "start": "states", "head": "own"}, narrow),
     }
@@ -419,7 +420,7 @@ def kinds_of_filters(folder: Path, device):
 def without_stage_one(folder: Path, device):
     """Filters that stay where they start, straight and from step 1's checkpoint, which has them."""
     filters = {"steps": 0, "width": 16, "start": "states"}
-    sections = {"filters": filters, "train": {"steps": 3}, "checkpoint": {"every": 1, "keep": 9}}
+    sections = {"filters": filters, "train": {"steps": 3}, "checkpoint": {"every": 1, "keep": 9}, "loss": SKIPPING}
     start(folder, device, name="unlearnt", **sections)
     if dist.get_rank() == 0:
         target = folder / "runs" / "unlearnt_from_1"

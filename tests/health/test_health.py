@@ -14,6 +14,7 @@ from ted_scale.base import durable, sealed
 from ted_scale.base.errors import RunStopped
 from ted_scale.checkpoints.progress import PROGRESS, Progress, parse_progress, progress_as_bytes
 from ted_scale.config.method import Schedule
+from ted_scale.distill import entropies
 from ted_scale.distill.signal import Losses, Weights
 from ted_scale.distill.stages import stages_of
 from ted_scale.health import bad_step as report
@@ -54,8 +55,8 @@ class Zero:
 class World:
     """A guard between a loop and Zero; `alerts` are the texts that the user gets."""
 
-    def __init__(self, root: Path, monkeypatch, **settings):
-        self.run = make_run(root, health=settings)
+    def __init__(self, root: Path, monkeypatch, loss=None, **settings):
+        self.run = make_run(root, health=settings, loss=loss or {})
         self.stage, self.zero, self.alerts, self.checkpoints = (
             stages_of(self.run)[-1],
             Zero(),
@@ -69,9 +70,9 @@ class World:
         self.guard = Guard(engine, self.stage, lambda title, text: self.alerts.append(text), lambda: None)
         self.progress = spikes.begin(Progress(self.stage.first_step), self.stage)
 
-    def step(self, ce: float = 1.0, norm: float = 1.0) -> dict:
+    def step(self, ce: float = 1.0, norm: float = 1.0, tally=None) -> dict:
         terms = torch.tensor([ce, ce, 0.0, 0.0])
-        self.guard.add(Losses(*terms, torch.zeros(2)))
+        self.guard.add(Losses(*terms, torch.zeros(2), tally))
         self.guard.gather(self.progress)
         self.zero.step(norm)
         self.progress = self.guard.decide(self.progress.advanced(8, 32))
@@ -81,6 +82,16 @@ class World:
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     return lambda **settings: World(tmp_path, monkeypatch, **settings)
+
+
+def test_the_entropies_of_a_step_that_is_taken_give_the_floor_of_the_next(world):
+    at, one = world(on_nonfinite="skip", loss={"skip_low_entropy": 0.25}), torch.ones(4)
+    tallies = [entropies.tally(torch.arange(4) + first, one, floor=2.5) for first in (1.0, 2.0)]
+    assert at.step(tally=tallies[0])["loss/kl_share"] == 0.5 and 1 < (floor := at.progress.entropy_floor) < 2
+    assert "loss/kl_share" not in at.step(tally=entropies.nothing(one)) and at.progress.entropy_floor == floor
+    assert "loss/kl_share" not in at.step(ce=NAN, tally=tallies[1]) and at.progress.entropy_floor == floor
+    assert at.step(tally=tallies[1])["loss/kl_share"] == 0.75 and 2 < at.progress.entropy_floor < 3
+    assert "loss/kl_share" not in at.step()
 
 
 @pytest.mark.parametrize("numbers", [{"ce": NAN}, {"ce": INF}, {"norm": INF}, {"norm": NAN}], ids=str)

@@ -11,6 +11,7 @@ from ted_scale.config.method import Loss
 from ted_scale.kernels import choose, describe, filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.arguments import check_labels
 from ted_scale.kernels.backend import CHOICES
+from ted_scale.kernels.formulas.divergences import DIVERGENCES
 from ted_scale.kernels.formulas.layers import KINDS
 from ted_scale.kernels.logit_loss import MODES, logit_chunks
 from ted_scale.kernels.products import all_count, live_rows
@@ -51,7 +52,9 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize(("key", "known"), [("kind", KINDS), ("backend", CHOICES), ("mode", MODES)])
+@pytest.mark.parametrize(
+    ("key", "known"), [("kind", KINDS), ("backend", CHOICES), ("mode", MODES), ("divergence", tuple(DIVERGENCES))]
+)
 def test_the_run_file_offers_exactly_what_the_kernels_know(key, known):
     """kernels/ and config/ may not import each other, so each has its own list."""
     assert get_args(Loss.model_fields[key].annotation) == known
@@ -83,15 +86,19 @@ def test_torch_compile_takes_a_loss_without_a_graph_break(name):
 def test_the_operations_pass_torch_s_own_checks():
     v = tensors()
     arguments = (v["h_s"], v["w_s"], v["head_bias_s"], v["h_t"], v["w_t"], v["head_bias_t"], v["labels"],
-                 v["token_weight"], [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0], [True, True, False], "torch", 5)  # fmt: skip
+                 v["token_weight"], [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0], [True, True, False], "torch", 5,
+                 "jsd", 3, 0.5)  # fmt: skip
     torch.library.opcheck(logit_chunks, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("name", ["compiled"])
-def test_the_compiled_backend_has_the_same_values(name):
+@pytest.mark.parametrize(
+    "settings", [{}, {"divergence": "reverse", "skip_below": 1.0}, {"divergence": "jsd", "top_k": 4}], ids=str
+)
+def test_the_compiled_backend_has_the_same_values(settings):
     """In fp32, with two chunks of one size and a ragged one."""
-    eager, grads = ours(tensors(), chunk_tokens=5, temperature=2.0)
-    compiled, compiled_grads = ours(tensors(), chunk_tokens=5, temperature=2.0, backend=name)
+    settings = {"chunk_tokens": 5, "temperature": 2.0, **settings}
+    eager, grads = ours(tensors(), **settings)
+    compiled, compiled_grads = ours(tensors(), **settings, backend="compiled")
     for a, b in zip([*eager, *grads], [*compiled, *compiled_grads], strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -238,6 +245,11 @@ WRONG = {
     "w_t must be on cpu like h_s": {"w_t": torch.zeros(19, 9, device="meta")},
     "mode must be one of chunked, strict": {"mode": "sparse"},
     "backend must be one of auto, triton, torch, compiled": {"backend": "cuda"},
+    "divergence must be one of forward, reverse, jsd": {"divergence": "tv"},
+    "divergence must be forward in strict mode, but is 'jsd'": {"divergence": "jsd", "mode": "strict"},
+    "skip_below must be None in strict mode, but is 0.5": {"skip_below": 0.5, "mode": "strict"},
+    "skip_below must be None where kl_weight is 0, but is 0.5": {"skip_below": 0.5, "kl_weight": 0.0},
+    "top_k must be 0 in strict mode and with backend 'triton', but is 3": {"top_k": 3, "mode": "strict"},
     "h_t must be a tensor where kl_weight is not 0": {"h_t": None},
 }  # fmt: skip
 
@@ -283,5 +295,12 @@ def test_a_cpu_uses_torch_and_logs_it(monkeypatch):
     cpu = torch.device("cpu")
     assert choose("auto", cpu) == "torch"
     assert describe("auto", cpu) == "losses: torch kernels on cpu (auto)"
+    monkeypatch.setattr("ted_scale.kernels.backend.runs_triton", lambda device: True)
+    assert (
+        describe("auto", cpu, 64)
+        == "losses: triton kernels on cpu (auto), torch ones for the logits, of which loss.top_k is 64"
+    )
+    monkeypatch.undo()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="backend must be auto, torch or compiled on cpu, but is 'triton'"):
         choose("triton", cpu)

@@ -20,15 +20,19 @@ def oracle_values():
     return {**values, "token_weight": torch.ones(64), "denom": (values["labels"] != IGNORED).sum().float()}
 
 
-@pytest.mark.parametrize("mode", ["chunked", "strict"])
-def test_liger_s_distillation_loss_agrees(mode):
+@pytest.mark.parametrize(
+    ("beta", "settings"),
+    [(0.0, {}), (0.0, {"mode": "strict"}), (1.0, {"divergence": "reverse"}), (0.5, {"divergence": "jsd"})],
+    ids=["KL", "KL, strict", "reverse KL", "JSD"],
+)
+def test_liger_s_distillation_loss_agrees(beta, settings):
     liger = pytest.importorskip("liger_kernel.chunked_loss")
     values = oracle_values()
-    mine, grads = ours(values, trained=("h_s", "w_s"), mode=mode, ce_weight=0.3, kl_weight=0.7, chunk_tokens=16)
+    mine, grads = ours(values, trained=("h_s", "w_s"), **settings, ce_weight=0.3, kl_weight=0.7, chunk_tokens=16)
     h, w = (values[k].clone().requires_grad_() for k in ("h_s", "w_s"))
     # Liger drops ignored tokens from neither term's numerator but CE's: it is shown the counted tokens alone.
     kept = values["labels"] != IGNORED
-    settings = {"weight_hard_loss": 0.3, "weight_soft_loss": 0.7, "beta": 0.0, "compiled": False, "chunk_size": 16}
+    settings = {"weight_hard_loss": 0.3, "weight_soft_loss": 0.7, "beta": beta, "compiled": False, "chunk_size": 16}
     h_t, labels = (values[k][kept] for k in ("h_t", "labels"))
     biases = values["head_bias_s"], values["head_bias_t"]
     loss = liger.LigerFusedLinearJSDLoss(**settings)(h[kept], w, h_t, values["w_t"], labels, *biases)

@@ -8,6 +8,7 @@ implementation's error plus fp32's, whatever the operands are. Uninitialized mem
 import copy
 import dataclasses
 import functools
+import math
 
 import interpreter
 import numpy
@@ -17,7 +18,20 @@ import triton
 import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_losses import HEADS, SETTINGS, SIDES, doubled, filtered, heads, naive_kl_ce, naive_mse, ours, tensors
+from test_losses import (
+    HEADS,
+    SETTINGS,
+    SIDES,
+    assert_equal,
+    doubled,
+    entropies_of,
+    filtered,
+    heads,
+    naive_kl_ce,
+    naive_mse,
+    ours,
+    tensors,
+)
 
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.formulas.logits import soften
@@ -68,8 +82,21 @@ def assert_follows_the_rule(mine, plain, true, dtype, loss_unit=A_UNIT[torch.flo
         assert all(a <= b + unit for a, b in zip(own, other, strict=True)), (own, other)
 
 
+def plain_kl(log_q, log_p):
+    return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
+
+def plain_jsd(log_q, log_p):
+    log_m = torch.logaddexp(log_q, log_p) - math.log(2)
+    return (plain_kl(log_m, log_q) + plain_kl(log_m, log_p)) / 2
+
+
+PLAIN = {"forward": plain_kl, "reverse": lambda log_q, log_p: plain_kl(log_p, log_q), "jsd": plain_jsd}
+
+
 def plain_kl_ce(h_s, w_s, h_t, w_t, labels, token_weight, denom, head_bias_s, head_bias_t, temperature=1.0,
-                kl_weight=1.0, ce_weight=1.0, softcap_s=None, softcap_t=None, logit_scale_s=1.0, logit_scale_t=1.0):  # fmt: skip
+                kl_weight=1.0, ce_weight=1.0, softcap_s=None, softcap_t=None, logit_scale_s=1.0, logit_scale_t=1.0,
+                divergence="forward"):  # fmt: skip
     """The plain implementation in the operands' precision: logits of their type, losses on fp32 copies."""
     functional = torch.nn.functional
     valid = (labels != IGNORED) & (token_weight > 0)
@@ -78,7 +105,7 @@ def plain_kl_ce(h_s, w_s, h_t, w_t, labels, token_weight, denom, head_bias_s, he
     ce = functional.cross_entropy(z_s, labels, ignore_index=IGNORED, reduction="none")
     shared = min(len(w_s), len(w_t))
     log_q, log_p = ((z[:, :shared] / temperature).log_softmax(-1) for z in (z_s, z_t))
-    kl = temperature**2 * functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    kl = temperature**2 * PLAIN[divergence](log_q, log_p)
     kl, ce = ((x * token_weight)[valid].sum() / denom for x in (kl, ce))
     return ce_weight * ce + kl_weight * kl, kl, ce
 
@@ -97,6 +124,41 @@ def compare_kl_ce(values, dtype, mode, **options):
 @pytest.mark.parametrize("mode", ["chunked", "strict"])
 def test_logit_losses(mode, dtype, options, small_tiles):
     compare_kl_ce(tensors(n=21, d_s=37, d_t=19, v_s=53, v_t=45, dtype=dtype), dtype, mode, **options)
+
+
+@pytest.mark.parametrize("options", [SETTINGS[name] for name in ("t two", "softcaps", "scales", "kl only")], ids=str)
+@pytest.mark.parametrize("dtype", A_UNIT, ids=str)
+@pytest.mark.parametrize("divergence", ["reverse", "jsd"])
+def test_other_divergences(divergence, dtype, options, small_tiles):
+    values = tensors(n=11, d_s=17, d_t=19, v_s=53, v_t=45, dtype=dtype)
+    compare_kl_ce(values, dtype, "chunked", divergence=divergence, **options)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS[name] for name in ("plain", "softcaps", "kl only")], ids=str)
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_tokens_without_a_divergence_where_the_teacher_is_sure(divergence, settings, small_tiles):
+    values, settings = tensors(n=11, v_s=53, v_t=45), {**settings, "divergence": divergence}
+    true = entropies_of(values, 45, **settings)
+    floor = true.sort().values[5:7].mean().item()
+    (*mine, entropies), grads = ours(values, triton_kl_ce, **settings, skip_below=floor, chunk_tokens=5)
+    theirs, true_grads = ours(doubled(values), naive_kl_ce, **settings, skip_below=floor)
+    assert_equal([*mine[:2], *grads], [*theirs[:2], *true_grads])
+    counted = (values["labels"] != IGNORED) & (values["token_weight"] > 0)
+    assert torch.allclose(entropies[counted].double(), true[counted], atol=1e-5)
+    masked = ~counted[:, None]
+    bad = {k: torch.where(masked, float("nan"), values[k]) for k in ("h_s", "h_t")}
+    dirty = ours({**values, **bad}, triton_kl_ce, **settings, skip_below=floor, chunk_tokens=5)
+    assert all(torch.equal(a, b) for a, b in zip([*mine, *grads], [*dirty[0][:3], *dirty[1]], strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(19, 23), (23, 23), (1, 1)], ids=str)
+@pytest.mark.parametrize("divergence", ["reverse", "jsd"])
+def test_other_divergences_of_any_two_vocabularies_in_the_shipped_shape(divergence, sizes):
+    values = tensors(v_s=sizes[0], v_t=sizes[1], d_s=3)
+    compare_kl_ce(values, torch.float32, "chunked", divergence=divergence)
+    same = {"h_t": values["h_s"], "w_t": values["w_s"], "head_bias_t": values["head_bias_s"]}
+    outputs, grads = ours({**values, **same}, triton_kl_ce, ce_weight=0.0, divergence=divergence)
+    assert outputs[0] == outputs[1] == 0 and all(g.count_nonzero() == 0 for g in grads)
 
 
 @pytest.mark.parametrize("sizes", [(19, 23), (23, 19), (23, 23), (1, 1), (2, 1)], ids=str)

@@ -53,9 +53,33 @@ def naive_logits(h, w, b, cap, scale):
     return z if cap is None else cap * torch.tanh(z / cap)
 
 
+def naive_kl(p, q):
+    return (p * (p / q).log()).sum()
+
+
+NAIVE = {
+    "forward": naive_kl,
+    "reverse": lambda p, q: naive_kl(q, p),
+    "jsd": lambda p, q: (naive_kl(p, (p + q) / 2) + naive_kl(q, (p + q) / 2)) / 2,
+}
+
+
+def naive_entropy(p):
+    return -(p * p.log()).sum()
+
+
+def naive_buckets(p, q, top_k: int):
+    """p's likeliest tokens, and all others as one."""
+    if not 0 < top_k < len(p):
+        return p, q
+    top, rest = p.argsort(descending=True).split([top_k, len(p) - top_k])
+    return (torch.cat([x[top], x[rest].sum()[None]]) for x in (p, q))
+
+
 def naive_kl_ce(
     h_s, w_s, h_t, w_t, labels, token_weight, denom, head_bias_s, head_bias_t, temperature=1.0, kl_weight=1.0,
-    ce_weight=1.0, softcap_s=None, softcap_t=None, logit_scale_s=1.0, logit_scale_t=1.0,
+    ce_weight=1.0, softcap_s=None, softcap_t=None, logit_scale_s=1.0, logit_scale_t=1.0, divergence="forward", top_k=0,
+    skip_below=0.0,
 ):  # fmt: skip
     kl = ce = 0.0
     shared = min(len(w_s), len(w_t))
@@ -66,7 +90,8 @@ def naive_kl_ce(
         z_t = naive_logits(h_t[i], w_t, head_bias_t, softcap_t, logit_scale_t)
         p, q = (z[:shared].div(temperature).exp() for z in (z_t, z_s))
         p, q = p / p.sum(), q / q.sum()
-        kl = kl + token_weight[i] * temperature**2 * (p * (p / q).log()).sum()
+        if naive_entropy(p) >= skip_below:
+            kl = kl + token_weight[i] * temperature**2 * NAIVE[divergence](*naive_buckets(p, q, top_k))
         ce = ce - token_weight[i] * (z_s.exp()[label] / z_s.exp().sum()).log()
     return (ce_weight * ce + kl_weight * kl) / denom, kl / denom, ce / denom
 
@@ -107,6 +132,53 @@ def test_kl_and_ce_equal_the_naive_formula_in_value_and_every_gradient(mode, set
     assert_equal([m for i, m in enumerate(mine) if not off.get(i)], [t for i, t in enumerate(theirs) if not off.get(i)])
     assert_equal(grads, true_grads)
     assert all(mine[i] == 0 for i, is_off in off.items() if is_off)
+
+
+OTHERS = {
+    "reverse": {"divergence": "reverse"},
+    "jsd": {"divergence": "jsd"},
+    "top 4": {"top_k": 4},
+    "reverse, top 4": {"divergence": "reverse", "top_k": 4},
+    "jsd, top 1": {"divergence": "jsd", "top_k": 1},
+    "more than there are": {"top_k": 40},
+}
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"v_s": V_T, "v_t": V_S}, {"v_t": V_S}], ids=["s wider", "t wider", "one vocabulary"]
+)
+@pytest.mark.parametrize("settings", [s for name, s in SETTINGS.items() if name != "ce only"], ids=str)
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_every_divergence_equals_the_naive_formula_in_value_and_every_gradient(other, settings, sizes):
+    values, settings = tensors(**sizes), {**settings, **other}
+    mine, grads = ours(values, **settings, chunk_tokens=4)
+    theirs, true_grads = ours(doubled(values), naive_kl_ce, **settings)
+    kept = slice(0, 2 if settings.get("ce_weight") == 0 else 3)
+    assert_equal([*mine[kept], *grads], [*theirs[kept], *true_grads])
+
+
+def entropies_of(values: dict, shared: int, temperature=1.0, softcap_t=None, logit_scale_t=1.0, **_):
+    values = doubled(values)
+    each = zip(values["h_t"], [values["w_t"]] * len(values["h_t"]), strict=True)
+    z = [naive_logits(h, w, values["head_bias_t"], softcap_t, logit_scale_t)[:shared] for h, w in each]
+    return torch.stack([naive_entropy((row / temperature).softmax(0)) for row in z])
+
+
+@pytest.mark.parametrize("sizes", [{}, {"v_s": V_T, "v_t": V_S}], ids=["s wider", "t wider"])
+@pytest.mark.parametrize("settings", [s for name, s in SETTINGS.items() if name != "ce only"], ids=str)
+@pytest.mark.parametrize("other", [{}, OTHERS["reverse"], OTHERS["jsd, top 1"]], ids=str)
+def test_a_token_whose_teacher_is_surer_than_the_floor_loses_its_divergence_and_keeps_its_ce(other, settings, sizes):
+    values, settings = tensors(**sizes), {**settings, **other}
+    true = entropies_of(values, V_T, **settings)
+    floor = true.sort().values[5:7].mean().item()
+    (*mine, entropies), grads = ours(values, **settings, skip_below=floor, chunk_tokens=4)
+    theirs, true_grads = ours(doubled(values), naive_kl_ce, **settings, skip_below=floor)
+    kept = slice(0, 2 if settings.get("ce_weight") == 0 else 3)
+    assert_equal([*mine[kept], *grads], [*theirs[kept], *true_grads])
+    counted = (values["labels"] != IGNORED) & (values["token_weight"] > 0)
+    assert torch.allclose(entropies[counted].double(), true[counted], atol=1e-5)
+    everything, _ = ours(values, **settings, skip_below=0.0)
+    assert [x.item() for x in everything[:3]] == [x.item() for x in ours(values, **settings)[0]]
 
 
 def test_kl_and_ce_without_biases_equal_the_naive_formula():
@@ -259,6 +331,16 @@ def test_with_no_valid_token_loss_and_gradients_are_0():
         assert loss == 0 and all(g.count_nonzero() == 0 for g in grads)
 
 
+@pytest.mark.parametrize("other", [OTHERS["reverse"], OTHERS["jsd, top 1"]], ids=str)
+def test_masked_tokens_change_no_divergence(other):
+    values = tensors()
+    masked = (values["labels"] == IGNORED) | (values["token_weight"] == 0)
+    bad = {k: torch.where(masked[:, None], float("nan"), values[k]) for k in ("h_s", "h_t")}
+    clean, dirty = (ours(v, **other, skip_below=1.0) for v in (values, {**values, **bad}))
+    assert all(torch.equal(a, b) for a, b in zip([*clean[0][:3], *clean[1]], [*dirty[0][:3], *dirty[1]], strict=True))
+    assert torch.equal(clean[0][3][~masked], dirty[0][3][~masked])
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_masked_tokens_change_nothing(poison):
     values = tensors()
@@ -278,11 +360,12 @@ def test_masked_tokens_change_nothing(poison):
         assert all(torch.equal(a, b) for a, b in zip(grads, clean_grads, strict=True))
 
 
+@pytest.mark.parametrize("other", [{}, *OTHERS.values()], ids=str)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_a_student_that_is_the_teacher_has_kl_exactly_0_with_gradient_exactly_0(temperature):
+def test_a_student_that_is_the_teacher_has_kl_exactly_0_with_gradient_exactly_0(temperature, other):
     values = tensors(v_s=301, v_t=301)
     same = {"h_t": values["h_s"], "w_t": values["w_s"], "head_bias_t": values["head_bias_s"]}
-    outputs, grads = ours({**values, **same}, ce_weight=0.0, temperature=temperature)
+    outputs, grads = ours({**values, **same}, ce_weight=0.0, temperature=temperature, **other)
     assert outputs[0] == outputs[1] == 0
     assert all(g.count_nonzero() == 0 for g in grads)
 

@@ -37,16 +37,19 @@ KERNELS = {
     "statistics": statistics_kernel,
     "slopes": slopes_kernel,
 }
-LOGITS, GRADIENT = {"KL": True, "CE": True}, {"WANTS_GRADIENT": True}
+LOGITS, GRADIENT = {"KL": True, "CE": True, "DIVERGENCE": "forward"}, {"WANTS_GRADIENT": True}
 TRAINS = GRADIENT | {"KEEPS": True, "BIAS_T": True, "BIAS_S": True}
 CAPS = {"CAPPED_S": True, "CAPPED_T": True}
 CASES = {  # what a kernel is called for: the flags that are then set. The first is the usual one, all were seen to spill
     "rows": {
         "KL and CE": LOGITS | GRADIENT,
         "CE": {"CE": True} | GRADIENT,
-        "KL": {"KL": True} | GRADIENT,
+        "KL": {"KL": True, "DIVERGENCE": "forward"} | GRADIENT,
         "loss only": LOGITS,
         "soft-capped": LOGITS | CAPS | GRADIENT,
+        "reverse KL": LOGITS | CAPS | GRADIENT | {"DIVERGENCE": "reverse"},
+        "JSD": LOGITS | CAPS | GRADIENT | {"DIVERGENCE": "jsd"},
+        "JSD, entropy": LOGITS | CAPS | GRADIENT | {"DIVERGENCE": "jsd", "ENTROPY": True},
     },
     "layers": {
         "nmse": {"KIND": "nmse"} | TRAINS,
@@ -144,7 +147,7 @@ def type_of(name: str, job: Job) -> str:
         return f"*{job.dtype}"
     if name in ("t", "s"):  # a filtered state, or a raw one
         return f"*{job.dtype if job.case == 'raw' else 'fp32'}"
-    if name in ("z_s", "z_t", "weight", "values", "norms", "running", "kl_out", "ce_out"):
+    if name in ("z_s", "z_t", "weight", "values", "norms", "running", "kl_out", "ce_out", "floor", "entropy_out"):
         return "*fp32"
     if name == "labels":
         return "*i64"

@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from ted_scale.kernels.formulas import divergences
+
 
 class LogitLoss(NamedTuple):
-    """ce_weight · CE + kl_weight · T² · KL(teacher ‖ student); a softcap of 0 is none. `covers`: the teacher's vocabulary
-    contains the student's."""
+    """ce_weight · CE + kl_weight · T² · divergence; a softcap of 0 is none. `covers`: the teacher's vocabulary contains the
+    student's. `top_k`: divergences.py; 0 for the whole vocabulary."""
 
     temperature: float
     kl_weight: float
@@ -22,6 +24,13 @@ class LogitLoss(NamedTuple):
     scale_s: float
     scale_t: float
     covers: bool
+    divergence: str = "forward"
+    top_k: int = 0
+
+    @property
+    def numbers(self) -> list[float]:
+        """What an operation takes as a list; the other fields are arguments of their own."""
+        return [float(x) for x in self[:8]]
 
     @property
     def one_softmax(self) -> bool:
@@ -134,53 +143,59 @@ def finish(s: Statistics, weight, f: LogitLoss) -> tuple[torch.Tensor, torch.Ten
 
 def gradient(y_s, u, labels, first: int, n: Normalizers, weight, f: LogitLoss):
     """∂ Σ weight·(ce_weight·CE + kl_weight·T²·KL) / ∂z_s of one slice, written to y_s; u is overwritten, too."""
-    slope, q, p = softcap_slope(y_s, f), None, None
+    slope, q, p, gap = softcap_slope(y_s, f), None, None, None
     if u is not None and u.shape[1]:
         p = u.sub_(n.teacher[:, None]).exp_()
     if p is not None and not f.one_softmax:
         q = torch.div(y_s[:, : p.shape[1]], f.temperature).sub_(n.student[:, None]).exp_()
     q_1 = y_s.sub_(n.student_1[:, None]).exp_() if f.ce_weight else y_s.zero_()
-    return from_softmaxes(q_1, q, p, slope, labels, first, weight, f)
+    if p is not None:
+        gap = torch.sub(q_1[:, : p.shape[1]] if q is None else q, p, out=p)
+    return from_slopes(q_1, gap, slope, labels, first, weight, weight, f)
 
 
-def from_softmaxes(q_1, q, p, slope, labels, first: int, weight, f: LogitLoss):
-    """The gradient from the softmaxes, written to q_1 (zeros where CE has no weight); p is overwritten. q = None means q_1.
+def from_slopes(q_1, gap, slope, labels, first: int, weight, of_kl, f: LogitLoss):
+    """The gradient from the student's softmax and the divergence's slope, written to q_1 (zeros where CE has no weight). `of_kl`
+    are the rows' weights for the divergence.
 
-    q − p is computed before its factor is applied: it is exactly 0 where student and teacher agree.
+    The slope, q − p for KL, is computed before its factor is applied: it is exactly 0 where student and teacher agree.
     """
-    shared = 0 if p is None else p.shape[1]
-    gap = torch.sub(q_1[:, :shared] if q is None else q, p, out=p) if shared else None
     if f.ce_weight:
         at, found = label_column(q_1, labels, first)
         q_1.scatter_add_(1, at, -found.to(q_1.dtype)[:, None]).mul_((weight * f.ce_weight)[:, None])
-    if shared:
-        q_1[:, :shared].addcmul_(gap, (weight * f.kl_weight * f.temperature)[:, None])
+    if gap is not None:
+        q_1[:, : gap.shape[1]].addcmul_(gap, (of_kl * f.kl_weight * f.temperature)[:, None])
     out = q_1 if slope is None else q_1.mul_(slope)
     return out if f.scale_s == 1.0 else out.mul_(f.scale_s)
 
 
-def whole_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool):
-    """(weight·T²·KL, weight·CE, ∂/∂z_s or None) of rows with all their raw logits, which are overwritten."""
+def whole_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, floor=None):
+    """(weight·T²·divergence, weight·CE, ∂/∂z_s or None, the teacher's entropies or None) of rows with all their raw logits, which
+    are overwritten. With a `floor` there are entropies, and a row below it has no divergence."""
     y_s = soften_(z_s, f.softcap_s, f.scale_s)
     slope = softcap_slope(y_s, f) if wants_gradient else None
     log_q_1 = y_s.log_softmax(dim=1) if f.ce_weight else None
     zero = torch.zeros_like(weight)
     ce = counted(weight, -label_logit(log_q_1, labels, 0)) if f.ce_weight else zero
     u = None if z_t is None else over_(soften_(z_t, f.softcap_t, f.scale_t), f.temperature)
-    kl, q, p = (zero, None, None) if u is None else divergence(y_s, u, log_q_1, f)
-    kl = counted(weight, kl)
+    of_teacher = (zero, None, None) if u is None else divergence(y_s, u, log_q_1, f, wants_gradient, floor is not None)
+    kl, gap, entropy = of_teacher
+    of_kl = weight if entropy is None else torch.where(entropy < floor, 0.0, weight)
+    kl = counted(of_kl, kl)
     if not wants_gradient:
-        return kl, ce, None
-    q_1 = log_q_1.exp_() if f.ce_weight else torch.zeros_like(y_s)
-    return kl, ce, from_softmaxes(q_1, q, p, slope, labels, 0, weight, f)
+        return kl, ce, None, entropy
+    q_1 = torch.zeros_like(y_s) if log_q_1 is None else log_q_1 if f.one_softmax else log_q_1.exp_()
+    return kl, ce, from_slopes(q_1, gap, slope, labels, 0, weight, of_kl, f), entropy
 
 
-def divergence(y_s, u, log_q_1, f: LogitLoss):
-    """(T²·KL, q or None where it is q_1, p). y_s and u are overwritten: new memory costs a CPU more than arithmetic."""
+def divergence(y_s, u, log_q_1, f: LogitLoss, wants_slope: bool, wants_entropy: bool):
+    """(T²·divergence, its slope, the entropy of p). y_s and u are overwritten, and log_q_1 is q_1 afterwards where both softmaxes
+    are one."""
     log_q = log_q_1 if f.one_softmax else over_(y_s[:, : u.shape[1]], f.temperature).log_softmax(dim=1)
     log_p = torch.log_softmax(u, dim=1, out=y_s.view(-1)[: u.numel()].view_as(u))
-    gap, p = torch.sub(log_p, log_q, out=u), log_p.exp_()
-    return f.temperature**2 * gap.mul_(p).sum(dim=1), None if f.one_softmax else log_q.exp_(), p
+    entropy = torch.exp(log_p, out=u).mul_(log_p).sum(dim=1).neg_().clamp_(min=0) if wants_entropy else None
+    value, slope = divergences.between(log_p, log_q, u, f.divergence, f.top_k, wants_slope)
+    return f.temperature**2 * value, slope, entropy
 
 
 def counted(weight, x):

@@ -23,7 +23,7 @@ def statistics_kernel(
     label = tl.load(labels + rows)[:, None] - first
     z_s, z_t = z_s + rows[:, None] * stride_s, z_t + rows[:, None] * stride_t
     at = running + rows
-    m_t, l_t, cross, m_s, l_s, m_1, l_1, y_label = add_columns(
+    m_t, l_t, cross, m_s, l_s, m_1, l_1, y_label, _ = add_columns(
         tl.load(at), tl.load(at + plane), tl.load(at + 2 * plane), tl.load(at + 3 * plane), tl.load(at + 4 * plane),
         tl.load(at + 5 * plane), tl.load(at + 6 * plane), tl.load(at + 7 * plane), z_s, z_t, label, V, shared,
         temperature, cap_s, cap_t, scale_s, scale_t, KL, CE, CAPPED_S, CAPPED_T, BLOCK,
@@ -48,10 +48,13 @@ def slopes_kernel(
     """∂/∂z_s of the columns [first, first + V), to dz."""
     rows = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), N - 1).to(tl.int64)[:, None]
     label = tl.load(labels + rows) - first
-    n = tl.load(norms + rows), tl.load(norms + plane + rows), tl.load(norms + 2 * plane + rows)
+    n, w = (
+        (tl.load(norms + rows), tl.load(norms + plane + rows), tl.load(norms + 2 * plane + rows)),
+        tl.load(weight + rows),
+    )
     write_gradient(
-        z_s + rows * stride_s, z_t + rows * stride_t, dz + rows * stride_d, n, label, tl.load(weight + rows), V, shared,
-        temperature, kl_weight, ce_weight, cap_s, cap_t, scale_s, scale_t, KL, CE, CAPPED_S, CAPPED_T, BLOCK,
+        z_s + rows * stride_s, z_t + rows * stride_t, dz + rows * stride_d, n, label, w, V, shared, temperature, kl_weight,
+        ce_weight, cap_s, cap_t, scale_s, scale_t, KL, CE, CAPPED_S, CAPPED_T, BLOCK, w, 0.0,
     )  # fmt: skip
 
 

@@ -1,0 +1,44 @@
+"""Which tokens go without the logits' divergence: those where the teacher is surest (`loss.skip_low_entropy`).
+
+A step's tokens are counted by the teacher's entropy, in bins that are the same for every model and every run. The counts of all
+ranks give the floor for the step after, so no rank waits for a quantile. Bins are narrow near 0, where the sure tokens are.
+"""
+
+import numpy
+import torch
+
+BINS = 128
+LARGEST = 16.0  # nats: the entropy of nine million equally likely tokens
+
+
+def nothing(like: torch.Tensor) -> torch.Tensor:
+    """The tally of a micro-batch for which the teacher was not asked."""
+    return like.new_zeros(1 + BINS)
+
+
+def tally(entropies: torch.Tensor, weights: torch.Tensor, floor: float) -> torch.Tensor:
+    """[how many valid tokens keep their divergence, how many there are in each bin], on the device."""
+    valid = (weights > 0).to(torch.float32)
+    place = (entropies.nan_to_num() / LARGEST).clamp(0, 1).pow(1 / 3) * BINS
+    counts = nothing(entropies)
+    counts[1:].scatter_add_(0, place.long().clamp(max=BINS - 1), valid)
+    counts[0] = torch.where(entropies >= floor, valid, 0.0).sum()
+    return counts
+
+
+def floor_of(counts: list[float], share: float) -> float | None:
+    """The entropy below which this share of the tokens of a tally is, between the edges of a bin by their number; None if there is
+    no token. It is a number of fp32, like the entropies that it is compared with."""
+    each = numpy.asarray(counts[1:], numpy.float64)
+    if not each.sum():
+        return None
+    sums, edges = numpy.concatenate([[0.0], each.cumsum()]), LARGEST * (numpy.arange(BINS + 1) / BINS) ** 3
+    wanted = share * sums[-1]
+    k = int(numpy.searchsorted(sums[1:], wanted))
+    inside = (wanted - sums[k]) / each[k] if each[k] else 0.0
+    return float(numpy.float32(edges[k] + inside * (edges[k + 1] - edges[k])))
+
+
+def kept_share(counts: list[float]) -> float | None:
+    """The share of a tally's tokens that kept their divergence."""
+    return counts[0] / total if (total := sum(counts[1:])) else None
