@@ -15,6 +15,8 @@ The process itself (0.53 GiB on a CPU) and memory that the allocator keeps are n
 times the sum on CPUs and 0.95 on an H100 (docs/benchmarks.md).
 """
 
+from functools import cache
+
 import torch
 
 from ted_scale.distill.filter_sizes import filter_parameters
@@ -117,6 +119,7 @@ def activations(plan, stage: Stage, tokens: int, b: int) -> float:
     return tokens * max(kept[plan.student], block)
 
 
+@cache  # for all stages: a trial of a deep model takes half a second
 def kept_a_token(anatomy: Anatomy, dtype) -> float:
     """Bytes a token that autograd keeps of a forward of the body, without weights."""
     with torch.device("meta"):

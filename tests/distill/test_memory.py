@@ -43,6 +43,15 @@ def test_stage_one_trains_filters_alone(world):
     assert heads["optimizer"] == 12 * (filters + 2 * (48 + 1) * (128 + 128))
 
 
+def test_a_model_is_tried_once_for_all_stages(world, monkeypatch):
+    """A trial of a deep model takes half a second, and there were two of each."""
+    memory.kept_a_token.cache_clear()
+    tried, build = [], memory.empty_model
+    monkeypatch.setattr(memory, "empty_model", lambda config, dtype: tried.append(config) or build(config, dtype))
+    assert len(memory.describe(make_plan(make_run(world), 1))) == 2
+    assert [config.model_type for config in tried] == ["gpt2", "llama"]
+
+
 def test_offloaded_state_does_not_count_for_the_device_and_a_bucket_does(world, tmp_path):
     zero = {
         "stage": 3,

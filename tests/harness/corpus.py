@@ -11,18 +11,22 @@ from ted_scale.config.data import Data
 
 def write_shard(prefix, documents, dtype=numpy.uint16, sidecar=None):
     """A .bin/.idx pair of these documents (lists of ids), one sequence a document; returns the prefix as text."""
-    code = {numpy.uint16: 8, numpy.int32: 4}[dtype]
-    lengths = numpy.array([len(d) for d in documents], numpy.int32)
-    pointers = (numpy.cumsum(lengths, dtype=numpy.int64) - lengths) * numpy.dtype(dtype).itemsize
-    borders = numpy.arange(len(documents) + 1, dtype=numpy.int64)
-    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, code, len(documents), len(borders))
     prefix.parent.mkdir(parents=True, exist_ok=True)
     prefix.with_name(prefix.name + ".bin").write_bytes(numpy.array([t for d in documents for t in d], dtype).tobytes())
-    idx = header + lengths.tobytes() + pointers.astype(numpy.int64).tobytes() + borders.tobytes()
-    prefix.with_name(prefix.name + ".idx").write_bytes(idx)
+    prefix.with_name(prefix.name + ".idx").write_bytes(index_of([len(d) for d in documents], dtype))
     if sidecar is not None:
         prefix.with_name(prefix.name + ".json").write_text(json.dumps(sidecar))
     return str(prefix)
+
+
+def index_of(lengths, dtype=numpy.uint16) -> bytes:
+    """The .idx of documents of these lengths."""
+    code = {numpy.uint16: 8, numpy.int32: 4}[dtype]
+    lengths = numpy.array(lengths, numpy.int32)
+    pointers = (numpy.cumsum(lengths, dtype=numpy.int64) - lengths) * numpy.dtype(dtype).itemsize
+    borders = numpy.arange(len(lengths) + 1, dtype=numpy.int64)
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, code, len(lengths), len(borders))
+    return header + lengths.tobytes() + pointers.astype(numpy.int64).tobytes() + borders.tobytes()
 
 
 def counting_documents(lengths, first=0):
