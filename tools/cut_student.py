@@ -1,163 +1,200 @@
-"""A student of some of a teacher's blocks: python tools/cut_student.py TEACHER OUT --layers N [--keep 0,2,5]
+"""A student cut from a teacher: python tools/cut_student.py TEACHER OUT --layers N [--rank influence] [--hidden N] [--text ...]
 
-Keeps embeddings, tail and head, and by default the first and the last block, with the others spread evenly between. OUT/cut.json
-records which blocks they were; a run uses it to match them with its teacher's. Tensors are copied one shard at a time. Note:
-every per-layer list of the config is written out and cut, also a list that the teacher's config.json leaves to a default.
+Depth: N blocks spread from the first to the last, those that --keep lists, or those that change the states of --text most. Width:
+hidden and FFN channels, query and key heads of the largest activations on --text. OUT/cut.json records which blocks they were;
+a run uses it to match them with its teacher's. Tensors are copied one shard at a time. Note: every per-layer list of the
+config is written out and cut, also a list that the teacher's config.json leaves to a default.
 """
 
 import argparse
 import json
+import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
 import torch
 
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
-from ted_scale.distill.pairs import CUT, cut_map, spread
+from ted_scale.data.stream import Stream
+from ted_scale.distill.pairs import CUT, cut_map
+from ted_scale.distill.teacher import Teacher
 from ted_scale.models.anatomy import Anatomy
-from ted_scale.models.inspection import empty_model, inspect, read_config
+from ted_scale.models.inspection import inspect
 from ted_scale.models.model_folder import (
     TOKENIZER_FILES,
     Recipe,
+    check_out,
     copy_files,
     new_folder,
-    saved_tensors,
     write_json,
     write_shards,
 )
-from ted_scale.models.weights import renamer
-from ted_scale.storage import tensor_file
 from ted_scale.storage.hub import find_folder
-from ted_scale.storage.tensor_file import Entry, Stretch
-
-NO_LAYERS = ("architectures", "id2label", "label2id")  # their length may equal the depth by chance
-
-
-def choose_blocks(layers: int, count: int | None, keep: str | None) -> list[int]:
-    """Which of the teacher's blocks the student gets, in order."""
-    if keep is not None:
-        return parse_keep(layers, count, keep)
-    if count is None or not 1 <= count <= layers:
-        raise UserError(f"--layers must be 1 to {layers}, the teacher's blocks, but is {count}; or list them by --keep")
-    return spread(count, layers)
-
-
-def parse_keep(layers: int, count: int | None, keep: str) -> list[int]:
-    try:
-        blocks = [int(part) for part in keep.split(",")]
-    except ValueError:
-        raise UserError(f"--keep must list block numbers like 0,2,5, but is '{keep}'") from None
-    if any(not 0 <= b < layers for b in blocks) or blocks != sorted(set(blocks)):
-        raise UserError(f"--keep must list blocks 0 to {layers - 1} in rising order, each once, but is '{keep}'")
-    if count not in (None, len(blocks)):
-        raise UserError(f"--layers must be how many blocks --keep lists ({len(blocks)}), but is {count}; leave it out")
-    return blocks
-
-
-def cut_config(folder: Path, blocks: list[int]) -> dict:
-    """The teacher's config.json with fewer layers; keys that a class renames (gpt2's n_layer) keep their name."""
-    config = read_config("TEACHER", folder)
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise UserError(
-            f"TEACHER must compute a block alike at any depth, but {folder} sets scale_attn_by_inverse_layer_idx"
-        )
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for key, value in config.to_dict().items():
-        per_layer = isinstance(value, list) and len(value) == config.num_hidden_layers
-        if per_layer and key not in NO_LAYERS and "token" not in key:
-            values[key] = [value[b] for b in blocks]
-    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(blocks)
-    return values
-
-
-class Place(NamedTuple):
-    """Where a tensor of the teacher is read."""
-
-    file: Path
-    key: str
-    entry: Entry
-
-
-def find_tensors(anatomy: Anatomy) -> dict[str, Place]:
-    """By name in the teacher. A tied tensor has its first name, whatever its file calls it."""
-    with torch.device("meta"):
-        model = empty_model(read_config("TEACHER", anatomy.folder))
-    targets = model.state_dict(keep_vars=True)
-    first = {id(tensor): name for name, tensor in saved_tensors(model).items()}
-    rename, places = renamer(model, targets), {}
-    for file in sorted(anatomy.folder.glob("*.safetensors")):
-        for key, entry in tensor_file.header_of(file).entries.items():
-            name = rename(key)
-            if name in targets:
-                places.setdefault(first[id(targets[name])], Place(file, key, entry))
-    return places
-
-
-def places_of(teacher: Anatomy, student: Path, blocks: list[int]) -> dict[str, Place]:
-    """By name in the student: the tensors of the blocks under their new numbers, and those outside of blocks."""
-    with torch.device("meta"):
-        model = empty_model(read_config("OUT", student))
-    found, places = find_tensors(teacher), {}
-    for name, target in saved_tensors(model).items():
-        place = found.get(name_in_teacher(name, teacher.blocks, blocks))
-        if place is None:
-            raise UserError(
-                f"TEACHER must hold the weights its config.json describes, but {teacher.folder} has none for {name}"
-            )
-        if place.entry.shape != target.shape:
-            raise UserError(
-                f"{place.file}: {place.key} must have shape {tuple(target.shape)}, but has {place.entry.shape}; the file "
-                "belongs to another model"
-            )
-        places[name] = place
-    return places
-
-
-def name_in_teacher(name: str, prefix: str, blocks: list[int]) -> str:
-    if not name.startswith(f"{prefix}."):
-        return name
-    number, _, rest = name.removeprefix(f"{prefix}.").partition(".")
-    return f"{prefix}.{blocks[int(number)]}.{rest}"
-
-
-def read(places: dict[str, Place], tensors: dict[str, torch.Tensor]) -> None:
-    """Fill the tensors of an output shard, which opens each file of the teacher once."""
-    for file in sorted({places[name].file for name in tensors}):
-        here = [Stretch(places[name].key, 0, t.view(-1)) for name, t in tensors.items() if places[name].file == file]
-        tensor_file.fill(file, lambda entries, here=here: here)
+from tools.cutting.axes import find_heads
+from tools.cutting.blocks import check_count, choose_blocks, influences, most_influential
+from tools.cutting.channels import Cutter, choose_channels
+from tools.cutting.importance import measure
+from tools.cutting.report import table
+from tools.cutting.sizes import (
+    OPTIONS,
+    Sizes,
+    asked_sizes,
+    cut_config,
+    refuse_other_heads,
+    student_sizes,
+    teacher_sizes,
+)
+from tools.cutting.tensors import places_of, read
+from tools.cutting.text import batches, held_out_loss, open_text
+from tools.evaluate import DTYPES
+from tools.evaluation.text import loaded
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("teacher", metavar="TEACHER", help="model folder or hub id")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    parser.add_argument(
-        "--layers", type=int, metavar="N", help="the student's blocks, spread from the first to the last"
+    depth = parser.add_argument_group("depth")
+    depth.add_argument(
+        "--layers", type=int, metavar="N", help="the student's blocks; default: all where a width is cut"
     )
-    parser.add_argument("--keep", metavar="0,2,5", help="the teacher's blocks to keep, from 0")
+    depth.add_argument("--keep", metavar="0,2,5", help="the teacher's blocks to keep, from 0")
+    depth.add_argument(
+        "--rank", choices=("spread", "influence"), default="spread", help="how blocks are chosen; default: spread"
+    )
+    depth.add_argument("--free-ends", action="store_true", help="influence: the first and the last may go, too")
+    width = parser.add_argument_group("width, chosen on --text")
+    width.add_argument("--hidden", type=int, metavar="N", help="channels of the states")
+    width.add_argument("--ffn", type=int, metavar="N", help="channels of each block's FFN")
+    width.add_argument("--heads", type=int, metavar="N", help="query heads of each block")
+    width.add_argument("--kv-heads", type=int, metavar="N", help="key and value heads of each block")
+    add_text(parser.add_argument_group("text"))
     parser.add_argument("--max-shard-gb", type=float, default=5, help="largest file, in GB")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     return parser.parse_args(argv)
 
 
+def add_text(text) -> None:
+    text.add_argument("--text", nargs="+", metavar="PREFIX", default=[], help="shards, as in a run file")
+    text.add_argument("--tokens", type=int, default=16_384, metavar="N", help="to read at a time; default: 16384")
+    text.add_argument("--seq-len", type=int, default=512, metavar="N", help="of a window; default: 512")
+    text.add_argument(
+        "--held-out",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="the last share, for the loss alone; default: 0.05",
+    )
+    text.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at once; default: 8")
+    text.add_argument("--dtype", choices=DTYPES, default="auto", help="of the forwards; default: the model's own")
+    text.add_argument("--device", help="default: cuda where there is one, else cpu")
+
+
+def refuse_mistakes(arguments: argparse.Namespace, teacher: Anatomy) -> None:
+    asked = asked_sizes(arguments)
+    if arguments.rank == "influence":
+        check_count(teacher.layers, arguments.layers)
+        if arguments.keep:
+            raise UserError("--rank must be left out where --keep lists the blocks, but is influence")
+    elif arguments.free_ends:
+        raise UserError("--free-ends must come with --rank influence, but --rank is spread")
+    needs = OPTIONS[next(iter(asked))] if asked else "--rank influence" if arguments.rank == "influence" else None
+    if needs and not arguments.text:
+        raise UserError(f"--text must be given with {needs}, which looks at activations, but is not; name a corpus")
+
+
+def refuse_unfit(teacher: Anatomy, sizes: Sizes) -> None:
+    """By a trial of the student's config, before a model is loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "config.json", cut_config(teacher, list(range(teacher.layers)), sizes))
+        refuse_other_heads(teacher, inspect("the student", folder, needs_weights=False), sizes)
+
+
+class Text(NamedTuple):
+    """What is read, and how."""
+
+    stream: Stream
+    arguments: argparse.Namespace
+    device: str
+
+    def batches(self):
+        return batches(self.stream, self.arguments.tokens, self.arguments.batch_size, self.device)
+
+    def model(self, anatomy: Anatomy) -> Teacher:
+        return loaded(anatomy, self.arguments.dtype, self.device)
+
+    def loss(self, model: Teacher) -> float:
+        return held_out_loss(model, self.stream, self.arguments.tokens, self.arguments.batch_size, self.device)
+
+
+class Cut(NamedTuple):
+    blocks: list[int]
+    sizes: Sizes | None  # None: the teacher's widths
+    cutter: Cutter | None
+
+
+def cut_of(arguments: argparse.Namespace, teacher: Anatomy, sizes: Sizes | None, text: Text | None, model) -> Cut:
+    if arguments.rank == "influence":
+        blocks = most_influential(
+            lambda kept: influences(model.body.network, teacher, text.batches(), kept),
+            teacher.layers, arguments.layers, ends=not arguments.free_ends,
+        )  # fmt: skip
+    elif sizes and arguments.layers is None and arguments.keep is None:
+        blocks = list(range(teacher.layers))
+    else:
+        blocks = choose_blocks(teacher.layers, arguments.layers, arguments.keep)
+    return Cut(blocks, sizes, cutter_of(teacher, sizes, text, model.body.network, blocks) if sizes else None)
+
+
+def cutter_of(teacher: Anatomy, sizes: Sizes, text: Text, network, blocks: list[int]) -> Cutter:
+    own = teacher_sizes(teacher)
+    heads = find_heads(network, teacher, own.heads)
+    importance = measure(network, teacher, text.batches(), heads, own, blocks)
+    by_name = {found.name: (number, found) for number, found in enumerate(heads)}
+    return Cutter(teacher, own, sizes, choose_channels(importance, own, sizes), by_name)
+
+
+def write(arguments: argparse.Namespace, teacher: Anatomy, cut: Cut) -> None:
+    with new_folder(arguments.out, overwrite=arguments.overwrite, sources=[teacher.folder]) as part:
+        write_json(part / "config.json", cut_config(teacher, cut.blocks, cut.sizes))
+        inspect("a cut of TEACHER", str(part), needs_weights=False)
+        places = places_of(teacher, part, cut.blocks, cut.cutter)
+        recipes = [Recipe(name, place.shape, place.entry.dtype) for name, place in places.items()]
+        write_shards(part, recipes, partial(read, places), arguments.max_shard_gb * 1e9)
+        copy_files(teacher.folder, part, [*TOKENIZER_FILES, "generation_config.json"])
+        write_json(part / CUT, cut_map(teacher, cut.blocks))
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[Anatomy, Sizes | None, Text | None]:
+    """The teacher, the student's widths if they are others, and the text: with no mistake left that can be found by now."""
+    teacher = inspect("TEACHER", str(find_folder("TEACHER", arguments.teacher)))
+    refuse_mistakes(arguments, teacher)
+    check_out(arguments.out.resolve(), arguments.overwrite, [teacher.folder])
+    asked = asked_sizes(arguments)
+    sizes = student_sizes(teacher, asked) if asked else None
+    if sizes:
+        refuse_unfit(teacher, sizes)
+    stream = open_text(arguments, teacher)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return teacher, sizes, Text(stream, arguments, device) if stream else None
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    folder = find_folder("TEACHER", arguments.teacher)
-    teacher = inspect("TEACHER", str(folder))
-    blocks = choose_blocks(teacher.layers, arguments.layers, arguments.keep)
-    with new_folder(arguments.out, overwrite=arguments.overwrite, sources=[folder]) as part:
-        write_json(part / "config.json", cut_config(folder, blocks))
-        student = inspect("a cut of TEACHER", str(part), needs_weights=False)
-        places = places_of(teacher, part, blocks)
-        recipes = [Recipe(name, place.entry.shape, place.entry.dtype) for name, place in places.items()]
-        size = write_shards(part, recipes, partial(read, places), arguments.max_shard_gb * 1e9)
-        copy_files(folder, part, [*TOKENIZER_FILES, "generation_config.json"])
-        write_json(part / CUT, cut_map(teacher, blocks))
-    print(f"blocks {', '.join(map(str, blocks))} of {teacher.layers} of {folder} -> {arguments.out}")
-    print(f"{student.parameters / 1e6:,.2f} M parameters, {size / 1e6:,.1f} MB; train it with:")
-    print(f"  student.path = {json.dumps(str(arguments.out))}")
+    teacher, sizes, text = prepare(arguments)
+    model = text and text.model(teacher)
+    cut = cut_of(arguments, teacher, sizes, text, model)
+    write(arguments, teacher, cut)
+    student = inspect("OUT", str(arguments.out))
+    losses = [text.loss(model), text.loss(text.model(student))] if text else [None, None]
+    print(f"blocks {', '.join(map(str, cut.blocks))} of {teacher.layers} of {teacher.folder} -> {arguments.out}")
+    print(table({"teacher": (teacher, losses[0]), "student": (student, losses[1])}))
+    print(f"train it with:\n  student.path = {json.dumps(str(arguments.out))}")
 
 
 if __name__ == "__main__":
