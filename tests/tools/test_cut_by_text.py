@@ -247,9 +247,9 @@ def test_a_text_of_another_tokenizer_is_refused(tmp_path):
     from tools import tokenize_corpus, train_tokenizer
 
     texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": f"the cat {n} sat on the mat"}) + "\n" for n in range(40)))
+    texts.write_text("".join(json.dumps({"text": f"the cat {n} sat on the mat"}) + "\n" for n in range(400)))
     teacher = make_model(tmp_path / "teacher", "llama", vocab_size=400)
-    for size, folder in ((320, tmp_path / "other"), (340, teacher)):
+    for size, folder in ((290, tmp_path / "other"), (300, teacher)):
         train_tokenizer.main(["--vocab-size", str(size), "--out", str(tmp_path / f"t{size}"), str(texts)])
         for file in (tmp_path / f"t{size}").iterdir():
             folder.mkdir(exist_ok=True)
