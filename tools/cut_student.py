@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
-import torch
 
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
@@ -52,7 +51,7 @@ from tools.cutting.sizes import (
 from tools.cutting.tensors import places_of, read
 from tools.cutting.text import batches, held_out_loss, open_text
 from tools.evaluate import DTYPES
-from tools.evaluation.text import loaded
+from tools.evaluation.text import device_of, loaded
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -103,6 +102,8 @@ def refuse_mistakes(arguments: argparse.Namespace, teacher: Anatomy) -> None:
             raise UserError("--rank must be left out where --keep lists the blocks, but is influence")
     elif arguments.free_ends:
         raise UserError("--free-ends must come with --rank influence, but --rank is spread")
+    elif arguments.layers is not None or arguments.keep is not None or not asked:
+        choose_blocks(teacher.layers, arguments.layers, arguments.keep)
     needs = OPTIONS[next(iter(asked))] if asked else "--rank influence" if arguments.rank == "influence" else None
     if needs and not arguments.text:
         raise UserError(f"--text must be given with {needs}, which looks at activations, but is not; name a corpus")
@@ -180,8 +181,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Anatomy, Sizes | None, Text 
     if sizes:
         refuse_unfit(teacher, sizes)
     stream = open_text(arguments, teacher)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return teacher, sizes, Text(stream, arguments, device) if stream else None
+    return teacher, sizes, Text(stream, arguments, device_of(arguments.device)) if stream else None
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -120,9 +120,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     if arguments.json:
         refuse_unwritable(arguments.json)
 
-    import torch  # imports take seconds; a mistake should not wait for them
-
-    from tools.evaluation import text
+    from tools.evaluation import text  # imports torch, which takes seconds; a mistake should not wait for it
 
     tokenizers = [text.tokenizer_in(folder) for folder in folders]  # also for lm-eval, which checks nothing in them
     readings = [
@@ -132,8 +130,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     index, asked = None, suites.Asked([], [])
     if arguments.suite:
         index, asked = suites.load(arguments.suite, arguments.tasks, arguments.run_code)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Plan(folders, readings, index, asked, device)
+    return Plan(folders, readings, index, asked, text.device_of(arguments.device))
 
 
 def scores_of(arguments: argparse.Namespace, plan: Plan, number: int) -> list[Score]:

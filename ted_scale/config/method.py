@@ -66,12 +66,28 @@ class Schedule(Section):
             raise ValueError(f"shape must be linear or cosine when end is set, but is '{self.shape}'")
         if self.shape in ("linear", "cosine") and self.end is None:
             raise ValueError(f"end must be set when shape is '{self.shape}', but is missing")
+        if self.on_after and self.off_after and self.on_after >= self.off_after:
+            raise ValueError(f"on_after must be below off_after ({self.off_after}), but is {self.on_after}")
         if self.off_after and self.off_after_tokens:
             raise ValueError(f"off_after must not be set beside off_after_tokens, but is {self.off_after}; keep one")
         return self
 
 
 Weight = Schedule | NonNegative
+
+
+def is_on(weight: Schedule | float, fraction: float) -> bool:
+    """Whether a term counts after this fraction of stage II, wherever its shape takes it. `off_after_tokens` is not looked at."""
+    if not isinstance(weight, Schedule):
+        return weight > 0
+    within = (weight.on_after or 0.0) <= fraction < (weight.off_after or 2.0)
+    return within and max(weight.start, weight.end or 0.0) > 0
+
+
+def changes_of(weights: list[Schedule | float]) -> list[float]:
+    """The fractions from which on some weight may be another, the start among them."""
+    schedules = [weight for weight in weights if isinstance(weight, Schedule)]
+    return sorted({0.0, *(at for s in schedules for at in (s.on_after, s.off_after) if at and at < 1)})
 
 
 PRESETS = {

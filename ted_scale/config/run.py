@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from ted_scale.base import redact
 from ted_scale.config.data import Data
-from ted_scale.config.method import Filters, Loss, Pairs, Train, Validation
+from ted_scale.config.method import Filters, Loss, Pairs, Train, Validation, Weight, changes_of, is_on
 from ted_scale.config.operation import Checkpoint, Health, Limits, Resume, Wandb
 from ted_scale.config.types import Count, PositiveInt, Section
 
@@ -72,6 +72,12 @@ class Run(Section):
         return self.teacher.every if self.teacher and self.method != "ce" else 1
 
     @property
+    def terms(self) -> list[Weight]:
+        """The weights that the method looks at."""
+        kl = [] if self.method == "ce" else [self.loss.kl]
+        return [self.loss.ce, *kl, *([self.loss.layer] if self.matches_layers else [])]
+
+    @property
     def balances(self) -> bool:
         return self.loss.balance == "auto" and self.matches_layers
 
@@ -109,11 +115,18 @@ class Run(Section):
     def sections_fit_the_method(self):
         if self.method != "ce" and self.teacher is None:
             raise ValueError(f"teacher.path must be set for method = '{self.method}', but there is no [teacher]")
-        if self.asks_every > 1 and self.loss.ce == 0:
-            raise ValueError(
-                f"teacher.every must be 1 where loss.ce is 0, but is {self.asks_every}: micro-batches without the teacher would "
-                "teach nothing"
-            )
+        terms = self.terms
+        for fraction in changes_of(terms):
+            if not any(is_on(weight, fraction) for weight in terms):
+                raise ValueError(
+                    f"a term of method = '{self.method}' must be on in every step, but from {fraction:.0%} of stage II on loss.ce, "
+                    "loss.kl and loss.layer leave none; change one of them"
+                )
+            if self.asks_every > 1 and not is_on(self.loss.ce, fraction):
+                raise ValueError(
+                    f"teacher.every must be 1 where loss.ce is 0, but is {self.asks_every}: micro-batches without the teacher "
+                    "would teach nothing"
+                )
         if self.balances and self.loss.kl == 0:
             raise ValueError(
                 "loss.balance must be 'fixed' where loss.kl is 0, but is 'auto': there is no KL to balance the layer loss with"

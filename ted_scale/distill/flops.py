@@ -68,7 +68,7 @@ def step_flops(plan, stage, step: int, keys: Keys) -> Work:
     weights = stage.weights(step)
     if stage.learns_filters:
         return Work(bodies_flops(plan, keys) + stage_one_flops(plan, *sampled(plan)))
-    student, asked = head_flops(plan.student), 1 / stage.asks_every
+    student, asked = head_flops(plan.student) if weights.ce or weights.kl else 0, 1 / stage.asks_every
     teacher = asked * head_flops(plan.teacher, plan.student.vocab_size) if weights.kl else 0
     body = body_flops(plan.student, keys)
     total = 3 * (body + student) + teacher

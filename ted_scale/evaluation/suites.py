@@ -70,12 +70,15 @@ def load_for_training(wanted: list[str], folder: Path | None) -> dict:
     for name in asked_by:
         for leaf in leaves(name, index.task_index):
             refuse_generation(leaf, index.task_index[leaf].cfg)
-    return index.load(read(index, asked_by, folder, SETTINGS))
+    loaded = index.load(read(index, asked_by, folder, SETTINGS))
+    for name, task in loaded["tasks"].items():  # also what a group defines inside itself, which the index does not name
+        refuse_generation(name, {"output_type": task.OUTPUT_TYPE})
+    return loaded
 
 
 def find(wanted: list[str], folder: Path | None, keys: Keys) -> tuple[Any, dict[str, str]]:
     """(lm-eval's index, what asks for each task or group); every name is in the index."""
-    index = index_of(folder, keys)
+    index = index_of(folder and folder.resolve(), keys)
     asked_by = tasks_of(wanted, index.task_index, folder, keys)
     for name, by in asked_by.items():
         refuse_unknown(name, by, index.task_index, folder, keys)
@@ -138,12 +141,21 @@ def leaves(name: str, known: dict) -> Iterator[str]:
     if entry.kind.name == "TAG":
         members = sorted(entry.tags)
     elif entry.kind.name == "GROUP":
-        members = [m if isinstance(m, str) else m.get("task") or m.get("group") for m in as_list(entry.cfg["task"])]
+        members = named_in(entry.cfg["task"])
     else:
         yield name
         return
     for member in members:
         yield from leaves(member, known)
+
+
+def named_in(members) -> list[str]:
+    """The names in a group's list, whose members may be groups themselves that are written out."""
+    found = []
+    for member in as_list(members):
+        inner = member if isinstance(member, str) else member.get("task") or member.get("group")
+        found += [inner] if isinstance(inner, str) else named_in(inner or [])
+    return found
 
 
 def refuse_missing_files(name: str, asked_by: str, known: dict, folder: Path) -> None:

@@ -341,3 +341,19 @@ def test_every_shipped_run_file_loads_and_names_a_ds_config_that_does():
     for file in files:
         run = load_run(file)
         assert load_ds_config(str(ROOT / run.ds_config)), file
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["method=ce", "loss.preset=states_first"],
+            "a term of method = 'ce' must be on in every step, but from 0% of stage II",
+        ),
+        (["loss.ce={start=1, off_after=0.5}", "loss.kl=0", "loss.layer=0"], "but from 50% of stage II on loss.ce"),
+        (["loss.preset=states_first", "teacher.every=2"], "teacher.every must be 1 where loss.ce is 0, but is 2"),
+        (["loss.ce={start=1, on_after=0.6, off_after=0.5}"], "on_after must be below off_after (0.5), but is 0.6"),
+    ],
+)
+def test_a_step_that_would_teach_nothing_is_refused(tmp_path, words, sentence):
+    assert sentence in refusal(tmp_path, *words)

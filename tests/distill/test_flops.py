@@ -55,6 +55,7 @@ SETTINGS = {
     "ted": ({}, "student"),
     "ted, mlp": ({"filters": {"mlp": 24}}, "student"),
     "hint, over": ({"loss": {"kl": 0.0, "layer": {"start": 1.0, "off_after": 1e-6}}}, "student"),
+    "states first": ({"loss": {"ce": {"start": 1.0, "on_after": 0.5}, "kl": 0.0}}, "student"),
     "strict": ({"loss": {"mode": "strict"}}, "student"),
     "checkpointing": ({"student": {"gradient_checkpointing": True}}, "student"),
     "stage I": ({}, "filters"),

@@ -50,7 +50,7 @@ def random_cut(arguments, chosen: Cut, layers: int, seed: int) -> Cut:
 
 
 def main(argv: list[str] | None = None) -> None:
-    count, *words = argv if argv is not None else sys.argv[1:]
+    count, *words = (argv if argv is not None else sys.argv[1:]) or [""]
     arguments = parse([*words, "--overwrite"])
     if not count.isdigit() or not arguments.text:
         raise UserError(f"the words must begin with how many random cuts, and have --text, but are {count} {words}")

@@ -103,6 +103,7 @@ def refuse_unequal(plan: Comparison) -> None:
             key = word.partition("=")[0].strip()
             if any(key == ours or key.startswith(f"{ours}.") for ours in OURS):
                 raise UserError(f"arms.{arm} must not set {key}, because the comparison does; take it out of the plan")
+        refuse_end_in_tokens(plan, arm)
     runs = {arm: equal_values(of_arm(plan, arm)) for arm in plan.arms}
     base = plan.compared_with
     for arm, values in runs.items():
@@ -112,6 +113,17 @@ def refuse_unequal(plan: Comparison) -> None:
                     f"arms.{arm} must have the {key} of arms.{base} ({shown(runs[base].get(key))}), but has "
                     f"{shown(values.get(key))}; if that is what is compared, put {key} into differ"
                 )
+
+
+def refuse_end_in_tokens(plan: Comparison, arm: str) -> None:
+    """The short runs that measure a price would never reach such an end."""
+    loss = of_arm(plan, arm).loss
+    for term in ("ce", "kl", "layer"):
+        if plan.budget.seconds and getattr(getattr(loss, term), "off_after_tokens", None):
+            raise UserError(
+                f"arms.{arm} must end loss.{term} by off_after with a budget of seconds, but has off_after_tokens, which the runs "
+                "that measure its price do not reach"
+            )
 
 
 def of_arm(plan: Comparison, arm: str, *more: str) -> Run:

@@ -25,8 +25,8 @@ class Price(NamedTuple):
 
 
 def price_of(plan: Comparison, arm: str, name: str) -> Price:
-    """From a measuring run that is over. Its loss schedules are those of a whole run, so each part of them has its share;
-    the first step of a stage compiles and fills caches, so the second one is counted twice."""
+    """From a measuring run that is over. Its loss schedules are those of a whole run, so each part of them has its share, if it is
+    not shorter than two steps; the first step of a stage compiles and fills caches, so the second one is counted twice."""
     folder, run = plan.place / "runs" / name, plans.of_arm(plan, arm)
     timed = [row for row in rows_in(folder / "metrics.jsonl") if "perf/step_ms" in row]
     first = plan.measure.steps if plans.stage_i_steps(run) else 0

@@ -121,6 +121,16 @@ def measure(reading: Reading, dtype: str, micro_batch: int, device: str) -> list
     return found
 
 
+def device_of(asked: str | None) -> str:
+    device = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device must be one that torch can use here, but is {device}: {reason}") from None
+    return device
+
+
 def loaded(anatomy: Anatomy, dtype: str, device: str) -> Teacher:
     """A frozen model, as a run has its teacher. "auto" is the dtype that its config names."""
     named = read_config("MODEL", anatomy.folder).dtype if dtype == "auto" else getattr(torch, dtype)
