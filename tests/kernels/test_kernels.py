@@ -62,7 +62,7 @@ def small_tiles(monkeypatch):
     """Many programs, many steps a program, and partial tiles at every edge."""
     rows, layers = shapes.Shape({"BLOCK": 32}, 4), shapes.Shape({"BLOCK": 16}, 4)
     slices = dict.fromkeys(("statistics", "slopes"), shapes.Shape({"ROWS": 2, "BLOCK": 8}, 4))
-    for name, shape in {"rows": rows, "layers": layers, **slices}.items():
+    for name, shape in {"rows": rows, "rows_jsd": rows, "layers": layers, **slices}.items():
         monkeypatch.setitem(shapes.SHAPES, name, shape)
     monkeypatch.setattr("ted_scale.kernels.layer_loss.SPAN", 2)
     for name, size in (("LOGITS", 12), ("SLICE", 32)):

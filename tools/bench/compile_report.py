@@ -33,6 +33,7 @@ TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx94
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # sm_80: sm_86's and sm_120's
 KERNELS = {
     "rows": rows_kernel,
+    "rows_jsd": rows_kernel,
     "layers": layers_kernel,
     "statistics": statistics_kernel,
     "slopes": slopes_kernel,
@@ -48,8 +49,10 @@ CASES = {  # what a kernel is called for: the flags that are then set. The first
         "loss only": LOGITS,
         "soft-capped": LOGITS | CAPS | GRADIENT,
         "reverse KL": LOGITS | CAPS | GRADIENT | {"DIVERGENCE": "reverse"},
-        "JSD": LOGITS | CAPS | GRADIENT | {"DIVERGENCE": "jsd"},
-        "JSD, entropy": LOGITS | CAPS | GRADIENT | {"DIVERGENCE": "jsd", "ENTROPY": True},
+    },
+    "rows_jsd": {
+        "usual": LOGITS | CAPS | GRADIENT | {"DIVERGENCE": "jsd"},
+        "entropy": LOGITS | CAPS | GRADIENT | {"DIVERGENCE": "jsd", "ENTROPY": True},
     },
     "layers": {
         "nmse": {"KIND": "nmse"} | TRAINS,

@@ -216,11 +216,12 @@ def launch_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, ro
     kl, ce = weight.new_zeros(2, rows).unbind()
     dz, entropy = z_s if room is None else room, None if floor is None else torch.empty_like(weight)
     z_t, shared = (z_s, 0) if z_t is None else (z_t, z_t.shape[1])
+    shape = SHAPES["rows_jsd" if f.divergence == "jsd" else "rows"]
     rows_kernel[(rows,)](
         z_s, z_t, dz, labels.contiguous(), weight, kl, ce, z_s.stride(0), z_t.stride(0), dz.stride(0), vocab, shared,
         f.temperature, f.kl_weight, f.ce_weight, f.softcap_s, f.softcap_t, f.scale_s, f.scale_t,
         KL=bool(f.kl_weight), CE=bool(f.ce_weight), CAPPED_S=bool(f.softcap_s), CAPPED_T=bool(f.softcap_t),
         DIVERGENCE=f.divergence, WANTS_GRADIENT=wants_gradient, floor=weight if floor is None else floor,
-        entropy_out=kl if entropy is None else entropy, ENTROPY=entropy is not None, **SHAPES["rows"].launch,
+        entropy_out=kl if entropy is None else entropy, ENTROPY=entropy is not None, **shape.launch,
     )  # fmt: skip
     return kl, ce, dz if wants_gradient else None, entropy

@@ -19,6 +19,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "rows": Shape({"BLOCK": 4096}, 16),
+    "rows_jsd": Shape({"BLOCK": 2048}, 16),  # keeps both softmaxes and their mean
     "layers": Shape({"BLOCK": 2048}, 8),
     "statistics": Shape({"ROWS": 1, "BLOCK": 1024}, 4),  # strict mode: ROWS rows a program
     "slopes": Shape({"ROWS": 1, "BLOCK": 1024}, 4),
