@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 from ted_scale.base.durable import write_durably
 from ted_scale.base.errors import DONE, NUMBERS, RunStopped, UserError
 from ted_scale.base.exits import run_main
+from ted_scale.base.parsing import parse_toml
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import life
 from ted_scale.metrics.rows import rows_in
@@ -100,6 +101,14 @@ def refuse_other_steps(plan: Comparison, steps: dict[str, int]) -> None:
             raise UserError(
                 f"{plan.place} must have results of this budget, but {result.arm}_seed{result.seed} took {result.steps} steps "
                 f"and not {steps[result.arm]}; give the plan another folder"
+            )
+    for arm, seed in ((arm, seed) for arm in plan.arms for seed in plan.seeds):
+        path = plan.place / "runs" / f"{arm}_seed{seed}" / "run.toml"
+        begun = parse_toml(path.read_text(encoding="utf-8"))["train"]["steps"] if path.exists() else steps[arm]
+        if begun != steps[arm]:
+            raise UserError(
+                f"{path.parent} must be a run of this budget, but was begun with {begun} steps and not {steps[arm]}: its schedules "
+                "would be of both; remove it, or give the plan another folder"
             )
 
 

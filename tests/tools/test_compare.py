@@ -130,6 +130,16 @@ def test_the_price_of_a_schedule_is_the_mean_of_its_parts(write, monkeypatch):
     assert prices.price_of(plan, "ted", "measure_ted_0") == Price(filter_step=2.0, step=2.2, validation=2.0)
 
 
+def test_a_run_that_another_budget_began_is_not_gone_on_with(write, tmp_path):
+    """It would follow one schedule up to the stop and another from there on."""
+    plan = plans.load(write(budget={"tokens": 7680}))
+    begun = plan.place / "runs" / "ce_seed0" / "run.toml"
+    begun.parent.mkdir(parents=True)
+    begun.write_text("[train]\nsteps = 30\n")
+    with pytest.raises(UserError, match="was begun with 30 steps and not 20: its schedules would be of both; remove it"):
+        compare.refuse_other_steps(plan, {"ce": 20, "ted": 16})
+
+
 # Differences
 
 
