@@ -136,7 +136,9 @@ def test_a_run_that_another_budget_began_is_not_gone_on_with(write, tmp_path):
     begun = plan.place / "runs" / "ce_seed0" / "run.toml"
     begun.parent.mkdir(parents=True)
     begun.write_text("[train]\nsteps = 30\n")
-    with pytest.raises(UserError, match="was begun with 30 steps and not 20: its schedules would be of both; remove it"):
+    with pytest.raises(
+        UserError, match="was begun with 30 steps and not 20: its schedules would be of both; remove it"
+    ):
         compare.refuse_other_steps(plan, {"ce": 20, "ted": 16})
 
 
