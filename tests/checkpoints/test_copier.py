@@ -59,7 +59,8 @@ def test_a_run_that_leaves_waits_for_a_copy_but_not_for_long(run, tmp_path, slow
     saver.copier.finish(leaving=True)
     assert saver.copier.is_copying()
     slow.set()
-    monkeypatch.setattr(copier, "LEAVING_S", 60.0)  # a busy machine copies slowly; a copy that is done ends the wait at once
+    # A busy machine copies slowly; a copy that is done ends the wait at once.
+    monkeypatch.setattr(copier, "LEAVING_S", 60.0)
     saver.copier.finish(leaving=True)
     assert not saver.copier.is_copying()
 
