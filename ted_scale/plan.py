@@ -36,7 +36,7 @@ from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
 from ted_scale.models.vocabulary import check_corpus_tokenizer, check_same_tokenizer, tokenizer_folder
 
-DECISIVE_OF_LOSSES = ("ce", "kl", "layer", "balance", "temperature", "kind", "divergence", "top_k", "skip_low_entropy")
+OF_LOSSES = [key.removeprefix("loss.") for key in changes.DECISIVE if key.startswith("loss.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Plan:
             "method": run.method,
             "seed": run.seed,
             "teacher.every": run.asks_every,
-            **{f"loss.{k}": changes.plain(getattr(loss, k)) for k in DECISIVE_OF_LOSSES},
+            **{f"loss.{k}": changes.plain(getattr(loss, k)) for k in OF_LOSSES},
             **{f"train.{k}": changes.plain(getattr(train, k)) for k in ("precision", "betas", "eps", "weight_decay")},
             **{f"{s}.{k}": getattr(a, k) for s, a in sides.items() if a for k in changes.SHAPE},
             **self.filters_identity(),

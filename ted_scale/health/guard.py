@@ -116,7 +116,7 @@ class Guard:
 
     def decide(self, progress: Progress) -> Progress:
         """What the step's numbers mean for the run: go on, go back, or stop. `progress` is that after the step."""
-        progress = replace(progress, health=self.before.health)
+        progress = replace(progress, health=self.before.health)  # whose median may have begun anew for this step
         if self.unread:  # DeepSpeed did not call us: the norm is not finite
             self.read_numbers(math.inf)
         if not self.finite:

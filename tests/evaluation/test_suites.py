@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -209,6 +210,19 @@ def test_training_is_refused_by_the_names_of_its_settings(monkeypatch, tmp_path,
         (tmp_path / f"{name}.jsonl").touch()
     with pytest.raises(UserError, match=sentence):
         suites.load_for_training([wanted], files and tmp_path)
+
+
+def test_a_relative_folder_is_whole_before_lm_eval_changes_directory(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(suites, "index_of", lambda folder, keys: seen.append(folder) or Index())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="must find the task own"):
+        suites.load_for_training(["own"], Path("tasks"))
+    assert seen == [tmp_path.resolve() / "tasks"]
+
+
+def test_the_members_of_a_group_are_found_however_they_are_written():
+    assert suites.named_in(["a", {"group": "g"}, {"task": [{"task": "b"}, {"task": ["c"]}]}]) == ["a", "g", "b", "c"]
 
 
 def run_file(root, runs=None, precision="fp32", **validation):
