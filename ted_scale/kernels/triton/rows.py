@@ -81,7 +81,7 @@ def soften_backward(g, y, cap, scale, CAPPED: tl.constexpr):
 def add_columns(
     m_t, l_t, cross, m_s, l_s, m_1, l_1, y_label, z_s, z_t, label, V, shared, temperature, cap_s, cap_t, scale_s,
     scale_t, KL: tl.constexpr, CE: tl.constexpr, CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
-    DIVERGENCE: tl.constexpr = "forward", moment=0.0, ENTROPY: tl.constexpr = False,
+    DIVERGENCE: tl.constexpr, moment, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """The running `Statistics` of rows with V more columns; the teacher has the first `shared` of them. For the reverse KL
     `cross` is Σ e^(y_s/T − m_s)·(y_s/T − u). For an entropy, `moment` is Σ e^(u − m_t)·(u − m_t)."""
@@ -129,7 +129,7 @@ def means(z_s, z_t, n_t, n_s, shared, temperature, cap_s, cap_t, scale_s, scale_
 def write_gradient(
     z_s, z_t, dz, norms, label, w, V, shared, temperature, kl_weight, ce_weight, cap_s, cap_t, scale_s, scale_t,
     KL: tl.constexpr, CE: tl.constexpr, CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr, of_kl, of_q,
-    DIVERGENCE: tl.constexpr = "forward",
+    DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
     """∂/∂z_s of these columns to dz, which may be z_s itself; 0 where a token does not count, even if its logits are NaN."""
     for start in range(0, V, BLOCK):

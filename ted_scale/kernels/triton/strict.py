@@ -26,7 +26,8 @@ def statistics_kernel(
     m_t, l_t, cross, m_s, l_s, m_1, l_1, y_label, _ = add_columns(
         tl.load(at), tl.load(at + plane), tl.load(at + 2 * plane), tl.load(at + 3 * plane), tl.load(at + 4 * plane),
         tl.load(at + 5 * plane), tl.load(at + 6 * plane), tl.load(at + 7 * plane), z_s, z_t, label, V, shared,
-        temperature, cap_s, cap_t, scale_s, scale_t, KL, CE, CAPPED_S, CAPPED_T, BLOCK,
+        temperature, cap_s, cap_t, scale_s, scale_t, KL, CE, CAPPED_S, CAPPED_T, BLOCK, "forward",
+        0.0, False,
     )  # fmt: skip
     mask = own < N
     tl.store(at, m_t, mask=mask)
@@ -55,6 +56,7 @@ def slopes_kernel(
     write_gradient(
         z_s + rows * stride_s, z_t + rows * stride_t, dz + rows * stride_d, n, label, w, V, shared, temperature, kl_weight,
         ce_weight, cap_s, cap_t, scale_s, scale_t, KL, CE, CAPPED_S, CAPPED_T, BLOCK, w, 0.0,
+        "forward",
     )  # fmt: skip
 
 
