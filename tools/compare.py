@@ -57,8 +57,8 @@ def refuse_mistakes(plan: Comparison) -> None:
 
 def compare(plan: Comparison) -> None:
     plan.place.mkdir(parents=True, exist_ok=True)
-    known = measured(plan) if plan.budget.seconds else {}
-    steps = {arm: prices.steps_within(plan, arm, known.get(arm)) for arm in plan.arms}
+    known = measured(plan) if plan.budget.timed else {}
+    steps = {arm: prices.steps_within(plan, arm, known) for arm in plan.arms}
     refuse_other_steps(plan, steps)
     over = {(result.arm, result.seed) for result in results.noted(plan)}
     # By seeds first: an interrupted comparison has whole pairs.

@@ -85,8 +85,11 @@ def test_what_a_plan_names_in_differ_may_differ(write):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"budget": {}}, r"budget.tokens or seconds must be set, and not both, but neither is"),
-        ({"budget": {"tokens": 1, "seconds": 1.0}}, r"but both are"),
+        ({"budget": {}}, r"budget.tokens, seconds or steps must be set, and only one of them, but none is"),
+        ({"budget": {"tokens": 1, "seconds": 1.0}}, r"but tokens and seconds are"),
+        ({"budget": {"steps": 9}}, r"budget.steps and of must be set together"),
+        ({"budget": {"steps": 9, "of": "lwd"}}, r"budget.of must be one of the arms"),
+        ({"programs": {"lwd": "mine.py"}}, r"programs must be one of the arms"),
         ({"baseline": "lwd"}, r"baseline must be one of the arms"),
         ({"seeds": [1, 1]}, r"seeds must differ, but are \[1, 1\]"),
         ({"sedes": [1]}, r"unknown key sedes; did you mean seeds\?"),
@@ -104,17 +107,17 @@ def test_a_mistake_in_a_plan_is_one_sentence(write, values, sentence):
 
 def test_a_budget_of_tokens_pays_for_stage_i(write):
     plan = plans.load(write(budget={"tokens": 7680}))
-    assert [prices.steps_within(plan, arm, None) for arm in ("ce", "ted")] == [20, 16]
+    assert [prices.steps_within(plan, arm, {}) for arm in ("ce", "ted")] == [20, 16]
     with pytest.raises(
         UserError, match=r"budget.tokens \(1,536\) must hold a step of arms.ted after its 4 steps of stage I"
     ):
-        prices.steps_within(plans.load(write(budget={"tokens": 1536})), "ted", None)
+        prices.steps_within(plans.load(write(budget={"tokens": 1536})), "ted", {})
 
 
 def test_a_budget_of_seconds_pays_for_stage_i_and_validation(write):
     plan, price = plans.load(write(budget={"seconds": 60.0})), Price(filter_step=2.0, step=3.0, validation=1.0)
-    assert prices.steps_within(plan, "ce", price) == (60 - 5) // 3
-    assert prices.steps_within(plan, "ted", price) == (60 - 5 - 4 * 2) // 3
+    assert prices.steps_within(plan, "ce", {"ce": price}) == (60 - 5) // 3
+    assert prices.steps_within(plan, "ted", {"ted": price}) == (60 - 5 - 4 * 2) // 3
     run = plans.of_arm(plan, "ted")
     assert prices.seconds_at(price, run, 6, 2) == 4 * 2 + 2 * 3 + 2
     assert prices.seconds_at(price, run, 3, 0) == 3 * 2
@@ -280,3 +283,14 @@ def test_real_runs_of_a_comparison_start_alike_and_end_within_their_seconds(writ
     assert found["ce"].points[0].loss == pytest.approx(found["ted"].points[0].loss, rel=1e-6)
     assert all(r.end == "done" and r.seconds < 2 * 8 for r in found.values())
     assert found["ce"].steps > found["ted"].steps
+
+
+@pytest.mark.soak
+def test_plain_torch_and_the_trainer_take_the_same_steps(write):
+    """Row 0 of the speedrun reads what kd reads, at the same rates, and is judged by the same text."""
+    path = write(
+        arms={"kd": ["method=kd"], "plain": ["method=kd"]}, programs={"plain": "tools/bench/plain_kd.py"}, seeds=[0]
+    )
+    compare.main([path])
+    kd, plain = results.noted(plans.load(path))
+    assert [p.loss for p in plain.points] == pytest.approx([p.loss for p in kd.points], rel=1e-4)

@@ -2,11 +2,12 @@
 and fused AdamW.
 
 There are two. `build` and `step_of` are for a GPU (tools/bench/gpu_step.py): random weights, autocast to bf16 over fp32
-masters, every method. `PlainTorch` is for CPU ranks (tools/bench/step.py): `kd` in fp32 on the run's own weights; `Alone`
-times the parts of its step one by one.
+masters, every method. `PlainTorch` is for CPU ranks (tools/bench/step.py, plain_kd.py): `kd` on the run's own weights, in fp32
+or by autocast over fp32 masters; `Alone` times the parts of its step one by one.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -116,11 +117,13 @@ class PlainTorch:
     """A step of kd. `watch` is a Stopwatch of step_parts.py."""
 
     def __init__(self, run, teacher: str, student: str, device: torch.device):
-        def load(path: str):
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-            return model.to(device)
+        def load(path: str, dtype: torch.dtype):
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device)
 
-        self.run, self.teacher, self.student = run, load(teacher).requires_grad_(False).eval(), load(student).train()
+        self.run, bf16 = run, run.train.precision == "bf16"
+        self.teacher = load(teacher, torch.bfloat16 if bf16 else torch.float32).requires_grad_(False).eval()
+        self.student = load(student, torch.float32).train()
+        self.precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
         self.optimizer = adamw(run.train, self.student.parameters())
 
     def step(self, micro_batches, watch) -> float:
@@ -129,7 +132,7 @@ class PlainTorch:
         for batch in micro_batches:
             with watch.part("teacher"), torch.no_grad():
                 logits_t = self.teacher(batch.tokens_BT, use_cache=False).logits
-            with watch.part("student forward"):
+            with watch.part("student forward"), self.precision():
                 logits_s = self.student(batch.tokens_BT, use_cache=False).logits
             with watch.part("losses"):
                 loss = plain_loss(logits_s, logits_t, batch.labels_BT) / count
@@ -146,6 +149,11 @@ def plain_loss(logits_s, logits_t, labels_BT):
     kl = functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     labels = labels_BT.flatten()
     return kl[labels >= 0].sum() + functional.nll_loss(log_q, labels, ignore_index=-100, reduction="sum")
+
+
+def summed_ce(model, batch):
+    logits = model(batch.tokens_BT, use_cache=False).logits.flatten(0, 1).float()
+    return functional.cross_entropy(logits, batch.labels_BT.flatten(), ignore_index=-100, reduction="sum")
 
 
 class Alone:

@@ -22,17 +22,28 @@ MOST_SEEDS = 10
 
 
 class Budget(Section):
-    """What each arm may use, stage I included. Exactly one is set."""
+    """What each arm may use, stage I included. Exactly one of tokens, seconds and steps is set."""
 
     tokens: PositiveInt | None = Field(None, description="read in training")
     seconds: Positive | None = Field(None, description="of steps and validation; starts do not count")
+    steps: PositiveInt | None = Field(
+        None, description="what so many steps of the arm `of` take; validation does not count"
+    )
+    of: str = Field("", description="the arm whose steps are the budget")
 
     @model_validator(mode="after")
     def one_is_set(self):
-        if (self.tokens is None) == (self.seconds is None):
-            raise ValueError("tokens or seconds must be set, and not both, but " + (
-                "neither is" if self.tokens is None else "both are"))  # fmt: skip
+        given = [name for name in ("tokens", "seconds", "steps") if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = f"{' and '.join(given)} are" if given else "none is"
+            raise ValueError(f"tokens, seconds or steps must be set, and only one of them, but {said}")
+        if bool(self.of) != bool(self.steps):
+            raise ValueError("steps and of must be set together: so many steps of that arm")
         return self
+
+    @property
+    def timed(self) -> bool:
+        return self.tokens is None
 
 
 class Measure(Section):
@@ -47,6 +58,10 @@ class Comparison(Section):
     folder: str = Field(description="where the arms' runs and the results are made")
     arms: dict[Name, list[str]] = Field(min_length=1, description="for each, its section.key=value words")
     budget: Budget
+    programs: dict[Name, str] = Field(
+        {}, description="for an arm that launch/pretrain.py does not train: a program that takes the same words and leaves "
+        "metrics.jsonl and life.json in the run's folder"
+    )  # fmt: skip
     seeds: list[Count] = Field([0, 1, 2], min_length=1, max_length=MOST_SEEDS)
     baseline: str = Field("", description="the arm that others are compared with; default: the first")
     set: list[str] = Field([], description="section.key=value words for every arm")
@@ -58,9 +73,11 @@ class Comparison(Section):
     measure: Measure = Measure()
 
     @model_validator(mode="after")
-    def baseline_is_an_arm(self):
-        if self.baseline and self.baseline not in self.arms:
-            raise ValueError(f"baseline must be one of the arms {sorted(self.arms)}, but is {shown(self.baseline)}")
+    def names_are_arms(self):
+        named = {"baseline": [self.baseline], "budget.of": [self.budget.of], "programs": self.programs}
+        for key, arm in ((key, arm) for key, names in named.items() for arm in names):
+            if arm and arm not in self.arms:
+                raise ValueError(f"{key} must be one of the arms {sorted(self.arms)}, but is {shown(arm)}")
         if len({*self.seeds}) < len(self.seeds):
             raise ValueError(f"seeds must differ, but are {self.seeds}")
         return self
@@ -79,6 +96,7 @@ class Job(NamedTuple):
 
     name: str
     words: tuple[str, ...]  # for --set
+    program: str
 
 
 def load(path: str) -> Comparison:
@@ -119,7 +137,7 @@ def refuse_end_in_tokens(plan: Comparison, arm: str) -> None:
     """The short runs that measure a price would never reach such an end."""
     loss = of_arm(plan, arm).loss
     for term in ("ce", "kl", "layer"):
-        if plan.budget.seconds and getattr(getattr(loss, term), "off_after_tokens", None):
+        if plan.budget.timed and getattr(getattr(loss, term), "off_after_tokens", None):
             raise UserError(
                 f"arms.{arm} must end loss.{term} by off_after with a budget of seconds, but has off_after_tokens, which the runs "
                 "that measure its price do not reach"
@@ -154,19 +172,20 @@ def job_of(plan: Comparison, arm: str, seed: int, steps: int) -> Job:
     stage_i = stage_i_steps(of_arm(plan, arm))
     every = max(1, (steps + stage_i) // plan.validations)
     own = [f"seed={seed}", f"train.steps={steps}", f"validation.every={every}", f"log_every={max(1, steps // 20)}"]
-    return Job(f"{arm}_seed{seed}", words_of(plan, arm, f"{arm}_seed{seed}", own))
+    return job(plan, arm, f"{arm}_seed{seed}", own)
 
 
 def measuring_job(plan: Comparison, arm: str, turn: int) -> Job:
     run, name = of_arm(plan, arm), f"measure_{arm}_{turn}"
     stage_i = [f"filters.steps={plan.measure.steps}"] if stage_i_steps(run) else []
     own = [f"train.steps={plan.measure.steps}", "train.warmup_steps=0", "validation.every=0", "log_every=1", *stage_i]
-    return Job(name, words_of(plan, arm, name, own))
+    return job(plan, arm, name, own)
 
 
-def words_of(plan: Comparison, arm: str, name: str, own: list[str]) -> tuple[str, ...]:
-    """The plan's own come last, so that nothing replaces them."""
-    return (*plan.set, *plan.arms[arm], f"name={name}", f"runs={plan.place / 'runs'}", *own)
+def job(plan: Comparison, arm: str, name: str, own: list[str]) -> Job:
+    """The comparison's own words come last, so that nothing replaces them."""
+    words = (*plan.set, *plan.arms[arm], f"name={name}", f"runs={plan.place / 'runs'}", *own)
+    return Job(name, words, plan.programs.get(arm, "launch/pretrain.py"))
 
 
 def stage_i_steps(run: Run) -> int:

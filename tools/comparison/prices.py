@@ -51,15 +51,18 @@ def noted(plan: Comparison) -> dict[str, Price]:
     return {arm: Price(**values) for arm, values in known.items() if arm in plan.arms}
 
 
-def steps_within(plan: Comparison, arm: str, price: Price | None) -> int:
+def steps_within(plan: Comparison, arm: str, known: dict[str, Price]) -> int:
     """Steps of stage II that the budget holds."""
     run, budget = plans.of_arm(plan, arm), plan.budget
     stage_i = plans.stage_i_steps(run)
     if budget.tokens:
         steps, kind = budget.tokens // run.train.tokens_per_step - stage_i, f"tokens ({budget.tokens:,})"
+    elif budget.seconds:
+        left = budget.seconds - stage_i * known[arm].filter_step - (plan.validations + 1) * known[arm].validation
+        steps, kind = int(left / known[arm].step), f"seconds ({budget.seconds:,.0f})"
     else:
-        left = budget.seconds - stage_i * price.filter_step - (plan.validations + 1) * price.validation
-        steps, kind = int(left / price.step), f"seconds ({budget.seconds:,.0f})"
+        left = budget.steps * known[budget.of].step - stage_i * known[arm].filter_step
+        steps, kind = int(left / known[arm].step + 1e-6), f"steps ({budget.steps:,} of arms.{budget.of})"
     if steps < 1:
         raise UserError(
             f"budget.{kind} must hold a step of arms.{arm} after its {stage_i} steps of stage I, but does not; raise it"

@@ -5,6 +5,7 @@ Note: `deepspeed` forwards no signal to its ranks and does not wait for them, so
 
 import os
 import queue
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from tools.comparison.plan import Comparison, Job
 from tools.sessions import end_session
 
 ROOT = Path(__file__).resolve().parents[2]
-FIRST_PORT = 29_600
 
 
 def run_all(plan: Comparison, jobs: list[Job]) -> Iterator[tuple[Job, int]]:
@@ -41,11 +41,12 @@ def run_one(plan: Comparison, job: Job, places: queue.SimpleQueue, alive: list) 
     place = places.get()
     said = plan.place / "said" / f"{job.name}.txt"
     said.parent.mkdir(parents=True, exist_ok=True)
+    launcher = [Path(sys.executable).with_name("deepspeed"), *place, "--master_port", free_port()]
+    words = ["--config", plan.run, *(word for each in job.words for word in ("--set", each))]
     try:
         with said.open("a") as out:
             process = subprocess.Popen(
-                [Path(sys.executable).with_name("deepspeed"), *place, ROOT / "launch" / "pretrain.py", "--config", plan.run,
-                 *(word for each in job.words for word in ("--set", each))],
+                [*launcher, ROOT / job.program, *words],
                 stdout=out, stderr=out, env=environment(plan), start_new_session=True,
             )  # fmt: skip
             alive.append(process)
@@ -67,8 +68,15 @@ def places_of(plan: Comparison) -> list[list[str]]:
     for k in range(plan.at_once):
         own = ",".join(str(n) for n in range(k * plan.ranks, (k + 1) * plan.ranks))
         where = ["--include", f"localhost:{own}"] if devices else ["--num_gpus", str(plan.ranks)]
-        found.append([*where, "--master_port", str(FIRST_PORT + k)])
+        found.append(where)
     return found
+
+
+def free_port() -> str:
+    """Another comparison may go on beside this one."""
+    with socket.socket() as listening:
+        listening.bind(("", 0))
+        return str(listening.getsockname()[1])
 
 
 def device_count() -> int:
