@@ -8,6 +8,7 @@ docs/comparing.md has the keys of a plan.
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     plan = plans.load(arguments.plan)
     if not arguments.table:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell has what it starts in the background ignore the first
+            signal.signal(number, signal.default_int_handler)
         refuse_mistakes(plan)
         compare(plan)
     print(write_results(plan))

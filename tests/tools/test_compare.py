@@ -5,6 +5,9 @@ Runs are stand-ins that write what a run writes; the last test, of `make soak`, 
 
 import json
 import math
+import os
+import signal
+import sys
 
 import numpy
 import pytest
@@ -273,6 +276,39 @@ def test_a_mistake_that_only_a_plan_of_a_run_shows_is_found_before_any_run(write
     with pytest.raises(UserError, match=r"^arms.kd: teacher.path must "):
         compare.main([write(arms={"ce": ["method=ce"], "kd": ["method=kd", f"teacher.path={root / 'nowhere'}"]})])
     assert not started[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_either_signal_ends_a_comparison_with_its_runs_also_in_the_background(write, monkeypatch, number):
+    """A shell has what it starts in the background ignore SIGINT; SIGTERM alone would leave the run that is going on."""
+    before = signal.signal(number, signal.SIG_IGN)
+    monkeypatch.setattr(starts, "run_all", lambda plan, jobs: [os.kill(os.getpid(), number)] * 0)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compare.main([write()])
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_comparisons_may_go_on_beside_each_other(write, monkeypatch, ranks):
+    """Each run with a launcher has a port of its own; a rank without one finds its port itself."""
+    commands = []
+    monkeypatch.setattr(starts.subprocess, "Popen", lambda command, **of: commands.append(command) or Ended())
+    plan = plans.load(write(ranks=ranks))
+    for _ in range(2):
+        assert list(starts.run_all(plan, [plans.job_of(plan, "ce", 0, 3)]))[0][1] == 0
+    if ranks == 1:
+        assert [command[0] for command in commands] == [sys.executable] * 2
+    else:
+        assert len({command[command.index("--master_port") + 1] for command in commands}) == 2
+
+
+class Ended:
+    """In the place of a process that was started."""
+
+    def wait(self) -> int:
+        return 0
 
 
 @pytest.mark.soak

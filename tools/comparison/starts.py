@@ -41,12 +41,11 @@ def run_one(plan: Comparison, job: Job, places: queue.SimpleQueue, alive: list) 
     place = places.get()
     said = plan.place / "said" / f"{job.name}.txt"
     said.parent.mkdir(parents=True, exist_ok=True)
-    launcher = [Path(sys.executable).with_name("deepspeed"), *place, "--master_port", free_port()]
     words = ["--config", plan.run, *(word for each in job.words for word in ("--set", each))]
     try:
         with said.open("a") as out:
             process = subprocess.Popen(
-                [*launcher, ROOT / job.program, *words],
+                [*launcher(place), ROOT / job.program, *words],
                 stdout=out, stderr=out, env=environment(plan), start_new_session=True,
             )  # fmt: skip
             alive.append(process)
@@ -57,13 +56,22 @@ def run_one(plan: Comparison, job: Job, places: queue.SimpleQueue, alive: list) 
         places.put(place)
 
 
+def launcher(place: list[str]) -> list:
+    if not place:
+        return [sys.executable]
+    return [Path(sys.executable).with_name("deepspeed"), *place, "--master_port", free_port()]
+
+
 def places_of(plan: Comparison) -> list[list[str]]:
-    """The launcher's words for each of the runs that go on at once."""
+    """The launcher's words for each of the runs that go on at once. An only rank on a CPU has none: it needs no launcher, whose
+    two processes import torch, too."""
     devices = device_count()
     if devices and plan.at_once * plan.ranks > devices:
         raise UserError(
             f"at_once must leave each run {plan.ranks} devices, but is {plan.at_once} on a machine with {devices}; lower it"
         )
+    if not devices and plan.ranks == 1:
+        return [[]] * plan.at_once
     found = []
     for k in range(plan.at_once):
         own = ",".join(str(n) for n in range(k * plan.ranks, (k + 1) * plan.ranks))
