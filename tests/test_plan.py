@@ -178,9 +178,14 @@ def test_pairs_of_a_cut_student_are_its_map_and_part_of_the_run_s_identity(world
     )
 
 
-def test_the_dry_run_counts_a_term_only_where_it_is_on(original):
+@pytest.mark.parametrize(
+    "half_of_it",
+    [{"off_after": 0.5}, {"on_after_tokens": 768}, {"end": 0.0, "shape": "linear", "over_tokens": 768}],
+    ids=["in fractions", "late", "falling to 0"],
+)
+def test_the_dry_run_counts_a_term_only_where_it_is_on(original, half_of_it):
     """If teacher and filters are off for half of stage II, they cost half."""
-    weights = {"ce": 1.0, "kl": {"start": 1.0, "off_after": 0.5}, "layer": {"start": 1.0, "off_after": 0.5}}
+    weights = {"ce": 1.0, "kl": {"start": 1.0, **half_of_it}, "layer": {"start": 1.0, **half_of_it}}
     ce, ted, half = (
         stage_flops(plan, plan.stages[-1])
         for plan in (make_plan(make_run(original, **s), 1) for s in ({"method": "ce"}, {}, {"loss": weights}))

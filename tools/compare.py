@@ -52,8 +52,9 @@ def refuse_mistakes(plan: Comparison) -> None:
     from ted_scale.plan import make_plan
 
     for arm in plan.arms:
+        steps = [f"train.steps={prices.steps_within(plan, arm, {})}"] if plan.budget.tokens else []
         try:
-            make_plan(plans.of_arm(plan, arm), world=plan.ranks)
+            make_plan(plans.of_arm(plan, arm, *steps), world=plan.ranks)
         except UserError as error:
             raise UserError(f"arms.{arm}: {error}") from None
 

@@ -44,6 +44,7 @@ from tools.cutting.sizes import (
     Sizes,
     asked_sizes,
     cut_config,
+    head_width,
     refuse_other_heads,
     student_sizes,
     teacher_sizes,
@@ -113,7 +114,13 @@ def refuse_unfit(teacher: Anatomy, sizes: Sizes) -> None:
     """By a trial of the student's config, before a model is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", cut_config(teacher, list(range(teacher.layers)), sizes))
-        refuse_other_heads(teacher, inspect("the student", folder, needs_weights=False), sizes)
+        try:
+            student = inspect("the student", folder, needs_weights=False)
+        except UserError:
+            if sizes.hidden == sizes.heads * head_width(teacher):
+                raise
+            student = None  # stablelm: its positions follow the head's width in the config, its attention does not
+    refuse_other_heads(teacher, student, sizes)
 
 
 class Text(NamedTuple):

@@ -1,5 +1,7 @@
 """The method: matched blocks, filters, losses, optimizer and validation."""
 
+import math
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -56,7 +58,12 @@ class Schedule(Section):
     shape: Literal["constant", "linear", "cosine", "rate"] = Field(
         "constant", description="rate: start times the learning rate's share of its peak"
     )
+    over_tokens: PositiveInt | None = Field(
+        None,
+        description="linear and cosine are at end once stage II has read so many; default: at the end of the stage",
+    )
     on_after: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="0 before this fraction")
+    on_after_tokens: PositiveInt | None = Field(None, description="0 until stage II has read so many")
     off_after: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="0 from this fraction on")
     off_after_tokens: PositiveInt | None = Field(None, description="0 once stage II has read so many")
 
@@ -66,28 +73,48 @@ class Schedule(Section):
             raise ValueError(f"shape must be linear or cosine when end is set, but is '{self.shape}'")
         if self.shape in ("linear", "cosine") and self.end is None:
             raise ValueError(f"end must be set when shape is '{self.shape}', but is missing")
-        if self.on_after and self.off_after and self.on_after >= self.off_after:
-            raise ValueError(f"on_after must be below off_after ({self.off_after}), but is {self.on_after}")
-        if self.off_after and self.off_after_tokens:
-            raise ValueError(f"off_after must not be set beside off_after_tokens, but is {self.off_after}; keep one")
+        if self.shape in ("constant", "rate") and self.over_tokens:
+            raise ValueError(
+                f"over_tokens must be left out when shape is '{self.shape}', but is {self.over_tokens}; only linear and cosine go "
+                "to an end"
+            )
         return self
 
+    @model_validator(mode="after")
+    def borders_agree(self):
+        if self.on_after and self.off_after and self.on_after >= self.off_after:
+            raise ValueError(f"on_after must be below off_after ({self.off_after}), but is {self.on_after}")
+        for key in ("on_after", "off_after"):
+            if (fraction := getattr(self, key)) and getattr(self, f"{key}_tokens"):
+                raise ValueError(f"{key} must not be set beside {key}_tokens, but is {fraction}; keep one")
+        return self
+
+
+IN_TOKENS = ("over_tokens", "on_after_tokens", "off_after_tokens")
 
 Weight = Schedule | NonNegative
 
 
-def is_on(weight: Schedule | float, fraction: float) -> bool:
-    """Whether a term counts after this fraction of stage II, wherever its shape takes it. `off_after_tokens` is not looked at."""
+def on_between(weight: Schedule, tokens: int) -> tuple[float, float]:
+    """The fractions of stage II, which reads so many tokens, at which a term begins and ends."""
+    begins = weight.on_after or (weight.on_after_tokens or 0) / tokens
+    falls_to_0 = weight.over_tokens if weight.end == 0 else None
+    last = min(weight.off_after_tokens or math.inf, falls_to_0 or math.inf)
+    return begins, min(weight.off_after or math.inf, last / tokens)
+
+
+def is_on(weight: Schedule | float, fraction: float, tokens: int) -> bool:
+    """Whether a term counts after this fraction of stage II, wherever its shape takes it until it ends."""
     if not isinstance(weight, Schedule):
         return weight > 0
-    within = (weight.on_after or 0.0) <= fraction < (weight.off_after or 2.0)
-    return within and max(weight.start, weight.end or 0.0) > 0
+    begins, ends = on_between(weight, tokens)
+    return begins <= fraction < ends and max(weight.start, weight.end or 0.0) > 0
 
 
-def changes_of(weights: list[Schedule | float]) -> list[float]:
-    """The fractions from which on some weight may be another, the start among them."""
-    schedules = [weight for weight in weights if isinstance(weight, Schedule)]
-    return sorted({0.0, *(at for s in schedules for at in (s.on_after, s.off_after) if at and at < 1)})
+def changes_of(weights: Iterable[Schedule | float], tokens: int) -> list[float]:
+    """The fractions from which on some term may begin or have ended, the start among them."""
+    borders = [on_between(weight, tokens) for weight in weights if isinstance(weight, Schedule)]
+    return sorted({0.0, *(at for each in borders for at in each if at < 1)})
 
 
 PRESETS = {
@@ -165,6 +192,10 @@ class Train(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
 
     @field_validator("betas", mode="before")
     @classmethod

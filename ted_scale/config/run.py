@@ -7,7 +7,18 @@ from pydantic import Field, model_validator
 
 from ted_scale.base import redact
 from ted_scale.config.data import Data
-from ted_scale.config.method import Filters, Loss, Pairs, Train, Validation, Weight, changes_of, is_on
+from ted_scale.config.method import (
+    Filters,
+    Loss,
+    Pairs,
+    Schedule,
+    Train,
+    Validation,
+    Weight,
+    changes_of,
+    is_on,
+    on_between,
+)
 from ted_scale.config.operation import Checkpoint, Health, Limits, Resume, Wandb
 from ted_scale.config.types import Count, PositiveInt, Section
 
@@ -72,10 +83,10 @@ class Run(Section):
         return self.teacher.every if self.teacher and self.method != "ce" else 1
 
     @property
-    def terms(self) -> list[Weight]:
+    def terms(self) -> dict[str, Weight]:
         """The weights that the method looks at."""
-        kl = [] if self.method == "ce" else [self.loss.kl]
-        return [self.loss.ce, *kl, *([self.loss.layer] if self.matches_layers else [])]
+        names = ["ce", *([] if self.method == "ce" else ["kl"]), *(["layer"] if self.matches_layers else [])]
+        return {name: getattr(self.loss, name) for name in names}
 
     @property
     def balances(self) -> bool:
@@ -112,17 +123,36 @@ class Run(Section):
         return self
 
     @model_validator(mode="after")
+    def schedules_fit_stage_two(self):
+        tokens = self.train.tokens
+        for name, weight in self.terms.items():
+            if not isinstance(weight, Schedule):
+                continue
+            if (weight.over_tokens or 0) > tokens:
+                raise ValueError(
+                    f"loss.{name}.over_tokens must be at most the tokens of stage II ({tokens}), but is {weight.over_tokens}, so "
+                    "the weight would never be at its end; lower it, or leave it out and the end is that of the stage"
+                )
+            begins, ends = on_between(weight, tokens)
+            if begins >= min(ends, 1.0):
+                raise ValueError(
+                    f"loss.{name} must begin within stage II ({tokens} tokens) and before it ends, but begins after {begins:.4g} "
+                    f"of it and ends after {min(ends, 1.0):.4g}; change its schedule"
+                )
+        return self
+
+    @model_validator(mode="after")
     def sections_fit_the_method(self):
         if self.method != "ce" and self.teacher is None:
             raise ValueError(f"teacher.path must be set for method = '{self.method}', but there is no [teacher]")
-        terms = self.terms
-        for fraction in changes_of(terms):
-            if not any(is_on(weight, fraction) for weight in terms):
+        terms, tokens = self.terms.values(), self.train.tokens
+        for fraction in changes_of(terms, tokens):
+            if not any(is_on(weight, fraction, tokens) for weight in terms):
                 raise ValueError(
                     f"a term of method = '{self.method}' must be on in every step, but from {fraction:.0%} of stage II on loss.ce, "
                     "loss.kl and loss.layer leave none; change one of them"
                 )
-            if self.asks_every > 1 and not is_on(self.loss.ce, fraction):
+            if self.asks_every > 1 and not is_on(self.loss.ce, fraction, tokens):
                 raise ValueError(
                     f"teacher.every must be 1 where loss.ce is 0, but is {self.asks_every}: micro-batches without the teacher "
                     "would teach nothing"

@@ -6,7 +6,7 @@ One number comes from outside: the scale of the layer loss, which balance.py fol
 import math
 from dataclasses import dataclass
 
-from ted_scale.config.method import Schedule, Train
+from ted_scale.config.method import Schedule, Train, on_between
 from ted_scale.config.run import Run
 from ted_scale.data.order import mix
 from ted_scale.distill.sampling import drawn_pairs
@@ -77,7 +77,7 @@ class Stage:
             return Weights(ce=0.0, kl=0.0, layer=1.0, sample_seed=mix(self.run.seed, step))
         loss, method = self.run.loss, self.run.method
         done = step - self.first_step
-        now = (done / self.steps, done * self.run.train.tokens_per_step, self.rate(step))
+        now = (done / self.steps, self.run.train.tokens, self.rate(step))
         ce = weight_at(loss.ce, *now)
         kl = 0.0 if method == "ce" else weight_at(loss.kl, *now)
         layer = scale * weight_at(loss.layer, *now) if self.run.matches_layers else 0.0
@@ -148,19 +148,19 @@ def set_rates(engine, share: float, each: list[Weights]) -> None:
         forget_gradients(engine.module.filters_s)
 
 
-def weight_at(weight: float | Schedule, fraction: float, tokens: int = 0, rate: float = 1.0) -> float:
-    """After this fraction of the stage and so many of its tokens, at this share of the peak learning rate."""
+def weight_at(weight: float | Schedule, fraction: float, tokens: int = 1, rate: float = 1.0) -> float:
+    """After this fraction of a stage of so many tokens, at this share of the peak learning rate."""
     if not isinstance(weight, Schedule):
         return float(weight)
-    if fraction < (weight.on_after or 0.0):
-        return 0.0
-    if fraction >= (weight.off_after or math.inf) or tokens >= (weight.off_after_tokens or math.inf):
+    begins, ends = on_between(weight, tokens)
+    if not begins <= fraction < ends:
         return 0.0
     if weight.shape == "rate":
         return weight.start * rate
     if weight.shape == "constant" or weight.end is None:
         return weight.start
-    progress = fraction if weight.shape == "linear" else 1 - cosine(fraction)
+    way = min(1.0, fraction * tokens / weight.over_tokens) if weight.over_tokens else fraction
+    progress = way if weight.shape == "linear" else 1 - cosine(way)
     return weight.start + (weight.end - weight.start) * progress
 
 

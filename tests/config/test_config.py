@@ -191,7 +191,7 @@ ROUND_TRIPS = {
     "plain": [],
     "schedules": [
         "loss.kl={start=1, end=0.25, shape='cosine', off_after=0.75}",
-        "loss.layer={start=3}",
+        "loss.layer={start=3, end=0, shape='linear', over_tokens=1000, on_after_tokens=500}",
         "loss.ce={start=0, end=1, shape='linear'}",
     ],
     "presets": ["loss.preset=hint", "loss.temperature=3"],
@@ -352,8 +352,49 @@ def test_every_shipped_run_file_loads_and_names_a_ds_config_that_does():
         ),
         (["loss.ce={start=1, off_after=0.5}", "loss.kl=0", "loss.layer=0"], "but from 50% of stage II on loss.ce"),
         (["loss.preset=states_first", "teacher.every=2"], "teacher.every must be 1 where loss.ce is 0, but is 2"),
+        (
+            ["loss.ce={start=1, end=0, shape='linear', over_tokens=768}", "loss.kl=0", "loss.layer=0"],
+            "but from 50% of stage II on loss.ce",
+        ),
+        (
+            ["loss.ce={start=1, off_after_tokens=768}", "loss.kl=0", "loss.layer=0"],
+            "but from 50% of stage II on loss.ce",
+        ),
+        (["loss.ce={start=1, on_after_tokens=768}", "teacher.every=2"], "teacher.every must be 1 where loss.ce is 0"),
         (["loss.ce={start=1, on_after=0.6, off_after=0.5}"], "on_after must be below off_after (0.5), but is 0.6"),
     ],
 )
 def test_a_step_that_would_teach_nothing_is_refused(tmp_path, words, sentence):
     assert sentence in refusal(tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sentence"),
+    [
+        (
+            "start=1, over_tokens=9",
+            "loss.kl.over_tokens must be left out when shape is 'constant', but is 9; only linear and",
+        ),
+        ("start=1, shape='rate', over_tokens=9", "over_tokens must be left out when shape is 'rate', but is 9; only"),
+        (
+            "start=1, end=0, shape='linear', over_tokens=1537",
+            "loss.kl.over_tokens must be at most the tokens of stage II (1536), but is 1537, so the weight would never be at its "
+            "end; lower it, or leave it out and the end is that of the stage",
+        ),
+        (
+            "start=1, on_after=0.5, on_after_tokens=9",
+            "on_after must not be set beside on_after_tokens, but is 0.5; keep",
+        ),
+        (
+            "start=1, on_after_tokens=1536",
+            "loss.kl must begin within stage II (1536 tokens) and before it ends, but begins after 1 of it and ends after 1; ",
+        ),
+        ("start=1, on_after_tokens=768, off_after=0.25", "but begins after 0.5 of it and ends after 0.25; change its"),
+    ],
+)
+def test_a_schedule_in_tokens_that_makes_no_sense_is_refused(tmp_path, schedule, sentence):
+    assert sentence in refusal(tmp_path, f"loss.kl={{{schedule}}}")
+
+
+def test_a_schedule_of_a_term_that_the_method_does_not_have_is_not_looked_at(tmp_path):
+    assert load(tmp_path, "method=ce", "loss.kl={start=1, on_after_tokens=9999}").method == "ce"

@@ -91,12 +91,33 @@ def test_on_after_begins_a_weight_at_that_fraction():
 
 def test_a_weight_may_end_after_so_many_tokens():
     stops = weight(start=2, off_after_tokens=1000)
-    assert [weight_at(stops, 0.0, tokens) for tokens in (0, 999, 1000)] == [2.0, 2.0, 0.0]
+    assert [weight_at(stops, tokens / 1500, 1500) for tokens in (0, 999, 1000)] == [2.0, 2.0, 0.0]
+
+
+def test_a_weight_may_begin_after_so_many_tokens():
+    late = weight(start=2, on_after_tokens=1000)
+    assert [weight_at(late, tokens / 1500, 1500) for tokens in (0, 999, 1000)] == [0.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize(("shape", "quarter"), [("linear", 1.75), ("cosine", 1 + 0.5 * (1 + math.cos(math.pi / 4)))])
+def test_a_weight_over_tokens_is_at_its_end_after_so_many_and_stays_there(shape, quarter):
+    """In a stage of any length: what it is depends on the tokens alone."""
+    falls = weight(start=2, end=1, shape=shape, over_tokens=1000)
+    for stage in (1024, 4096):
+        found = [weight_at(falls, tokens / stage, stage) for tokens in (0, 250, 500, 1000, 1024)]
+        assert found == pytest.approx([2.0, quarter, 1.5, 1.0, 1.0])
+
+
+def test_a_term_that_has_fallen_to_0_over_tokens_is_off():
+    """So the teacher is asked no more."""
+    kl = {"start": 1, "end": 0, "shape": "cosine", "over_tokens": 4 * 256}
+    stage = stages(method="kd", loss={"kl": kl}, train={"steps": 6})[0]
+    assert [stage.weights(step).kl > 0 for step in range(6)] == [True] * 4 + [False] * 2
 
 
 def test_a_weight_may_follow_the_learning_rate():
     follows = weight(start=2, shape="rate", off_after=0.9)
-    assert [weight_at(follows, f, 0, rate) for f, rate in ((0, 0.1), (0.5, 1.0), (0.8, 0.25), (0.9, 0.2))] == [
+    assert [weight_at(follows, f, rate=rate) for f, rate in ((0, 0.1), (0.5, 1.0), (0.8, 0.25), (0.9, 0.2))] == [
         0.2,
         2.0,
         0.5,

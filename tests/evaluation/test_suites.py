@@ -300,6 +300,28 @@ def scores_in(folder, step: int) -> dict[str, float]:
     return found
 
 
+WRITES = {
+    "task": "says", "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": "piqa.jsonl"}},
+    "validation_split": "validation",
+    "output_type": "generate_until", "doc_to_text": "{{goal}}", "doc_to_target": "{{sol1}}",
+    "metric_list": [{"metric": "exact_match"}],
+}  # fmt: skip
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(
+    ("member", "name"), [(WRITES, "both::says"), ({**WRITES, "task": "piqa"}, "piqa")], ids=["own", "changed"]
+)
+def test_training_refuses_a_task_that_only_its_group_makes_one_that_writes(tmp_path, member, name):
+    """Such a task is in no file of its own: lm-eval makes it when the group is loaded."""
+    folder = make_tasks(tmp_path / "tasks")
+    (folder / "both.yaml").write_text(json.dumps({"group": "both", "task": ["arc_easy", member]}))
+    with pytest.raises(
+        UserError, match=rf"validation.suite must name tasks that compare .*, but {name} lets the model"
+    ):
+        suites.load_for_training(["both"], folder)
+
+
 @needs_lm_eval
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_scores_in_training_are_those_of_the_export_to_the_last_bit(root, tmp_path, precision):

@@ -117,6 +117,35 @@ def test_a_budget_of_tokens_pays_for_stage_i(write):
         prices.steps_within(plans.load(write(budget={"tokens": 1536})), "ted", {})
 
 
+FALLS = "loss.kl={{start=1, end=0, shape='linear', over_tokens={}}}"
+
+
+def test_a_schedule_in_tokens_is_held_against_the_steps_that_the_budget_gives(write, started, root):
+    """And not against those of the run file, 9 steps of 384 tokens; the budget gives 20."""
+    arms = {"ce": ["method=ce"], "kd": ["method=kd", FALLS.format(7680)]}
+    compare.main([write(arms=arms, seeds=[0])])
+    assert started[0] == ["ce_seed0", "kd_seed0"]
+    with pytest.raises(
+        UserError, match=r"arms.kd: .*over_tokens must be at most the tokens of stage II \(7680\), but is"
+    ):
+        compare.main([write(arms={**arms, "kd": ["method=kd", FALLS.format(7681)]}, seeds=[0])])
+    assert len(started[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "weight"),
+    [
+        ("over_tokens", FALLS.format(768)),
+        ("on_after_tokens", "loss.kl={start=1, on_after_tokens=768}"),
+        ("off_after_tokens", "loss.kl={start=1, off_after_tokens=768}"),
+    ],
+)
+def test_a_schedule_in_tokens_has_no_price_in_seconds(write, key, weight):
+    with pytest.raises(UserError, match=rf"arms.kd must have its loss.kl in fractions with a .* but has {key}, which"):
+        plans.load(write(arms={"ce": ["method=ce"], "kd": ["method=kd", weight]}, budget={"seconds": 60.0}))
+    assert plans.load(write(arms={"ce": ["method=ce", weight]}, budget={"seconds": 60.0}))
+
+
 def test_a_budget_of_seconds_pays_for_stage_i_and_validation(write):
     plan, price = plans.load(write(budget={"seconds": 60.0})), Price(filter_step=2.0, step=3.0, validation=1.0)
     assert prices.steps_within(plan, "ce", {"ce": price}) == (60 - 5) // 3

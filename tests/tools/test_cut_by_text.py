@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from cut_models import TOKENS, cut_by_hand, loaded, logits
 from places import ROOT
 from tiny import FAMILIES, GQA, MORE, SIZES, make_corpus, make_model
@@ -27,8 +28,17 @@ ONE_WIDTH = "--hidden 24 --ffn 40 --heads 3"  # its config names no head's width
 WIDTHS = dict.fromkeys(FAMILIES | MORE, GROUPS)
 WIDTHS |= dict.fromkeys(("gpt2", "opt", "gpt_neox", "phi"), ONE_WIDTH)
 WIDTHS |= dict.fromkeys(("gemma2", "gemma3"), "--ffn 40 --heads 2")  # embeddings scaled by the hidden width
+WIDTHS["stablelm"] = "--hidden 16 --ffn 40 --heads 2 --kv-heads 1"
 OUT_OF_HEADS = ("o_proj", "out_proj", "c_proj", "dense")
 OUT_OF_FFN = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stablelm():
+    """A family whose positions follow the config's width of a head, where it has one, and whose attention does not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MORE, "stablelm", (transformers.StableLmConfig, GQA))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +224,8 @@ WRONG = {
     "llama --heads 3 --text T": "--heads must be 1 to 2 for each of the 2 key heads, the same for all, but is 3",
     "llama --heads 4 --kv-heads 1 --text T": "--heads must be 1 to 2 for each of the 1 key heads",
     "gpt2 --hidden 24 --text T": "--hidden must be 8 times the heads in gpt2, whose config cannot name a head's width",
+    "stablelm --hidden 24 --heads 2 --kv-heads 1 --text T": "--hidden must be 8 times the heads in stablelm, whose config cannot "
+    "name a head's width, but is 24 with 2 heads; ask for --hidden 16",
     "opt --hidden 16 --heads 2 --text T": "the student must have each part of its teacher, but opt has no model.decoder.proj",
     "llama --ffn 40 --text T --seq-len 256": "--seq-len must be at most the context",
     "llama --ffn 40 --text T --held-out 0": "--held-out must be above 0 and below 1, but is 0.0",
@@ -227,7 +239,7 @@ WRONG = {
 def world(tmp_path_factory):
     """Teachers, T for a text, and OTHER for one with ids that no teacher has."""
     world = tmp_path_factory.mktemp("world")
-    for family in ("llama", "gpt2", "opt"):
+    for family in ("llama", "gpt2", "opt", "stablelm"):
         make_model(world / family, family)
     make_corpus(world / "T")
     make_corpus(world / "OTHER", documents=60, vocabulary=400)
@@ -260,8 +272,6 @@ def test_a_text_of_another_tokenizer_is_refused(tmp_path):
 
 
 def test_projections_that_hold_several_parts_of_an_ffn_are_refused(text, tmp_path):
-    import transformers
-
     config = transformers.Phi3Config(**SIZES, **GQA, pad_token_id=None, bos_token_id=1, eos_token_id=2)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
     with pytest.raises(UserError, match=r"phi3 has .*gate_up_proj.weight with 128 where the student has 80"):

@@ -52,6 +52,17 @@ class Arm(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=["learn", "distil", "price"])
+    add_run(parser)
+    parser.add_argument("--arms", help="names of distil's arms, separated by ';'")
+    parser.add_argument("--steps", type=int, default=10, help="of the first arm, or of every arm of distil")
+    parser.add_argument("--vocabulary", type=int, default=262_144, help="price's")
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+    {"learn": learn, "distil": distil, "price": price}[arguments.part](arguments)
+
+
+def add_run(parser) -> None:
+    """What plan_of reads."""
     parser.add_argument("corpus")
     parser.add_argument("teacher", nargs="?")
     parser.add_argument("student", nargs="?")
@@ -59,16 +70,10 @@ def main() -> None:
     parser.add_argument(
         "--filters", type=json.loads, default={}, help="JSON that overrides the run file's defaults, in every arm"
     )
-    parser.add_argument("--arms", help="names of distil's arms, separated by ';'")
-    parser.add_argument("--steps", type=int, default=10, help="of the first arm, or of every arm of distil")
     parser.add_argument("--tokens", type=int, default=512, help="a step")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--held-out", type=int, default=2048, help="tokens")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vocabulary", type=int, default=262_144, help="price's")
-    arguments = parser.parse_args()
-    torch.manual_seed(arguments.seed)
-    {"learn": learn, "distil": distil, "price": price}[arguments.part](arguments)
 
 
 def plan_of(arguments, *, steps: int, method: str = "ted", filters: dict | None = None, learns: int = 0):
@@ -145,9 +150,14 @@ def one_step(arm: Arm, step: int, micro, signal) -> float:
     return losses.total.item()
 
 
-@torch.no_grad()
 def filtered_ce_of(arm: Arm, teacher, tokens: int) -> tuple[float, float]:
-    """Mean over pairs on held-out text, (teacher's filters, student's), on all rows."""
+    """Mean over pairs on held-out text, (teacher's filters, student's)."""
+    return tuple(statistics.fmean(side) for side in filtered_ces(arm, teacher, tokens))
+
+
+@torch.no_grad()
+def filtered_ces(arm: Arm, teacher, tokens: int) -> list[list[float]]:
+    """Of each pair on held-out text, [teacher's filters, student's], on all rows."""
     drawn, arm.student.run = arm.student.run, with_filters(arm.student.run, sample_tokens=1.0, sample_pairs=None)
     total, seen = 0.0, 0
     for micro in batches(arm.plan, held_out=True):
@@ -156,9 +166,7 @@ def filtered_ce_of(arm: Arm, teacher, tokens: int) -> tuple[float, float]:
         if seen >= tokens:
             break
     arm.student.run = drawn
-    return tuple(
-        (total * arm.plan.run.data.seq_len * arm.plan.run.train.micro_batch / seen).view(2, -1).mean(1).tolist()
-    )
+    return (total * arm.plan.run.data.seq_len * arm.plan.run.train.micro_batch / seen).view(2, -1).tolist()
 
 
 @torch.no_grad()

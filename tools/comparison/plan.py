@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ted_scale.base.errors import UserError, shown
 from ted_scale.base.parsing import parse_toml
+from ted_scale.config.method import IN_TOKENS
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import load_run, sentence
 from ted_scale.config.types import Count, Positive, PositiveInt, Section
@@ -121,7 +122,7 @@ def refuse_unequal(plan: Comparison) -> None:
             key = word.partition("=")[0].strip()
             if any(key == ours or key.startswith(f"{ours}.") for ours in OURS):
                 raise UserError(f"arms.{arm} must not set {key}, because the comparison does; take it out of the plan")
-        refuse_end_in_tokens(plan, arm)
+        refuse_schedule_in_tokens(plan, arm)
     runs = {arm: equal_values(of_arm(plan, arm)) for arm in plan.arms}
     base = plan.compared_with
     for arm, values in runs.items():
@@ -133,20 +134,22 @@ def refuse_unequal(plan: Comparison) -> None:
                 )
 
 
-def refuse_end_in_tokens(plan: Comparison, arm: str) -> None:
-    """The short runs that measure a price would never reach such an end."""
-    loss = of_arm(plan, arm).loss
-    for term in ("ce", "kl", "layer"):
-        if plan.budget.timed and getattr(getattr(loss, term), "off_after_tokens", None):
-            raise UserError(
-                f"arms.{arm} must end loss.{term} by off_after with a budget of seconds, but has off_after_tokens, which the runs "
-                "that measure its price do not reach"
-            )
+def refuse_schedule_in_tokens(plan: Comparison, arm: str) -> None:
+    """The short runs that measure a price would never get through it."""
+    for term, weight in of_arm(plan, arm).terms.items() if plan.budget.timed else ():
+        for key in IN_TOKENS:
+            if getattr(weight, key, None):
+                raise UserError(
+                    f"arms.{arm} must have its loss.{term} in fractions with a budget of seconds, but has {key}, which the runs "
+                    "that measure its price do not reach; use on_after and off_after, or a budget of tokens"
+                )
 
 
 def of_arm(plan: Comparison, arm: str, *more: str) -> Run:
+    """Without `more`: a budget of tokens decides the steps, so an arm has as many here as it could ever get."""
+    enough = [f"train.steps={plan.budget.tokens}"] if plan.budget.tokens else []
     try:
-        return load_run(plan.run, [*plan.set, *plan.arms[arm], *more])
+        return load_run(plan.run, [*plan.set, *plan.arms[arm], *enough, *more])
     except UserError as error:
         raise UserError(f"arms.{arm}: {error}") from None
 

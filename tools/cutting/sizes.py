@@ -127,8 +127,9 @@ def width_values(config, teacher: Anatomy, sizes: Sizes) -> dict:
     return values
 
 
-def refuse_other_heads(teacher: Anatomy, student: Anatomy, sizes: Sizes) -> None:
-    if head_width(student) != head_width(teacher):
+def refuse_other_heads(teacher: Anatomy, student: Anatomy | None, sizes: Sizes) -> None:
+    """None is a student that cannot compute, because its heads should have another width than hidden width by heads."""
+    if student is None or head_width(student) != head_width(teacher):
         raise UserError(
             f"--hidden must be {head_width(teacher)} times the heads in {teacher.family}, whose config cannot name a head's "
             f"width, but is {sizes.hidden} with {sizes.heads} heads; ask for --hidden "
