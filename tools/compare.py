@@ -7,6 +7,7 @@ docs/comparing.md has the keys of a plan.
 """
 
 import argparse
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -40,11 +41,21 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     plan = plans.load(arguments.plan)
     if not arguments.table:
-        for number in (signal.SIGINT, signal.SIGTERM):  # a shell has what it starts in the background ignore the first
-            signal.signal(number, signal.default_int_handler)
         refuse_mistakes(plan)
-        compare(plan)
+        with either_signal_interrupts():
+            compare(plan)
     print(write_results(plan))
+
+
+@contextlib.contextmanager
+def either_signal_interrupts():
+    """A shell has what it starts in the background ignore SIGINT; SIGTERM alone would leave the runs that go on."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def refuse_mistakes(plan: Comparison) -> None:

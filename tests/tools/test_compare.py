@@ -326,7 +326,7 @@ def test_two_comparisons_may_go_on_beside_each_other(write, monkeypatch, ranks):
     monkeypatch.setattr(starts.subprocess, "Popen", lambda command, **of: commands.append(command) or Ended())
     plan = plans.load(write(ranks=ranks))
     for _ in range(2):
-        assert list(starts.run_all(plan, [plans.job_of(plan, "ce", 0, 3)]))[0][1] == 0
+        assert next(iter(starts.run_all(plan, [plans.job_of(plan, "ce", 0, 3)])))[1] == 0
     if ranks == 1:
         assert [command[0] for command in commands] == [sys.executable] * 2
     else:
