@@ -45,6 +45,7 @@ DEMO = {  # SHAPE of tools/demo.py, and its tokenizer's vocabulary
     "model_type": "llama", "vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6,
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": True,
 }  # fmt: skip
+LITTLE = DEMO | {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 344}  # docs/results.md makes both of them
 
 MODELS = {  # by the path in a run file
     "models/smollm2": SMOLLM2,
@@ -74,6 +75,9 @@ MODELS = {  # by the path in a run file
     },
     "runs/demo/untrained": DEMO,
     "runs/demo/teacher_hf": DEMO,
+    "models/small_teacher": DEMO,
+    "models/little_teacher": {**LITTLE, "num_hidden_layers": 4},
+    "models/little_2": {**LITTLE, "num_hidden_layers": 2},
 }  # fmt: skip
 
 CUTS = {  # a student: its teacher, the key of its depth, and its blocks
@@ -81,6 +85,7 @@ CUTS = {  # a student: its teacher, the key of its depth, and its blocks
     "models/smollm2_third": ("models/smollm2", "num_hidden_layers", 10),
     "models/gpt2_half": ("openai-community/gpt2", "n_layer", 6),
     "runs/demo/student_cut": ("runs/demo/teacher_hf", "num_hidden_layers", 3),
+    "models/small_student": ("models/small_teacher", "num_hidden_layers", 3),
 }
 
 PUBLISHED = {  # parameters, as the hub counts them; a head that is tied to the embeddings once
