@@ -74,6 +74,11 @@ MODELS = {  # by the path in a run file
     },
     "runs/demo/untrained": DEMO,
     "runs/demo/teacher_hf": DEMO,
+    "models/small_teacher": DEMO,
+    "models/speedrun": {
+        **SMOLLM2, "hidden_size": 480, "intermediate_size": 1056, "num_hidden_layers": 20, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 64,
+    },
 }  # fmt: skip
 
 CUTS = {  # a student: its teacher, the key of its depth, and its blocks
@@ -81,6 +86,7 @@ CUTS = {  # a student: its teacher, the key of its depth, and its blocks
     "models/smollm2_third": ("models/smollm2", "num_hidden_layers", 10),
     "models/gpt2_half": ("openai-community/gpt2", "n_layer", 6),
     "runs/demo/student_cut": ("runs/demo/teacher_hf", "num_hidden_layers", 3),
+    "models/small_student": ("models/small_teacher", "num_hidden_layers", 3),
 }
 
 PUBLISHED = {  # parameters, as the hub counts them; a head that is tied to the embeddings once

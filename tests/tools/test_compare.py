@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import threading
 
 import numpy
 import pytest
@@ -331,6 +332,30 @@ def test_two_comparisons_may_go_on_beside_each_other(write, monkeypatch, ranks):
         assert [command[0] for command in commands] == [sys.executable] * 2
     else:
         assert len({command[command.index("--master_port") + 1] for command in commands}) == 2
+
+
+def test_a_run_that_begins_while_the_comparison_ends_is_ended_too(write, monkeypatch):
+    """The next run begins as soon as one has ended; if that one failed, nobody waits for the next."""
+    begins, ended = threading.Event(), threading.Event()
+
+    class Going:
+        def wait(self) -> int:
+            return not ended.wait(3)
+
+    def popen(command, **of):
+        if "name=ce_seed0" in command:
+            return Ended()
+        begins.wait(3)
+        return Going()
+
+    monkeypatch.setattr(starts.subprocess, "Popen", popen)
+    monkeypatch.setattr(starts, "end_session", lambda process: ended.set())
+    plan = plans.load(write())
+    runs = starts.run_all(plan, [plans.job_of(plan, arm, 0, 3) for arm in ("ce", "kd")])
+    next(runs)
+    threading.Timer(0.2, begins.set).start()
+    runs.close()
+    assert ended.is_set()
 
 
 class Ended:

@@ -8,6 +8,7 @@ import queue
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -25,19 +26,21 @@ def run_all(plan: Comparison, jobs: list[Job]) -> Iterator[tuple[Job, int]]:
     for words in places_of(plan):
         places.put(words)
     alive: list[subprocess.Popen] = []
+    over = threading.Event()
     with ThreadPoolExecutor(plan.at_once) as pool:
-        waits = {pool.submit(run_one, plan, job, places, alive): job for job in jobs}
+        waits = {pool.submit(run_one, plan, job, places, alive, over): job for job in jobs}
         try:
             for done in as_completed(waits):
                 yield waits[done], done.result()
         except BaseException:
+            over.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in alive:
                 end_session(process)
             raise
 
 
-def run_one(plan: Comparison, job: Job, places: queue.SimpleQueue, alive: list) -> int:
+def run_one(plan: Comparison, job: Job, places: queue.SimpleQueue, alive: list, over: threading.Event) -> int:
     place = places.get()
     said = plan.place / "said" / f"{job.name}.txt"
     said.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +52,8 @@ def run_one(plan: Comparison, job: Job, places: queue.SimpleQueue, alive: list) 
                 stdout=out, stderr=out, env=environment(plan), start_new_session=True,
             )  # fmt: skip
             alive.append(process)
+            if over.is_set():  # it was being started while the others were ended
+                end_session(process)
             code = process.wait()
             alive.remove(process)
             return code
