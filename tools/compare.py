@@ -8,6 +8,7 @@ docs/comparing.md has the keys of a plan.
 
 import argparse
 import contextlib
+import functools
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,7 @@ def refuse_mistakes(plan: Comparison) -> None:
 
 def compare(plan: Comparison) -> None:
     plan.place.mkdir(parents=True, exist_ok=True)
+    commit()
     known = measured(plan) if plan.budget.timed else {}
     steps = {arm: prices.steps_within(plan, arm, known) for arm in plan.arms}
     refuse_other_steps(plan, steps)
@@ -133,7 +135,7 @@ def result_of(plan: Comparison, arm: str, seed: int, steps: int, price: Price | 
     folder, run = plan.place / "runs" / job.name, plans.of_arm(plan, arm, *job.words)
     rows = [row for row in rows_in(folder / "metrics.jsonl") if row.get("val/loss") is not None]
     points = [
-        Point(row["step"], row["tokens"], prices.seconds_at(price, run, row["step"], n), row["val/loss"])
+        Point(row["step"], row["tokens"], prices.seconds_at(plan, price, run, row["step"], n), row["val/loss"])
         for n, row in enumerate(rows)
     ]
     last = life.read(folder)
@@ -147,7 +149,9 @@ def failed(plan: Comparison, job: Job, code: int) -> RunStopped:
     return RunStopped(f"{job.name} ended with exit code {code}; look into {said}, then give the same command again")
 
 
+@functools.cache
 def commit() -> str:
+    """The one that the comparison was started with: its code is what has been loaded."""
     said = subprocess.run(
         ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )

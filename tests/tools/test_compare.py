@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import numpy
 import pytest
@@ -91,7 +92,8 @@ def test_what_a_plan_names_in_differ_may_differ(write):
     [
         ({"budget": {}}, r"budget.tokens, seconds or steps must be set, and only one of them, but none is"),
         ({"budget": {"tokens": 1, "seconds": 1.0}}, r"but tokens and seconds are"),
-        ({"budget": {"steps": 9}}, r"budget.steps and of must be set together"),
+        ({"budget": {"steps": 9}}, r"budget.of must name the arm whose steps are the budget, but is missing; add"),
+        ({"budget": {"tokens": 9, "of": "ce"}}, r"budget.steps must be set beside of = 'ce', but is missing; say"),
         ({"budget": {"steps": 9, "of": "lwd"}}, r"budget.of must be one of the arms"),
         ({"programs": {"lwd": "mine.py"}}, r"programs must be one of the arms"),
         ({"baseline": "lwd"}, r"baseline must be one of the arms"),
@@ -152,8 +154,16 @@ def test_a_budget_of_seconds_pays_for_stage_i_and_validation(write):
     assert prices.steps_within(plan, "ce", {"ce": price}) == (60 - 5) // 3
     assert prices.steps_within(plan, "ted", {"ted": price}) == (60 - 5 - 4 * 2) // 3
     run = plans.of_arm(plan, "ted")
-    assert prices.seconds_at(price, run, 6, 2) == 4 * 2 + 2 * 3 + 2
-    assert prices.seconds_at(price, run, 3, 0) == 3 * 2
+    assert prices.seconds_at(plan, price, run, 6, 2) == 4 * 2 + 2 * 3 + 2
+    assert prices.seconds_at(plan, price, run, 3, 0) == 3 * 2
+
+
+def test_a_budget_of_steps_is_the_seconds_that_they_take_in_their_arm(write):
+    """Stage I is inside, validation is not."""
+    plan = plans.load(write(budget={"steps": 10, "of": "kd"}))
+    known = {"ce": Price(0.0, 2.0, 9.0), "kd": Price(0.0, 3.0, 9.0), "ted": Price(2.0, 4.0, 9.0)}
+    assert {arm: prices.steps_within(plan, arm, known) for arm in known} == {"ce": 15, "kd": 10, "ted": 5}
+    assert prices.seconds_at(plan, known["kd"], plans.of_arm(plan, "kd"), 10, 5) == 30.0
 
 
 def test_the_price_of_a_schedule_is_the_mean_of_its_parts(write, monkeypatch):
@@ -356,6 +366,26 @@ def test_a_run_that_begins_while_the_comparison_ends_is_ended_too(write, monkeyp
     threading.Timer(0.2, begins.set).start()
     runs.close()
     assert ended.is_set()
+
+
+def test_all_runs_that_go_on_are_ended_with_their_comparison(write, monkeypatch):
+    class Going:
+        def __init__(self):
+            self.ended = threading.Event()
+            going.append(self)
+
+        def wait(self) -> int:
+            return not self.ended.wait(3)
+
+    going: list[Going] = []
+    monkeypatch.setattr(starts.subprocess, "Popen", lambda command, **of: Going())
+    # A run that has ended leaves the list of those that go on before the next one is looked at.
+    monkeypatch.setattr(starts, "end_session", lambda process: [process.ended.set(), time.sleep(0.2)])
+    monkeypatch.setattr(starts, "as_completed", lambda waits: [time.sleep(0.2), 1 / 0])
+    plan = plans.load(write(at_once=2))
+    with pytest.raises(ZeroDivisionError):
+        list(starts.run_all(plan, [plans.job_of(plan, arm, 0, 3) for arm in ("ce", "kd")]))
+    assert [process.ended.is_set() for process in going] == [True, True]
 
 
 class Ended:

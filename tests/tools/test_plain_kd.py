@@ -6,7 +6,7 @@ import torch.distributed as dist
 from tiny import make_corpus, make_model, make_run
 from transformers import AutoModelForCausalLM
 
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import NUMBERS, RunStopped, UserError
 from ted_scale.checkpoints import life
 from ted_scale.data.stream import open_stream, validation_batches
 from ted_scale.metrics.rows import rows_in
@@ -55,9 +55,38 @@ def by_transformers(plan) -> float:
     return float(sums[0] / sums[1])
 
 
-def test_another_method_and_a_trained_run_are_refused(run):
-    with pytest.raises(UserError, match=r"method must be kd, .* but is ted; set method=kd"):
+@pytest.mark.parametrize(
+    ("section", "value", "sentence"),
+    [
+        ("loss", {"kl": 3.0}, r"^loss.kl must be 1.0 for plain torch, but is 3.0; change it for this arm$"),
+        ("loss", {"divergence": "jsd"}, r"^loss.divergence must be forward for plain torch, but is 'jsd'"),
+        ("teacher", {"every": 2}, r"^teacher.every must be 1 for plain torch, but is 2"),
+        ("data", {"attention": "document"}, r"^data.attention must be causal for plain torch, but is 'document'"),
+    ],
+)
+def test_what_plain_torch_does_not_do_is_refused(run, section, value, sentence):
+    """Else it would stand in a table as an arm that did it."""
+    changed = getattr(run, section).model_copy(update=value)
+    with pytest.raises(UserError, match=sentence):
+        plain_kd.refuse(run.model_copy(update={section: changed}))
+
+
+def test_another_method_several_ranks_and_a_trained_run_are_refused(run, monkeypatch):
+    with pytest.raises(UserError, match=r"^method must be kd for plain torch, but is 'ted'"):
         plain_kd.refuse(run.model_copy(update={"method": "ted"}))
-    (run.folder / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"must be no folder of a trained run, but has checkpoints"):
+    plain_kd.refuse(run)
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"^WORLD_SIZE must be 1 for plain torch"):
+        patched.setenv("WORLD_SIZE", "2")
         plain_kd.refuse(run)
+    (run.folder / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="must be no folder of a trained run, but has checkpoints"):
+        plain_kd.refuse(run)
+
+
+def test_a_run_that_diverges_stops_with_the_code_that_names_it(run):
+    """A comparison would take a NaN for its result."""
+    wild = run.model_copy(update={"train": run.train.model_copy(update={"lr": 1e30})})
+    with pytest.raises(RunStopped, match=r"^loss/total must be finite, but is not in step ") as raised:
+        plain_kd.train(make_plan(wild, world=1))
+    assert raised.value.exit_code == NUMBERS
+    assert life.read(run.folder).words.startswith("loss/total must be finite")

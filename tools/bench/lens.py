@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[24], help="lengths of stage I")
     parser.set_defaults(tokens=1024, held_out=8192)
     arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
     teacher, make = models(arguments)
     network, plan = make(), plan_of(arguments, steps=2, learns=1)
     body = TeacherBody(network, plan.student, [s for s, _ in plan.pairs])

@@ -6,14 +6,17 @@ folder. Data, learning rates and the judge are the run's, so that the step alone
 
 import argparse
 import json
+import math
+import os
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import RunStopped, UserError, shown
 from ted_scale.base.exits import run_main
+from ted_scale.checkpoints import life
 from ted_scale.config.run_file import load_run, to_toml
 
 
@@ -32,8 +35,22 @@ def main() -> None:
 
 
 def refuse(run) -> None:
-    if run.method != "kd":
-        raise UserError(f"method must be kd, which is what plain torch trains here, but is {run.method}; set method=kd")
+    """What this step does not do must not look like an arm that did it."""
+    only = {
+        "method": (run.method, "kd"),
+        "loss.ce": (run.loss.ce, 1.0),
+        "loss.kl": (run.loss.kl, 1.0),
+        "loss.temperature": (run.loss.temperature, 1.0),
+        "loss.divergence": (run.loss.divergence, "forward"),
+        "loss.top_k": (run.loss.top_k, 0),
+        "loss.skip_low_entropy": (run.loss.skip_low_entropy, 0.0),
+        "teacher.every": (run.asks_every, 1),
+        "data.attention": (run.data.attention, "causal"),
+        "WORLD_SIZE": (os.environ.get("WORLD_SIZE", "1"), "1"),
+    }
+    for name, (value, known) in only.items():
+        if value != known:
+            raise UserError(f"{name} must be {known} for plain torch, but is {shown(value)}; change it for this arm")
     if (run.folder / "checkpoints").exists():
         raise UserError(f"{run.folder} must be no folder of a trained run, but has checkpoints; give it another name")
 
@@ -56,6 +73,8 @@ def train(plan) -> None:
         began = time.perf_counter()
         loss = plain.step(micro_batches, Stopwatch(device, detailed=False))
         said.step(step, loss, rate, time.perf_counter() - began)
+        if not math.isfinite(loss):
+            raise said.diverged(step)
         if stage.validates(step):
             said.loss(step, held_out_loss(plan, plain, device))
 
@@ -96,14 +115,19 @@ class Said:
         self._row(step, {"val/loss": loss})
         print(f"step {step:6}  val/loss {loss:.4f}", flush=True)
 
-    def _row(self, step: int, values: dict) -> None:
-        from ted_scale.checkpoints import life
+    def diverged(self, step: int) -> RunStopped:
+        words = f"loss/total must be finite, but is not in step {step}; lower train.lr"
+        life.write(self.run.folder, life.Life(step, self._spent(), words))
+        return RunStopped(words)
 
+    def _spent(self) -> life.Spent:
+        return life.Spent(at=time.time(), steps=self.steps, validation=self.validation)
+
+    def _row(self, step: int, values: dict) -> None:
         row = {"step": step, "tokens": step * self.run.train.tokens_per_step, **values}
         with (self.run.folder / "metrics.jsonl").open("a") as file:
             file.write(f"{json.dumps(row)}\n")
-        spent = life.Spent(at=time.time(), steps=self.steps, validation=self.validation)
-        life.write(self.run.folder, life.Life(step, spent))
+        life.write(self.run.folder, life.Life(step, self._spent()))
 
 
 if __name__ == "__main__":

@@ -38,8 +38,12 @@ class Budget(Section):
         if len(given) != 1:
             said = f"{' and '.join(given)} are" if given else "none is"
             raise ValueError(f"tokens, seconds or steps must be set, and only one of them, but {said}")
-        if bool(self.of) != bool(self.steps):
-            raise ValueError("steps and of must be set together: so many steps of that arm")
+        if self.steps and not self.of:
+            raise ValueError('of must name the arm whose steps are the budget, but is missing; add of = "ARM"')
+        if self.of and not self.steps:
+            raise ValueError(
+                f"steps must be set beside of = {shown(self.of)}, but is missing; say how many of its steps"
+            )
         return self
 
     @property
@@ -140,8 +144,8 @@ def refuse_schedule_in_tokens(plan: Comparison, arm: str) -> None:
         for key in IN_TOKENS:
             if getattr(weight, key, None):
                 raise UserError(
-                    f"arms.{arm} must have its loss.{term} in fractions with a budget of seconds, but has {key}, which the runs "
-                    "that measure its price do not reach; use on_after and off_after, or a budget of tokens"
+                    f"arms.{arm} must have its loss.{term} in fractions with a budget of time, but has {key}, which the runs that "
+                    "measure its price do not reach; leave it out, use on_after and off_after, or a budget of tokens"
                 )
 
 
@@ -175,17 +179,17 @@ def job_of(plan: Comparison, arm: str, seed: int, steps: int) -> Job:
     stage_i = stage_i_steps(of_arm(plan, arm))
     every = max(1, (steps + stage_i) // plan.validations)
     own = [f"seed={seed}", f"train.steps={steps}", f"validation.every={every}", f"log_every={max(1, steps // 20)}"]
-    return job(plan, arm, f"{arm}_seed{seed}", own)
+    return job_with(plan, arm, f"{arm}_seed{seed}", own)
 
 
 def measuring_job(plan: Comparison, arm: str, turn: int) -> Job:
     run, name = of_arm(plan, arm), f"measure_{arm}_{turn}"
     stage_i = [f"filters.steps={plan.measure.steps}"] if stage_i_steps(run) else []
     own = [f"train.steps={plan.measure.steps}", "train.warmup_steps=0", "validation.every=0", "log_every=1", *stage_i]
-    return job(plan, arm, name, own)
+    return job_with(plan, arm, name, own)
 
 
-def job(plan: Comparison, arm: str, name: str, own: list[str]) -> Job:
+def job_with(plan: Comparison, arm: str, name: str, own: list[str]) -> Job:
     """The comparison's own words come last, so that nothing replaces them."""
     words = (*plan.set, *plan.arms[arm], f"name={name}", f"runs={plan.place / 'runs'}", *own)
     return Job(name, words, plan.programs.get(arm, "launch/pretrain.py"))

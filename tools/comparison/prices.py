@@ -70,9 +70,10 @@ def steps_within(plan: Comparison, arm: str, known: dict[str, Price]) -> int:
     return steps
 
 
-def seconds_at(price: Price | None, run, step: int, validations: int) -> float | None:
-    """What a run has cost by this step of its own count; None where nothing was measured."""
+def seconds_at(plan: Comparison, price: Price | None, run, step: int, validations: int) -> float | None:
+    """What a run has used of its budget by this step of its own count; None where nothing was measured."""
     if price is None:
         return None
     stage_i = min(step, plans.stage_i_steps(run))
-    return stage_i * price.filter_step + (step - stage_i) * price.step + validations * price.validation
+    paid = 0 if plan.budget.steps else validations
+    return stage_i * price.filter_step + (step - stage_i) * price.step + paid * price.validation

@@ -35,7 +35,7 @@ def run_all(plan: Comparison, jobs: list[Job]) -> Iterator[tuple[Job, int]]:
         except BaseException:
             over.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in alive:
+            for process in list(alive):  # each leaves the list when it has ended
                 end_session(process)
             raise
 
