@@ -406,10 +406,15 @@ def test_real_runs_of_a_comparison_start_alike_and_end_within_their_seconds(writ
 
 
 @pytest.mark.soak
-def test_plain_torch_and_the_trainer_take_the_same_steps(write):
-    """Row 0 of the speedrun reads what kd reads, at the same rates, and is judged by the same text."""
+def test_plain_torch_and_the_trainer_take_the_same_steps(write, root):
+    """Row 0 of the speedrun reads what kd reads, at the same rates, and is judged by the same text. A student without dropout,
+    which plain torch has where a model has it."""
+    make_model(root / "without_dropout", "llama", num_hidden_layers=2, seed=1)
     path = write(
-        arms={"kd": ["method=kd"], "plain": ["method=kd"]}, programs={"plain": "tools/bench/plain_kd.py"}, seeds=[0]
+        set=[f"student.path={root / 'without_dropout'}"],
+        arms={"kd": ["method=kd"], "plain": ["method=kd"]},
+        programs={"plain": "tools/bench/plain_kd.py"},
+        seeds=[0],
     )
     compare.main([path])
     kd, plain = results.noted(plans.load(path))

@@ -19,9 +19,13 @@ from tools.bench.loss_arms import naive_mse, plain_kl_ce
 
 
 def adamw(train, parameters) -> torch.optim.Optimizer:
-    """With the settings of a run file's [train]."""
-    settings = {"lr": train.lr, "betas": train.betas, "eps": train.eps, "weight_decay": train.weight_decay}
-    return torch.optim.AdamW(parameters, fused=True, **settings)
+    """With the settings of a run file's [train]; like the trainer's, it decays matrices alone."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
 
 
 def clip_and_update(optimizer: torch.optim.Optimizer, clip: float) -> None:
