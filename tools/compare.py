@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
 
 from ted_scale.base.durable import write_durably
-from ted_scale.base.errors import DONE, NUMBERS, RunStopped, UserError
+from ted_scale.base.errors import DONE, NUMBERS, RunStopped, UserError, shown
 from ted_scale.base.exits import run_main
 from ted_scale.base.parsing import parse_toml
 from ted_scale.checkpoints import folder as files
@@ -63,6 +63,11 @@ def refuse_mistakes(plan: Comparison) -> None:
     """What a run would refuse at its start is refused here, before any has begun."""
     from ted_scale.plan import make_plan
 
+    for arm, program in plan.programs.items():
+        if not (ROOT / program).is_file():
+            raise UserError(
+                f"programs.{arm} must be a file, from the repository's root on, but {shown(program)} is none; correct its path"
+            )
     for arm in plan.arms:
         steps = [f"train.steps={prices.steps_within(plan, arm, {})}"] if plan.budget.tokens else []
         try:

@@ -318,6 +318,14 @@ def test_a_mistake_that_only_a_plan_of_a_run_shows_is_found_before_any_run(write
     assert not started[0]
 
 
+def test_a_program_that_is_not_there_is_found_before_any_run(write, started):
+    with pytest.raises(
+        UserError, match=r"^programs.kd must be a file, .*, but 'tools/mine.py' is none; correct its path$"
+    ):
+        compare.main([write(programs={"kd": "tools/mine.py"})])
+    assert not started[0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_either_signal_ends_a_comparison_with_its_runs_also_in_the_background(write, monkeypatch, number):
     """A shell has what it starts in the background ignore SIGINT; SIGTERM alone would leave the run that is going on."""

@@ -62,7 +62,8 @@ def steps_within(plan: Comparison, arm: str, known: dict[str, Price]) -> int:
         steps, kind = int(left / known[arm].step), f"seconds ({budget.seconds:,.0f})"
     else:
         left = budget.steps * known[budget.of].step - stage_i * known[arm].filter_step
-        steps, kind = int(left / known[arm].step + 1e-6), f"steps ({budget.steps:,} of arms.{budget.of})"
+        rounding = 1e-6  # so that the arm `of` itself gets its steps
+        steps, kind = int(left / known[arm].step + rounding), f"steps ({budget.steps:,} of arms.{budget.of})"
     if steps < 1:
         raise UserError(
             f"budget.{kind} must hold a step of arms.{arm} after its {stage_i} steps of stage I, but does not; raise it"
