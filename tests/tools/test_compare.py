@@ -214,6 +214,17 @@ def test_only_seeds_that_both_arms_finished_are_paired():
     assert results.paired({0: 1.0}, {1: 1.0}) is None
 
 
+def test_the_least_loss_of_a_run_may_count_and_never_that_before_training(write):
+    def result(arm, *losses):
+        points = [results.Point(step, 8 * step, None, loss) for step, loss in enumerate(losses)]
+        return results.Result(arm, 0, len(losses), "done", 1.0, "c0ffee", points)
+
+    found = [result("ce", 1.0, 4.0, 7.0), result("kd", 1.0, 6.0, 5.0)]
+    last, least = (results.table(plans.load(write(judged_by=by)), found) for by in ("last", "least"))
+    assert "7.0000" in last and "-2.0000" in last
+    assert "4.0000" in least and "+1.0000" in least
+
+
 @pytest.mark.parametrize(
     ("mean", "half", "verdict"),
     [(-0.2, 0.1, "better"), (0.2, 0.1, "worse"), (0.1, 0.2, "noise"), (1.0, None, "one seed")],

@@ -5,7 +5,7 @@ when cuts are compared, is named in `differ`.
 """
 
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -68,6 +68,10 @@ class Comparison(Section):
         "metrics.jsonl and life.json in the run's folder"
     )  # fmt: skip
     seeds: list[Count] = Field([0, 1, 2], min_length=1, max_length=MOST_SEEDS)
+    judged_by: Literal["last", "least"] = Field(
+        "last",
+        description="which validation of a run counts; least: where many epochs overfit, and one would stop in time",
+    )
     baseline: str = Field("", description="the arm that others are compared with; default: the first")
     set: list[str] = Field([], description="section.key=value words for every arm")
     differ: list[str] = Field([], description="keys of the student and the data that arms may set differently")

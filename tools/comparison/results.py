@@ -36,9 +36,13 @@ class Result(NamedTuple):
     commit: str
     points: list[Point]
 
-    @property
-    def loss(self) -> float | None:
-        return self.points[-1].loss if self.end == "done" and self.points else None
+    def loss(self, judged_by: str) -> float | None:
+        """The last one or the least after the start. None for a run that ended early."""
+        if self.end != "done" or not self.points:
+            return None
+        return (
+            self.points[-1].loss if judged_by == "last" else min(point.loss for point in self.points[1:] or self.points)
+        )
 
 
 class Difference(NamedTuple):
@@ -80,27 +84,29 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> Difference | Non
     return Difference(mean, half)
 
 
-def by_seed(results: list[Result], arm: str) -> dict[int, float]:
-    return {r.seed: r.loss for r in results if r.arm == arm and r.loss is not None}
+def by_seed(plan: Comparison, results: list[Result], arm: str) -> dict[int, float]:
+    losses = {r.seed: r.loss(plan.judged_by) for r in results if r.arm == arm}
+    return {seed: loss for seed, loss in losses.items() if loss is not None}
 
 
 def table(plan: Comparison, results: list[Result]) -> str:
     """Markdown, in the plan's order. `seconds` are those that the runs took themselves."""
     base, rows = plan.compared_with, []
     for arm in plan.arms:
-        losses, mine = by_seed(results, arm), [r for r in results if r.arm == arm]
+        losses, mine = by_seed(plan, results, arm), [r for r in results if r.arm == arm]
         if not mine:
             rows.append([arm, "", "", "", "not run", "", "", ""])
             continue
         ends = sorted({r.end for r in mine if r.end != "done"})
-        difference = None if arm == base else paired(losses, by_seed(results, base))
+        difference = None if arm == base else paired(losses, by_seed(plan, results, base))
         rows.append([
             arm, str(len(losses)), f"{mine[0].steps:,}", f"{statistics.mean(r.seconds for r in mine):,.0f}",
             f"{statistics.mean(losses.values()):.4f}" if losses else "-",
             f"{statistics.stdev(losses.values()):.4f}" if len(losses) > 1 else "-",
             as_words(difference), "; ".join([*([difference.verdict] if difference else []), *ends]),
         ])  # fmt: skip
-    head = ["arm", "seeds", "steps", "seconds", "val/loss", "spread", f"less {base}", ""]
+    loss = "val/loss" if plan.judged_by == "last" else "least val/loss"
+    head = ["arm", "seeds", "steps", "seconds", loss, "spread", f"less {base}", ""]
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -131,7 +137,7 @@ def draw(plan: Comparison, results: list[Result], path: Path) -> bool:
     figure = Figure(figsize=(6 * len(axes_of), 4.5), layout="constrained")
     for axes, across in zip(figure.subplots(1, len(axes_of), squeeze=False)[0], axes_of, strict=True):
         for arm in plan.arms:
-            if line := mean_curve([r for r in results if r.arm == arm and r.loss is not None], across):
+            if line := mean_curve([r for r in results if r.arm == arm and r.end == "done"], across):
                 axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=arm)
         axes.set_xlabel(across)
         axes.set_ylabel("val/loss")
