@@ -65,7 +65,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     depth.add_argument("--keep", metavar="0,2,5", help="the teacher's blocks to keep, from 0")
     depth.add_argument(
-        "--rank", choices=("spread", "influence"), default="spread", help="how blocks are chosen; default: spread"
+        "--rank",
+        choices=("spread", "influence"),
+        help="how --layers are chosen; default: influence with --text, else spread",
     )
     depth.add_argument("--free-ends", action="store_true", help="influence: the first and the last may go, too")
     width = parser.add_argument_group("width, chosen on --text")
@@ -76,7 +78,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_text(parser.add_argument_group("text"))
     parser.add_argument("--max-shard-gb", type=float, default=5, help="largest file, in GB")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    looks = arguments.text and arguments.layers is not None and arguments.keep is None
+    arguments.rank = arguments.rank or ("influence" if looks else "spread")
+    return arguments
 
 
 def add_text(text) -> None:

@@ -154,9 +154,13 @@ def test_blocks_that_change_no_state_go_first_but_the_ends_stay(text, tmp_path):
             block.self_attn.o_proj.weight *= 0.001
 
     teacher = changed(make_model(tmp_path / "teacher", "llama", num_hidden_layers=6), weak)
-    words = ["--rank", "influence", "--layers"]
-    for number, (more, blocks) in enumerate({"4": [0, 1, 4, 5], "3 --free-ends": [1, 4, 5]}.items()):
-        cut(teacher, tmp_path / f"cut{number}", text, *words, *more.split())
+    asked = {
+        "4": [0, 1, 4, 5],
+        "3 --free-ends": [1, 4, 5],
+        "4 --rank spread": [0, 2, 3, 5],
+    }  # influence, where there is a text
+    for number, (more, blocks) in enumerate(asked.items()):
+        cut(teacher, tmp_path / f"cut{number}", text, "--layers", *more.split())
         assert json.loads((tmp_path / f"cut{number}" / "cut.json").read_text())["blocks"] == blocks
 
 
