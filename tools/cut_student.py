@@ -1,9 +1,10 @@
 """A student cut from a teacher: python tools/cut_student.py TEACHER OUT --layers N [--rank influence] [--hidden N] [--text ...]
 
 Depth: N blocks spread from the first to the last, those that --keep lists, or those that change the states of --text most. Width:
-hidden and FFN channels, query and key heads of the largest activations on --text. OUT/cut.json records which blocks they were;
-a run uses it to match them with its teacher's. Tensors are copied one shard at a time. Note: every per-layer list of the
-config is written out and cut, also a list that the teacher's config.json leaves to a default.
+hidden and FFN channels, query and key heads of the largest activations on --text. Where there is a text, the matrices of what is
+kept are fitted to the teacher on it. OUT/cut.json records which blocks they were; a run uses it to match them with its teacher's.
+Tensors are copied one shard at a time. Note: every per-layer list of the config is written out and cut, also a list that the
+teacher's config.json leaves to a default.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from tools.cutting.axes import find_heads
 from tools.cutting.blocks import check_count, choose_blocks, influences, most_influential
 from tools.cutting.channels import Cutter, choose_channels
 from tools.cutting.importance import measure
+from tools.cutting.refit import Walk, refit
 from tools.cutting.report import table
 from tools.cutting.sizes import (
     OPTIONS,
@@ -98,6 +100,7 @@ def add_text(text) -> None:
     text.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at once; default: 8")
     text.add_argument("--dtype", choices=DTYPES, default="auto", help="of the forwards; default: the model's own")
     text.add_argument("--device", help="default: cuda where there is one, else cpu")
+    text.add_argument("--no-refit", action="store_true", help="keep the teacher's weights as they are")
 
 
 def refuse_mistakes(arguments: argparse.Namespace, teacher: Anatomy) -> None:
@@ -172,15 +175,26 @@ def cutter_of(teacher: Anatomy, sizes: Sizes, text: Text, network, blocks: list[
     return Cutter(teacher, own, sizes, choose_channels(importance, own, sizes), by_name)
 
 
-def write(arguments: argparse.Namespace, teacher: Anatomy, cut: Cut) -> None:
+def write(arguments: argparse.Namespace, teacher: Anatomy, cut: Cut, text: Text | None, model) -> None:
     with new_folder(arguments.out, overwrite=arguments.overwrite, sources=[teacher.folder]) as part:
         write_json(part / "config.json", cut_config(teacher, cut.blocks, cut.sizes))
         inspect("a cut of TEACHER", str(part), needs_weights=False)
         places = places_of(teacher, part, cut.blocks, cut.cutter)
         recipes = [Recipe(name, place.shape, place.entry.dtype) for name, place in places.items()]
         write_shards(part, recipes, partial(read, places), arguments.max_shard_gb * 1e9)
+        if text and not arguments.no_refit:
+            fitted = refitted(part, teacher, cut, text, model)
+            write_shards(part, recipes, partial(read, places, fitted=fitted), arguments.max_shard_gb * 1e9)
         copy_files(teacher.folder, part, [*TOKENIZER_FILES, "generation_config.json"])
         write_json(part / CUT, cut_map(teacher, cut.blocks))
+
+
+def refitted(folder: Path, teacher: Anatomy, cut: Cut, text: Text, model) -> dict:
+    """By name, the tensors of the student in `folder` that are fitted to its teacher."""
+    student = inspect("a cut of TEACHER", str(folder))
+    models = ((model, teacher), (text.model(student), student))
+    walks = [Walk(of.body.network, anatomy, text.batches()) for of, anatomy in models]
+    return refit(*walks, cut.blocks, cut.cutter)
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Anatomy, Sizes | None, Text | None]:
@@ -201,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher, sizes, text = prepare(arguments)
     model = text and text.model(teacher)
     cut = cut_of(arguments, teacher, sizes, text, model)
-    write(arguments, teacher, cut)
+    write(arguments, teacher, cut, text, model)
     student = inspect("OUT", str(arguments.out))
     losses = [text.loss(model), text.loss(text.model(student))] if text else [None, None]
     print(f"blocks {', '.join(map(str, cut.blocks))} of {teacher.layers} of {teacher.folder} -> {arguments.out}")

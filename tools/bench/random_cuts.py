@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen, losses = cut_of(arguments, teacher, sizes, text, text.model(teacher)), []
     for seed in (None, *range(int(count))):
         cut = chosen if seed is None else random_cut(arguments, chosen, teacher.layers, seed)
-        write(arguments, teacher, cut)
+        write(arguments, teacher, cut, None, None)  # as cut, not fitted
         losses.append(text.loss(text.model(inspect("OUT", str(arguments.out)))))
         print(f"{'chosen' if seed is None else f'random {seed}'}: {losses[-1]:.4f}, blocks {cut.blocks}", flush=True)
     print(f"chosen {losses[0]:.3f}; random, best first: {', '.join(f'{loss:.3f}' for loss in sorted(losses[1:]))}")

@@ -80,8 +80,14 @@ def name_in_teacher(name: str, prefix: str, blocks: list[int]) -> str:
     return f"{prefix}.{blocks[int(number)]}.{rest}"
 
 
-def read(places: dict[str, Place], tensors: dict[str, torch.Tensor]) -> None:
-    """Fill the tensors of an output shard: whole ones of a file at once, and cut ones by themselves."""
+def read(
+    places: dict[str, Place], tensors: dict[str, torch.Tensor], fitted: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Fill the tensors of an output shard: fitted ones as they are, whole ones of a file at once, cut ones by themselves."""
+    fitted = fitted or {}
+    for name in tensors.keys() & fitted.keys():
+        tensors[name].copy_(fitted[name])
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in fitted}
     for file in sorted({places[name].file for name in tensors}):
         here = {name: t for name, t in tensors.items() if places[name].file == file}
         uncut = [Stretch(places[n].key, 0, t.view(-1)) for n, t in here.items() if not places[n].cuts]
