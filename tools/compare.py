@@ -140,7 +140,7 @@ def result_of(plan: Comparison, arm: str, seed: int, steps: int, price: Price | 
     folder, run = plan.place / "runs" / job.name, plans.of_arm(plan, arm, *job.words)
     rows = [row for row in rows_in(folder / "metrics.jsonl") if row.get("val/loss") is not None]
     points = [
-        Point(row["step"], row["tokens"], prices.seconds_at(plan, price, run, row["step"], n), row["val/loss"])
+        Point(row["step"], row["tokens"], prices.seconds_at(plan, arm, price, run, row["step"], n), row["val/loss"])
         for n, row in enumerate(rows)
     ]
     last = life.read(folder)

@@ -96,6 +96,8 @@ def test_what_a_plan_names_in_differ_may_differ(write):
         ({"budget": {"tokens": 9, "of": "ce"}}, r"budget.steps must be set beside of = 'ce', but is missing; say"),
         ({"budget": {"steps": 9, "of": "lwd"}}, r"budget.of must be one of the arms"),
         ({"programs": {"lwd": "mine.py"}}, r"programs must be one of the arms"),
+        ({"spent": {"lwd": 1.0}, "budget": {"seconds": 9.0}}, r"spent must be one of the arms"),
+        ({"spent": {"ce": 1.0}}, r"spent must be left out with a budget of tokens"),
         ({"baseline": "lwd"}, r"baseline must be one of the arms"),
         ({"seeds": [1, 1]}, r"seeds must differ, but are \[1, 1\]"),
         ({"sedes": [1]}, r"unknown key sedes; did you mean seeds\?"),
@@ -154,8 +156,8 @@ def test_a_budget_of_seconds_pays_for_stage_i_and_validation(write):
     assert prices.steps_within(plan, "ce", {"ce": price}) == (60 - 5) // 3
     assert prices.steps_within(plan, "ted", {"ted": price}) == (60 - 5 - 4 * 2) // 3
     run = plans.of_arm(plan, "ted")
-    assert prices.seconds_at(plan, price, run, 6, 2) == 4 * 2 + 2 * 3 + 2
-    assert prices.seconds_at(plan, price, run, 3, 0) == 3 * 2
+    assert prices.seconds_at(plan, "ted", price, run, 6, 2) == 4 * 2 + 2 * 3 + 2
+    assert prices.seconds_at(plan, "ted", price, run, 3, 0) == 3 * 2
 
 
 def test_a_budget_of_steps_is_the_seconds_that_they_take_in_their_arm(write):
@@ -163,7 +165,15 @@ def test_a_budget_of_steps_is_the_seconds_that_they_take_in_their_arm(write):
     plan = plans.load(write(budget={"steps": 10, "of": "kd"}))
     known = {"ce": Price(0.0, 2.0, 9.0), "kd": Price(0.0, 3.0, 9.0), "ted": Price(2.0, 4.0, 9.0)}
     assert {arm: prices.steps_within(plan, arm, known) for arm in known} == {"ce": 15, "kd": 10, "ted": 5}
-    assert prices.seconds_at(plan, known["kd"], plans.of_arm(plan, "kd"), 10, 5) == 30.0
+    assert prices.seconds_at(plan, "kd", known["kd"], plans.of_arm(plan, "kd"), 10, 5) == 30.0
+
+
+def test_seconds_that_an_arm_spent_before_its_run_are_missing_in_its_budget(write):
+    known = {"ce": Price(0.0, 2.0, 1.0), "kd": Price(0.0, 3.0, 1.0)}
+    for budget, steps in (({"steps": 10, "of": "kd"}, (30 - 9) // 2), ({"seconds": 60.0}, (60 - 9 - 5) // 2)):
+        plan = plans.load(write(budget=budget, spent={"ce": 9.0}))
+        assert prices.steps_within(plan, "ce", known) == steps
+        assert prices.seconds_at(plan, "ce", known["ce"], plans.of_arm(plan, "ce"), 0, 0) == 9.0
 
 
 def test_the_price_of_a_schedule_is_the_mean_of_its_parts(write, monkeypatch):

@@ -14,7 +14,7 @@ from ted_scale.base.parsing import parse_toml
 from ted_scale.config.method import IN_TOKENS
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import load_run, sentence
-from ted_scale.config.types import Count, Positive, PositiveInt, Section
+from ted_scale.config.types import Count, NonNegative, Positive, PositiveInt, Section
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
 OURS = ("name", "runs", "seed", "train.steps", "validation.every", "log_every", "resume.allow")
@@ -67,6 +67,9 @@ class Comparison(Section):
         {}, description="for an arm that launch/pretrain.py does not train: a program that takes the same words and leaves "
         "metrics.jsonl and life.json in the run's folder"
     )  # fmt: skip
+    spent: dict[Name, NonNegative] = Field(
+        {}, description="seconds of a timed budget that an arm used before its run, as for a student that was fitted to its teacher"
+    )  # fmt: skip
     seeds: list[Count] = Field([0, 1, 2], min_length=1, max_length=MOST_SEEDS)
     judged_by: Literal["last", "least"] = Field(
         "last",
@@ -83,10 +86,17 @@ class Comparison(Section):
 
     @model_validator(mode="after")
     def names_are_arms(self):
-        named = {"baseline": [self.baseline], "budget.of": [self.budget.of], "programs": self.programs}
+        named = {
+            "baseline": [self.baseline],
+            "budget.of": [self.budget.of],
+            "programs": self.programs,
+            "spent": self.spent,
+        }
         for key, arm in ((key, arm) for key, names in named.items() for arm in names):
             if arm and arm not in self.arms:
                 raise ValueError(f"{key} must be one of the arms {sorted(self.arms)}, but is {shown(arm)}")
+        if self.spent and not self.budget.timed:
+            raise ValueError("spent must be left out with a budget of tokens, which counts no seconds")
         if len({*self.seeds}) < len(self.seeds):
             raise ValueError(f"seeds must differ, but are {self.seeds}")
         return self

@@ -54,14 +54,16 @@ def noted(plan: Comparison) -> dict[str, Price]:
 def steps_within(plan: Comparison, arm: str, known: dict[str, Price]) -> int:
     """Steps of stage II that the budget holds."""
     run, budget = plans.of_arm(plan, arm), plan.budget
-    stage_i = plans.stage_i_steps(run)
+    stage_i, spent = plans.stage_i_steps(run), plan.spent.get(arm, 0.0)
     if budget.tokens:
         steps, kind = budget.tokens // run.train.tokens_per_step - stage_i, f"tokens ({budget.tokens:,})"
     elif budget.seconds:
-        left = budget.seconds - stage_i * known[arm].filter_step - (plan.validations + 1) * known[arm].validation
+        left = (
+            budget.seconds - spent - stage_i * known[arm].filter_step - (plan.validations + 1) * known[arm].validation
+        )
         steps, kind = int(left / known[arm].step), f"seconds ({budget.seconds:,.0f})"
     else:
-        left = budget.steps * known[budget.of].step - stage_i * known[arm].filter_step
+        left = budget.steps * known[budget.of].step - spent - stage_i * known[arm].filter_step
         rounding = 1e-6  # so that the arm `of` itself gets its steps
         steps, kind = int(left / known[arm].step + rounding), f"steps ({budget.steps:,} of arms.{budget.of})"
     if steps < 1:
@@ -71,10 +73,11 @@ def steps_within(plan: Comparison, arm: str, known: dict[str, Price]) -> int:
     return steps
 
 
-def seconds_at(plan: Comparison, price: Price | None, run, step: int, validations: int) -> float | None:
+def seconds_at(plan: Comparison, arm: str, price: Price | None, run, step: int, validations: int) -> float | None:
     """What a run has used of its budget by this step of its own count; None where nothing was measured."""
     if price is None:
         return None
     stage_i = min(step, plans.stage_i_steps(run))
     paid = 0 if plan.budget.steps else validations
-    return stage_i * price.filter_step + (step - stage_i) * price.step + paid * price.validation
+    spent = plan.spent.get(arm, 0.0)
+    return spent + stage_i * price.filter_step + (step - stage_i) * price.step + paid * price.validation
