@@ -54,7 +54,7 @@ test: setup
 
 suite: # with the packages in BIN; WITHOUT=" and not once" is what a second set of packages needs
 	@$(PYTEST) $(PAIR) -m "not gpu and not soak and not alone$(WITHOUT)" -rs --durations=10
-	@$(PYTEST) -m alone -rs
+	@$(PYTEST) -m alone -rs $$(grep -rl "mark\.alone" tests --include=test_*.py)
 
 soak: setup
 	@$(PYTEST) -m soak -rs || { code=$$?; [ $$code -eq 5 ] && echo "there are no soak tests" || exit $$code; }
