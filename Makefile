@@ -52,9 +52,9 @@ check: lint types
 test: setup
 	@$(MAKE) --no-print-directory suite
 
-suite: # with the packages in BIN
-	@$(PYTEST) $(PAIR) -m "not gpu and not soak and not alone" -rs --durations=10
-	@$(PYTEST) -m alone -rs
+suite: # with the packages in BIN; WITHOUT=" and not once" is what a second set of packages needs
+	@$(PYTEST) $(PAIR) -m "not gpu and not soak and not alone$(WITHOUT)" -rs --durations=10
+	@$(PYTEST) -m alone -rs $$(grep -rl "mark\.alone" tests --include=test_*.py)
 
 soak: setup
 	@$(PYTEST) -m soak -rs || { code=$$?; [ $$code -eq 5 ] && echo "there are no soak tests" || exit $$code; }

@@ -3,7 +3,8 @@ Note: OpenMP reads its variable when torch is imported, so that it must be set b
 
 Without a GPU Triton's kernels are interpreted; Triton reads that when a kernel is imported. The files of LONG run first, in
 that order: pytest-xdist's workers take whole files, and at the end no worker should wait long for the other. `make check`
-leaves them out.
+leaves them out. The files of ONCE meet neither torch, Triton, DeepSpeed, transformers, Megatron nor numpy: a second set of
+packages need not run them (.ci/run).
 """
 
 import os
@@ -23,6 +24,11 @@ LONG = (
     "test_saver", "test_copies", "test_copier", "test_resume", "test_fused", "test_cut_student", "test_sampling",
     "test_cut_by_text",
 )  # fmt: skip
+ONCE = (
+    "test_docs", "test_tower", "test_faulty_files", "test_config", "test_durable", "test_errors", "test_exits", "test_paths",
+    "test_sealed", "test_chunk_cache", "test_credentials", "test_transfers", "test_holder", "test_life", "test_signals",
+    "test_supervise", "test_slurm",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +45,5 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if item.path.stem in LONG:
             item.add_marker("long")
+        if item.path.stem in ONCE:
+            item.add_marker("once")

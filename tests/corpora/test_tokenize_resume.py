@@ -246,10 +246,10 @@ def large_arguments(world, out):
     return [*arguments(world, out, "--workers", "2", "--shard-tokens", "100000")[:-2], str(world / "large.jsonl")]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.soak)])
-def test_kills_at_random_moments_leave_the_same_bytes(tmp_path, world, kills):
+@pytest.mark.parametrize(("kills", "copies"), [(3, 50), pytest.param(10, 310, marks=pytest.mark.soak)])
+def test_kills_at_random_moments_leave_the_same_bytes(tmp_path, world, kills, copies):
     text = "".join((world / "text" / name).read_text() for name in ("a.jsonl", "b.jsonl"))
-    (world / "large.jsonl").write_text(text * (10 + 30 * kills))
+    (world / "large.jsonl").write_text(text * copies)
     tokenize_corpus.main(large_arguments(world, tmp_path / "whole" / "c"))
     whole = published(tmp_path / "whole" / "c")
     out = tmp_path / "killed" / "c"

@@ -10,8 +10,9 @@ from contextlib import closing
 
 import pytest
 from corpus import counting_documents, data_section, steps, write_shard
+from launching import run_ranks
 from scenarios import rows
-from tiny import make_corpus, make_model, make_run, pretrain, write_run
+from tiny import PRETRAIN, make_corpus, make_model, make_run, write_run
 
 from ted_scale.base.errors import UserError
 from ted_scale.data import blend
@@ -158,7 +159,7 @@ def test_two_ranks_wait_less_than_a_hundredth_of_a_step_for_data(tmp_path):
     make_corpus(tmp_path / "corpus")
     train = {"steps": 25, "tokens_per_step": 1024, "micro_batch": 4}
     run = make_run(tmp_path, method="ce", teacher=None, data={"seq_len": 128}, train=train)
-    assert pretrain("--config", write_run(tmp_path / "run.toml", run), ranks=2).returncode == 0
+    run_ranks(2, PRETRAIN, "--config", write_run(tmp_path / "run.toml", run))
     waits = [row["perf/data_wait_ms"] / row["perf/step_ms"] for row in rows(tmp_path, "tiny") if "loss/ce" in row]
     assert statistics.median(waits[5:]) < 0.01
 

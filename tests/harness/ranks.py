@@ -1,9 +1,11 @@
 """What the distributed tests look at, run by real DeepSpeed ranks: one start for many scenarios, because it takes seconds.
 
 `tests/harness/ranks.py FOLDER NAME…`, started once a rank (launching.py), runs the scenarios of scenarios.py and its neighbours by
-name; what they return on each rank lands in FOLDER/NAME.RANK.json, an exception as its traceback.
+name; what they return on each rank lands in FOLDER/NAME.RANK.json, an exception as its traceback. Note: a model's structure is
+looked at once, because that is a sixth of a short run, and many runs share few models.
 """
 
+import functools
 import gc
 import json
 import os
@@ -24,8 +26,10 @@ def main() -> None:
     import stop_scenarios
     import traffic_scenarios
 
+    from ted_scale import plan
     from ted_scale.ranks.group import start_ranks
 
+    plan.inspect = functools.cache(plan.inspect)
     homes = (
         scenarios, data_scenarios, health_scenarios, number_scenarios, recorded_losses, stop_scenarios, traffic_scenarios
     )  # fmt: skip

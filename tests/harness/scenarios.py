@@ -30,11 +30,13 @@ from ted_scale.models.engine_config import engine_config
 from ted_scale.models.zero import gathered, is_sharded, shape_of
 from ted_scale.plan import make_plan
 
-TEN_STEPS = {"filters": {"steps": 4}, "train": {"steps": 6}}
-THREE_STEPS = {"filters": {"steps": 1}, "train": {"steps": 2}}
+TWO = {"micro_batch": 2}  # two micro-batches a step on two ranks: half the time of four
+TEN_STEPS = {"filters": {"steps": 4}, "train": {"steps": 6, **TWO}}
+THREE_STEPS = {"filters": {"steps": 1}, "train": {"steps": 2, **TWO}}
 SKIPPING = {"divergence": "jsd", "skip_low_entropy": 0.4}  # from the second step of stage II on
 TWENTY_STEPS = {
-    "filters": {"steps": 8}, "train": {"steps": 12}, "checkpoint": {"every": 5, "keep": 100}, "loss": {"balance": "auto"},
+    "filters": {"steps": 8}, "train": {"steps": 12, **TWO}, "checkpoint": {"every": 5, "keep": 100},
+    "loss": {"balance": "auto"},
 }  # fmt: skip
 
 
@@ -73,7 +75,12 @@ def all_methods(folder: Path, device):
 
 def seldom(folder: Path) -> dict:
     """Without held-out text, on which the teacher would run, too."""
-    return {**TEN_STEPS, "teacher": {"every": 3}, "data": {"corpora": [{"path": str(folder / "corpus")}]}}
+    return {
+        "filters": {"steps": 4},
+        "train": {"steps": 6},
+        "teacher": {"every": 3},
+        "data": {"corpora": [{"path": str(folder / "corpus")}]},
+    }
 
 
 def asked_seldom(folder: Path, device):
@@ -191,7 +198,7 @@ def poison_gradient(losses, step: int):
 
 def stopped_by(folder: Path, device, name: str, poison):
     original, engines, steps = Student.student_losses, [], [4]
-    calls = 256 // 32 // dist.get_world_size()
+    calls = 256 // 32 // TWO["micro_batch"] // dist.get_world_size()
 
     def losses(self, batch, signal, weights, denom):
         result = original(self, batch, signal, weights, denom)
@@ -391,18 +398,18 @@ def host_reads(folder: Path, device):
 
 def variants(folder: Path, device):
     """The same run in other clothes, which must agree with it."""
-    bf16 = {**TEN_STEPS, "train": {"steps": 6, "precision": "bf16"}}
+    bf16 = {**TEN_STEPS, "train": {"steps": 6, "precision": "bf16", **TWO}}
     start(folder, device, name="bf16_2", **bf16)
     offload = str(Path(__file__).with_name("zero3_offload.json"))
     start(folder, device, name="offload_2", ds_config=offload, **TEN_STEPS)
     start(folder, device, name="recomputed_2", **TEN_STEPS, student={"gradient_checkpointing": True})
-    start(folder, device, name="borrowed_2", train={"steps": 6}, filters={"from": str(folder / "runs/ten_2")})
+    start(folder, device, name="borrowed_2", train={"steps": 6, **TWO}, filters={"from": str(folder / "runs/ten_2")})
     start(folder, device, name="strict_2", **TEN_STEPS, loss={"mode": "strict"})
 
 
 def kinds_of_filters(folder: Path, device):
     """And a student that begins anew: the same on any number of ranks."""
-    world, two_steps = dist.get_world_size(), {"train": {"steps": 2}}
+    world, two_steps = dist.get_world_size(), {"train": {"steps": 2, **TWO}}
     narrow = {"student": {"path": str(folder / "narrow")}}
     kinds = {
         "own": ({"head": "own"}, narrow),
@@ -414,7 +421,7 @@ def kinds_of_filters(folder: Path, device):
     }
     for name, (filters, others) in kinds.items():
         start(folder, device, name=f"{name}_{world}", filters={"steps": 2, **filters}, **two_steps, **others)
-    start(folder, device, name=f"fresh_{world}", method="ce", train={"steps": 3}, student={"init": "random"})
+    start(folder, device, name=f"fresh_{world}", method="ce", train={"steps": 3, **TWO}, student={"init": "random"})
 
 
 def without_stage_one(folder: Path, device):

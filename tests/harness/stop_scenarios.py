@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import torch.distributed as dist
-from scenarios import start
+from scenarios import TWO, start
 
 from ted_scale import feed, run
 from ted_scale import validate as validation
@@ -23,7 +23,7 @@ MOMENTS = {"step": 4, "save": 6, "weigh": 7, "validate": 8, "last": 10}
 def settings_of(folder: Path) -> dict:
     corpora = [{**corpus, "path": str(folder / corpus["path"])} for corpus in CORPORA]
     return {
-        "filters": {"steps": 2}, "train": {"steps": 8}, "checkpoint": {"every": 3, "keep": 100},
+        "filters": {"steps": 2}, "train": {"steps": 8, **TWO}, "checkpoint": {"every": 3, "keep": 100},
         "validation": {"every": 2, "tokens": 512}, "data": {"corpora": corpora, "blend": {"kind": "adaptive", "every": 5}},
     }  # fmt: skip
 

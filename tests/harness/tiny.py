@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import torch
 import transformers
 from launching import free_port
@@ -109,5 +110,8 @@ def pretrain_command(*arguments, ranks: int = 0) -> list[str]:
 
 
 def pretrain(*arguments, ranks: int = 0, timeout: float = 180, env=None, cwd=None) -> subprocess.CompletedProcess:
+    """To its end. Alone it starts with the large packages imported (forked.py)."""
+    if ranks == 0:
+        return forked.run([PRETRAIN, *arguments], timeout=timeout, env=env, cwd=cwd)
     command = pretrain_command(*arguments, ranks=ranks)
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd, check=False)

@@ -88,7 +88,7 @@ def rank_of(name: str, folder: Path) -> None:
     signals.listen()
     rank, faulty = dist_rank(), 0 if name in ("die0", "interrupt") else 1
     step_s = 4.0 if name == "hang" else 40.0
-    silence_s = {"die": 4.0, "die0": 4.0, "lock": 8.0, "suspended": 4.0}.get(name, 20.0)
+    silence_s = {"die": 4.0, "die0": 4.0, "lock": 4.0, "suspended": 4.0}.get(name, 20.0)
     watch.start(Limits(step_s=step_s, start_s=40.0, silence_s=silence_s), folder / name)
     dist.init_process_group("gloo")
     if rank == 0:
