@@ -93,21 +93,41 @@ def prepare_blocks(plan: Plan, anatomy, network):
 def build_teacher(plan: Plan):
     if plan.teacher is None:
         return lambda batch, weights: None
+    from deepspeed.accelerator import get_accelerator
+
+    device = torch.device(get_accelerator().current_device_name())
+    teacher = bare_teacher(plan, device) if plan.placement.is_bare else sharded_teacher(plan)
+    if plan.run.health.replicas_every:
+        teacher.at_load = replicas.digests(replicas.parts_of(teacher.body), device)
+    return teacher
+
+
+def bare_teacher(plan: Plan, device: torch.device) -> Teacher:
+    """Whole on this rank's device. Every rank reads the files: a node reads each of them once from its server, and no rank waits
+    for another."""
+    body, _ = teacher_body(plan, ds_config=None, device=device)
+    return Teacher(body, body)
+
+
+def sharded_teacher(plan: Plan) -> Teacher:
     import deepspeed
 
     config = engine_config(plan, plan.teacher)
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
-    start: dict = {"init": plan.run.teacher.init, "seed": plan.run.seed + 1}  # not the student's seed
-    network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision], **start)
-    blocks = prepare_blocks(plan, plan.teacher, network)
-    body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
+    body, blocks = teacher_body(plan, ds_config=config)
     zero_hooks.patch_deepspeed(config)
     zero_hooks.gather_whole_blocks(blocks)
     teacher = Teacher(deepspeed.initialize(model=body, config=config)[0], body)
     zero_hooks.drop_backward_hooks(teacher.engine, body)
-    if plan.run.health.replicas_every:
-        teacher.at_load = replicas.digests(replicas.shards_of(body), teacher.engine.device)
     return teacher
+
+
+def teacher_body(plan: Plan, **where):
+    """(the teacher's module, its blocks)"""
+    start: dict = {"init": plan.run.teacher.init, "seed": plan.run.seed + 1}  # not the student's seed
+    network = build_network(plan.teacher, dtype=DTYPES[plan.run.train.precision], **start, **where)
+    blocks = prepare_blocks(plan, plan.teacher, network)
+    return TeacherBody(network, plan.teacher, [t for _, t in plan.pairs]), blocks
 
 
 def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):

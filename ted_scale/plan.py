@@ -35,6 +35,7 @@ from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
 from ted_scale.models.vocabulary import check_corpus_tokenizer, check_same_tokenizer, tokenizer_folder
+from ted_scale.placement import Placement, place
 
 OF_LOSSES = [key.removeprefix("loss.") for key in changes.DECISIVE if key.startswith("loss.")]
 
@@ -46,6 +47,7 @@ class Plan:
     ds_config: dict
     student: Anatomy
     teacher: Anatomy | None
+    placement: Placement | None  # of the teacher
     pairs: list[tuple[int, int]]
     pairs_origin: str
     width: int
@@ -116,7 +118,8 @@ def make_plan(run: Run, world: int) -> Plan:
     check_documents(run, student, teacher)
     check_shards(run, vocabulary, student)
     plan = Plan(
-        run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=matched.pairs,
+        run=run, world=world, ds_config=ds_config, student=student, teacher=teacher,
+        placement=place(run, world, ds_config) if teacher else None, pairs=matched.pairs,
         pairs_origin=matched.origin, width=width, accumulation=accumulation, stages=stages_of(run), readings={},
         attended=attended(run, vocabulary, student, teacher), resumes=[],
     )  # fmt: skip
@@ -231,6 +234,8 @@ def describe(plan: Plan) -> str:
                 f"{a.layers} blocks, width {a.width}, vocabulary {a.vocab_size}, {a.parameters / 1e6:,.2f} M parameters"
             )
             lines.append(f"{side}: {a.family}, {shape}, from {a.folder}, fingerprint {fingerprint(a.folder)}")
+    if plan.placement:
+        lines.append(str(plan.placement))
     if plan.pairs:
         pairs = " ".join(f"({s},{t})" for s, t in plan.pairs)
         lines.append(f"pairs (student block, teacher block), {plan.pairs_origin}: {pairs}")

@@ -23,7 +23,7 @@ TWO_RANKS = (
     "undisturbed_to_six", "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
-    "blocks_compiled", "asked_seldom",
+    "blocks_compiled", "asked_seldom", "teacher_moves",
 )  # fmt: skip
 
 
@@ -227,6 +227,16 @@ def test_a_resumed_run_has_the_losses_of_a_straight_one_to_the_last_bit(world, s
     assert [weight for weight in resumed if weight] == [weight for weight in straight if weight]
 
 
+def test_a_resumed_run_may_have_its_teacher_elsewhere(world):
+    result(world, "teacher_moves")
+    straight, moved = losses(world, "straight"), losses(world, "moved_to_replicated")
+    assert len(moved) == 20 and moved[:15] == straight[:15]
+    assert max(abs(a - b) for a, b in zip(moved, straight, strict=True)) < 1e-5
+    said = (world / "runs/moved_to_replicated/log.txt").read_text()
+    assert "teacher.placement is 'replicated' instead of 'sharded' from step 15 on" in said
+    assert "the teacher's weights are whole on every rank" in said
+
+
 def test_a_resumed_run_takes_the_rates_of_its_run_file_and_not_the_checkpoint_s(world):
     groups = {group["role"]: group for group in result(world, "resumes_with_other_settings")}
     assert {r["step"]: r["optim/lr"] for r in rows(world, "other_settings") if r["step"] > 1 and "optim/lr" in r} == {
@@ -359,11 +369,14 @@ def test_a_run_killed_after_it_went_back_comes_to_the_same_end(world):
         ),
         ("teachers", "the teacher's network.model.norm.weight must hold the bits of rank 0 on rank 1"),
         ("students", "the student's network.transformer.ln_f.bias must hold the bits of rank 0 on rank 1"),
+        ("replica", "the teacher's network.model.norm.weight must hold the bits that were loaded on rank 1"),
+        ("read", "the teacher's network.lm_head.weight must hold the bits of rank 0 on rank 1"),
     ],
 )
 def test_a_bit_that_flips_stops_the_run_and_is_named(world, what, sentence):
+    step = 1 if what == "read" else 2
     for rank in (0, 1):
-        assert result(world, "flips", rank)[what].startswith(f"step 2: {sentence} (")
+        assert result(world, "flips", rank)[what].startswith(f"step {step}: {sentence} (")
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(world):
@@ -433,6 +446,9 @@ def test_no_weight_is_sent_twice(world):
     for step in result(world, "traffic")["4"][6:]:
         filters = sum(step["reduced"]) // micro_steps - 4 * parameters
         assert sum(step["gathered"]) == micro_steps * 2 * (4 * parameters + filters)
+    for step in result(world, "traffic")["replicated"][6:]:  # without the teacher, and as much is reduced
+        filters = sum(step["reduced"]) // micro_steps - 4 * parameters
+        assert sum(step["gathered"]) == micro_steps * (4 * parameters + 2 * filters)
 
 
 def test_a_head_that_is_the_embedding_is_sent_once(world):

@@ -38,6 +38,9 @@ class Teacher(Model):
         description="stage II asks the teacher for one micro-batch in so many, where its terms weigh as much more: the dial "
         "between kd and ce",
     )
+    placement: Literal["replicated", "sharded"] = Field(
+        "sharded", description="replicated: whole on every rank, without DeepSpeed; sharded: by ZeRO-3 over all ranks"
+    )
 
 
 class Student(Model):

@@ -145,6 +145,17 @@ def resumes(folder: Path, device):
         start(folder, device, name=name, **TWENTY_STEPS)
 
 
+def teacher_moves(folder: Path, device):
+    """The run of `resumes`, from its checkpoint in stage II on with its teacher elsewhere."""
+    for way in ("replicated",):
+        if dist.get_rank() == 0:
+            target = folder / "runs" / f"moved_to_{way}"
+            shutil.copytree(folder / "runs" / "straight", target)
+            put_back(target, 15)
+        dist.barrier()
+        start(folder, device, name=f"moved_to_{way}", **TWENTY_STEPS, teacher={"placement": way})
+
+
 def resumes_with_other_settings(folder: Path, device):
     """The optimizer's groups of a run that goes on with other rates, and what it writes of them."""
     engines = []
