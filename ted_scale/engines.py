@@ -17,10 +17,12 @@ from ted_scale.distill.student import Student
 from ted_scale.distill.teacher import Teacher, TeacherBody
 from ted_scale.health import replicas
 from ted_scale.models import attention, fused, zero_hooks
-from ted_scale.models.engine_config import engine_config
+from ted_scale.models.engine_config import engine_config, zero_settings
+from ted_scale.models.streamed import stream_blocks
 from ted_scale.models.weights import build_network
 from ted_scale.models.zero import shape_of, sharded_construction
 from ted_scale.plan import Plan
+from ted_scale.ranks.group import group_of_node
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -28,19 +30,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def check_engine_config(plan: Plan) -> None:
     """Have DeepSpeed check the ds_config, early enough that a mistake is one sentence."""
     from deepspeed.runtime.config import DeepSpeedConfig
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns about settings that are intended
-    try:
-        DeepSpeedZeroConfig(**plan.ds_config["zero_optimization"])
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        key = ".".join(["zero_optimization", *map(str, wrong["loc"])])
-        raise UserError(
-            f"ds_config {plan.run.ds_config}: {key} must be what DeepSpeed knows, but is {wrong['input']!r} ({wrong['msg']}); "
-            "correct it"
-        ) from None
+    zero_settings(plan.run.ds_config, plan.ds_config["zero_optimization"])
     try:
         DeepSpeedConfig(engine_config(plan, plan.student))
     except Exception as error:  # each section has its own checks, which raise exceptions of many kinds
@@ -103,9 +95,12 @@ def build_teacher(plan: Plan):
 
 
 def bare_teacher(plan: Plan, device: torch.device) -> Teacher:
-    """Whole on this rank's device. Every rank reads the files: a node reads each of them once from its server, and no rank waits
-    for another."""
-    body, _ = teacher_body(plan, ds_config=None, device=device)
+    """Whole on this rank's device, or in its host's memory. Every rank reads the files: a node reads each of them once from its
+    server, and no rank waits for another."""
+    streamed = plan.placement.way == "offload"
+    body, blocks = teacher_body(plan, ds_config=None, device="cpu" if streamed else device)
+    if streamed:
+        stream_blocks(body.network, blocks, device)
     return Teacher(body, body)
 
 
@@ -114,7 +109,7 @@ def sharded_teacher(plan: Plan) -> Teacher:
 
     config = engine_config(plan, plan.teacher)
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
-    body, blocks = teacher_body(plan, ds_config=config)
+    body, blocks = teacher_body(plan, ds_config=config, group=group_of_node(plan.placement.ranks))
     zero_hooks.patch_deepspeed(config)
     zero_hooks.gather_whole_blocks(blocks)
     teacher = Teacher(deepspeed.initialize(model=body, config=config)[0], body)

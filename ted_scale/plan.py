@@ -47,7 +47,6 @@ class Plan:
     ds_config: dict
     student: Anatomy
     teacher: Anatomy | None
-    placement: Placement | None  # of the teacher
     pairs: list[tuple[int, int]]
     pairs_origin: str
     width: int
@@ -56,6 +55,7 @@ class Plan:
     readings: dict[str, Reading]
     attended: dict[int | None, float]  # a layer's window → keys that a query sees, on average
     resumes: list[str]  # where the run resumes, as lines
+    placement: Placement | None = None  # of the teacher
     suite: dict | None = None  # lm-eval's tasks of validation.suite, with their data
     tokenizer: Path | None = None  # the folder whose tokenizer the suite's texts are read with
 
@@ -118,11 +118,11 @@ def make_plan(run: Run, world: int) -> Plan:
     check_documents(run, student, teacher)
     check_shards(run, vocabulary, student)
     plan = Plan(
-        run=run, world=world, ds_config=ds_config, student=student, teacher=teacher,
-        placement=place(run, world, ds_config) if teacher else None, pairs=matched.pairs,
+        run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=matched.pairs,
         pairs_origin=matched.origin, width=width, accumulation=accumulation, stages=stages_of(run), readings={},
         attended=attended(run, vocabulary, student, teacher), resumes=[],
     )  # fmt: skip
+    plan = dataclasses.replace(plan, placement=place(plan))
     if run.validation.suite:
         tokenizer, suite = tokenizer_folder(student, teacher), load_for_training(*suite_of(run))
         plan = dataclasses.replace(plan, suite=suite, tokenizer=tokenizer)

@@ -25,12 +25,12 @@ from ted_scale.storage.tensor_file import Stretch
 
 
 def build_network(
-    anatomy: Anatomy, *, ds_config: dict | None, dtype, init: str = "weights", seed: int = 0, device="cpu"
+    anatomy: Anatomy, *, ds_config: dict | None, dtype, init: str = "weights", seed: int = 0, group=None, device="cpu"
 ):
-    """The causal LM with its folder's weights or random ones; with `ds_config`, it is sharded while it is constructed, else it
-    is whole on `device`."""
+    """The causal LM with its folder's weights or random ones; with `ds_config`, it is sharded over `group` (None: all ranks)
+    while it is constructed, else it is whole on `device`."""
     config = read_config("model", anatomy.folder)
-    with sharded_construction(ds_config, overrides=()) if ds_config else bare_construction(device) as home:
+    with sharded_construction(ds_config, (), group) if ds_config else bare_construction(device) as home:
         network = empty_model(config, dtype)
     for tensor in (*network.buffers(), *(p for p in network.parameters() if not is_sharded(p))):
         tensor.data = tensor.data.to(home)  # nothing moves that is there

@@ -41,6 +41,14 @@ def test_a_teacher_that_every_rank_has_whole_is_not_divided_and_not_gathered(wor
     assert whole["gathered"] == 4 * plan.student.parameters < sharded["gathered"]
 
 
+def test_of_a_streamed_teacher_two_blocks_are_on_the_device_and_all_on_the_host(world):
+    plan, on_gpu, away = of(world, method="kd", device="cuda", teacher={"placement": "offload"})
+    _, on_cpu, nothing = of(world, method="kd", teacher={"placement": "offload"})
+    a = plan.teacher
+    assert away == 4 * a.layers * a.block_parameters and nothing == 0
+    assert on_gpu["teacher"] + away == on_cpu["teacher"] == 4 * (a.parameters + 2 * a.block_parameters)
+
+
 def test_stage_one_trains_filters_alone(world):
     plan, first, _ = of(world, 0)
     _, second, _ = of(world, 1)

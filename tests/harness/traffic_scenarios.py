@@ -17,6 +17,7 @@ from ted_scale.metrics.metrics import Metrics
 from ted_scale.models import zero_hooks
 
 MICRO_STEPS = 2
+WAYS = ("sharded", "replicated", "node", "offload")
 
 
 def deep(folder: Path, blocks: int, placement: str = "sharded", **sizes) -> dict:
@@ -40,6 +41,17 @@ def traffic(folder: Path, device):
         "tied": traffic_of(folder, device, "tied", **deep(folder, 2, tie_word_embeddings=True), method="kd"),
         "16": traffic_of(folder, device, "16", **deep(folder, 16), ds_config=str(folder / "nothing_kept.json")),
     }
+
+
+def placements(folder: Path, device):
+    """Counts of each optimizer step on four ranks, which are two nodes of two, with the teacher in every place."""
+    return {way: traffic_of(folder, device, f"at_{way}", **short(folder, way)) for way in WAYS}
+
+
+def short(folder: Path, way: str) -> dict:
+    sections = deep(folder, 2, placement=way, tie_word_embeddings=True)
+    sections["teacher"]["node_ranks"] = 2
+    return {**sections, "train": {**sections["train"], "steps": 3}, "filters": {"steps": 2}}
 
 
 def traffic_of(folder: Path, device, name: str, **sections) -> list[dict]:
