@@ -42,10 +42,10 @@ def of_size(monkeypatch, size: float, device: str = "cuda") -> None:
 @pytest.mark.parametrize("way", placement.FASTEST_FIRST)
 def test_auto_takes_the_fastest_that_fits_and_says_so(world, monkeypatch, way):
     size = placement.needed(plan_of(world, placement=way), "cuda")
-    of_size(monkeypatch, size * 1.001 / placement.ROOM)
+    of_size(monkeypatch, size * 1.001 / placement.ROOM["cuda"])
     plan = plan_of(world)
     assert plan.placement[:3] == plan_of(world, placement=way).placement[:3]
-    assert "(auto: the fastest that fits; GiB needed of 80% of " in describe(plan)
+    assert "(auto: the fastest that fits; GiB needed of 90% of " in describe(plan)
     assert f"{way} {size / 2**30:,.3g})" in describe(plan)
 
 

@@ -63,6 +63,8 @@ class BlockStream:
         self.holds, self.turn = [-1, -1], 0
         self.side = None if on_host else torch.cuda.Stream(device)
         self.filled, self.left = ([Reached(on_host) for _ in range(2)] for _ in range(2))
+        for place in self.left:
+            place.mark()  # what used the memory of the places before may still run
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(self.begin, index))
             block.register_forward_hook(partial(self.end, index))
