@@ -17,10 +17,12 @@ from ted_scale.distill.student import Student
 from ted_scale.distill.teacher import Teacher, TeacherBody
 from ted_scale.health import replicas
 from ted_scale.models import attention, fused, zero_hooks
-from ted_scale.models.engine_config import engine_config
+from ted_scale.models.engine_config import engine_config, zero_settings
+from ted_scale.models.streamed import stream_blocks
 from ted_scale.models.weights import build_network
 from ted_scale.models.zero import shape_of, sharded_construction
 from ted_scale.plan import Plan
+from ted_scale.ranks.group import group_of_node
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -28,19 +30,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def check_engine_config(plan: Plan) -> None:
     """Have DeepSpeed check the ds_config, early enough that a mistake is one sentence."""
     from deepspeed.runtime.config import DeepSpeedConfig
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns about settings that are intended
-    try:
-        DeepSpeedZeroConfig(**plan.ds_config["zero_optimization"])
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        key = ".".join(["zero_optimization", *map(str, wrong["loc"])])
-        raise UserError(
-            f"ds_config {plan.run.ds_config}: {key} must be what DeepSpeed knows, but is {wrong['input']!r} ({wrong['msg']}); "
-            "correct it"
-        ) from None
+    zero_settings(plan.run.ds_config, plan.ds_config["zero_optimization"])
     try:
         DeepSpeedConfig(engine_config(plan, plan.student))
     except Exception as error:  # each section has its own checks, which raise exceptions of many kinds
@@ -93,21 +85,44 @@ def prepare_blocks(plan: Plan, anatomy, network):
 def build_teacher(plan: Plan):
     if plan.teacher is None:
         return lambda batch, weights: None
+    from deepspeed.accelerator import get_accelerator
+
+    device = torch.device(get_accelerator().current_device_name())
+    teacher = bare_teacher(plan, device) if plan.placement.is_bare else sharded_teacher(plan)
+    if plan.run.health.replicas_every:
+        teacher.at_load = replicas.digests(replicas.parts_of(teacher.body), device)
+    return teacher
+
+
+def bare_teacher(plan: Plan, device: torch.device) -> Teacher:
+    """Whole on this rank's device, or in its host's memory. Every rank reads the files: a node reads each of them once from its
+    server, and no rank waits for another."""
+    streamed = plan.placement.way == "offload"
+    body, blocks = teacher_body(plan, ds_config=None, device="cpu" if streamed else device)
+    if streamed:
+        stream_blocks(body.network, blocks, device)
+    return Teacher(body, body)
+
+
+def sharded_teacher(plan: Plan) -> Teacher:
     import deepspeed
 
     config = engine_config(plan, plan.teacher)
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
-    start: dict = {"init": plan.run.teacher.init, "seed": plan.run.seed + 1}  # not the student's seed
-    network = build_network(plan.teacher, ds_config=config, dtype=DTYPES[plan.run.train.precision], **start)
-    blocks = prepare_blocks(plan, plan.teacher, network)
-    body = TeacherBody(network, plan.teacher, [t for _, t in plan.pairs])
+    body, blocks = teacher_body(plan, ds_config=config, group=group_of_node(plan.placement.ranks))
     zero_hooks.patch_deepspeed(config)
     zero_hooks.gather_whole_blocks(blocks)
     teacher = Teacher(deepspeed.initialize(model=body, config=config)[0], body)
     zero_hooks.drop_backward_hooks(teacher.engine, body)
-    if plan.run.health.replicas_every:
-        teacher.at_load = replicas.digests(replicas.shards_of(body), teacher.engine.device)
     return teacher
+
+
+def teacher_body(plan: Plan, **where):
+    """(the teacher's module, its blocks)"""
+    start: dict = {"init": plan.run.teacher.init, "seed": plan.run.seed + 1}  # not the student's seed
+    network = build_network(plan.teacher, dtype=DTYPES[plan.run.train.precision], **start, **where)
+    blocks = prepare_blocks(plan, plan.teacher, network)
+    return TeacherBody(network, plan.teacher, [t for _, t in plan.pairs]), blocks
 
 
 def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):

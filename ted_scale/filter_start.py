@@ -85,7 +85,7 @@ def measured_starts(plan, stream: Stream, teacher, device) -> list[Start]:
     for batch in batches(plan, stream, tokens, device):
         states = [side(batch, READ).layers_NE if side else () for side in (teacher, student)]
         sums = add_moments(sums, batch, *states)
-    if student:
+    if student and not student.is_bare:
         zero_hooks.destroy(student.engine)
     over_ranks(sums)
     if dist.get_rank() == 0:

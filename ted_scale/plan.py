@@ -35,6 +35,7 @@ from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
 from ted_scale.models.vocabulary import check_corpus_tokenizer, check_same_tokenizer, tokenizer_folder
+from ted_scale.placement import Placement, place
 
 OF_LOSSES = [key.removeprefix("loss.") for key in changes.DECISIVE if key.startswith("loss.")]
 
@@ -54,6 +55,7 @@ class Plan:
     readings: dict[str, Reading]
     attended: dict[int | None, float]  # a layer's window → keys that a query sees, on average
     resumes: list[str]  # where the run resumes, as lines
+    placement: Placement | None = None  # of the teacher
     suite: dict | None = None  # lm-eval's tasks of validation.suite, with their data
     tokenizer: Path | None = None  # the folder whose tokenizer the suite's texts are read with
 
@@ -120,6 +122,7 @@ def make_plan(run: Run, world: int) -> Plan:
         pairs_origin=matched.origin, width=width, accumulation=accumulation, stages=stages_of(run), readings={},
         attended=attended(run, vocabulary, student, teacher), resumes=[],
     )  # fmt: skip
+    plan = dataclasses.replace(plan, placement=place(plan))
     if run.validation.suite:
         tokenizer, suite = tokenizer_folder(student, teacher), load_for_training(*suite_of(run))
         plan = dataclasses.replace(plan, suite=suite, tokenizer=tokenizer)
@@ -231,6 +234,8 @@ def describe(plan: Plan) -> str:
                 f"{a.layers} blocks, width {a.width}, vocabulary {a.vocab_size}, {a.parameters / 1e6:,.2f} M parameters"
             )
             lines.append(f"{side}: {a.family}, {shape}, from {a.folder}, fingerprint {fingerprint(a.folder)}")
+    if plan.placement:
+        lines.append(str(plan.placement))
     if plan.pairs:
         pairs = " ".join(f"({s},{t})" for s, t in plan.pairs)
         lines.append(f"pairs (student block, teacher block), {plan.pairs_origin}: {pairs}")

@@ -37,6 +37,7 @@ from ted_scale.metrics.console import log_line
 from ted_scale.metrics.metrics import Metrics
 from ted_scale.metrics.tracking import open_wandb
 from ted_scale.models import zero_hooks
+from ted_scale.placement import agreed, needs_less
 from ted_scale.plan import Plan, as_dict
 from ted_scale.ranks import pulse, shortage, stacks, watch
 from ted_scale.ranks.agree import broadcast, of_rank_0, share, verdict
@@ -65,7 +66,9 @@ def run_plan(plan: Plan) -> None:
     check_engine_config(plan)
     device = start_ranks(plan.run, partial(check_device, plan.run))
     try:
-        with shortage.enough(shortage.ways_to_need_less(plan.run, plan.ds_config, device.type == "cpu")):
+        on_cpu = device.type == "cpu"
+        less = needs_less(plan.placement, plan.world, on_cpu)
+        with shortage.enough(shortage.ways_to_need_less(plan.run, plan.ds_config, on_cpu, less)):
             train_run(plan, device)
     except Preempted:
         dist.barrier()  # rank 0 has closed its logs by now: the first rank to exit makes its launcher kill the others
@@ -78,6 +81,7 @@ def run_plan(plan: Plan) -> None:
 def train_run(plan: Plan, device: torch.device) -> Progress:
     """Train every stage that is not done yet."""
     refuse_other_world(plan)
+    plan = replace(plan, placement=agreed(plan.placement))
     if dist.get_rank() == 0:
         exits.where_it_stands = partial(run_folder.where_it_stands, plan.run.folder)
     progress, newest = run_folder.claim_folder(plan)

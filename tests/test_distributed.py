@@ -23,7 +23,7 @@ TWO_RANKS = (
     "undisturbed_to_six", "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
-    "blocks_compiled", "asked_seldom",
+    "blocks_compiled", "asked_seldom", "teacher_moves",
 )  # fmt: skip
 
 
@@ -46,6 +46,7 @@ def world(tmp_path_factory):
     one_head = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 2}
     make_model(folder / "far", "llama", max_position_embeddings=FAR, **one_head)
     launch(folder, 2, TWO_RANKS)
+    launch(folder, 4, ("placements",))
     launch(folder, 1, ("ten_steps", "all_methods", "kinds_of_filters", "alone", "asked_seldom"))
     return folder
 
@@ -227,6 +228,45 @@ def test_a_resumed_run_has_the_losses_of_a_straight_one_to_the_last_bit(world, s
     assert [weight for weight in resumed if weight] == [weight for weight in straight if weight]
 
 
+@pytest.mark.parametrize(
+    ("way", "sentence"),
+    [
+        ("replicated", "whole on every rank"),
+        ("offload", "in every rank's host memory, and come to the device block by block"),
+    ],
+)
+def test_a_resumed_run_may_have_its_teacher_elsewhere(world, way, sentence):
+    result(world, "teacher_moves")
+    straight, moved = losses(world, "straight"), losses(world, f"moved_to_{way}")
+    assert len(moved) == 20 and moved[:15] == straight[:15]
+    assert max(abs(a - b) for a, b in zip(moved, straight, strict=True)) < 1e-5
+    said = (world / f"runs/moved_to_{way}/log.txt").read_text()
+    assert f"teacher.placement is '{way}' instead of 'sharded' from step 15 on" in said
+    assert f"the teacher's weights are {sentence} (teacher.placement)" in said
+
+
+@pytest.mark.parametrize("way", ["replicated", "node", "offload"])
+def test_wherever_the_teacher_is_four_ranks_have_the_same_losses(world, way):
+    for rank in range(4):
+        result(world, "placements", rank)
+    elsewhere, sharded = losses(world, f"traffic_at_{way}"), losses(world, "traffic_at_sharded")
+    assert len(elsewhere) == 5
+    assert max(abs(a - b) for a, b in zip(elsewhere, sharded, strict=True)) < 1e-5
+
+
+def test_no_byte_of_the_teacher_crosses_nodes_unless_all_ranks_share_it(world):
+    """Past the first step of stage II, in bytes of both its micro-steps; the rest is the student's and of the filters."""
+    teacher = 2 * 4 * (128 * 32 + 32 + 2 * 9280)
+    for rank in range(4):
+        found = result(world, "placements", rank)
+        all_bytes, crossed = ({w: sum(steps[-1][k]) for w, steps in found.items()} for k in ("gathered", "crossed"))
+        rest = all_bytes["replicated"]
+        assert rest > teacher  # the student is as large
+        assert all_bytes == {"sharded": rest + teacher, "replicated": rest, "node": rest + teacher, "offload": rest}
+        assert crossed == {"sharded": rest + teacher, "replicated": rest, "node": rest, "offload": rest}
+        assert all(step["late"] == [] and step["device_waits"] == 0 for steps in found.values() for step in steps[3:])
+
+
 def test_a_resumed_run_takes_the_rates_of_its_run_file_and_not_the_checkpoint_s(world):
     groups = {group["role"]: group for group in result(world, "resumes_with_other_settings")}
     assert {r["step"]: r["optim/lr"] for r in rows(world, "other_settings") if r["step"] > 1 and "optim/lr" in r} == {
@@ -359,11 +399,14 @@ def test_a_run_killed_after_it_went_back_comes_to_the_same_end(world):
         ),
         ("teachers", "the teacher's network.model.norm.weight must hold the bits of rank 0 on rank 1"),
         ("students", "the student's network.transformer.ln_f.bias must hold the bits of rank 0 on rank 1"),
+        ("replica", "the teacher's network.model.norm.weight must hold the bits that were loaded on rank 1"),
+        ("read", "the teacher's network.lm_head.weight must hold the bits of rank 0 on rank 1"),
     ],
 )
 def test_a_bit_that_flips_stops_the_run_and_is_named(world, what, sentence):
+    step = 1 if what == "read" else 2
     for rank in (0, 1):
-        assert result(world, "flips", rank)[what].startswith(f"step 2: {sentence} (")
+        assert result(world, "flips", rank)[what].startswith(f"step {step}: {sentence} (")
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_half_written(world):
@@ -410,6 +453,7 @@ def test_loading_needs_less_memory_than_a_rank_s_part_and_one_file(world, rank):
     seen = result(world, "loading_memory", rank)
     assert seen["file"] * 4 < seen["whole"]
     assert seen["peak"] < seen["part"] + seen["file"], seen
+    assert 0.9 * seen["whole"] < seen["whole_peak"] < seen["whole"] + seen["tensor"], seen
 
 
 def test_a_step_reads_the_device_once_and_a_micro_step_never(world):
@@ -433,6 +477,9 @@ def test_no_weight_is_sent_twice(world):
     for step in result(world, "traffic")["4"][6:]:
         filters = sum(step["reduced"]) // micro_steps - 4 * parameters
         assert sum(step["gathered"]) == micro_steps * 2 * (4 * parameters + filters)
+    for step in result(world, "traffic")["replicated"][6:]:  # without the teacher, and as much is reduced
+        filters = sum(step["reduced"]) // micro_steps - 4 * parameters
+        assert sum(step["gathered"]) == micro_steps * (4 * parameters + 2 * filters)
 
 
 def test_a_head_that_is_the_embedding_is_sent_once(world):

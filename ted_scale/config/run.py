@@ -38,6 +38,14 @@ class Teacher(Model):
         description="stage II asks the teacher for one micro-batch in so many, where its terms weigh as much more: the dial "
         "between kd and ce",
     )
+    placement: Literal["auto", "replicated", "node", "sharded", "offload"] = Field(
+        "auto",
+        description="replicated: whole on every rank, without DeepSpeed; node: sharded by ZeRO-3 over the ranks of a node; "
+        "sharded: over all ranks; offload: in the host's memory, block by block to the device; auto: the first that fits",
+    )
+    node_ranks: PositiveInt | None = Field(
+        None, description="ranks of a node, which follow each other; default: what the launcher started on this node"
+    )
 
 
 class Student(Model):

@@ -1,10 +1,11 @@
 """The memory of a rank in each stage, in bytes by term: an estimate from shapes, before anything starts.
 
-    weights          b · (student + teacher + filters) / R          b: 2 bytes in bf16, else 4; R ranks
+    weights          b · (student + filters) / R                    b: 2 bytes in bf16, else 4; R ranks
+    teacher          b · teacher / ranks that share it (placement.py); streamed from the host: two blocks and what is outside blocks
     optimizer        12 · trained / R                               fp32 masters and Adam's two moments
     gradients        4 · (trained / R + sub-group)                  summed in fp32; one sub-group twice, for its update
     reduction        4 · bucket + b · largest matrix                whole gradients in reduction; on several ranks 4 · bucket more
-    gathered         b · (live student + a block, prefetch and head of the teacher), on several ranks
+    gathered         b · (live student, on several ranks + a block, prefetch and head of a teacher that several share)
     activations      what autograd keeps of N tokens, found by a trial on the meta device; with checkpointing one state a
                      block, and one whole block
     states           b · N · (pairs · width + head's width) of the teacher, in stage I also of the student
@@ -24,7 +25,7 @@ from ted_scale.distill.stages import Stage
 from ted_scale.kernels.formulas.divergences import scratch
 from ted_scale.kernels.products import CHUNK_BYTES
 from ted_scale.models.anatomy import Anatomy, run_body
-from ted_scale.models.engine_config import engine_config
+from ted_scale.models.engine_config import engine_config, zero_settings
 from ted_scale.models.inspection import empty_model, read_config
 
 TRIAL = 8  # tokens; with more, the scores that attention keeps where it is not fused would count
@@ -50,32 +51,47 @@ def terms(plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
     """(bytes by term, bytes that are offloaded to the host)"""
     run, ranks = plan.run, plan.world
     b, tokens = 2 if run.train.precision == "bf16" else 4, run.train.micro_batch * run.data.seq_len
-    counts, models = filter_parameters(plan), [a for a in (plan.student, plan.teacher) if a]
+    counts = filter_parameters(plan)
     student, filters = counts["student"], sum(counts.values()) - (0 if stage.learns_filters else counts["lifts"])
     trained = (filters + own_heads(plan) if stage.learns_filters else plan.student.parameters + student) / ranks
     found = {
-        "weights": b * (sum(a.parameters for a in models) + filters) / ranks,
+        "weights": b * (plan.student.parameters + filters) / ranks,
+        "teacher": b * teacher_here(plan.teacher, plan.placement, device) if plan.teacher else 0,
         "optimizer": 12 * trained,
         "gradients": 4 * (trained + min(trained, setting(plan, "sub_group_size"))),
         "reduction": reduction(plan, trained * ranks, b, device),
-        "gathered": b * gathered(plan, stage) if ranks > 1 else 0,
+        "gathered": b * gathered(plan, stage),
         "activations": activations(plan, stage, tokens, b),
         "states": b * tokens * states(plan, stage),
         "losses": losses(plan, stage, tokens, b, filters if stage.learns_filters else student, device),
         "copy for a save": 12 * trained if device == "cpu" else 0,
     }
     zero = plan.ds_config["zero_optimization"]
-    moved = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}
+    shards = ("weights",) if plan.placement and plan.placement.is_bare else ("weights", "teacher")
+    moved = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": shards}
     gone = [n for key, names in moved.items() if (zero.get(key) or {}).get("device") == "cpu" for n in names]
     away = sum(found.pop(name) for name in gone) if device != "cpu" else 0
-    return found, away
+    return found, away + (b * in_blocks(plan.teacher) if streams(plan.placement) and device != "cpu" else 0)
+
+
+def streams(placement) -> bool:
+    return placement is not None and placement.way == "offload"
+
+
+def in_blocks(a: Anatomy) -> int:
+    return min(a.layers * a.block_parameters, a.parameters)
+
+
+def teacher_here(a: Anatomy, placement, device: str) -> float:
+    """The teacher's parameters in the memory of a rank's device; on a CPU the host is the device."""
+    if not streams(placement):
+        return a.parameters / placement.ranks
+    return a.parameters + 2 * a.block_parameters - (in_blocks(a) if device != "cpu" else 0)
 
 
 def setting(plan, key: str, model: Anatomy | None = None) -> float:
     """A value of the ds_config, or the default that follows from the model. DeepSpeed parses numbers in strings."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    config = DeepSpeedZeroConfig(**engine_config(plan, model or plan.student)["zero_optimization"])
+    config = zero_settings(plan.run.ds_config, engine_config(plan, model or plan.student)["zero_optimization"])
     names = {field.alias or name: name for name, field in type(config).model_fields.items()}
     return getattr(config, names[key])
 
@@ -104,7 +120,8 @@ def gathered(plan, stage: Stage) -> float:
 
     live = min(plan.student.parameters, setting(plan, "stage3_max_live_parameters"))
     ours = of_frozen(plan.student) if stage.learns_filters else live
-    return ours + (of_frozen(plan.teacher) if plan.teacher else 0)
+    shared = plan.placement and plan.placement.ranks > 1
+    return (ours if plan.world > 1 else 0) + (of_frozen(plan.teacher) if shared else 0)
 
 
 def activations(plan, stage: Stage, tokens: int, b: int) -> float:

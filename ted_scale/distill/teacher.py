@@ -9,7 +9,8 @@ from ted_scale.models.zero import gathered, start_gather
 
 
 class TeacherBody(torch.nn.Module):
-    """The module of the teacher's engine. The output projection stays in the network, so that it is sharded with it."""
+    """The teacher's module: that of its engine, or all there is of it where every rank has it whole. The output projection stays
+    in the network, so that it is sharded with it."""
 
     def __init__(self, network, anatomy: Anatomy, blocks: list[int]):
         super().__init__()
@@ -27,13 +28,17 @@ class TeacherBody(torch.nn.Module):
 
 
 class Teacher:
-    """Runs the teacher if a loss weight needs it. Without DeepSpeed, `engine` is the body itself."""
+    """Runs the teacher if a loss weight needs it. Where no rank shares its weights, `engine` is the body itself."""
 
     def __init__(self, engine, body: TeacherBody):
         self.engine, self.body, self.head = engine, body, head_of(body.network, body.anatomy)
         self.projection = self.head.projection
         self.tied = body.network.get_input_embeddings().weight is self.head.weight
-        self.at_load = None  # the digests of its shards, if replicas are compared
+        self.at_load = None  # the digests of what this rank has of it, if replicas are compared
+
+    @property
+    def is_bare(self) -> bool:
+        return self.engine is self.body
 
     @torch.no_grad()
     def __call__(self, batch, weights: Weights) -> Signal | None:

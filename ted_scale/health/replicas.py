@@ -1,5 +1,5 @@
-"""Finds silent errors of memory and devices. The frozen teacher's shards must still be those that were loaded; small tensors,
-which ZeRO-3 keeps whole on every rank, must be equal on all ranks.
+"""Finds silent errors of memory and devices. What a rank has of the frozen teacher must still be what was loaded; tensors that
+every rank has whole must be equal on all ranks: small ones under ZeRO-3, and all of a teacher that is not sharded.
 
 Digests are integers over the bits, computed on the device of the tensors. A sum of floats would miss a flipped low bit and
 would depend on the order. Note: only tensors that do not change or that exist twice can be checked. The student's shards,
@@ -47,8 +47,8 @@ def mixed(bits: torch.Tensor, start: int) -> torch.Tensor:
     return x
 
 
-def shards_of(module) -> dict[str, torch.Tensor]:
-    """This rank's part of every parameter."""
+def parts_of(module) -> dict[str, torch.Tensor]:
+    """This rank's part of every parameter: its shard, or all of it."""
     named = module.named_parameters()
     return {name: without_padding(p, p.ds_tensor) if is_sharded(p) else p for name, p in named}
 
@@ -72,20 +72,23 @@ def digests(tensors: dict[str, torch.Tensor], device) -> torch.Tensor:
 def verify(teacher, student, progress) -> None:
     """Call it on all ranks at the same step. A difference stops all ranks with the same sentence."""
     at_load = getattr(teacher, "at_load", None)  # without a teacher it is a plain function
-    sides = {"student": student.module} | ({} if at_load is None else {"teacher": teacher.engine.module})
-    frozen = {} if at_load is None else shards_of(teacher.engine.module)
+    sides = {"student": student.module} | ({} if at_load is None else {"teacher": teacher.body})
+    frozen = {} if at_load is None else parts_of(teacher.body)
     copies = {f"{side}'s {name}": copy for side, module in sides.items() for name, copy in copies_of(module).items()}
-    ours = digests(copies, student.device)
+    ours, names = digests(copies, student.device), list(copies)
     if frozen:
-        ours = torch.cat([(digests(frozen, student.device) != at_load).long(), ours])
+        now = digests(frozen, student.device)
+        if teacher.is_bare:  # the ranks read it each for itself
+            ours, names = torch.cat([ours, now]), names + [f"teacher's {name}" for name in frozen]
+        ours = torch.cat([(now != at_load).long(), ours])
     rows = of_all_ranks(ours).tolist()
-    fault = first_changed(list(frozen), rows) or first_alone(list(copies), [row[len(frozen) :] for row in rows])
+    fault = first_changed(list(frozen), rows) or first_alone(names, [row[len(frozen) :] for row in rows])
     if fault:
         stop(progress.step, fault)
 
 
 def first_changed(names: list[str], rows: list[list[int]]) -> Fault | None:
-    """The first of the teacher's shards whose digest is not that at load."""
+    """The first part of the teacher whose digest is not that at load."""
     found = ((k, rank) for rank, row in enumerate(rows) for k in range(len(names)) if row[k])
     which = min(found, default=None)
     return which and Fault(f"the teacher's {names[which[0]]}", which[1], "the bits that were loaded")

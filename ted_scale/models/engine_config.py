@@ -1,5 +1,6 @@
 """DeepSpeed's configuration for one model: the ds_config, the values of the run file, and sizes that follow from the model."""
 
+from ted_scale.base.errors import UserError
 from ted_scale.models.anatomy import Anatomy
 
 
@@ -16,6 +17,21 @@ def engine_config(plan, model: Anatomy, **trained) -> dict:
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on offloaded shards and needs no compilation
         **trained,
     }
+
+
+def zero_settings(path: str, zero: dict):
+    """DeepSpeed's reading of the section of ZeRO; a mistake in it is one sentence about the ds_config at `path`."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        return DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(["zero_optimization", *map(str, wrong["loc"])])
+        raise UserError(
+            f"ds_config {path}: {key} must be what DeepSpeed knows, but is {wrong['input']!r} ({wrong['msg']}); correct it"
+        ) from None
 
 
 def bucket_sizes(model: Anatomy) -> dict:

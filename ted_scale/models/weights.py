@@ -1,7 +1,7 @@
 """A network's weights: each rank's shard straight from safetensors, or random.
 
 Transformers' own loader merges all files on rank 0 first. Here every rank reads only the rows that it keeps, so that the
-peak of host memory is one rank's part of the model.
+peak of host memory is one rank's part of the model; of a model that it keeps whole, it reads all of them.
 """
 
 import contextlib
@@ -12,18 +12,28 @@ import torch
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import empty_model, read_config
-from ted_scale.models.zero import is_sharded, shape_of, shard_range, sharded_construction, without_padding
+from ted_scale.models.zero import (
+    bare_construction,
+    is_sharded,
+    shape_of,
+    shard_range,
+    sharded_construction,
+    without_padding,
+)
 from ted_scale.storage import tensor_file
 from ted_scale.storage.tensor_file import Stretch
 
 
-def build_network(anatomy: Anatomy, *, ds_config: dict | None, dtype, init: str = "weights", seed: int = 0):
-    """The causal LM with its folder's weights or random ones; with `ds_config`, it is sharded while it is constructed."""
+def build_network(
+    anatomy: Anatomy, *, ds_config: dict | None, dtype, init: str = "weights", seed: int = 0, group=None, device="cpu"
+):
+    """The causal LM with its folder's weights or random ones; with `ds_config`, it is sharded over `group` (None: all ranks)
+    while it is constructed, else it is whole on `device`."""
     config = read_config("model", anatomy.folder)
-    with sharded_construction(ds_config, overrides=()) as context:
+    with sharded_construction(ds_config, (), group) if ds_config else bare_construction(device) as home:
         network = empty_model(config, dtype)
-    for buffer in network.buffers() if context else ():
-        buffer.data = buffer.data.to(context.local_device)
+    for tensor in (*network.buffers(), *(p for p in network.parameters() if not is_sharded(p))):
+        tensor.data = tensor.data.to(home)  # nothing moves that is there
     if init == "random":
         draw_weights(network, seed)
     else:

@@ -49,21 +49,25 @@ def gathered(parameters):
 
 
 @contextlib.contextmanager
-def sharded_construction(ds_config: dict | None, overrides: tuple | None = None):
+def sharded_construction(ds_config: dict, overrides: tuple | None = None, group=None):
     """DeepSpeed would create every tensor on the device and in the training type, also buffers and their inputs: rotary
     frequencies would be bf16. With `overrides=()` only parameters are created on the device; all other tensors are created on
-    the CPU in the family's own type."""
-    if ds_config is None:
-        yield None
-        return
+    the CPU in the family's own type. `group`: the ranks that share the shards; default: all."""
     import deepspeed
 
     # The type comes from the configuration: where fp16 is not supported, DeepSpeed 0.19 ignores an explicit dtype.
     chosen = {} if overrides is None else {"tensor_overrides": overrides}
-    context = deepspeed.zero.Init(config_dict_or_path=ds_config, **chosen)
+    context = deepspeed.zero.Init(config_dict_or_path=ds_config, data_parallel_group=group, **chosen)
     context._zero_init_param = partial(shard, context)
     with context, contextlib.nullcontext() if overrides is None else EmptyOnDevice(context.local_device):
-        yield context
+        yield context.local_device
+
+
+@contextlib.contextmanager
+def bare_construction(device):
+    """Whole parameters, large ones on the device from the start: they are never in the host's memory."""
+    with EmptyOnDevice(device):
+        yield device
 
 
 class EmptyOnDevice(TorchFunctionMode):

@@ -1,5 +1,6 @@
 """This process as a rank: its device, and the process group that the launcher's environment variables describe."""
 
+import functools
 import logging
 import os
 import socket
@@ -7,6 +8,7 @@ import warnings
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from ted_scale.config.run import Run
 from ted_scale.ranks import watch
@@ -38,6 +40,19 @@ def start_ranks(run: Run | None = None, check=lambda device: None) -> torch.devi
     patience = LONGEST_WAIT if run else timedelta(minutes=30)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=patience)
     return device
+
+
+def group_of_node(ranks: int):
+    """The group of this rank's node, of so many ranks that follow each other; None if all of them do, which have a group
+    already. A collective of all ranks."""
+    if ranks == dist.get_world_size():
+        return None
+    return groups_of_nodes(ranks)
+
+
+@functools.cache  # a group is for the whole life of a process
+def groups_of_nodes(ranks: int):
+    return dist.new_subgroups(ranks, timeout=LONGEST_WAIT)[0]
 
 
 def free_port() -> str:

@@ -50,9 +50,11 @@ def line_of(error: BaseException) -> str:
     return f" (in {here[-1]})" if here else ""
 
 
-def ways_to_need_less(run, ds_config: dict, on_cpu: bool) -> str:
-    """The ways that this run does not use yet, the cheapest first."""
+def ways_to_need_less(run, ds_config: dict, on_cpu: bool, placement: str | None = None) -> str:
+    """The ways that this run does not use yet, the cheapest first; `placement` is one of the teacher that needs less."""
     ways = []
+    if placement:
+        ways.append(f"set teacher.placement = '{placement}'")
     if run.train.micro_batch > 1:
         ways.append(f"lower train.micro_batch ({run.train.micro_batch})")
     if not run.student.gradient_checkpointing:

@@ -28,9 +28,25 @@ def test_memory_of_parameters_is_divided_by_the_ranks_and_includes_the_teacher(w
     plan, one, _ = of(world, method="kd")
     _, two, _ = of(world, method="kd", ranks=2)
     student, teacher = plan.student.parameters, plan.teacher.parameters
-    assert (one["weights"], one["optimizer"], one["gradients"]) == (4 * (student + teacher), 12 * student, 8 * student)
-    assert all(two[name] == one[name] / 2 for name in ("weights", "optimizer", "gradients"))
+    assert (one["weights"], one["teacher"]) == (4 * student, 4 * teacher)
+    assert (one["optimizer"], one["gradients"]) == (12 * student, 8 * student)
+    assert all(two[name] == one[name] / 2 for name in ("weights", "teacher", "optimizer", "gradients"))
     assert one["gathered"] == 0 and two["gathered"] >= 4 * student
+
+
+def test_a_teacher_that_every_rank_has_whole_is_not_divided_and_not_gathered(world):
+    plan, sharded, _ = of(world, method="kd", ranks=4)
+    _, whole, _ = of(world, method="kd", ranks=4, teacher={"placement": "replicated"})
+    assert whole["teacher"] == 4 * plan.teacher.parameters == 4 * sharded["teacher"]
+    assert whole["gathered"] == 4 * plan.student.parameters < sharded["gathered"]
+
+
+def test_of_a_streamed_teacher_two_blocks_are_on_the_device_and_all_on_the_host(world):
+    plan, on_gpu, away = of(world, method="kd", device="cuda", teacher={"placement": "offload"})
+    _, on_cpu, nothing = of(world, method="kd", teacher={"placement": "offload"})
+    a = plan.teacher
+    assert away == 4 * a.layers * a.block_parameters and nothing == 0
+    assert on_gpu["teacher"] + away == on_cpu["teacher"] == 4 * (a.parameters + 2 * a.block_parameters)
 
 
 def test_stage_one_trains_filters_alone(world):

@@ -17,6 +17,7 @@ class Counts:
     device_waits: int = 0
     stream_waits: int = 0
     gathered: list[int] = field(default_factory=list)  # bytes of each all-gather's result
+    crossed: list[int] = field(default_factory=list)  # of these, between nodes of two ranks
     late: list[str] = field(default_factory=list)  # modules whose weights were not asked for before they were needed
     reduced: list[int] = field(default_factory=list)
 
@@ -63,12 +64,17 @@ def as_on_cuda():
             counts.late.append(f"{type(module).__name__} {'forward' if forward else 'backward'}")
         return fetch(coordinator, module, forward, is_leaf)
 
+    def count(size: int, group=None, **_) -> None:
+        counts.gathered.append(size)
+        if len({rank // 2 for rank in torch.distributed.get_process_group_ranks(group)}) > 1:
+            counts.crossed.append(size)
+
     def gathering(output_tensor, input_tensor, **named):
-        counts.gathered.append(output_tensor.nbytes)
+        count(output_tensor.nbytes, **named)
         return gather(output_tensor, input_tensor, **named)
 
     def gathering_list(tensor_list, tensor, **named):
-        counts.gathered.append(sum(t.nbytes for t in tensor_list))
+        count(sum(t.nbytes for t in tensor_list), **named)
         return gather_list(tensor_list, tensor, **named)
 
     def reducing(output_tensor, input_tensor, **named):

@@ -19,6 +19,8 @@ from ted_scale.base.errors import RunStopped
 from ted_scale.data.stream import open_stream
 from ted_scale.distill.student import Student
 from ted_scale.metrics.metrics import Metrics
+from ted_scale.models import weights
+from ted_scale.models.zero import is_sharded
 
 NAN, INF = float("nan"), float("inf")
 
@@ -183,7 +185,8 @@ WHOLE = str(Path(__file__).parents[2] / "ds_configs" / "zero3.json")  # small te
 
 
 def flips(folder, device):
-    """One bit of one rank's memory after step 2: of a teacher's shard, of a small teacher's tensor, of the student's."""
+    """One bit of one rank's memory after step 2: of a teacher's shard, of a small teacher's tensor, of the student's, of a whole
+    teacher; and one that this rank read wrongly, of a whole teacher."""
 
     def flip(tensor) -> None:
         tensor.view(-1).view(torch.int32)[3] ^= 1
@@ -197,17 +200,32 @@ def flips(folder, device):
     def students(student, teacher):
         flip(dict(student.module.named_parameters())["network.transformer.ln_f.bias"].data)
 
-    said = {}
-    for what in (shard, teachers, students):
+    def replica(student, teacher):
+        flip(teacher.body.network.model.norm.weight.data)
+
+    def read(student, teacher): ...
+
+    said, load = {}, weights.load_weights
+
+    def load_wrongly(network, *arguments):
+        load(network, *arguments)
+        if dist.get_rank() == 1 and not is_sharded(network.lm_head.weight):
+            flip(network.lm_head.weight.data)
+
+    for what in (shard, teachers, students, replica, read):
 
         def look(step, student, teacher, what=what):
             if step == 2 and dist.get_rank() == 1:
                 what(student, teacher)
 
         checked = {"ds_config": WHOLE, "health": {"replicas_every": 1}}
+        checked |= {"teacher": {"placement": "replicated"}} if what in (replica, read) else {}
+        weights.load_weights = load_wrongly if what is read else load
         try:
             with watching(look):
                 start(folder, device, name=f"flips_{what.__name__}", method="kd", **checked, **quick(folder, steps=3))
         except RunStopped as error:
             said[what.__name__] = str(error)
+        finally:
+            weights.load_weights = load
     return said

@@ -152,6 +152,17 @@ def resumes(folder: Path, device):
         start(folder, device, name=name, **TWENTY_STEPS)
 
 
+def teacher_moves(folder: Path, device):
+    """The run of `resumes`, from its checkpoint in stage II on with its teacher elsewhere."""
+    for way in ("replicated", "offload"):
+        if dist.get_rank() == 0:
+            target = folder / "runs" / f"moved_to_{way}"
+            shutil.copytree(folder / "runs" / "straight", target)
+            put_back(target, 15)
+        dist.barrier()
+        start(folder, device, name=f"moved_to_{way}", **TWENTY_STEPS, teacher={"placement": way})
+
+
 def resumes_with_other_settings(folder: Path, device):
     """The optimizer's groups of a run that goes on with other rates, and what it writes of them."""
     engines = []
@@ -338,19 +349,30 @@ def layer_loss_ends(folder: Path, device):
 
 
 def loading_memory(folder: Path, device):
-    """Peak host memory of this rank while a model of many files loads, and the sizes it is compared with."""
+    """Peak host memory of this rank while a model of many files loads, sharded and then whole, and the sizes it is compared
+    with."""
     from ted_scale.models.inspection import inspect
     from ted_scale.models.weights import build_network
 
     anatomy = inspect("student.path", str(folder / "large"))
     sizes = [f.stat().st_size for f in anatomy.folder.glob("*.safetensors")]
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
+    before = memory_begins()
     plan = make_plan(make_run(folder), dist.get_world_size())
     config = engine_config(plan, plan.student)
     network = build_network(anatomy, ds_config=config, dtype=torch.float32)
     part = sum(torch.Size(shape_of(p)).numel() for p in network.parameters()) * 4 / dist.get_world_size()
-    return {"peak": memory("VmHWM") - before, "part": part, "file": max(sizes), "whole": sum(sizes)}
+    seen = {"peak": memory("VmHWM") - before, "part": part, "file": max(sizes), "whole": sum(sizes)}
+    del network
+    before = memory_begins()
+    network = build_network(anatomy, ds_config=None, dtype=torch.float32)
+    tensor = max(parameter.nbytes for parameter in network.parameters())
+    return seen | {"whole_peak": memory("VmHWM") - before, "tensor": tensor}
+
+
+def memory_begins() -> int:
+    """What is used now; VmHWM counts from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
 
 
 def memory(key: str) -> int:

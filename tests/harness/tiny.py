@@ -79,7 +79,7 @@ def run_values(root: Path, **sections) -> dict:
         "ds_config": str(Path(__file__).with_name("zero3_all_sharded.json")),
         "log_every": 1,
         "student": {"path": str(root / "student")},
-        "teacher": {"path": str(root / "teacher")},
+        "teacher": {"path": str(root / "teacher"), "placement": "sharded"},
         "data": {"seq_len": 32, "corpora": [{"path": str(root / "corpus"), "validation": 0.1}]},
         "filters": {"steps": 4, "width": "full", "start": "random", "sample_tokens": 1.0},
         "train": {"steps": 6, "tokens_per_step": 256, "micro_batch": 1, "lr": 1e-3, "precision": "fp32"},

@@ -17,9 +17,10 @@ from ted_scale.metrics.metrics import Metrics
 from ted_scale.models import zero_hooks
 
 MICRO_STEPS = 2
+WAYS = ("sharded", "replicated", "node", "offload")
 
 
-def deep(folder: Path, blocks: int, **sizes) -> dict:
+def deep(folder: Path, blocks: int, placement: str = "sharded", **sizes) -> dict:
     """Sections of a run whose student and teacher have `blocks` blocks each, all of them matched."""
     if dist.get_rank() == 0:
         make_model(folder / f"deep_{blocks}", "llama", num_hidden_layers=blocks, **sizes)
@@ -28,16 +29,29 @@ def deep(folder: Path, blocks: int, **sizes) -> dict:
     dist.barrier()
     path = {"path": str(folder / f"deep_{blocks}")}
     train = {"tokens_per_step": 32 * dist.get_world_size() * MICRO_STEPS, "steps": 5}
-    return {"teacher": path, "student": path, "train": train, "filters": {"steps": 5}}
+    return {"teacher": {**path, "placement": placement}, "student": path, "train": train, "filters": {"steps": 5}}
 
 
 def traffic(folder: Path, device):
-    """Counts of each optimizer step: with 4 pairs, and with 16 where no weight stays whole until backward."""
+    """Counts of each optimizer step: with 4 pairs, also beside a teacher that every rank has whole, and with 16 where no weight
+    stays whole until backward."""
     return {
         "4": traffic_of(folder, device, "4", **deep(folder, 4)),
+        "replicated": traffic_of(folder, device, "replicated", **deep(folder, 4, placement="replicated")),
         "tied": traffic_of(folder, device, "tied", **deep(folder, 2, tie_word_embeddings=True), method="kd"),
         "16": traffic_of(folder, device, "16", **deep(folder, 16), ds_config=str(folder / "nothing_kept.json")),
     }
+
+
+def placements(folder: Path, device):
+    """Counts of each optimizer step on four ranks, which are two nodes of two, with the teacher in every place."""
+    return {way: traffic_of(folder, device, f"at_{way}", **short(folder, way)) for way in WAYS}
+
+
+def short(folder: Path, way: str) -> dict:
+    sections = deep(folder, 2, placement=way, tie_word_embeddings=True)
+    sections["teacher"]["node_ranks"] = 2
+    return {**sections, "train": {**sections["train"], "steps": 3}, "filters": {"steps": 2}}
 
 
 def traffic_of(folder: Path, device, name: str, **sections) -> list[dict]:

@@ -15,6 +15,7 @@ from ted_scale.config.run_file import load_run
 from ted_scale.distill import memory
 from ted_scale.engines import check_engine_config
 from ted_scale.plan import Plan, describe, make_plan, stage_flops
+from ted_scale.ranks import capacity
 from ted_scale.storage.tensor_file import header_of
 from tools.comparison import plan as plans
 
@@ -51,12 +52,13 @@ def test_a_run_file_dry_runs_and_its_header_has_the_numbers(root, file, monkeypa
     monkeypatch.chdir(root)
     text = file.read_text(encoding="utf-8")
     quoted, launched = HEADER.search(text), LAUNCHED.search(text)
+    device = {"CPU": "cpu", "GPU": "cuda"}[quoted[2] if quoted else "CPU"]
+    monkeypatch.setattr(capacity, "of_a_rank", lambda ranks: (device, 80e9))
     plan = dry_run(root, file, int((quoted or launched)[1]))
     assert plan.pairs[-1:] in ([], [(plan.student.layers - 1, plan.teacher and plan.teacher.layers - 1)])
     if quoted is None:
         assert "# Expect" in text
         return
-    device = {"CPU": "cpu", "GPU": "cuda"}[quoted[2]]
     found = [sum(memory.terms(plan, stage, device)[0].values()) / 2**30 for stage in plan.stages]
     found += [stage_flops(plan, stage) for stage in plan.stages]
     assert [float(number) for number in quoted.groups()[2:]] == pytest.approx(found, rel=0.05)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_model
 
 from ted_scale.base.errors import UserError
-from ted_scale.models.inspection import inspect
+from ted_scale.models.inspection import empty_model, inspect, read_config
 from ted_scale.models.weights import build_network
+from ted_scale.models.zero import bare_construction
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,13 @@ def test_an_unreadable_config_is_refused_in_one_sentence(tmp_path, text):
     with pytest.raises(UserError) as caught:
         inspect("student.path", str(tmp_path), needs_weights=False)
     assert re.match(r"student.path must .*, but ", str(caught.value)) and "\n" not in str(caught.value)
+
+
+def test_no_matrix_of_a_whole_model_is_in_the_host_s_memory_while_it_is_made(models):
+    for family in FAMILIES:
+        with bare_construction(torch.device("meta")):
+            network = empty_model(read_config("teacher.path", models / family), torch.float32)
+        assert {weight.device.type for weight in network.parameters() if weight.dim() > 1} == {"meta"}
 
 
 def test_random_weights_follow_the_seed_and_not_the_file(models):

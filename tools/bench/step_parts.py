@@ -61,7 +61,7 @@ def places(engine, teacher) -> list[tuple]:
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
     student, zero = engine.module, engine.optimizer
-    found = [(teacher.engine.module, "forward", "teacher")] if hasattr(teacher, "engine") else []
+    found = [(teacher.body, "forward", "teacher")] if hasattr(teacher, "body") else []
     found += [(student, "run_network", "student forward"), (student, "logit_losses", "losses")]
     found += [(student, "layer_loss", "losses"), (student, "filter_losses", "losses"), (engine, "backward", "backward")]
     gathers = ((Coordinator, "fetch_sub_module"), (Coordinator, "release_sub_module"))
@@ -77,7 +77,7 @@ class Traffic:
 
     def __init__(self, engine, teacher):
         sides = {"student": engine.module}
-        sides |= {"teacher": teacher.engine.module} if hasattr(teacher, "engine") else {}
+        sides |= {"teacher": teacher.body} if hasattr(teacher, "body") else {}
         self.times, self.calls, self.reduced = Counter(), Counter(), 0
         self.weights = {p: (s, n) for s, m in sides.items() for n, p in m.named_parameters() if hasattr(p, "ds_id")}
 
