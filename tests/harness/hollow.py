@@ -75,6 +75,10 @@ MODELS = {  # by the path in a run file
     "runs/demo/untrained": DEMO,
     "runs/demo/teacher_hf": DEMO,
     "models/small_teacher": DEMO,
+    "models/few_teacher": {**DEMO, "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 688},
+    "models/few_student_untrained": {
+        **DEMO, "vocab_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 3,
+    },
     "models/speedrun": {
         **SMOLLM2, "hidden_size": 480, "intermediate_size": 1056, "num_hidden_layers": 20, "num_attention_heads": 6,
         "num_key_value_heads": 2, "head_dim": 64,
