@@ -338,7 +338,8 @@ def test_operands_whose_rows_are_not_dense_are_read_right(mode, small_tiles):
     values = tensors()
     apart = {k: across(v) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in values.items()}
     dense, other = (linear_kl_ce(**v, mode=mode, backend="triton") for v in (values, apart))
-    assert all(torch.equal(a, b) for a, b in zip(dense, other, strict=True))
+    # Not to the last bit: the vendor's product adds in another order where rows are apart, on some machines.
+    torch.testing.assert_close(other, dense, rtol=1e-5, atol=1e-6)
     layers = filtered()
     apart = {k: across(v) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in layers.items()}
     assert torch.equal(triton_mse(**layers, kind="cosine"), triton_mse(**apart, kind="cosine"))

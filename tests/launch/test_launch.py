@@ -56,7 +56,7 @@ def gone(pids, seconds: float) -> bool:
 def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal(root):
     """One rank is killed -9 in the first life, one is told to stop in the second, the third comes to the end. That all numbers
     are those of an undisturbed run is in test_faults.py and test_distributed.py."""
-    unlucky = make_run(root, name="unlucky", **SETTINGS, limits={"silence_s": 4.0})
+    unlucky = make_run(root, name="unlucky", **SETTINGS, limits={"silence_s": 8.0})
     config = write_run(root / "unlucky.toml", unlucky)
     supervise = [
         sys.executable,
@@ -76,7 +76,7 @@ def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal(root
     assert steps_of(unlucky) == list(range(1, 15))
 
     said = (root / "said").read_text()
-    assert "error: rank 1 must give a sign at least every limits.silence_s (4 s)" in said
+    assert "error: rank 1 must give a sign at least every limits.silence_s (8 s)" in said
     starts = [line for line in said.splitlines() if line.startswith("supervise: ")]
     assert len(starts) == 3 and "restarting in 0 s" in starts[1] and "exit code 75" in starts[1]
     resumed = int(re.findall(r"resuming from .*step_(\d+)", said)[-1])

@@ -44,7 +44,7 @@ def test_a_fitted_student_is_nearer_to_its_teacher(family, text, tmp_path):
         (logits(cut(teacher, tmp_path / f"cut{len(more)}", text, *words, *more)) - expected).square().mean()
         for more in (["--no-refit"], [])
     )
-    assert fitted < 0.9 * plain
+    assert fitted < 0.95 * plain
 
 
 def test_all_but_the_matrices_of_blocks_stay_as_they_were_and_so_do_dtypes(text, tmp_path):
