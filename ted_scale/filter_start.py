@@ -20,6 +20,7 @@ from ted_scale.distill.filters import has_lift
 from ted_scale.distill.signal import Weights
 from ted_scale.engines import build_filters, build_teacher
 from ted_scale.models import zero_hooks
+from ted_scale.placement import placed
 from ted_scale.ranks import pulse
 
 log = logging.getLogger("ted_scale")
@@ -98,7 +99,8 @@ def measured_starts(plan, stream: Stream, teacher, device) -> list[Start]:
 def as_teacher(plan):
     """A plan in which the student is a frozen model whose matched blocks are read."""
     run = plan.run.model_copy(update={"teacher": Model(path=plan.run.student.path)})
-    return replace(plan, run=run, teacher=plan.student, pairs=[(s, s) for s, _ in plan.pairs])
+    placement = placed(plan, "replicated", 1) if plan.placement.is_bare else plan.placement
+    return replace(plan, run=run, teacher=plan.student, placement=placement, pairs=[(s, s) for s, _ in plan.pairs])
 
 
 def batches(plan, stream: Stream, tokens: int, device) -> Iterator:

@@ -13,7 +13,8 @@ from ted_scale.distill import memory
 from ted_scale.ranks import capacity
 from ted_scale.ranks.agree import gather
 
-FASTEST_FIRST = ("replicated", "node", "sharded", "offload")
+BY_ITSELF = ("replicated", "node", "sharded")  # what `auto` takes, fastest first
+FASTEST_FIRST = (*BY_ITSELF, "offload")
 # The share of a rank's memory that the estimate may take. It leaves out the process; measured peaks were up to 1.19 times as high
 # on CPUs, and 0.95 times on an H100 (memory.py).
 ROOM = {"cpu": 0.8, "cuda": 0.9}
@@ -94,10 +95,10 @@ def fastest_that_fits(plan, node: int) -> Placement:
 
 
 def candidates(plan, node: int) -> list[Placement]:
-    """Without those that are another one under these ranks."""
+    """Without those that are another one under these ranks, and without `offload`: nobody knows what a host has to spare."""
     nodes = ["node"] if 1 < node < plan.world and plan.world % node == 0 else []
     shares = ["sharded"] if plan.world > 1 or offloads_weights(plan.ds_config) else []
-    return [placed(plan, way, node) for way in FASTEST_FIRST if way in ("replicated", "offload", *nodes, *shares)]
+    return [placed(plan, way, node) for way in BY_ITSELF if way in ("replicated", *nodes, *shares)]
 
 
 def needed(plan, device: str) -> float:

@@ -67,6 +67,7 @@ def run_plan(plan: Plan) -> None:
     device = start_ranks(plan.run, partial(check_device, plan.run))
     try:
         on_cpu = device.type == "cpu"
+        plan = replace(plan, placement=agreed(plan.placement))
         less = needs_less(plan.placement, plan.world, on_cpu)
         with shortage.enough(shortage.ways_to_need_less(plan.run, plan.ds_config, on_cpu, less)):
             train_run(plan, device)
@@ -81,7 +82,6 @@ def run_plan(plan: Plan) -> None:
 def train_run(plan: Plan, device: torch.device) -> Progress:
     """Train every stage that is not done yet."""
     refuse_other_world(plan)
-    plan = replace(plan, placement=agreed(plan.placement))
     if dist.get_rank() == 0:
         exits.where_it_stands = partial(run_folder.where_it_stands, plan.run.folder)
     progress, newest = run_folder.claim_folder(plan)

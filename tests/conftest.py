@@ -3,8 +3,8 @@ Note: OpenMP reads its variable when torch is imported, so that it must be set b
 
 Without a GPU Triton's kernels are interpreted; Triton reads that when a kernel is imported. The files of LONG run first, in
 that order: pytest-xdist's workers take whole files, and at the end no worker should wait long for the other. `make check`
-leaves them out. The files of ONCE meet neither torch, Triton, DeepSpeed, transformers, Megatron nor numpy: a second set of
-packages need not run them (.ci/run).
+leaves them out. The files of ONCE ask nothing of Python itself or of a package that is another one in the second set: its
+leg leaves them out (.ci/run).
 """
 
 import os
@@ -25,9 +25,8 @@ LONG = (
     "test_cut_by_text",
 )  # fmt: skip
 ONCE = (
-    "test_docs", "test_tower", "test_faulty_files", "test_config", "test_durable", "test_errors", "test_exits", "test_paths",
-    "test_sealed", "test_chunk_cache", "test_credentials", "test_transfers", "test_holder", "test_life", "test_signals",
-    "test_supervise", "test_slurm",
+    "test_docs", "test_tower", "test_faulty_files", "test_durable", "test_errors", "test_paths", "test_sealed",
+    "test_chunk_cache", "test_credentials", "test_transfers", "test_life", "test_slurm",
 )  # fmt: skip
 
 

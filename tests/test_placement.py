@@ -39,7 +39,7 @@ def of_size(monkeypatch, size: float, device: str = "cuda") -> None:
     monkeypatch.setattr(capacity, "of_a_rank", lambda ranks: (device, size))
 
 
-@pytest.mark.parametrize("way", placement.FASTEST_FIRST)
+@pytest.mark.parametrize("way", placement.BY_ITSELF)
 def test_auto_takes_the_fastest_that_fits_and_says_so(world, monkeypatch, way):
     size = placement.needed(plan_of(world, placement=way), "cuda")
     of_size(monkeypatch, size * 1.001 / placement.ROOM["cuda"])
@@ -51,13 +51,13 @@ def test_auto_takes_the_fastest_that_fits_and_says_so(world, monkeypatch, way):
 
 def test_where_nothing_fits_auto_takes_what_needs_least(world, monkeypatch):
     of_size(monkeypatch, 1000.0)
-    assert plan_of(world).placement.way == "offload"
+    assert plan_of(world).placement.way == "sharded"  # offload takes the host's memory, so it is only taken by name
     assert "auto: none fits, this one needs least" in describe(plan_of(world))
 
 
 def test_of_a_single_node_and_of_a_single_rank_fewer_places_are_left(world, monkeypatch):
     ways = [[p.way for p in placement.candidates(plan_of(world, n, node_ranks=m), m)] for n, m in ((4, 4), (1, 1))]
-    assert ways == [["replicated", "sharded", "offload"], ["replicated", "offload"]]
+    assert ways == [["replicated", "sharded"], ["replicated"]]
 
 
 def test_a_rank_that_shares_with_no_other_has_no_engine(world, tmp_path):
@@ -137,11 +137,16 @@ def test_a_run_that_is_out_of_memory_is_told_a_place_that_needs_less(world, way,
 
 
 def test_a_host_has_what_its_control_group_may_use(tmp_path, monkeypatch):
-    (tmp_path / "max").write_text("max\n")
-    (tmp_path / "limit").write_text("1000000\n")
-    monkeypatch.setattr(capacity, "LIMITS", (str(tmp_path / "max"), str(tmp_path / "absent")))
+    monkeypatch.setattr(capacity, "GROUPS", tmp_path)
+    monkeypatch.setattr(capacity, "PROCESS", tmp_path / "of_this_process")
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    (tmp_path / "job" / "step" / "memory.max").write_text("max\n")
+    (tmp_path / "of_this_process").write_text("1:cpuset:/\n0::/job/step\n")
     whole = capacity.of_the_host()
-    monkeypatch.setattr(capacity, "LIMITS", (str(tmp_path / "max"), str(tmp_path / "limit")))
+    (tmp_path / "job" / "memory.max").write_text("1000000\n")
     assert capacity.of_the_host() == 1000000 < whole
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert capacity.of_a_rank(4) == ("cpu", 250000)
+    (tmp_path / "memory" / "old").mkdir(parents=True)
+    (tmp_path / "memory" / "old" / "memory.limit_in_bytes").write_text("2000\n")
+    (tmp_path / "of_this_process").write_text("4:memory,hugetlb:/old\n")
+    assert capacity.of_the_host() == 2000

@@ -41,7 +41,8 @@ class Teacher(Model):
     placement: Literal["auto", "replicated", "node", "sharded", "offload"] = Field(
         "auto",
         description="replicated: whole on every rank, without DeepSpeed; node: sharded by ZeRO-3 over the ranks of a node; "
-        "sharded: over all ranks; offload: in the host's memory, block by block to the device; auto: the first that fits",
+        "sharded: over all ranks; offload: in the host's memory, block by block to the device; auto: the first of "
+        "the others that fits",
     )
     node_ranks: PositiveInt | None = Field(
         None, description="ranks of a node, which follow each other; default: what the launcher started on this node"

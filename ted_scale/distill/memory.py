@@ -33,7 +33,9 @@ TRIAL = 8  # tokens; with more, the scores that attention keeps where it is not 
 
 def describe(plan) -> list[str]:
     """One line a stage, for this machine's device, largest terms first."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator().device_name()
     return [line_of(stage, *terms(plan, stage, device), device) for stage in plan.stages]
 
 

@@ -1,26 +1,40 @@
 """How much memory a rank has: its device's, or its part of the host's.
 
-In a container the host's memory is what the container may use, which only its control group knows.
+In a container, or in a job of a scheduler, the host's memory is what may be used there, which only control groups know: that of
+this process and those above it.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
 
-LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of control groups v2 and v1
+GROUPS, PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def of_a_rank(ranks: int) -> tuple[str, float]:
     """(the device, its bytes), with so many ranks on this host."""
-    if torch.cuda.is_available():
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cuda":
         return "cuda", torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory
     return "cpu", of_the_host() / ranks
 
 
 def of_the_host() -> int:
-    return min([psutil.virtual_memory().total, *(limit for file in LIMITS if (limit := limit_in(Path(file))))])
+    return min([psutil.virtual_memory().total, *(limit for file in limits() if (limit := limit_in(file)))])
+
+
+def limits() -> Iterator[Path]:
+    """The files that may hold one. A line of PROCESS is "number:controllers:group", without controllers in version 2."""
+    lines = PROCESS.read_text().splitlines() if PROCESS.exists() else []
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        if not controllers or "memory" in controllers.split(","):
+            root, file = (GROUPS / "memory", "memory.limit_in_bytes") if controllers else (GROUPS, "memory.max")
+            inside = Path(group.lstrip("/"))
+            yield from (root / folder / file for folder in (inside, *inside.parents))
 
 
 def limit_in(file: Path) -> int | None:

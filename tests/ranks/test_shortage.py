@@ -61,6 +61,8 @@ def test_a_run_that_runs_out_of_memory_gets_its_own_advice(tmp_path, monkeypatch
     monkeypatch.setattr(build, "check_engine_config", lambda plan: None)
     monkeypatch.setattr(build, "start_ranks", lambda run, check: torch.device("cpu"))
     monkeypatch.setattr(build, "train_run", full)
+    monkeypatch.setattr(build, "replace", lambda plan, **changes: plan)
+    monkeypatch.setattr(build, "agreed", lambda placement: placement)
     run = make_run(tmp_path, train={"micro_batch": 4})
     plan = SimpleNamespace(run=run, ds_config=DS_CONFIG, placement=None, world=1)
     with pytest.raises(

@@ -10,6 +10,7 @@ from tiny import FAMILIES, MORE, make_corpus, make_model
 
 sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
+from ted_scale.base.errors import UserError
 from tools.cut_student import main
 
 WORDS = {"gemma2": "--ffn 40", "gemma3": "--ffn 40"}  # a norm stands between their last matrix and the states
@@ -45,6 +46,28 @@ def test_a_fitted_student_is_nearer_to_its_teacher(family, text, tmp_path):
         for more in (["--no-refit"], [])
     )
     assert fitted < 0.95 * plain
+
+
+def test_a_matrix_that_reads_nothing_keeps_its_weights(text, tmp_path):
+    model = loaded(make_model(tmp_path / "teacher", "llama"))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "teacher")
+    student = cut(tmp_path / "teacher", tmp_path / "cut", text, "--keep", "0,3", "--ffn", "40")
+    read = student.model.layers[0].mlp.down_proj.weight
+    assert any(torch.equal(read[:, 0], column) for column in model.model.layers[0].mlp.down_proj.weight.T)
+
+
+def test_states_that_are_not_finite_are_a_sentence(text, tmp_path):
+    model = loaded(make_model(tmp_path / "teacher", "llama"))
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.fill_(torch.inf)
+    model.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(
+        UserError, match=r"^--dtype must be one in which the states of --text are finite, but model.layers.0.mlp"
+    ):
+        cut(tmp_path / "teacher", tmp_path / "cut", text, "--keep", "0,3")
+    assert not (tmp_path / "cut").exists()
 
 
 def test_all_but_the_matrices_of_blocks_stay_as_they_were_and_so_do_dtypes(text, tmp_path):

@@ -68,7 +68,8 @@ def steps_within(plan: Comparison, arm: str, known: dict[str, Price]) -> int:
         steps, kind = int(left / known[arm].step + rounding), f"steps ({budget.steps:,} of arms.{budget.of})"
     if steps < 1:
         raise UserError(
-            f"budget.{kind} must hold a step of arms.{arm} after its {stage_i} steps of stage I, but does not; raise it"
+            f"budget.{kind} must hold a step of arms.{arm} after its {stage_i} steps of stage I"
+            f"{f' and the {spent:g} s of spent.{arm}' if spent else ''}, but does not; raise it"
         )
     return steps
 

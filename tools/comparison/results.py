@@ -137,7 +137,7 @@ def draw(plan: Comparison, results: list[Result], path: Path) -> bool:
     figure = Figure(figsize=(6 * len(axes_of), 4.5), layout="constrained")
     for axes, across in zip(figure.subplots(1, len(axes_of), squeeze=False)[0], axes_of, strict=True):
         for arm in plan.arms:
-            if line := mean_curve([r for r in results if r.arm == arm and r.end == "done"], across):
+            if line := mean_curve([r for r in results if r.arm == arm and r.end == "done" and r.points], across):
                 axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=arm)
         axes.set_xlabel(across)
         axes.set_ylabel("val/loss")

@@ -3,7 +3,7 @@
 Block after block, and in a block matrix after matrix, the student gets weights that give, from what a matrix reads in the student
 by now, what the same matrix gives in the teacher: a ridge regression towards the weights of the cut. The last matrix of a block
 gives what the states still lack to be the teacher's where the next kept block begins, so it makes up for the blocks between as
-far as it can. Note: the states of all tokens are kept, of one block of each model at a time.
+far as it can. Note: of all tokens the states of both models are kept, and what the matrices of one block read and give.
 """
 
 import itertools
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ted_scale.base.errors import UserError
 from ted_scale.models.anatomy import Anatomy, run_body
 from tools.cutting.axes import input_dim, is_matrix
 from tools.cutting.blocks import first, state
@@ -73,7 +74,7 @@ class Walk:
 
 @torch.no_grad()
 def refit(teacher: Walk, student: Walk, blocks: list[int], cutter: Cutter | None) -> dict[str, torch.Tensor]:
-    """The fitted tensors, by name. `blocks` are the student's, by their numbers in the teacher."""
+    """The fitted tensors, by name and in fp32. `blocks` are the student's, by their numbers in the teacher."""
     fitted = {}
     for number, origin in enumerate(blocks):
         teacher.go(origin)
@@ -82,20 +83,13 @@ def refit(teacher: Walk, student: Walk, blocks: list[int], cutter: Cutter | None
         gives = {name: kept(name, given, teacher, student, cutter) for name, given in seen.items()}
         makes_up = adds(student, groups[-1][0])
         for names in groups[:-1] if makes_up else groups:
-            fit(student, names, [gives[name] for name in names])
+            fitted |= fit(student, names, [gives[name] for name in names])
         teacher.go(blocks[number + 1] if number + 1 < len(blocks) else len(teacher.blocks))
         if makes_up:
             hidden = cutter.kept.hidden if cutter else slice(None)
-            make_up(student, groups[-1][0], [states[..., hidden] for states in teacher.states])
-        fitted |= tensors_of(student, groups)
+            fitted |= make_up(student, groups[-1][0], [states[..., hidden] for states in teacher.states])
         student.go(number + 1)
     return fitted
-
-
-def tensors_of(walk: Walk, groups: list[list[str]]) -> dict[str, torch.Tensor]:
-    matrices = {name: walk.block.get_submodule(name) for names in groups for name in names}
-    each = ((f"{walk.anatomy.blocks}.{walk.at}.{name}", m) for name, m in matrices.items())
-    return {f"{name}.{key}": value for name, m in each for key, value in m.named_parameters()}
 
 
 def matrices_of(walk: Walk) -> list[list[str]]:
@@ -165,35 +159,44 @@ def adds(walk: Walk, name: str) -> bool:
     return abs(slope - 1) < 0.02 and float((change - gave).norm() / gave.norm()) < 0.5  # in bf16, too
 
 
-def fit(walk: Walk, names: list[str], wanted: list[list[torch.Tensor]]) -> None:
+def fit(walk: Walk, names: list[str], wanted: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
     reads = watch(walk, [names[:1]]).reads[names[0]]
-    targets = [torch.cat([rows(t) for t in of_batch], 1) for of_batch in zip(*wanted, strict=True)]
-    solve([walk.block.get_submodule(name) for name in names], reads, targets)
+    targets = (torch.cat([rows(t) for t in of_batch], 1) for of_batch in zip(*wanted, strict=True))
+    return solve(walk, names, reads, targets)
 
 
-def make_up(walk: Walk, name: str, goals: list[torch.Tensor]) -> None:
+def make_up(walk: Walk, name: str, goals: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     seen = watch(walk, [[name]])
     each = zip(goals, seen.outputs, seen.gives[name], strict=True)
-    lacks = [rows(goal) - (rows(output) - rows(gave)) for goal, output, gave in each]
-    solve([walk.block.get_submodule(name)], seen.reads[name], lacks)
+    lacks = (rows(goal) - (rows(output) - rows(gave)) for goal, output, gave in each)
+    return solve(walk, [name], seen.reads[name], lacks)
 
 
 def rows(states: torch.Tensor) -> torch.Tensor:
     return states.flatten(0, -2).float()
 
 
-def solve(matrices: list, reads: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
-    """All of them read the same, and have a bias or none. Solved for the change, so that where nothing lacks nothing changes."""
+def solve(
+    walk: Walk, names: list[str], reads: list[torch.Tensor], targets: Iterable[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """These matrices read the same, and have a bias or none. Solved for the change: where nothing lacks, nothing changes."""
+    matrices = [walk.block.get_submodule(name) for name in names]
     now, square, mixed = torch.cat([as_map(m) for m in matrices], 1), 0.0, 0.0
     for read, target in zip(map(rows, reads), targets, strict=True):
         if len(now) > read.shape[1]:
             read = torch.cat([read, torch.ones_like(read[:, :1])], 1)
         lacks = target - read @ now
         square, mixed = square + (read.T @ read).double(), mixed + (read.T @ lacks).double()
-    ridge = RIDGE * square.diagonal().mean()
-    found = now + torch.linalg.solve(square + ridge * torch.eye(len(now)).to(square), mixed)
-    for matrix, values in zip(matrices, found.split([as_map(m).shape[1] for m in matrices], 1), strict=True):
-        put(matrix, values)
+    ridge = RIDGE * square.diagonal().mean() or 1.0  # of a matrix that reads zeros alone
+    found = now + torch.linalg.solve(square + ridge * torch.eye(len(now)).to(square), mixed).float()
+    place = f"{walk.anatomy.blocks}.{walk.at}"
+    if not found.isfinite().all():
+        raise UserError(
+            f"--dtype must be one in which the states of --text are finite, but {place}.{names[0]} reads others; take float32"
+        )
+    widths = [as_map(m).shape[1] for m in matrices]
+    each = zip(names, matrices, found.split(widths, 1), strict=True)
+    return {f"{place}.{name}.{key}": value for name, m, new in each for key, value in put(m, new).items()}
 
 
 def as_map(matrix) -> torch.Tensor:
@@ -202,11 +205,14 @@ def as_map(matrix) -> torch.Tensor:
     return (weight if matrix.bias is None else torch.cat([weight, matrix.bias[None]])).float()
 
 
-def put(matrix, values: torch.Tensor) -> None:
-    if matrix.bias is not None:
-        matrix.bias.copy_(values[-1])
-        values = values[:-1]
-    matrix.weight.copy_(values.T if input_dim(matrix) == 1 else values)
+def put(matrix, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Into the matrix, in its type; returns them as they are, for the file."""
+    weight = values if matrix.bias is None else values[:-1]
+    new = {"weight": weight.T if input_dim(matrix) == 1 else weight}
+    new |= {} if matrix.bias is None else {"bias": values[-1]}
+    for key, value in new.items():
+        getattr(matrix, key).copy_(value)
+    return {key: value.cpu() for key, value in new.items()}
 
 
 def remove(handles) -> None:
