@@ -18,7 +18,9 @@ from tiny import make_corpus, make_model, make_run, pretrain, pretrain_command, 
 from ted_scale.base.errors import Preempted
 from ted_scale.ranks.signals import ranks_below
 
-SETTINGS = {"filters": {"steps": 4}, "train": {"steps": 10}, "checkpoint": {"every": 2}, "wandb": {"project": "tiny"}}
+# Steps of many micro-steps: a signal at a step must come before the next but one.
+TRAIN = {"steps": 10, "tokens_per_step": 2048}
+SETTINGS = {"filters": {"steps": 4}, "train": TRAIN, "checkpoint": {"every": 2}, "wandb": {"project": "tiny"}}
 
 
 @pytest.fixture(scope="module")
