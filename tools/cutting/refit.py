@@ -18,7 +18,7 @@ from tools.cutting.axes import input_dim, is_matrix
 from tools.cutting.blocks import first, state
 from tools.cutting.channels import Cutter
 
-RIDGE = 0.1  # of the mean square of what a matrix reads; docs/results.md has the losses with others
+RIDGE = 0.1  # of the mean square of what a matrix reads; design note 40 has the losses with others
 
 
 class Call(NamedTuple):
