@@ -52,8 +52,8 @@ check: lint types
 test: setup
 	@$(MAKE) --no-print-directory suite
 
-suite: # with the packages in BIN; WITHOUT=" and not once" is what a second set of packages needs
-	@$(PYTEST) $(PAIR) -m "not gpu and not soak and not alone$(WITHOUT)" -rs --durations=10
+suite: # with the packages in BIN; WITHOUT=once is what a second set of packages needs
+	@$(PYTEST) $(PAIR) -m "not gpu and not soak and not alone$(if $(WITHOUT), and not $(WITHOUT))" -rs --durations=10
 	@$(PYTEST) -m alone -rs $$(grep -rl "mark\.alone" tests --include=test_*.py)
 
 soak: setup
