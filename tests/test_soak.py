@@ -40,7 +40,7 @@ def test_a_step_of_ted_takes_at_most_a_quarter_longer_than_one_of_kd(tmp_path):
     config = write_run(tmp_path / "run.toml", run)
     assert pretrain("--config", config).returncode == 0
     said = bench(
-        "step.py", "--config", config, "--methods", "kd", "ted", "--steps", 11, "--no-plain", "--memory", "default"
+        "step.py", "--config", config, "--arms", "kd", "ted", "--steps", 11, "--no-plain", "--memory", "default"
     )
     assert float(re.search(r"ted / kd ([\d.]+)", said)[1]) <= 1.25, said
 

@@ -42,7 +42,9 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="a run file; ted uses the filters in the run's folder")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["kd"])
+    parser.add_argument(
+        "--arms", nargs="+", default=["kd"], help='methods; more settings follow in the same word: "kd teacher.every=4"'
+    )
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--no-plain", action="store_true", help="without plain torch and the parts alone")
     parser.add_argument("--memory", choices=["default", "kept", "both", "as it is"], default="both")
@@ -57,7 +59,7 @@ def measure(run, arguments) -> None:
     from ted_scale.ranks.group import start_ranks
 
     device = start_ranks()
-    arms = trainer_arms(run, arguments.methods, device)
+    arms = trainer_arms(run, arguments, device)
     if not arguments.no_plain and dist.get_world_size() == 1:
         arms |= plain_arms(run, device)
     seconds, parts = in_turn(arms, arguments.steps, run, device)
@@ -115,25 +117,27 @@ def count_traffic(arms: dict, run, device) -> None:
             print("\n".join([name, *traffic.lines(len(micro_batches))]), flush=True)
 
 
-def trainer_arms(run, methods, device) -> dict:
+def trainer_arms(run, arguments, device) -> dict:
     import torch.distributed as dist
 
     from ted_scale.engines import build_student, build_teacher
     from ted_scale.plan import make_plan
 
-    plans = {method: make_plan(variant(run, method), dist.get_world_size()) for method in methods}
-    asked = max(plans, key=lambda method: METHODS.index(method))  # its teacher has the taps that all methods need
+    runs = {arm: variant(arguments, number) for number, arm in enumerate(arguments.arms)}
+    plans = {arm: make_plan(of_arm, dist.get_world_size()) for arm, of_arm in runs.items()}
+    asked = max(plans, key=lambda arm: METHODS.index(arm.split()[0]))  # its teacher has the taps that all methods need
     teacher = build_teacher(plans[asked])
-    engines = {m: build_student(p, p.stages[-1], teacher, p.filters_file) for m, p in plans.items()}
-    return {m: TrainerArm(p, p.stages[-1], engines[m], teacher, device) for m, p in plans.items()}
+    engines = {arm: build_student(p, p.stages[-1], teacher, p.filters_file) for arm, p in plans.items()}
+    return {arm: TrainerArm(p, p.stages[-1], engines[arm], teacher, device) for arm, p in plans.items()}
 
 
-def variant(run, method: str):
-    """The run with another method, enough steps, a folder of its own, and the filters of the original run."""
+def variant(arguments, number: int):
+    """The run with an arm's method and settings, enough steps, a folder of its own, and the filters of the original run."""
+    method, *settings = arguments.arms[number].split()
+    run = load_run(arguments.config, [*arguments.set, f"method={method}", *settings])
     filters = run.filters.model_copy(update={"from_run": str(run.folder)})
     train = run.train.model_copy(update={"steps": 10**6})
-    named = {"method": method, "name": f"{run.name}-{method}-step", "filters": filters, "train": train}
-    return run.model_copy(update=named)
+    return run.model_copy(update={"name": f"{run.name}-{number}-step", "filters": filters, "train": train})
 
 
 def plain_arms(run, device) -> dict:
@@ -195,11 +199,13 @@ def table(seconds: dict, parts: dict, tokens: int) -> list[str]:
 
 
 def ratios(seconds: dict) -> list[str]:
-    """Ratios of times within a round; for plain torch the ratio is inverted, so it is the trainer's speed beside it."""
-    pairs = [("ted", "kd"), ("kd", "parts alone"), ("plain torch", "kd")]
-    there = [(a, b) for a, b in pairs if a in seconds and b in seconds]
-    of_rounds = {(a, b): [x / y for x, y in zip(seconds[a], seconds[b], strict=True)] for a, b in there}
-    return [f"{a} / {b} {statistics.median(values):.3f}" for (a, b), values in of_rounds.items()]
+    """Of each arm's time to that of `kd` within a round; of plain torch's, it is the trainer's speed beside it."""
+    others = [name for name in seconds if name != "kd"] if "kd" in seconds else []
+    of_rounds = {name: [x / y for x, y in zip(seconds[name], seconds["kd"], strict=True)] for name in others}
+    return [
+        f"{name} / kd {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+        for name, values in of_rounds.items()
+    ]
 
 
 if __name__ == "__main__":
