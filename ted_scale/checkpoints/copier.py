@@ -76,7 +76,8 @@ class Copier:
         all if no rank reads on."""
         end, said = time.monotonic() + LEAVING_S if leaving else None, None
         while (thread := self.thread) is not None and thread.is_alive() and (end is None or time.monotonic() < end):
-            if said != (said := self.under_way):
+            if (under_way := self.under_way) and said != under_way:  # the thread names it a moment after it begins
+                said = under_way
                 log.info(f"waiting for the copy of {said}")
                 pulse.reading(f"the copy of {said}")
             thread.join(1)

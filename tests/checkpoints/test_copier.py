@@ -180,8 +180,9 @@ def test_who_waits_for_a_copy_is_judged_by_what_the_ranks_read(run, tmp_path, sl
     assert test_saver.write(saver, 4) is None
     waiting = threading.Thread(target=saver.copier.finish)
     waiting.start()
-    time.sleep(0.3)
-    stands = pulse.now
+    end = time.monotonic() + 10
+    while (stands := pulse.now).what != "the copy of step_00000004" and time.monotonic() < end:
+        time.sleep(0.05)
     assert (stands.what, stands.first) == ("the copy of step_00000004", True)
     time.sleep(1.2)
     assert pulse.now is stands

@@ -1,6 +1,7 @@
 """tools/cut_student.py fits what it keeps to the teacher: by families, and where there is nothing to fit."""
 
 import sys
+from contextlib import chdir
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ def text(tmp_path_factory):
 
 
 def cut(teacher, out, text, *words):
-    main(
-        [str(teacher), str(out), *words, "--text", str(text), "--tokens", "2048", "--seq-len", "64", "--device", "cpu"]
-    )
+    """With the shards' name alone: the order of their windows follows from the words, and a test's folder has another name each time."""
+    reading = ["--text", text.name, "--tokens", "2048", "--seq-len", "64", "--device", "cpu"]
+    with chdir(text.parent):
+        main([str(teacher), str(out), *words, *reading])
     return loaded(out)
 
 
