@@ -23,7 +23,7 @@ def text(tmp_path_factory):
 
 
 def cut(teacher, out, text, *words):
-    """With the shards' name alone: the order of their windows follows from the words, and a test's folder has another name each time."""
+    """By the shards' name alone: the order of their windows follows from it, and a test's folder is another each time."""
     reading = ["--text", text.name, "--tokens", "2048", "--seq-len", "64", "--device", "cpu"]
     with chdir(text.parent):
         main([str(teacher), str(out), *words, *reading])
