@@ -110,10 +110,10 @@ def sharded_teacher(plan: Plan) -> Teacher:
     config = engine_config(plan, plan.teacher)
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
     body, blocks = teacher_body(plan, ds_config=config, group=group_of_node(plan.placement.ranks))
-    zero_hooks.patch_deepspeed(config)
+    zero_hooks.patch_deepspeed()
     zero_hooks.gather_whole_blocks(blocks)
     teacher = Teacher(deepspeed.initialize(model=body, config=config)[0], body)
-    zero_hooks.drop_backward_hooks(teacher.engine, body)
+    zero_hooks.trim(teacher.engine, config, [body])
     return teacher
 
 
@@ -151,12 +151,10 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
     module.train()
     settings = {"lr": run.train.lr, "betas": run.train.betas, "eps": run.train.eps, "fused": True}
     optimizer = torch.optim.AdamW(parameter_groups(run, module), **settings)
-    zero_hooks.patch_deepspeed(config)
+    zero_hooks.patch_deepspeed()
     zero_hooks.gather_whole_blocks(blocks)
     engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
-    for part in frozen_parts(module, stage):
-        zero_hooks.drop_backward_hooks(engine, part)
-    zero_hooks.cache_signatures(engine)
+    zero_hooks.trim(engine, config, frozen_parts(module, stage))
     return engine
 
 

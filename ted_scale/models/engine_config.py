@@ -2,14 +2,21 @@
 
 from ted_scale.base.errors import UserError
 from ted_scale.models.anatomy import Anatomy
+from ted_scale.models.zero_single import is_whole
 
 
 def engine_config(plan, model: Anatomy, **trained) -> dict:
+    # DeepSpeed's own linear map is for weights that are released before backward.
+    own_linear = not is_whole(plan.ds_config["zero_optimization"], plan.world)
     return {
         "communication_data_type": "fp32",  # in bf16 the error of a sum grows with the number of ranks; a ds_config may choose bf16
         "timers": {"throughput": {"enabled": False}},  # they wait for the device at every forward and step
         **plan.ds_config,
-        "zero_optimization": {**bucket_sizes(model), **plan.ds_config["zero_optimization"]},
+        "zero_optimization": {
+            "memory_efficient_linear": own_linear,
+            **bucket_sizes(model),
+            **plan.ds_config["zero_optimization"],
+        },
         "train_micro_batch_size_per_gpu": plan.run.train.micro_batch,
         "bf16": {"enabled": plan.run.train.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},

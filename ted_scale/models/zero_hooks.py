@@ -22,6 +22,14 @@ def gather_whole_blocks(blocks) -> None:
         set_z3_leaf_module(block, True)
 
 
+def trim(engine, config: dict, frozen=()) -> None:
+    """Removes the hooks that do nothing for a new engine of this configuration, whose modules `frozen` are not trained."""
+    for module in frozen:
+        drop_backward_hooks(engine, module)
+    cache_signatures(engine)
+    zero_single.keep_whole(engine, hook_owner(engine), config["zero_optimization"])
+
+
 def drop_backward_hooks(engine, module: nn.Module) -> None:
     """For a frozen `module`: backward gathers none of its weights and passes no tensor through its hooks."""
     theirs = {id(hooks) for m in module.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)}
@@ -63,14 +71,9 @@ def release_rule():
     return inspect.getclosurevars(Coordinator._PartitionedParameterCoordinator__params_to_release).nonlocals["func"]
 
 
-def patch_deepspeed(config: dict) -> None:
-    """Before an engine of this configuration is made."""
-    patch_once()
-    zero_single.use(config["zero_optimization"])
-
-
 @functools.cache
-def patch_once() -> None:
+def patch_deepspeed() -> None:
+    """Before an engine is made."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import partition_parameters, stage3
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator

@@ -20,10 +20,10 @@ def patch() -> None:
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
     from deepspeed.utils import nvtx
 
-    for module in (partition_parameters, partitioned_param_coordinator, parameter_offload, stage3):
+    for module in (partition_parameters, partitioned_param_coordinator):
         silence(module)
-        if hasattr(module, "iter_params"):
-            module.iter_params = parameters_of
+    for module in (partitioned_param_coordinator, parameter_offload):
+        module.iter_params = parameters_of
     nvtx.enable_nvtx = False  # some forty ranges a block
     linear.LinearFunctionForZeroStage3 = Linear(linear.LinearFunctionForZeroStage3)
     stage3.DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct = gradient_norm
@@ -32,10 +32,10 @@ def patch() -> None:
 
 def silence(module) -> None:
     """DeepSpeed makes these messages, and asks for its rank, for every weight; it prints those with `force`."""
+    if hasattr(module, "print_rank_0"):
+        module.print_rank_0 = functools.partial(only_forced, module.print_rank_0)
     for name in dir(module):
-        if name in ("print_rank_0", "see_memory_usage"):
-            setattr(module, name, functools.partial(only_forced, getattr(module, name)))
-        elif name.startswith("debug_param2name"):
+        if name.startswith("debug_param2name"):
             setattr(module, name, lambda _: "")
 
 

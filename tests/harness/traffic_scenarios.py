@@ -127,7 +127,7 @@ def watched_releases():
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    zero_hooks.patch_once()
+    zero_hooks.patch_deepspeed()
     released, counts = [], []
     name = "_PartitionedParameterCoordinator__release_param"
     release, backward = getattr(Coordinator, name), DeepSpeedEngine.backward

@@ -68,14 +68,12 @@ def sharded(lean: bool, *, trained: bool):
     with deepspeed.zero.Init(config_dict_or_path=config):
         network = plain()
     if lean:
-        zero_hooks.patch_deepspeed(config)
+        zero_hooks.patch_deepspeed()
         zero_hooks.gather_whole_blocks(network.model.layers)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.0) if trained else None
     engine = deepspeed.initialize(model=network.requires_grad_(trained), optimizer=optimizer, config=config)[0]
-    if lean and not trained:
-        zero_hooks.drop_backward_hooks(engine, network)
-    elif lean:
-        zero_hooks.cache_signatures(engine)
+    if lean:
+        zero_hooks.trim(engine, config, [] if trained else [network])
     return engine
 
 
