@@ -30,7 +30,7 @@ from ted_scale.distill.flops import step_flops
 from ted_scale.distill.stages import Stage
 from ted_scale.engines import build_student, build_teacher, check_device, check_engine_config, describe
 from ted_scale.filter_start import first_filters
-from ted_scale.health import replicas, spikes
+from ted_scale.health import replicas
 from ted_scale.health.guard import Guard
 from ted_scale.health.rewind import Rewind, gone_back
 from ted_scale.metrics.console import log_line
@@ -188,7 +188,7 @@ def open_data(parts: Parts, stage: Stage, progress: Progress) -> tuple[Stream, P
     plan, metrics = parts.plan, parts.metrics
     stream, progress, changed = open_together(partial(feed.open_feed, plan.run, stage, progress, plan.vocabulary))
     metrics.log_changes(changed)
-    return stream, spikes.begin(progress, stage)
+    return stream, progress
 
 
 def validate_before_training(
@@ -267,7 +267,7 @@ def go_back(stage: Stage, student, rewind: Rewind, metrics: Metrics) -> Progress
             progress = gone_back(of_rank_0(read_progress, checkpoint), rewind.progress)
             state.load(student, checkpoint)
             metrics.go_back(progress)
-            return spikes.begin(progress, stage)
+            return progress
         metrics.alert("a damaged checkpoint", files.skipped(checkpoint, fault))
     raise RunStopped(f"{stage.run.folder} must hold a whole checkpoint to go back to, but all of them are damaged")
 

@@ -3,7 +3,7 @@
 from ted_scale import balance
 from ted_scale.base.errors import Preempted
 from ted_scale.distill.normalization import count_valid, for_engine
-from ted_scale.distill.stages import of_step, set_rates
+from ted_scale.distill.stages import set_rates
 from ted_scale.ranks import pulse, signals
 from ted_scale.ranks.agree import anywhere
 
@@ -14,8 +14,8 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
         pulse.step(progress.step + 1)
         scale, floor = balance.scale_of(progress, stage), progress.entropy_floor
         each = stage.of_micro_batches(progress.step, len(micro_batches), scale, floor)
-        denom = count_valid(micro_batches)
         set_rates(student, stage.rate(progress.step), each)
+        denom = count_valid(micro_batches)
 
         for batch, weights in zip(micro_batches, each, strict=True):
             with metrics.clock.time("teacher_ms"):
@@ -25,12 +25,12 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
             student.backward(for_engine(losses.total), scale_wrt_gas=False)
             guard.add(losses)
             if batch is micro_batches[-1]:
-                guard.gather(progress)
+                guard.gather(progress, each)
             student.step()  # updates at the last micro-batch only, and only if the guard finds every number finite
 
         # If a number is bad, the run stops here or goes back to a checkpoint, unless it may skip the step.
-        progress = guard.decide(progress.advanced(stage.samples_per_step, stage.run.data.seq_len))
-        numbers = guard.read(of_step(each))
+        progress = guard.decide()
+        numbers = guard.read()
         progress = balance.followed(progress, stage, numbers)
         metrics.add(progress, numbers, last=progress.step == stage.last_step)
         stopping = guard.stopping
@@ -40,7 +40,7 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
             progress, stopping = validate(student, progress)
         if stage.saves(progress.step) or stopping:
             save(student, progress)
-            stopping = anywhere(signals.asked.is_set(), student.device)  # a signal may have come during the save
+            stopping = stopping or anywhere(signals.asked.is_set(), student.device)  # one may have come during the save
         if stopping:
             raise Preempted
     return progress

@@ -84,10 +84,10 @@ def test_a_student_that_is_its_teacher_keeps_the_written_weight(terms):
 
 
 def test_a_checkpoint_keeps_the_means_to_the_last_bit_and_a_rewind_takes_those_of_its_checkpoint():
-    stage, progress = stage_two(), spikes.begin(Progress(4), stage_two())
+    stage, progress = stage_two(), Progress(4)
     for k in range(3):
         *_, progress = take(stage, progress, 1 / 3 + k, 0.1 * k + 0.3)
-    read = spikes.begin(parse_progress(progress_as_bytes(progress).decode(), "a test"), stage)
+    read = parse_progress(progress_as_bytes(progress).decode(), "a test")
     assert read.balance == progress.balance and scale_of(read, stage) == scale_of(progress, stage)
     *_, later = take(stage, progress, 50.0, 1.0)
     assert scale_of(gone_back(read, later), stage) == scale_of(progress, stage) != scale_of(later, stage)
@@ -95,9 +95,9 @@ def test_a_checkpoint_keeps_the_means_to_the_last_bit_and_a_rewind_takes_those_o
 
 def test_other_terms_start_the_means_again_but_other_weights_and_the_end_of_a_term_do_not():
     stage = stage_two(loss={"kl": {"start": 1, "off_after": 0.5}})
-    *_, progress = take(stage, spikes.begin(Progress(4), stage), 6.0, 0.5)
-    late = spikes.begin(replace(progress, step=9), stage)
-    assert late.health.ground != progress.health.ground
+    *_, progress = take(stage, Progress(4), 6.0, 0.5)
+    late = replace(progress, step=9)
+    assert spikes.ground_of(stage, [stage.weights(9)]) != spikes.ground_of(stage, [stage.weights(4)])
     assert stage.weights(9, scale_of(late, stage))[1:3] == (0.0, 12.0)  # the last balance holds where the KL has ended
     assert scale_of(progress, stage_two(loss={"layer": 3.0, "backend": "torch"})) == 12.0
     other = stage_two(loss={"kind": "mse"})

@@ -5,6 +5,7 @@ One number comes from outside: the scale of the layer loss, which balance.py fol
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from ted_scale.config.method import Schedule, Train, on_between
 from ted_scale.config.run import Run
@@ -17,22 +18,22 @@ from ted_scale.models.zero import forget_gradients
 @dataclass(frozen=True)
 class Stage:
     """A range of optimizer steps with one set of trained parameters. Every stage reads the data from position 0, so that
-    stage II of any two runs sees the same tokens."""
+    stage II of any two runs sees the same tokens. What is the same in every step is computed once."""
 
     name: str  # "filters" or "student"
     first_step: int
     steps: int
     run: Run
 
-    @property
+    @cached_property
     def last_step(self) -> int:
         return self.first_step + self.steps
 
-    @property
+    @cached_property
     def samples_per_step(self) -> int:
         return self.run.train.tokens_per_step // self.run.data.seq_len
 
-    @property
+    @cached_property
     def learns_filters(self) -> bool:
         return self.name == "filters"
 
@@ -56,7 +57,7 @@ class Stage:
         every = self.run.health.replicas_every
         return every > 0 and (step % every == 0 or self.saves(step))
 
-    @property
+    @cached_property
     def adapts(self) -> bool:
         return self.run.adapts and not self.learns_filters
 
@@ -67,23 +68,28 @@ class Stage:
         every = self.run.data.blend.every
         return min(self.last_step, step + every - (step - self.first_step) % every)
 
-    @property
+    @cached_property
     def balances(self) -> bool:
         return self.run.balances and not self.learns_filters
+
+    @cached_property
+    def terms_written(self) -> list[float | Schedule]:
+        """What the run file gives for ce, kl and layer; 0 for those that the method does not look at."""
+        return [self.run.terms.get(term, 0.0) for term in ("ce", "kl", "layer")]
+
+    @cached_property
+    def tokens(self) -> int:
+        return self.run.train.tokens
 
     def weights(self, step: int, scale: float = 1.0) -> Weights:
         """Loss weights of the step after `step` steps of the run; `scale` is that of the layer loss (balance.py)."""
         if self.learns_filters:
             return Weights(ce=0.0, kl=0.0, layer=1.0, sample_seed=mix(self.run.seed, step))
-        loss, method = self.run.loss, self.run.method
-        done = step - self.first_step
-        now = (done / self.steps, self.run.train.tokens, self.rate(step))
-        ce = weight_at(loss.ce, *now)
-        kl = 0.0 if method == "ce" else weight_at(loss.kl, *now)
-        layer = scale * weight_at(loss.layer, *now) if self.run.matches_layers else 0.0
-        return Weights(ce, kl, layer)
+        now = ((step - self.first_step) / self.steps, self.tokens, self.rate(step))
+        ce, kl, layer = (weight_at(weight, *now) for weight in self.terms_written)
+        return Weights(ce, kl, scale * layer)
 
-    @property
+    @cached_property
     def asks_every(self) -> int:
         return 1 if self.learns_filters else self.run.asks_every
 

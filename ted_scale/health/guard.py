@@ -16,7 +16,7 @@ from ted_scale.base.errors import RunStopped
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.distill import entropies
 from ted_scale.distill.signal import Losses, Weights
-from ted_scale.distill.stages import Stage
+from ted_scale.distill.stages import Stage, of_step
 from ted_scale.health import spikes
 from ted_scale.health.bad_step import Event, write_report
 from ted_scale.health.rewind import Rewind, ways_back
@@ -52,12 +52,12 @@ class Guard:
         vector = torch.cat([torch.stack(losses[:4]).detach(), losses.layers, *tally])
         self.local = vector if self.local is None else self.local + vector
 
-    def gather(self, progress: Progress) -> None:
-        """Gather the losses of all ranks. Call it after the last `add` and before the engine step that updates."""
-        self.before, self.unread = spikes.begin(progress, self.stage), True
-        asked = self.local.new_full(
-            (1,), float(signals.asked.is_set())
-        )  # filled on the device, without a copy to wait for
+    def gather(self, progress: Progress, each: list[Weights]) -> None:
+        """Gather the losses of all ranks. Call it after the last `add` and before the engine step that updates. `each` has the
+        weights of the step's micro-batches."""
+        self.before, self.each, self.unread = progress, each, True
+        asked = float(signals.asked.is_set())
+        asked = self.local.new_full((1,), asked)  # filled on the device, without a copy to wait for
         everyone = of_all_ranks(torch.cat([self.local, asked]))
         self.shares, self.tallies, self.asked = everyone.split(
             [self.terms, everyone.shape[1] - self.terms - 1, 1], dim=1
@@ -90,6 +90,7 @@ class Guard:
         self.sums, self.tally = rest[: self.terms], rest[self.terms :]
         self.stopping = asked > 0  # on any rank: all ranks stop after the same step
         self.finite = all(v - v == 0 for v in (self.norm, *self.sums))
+        self.before = spikes.begin(self.before, self.stage, self.each)
         self.median = spikes.spiked_over(spikes.state_of(self.before), self.settings, self.sums[self.watched[1]])
         if not self.finite or self.median is not None:
             fault = self.spike() if self.finite else self.not_finite()
@@ -114,17 +115,18 @@ class Guard:
 
     # After the step
 
-    def decide(self, progress: Progress) -> Progress:
-        """What the step's numbers mean for the run: go on, go back, or stop. `progress` is that after the step."""
-        progress = replace(progress, health=self.before.health)  # whose median may have begun anew for this step
+    def decide(self) -> Progress:
+        """What the step's numbers mean for the run: go on, go back, or stop. Returns the progress after the step."""
         if self.unread:  # DeepSpeed did not call us: the norm is not finite
             self.read_numbers(math.inf)
+        progress = self.before.advanced(self.stage.samples_per_step, self.stage.run.data.seq_len)
         if not self.finite:
             return self.after_dropped_step(progress)
         if self.median is not None:
             self.after_spike(progress)
-        floor = entropies.floor_of(self.tally, self.stage.run.loss.skip_low_entropy)
-        progress = progress if floor is None else replace(progress, entropy_floor=floor)
+        if self.tally:
+            floor = entropies.floor_of(self.tally, self.stage.run.loss.skip_low_entropy)
+            progress = progress if floor is None else replace(progress, entropy_floor=floor)
         return spikes.taken(progress, self.settings, self.sums[self.watched[1]])
 
     def after_dropped_step(self, progress: Progress) -> Progress:
@@ -165,16 +167,16 @@ class Guard:
         kept = "" if self.finite else "no weight was updated and "
         return RunStopped(f"{self.fault}; {kept}the last checkpoint is intact: {way_out}")
 
-    def read(self, weights: Weights) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         """The numbers of the step, already on the host. Those of a dropped step would spoil every mean, so it has none."""
         rate = {"optim/lr": self.engine.optimizer.param_groups[0]["lr"]}
         if not self.finite:
             return rate
         norms = dict(zip((f"optim/grad_norm_{side}" for side in self.apart), self.norms, strict=True))
         norms = {"optim/grad_norm": self.norm, **(norms if len(norms) > 1 else {})}
-        kept = entropies.kept_share(self.tally)
+        kept = entropies.kept_share(self.tally) if self.tally else None
         shares = {} if kept is None else {"loss/kl_share": kept}
-        return {**self.stage.name_losses(self.sums, weights), **shares, **norms, **rate}
+        return {**self.stage.name_losses(self.sums, of_step(self.each)), **shares, **norms, **rate}
 
 
 def sides_of(zero) -> list[str]:

@@ -12,27 +12,28 @@ from dataclasses import replace
 
 from ted_scale.checkpoints.progress import Health, Progress
 from ted_scale.config import operation
+from ted_scale.distill.signal import Weights
 
 
 def state_of(progress: Progress) -> Health:
     return progress.health or Health()
 
 
-def begin(progress: Progress, stage) -> Progress:
-    """Start the median again if the stage, the loss terms or the data have changed: their losses cannot be compared. A term that
-    is off until later makes such a change in mid-stage."""
-    state, ground = state_of(progress), ground_of(stage, progress.step)
+def begin(progress: Progress, stage, each: list[Weights]) -> Progress:
+    """Before a step of these loss weights: start the median again if the stage, the loss terms or the data have changed, because
+    their losses cannot be compared. A term that is off until later makes such a change in mid-stage."""
+    state, ground = state_of(progress), ground_of(stage, each)
     if state.ground != ground:
         state = replace(state, ground=ground, losses=(), in_a_row=0)
     return replace(progress, health=state)
 
 
-def ground_of(stage, step: int) -> str:
+def ground_of(stage, each: list[Weights]) -> str:
     """A digest of everything that the watched loss of a step depends on."""
-    data, weights = stage.run.data, stage.weights(step)
+    data = stage.run.data
     corpora = [(corpus.name, corpus.weight) for corpus in data.corpora]
     made_of = [stage.name, stage.run.loss.model_dump(), data.seq_len, data.attention, corpora, stage.asks_every]
-    made_of.append([weights.ce > 0, weights.kl > 0, weights.layer > 0])
+    made_of.append([any(weights[term] > 0 for weights in each) for term in range(3)])  # ce, kl, layer
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 

@@ -68,15 +68,15 @@ class World:
         monkeypatch.setattr(guards, "ways_back", lambda folder, first, rewinds: self.checkpoints)
         engine = SimpleNamespace(optimizer=self.zero, module=None)
         self.guard = Guard(engine, self.stage, lambda title, text: self.alerts.append(text), lambda: None)
-        self.progress = spikes.begin(Progress(self.stage.first_step), self.stage)
+        self.progress = Progress(self.stage.first_step)
 
     def step(self, ce: float = 1.0, norm: float = 1.0, tally=None) -> dict:
         terms = torch.tensor([ce, ce, 0.0, 0.0])
         self.guard.add(Losses(*terms, torch.zeros(2), tally))
-        self.guard.gather(self.progress)
+        self.guard.gather(self.progress, self.guard.stage.of_micro_batches(self.progress.step, 1))
         self.zero.step(norm)
-        self.progress = self.guard.decide(self.progress.advanced(8, 32))
-        return self.guard.read(ALL_ON)
+        self.progress = self.guard.decide()
+        return self.guard.read()
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_a_higher_loss_that_lasts_becomes_the_median(world):
 def test_a_resumed_run_finds_the_same_spikes_as_an_uninterrupted_one(world):
     at = world(spike_window=8, spike_factor=2.0)
     losses_until(at, [1.0, 1.1, 0.9])
-    at.progress = spikes.begin(parse_progress(progress_as_bytes(at.progress).decode(), "a test"), at.stage)
+    at.progress = parse_progress(progress_as_bytes(at.progress).decode(), "a test")
     at.step(2.3)
     assert len(at.alerts) == 1
 
@@ -196,9 +196,12 @@ def test_another_stage_or_another_loss_starts_the_median_again(world, tmp_path):
     at = world(spike_window=4)
     losses_until(at, [1.0, 1.0])
     for run in (at.run, make_run(tmp_path, train={"lr": 1e-5}, checkpoint={"every": 3})):
-        assert spikes.state_of(spikes.begin(at.progress, stages_of(run)[-1])).losses == [1.0, 1.0]
+        assert spikes.state_of(spikes.begin(at.progress, stages_of(run)[-1], [ALL_ON])).losses == [1.0, 1.0]
     for stage in (stages_of(at.run)[0], stages_of(make_run(tmp_path, loss={"kl": 4.0}))[-1]):
-        assert spikes.state_of(spikes.begin(at.progress, stage)).losses == ()
+        assert spikes.state_of(spikes.begin(at.progress, stage, [ALL_ON])).losses == ()
+    without_kl = [ALL_ON._replace(kl=0.0)]  # in some micro-batches, as where the teacher is asked seldom, and in all
+    assert spikes.state_of(spikes.begin(at.progress, at.stage, [ALL_ON, *without_kl])).losses == [1.0, 1.0]
+    assert spikes.state_of(spikes.begin(at.progress, at.stage, without_kl)).losses == ()
 
 
 def test_the_run_goes_back_at_most_max_rewinds_times_without_a_step_past_the_spike(world):
@@ -268,7 +271,7 @@ def test_a_rewind_loads_into_the_same_engine_and_uses_the_present_run_file(world
     assert told == [("engine", way.checkpoints[0]), back]
     assert (back.step, back.samples, spikes.state_of(back).losses) == (at.progress.step, 24, [1.0, 1.0])
     other = stages_of(make_run(tmp_path, loss={"kl": 4.0}))[-1]
-    back = spikes.state_of(build.go_back(other, "engine", way, numbers))
+    back = spikes.state_of(spikes.begin(build.go_back(other, "engine", way, numbers), other, [ALL_ON]))
     assert (back.losses, back.rewinds) == ((), 1)
     newer = tmp_path / "step_00000004"
     shutil.copytree(there, newer)

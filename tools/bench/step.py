@@ -76,10 +76,7 @@ class TrainerArm:
     """train.py's loop, a step at a time."""
 
     def __init__(self, plan, stage, engine, teacher, device):
-        from dataclasses import replace
-
         from ted_scale.checkpoints.progress import Progress
-        from ted_scale.health import spikes
         from ted_scale.health.guard import Guard
         from ted_scale.metrics.metrics import Metrics
 
@@ -87,7 +84,7 @@ class TrainerArm:
         settings = {"total_steps": stage.last_step, "step": 0, "device": device, "wandb_run": None}
         self.numbers = Metrics(plan.run, writes=False, **settings)
         self.guard = Guard(engine, stage, lambda *said: print(*said), lambda: None)
-        self.progress = spikes.begin(replace(Progress(), step=stage.first_step), stage)
+        self.progress = Progress(stage.first_step)
 
     def step(self, micro_batches, watch) -> None:
         from ted_scale.train import train
