@@ -82,8 +82,9 @@ def run_plan(plan: Plan) -> None:
 def train_run(plan: Plan, device: torch.device) -> Progress:
     """Train every stage that is not done yet."""
     refuse_other_world(plan)
+    folder = plan.run.folder
     if dist.get_rank() == 0:
-        exits.where_it_stands = partial(run_folder.where_it_stands, plan.run.folder)
+        exits.where_it_stands = partial(run_folder.where_it_stands, folder)
     progress, newest = run_folder.claim_folder(plan)
     parts, progress = build_parts(plan, device, progress, newest)
     try:
@@ -107,9 +108,9 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
             stacks.aside(owner.LEAVING_S, owner.leave, plan.run)
         parts.metrics.close()
         if dist.get_rank() == 0 and not parts.saver.is_writing():
-            holder.leave(plan.run.folder)
+            holder.leave(folder)
     parts.metrics.leave_word("it was done")
-    log_line(f"done: {plan.run.folder} is at step {progress.step}; next: python tools/export_hf.py {plan.run.folder}")
+    log_line(f"done: {folder} is at step {progress.step}; next: python tools/export_hf.py {folder}")
     return progress
 
 

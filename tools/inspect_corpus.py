@@ -25,7 +25,7 @@ from ted_scale.config.data import Streaming
 from ted_scale.corpora.corpus import manifest_files, prefixes_of, read_shards
 from ted_scale.corpora.local import SHARD_NUMBER
 from ted_scale.corpora.output import TOTALS, read_manifest
-from ted_scale.corpora.reader import reading
+from ted_scale.corpora.reader import Shard, reading
 from ted_scale.corpora.shards import (
     ShardIndex,
     check_digest,
@@ -133,7 +133,7 @@ def tokens_of(index: ShardIndex, begin: int, end: int) -> numpy.ndarray:
     if thing := index.files.remote_bin:
         what, size = f"corpus shard {index.prefix} must be readable", index.dtype.itemsize
         return numpy.frombuffer(objects.read(thing, begin * size, end * size, what, STREAM.patience_s), index.dtype)
-    return reading(index, lambda shard: shard.tokens(begin, end))
+    return reading(index, Shard.tokens, begin, end)
 
 
 def read_shard(prefix: str) -> ShardIndex:

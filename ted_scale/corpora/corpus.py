@@ -10,7 +10,7 @@ import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -88,7 +88,9 @@ class Part(NamedTuple):
         """`count` tokens from `offset` of this part as int64, and where among them documents start."""
         begin, chunks, starts = self.start + offset, [], []
         for index, base, low, high in self._ranges(offset, count):
-            chunk, begins = reading(index, partial(self._read, low, high))
+            chunk, begins = reading(index, Shard.window, low, high)
+            if chunk is None:
+                chunk = self._fetched(index, low, high)
             self._check(chunk, index, vocab_size)
             chunks.append(chunk.astype(numpy.int64))
             starts.append(begins + (base - begin))
@@ -98,26 +100,18 @@ class Part(NamedTuple):
         """Where documents start among these tokens, from the indices alone."""
         begin, starts = self.start + offset, []
         for index, base, low, high in self._ranges(offset, count):
-            starts.append(reading(index, partial(_starts, low, high)) + (base - begin))
+            starts.append(reading(index, Shard.document_starts, low, high) + (base - begin))
         return _joined(starts)
 
-    def _read(self, low: int, high: int, shard: Shard) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """(tokens [low, high) of a shard, first tokens of the documents there)"""
-        starts = shard.document_starts(low, high)
-        if not (thing := shard.index.files.remote_bin):
-            return shard.tokens(low, high), starts
-        dtype = shard.index.dtype
-        content = chunks_of(self.stream).read(thing, low * dtype.itemsize, high * dtype.itemsize, self.name)
-        return numpy.frombuffer(content, dtype), starts
+    def _fetched(self, index: ShardIndex, low: int, high: int) -> numpy.ndarray:
+        """Tokens [low, high) of a shard in object storage."""
+        thing, size = index.files.remote_bin, index.dtype.itemsize
+        return numpy.frombuffer(chunks_of(self.stream).read(thing, low * size, high * size, self.name), index.dtype)
 
     def _check(self, chunk: numpy.ndarray, index: ShardIndex, vocab_size: int) -> None:
         for token in (int(chunk.max(initial=0)), int(chunk.min(initial=0))):
             if not 0 <= token < vocab_size:
                 raise out_of_vocabulary(f"{index.prefix} of {self.name}", token, vocab_size)
-
-
-def _starts(low: int, high: int, shard: Shard) -> numpy.ndarray:
-    return shard.document_starts(low, high)
 
 
 def _joined(arrays: list[numpy.ndarray]) -> numpy.ndarray:
@@ -197,13 +191,13 @@ def _border(indices: list[ShardIndex], starts: tuple[int, ...], fraction: float)
         return total
     target = round(total * (1 - fraction))
     s = min(bisect_right(starts, target), len(indices)) - 1
-    near = reading(indices[s], partial(_starts_near, target - starts[s]))
+    near = reading(indices[s], _starts_near, target - starts[s])
     borders = {starts[s] + start for start in near} - {0, total}
     nearest = min(borders, key=lambda border: abs(border - target), default=0)
     return nearest if nearest and total - nearest <= 2 * (total - target) else target
 
 
-def _starts_near(token: int, shard: Shard) -> list[int]:
+def _starts_near(shard: Shard, token: int) -> list[int]:
     """First tokens of the first document that starts at `token` or later, and of its neighbours."""
     document = shard.first_document(token)
     near = range(max(0, document - 1), min(shard.index.documents, document + 1) + 1)

@@ -46,15 +46,15 @@ def changed(files: Files, stamps: bytes) -> UserError:
     )
 
 
-def reading(index: ShardIndex, action: Callable[["Shard"], Result]) -> Result:
-    """What `action` reads of a shard. If that fails, it is tried again with files opened anew: a handle may be stale."""
+def reading(index: ShardIndex, action: Callable[..., Result], *arguments) -> Result:
+    """`action(shard, *arguments)`. If that fails, it is tried again with files opened anew: a handle may be stale."""
 
     def anew(_) -> Result:
         opened.cache_clear()
-        return action(Shard(index))
+        return action(Shard(index), *arguments)
 
     try:
-        return action(Shard(index))
+        return action(Shard(index), *arguments)
     except OSError:
         with files_at(index.prefix):
             return patiently(anew, Path(index.prefix), "start the same command again when the files of this shard are")
@@ -69,6 +69,11 @@ class Shard:
             stamps = self.idx.stamp + self.bin.stamp
             if not index.files.stamps.startswith(stamps):
                 raise changed(index.files, stamps)
+
+    def window(self, low: int, high: int) -> tuple[numpy.ndarray | None, numpy.ndarray]:
+        """(tokens [low, high), None if they are in object storage; first tokens of the documents there)"""
+        starts = self.document_starts(low, high)
+        return (self.tokens(low, high) if self.bin else None), starts
 
     def tokens(self, low: int, high: int) -> numpy.ndarray:
         dtype = self.index.dtype

@@ -7,6 +7,7 @@ units until the epoch ends, so that every token of it is read exactly once.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Annotated, NamedTuple
 
 from pydantic import ConfigDict, Field, with_config
@@ -61,25 +62,56 @@ class Interval(NamedTuple):
         if not samples:  # a corpus that left may be smaller than a window
             return self.cursors[which]
         cursor, tokens = self.cursors[which], self.domains[which].tokens
-        left = order.units(tokens, cursor.unit) * cursor.unit - cursor.token
+        left = units(tokens, cursor.unit) * cursor.unit - cursor.token
         here = -(-left // self.seq_len)
         if samples < here:
             read = samples * self.seq_len
             return cursor._replace(token=cursor.token + read, seen=cursor.seen + read)
-        epochs, index = divmod(samples - here, order.units(tokens, self.seq_len))
+        epochs, index = divmod(samples - here, units(tokens, self.seq_len))
         seen = cursor.seen + left + (samples - here) * self.seq_len
         return Cursor(cursor.epoch + 1 + epochs, self.seq_len, index * self.seq_len, seen)
 
     def pieces(self, which: int, cursor: Cursor) -> Iterator[tuple[int, int]]:
         """(first token, tokens) in the domain of each piece of the window at a cursor: one, or several from different units."""
         domain = self.domains[which]
-        cut = order.cut(domain.tokens, cursor.unit, order.name_key(self.seed, domain.name), cursor.epoch)
+        cut = cut_of(domain.tokens, cursor.unit, order.name_key(self.seed, domain.name), cursor.epoch)
         token, end = cursor.token, min(cursor.token + self.seq_len, cut.tokens)
         while token < end:
             index, inside = divmod(token, cut.unit)
             length = min(cut.unit - inside, end - token)
             yield cut.start(index) + inside, length
             token += length
+
+
+class Cut(NamedTuple):
+    """An epoch of a corpus: `count` units of `unit` tokens from `offset` on, in shuffled order."""
+
+    unit: int
+    count: int
+    offset: int
+    key: int
+
+    @property
+    def tokens(self) -> int:
+        return self.unit * self.count
+
+    def start(self, index: int) -> int:
+        """First token of the unit at `index` of the epoch."""
+        return self.offset + order.permute(index, self.count, self.key) * self.unit
+
+
+def units(tokens: int, unit: int) -> int:
+    """Units of an epoch, each with a label after it, at any offset; 0 if none fits."""
+    if tokens <= unit:
+        return 0
+    return max(1, (tokens - unit) // unit)
+
+
+@lru_cache(maxsize=1024)
+def cut_of(tokens: int, unit: int, key: int, epoch: int) -> Cut:
+    """All cuts are shifted by an offset of 0 to unit - 1, or less if the corpus has too few tokens for more."""
+    count, key = units(tokens, unit), order.mix(key, epoch)
+    return Cut(unit, count, order.mix(key, -1) % min(unit, tokens - count * unit), key)
 
 
 def begin(domains: list[Domain], shares: tuple[int, ...], seq_len: int, seed: int) -> Interval:
@@ -174,9 +206,9 @@ def check_record(record: BlendRecord, samples: int) -> None:
     if sum(row["share"] for row in record["domains"].values()) != order.BLOCK:
         raise ValueError(f"blend.domains.share must add up to {order.BLOCK}")
     for name, row in record["domains"].items():
-        if row["share"] and not order.units(row["tokens"], record["seq_len"]):
+        if row["share"] and not units(row["tokens"], record["seq_len"]):
             raise ValueError(f"blend.domains.{name}.tokens must hold a window of {record['seq_len']}")
-        if row["token"] > order.units(row["tokens"], row["unit"]) * row["unit"]:
+        if row["token"] > units(row["tokens"], row["unit"]) * row["unit"]:
             raise ValueError(f"blend.domains.{name}.token must be within its epoch")
 
 

@@ -53,8 +53,8 @@ class Loader:
     def _read(self, stream: Stream, rows: list[list[int]]) -> tuple[list[Batch], torch.cuda.Event | None]:
         """In the thread: a step's micro-batches on the device, or on the way to it."""
         micros = [batch(stream, positions) for positions in rows]
-        if self.copies is None:
-            return [micro.moved(lambda t: t.to(self.device)) for micro in micros], None
+        if self.copies is None:  # on a CPU they are where they are needed
+            return micros, None
         with torch.cuda.stream(self.copies):
             moved = [micro.moved(lambda t: t.pin_memory().to(self.device, non_blocking=True)) for micro in micros]
             return moved, self.copies.record_event()

@@ -1,4 +1,4 @@
-"""Which corpus a position of training reads, and how an epoch of a corpus is cut and shuffled: pure functions of a seed.
+"""Which corpus a position of training reads, and how an epoch is shuffled: pure functions of a seed.
 
 Nothing is drawn ahead and nothing is stored. So resuming at position 10^9 costs the same as at position 0, and the number
 of ranks does not matter. A Feistel network shuffles; cycle walking fits it to any size. Note: the shares of a blend hold
@@ -7,7 +7,6 @@ within every block of 1000 samples, so a share below 1/1000 becomes 1/1000.
 
 import hashlib
 from functools import lru_cache
-from typing import NamedTuple
 
 from ted_scale.base.errors import UserError
 
@@ -93,34 +92,3 @@ def deal(counts: tuple[int, ...], key: int) -> tuple[int, ...]:
     """One shuffled block: the corpus of each of its slots."""
     cards = [corpus for corpus, n in enumerate(counts) for _ in range(n)]
     return tuple(cards[permute(slot, BLOCK, key)] for slot in range(BLOCK))
-
-
-class Cut(NamedTuple):
-    """An epoch of a corpus: `count` units of `unit` tokens from `offset` on, in shuffled order."""
-
-    unit: int
-    count: int
-    offset: int
-    key: int
-
-    @property
-    def tokens(self) -> int:
-        return self.unit * self.count
-
-    def start(self, index: int) -> int:
-        """First token of the unit at `index` of the epoch."""
-        return self.offset + permute(index, self.count, self.key) * self.unit
-
-
-def units(tokens: int, unit: int) -> int:
-    """Units of an epoch, each with a label after it, at any offset; 0 if none fits."""
-    if tokens <= unit:
-        return 0
-    return max(1, (tokens - unit) // unit)
-
-
-@lru_cache(maxsize=1024)
-def cut(tokens: int, unit: int, key: int, epoch: int) -> Cut:
-    """All cuts are shifted by an offset of 0 to unit - 1, or less if the corpus has too few tokens for more."""
-    count, key = units(tokens, unit), mix(key, epoch)
-    return Cut(unit, count, mix(key, -1) % min(unit, tokens - count * unit), key)

@@ -117,15 +117,14 @@ def logit_chunks(
         w_t, b_t = w_t[: len(w_s)], None if b_t is None else b_t[: len(w_s)]
     # `span` chunks of logits are one span: a single product for the weight's gradient, from `slopes`.
     span = SPAN if wants and backend == "triton" and h_s.dtype != torch.float32 else 1
-    more = 0 if backend == "triton" else scratch(divergence, top_k)
-    chunk = rows_of_chunk(h_s, w_s, w_t, span, chunk_tokens, more)
+    floor, entropies = floor_and_entropies(weight, skip_below)
+    chunk = rows_of_chunk(h_s, w_s, w_t, f, backend, span, chunk_tokens)
     dh, dw, db = gradients = empty_gradients(h_s, w_s, b_s, wanted)
     w_s, w_t = operand(w_s, backend), operand(w_t, backend)
     logits_s = weight.new_empty(chunk, len(w_s))  # the same memory for every chunk
     logits_t = None if w_t is None else weight.new_empty(chunk, len(w_t))
     slopes = h_s.new_empty(min(span * chunk, len(h_s)), len(w_s)) if span > 1 else None
     kl, ce = weight.new_zeros(2, len(weight)).unbind()
-    floor, entropies = floor_and_entropies(weight, skip_below)
     if not (f.kl_weight or f.ce_weight):
         dh.zero_()
     for at in chunks(len(h_s), span * chunk) if f.kl_weight or f.ce_weight else ():
@@ -162,9 +161,10 @@ def floor_and_entropies(weight, skip_below: float):
     return weight.new_full((), skip_below), torch.zeros_like(weight)
 
 
-def rows_of_chunk(h_s, w_s, w_t, span: int, chunk_tokens: int, more: int = 0) -> int:
-    """A row takes its fp32 logits, `more` rows of the teacher's and, where their gradient has memory of its own, `span` rows of
-    that."""
+def rows_of_chunk(h_s, w_s, w_t, loss: LogitLoss, backend: str, span: int, chunk_tokens: int) -> int:
+    """A row takes its fp32 logits, some more rows of the teacher's for the divergence and, where the logits' gradient has memory
+    of its own, `span` rows of that."""
+    more = 0 if backend == "triton" else scratch(loss.divergence, loss.top_k)
     logits = 4 * (len(w_s) + (0 if w_t is None else (1 + more) * len(w_t)))
     apart = span * h_s.element_size() * len(w_s) if h_s.is_cuda and h_s.element_size() == 2 else 0
     return rows_per_chunk(len(h_s), logits + apart, h_s.device, chunk_tokens)

@@ -119,7 +119,7 @@ class Metrics:
 
     def leave_word(self, words: str = "") -> None:
         """On rank 0: for the next start, how far this one came, and why it ended."""
-        self.told, self.words = time.monotonic(), self.words or life.ending(words)
+        self.told, self.words = time.monotonic(), self.words or (words and life.ending(words))
         if self.writes:
             life.write(self.path.parent, life.Life(self.step, self.ledger.spent(), self.words))
 

@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from ted_scale.base import exits, redact
+from ted_scale.base import exits
 from ted_scale.base.errors import FAULT, GONE, HUNG, RESUME, Preempted
 from ted_scale.base.exits import leave, speak
 from ted_scale.ranks import pulse, signals
@@ -173,7 +173,7 @@ class Watch:
 
     def end(self, words: str, code: int, silent=()) -> None:
         """End this rank and all others with `code`. `words` are printed last, unless another rank was first or has died."""
-        in_main, words = threading.current_thread() is threading.main_thread(), redact.redact(words)
+        in_main = threading.current_thread() is threading.main_thread()
         if self.rank and in_main and code != FAULT:
             time.sleep(3 * HEARTBEAT_S)  # rank 0 should print what all ranks have to print
         claim = json.dumps({"rank": self.rank, "code": code, "thread": threading.get_ident()})  # one thread wins

@@ -11,6 +11,7 @@ from corpus import counting_documents, data_section, steps, write_shard
 
 from ted_scale.base.errors import UserError
 from ted_scale.data import order
+from ted_scale.data.blend import cut_of, units
 from ted_scale.data.stream import open_stream, validation_batches
 from ted_scale.kernels.tokens import IGNORED
 
@@ -60,20 +61,20 @@ def test_a_permutation_visits_every_index_once_and_differs_by_key(size):
 def test_the_order_of_every_run_so_far_is_kept():
     assert order.mix(1, 2, 3) == 12174095428247697372
     assert [order.permute(i, 1000, 5) for i in range(5)] == [500, 334, 578, 412, 146]
-    assert order.cut(10000, 8, 7, 3) == (8, 1249, 1, 16181764236136305309)
+    assert cut_of(10000, 8, 7, 3) == (8, 1249, 1, 16181764236136305309)
 
 
 @pytest.mark.parametrize(("tokens", "seq_len"), [(9, 8), (15, 8), (16, 8), (100, 8), (97, 8), (50, 1)])
 def test_an_epoch_visits_each_window_once_and_none_runs_past_the_end(tokens, seq_len):
-    count = order.units(tokens, seq_len)
+    count = units(tokens, seq_len)
     for epoch in range(20):
-        starts = sorted(order.cut(tokens, seq_len, 7, epoch).start(i) for i in range(count))
+        starts = sorted(cut_of(tokens, seq_len, 7, epoch).start(i) for i in range(count))
         assert starts == [starts[0] + i * seq_len for i in range(count)]
         assert starts[0] >= 0 and starts[-1] + seq_len + 1 <= tokens
 
 
 def test_cuts_and_order_change_from_epoch_to_epoch():
-    cuts = [order.cut(1000, 8, 7, epoch) for epoch in range(20)]
+    cuts = [cut_of(1000, 8, 7, epoch) for epoch in range(20)]
     epochs = [[cut.start(i) for i in range(cut.count)] for cut in cuts]
     assert {min(e) for e in epochs} > {0, 3, 5}
     assert len({tuple(s - min(e) for s in e) for e in epochs}) == 20
@@ -81,7 +82,7 @@ def test_cuts_and_order_change_from_epoch_to_epoch():
 
 def test_samples_cross_shards_as_one_stream_of_tokens(two_shards):
     stream = open_stream(data_section(two_shards), 1, VOCAB)
-    for position in range(order.units(564, 8)):
+    for position in range(units(564, 8)):
         window = stream.sample(position)
         first, document_starts = window.tokens[0], set(numpy.cumsum([0, *LENGTHS]).tolist())
         assert window.tokens.tolist() == list(range(first, first + 8)) and (window.labels == window.tokens + 1).all()
@@ -168,7 +169,7 @@ def test_a_document_is_cut_where_whole_ones_would_take_more_than_twice_the_share
     ]  # the last of three is less than twice what was asked: it stays whole
     assert (train.tokens, held.tokens) == (1000 - held_out, held_out)
     assert streams[1].sample(0).tokens.tolist() == list(range(1000 - held_out, 1008 - held_out))
-    read = [streams[0].sample(p).labels.max() for p in range(order.units(train.tokens, 8))]
+    read = [streams[0].sample(p).labels.max() for p in range(units(train.tokens, 8))]
     assert max(read) < 1000 - held_out
 
 

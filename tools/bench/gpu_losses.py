@@ -103,13 +103,11 @@ def row_kernel(task, write) -> None:
     device, size = task.device(), TINY if task.tiny else losses.SIZES["cuda"]
     vocab, fp32 = size["vocab"], torch.float32
     h, w = (torch.empty(rows, 8, dtype=torch.bfloat16, device=device) for rows in (size["tokens"], vocab))
-    rows = rows_of_chunk(h, w, w, SPAN, 0)
+    loss, backend = LogitLoss(1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0), choose("auto", torch.device(device))
+    rows = rows_of_chunk(h, w, w, loss, backend, SPAN, 0)
     z_s, z_t = (normal(rows, vocab, fp32, device, 2.0) for _ in range(2))
     labels, weight = torch.randint(0, vocab, (rows,), device=device), means(rows, device)["token_weight"]
-    loss, of_rows = (
-        LogitLoss(1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0),
-        row_losses_of(choose("auto", torch.device(device))),
-    )
+    of_rows = row_losses_of(backend)
     room = torch.empty(rows, vocab, dtype=torch.bfloat16, device=device)
     seconds = best(lambda: of_rows(z_s, z_t, labels, weight, loss, True, room), device)  # on CPU z_s is overwritten
     rate, copy = ROW_BYTES * rows * vocab / seconds, copy_rate(device, 1 << (22 if task.tiny else 32))
