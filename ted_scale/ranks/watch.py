@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from ted_scale.base import exits
+from ted_scale.base import exits, redact
 from ted_scale.base.errors import FAULT, GONE, HUNG, RESUME, Preempted
 from ted_scale.base.exits import leave, speak
 from ted_scale.ranks import pulse, signals
@@ -206,6 +206,7 @@ class Watch:
         elif code == FAULT or (self.rank and code != GONE):
             words = f"rank {self.rank}: {words}"
         # Print it and pass it to the others, then exit.
+        words = redact.redact(words)
         self.speak(words)
         self.store.set(f"reason/{self.rank}", json.dumps({"words": words, "code": code}))
         self.log_and_leave(words, code)
