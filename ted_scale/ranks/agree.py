@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ted_scale.base.errors import SENTENCES, UserError
+from ted_scale.base.errors import SENTENCES
 
 LONGEST_WRITE = timedelta(hours=12)
 
@@ -57,12 +57,6 @@ def caught(look, arguments):
         return look(*arguments), None
     except SENTENCES as error:
         return None, error
-
-
-def refuse_together(sentence: str | None, kind=UserError) -> None:
-    """Every rank raises the first sentence, so that no rank waits for one that has failed."""
-    if first := first_of_all(sentence):
-        raise kind(first)
 
 
 def anywhere(flag: bool, device) -> bool:

@@ -69,10 +69,16 @@ FLAT = {"Delimiter": "/"}  # without what is in folders below
 def _s3_pages(folder: str, start: str, what: str, patience_s: float, kind: dict[str, str] = FLAT):
     bucket, key = split(folder)
     request = {"Bucket": bucket, "Prefix": f"{key}/{start}" if key else start, **kind}
-    while True:
-        page = persist(what, lambda: s3_client().list_objects_v2(**request), patience_s)
+    for page in _answers(request, what, patience_s):
         for entry in page.get("Contents", ()):
             yield Object(f"s3://{bucket}/{entry['Key']}", entry["Size"], entry["ETag"])
+
+
+def _answers(request: dict, what: str, patience_s: float):
+    """The pages of one listing."""
+    while True:
+        page = persist(what, lambda: s3_client().list_objects_v2(**request), patience_s)
+        yield page
         if not page.get("IsTruncated"):
             return
         request["ContinuationToken"] = page["NextContinuationToken"]
@@ -125,13 +131,8 @@ def split(url: str) -> tuple[str, str]:
 def folders(url: str, what: str, patience_s: float) -> list[str]:
     """The names of the folders in a folder."""
     bucket, key = split(url)
-    request, found = {"Bucket": bucket, "Prefix": f"{key}/", "Delimiter": "/"}, []
-    while True:
-        page = persist(what, lambda: s3_client().list_objects_v2(**request), patience_s)
-        found += [entry["Prefix"][len(key) + 1 : -1] for entry in page.get("CommonPrefixes", ())]
-        if not page.get("IsTruncated"):
-            return found
-        request["ContinuationToken"] = page["NextContinuationToken"]
+    pages = _answers({"Bucket": bucket, "Prefix": f"{key}/", **FLAT}, what, patience_s)
+    return [entry["Prefix"][len(key) + 1 : -1] for page in pages for entry in page.get("CommonPrefixes", ())]
 
 
 def text(thing: Object, what: str, patience_s: float) -> str:
