@@ -56,8 +56,8 @@ class Guard:
         """Gather the losses of all ranks. Call it after the last `add` and before the engine step that updates. `each` has the
         weights of the step's micro-batches."""
         self.before, self.each, self.unread = progress, each, True
-        asked = float(signals.asked.is_set())
-        asked = self.local.new_full((1,), asked)  # filled on the device, without a copy to wait for
+        is_asked = float(signals.asked.is_set())
+        asked = self.local.new_full((1,), is_asked)  # filled on the device, without a copy to wait for
         everyone = of_all_ranks(torch.cat([self.local, asked]))
         self.shares, self.tallies, self.asked = everyone.split(
             [self.terms, everyone.shape[1] - self.terms - 1, 1], dim=1
