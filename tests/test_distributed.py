@@ -127,7 +127,7 @@ def test_far_positions_are_as_exact_as_bf16_is(world):
 
 
 def test_one_rank_alone_gathers_no_block_and_reduces_nothing_and_no_gradient_is_copied_for_its_norm(world):
-    assert result(world, "alone") == {"reductions": 0, "gathers": 0, "norms": ["torch.float32"]}
+    assert result(world, "alone") == {"reductions": 0, "gathers": 0, "norms": ["torch.float32"], "hooks": 0}
 
 
 def test_blocks_by_liger_have_the_losses_of_plain_torch(world):

@@ -25,7 +25,7 @@ from ted_scale.distill.teacher import Teacher
 from ted_scale.kernels.arguments import check_labels
 from ted_scale.kernels.products import all_count
 from ted_scale.metrics.metrics import Metrics
-from ted_scale.models import fused
+from ted_scale.models import fused, zero_hooks
 from ted_scale.models.engine_config import engine_config
 from ted_scale.models.zero import gathered, is_sharded, shape_of
 from ted_scale.plan import make_plan
@@ -470,12 +470,12 @@ def families(folder: Path, device):
 
 
 def alone(folder: Path, device):
-    """Reductions, and gathers of several weights, that one rank asks for, and of what types it takes norms."""
+    """Reductions, and gathers of several weights, that one rank asks for, of what types it takes norms, and DeepSpeed's hooks."""
     from deepspeed.comm import comm
     from deepspeed.runtime.zero.partition_parameters import NoGatherCoalescedHandle
 
-    calls, types, gathers = [], set(), []
-    gather = NoGatherCoalescedHandle.__init__
+    calls, types, gathers, hooks = [], set(), [], []
+    trim, gather = zero_hooks.trim, NoGatherCoalescedHandle.__init__
     reduce, norm = comm.cdb.reduce_scatter_tensor, torch._foreach_norm
 
     def noting(tensors, *arguments, **named):
@@ -486,15 +486,20 @@ def alone(folder: Path, device):
         gathers.append(len(weights))
         gather(handle, weights)
 
-    NoGatherCoalescedHandle.__init__ = counting
+    def counting_hooks(engine, *arguments):
+        trim(engine, *arguments)
+        owner = zero_hooks.hook_owner(engine)
+        hooks.extend(h for h in (*owner.forward_hooks, *owner.backward_hooks) if h.id in h.hooks_dict_ref())
+
+    NoGatherCoalescedHandle.__init__, zero_hooks.trim = counting, counting_hooks
     comm.cdb.reduce_scatter_tensor = lambda *a, **named: (calls.append(1), reduce(*a, **named))[1]
     torch._foreach_norm = noting
     try:
         start(folder, device, name="alone_1", **THREE_STEPS)
     finally:
         comm.cdb.reduce_scatter_tensor, torch._foreach_norm = reduce, norm
-        NoGatherCoalescedHandle.__init__ = gather
-    return {"reductions": len(calls), "gathers": len(gathers), "norms": sorted(types)}
+        NoGatherCoalescedHandle.__init__, zero_hooks.trim = gather, trim
+    return {"reductions": len(calls), "gathers": len(gathers), "norms": sorted(types), "hooks": len(hooks)}
 
 
 def blocks_by_liger(folder: Path, device):
