@@ -181,12 +181,14 @@ def begin(run) -> str:
 
 
 def look(run, patience_s: float | None = None) -> Note | None:
-    return objects.note(url_of(run), f"{url_of(run)} must be readable", patience_s or objects.OPENING_S)
+    url = url_of(run)
+    return objects.note(url, f"{url} must be readable", patience_s or objects.OPENING_S)
 
 
 def put(run, owner: Owner, before: Note | None, patience_s: float | None = None) -> None:
     """Changed if the store does not have this record then."""
-    url, what, patience_s = url_of(run), f"{url_of(run)} must be writable", patience_s or objects.OPENING_S
+    url, patience_s = url_of(run), patience_s or objects.OPENING_S
+    what = f"{url} must be writable"
     with contextlib.suppress(Changed):  # or the answer to an earlier try was lost
         objects.put_note(url, json.dumps(asdict(owner)), before and before.version, what, patience_s)
     found = look(run, patience_s)
