@@ -11,7 +11,7 @@ import torch
 from ted_scale import kernels
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints.filters_file import load_filters
-from ted_scale.distill.filters import Filter, has_lift
+from ted_scale.distill.filters import Filter, has_lift, keeps_filtered
 from ted_scale.distill.stages import Stage
 from ted_scale.distill.student import Student
 from ted_scale.distill.teacher import Teacher, TeacherBody
@@ -101,7 +101,7 @@ def bare_teacher(plan: Plan, device: torch.device) -> Teacher:
     body, blocks = teacher_body(plan, ds_config=None, device="cpu" if streamed else device)
     if streamed:
         stream_blocks(body.network, blocks, device)
-    return Teacher(body, body)
+    return Teacher(body, body, together=plan.run.teacher.micro_batch, early=plan.run.teacher.early)
 
 
 def sharded_teacher(plan: Plan) -> Teacher:
@@ -112,8 +112,9 @@ def sharded_teacher(plan: Plan) -> Teacher:
     body, blocks = teacher_body(plan, ds_config=config, group=group_of_node(plan.placement.ranks))
     zero_hooks.patch_deepspeed()
     zero_hooks.gather_whole_blocks(blocks)
-    teacher = Teacher(deepspeed.initialize(model=body, config=config)[0], body)
-    zero_hooks.trim(teacher.engine, config, [body])
+    engine = deepspeed.initialize(model=body, config=config)[0]
+    teacher = Teacher(engine, body, together=plan.run.teacher.micro_batch)
+    zero_hooks.trim(engine, config, [body])
     return teacher
 
 
@@ -139,11 +140,15 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
     if run.student.gradient_checkpointing and not stage.learns_filters:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     with sharded_construction(config):
-        filters_s, filters_t = build_filters(plan, stage)
-    if filters_t is not None:
+        filters_s = student_filters(plan, stage)
+        filters_t = None if keeps_filtered(plan, stage) else teacher_filters(plan, stage)
+    of_teacher = teacher_filters(plan, stage) if keeps_filtered(plan, stage) else filters_t
+    if of_teacher is not None:
         if filters_file:
-            load_filters(filters_file, {"student": filters_s, "teacher": filters_t})
-        filters_t.requires_grad_(stage.learns_filters)
+            load_filters(filters_file, {"student": filters_s, "teacher": of_teacher})
+        of_teacher.requires_grad_(stage.learns_filters)
+    if of_teacher is not filters_t:
+        lend(of_teacher, teacher, dtype)
     module = Student(
         run, network, plan.student, plan.pairs, learns_filters=stage.learns_filters, filters_s=filters_s,
         filters_t=filters_t, head_t=getattr(teacher, "head", None),
@@ -163,21 +168,38 @@ def frozen_parts(module: Student, stage: Stage) -> list:
     return [] if frozen is None else [frozen]
 
 
+def lend(filters, teacher: Teacher, dtype: torch.dtype) -> None:
+    """Frozen filters, whole on this rank, to the teacher: it filters its states as they appear."""
+    device = teacher.head.weight.device
+    teacher.keep_filtered(filters.to(device, dtype))
+    if teacher.at_load is not None:
+        own = teacher.at_load[: len(replicas.parts_of(teacher.body))]
+        teacher.at_load = torch.cat([own, replicas.digests(replicas.parts_of(filters), device)])
+
+
 def build_filters(plan: Plan, stage: Stage):
-    """(student's filters, teacher's filters), one for each pair. lwd has none for the teacher."""
-    if not plan.pairs:
-        return None, None
-    filters, lwd = plan.run.filters, plan.run.method == "lwd"
-    heads = filters.head == "per_layer" and stage.learns_filters
+    """(student's filters, teacher's filters), one for each pair."""
+    return student_filters(plan, stage), teacher_filters(plan, stage)
+
+
+def student_filters(plan: Plan, stage: Stage):
+    return filters_of(plan, stage, plan.student, 0) if plan.pairs else None
+
+
+def teacher_filters(plan: Plan, stage: Stage):
+    """lwd has none."""
+    if not plan.pairs or plan.run.method == "lwd":
+        return None
     lift = plan.teacher.width if stage.learns_filters and has_lift(plan.run, plan.teacher) else 0
+    return filters_of(plan, stage, plan.teacher, 1, lift)
 
-    def side(anatomy, offset: int, lift: int = 0):
-        seeds = [plan.run.seed * 1000 + 2 * k + offset for k in range(len(plan.pairs))]
-        vocab = anatomy.vocab_size if heads else 0
-        settings: dict = {"mlp": filters.mlp, "random": filters.start == "noise", "vocab": vocab, "lift": lift}
-        return torch.nn.ModuleList(Filter(anatomy.width, plan.width, seed=seed, **settings) for seed in seeds)
 
-    return side(plan.student, 0), None if lwd else side(plan.teacher, 1, lift)
+def filters_of(plan: Plan, stage: Stage, anatomy, offset: int, lift: int = 0):
+    filters = plan.run.filters
+    seeds = [plan.run.seed * 1000 + 2 * k + offset for k in range(len(plan.pairs))]
+    vocab = anatomy.vocab_size if filters.head == "per_layer" and stage.learns_filters else 0
+    settings: dict = {"mlp": filters.mlp, "random": filters.start == "noise", "vocab": vocab, "lift": lift}
+    return torch.nn.ModuleList(Filter(anatomy.width, plan.width, seed=seed, **settings) for seed in seeds)
 
 
 def parameter_groups(run, module: Student) -> list[dict]:

@@ -3,6 +3,7 @@
 from ted_scale import balance
 from ted_scale.base.errors import Preempted
 from ted_scale.distill.normalization import count_valid, for_engine
+from ted_scale.distill.reading import Reading
 from ted_scale.distill.stages import set_rates
 from ted_scale.ranks import pulse, signals
 from ted_scale.ranks.agree import anywhere
@@ -17,11 +18,14 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
         set_rates(student, stage.rate(progress.step), each)
         denom = count_valid(micro_batches)
 
+        reading = Reading(teacher, micro_batches, each)
         for batch, weights in zip(micro_batches, each, strict=True):
             with metrics.clock.time("teacher_ms"):
-                signal = teacher(batch, weights)
+                signal = reading.signal(weights)
             losses = student(batch, signal, weights, denom)
             del signal  # gigabytes that backward does not need
+            with metrics.clock.time("teacher_ms"):
+                reading.ahead()
             student.backward(for_engine(losses.total), scale_wrt_gas=False)
             guard.add(losses)
             if batch is micro_batches[-1]:

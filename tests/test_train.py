@@ -1,7 +1,9 @@
-"""The loop frees the teacher's signal before backward."""
+"""The loop frees the teacher's signal before backward, and reads the next one first where the teacher is early."""
 
 import weakref
 from types import SimpleNamespace
+
+import pytest
 
 from ted_scale import train as loop
 from ted_scale.checkpoints.progress import Progress
@@ -14,12 +16,12 @@ class Signal:
 
 
 class Student:
-    """Has the methods that the loop calls; notes which signals are alive when backward begins."""
+    """Has the methods that the loop calls; notes which signals that it has read are alive when backward begins."""
 
     device = None
 
     def __init__(self):
-        self.seen, self.alive_in_backward = [], []
+        self.seen, self.alive_in_backward, self.backwards = [], [], 0
 
     def __call__(self, batch, signal, weights, denom):
         self.seen.append(weakref.ref(signal))
@@ -27,11 +29,26 @@ class Student:
 
     def backward(self, *_, **__):
         self.alive_in_backward += [ref() is not None for ref in self.seen]
+        self.backwards += 1
 
     def step(self): ...
 
 
-def test_the_teacher_s_signal_is_freed_before_backward(monkeypatch):
+class Teacher:
+    """Notes how many backwards there were before each of its calls."""
+
+    stream, together = None, 1
+
+    def __init__(self, student, early: bool):
+        self.student, self.early, self.called = student, early, []
+
+    def each(self, batches, weights):
+        self.called.append(self.student.backwards)
+        return [Signal()]
+
+
+@pytest.mark.parametrize(("early", "called"), [(False, [0, 1]), (True, [0, 0])])
+def test_the_teacher_s_signal_is_freed_before_backward(monkeypatch, early, called):
     for name in ("count_valid", "set_rates", "for_engine"):
         monkeypatch.setattr(loop, name, lambda *_: None)
     monkeypatch.setattr(loop.pulse, "step", lambda _: None)
@@ -45,5 +62,7 @@ def test_the_teacher_s_signal_is_freed_before_backward(monkeypatch):
     clock = Clock(SimpleNamespace(type="cpu"))
     metrics = SimpleNamespace(timed=lambda items, _: items, clock=clock, add=nothing)
     settings = {"progress": Progress(), "verify": nothing, "validate": nothing, "save": nothing}
-    loop.train(stage, student, lambda *_: Signal(), [["one", "two"]], guard, metrics, **settings)
+    teacher = Teacher(student, early)
+    loop.train(stage, student, teacher, [["one", "two"]], guard, metrics, **settings)
     assert len(student.seen) == 2 and student.alive_in_backward == [False, False, False]
+    assert teacher.called == called

@@ -47,6 +47,13 @@ class Teacher(Model):
     node_ranks: PositiveInt | None = Field(
         None, description="ranks of a node, which follow each other; default: what the launcher started on this node"
     )
+    micro_batch: PositiveInt = Field(
+        1, description="the micro-batches (of train.micro_batch samples) that it reads in one call, in a step"
+    )
+    early: bool = Field(
+        True,
+        description="replicated or offload: it reads a micro-batch beside the student's backward of the one before, in a step",
+    )
 
 
 class Student(Model):

@@ -6,6 +6,7 @@ piece, because attention sees nothing before it.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import numpy
@@ -37,6 +38,18 @@ def pack(begins_BT: numpy.ndarray) -> Packing:
         torch.from_numpy(positions.reshape(rows, length)),
         torch.from_numpy(borders.astype(numpy.int32)),
         tuple(lengths.tolist()),
+    )
+
+
+def joined(packings: list[Packing]) -> Packing:
+    """As one batch of all their rows; the device is not read."""
+    tokens = [packing.positions_BT.numel() for packing in packings]
+    firsts = [0, *itertools.accumulate(tokens)][:-1]
+    borders = [packing.borders[:-1] + first for packing, first in zip(packings, firsts, strict=True)]
+    return Packing(
+        torch.cat([packing.positions_BT for packing in packings]),
+        torch.cat([*borders, packings[-1].borders[-1:] + firsts[-1]]),
+        tuple(length for packing in packings for length in packing.lengths),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ted_scale.base.errors import UserError
 from ted_scale.corpora.corpus import Part, open_parts
-from ted_scale.data import blend, order
+from ted_scale.data import blend, order, packing
 from ted_scale.data.blend import Domain, Interval
 from ted_scale.data.packing import Packing, pack
 from ted_scale.kernels.tokens import IGNORED
@@ -32,6 +32,12 @@ class Batch(NamedTuple):
         """With `move` called on every tensor."""
         tokens, labels, weights = (move(t) for t in self[:3])
         return Batch(tokens, labels, weights, self.packing and self.packing.moved(move))
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """The rows of several micro-batches as one."""
+    tokens, labels, weights = (torch.cat(column) for column in list(zip(*batches, strict=True))[:3])
+    return Batch(tokens, labels, weights, packing.joined([b.packing for b in batches]) if batches[0].packing else None)
 
 
 class Window(NamedTuple):

@@ -19,6 +19,14 @@ def has_lift(run: Run, teacher: Anatomy) -> bool:
     return run.filters.head != "per_layer" and run.filters.width < teacher.width
 
 
+def keeps_filtered(plan, stage) -> bool:
+    """Whether the teacher's filters read its states as they appear, so that none of them is kept. Filtered states are in fp32,
+    which leaves every loss as it is; they must be smaller than the states. In stage I the loss reads the states."""
+    if plan.run.method != "ted" or stage.learns_filters:
+        return False
+    return 4 * plan.width < (2 if plan.run.train.precision == "bf16" else 4) * plan.teacher.width
+
+
 class ZeroLinear(nn.Linear):
     """A linear map that starts at 0. The constructor must set the zeros: ZeRO-3 shards the weights directly after it."""
 

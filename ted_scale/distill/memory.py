@@ -1,14 +1,16 @@
 """The memory of a rank in each stage, in bytes by term: an estimate from shapes, before anything starts.
 
-    weights          b · (student + filters) / R                    b: 2 bytes in bf16, else 4; R ranks
+    weights          b · (student + filters) / R                    b: 2 bytes in bf16, else 4; R ranks. Filters of the teacher that
+                                                                    read its states as they appear (filters.py): whole, b · filters
     teacher          b · teacher / ranks that share it (placement.py); streamed from the host: two blocks and what is outside blocks
     optimizer        12 · trained / R                               fp32 masters and Adam's two moments
     gradients        4 · (trained / R + sub-group)                  summed in fp32; one sub-group twice, for its update
     reduction        4 · bucket + b · largest matrix                whole gradients in reduction; on several ranks 4 · bucket more
     gathered         b · (live student, on several ranks + a block, prefetch and head of a teacher that several share)
     activations      what autograd keeps of N tokens, found by a trial on the meta device; with checkpointing one state a
-                     block, and one whole block
-    states           b · N · (pairs · width + head's width) of the teacher, in stage I also of the student
+                     block, and one whole block. One block of the teacher in its own call: instead, or, if it is early, too
+    states           of a call of the teacher N' · (pairs · width · b + head's width · b), or filtered as they appear pairs ·
+                     filters.width · 4; in stage I also of the student; with loss.mode = "strict" an early one's heads twice
     losses           4 · head's and filters' weights (their gradients), b · N · width a pair, one chunk's logits
     copy for a save  12 · trained / R, on a CPU, where the host is the device
 
@@ -21,6 +23,7 @@ from functools import cache
 import torch
 
 from ted_scale.distill.filter_sizes import filter_parameters
+from ted_scale.distill.filters import keeps_filtered
 from ted_scale.distill.stages import Stage
 from ted_scale.kernels.formulas.divergences import scratch
 from ted_scale.kernels.products import CHUNK_BYTES
@@ -55,16 +58,17 @@ def terms(plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
     b, tokens = 2 if run.train.precision == "bf16" else 4, run.train.micro_batch * run.data.seq_len
     counts = filter_parameters(plan)
     student, filters = counts["student"], sum(counts.values()) - (0 if stage.learns_filters else counts["lifts"])
+    whole = counts["teacher"] if keeps_filtered(plan, stage) else 0
     trained = (filters + own_heads(plan) if stage.learns_filters else plan.student.parameters + student) / ranks
     found = {
-        "weights": b * (plan.student.parameters + filters) / ranks,
+        "weights": b * ((plan.student.parameters + filters - whole) / ranks + whole),
         "teacher": b * teacher_here(plan.teacher, plan.placement, device) if plan.teacher else 0,
         "optimizer": 12 * trained,
         "gradients": 4 * (trained + min(trained, setting(plan, "sub_group_size"))),
         "reduction": reduction(plan, trained * ranks, b, device),
         "gathered": b * gathered(plan, stage),
         "activations": activations(plan, stage, tokens, b),
-        "states": b * tokens * states(plan, stage),
+        "states": tokens * states(plan, stage, b),
         "losses": losses(plan, stage, tokens, b, filters if stage.learns_filters else student, device),
         "copy for a save": 12 * trained if device == "cpu" else 0,
     }
@@ -129,13 +133,26 @@ def gathered(plan, stage: Stage) -> float:
 def activations(plan, stage: Stage, tokens: int, b: int) -> float:
     """Of the student's graph; a frozen model only has those of one block at a time."""
     dtype = torch.bfloat16 if b == 2 else torch.float32
-    kept = {a: kept_a_token(a, dtype) for a in (plan.student, plan.teacher) if a}
-    block = max(size / a.layers for a, size in kept.items())
+    s, t = plan.student, plan.teacher
+    kept = kept_a_token(s, dtype)
+    ours, block = kept, kept / s.layers
     if stage.learns_filters:
-        return tokens * block
-    if plan.run.student.gradient_checkpointing:
-        return tokens * (b * plan.student.layers * plan.student.width + block)
-    return tokens * max(kept[plan.student], block)
+        ours = block
+    elif plan.run.student.gradient_checkpointing:
+        ours = b * s.layers * s.width + block
+    theirs = together(plan) * kept_a_token(t, dtype) / t.layers if t else 0
+    return tokens * (ours + theirs if is_early(plan) else max(ours, theirs))
+
+
+def together(plan) -> int:
+    """The micro-batches in a call of the teacher."""
+    return min(plan.run.teacher.micro_batch, plan.accumulation)
+
+
+def is_early(plan) -> bool:
+    """Whether the teacher may run during a backward of the student. A step of one call has none before its end."""
+    bare = plan.placement is not None and plan.placement.is_bare
+    return bare and plan.run.teacher.early and plan.accumulation > together(plan)
 
 
 @cache  # for all stages: a trial of a deep model takes half a second
@@ -156,11 +173,17 @@ def kept_a_token(anatomy: Anatomy, dtype) -> float:
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights) / TRIAL
 
 
-def states(plan, stage: Stage) -> int:
-    """Elements a token that are kept from the teacher's forward to the losses."""
-    sides = [plan.teacher] if plan.teacher else []
-    matched = [*sides, plan.student] if stage.learns_filters else sides
-    return sum(len(plan.pairs) * a.width for a in matched) + sum(a.head_width for a in sides)
+def states(plan, stage: Stage, b: int) -> int:
+    """Bytes for a micro-batch's token that are kept from the teacher's forward to the losses."""
+    if plan.teacher is None:
+        return 0
+    matched, head = len(plan.pairs), b * plan.teacher.head_width
+    pairs = matched * (4 * plan.width if keeps_filtered(plan, stage) else b * plan.teacher.width)
+    waits = (
+        head if is_early(plan) and plan.run.loss.mode == "strict" else 0
+    )  # its backward reads the head's input again
+    ours = matched * b * plan.student.width if stage.learns_filters else 0
+    return together(plan) * (pairs + head + waits) + ours
 
 
 def losses(plan, stage: Stage, tokens: int, b: int, filters: int, device: str) -> float:

@@ -12,6 +12,13 @@ class Signal(NamedTuple):
     last_NE: torch.Tensor
 
 
+def parts(signal: Signal, tokens: list[int]) -> list[Signal]:
+    """The signals of the micro-batches, of so many tokens each, that one call read."""
+    layers = zip(*(states.split(tokens) for states in signal.layers_NE), strict=True) if signal.layers_NE else None
+    each = layers or [()] * len(tokens)
+    return [Signal(tuple(states), last) for states, last in zip(each, signal.last_NE.split(tokens), strict=True)]
+
+
 class Weights(NamedTuple):
     """The weights of a step's loss terms."""
 
@@ -21,6 +28,11 @@ class Weights(NamedTuple):
     sample_seed: int = 0  # stage I: which pairs and tokens the step reads
     asked: float = 1.0  # the share of the step's micro-batches that the teacher sees
     floor: float = 0.0  # with loss.skip_low_entropy: a token whose teacher has a lower entropy has no KL
+
+    @property
+    def ask(self) -> bool:
+        """Whether a term needs the teacher."""
+        return bool(self.kl or self.layer)
 
 
 class Losses(NamedTuple):

@@ -111,7 +111,7 @@ class Student(nn.Module):
 
             losses.append(self.filters_s[k](states_ND, in_both_filters))
 
-        if self.filters_t is None:  # lwd: the teacher's raw states
+        if self.filters_t is None:  # the teacher's states as they are (lwd), or filtered when they appeared
             in_teacher_filter(signal.layers_NE[k], None, None)
         else:
             self.filters_t[k](signal.layers_NE[k], in_teacher_filter)

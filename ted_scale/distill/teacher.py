@@ -1,9 +1,10 @@
-"""The frozen teacher: a micro-batch in, a Signal out. It has no optimizer, no graph and no logits."""
+"""The frozen teacher: micro-batches in, a Signal for each out. It has no optimizer, no graph and no logits."""
 
 import torch
 
-from ted_scale.distill.signal import Signal, Weights
-from ted_scale.kernels import linear_kl_ce
+from ted_scale.data.stream import joined
+from ted_scale.distill.signal import Signal, Weights, parts
+from ted_scale.kernels import filtered_states, linear_kl_ce
 from ted_scale.models.anatomy import Anatomy, StateRecorder, head_of, run_body
 from ted_scale.models.zero import gathered, start_gather
 
@@ -15,7 +16,8 @@ class TeacherBody(torch.nn.Module):
     def __init__(self, network, anatomy: Anatomy, blocks: list[int]):
         super().__init__()
         self.network, self.anatomy, self.blocks = network.requires_grad_(False).eval(), anatomy, blocks
-        self.recorder = StateRecorder(network, anatomy, blocks)
+        self.recorder = StateRecorder(network, anatomy, blocks, self.of_pairs)
+        self.filters: tuple = ()  # of the pairs, where their results are kept; a tuple, so that no engine takes them for its own
         self.gathers_ahead: list[torch.Tensor] = []  # for the student's loss, while the last block runs
         last_block = network.get_submodule(anatomy.blocks)[-1]
         last_block.register_forward_pre_hook(lambda *_: start_gather(self.gathers_ahead))
@@ -23,16 +25,29 @@ class TeacherBody(torch.nn.Module):
     def forward(self, batch, wants_layers: bool) -> Signal:
         with self.recorder.record(wants_layers) as states:
             last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.packing)
-        layers = tuple(states[b].flatten(0, 1) for b in self.blocks) if wants_layers else ()
+        layers = tuple(states[b][k] for k, b in enumerate(self.blocks)) if wants_layers else ()
         return Signal(layers, last.flatten(0, 1))
+
+    def of_pairs(self, block: int, state_BTE) -> dict[int, torch.Tensor]:
+        """What is kept of a block for each of its pairs: the state, or its filtered one; then the network alone holds the state."""
+        state, pairs = state_BTE.flatten(0, 1), [k for k, b in enumerate(self.blocks) if b == block]
+        return {k: self.filters[k](state, filtered) if self.filters else state for k in pairs}
+
+
+def filtered(states_NE, weight, bias, *_) -> torch.Tensor:
+    return filtered_states(states_NE, weight, bias)
 
 
 class Teacher:
-    """Runs the teacher if a loss weight needs it. Where no rank shares its weights, `engine` is the body itself."""
+    """Runs the teacher if a loss weight needs it. Where no rank shares its weights, `engine` is the body itself. reading.py
+    gives it `together` micro-batches a call, and calls it `early`."""
 
-    def __init__(self, engine, body: TeacherBody):
+    def __init__(self, engine, body: TeacherBody, *, together: int = 1, early: bool = False):
         self.engine, self.body, self.head = engine, body, head_of(body.network, body.anatomy)
-        self.projection = self.head.projection
+        self.together, self.early = together, early
+        self.projection, device = self.head.projection, self.head.weight.device
+        self.stream = torch.cuda.Stream(device) if early and device.type == "cuda" else None
+        self.filters = None  # frozen ones that this rank has whole, where the teacher's filtered states are kept
         self.tied = body.network.get_input_embeddings().weight is self.head.weight
         self.at_load = None  # the digests of what this rank has of it, if replicas are compared
 
@@ -42,9 +57,16 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch, weights: Weights) -> Signal | None:
-        if not (weights.kl or weights.layer):
-            return None
-        return self.run(batch, weights.layer != 0, weights.kl != 0)
+        return self.run(batch, weights.layer != 0, weights.kl != 0) if weights.ask else None
+
+    def each(self, batches: list, weights: Weights) -> list[Signal]:
+        """A Signal for each of these micro-batches, from one call. They are views: its memory is free when the last one is."""
+        if len(batches) == 1:
+            return [self(batches[0], weights)]
+        return parts(self(joined(batches), weights), [batch.tokens_BT.numel() for batch in batches])
+
+    def keep_filtered(self, filters) -> None:
+        self.filters, self.body.filters = filters, tuple(filters or ())
 
     def run(self, batch, wants_layers: bool, wants_head: bool) -> Signal:
         """A head that is also the embedding is gathered before the look-up, and stays whole until the loss has used it."""

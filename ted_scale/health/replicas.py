@@ -53,6 +53,12 @@ def parts_of(module) -> dict[str, torch.Tensor]:
     return {name: without_padding(p, p.ds_tensor) if is_sharded(p) else p for name, p in named}
 
 
+def frozen_of(teacher) -> dict[str, torch.Tensor]:
+    """The teacher, and the filters that it was lent."""
+    lent = {} if teacher.filters is None else parts_of(teacher.filters)
+    return parts_of(teacher.body) | {f"filters.{name}": tensor for name, tensor in lent.items()}
+
+
 def copies_of(module) -> dict[str, torch.Tensor]:
     """The parameters that are whole on this rank. Between two steps a parameter is whole on all ranks or on none. A single rank
     has no other to compare with."""
@@ -73,7 +79,7 @@ def verify(teacher, student, progress) -> None:
     """Call it on all ranks at the same step. A difference stops all ranks with the same sentence."""
     at_load = getattr(teacher, "at_load", None)  # without a teacher it is a plain function
     sides = {"student": student.module} | ({} if at_load is None else {"teacher": teacher.body})
-    frozen = {} if at_load is None else parts_of(teacher.body)
+    frozen = {} if at_load is None else frozen_of(teacher)
     copies = {f"{side}'s {name}": copy for side, module in sides.items() for name, copy in copies_of(module).items()}
     ours, names = digests(copies, student.device), list(copies)
     if frozen:

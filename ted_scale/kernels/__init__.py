@@ -2,7 +2,7 @@
 
 from ted_scale.kernels.backend import choose, describe
 from ted_scale.kernels.filter_loss import filtered_ce
-from ted_scale.kernels.layer_loss import filtered_mse
+from ted_scale.kernels.layer_loss import filtered_mse, filtered_states
 from ted_scale.kernels.logit_loss import linear_kl_ce
 
-__all__ = ["choose", "describe", "filtered_ce", "filtered_mse", "linear_kl_ce"]
+__all__ = ["choose", "describe", "filtered_ce", "filtered_mse", "filtered_states", "linear_kl_ce"]

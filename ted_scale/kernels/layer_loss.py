@@ -24,6 +24,9 @@ from ted_scale.kernels.products import (
 # On a device one fp32 product of a chunk has so many entries, 64 MiB. A fourth would stay in an H100's cache until the row
 # kernel reads it; but the host's time for more chunks costs more than that (measured for 16 pairs: 25 ms instead of 16).
 CHUNK_ENTRIES = 1 << 24
+ROWS_ON_A_CPU = (
+    768  # of a chunk, in all its [rows, width] buffers together: few stay in its cache, many make products fast
+)
 SPAN = 4  # chunks whose 16-bit gradients wait for each other: one product for each operand then has the rows of all
 
 
@@ -45,6 +48,19 @@ def filtered_mse(
     with torch.no_grad():
         value, *gradients = form(h_t, w_t, b_t, *student, weight, kind, wanted, backend, chunk_tokens or 0)
     return attach(value, value[None], denom, student, wanted, gradients)[0]
+
+
+@torch.no_grad()
+def filtered_states(h, weight, bias) -> torch.Tensor:
+    """weight·h + bias of every row, in fp32: as h_t, with filters of None, it gives `filtered_mse` the numbers that h, weight
+    and bias would. It is smaller than h where the filter is narrow, and h may then be freed."""
+    arguments.check_states("h", h, None, None)
+    arguments.check_weight("weight", weight, h.shape[1], "bias", bias)
+    arguments.check_type("weight", weight, "h", h)
+    filtered, weight = h.new_empty(len(h), len(weight), dtype=torch.float32), operand(weight, "torch")
+    for at in chunks(len(h), ROWS_ON_A_CPU if h.is_cpu else max(len(h), 1)):
+        project(h[at], weight, bias, filtered[at])
+    return filtered
 
 
 def check(h_t, w_t, b_t, h_s, w_s, b_s, token_weight) -> None:
@@ -124,9 +140,8 @@ def _(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind, wanted, backend, chunk_tokens)
 
 
 def default_rows(weight, reuses: bool, width: int) -> int:
-    """A device has CHUNK_ENTRIES in one product. On a CPU few rows stay in its cache, many make products fast: 768 in all
-    [rows, width] buffers together. These are t, s unless it lies in its gradient's memory, and copies of both states where
-    some tokens do not count."""
+    """A device has CHUNK_ENTRIES in one product, a CPU ROWS_ON_A_CPU in all its buffers. These are t, s unless it lies in its
+    gradient's memory, and copies of both states where some tokens do not count."""
     if not weight.is_cpu:
         return max(CHUNK_ENTRIES // width // 128 * 128, 128)
-    return 768 // (3 if not all_count(weight) else 1 if reuses else 2)
+    return ROWS_ON_A_CPU // (3 if not all_count(weight) else 1 if reuses else 2)

@@ -7,6 +7,7 @@ Block k's state is the output of block k, counted from 0, before the tail (the m
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,22 +86,22 @@ def head_of(network, anatomy: Anatomy) -> Head:
 
 
 class StateRecorder:
-    """Forward hooks that keep the chosen blocks' outputs while `recording`. When a checkpointed block is computed again,
-    in backward, nothing is recorded."""
+    """Forward hooks that keep the chosen blocks' outputs while `recording`, or what `keep` makes of a block's number and its
+    output. When a checkpointed block is computed again, in backward, nothing is recorded."""
 
-    def __init__(self, network, anatomy: Anatomy, indices):
-        self.states: dict[int, torch.Tensor] = {}
-        self.recording = False
+    def __init__(self, network, anatomy: Anatomy, indices, keep=lambda index, state: state):
+        self.states: dict[int, Any] = {}
+        self.recording, self.keep = False, keep
         blocks = network.get_submodule(anatomy.blocks)
         for index in sorted(set(indices)):
-            blocks[index].register_forward_hook(self.keeper(index))
+            blocks[index].register_forward_hook(self.hook(index))
 
-    def keeper(self, index: int):
-        def keep(module, inputs, output):
+    def hook(self, index: int):
+        def kept(module, inputs, output):
             if self.recording:
-                self.states[index] = output[0] if isinstance(output, tuple) else output
+                self.states[index] = self.keep(index, output[0] if isinstance(output, tuple) else output)
 
-        return keep
+        return kept
 
     @contextlib.contextmanager
     def record(self, wanted: bool):

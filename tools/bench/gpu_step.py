@@ -152,7 +152,7 @@ def build_ours(plan: Plan, device: torch.device, batches, clock: Clock) -> Calla
     numbers = Metrics(plan.run, writes=False, total_steps=1, step=0, device=device, wandb_run=None)
     guard = Guard(engine, stage, lambda *said: print(*said), lambda: None)
     at = [Progress(stage.first_step)]
-    teacher = watched(clock, engine, teacher)
+    watch(clock, plan, engine, teacher)
 
     def step():
         """The trainer's own loop, on the data of one step."""
@@ -163,8 +163,9 @@ def build_ours(plan: Plan, device: torch.device, batches, clock: Clock) -> Calla
     return step
 
 
-def watched(clock: Clock, engine, teacher) -> Callable:
-    """The teacher, and `engine` made to note its parts: hooks and wrapped methods around what train.train calls."""
+def watch(clock: Clock, plan: Plan, engine, teacher) -> None:
+    """Teacher and engine note their parts: hooks and wrapped methods around what train.train calls. An early teacher's is
+    the time on its own stream."""
 
     def around(name: str, call: Callable) -> Callable:
         def timed(*arguments, **named):
@@ -181,7 +182,8 @@ def watched(clock: Clock, engine, teacher) -> Callable:
         module.register_forward_hook(
             lambda *_, began=began, name=name: clock.spans.append((name, began.pop(), clock.now()))
         )
-    return around("teacher", teacher)
+    if plan.teacher:
+        teacher.run = around("teacher", teacher.run)
 
 
 def write_of(write, plan: Plan, arm: str) -> Callable:

@@ -81,6 +81,7 @@ class TrainerArm:
         from ted_scale.metrics.metrics import Metrics
 
         self.plan, self.stage, self.engine, self.teacher = plan, stage, engine, teacher
+        self.filters = getattr(teacher, "filters", None)
         settings = {"total_steps": stage.last_step, "step": 0, "device": device, "wandb_run": None}
         self.numbers = Metrics(plan.run, writes=False, **settings)
         self.guard = Guard(engine, stage, lambda *said: print(*said), lambda: None)
@@ -90,6 +91,7 @@ class TrainerArm:
         from ted_scale.train import train
         from tools.bench.step_parts import places, replaced
 
+        lend(self.teacher, self.filters)
         with replaced(places(self.engine, self.teacher) if watch.detailed else [], watch.around):
             self.progress = train(
                 self.stage, self.engine, self.teacher, [micro_batches], self.guard, self.numbers, self.progress,
@@ -123,9 +125,18 @@ def trainer_arms(run, arguments, device) -> dict:
     runs = {arm: variant(arguments, number) for number, arm in enumerate(arguments.arms)}
     plans = {arm: make_plan(of_arm, dist.get_world_size()) for arm, of_arm in runs.items()}
     asked = max(plans, key=lambda arm: METHODS.index(arm.split()[0]))  # its teacher has the taps that all methods need
-    teacher = build_teacher(plans[asked])
-    engines = {arm: build_student(p, p.stages[-1], teacher, p.filters_file) for arm, p in plans.items()}
-    return {arm: TrainerArm(p, p.stages[-1], engines[arm], teacher, device) for arm, p in plans.items()}
+    teacher, arms = build_teacher(plans[asked]), {}
+    for arm, plan in plans.items():
+        lend(teacher, None)
+        engine = build_student(plan, plan.stages[-1], teacher, plan.filters_file)
+        arms[arm] = TrainerArm(plan, plan.stages[-1], engine, teacher, device)
+    return arms
+
+
+def lend(teacher, filters) -> None:
+    """Filters for the teacher of all arms to keep its states with; None: it keeps the states."""
+    if hasattr(teacher, "keep_filtered"):
+        teacher.keep_filtered(filters)
 
 
 def variant(arguments, number: int):
