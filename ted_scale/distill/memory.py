@@ -179,9 +179,8 @@ def states(plan, stage: Stage, b: int) -> int:
         return 0
     matched, head = len(plan.pairs), b * plan.teacher.head_width
     pairs = matched * (4 * plan.width if keeps_filtered(plan, stage) else b * plan.teacher.width)
-    waits = (
-        head if is_early(plan) and plan.run.loss.mode == "strict" else 0
-    )  # its backward reads the head's input again
+    # The backward of strict mode reads the head's input again.
+    waits = head if is_early(plan) and plan.run.loss.mode == "strict" else 0
     ours = matched * b * plan.student.width if stage.learns_filters else 0
     return together(plan) * (pairs + head + waits) + ours
 

@@ -24,9 +24,8 @@ from ted_scale.kernels.products import (
 # On a device one fp32 product of a chunk has so many entries, 64 MiB. A fourth would stay in an H100's cache until the row
 # kernel reads it; but the host's time for more chunks costs more than that (measured for 16 pairs: 25 ms instead of 16).
 CHUNK_ENTRIES = 1 << 24
-ROWS_ON_A_CPU = (
-    768  # of a chunk, in all its [rows, width] buffers together: few stay in its cache, many make products fast
-)
+# Of a chunk, in all its [rows, width] buffers together: few stay in its cache, many make products fast.
+ROWS_ON_A_CPU = 768
 SPAN = 4  # chunks whose 16-bit gradients wait for each other: one product for each operand then has the rows of all
 
 
