@@ -12,7 +12,7 @@ from corpus import steps
 from launching import run_ranks
 from number_scenarios import FAR
 from places import HARNESS
-from scenarios import beside, rows, sections_for_liger, sections_of_families, seldom
+from scenarios import READINGS, beside, rows, sections_for_liger, sections_of_families, seldom
 from tiny import FAMILIES, MORE, make_model, make_run
 
 from ted_scale.checkpoints.folder import newest_checkpoint
@@ -23,7 +23,7 @@ TWO_RANKS = (
     "undisturbed_to_six", "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
-    "blocks_compiled", "asked_seldom", "teacher_moves",
+    "blocks_compiled", "asked_seldom", "teacher_moves", "readings",
 )  # fmt: skip
 
 
@@ -245,6 +245,14 @@ def test_a_resumed_run_may_have_its_teacher_elsewhere(world, way, sentence):
     assert f"the teacher's weights are {sentence} (teacher.placement)" in said
 
 
+@pytest.mark.parametrize("name", [name for name in READINGS if name != "one_by_one"])
+def test_however_the_teacher_reads_two_ranks_have_the_same_losses(world, name):
+    result(world, "readings", 1)
+    plain, other = losses(world, "read_one_by_one"), losses(world, f"read_{name}")
+    assert len(plain) == 3
+    assert other == plain if name == "early" else other == pytest.approx(plain, abs=1e-5)
+
+
 @pytest.mark.parametrize("way", ["replicated", "node", "offload"])
 def test_wherever_the_teacher_is_four_ranks_have_the_same_losses(world, way):
     for rank in range(4):
@@ -400,6 +408,7 @@ def test_a_run_killed_after_it_went_back_comes_to_the_same_end(world):
         ("teachers", "the teacher's network.model.norm.weight must hold the bits of rank 0 on rank 1"),
         ("students", "the student's network.transformer.ln_f.bias must hold the bits of rank 0 on rank 1"),
         ("replica", "the teacher's network.model.norm.weight must hold the bits that were loaded on rank 1"),
+        ("lent", "the teacher's filters.1.weight must hold the bits that were loaded on rank 1"),
         ("read", "the teacher's network.lm_head.weight must hold the bits of rank 0 on rank 1"),
     ],
 )

@@ -186,7 +186,7 @@ WHOLE = str(Path(__file__).parents[2] / "ds_configs" / "zero3.json")  # small te
 
 def flips(folder, device):
     """One bit of one rank's memory after step 2: of a teacher's shard, of a small teacher's tensor, of the student's, of a whole
-    teacher; and one that this rank read wrongly, of a whole teacher."""
+    teacher, of a filter that a teacher was lent; and one that this rank read wrongly, of a whole teacher."""
 
     def flip(tensor) -> None:
         tensor.view(-1).view(torch.int32)[3] ^= 1
@@ -203,6 +203,9 @@ def flips(folder, device):
     def replica(student, teacher):
         flip(teacher.body.network.model.norm.weight.data)
 
+    def lent(student, teacher):
+        flip(teacher.filters[1].weight.data)
+
     def read(student, teacher): ...
 
     said, load = {}, weights.load_weights
@@ -212,7 +215,7 @@ def flips(folder, device):
         if dist.get_rank() == 1 and not is_sharded(network.lm_head.weight):
             flip(network.lm_head.weight.data)
 
-    for what in (shard, teachers, students, replica, read):
+    for what in (shard, teachers, students, replica, lent, read):
 
         def look(step, student, teacher, what=what):
             if step == 2 and dist.get_rank() == 1:
@@ -220,10 +223,11 @@ def flips(folder, device):
 
         checked = {"ds_config": WHOLE, "health": {"replicas_every": 1}}
         checked |= {"teacher": {"placement": "replicated"}} if what in (replica, read) else {}
+        method = {"method": "ted", "filters": {"steps": 0, "width": 16}} if what is lent else {"method": "kd"}
         weights.load_weights = load_wrongly if what is read else load
         try:
             with watching(look):
-                start(folder, device, name=f"flips_{what.__name__}", method="kd", **checked, **quick(folder, steps=3))
+                start(folder, device, name=f"flips_{what.__name__}", **{**quick(folder, steps=3), **method, **checked})
         except RunStopped as error:
             said[what.__name__] = str(error)
         finally:

@@ -446,6 +446,20 @@ def kinds_of_filters(folder: Path, device):
     start(folder, device, name=f"fresh_{world}", method="ce", train={"steps": 3, **TWO}, student={"init": "random"})
 
 
+READINGS = {
+    "one_by_one": {"early": False}, "sharded_by_two": {"placement": "sharded", "micro_batch": 2}, "early": {},
+    "early_by_three": {"micro_batch": 3}, "offload_by_two": {"placement": "offload", "micro_batch": 2},
+}  # fmt: skip
+
+
+def readings(folder: Path, device):
+    """Four micro-batches a step, read by the teacher in these ways; its filters are narrow, and what it has is compared."""
+    sections = {"filters": {"steps": 1, "width": 16}, "train": {"steps": 2}, "data": {"attention": "document"}}
+    for name, teacher in READINGS.items():
+        teacher = {"placement": "replicated", **teacher}
+        start(folder, device, name=f"read_{name}", **sections, teacher=teacher, health={"replicas_every": 1})
+
+
 def without_stage_one(folder: Path, device):
     """Filters that stay where they start, straight and from step 1's checkpoint, which has them."""
     filters = {"steps": 0, "width": 16, "start": "states"}

@@ -57,6 +57,12 @@ def changed_part(shape: str, method: str, name: str, seconds: float, **changes) 
     return Part(f"c.{name}.{shape}.{method}", seconds, "gpu_step", "measure", settings)
 
 
+def reading_part(name: str, **teacher) -> Part:
+    """How a teacher reads a step of four micro-batches."""
+    settings = {"shape": "8b", "method": "kd", "changes": {"teacher": teacher}, "micro_batches": 4}
+    return Part(f"c.{name}.8b.kd", 60, "gpu_step", "measure", settings)
+
+
 def bench_part(name: str, seconds: float, script: str, words: str, tiny: str) -> Part:
     settings = {"script": script, "words": words.split(), "tiny": tiny.split()}
     return Part(name, seconds, "gpu_machine", "bench", settings)
@@ -75,6 +81,9 @@ PARTS = [
     *(step_part("smollm2", method, 60) for method in ("kd", "ted", "ce")),
     changed_part("8b", "kd", "liger", 60, fused_blocks="liger"),
     changed_part("smollm2", "ted", "documents", 60, data={"attention": "document"}),
+    reading_part("serial", early=False),
+    reading_part("early", early=True),
+    reading_part("by_four", micro_batch=4),
     Part("d.teacher", 110, "gpu_learning", "teacher", {}),
     Part("d.students", 150, "gpu_learning", "students", {}),
     Part("a.rest", 240, "gpu_machine", "tests", {}),

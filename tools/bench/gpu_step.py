@@ -67,12 +67,13 @@ TINY_SHAPES = {
 }
 
 
-def measure(task, write, shape: str, method: str, changes: dict | None = None) -> None:
+def measure(task, write, shape: str, method: str, changes: dict | None = None, micro_batches: int = 1) -> None:
     """Both arms, and ratios of ours to plain; with changes of the run only ours."""
     task.device()
     if changes and task.tiny:
         changes = {**changes, "fused_blocks": "off"}  # a CPU has no kernels of Liger's
-    plan = plan_of(task.work / task.part, (TINY_SHAPES if task.tiny else SHAPES)[shape], method, changes or {})
+    sizes = (TINY_SHAPES if task.tiny else SHAPES)[shape]
+    plan = plan_of(task.work / task.part, sizes, method, changes or {}, micro_batches)
     device = start_ranks()
     refuse_small(plan, device)
     batches, found = forever(plan, device), {}
@@ -92,7 +93,7 @@ def measure(task, write, shape: str, method: str, changes: dict | None = None) -
         raise RuntimeError("ours did not run; its row has the reason")
 
 
-def plan_of(folder: Path, shape: Shape, method: str, changes: dict) -> Plan:
+def plan_of(folder: Path, shape: Shape, method: str, changes: dict, micro_batches: int) -> Plan:
     for side, sizes in (("teacher", shape.teacher), ("student", shape.teacher | shape.student)):
         transformers.LlamaConfig(**sizes).save_pretrained(folder / side)
     write_corpus(folder / "corpus", shape.teacher["vocab_size"], 64 * shape.tokens)
@@ -102,7 +103,7 @@ def plan_of(folder: Path, shape: Shape, method: str, changes: dict) -> Plan:
         "teacher": {"path": str(folder / "teacher"), "init": "random"},
         "data": {"seq_len": shape.tokens, "corpora": [{"path": str(folder / "corpus")}]},
         "filters": {"steps": 0},
-        "train": {"steps": 10_000, "tokens_per_step": shape.tokens, "micro_batch": 1, "lr": 1e-5},
+        "train": {"steps": 10_000, "tokens_per_step": micro_batches * shape.tokens, "micro_batch": 1, "lr": 1e-5},
         "checkpoint": {"every": 1_000_000},
     }  # fmt: skip
     for key, value in changes.items():
@@ -133,11 +134,11 @@ def states(plan: Plan, arm: str) -> float:
 
 
 def forever(plan: Plan, device: torch.device):
-    """Steps of one micro-batch, by the trainer's loader."""
+    """Steps of their micro-batches, by the trainer's loader."""
     data = plan.run.data
     loader = Loader(prefetch=data.prefetch, micro_batch=1, rank=0, world=1, device=device)
     stream = open_stream(data, plan.run.seed, plan.student.vocab_size)
-    return loader.steps(stream, start=0, samples_per_step=1)
+    return loader.steps(stream, start=0, samples_per_step=plan.accumulation)
 
 
 def build_plain(plan: Plan, device: torch.device, batches, clock: Clock) -> Callable:
