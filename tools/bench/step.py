@@ -1,8 +1,9 @@
 """The time of a training step by parts, beside plain torch in the same process, and the bytes that ranks send each other.
 
-Arms take turns on the same micro-batches: the trainer's own loop for each method, plain torch as people write it, and the
-parts of `kd` alone. One process is measured twice: with the default allocator, and with one that keeps its memory. Several
-ranks (`deepspeed --num_gpus 2 tools/bench/step.py …`) compare bytes with the minimum that ZeRO-3 must move.
+Arms take turns on the same micro-batches: the trainer's own loop for each method, the teacher's forward alone, plain torch as
+people write it, and the parts of `kd` alone. One process is measured twice: with the default allocator, and with one that
+keeps its memory. Several ranks (`deepspeed --num_gpus 2 tools/bench/step.py …`) compare bytes with the minimum that ZeRO-3
+must move.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def measure(run, arguments) -> None:
         print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}")
         print("\n".join(table(seconds, parts, run.train.tokens_per_step)), flush=True)
     if dist.get_world_size() > 1:
-        count_traffic(arms, run, device)
+        count_traffic({name: arm for name, arm in arms.items() if isinstance(arm, TrainerArm)}, run, device)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -97,6 +98,19 @@ class TrainerArm:
                 self.stage, self.engine, self.teacher, [micro_batches], self.guard, self.numbers, self.progress,
                 verify=lambda *_: None, validate=lambda _, progress: (progress, False), save=lambda *_: None,
             )  # fmt: skip
+
+
+class TeacherAlone:
+    """Its forward for every micro-batch of a step, as `kd` asks for it."""
+
+    def __init__(self, arm: TrainerArm):
+        self.teacher = arm.teacher
+
+    def step(self, micro_batches, watch) -> None:
+        from ted_scale.distill.signal import Weights
+
+        for batch in micro_batches:
+            self.teacher(batch, Weights(ce=1.0, kl=1.0, layer=0.0))
 
 
 def count_traffic(arms: dict, run, device) -> None:
@@ -130,7 +144,7 @@ def trainer_arms(run, arguments, device) -> dict:
         lend(teacher, None)
         engine = build_student(plan, plan.stages[-1], teacher, plan.filters_file)
         arms[arm] = TrainerArm(plan, plan.stages[-1], engine, teacher, device)
-    return arms
+    return arms | ({"teacher alone": TeacherAlone(arms[asked])} if plans[asked].teacher else {})
 
 
 def lend(teacher, filters) -> None:
@@ -209,11 +223,11 @@ def table(seconds: dict, parts: dict, tokens: int) -> list[str]:
 def ratios(seconds: dict) -> list[str]:
     """Of each arm's time to that of `kd` within a round; of plain torch's, it is the trainer's speed beside it."""
     others = [name for name in seconds if name != "kd"] if "kd" in seconds else []
-    of_rounds = {name: [x / y for x, y in zip(seconds[name], seconds["kd"], strict=True)] for name in others}
-    return [
-        f"{name} / kd {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-        for name, values in of_rounds.items()
-    ]
+    of_rounds = {f"{name} / kd": [x / y for x, y in zip(seconds[name], seconds["kd"], strict=True)] for name in others}
+    if {"kd", "ce", "teacher alone"} <= seconds.keys():
+        each = zip(*(seconds[name] for name in ("kd", "ce", "teacher alone")), strict=True)
+        of_rounds["kd / (teacher alone + ce)"] = [kd / (ce + alone) for kd, ce, alone in each]
+    return [f"{name} {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" for name, values in of_rounds.items()]
 
 
 if __name__ == "__main__":
