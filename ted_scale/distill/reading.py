@@ -20,11 +20,11 @@ class Reading:
 
     def __init__(self, teacher, micro_batches: list, each: list[Weights]):
         self.teacher, self.signals = teacher, deque[Signal]()
-        self.asked = deque((batch, weights) for batch, weights in zip(micro_batches, each, strict=True) if weights.ask)
+        self.asked = deque((batch, weights) for batch, weights in zip(micro_batches, each, strict=True) if weights.asks)
 
     def signal(self, weights: Weights) -> Signal | None:
         """The next micro-batch's, whose weights these are. Only the device waits for it."""
-        if not weights.ask:
+        if not weights.asks:
             return None
         if not self.signals:
             self.call()

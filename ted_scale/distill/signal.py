@@ -30,7 +30,7 @@ class Weights(NamedTuple):
     floor: float = 0.0  # with loss.skip_low_entropy: a token whose teacher has a lower entropy has no KL
 
     @property
-    def ask(self) -> bool:
+    def asks(self) -> bool:
         """Whether a term needs the teacher."""
         return bool(self.kl or self.layer)
 

@@ -172,7 +172,7 @@ def weight_at(weight: float | Schedule, fraction: float, tokens: int = 1, rate: 
 
 def of_step(each: list[Weights]) -> Weights:
     """The weights of a step, from those of its micro-batches."""
-    asked = [weights for weights in each if weights.ask]
+    asked = [weights for weights in each if weights.asks]
     return asked[0]._replace(asked=len(asked) / len(each)) if asked else each[0]
 
 

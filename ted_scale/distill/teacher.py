@@ -57,7 +57,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch, weights: Weights) -> Signal | None:
-        return self.run(batch, weights.layer != 0, weights.kl != 0) if weights.ask else None
+        return self.run(batch, weights.layer != 0, weights.kl != 0) if weights.asks else None
 
     def each(self, batches: list, weights: Weights) -> list[Signal]:
         """A Signal for each of these micro-batches, from one call. They are views: its memory is free when the last one is."""

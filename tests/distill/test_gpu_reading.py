@@ -27,7 +27,9 @@ def body(tmp_path):
 
 
 def micro_batches() -> list:
-    return [micro.moved(lambda t: t.cuda()) for seed in range(3) for micro in cut(make_batch(seed=seed, documents=True))]
+    return [
+        micro.moved(lambda t: t.cuda()) for seed in range(3) for micro in cut(make_batch(seed=seed, documents=True))
+    ]
 
 
 def read(body, together: int, early: bool, cycles: int = 0) -> tuple[list, float]:

@@ -66,7 +66,7 @@ def order(together: int, early: bool, each: list[Weights], stream=None, said=Non
     reading = Reading(Noting(said, together, early, stream), list("abcd"), each)
     for batch, weights in zip("abcd", each, strict=True):
         signal = reading.signal(weights)
-        assert signal == (f"signal {batch}" if weights.ask else None)
+        assert signal == (f"signal {batch}" if weights.asks else None)
         said.append(f"student {batch}")
         reading.ahead()
         said.append("backward")
