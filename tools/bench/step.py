@@ -227,7 +227,10 @@ def ratios(seconds: dict) -> list[str]:
     if {"kd", "ce", "teacher alone"} <= seconds.keys():
         each = zip(*(seconds[name] for name in ("kd", "ce", "teacher alone")), strict=True)
         of_rounds["kd / (teacher alone + ce)"] = [kd / (ce + alone) for kd, ce, alone in each]
-    return [f"{name} {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" for name, values in of_rounds.items()]
+    return [
+        f"{name} {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+        for name, values in of_rounds.items()
+    ]
 
 
 if __name__ == "__main__":
