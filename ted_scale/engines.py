@@ -16,8 +16,9 @@ from ted_scale.distill.stages import Stage
 from ted_scale.distill.student import Student
 from ted_scale.distill.teacher import Teacher, TeacherBody
 from ted_scale.health import replicas
-from ted_scale.models import attention, fused, zero_hooks
+from ted_scale.models import attention, fused, quantized, zero_hooks
 from ted_scale.models.engine_config import engine_config, zero_settings
+from ted_scale.models.quantized import build_quantized
 from ted_scale.models.streamed import stream_blocks
 from ted_scale.models.weights import build_network
 from ted_scale.models.zero import shape_of, sharded_construction
@@ -42,43 +43,62 @@ def check_engine_config(plan: Plan) -> None:
         ) from None
 
 
-def check_device(run, device: torch.device) -> None:
-    """Refuse kernels that the run file asks for and the device cannot run."""
+def check_device(plan: Plan, device: torch.device) -> None:
+    """Refuse what the run file asks for and the device cannot run."""
+    run = plan.run
     try:
         kernels.choose(run.loss.backend, device)
     except ValueError as error:
         raise UserError(f"loss.{error}") from None
     fused.check_device(run.fused_blocks, device)
+    quantized.check_device(run.teacher_bits, device)
+    if plan.teacher and run.teacher.compile:
+        fused.check_teacher(paths_of(plan, plan.teacher, device))
 
 
 def describe(plan: Plan, device: torch.device) -> list[str]:
     """The kernels that this run uses for losses, attention and blocks on this device."""
     run, sides = plan.run, {"student": plan.student, "teacher": plan.teacher}
     layers = {side: anatomy.attention for side, anatomy in sides.items() if anatomy}
-    dtype = DTYPES[run.train.precision]
-    return [
+    dtype, ways = DTYPES[run.train.precision], {s: blocks_are(plan, s, device) for s in layers}
+    lines = [
         kernels.describe(run.loss.backend, device, run.loss.top_k),
         attention.describe(run.data.attention, layers, run.data.seq_len, dtype, device),
-        fused.describe(run.fused_blocks, {s: blocks_are(plan, a, device) for s, a in sides.items() if a}),
+        fused.describe(run.fused_blocks, ways),
     ]
+    if run.teacher_bits == "fp8" and ways["teacher"] != "compile":
+        lines.append(
+            "warning: teacher.precision = 'fp8' pays where blocks are compiled, and the teacher's are not: rounding what a matrix "
+            "multiplies is several passes over it then; set teacher.compile = true"
+        )
+    return lines
 
 
-def blocks_are(plan: Plan, anatomy, device: torch.device) -> str:
-    """Compiled, with Liger's kernels, or as they are: compile, liger, off."""
+def paths_of(plan: Plan, anatomy, device: torch.device) -> list[str]:
+    """Of its attention: those of attention.py."""
     run = plan.run
-    paths = attention.paths_of(
+    return attention.paths_of(
         run.data.attention, anatomy.attention, run.data.seq_len, DTYPES[run.train.precision], device
     )
-    return fused.chosen(run.fused_blocks, anatomy.family, paths, device)
 
 
-def prepare_blocks(plan: Plan, anatomy, network):
+def blocks_are(plan: Plan, side: str, device: torch.device) -> str:
+    """Compiled, with Liger's kernels, or as they are: compile, liger, off."""
+    anatomy = getattr(plan, side)
+    if side == "teacher" and plan.run.teacher.compile:
+        return "compile"
+    return fused.chosen(plan.run.fused_blocks, anatomy.family, paths_of(plan, anatomy, device), device)
+
+
+def prepare_blocks(plan: Plan, side: str, network):
     """Makes the network's blocks so, and returns them."""
     from deepspeed.accelerator import get_accelerator
 
-    way = blocks_are(plan, anatomy, torch.device(get_accelerator().device_name()))
-    blocks = network.get_submodule(anatomy.blocks)
-    fused.fuse(network, blocks, way, fails=plan.run.fused_blocks != "auto")
+    way = blocks_are(plan, side, torch.device(get_accelerator().device_name()))
+    blocks = network.get_submodule(getattr(plan, side).blocks)
+    asked = side == "teacher" and plan.run.teacher.compile
+    apart = asked and plan.run.data.attention == "document"
+    fused.fuse(network, blocks, way, fails=asked or plan.run.fused_blocks != "auto", documents=apart)
     return blocks
 
 
@@ -121,8 +141,12 @@ def sharded_teacher(plan: Plan) -> Teacher:
 def teacher_body(plan: Plan, **where):
     """(the teacher's module, its blocks)"""
     start: dict = {"init": plan.run.teacher.init, "seed": plan.run.seed + 1}  # not the student's seed
-    network = build_network(plan.teacher, dtype=DTYPES[plan.run.train.precision], **start, **where)
-    blocks = prepare_blocks(plan, plan.teacher, network)
+    bits = plan.run.teacher_bits
+    if bits:
+        network = build_quantized(plan.teacher, bits, **start, device=where["device"])
+    else:
+        network = build_network(plan.teacher, dtype=DTYPES[plan.run.train.precision], **start, **where)
+    blocks = prepare_blocks(plan, "teacher", network)
     return TeacherBody(network, plan.teacher, [t for _, t in plan.pairs]), blocks
 
 
@@ -135,7 +159,7 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
         plan, plan.student, gradient_accumulation_steps=plan.accumulation, gradient_clipping=run.train.clip
     )
     network = build_network(plan.student, ds_config=config, dtype=dtype, init=run.student.init, seed=run.seed)
-    blocks = prepare_blocks(plan, plan.student, network)
+    blocks = prepare_blocks(plan, "student", network)
     network.requires_grad_(not stage.learns_filters)
     if run.student.gradient_checkpointing and not stage.learns_filters:
         network.gradient_checkpointing_enable({"use_reentrant": False})

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ted_scale.checkpoints.filters_file import filter_tensors, save_filters
 from ted_scale.checkpoints.progress import Progress
+from ted_scale.config.run import Teacher
 from ted_scale.data.stream import Stream, validation_batches
 from ted_scale.distill.filter_init import TOKENS_A_WIDTH, Moments, Start, add_moments, over_ranks, start_of
 from ted_scale.distill.filters import has_lift
@@ -97,8 +98,7 @@ def measured_starts(plan, stream: Stream, teacher, device) -> list[Start]:
 
 def as_teacher(plan):
     """A plan in which the student is a frozen model whose matched blocks are read."""
-    alone = {"path": plan.run.student.path, "init": "weights", "early": False}
-    run = plan.run.model_copy(update={"teacher": plan.run.teacher.model_copy(update=alone)})
+    run = plan.run.model_copy(update={"teacher": Teacher(path=plan.run.student.path, early=False)})
     placement = placed(plan, "replicated", 1) if plan.placement.is_bare else plan.placement
     return replace(plan, run=run, teacher=plan.student, placement=placement, pairs=[(s, s) for s, _ in plan.pairs])
 

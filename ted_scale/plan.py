@@ -87,6 +87,7 @@ class Plan:
             "method": run.method,
             "seed": run.seed,
             "teacher.every": run.asks_every,
+            "teacher.precision": run.teacher_bits or "16 bits or more",  # train.precision says which
             **{f"loss.{k}": changes.plain(getattr(loss, k)) for k in OF_LOSSES},
             **{f"train.{k}": changes.plain(getattr(train, k)) for k in ("precision", "betas", "eps", "weight_decay")},
             **{f"{s}.{k}": getattr(a, k) for s, a in sides.items() if a for k in changes.SHAPE},

@@ -64,11 +64,11 @@ class Parts(NamedTuple):
 def run_plan(plan: Plan) -> None:
     """Start the ranks, train the run, and end the ranks."""
     check_engine_config(plan)
-    device = start_ranks(plan.run, partial(check_device, plan.run))
+    device = start_ranks(plan.run, partial(check_device, plan))
     try:
         on_cpu = device.type == "cpu"
         plan = replace(plan, placement=agreed(plan.placement))
-        less = needs_less(plan.placement, plan.world, on_cpu)
+        less = needs_less(plan, on_cpu)
         with shortage.enough(shortage.ways_to_need_less(plan.run, plan.ds_config, on_cpu, less)):
             train_run(plan, device)
     except Preempted:

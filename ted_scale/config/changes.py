@@ -14,7 +14,7 @@ from ted_scale.base.parsing import is_count
 
 SHAPE = ("family", "layers", "width", "vocab_size", "parameters")
 DECISIVE = (
-    "method", "seed", "pairs", "teacher.every",
+    "method", "seed", "pairs", "teacher.every", "teacher.precision",
     "filters.steps", "filters.head", "filters.width", "filters.mlp",
     "loss.ce", "loss.kl", "loss.layer", "loss.balance", "loss.temperature", "loss.kind", "loss.divergence", "loss.top_k",
     "loss.skip_low_entropy",

@@ -54,6 +54,33 @@ class Teacher(Model):
         True,
         description="replicated or offload: it reads a micro-batch beside the student's backward of the one before, in a step",
     )
+    precision: Literal["bf16", "fp8", "int8"] | None = Field(
+        None,
+        description="of the matrices in its blocks, by torchao; fp8: weights and activations, on Hopper and newer; int8: weights "
+        "alone, for their memory; default: train.precision",
+    )
+    compile: bool = Field(
+        False, description="torch compiles its blocks, also where documents are apart; needs placement replicated"
+    )
+
+    @property
+    def eight_bits(self) -> str | None:
+        """fp8, int8, or None."""
+        return None if self.precision == "bf16" else self.precision
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it can only run where a rank has all of it."""
+        return self.compile or self.eight_bits is not None
+
+    @model_validator(mode="after")
+    def placement_fits(self):
+        if self.is_whole and self.placement not in ("auto", "replicated"):
+            asks = f"teacher.precision is '{self.precision}'" if self.eight_bits else "teacher.compile is true"
+            raise ValueError(
+                f"placement must be 'auto' or 'replicated' where {asks}, but is '{self.placement}'; leave one of them out"
+            )
+        return self
 
 
 class Student(Model):
@@ -97,6 +124,11 @@ class Run(Section):
     @property
     def asks_every(self) -> int:
         return self.teacher.every if self.teacher and self.method != "ce" else 1
+
+    @property
+    def teacher_bits(self) -> str | None:
+        """fp8 or int8 if the teacher that the method asks has 8 bits."""
+        return self.teacher.eight_bits if self.teacher and self.method != "ce" else None
 
     @property
     def terms(self) -> dict[str, Weight]:
@@ -161,6 +193,11 @@ class Run(Section):
     def sections_fit_the_method(self):
         if self.method != "ce" and self.teacher is None:
             raise ValueError(f"teacher.path must be set for method = '{self.method}', but there is no [teacher]")
+        if self.train.precision == "fp32" and self.method != "ce" and self.teacher.precision:
+            raise ValueError(
+                f"teacher.precision must be left out where train.precision is 'fp32', but is '{self.teacher.precision}': the states "
+                "of both models have one type"
+            )
         terms, tokens = self.terms.values(), self.train.tokens
         for fraction in changes_of(terms, tokens):
             if not any(is_on(weight, fraction, tokens) for weight in terms):

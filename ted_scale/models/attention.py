@@ -25,6 +25,7 @@ from ted_scale.kernels.triton.device import device_name, runs_triton
 from ted_scale.models.attention_paths import flex, tiled, varlen
 
 NAME = "ted_scale"
+SEALED = "ted_scale_sealed"  # for compiled blocks whose documents are apart
 PATHS = {"varlen": varlen, "flex": flex, "tiled": tiled}
 # Keywords that `causal_attention` obeys or may ignore: positions are in the states already, and there is never a cache.
 KNOWN = {
@@ -79,6 +80,23 @@ def causal_attention(
     return PATHS[path](query, key, value, packing, window, scaling, softcap), None
 
 
+class Sealed:
+    """Documents that a compiled block passes on without a look inside: a graph with them would hold for one batch."""
+
+    def __init__(self, packing: Packing | None):
+        self.packing = packing
+
+
+@torch.compiler.disable
+def sealed_attention(*arguments, packing: Sealed, **named):
+    return causal_attention(*arguments, packing=packing.packing, **named)
+
+
+def seal(block, arguments: tuple, named: dict) -> tuple[tuple, dict]:
+    """A hook before a block's forward."""
+    return arguments, {**named, "packing": Sealed(named.get("packing"))}
+
+
 def packing_arguments(packing: Packing | None) -> dict:
     """The keywords of a body's forward that restart its positions and tell its attention of the documents."""
     return {} if packing is None else {"position_ids": packing.positions_BT, "packing": packing}
@@ -118,3 +136,4 @@ def recorded_calls():
 
 
 AttentionInterface.register(NAME, causal_attention)
+AttentionInterface.register(SEALED, sealed_attention)

@@ -16,6 +16,7 @@ import torch
 
 from ted_scale.base.errors import UserError
 from ted_scale.kernels.triton.device import device_name, interprets, runs_triton
+from ted_scale.models import attention
 
 # Liger supports more; a test compares the logits and gradients of these with transformers' own.
 FAMILIES = (
@@ -24,10 +25,10 @@ FAMILIES = (
 )  # fmt: skip
 
 
-def check(wish: str, models: dict, attention: str) -> None:
-    """Refuses a setting that the models (name: anatomy or None), their attention or the installation do not allow, before any
+def check(wish: str, models: dict, mode: str) -> None:
+    """Refuses a setting that the models (name: anatomy or None), their attention's mode or the installation do not allow, before any
     rank starts."""
-    if wish == "compile" and attention == "document":
+    if wish == "compile" and mode == "document":
         raise UserError(
             "fused_blocks must be auto, liger or off where data.attention is 'document', but is 'compile': a "
             "graph would hold for the documents of one batch, so that every step would be compiled anew; leave it out"
@@ -60,6 +61,15 @@ def check_device(wish: str, device: torch.device) -> None:
         )
 
 
+def check_teacher(paths: list[str]) -> None:
+    """Refuses teacher.compile where its attention, by these paths, is compiled by itself."""
+    if "flex" in paths:
+        raise UserError(
+            "teacher.compile must be false where a layer of the teacher takes flex attention, which is compiled by itself, but is "
+            "true; leave it out"
+        )
+
+
 def installed() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
@@ -86,9 +96,14 @@ def describe(wish: str, ways: dict[str, str]) -> str:
     return f"blocks: {sides}" + (" (auto)" if wish == "auto" else "")
 
 
-def fuse(network, blocks, way: str, fails: bool = True):
-    """The network, with its `blocks` compiled or with Liger's forward in the modules for which there is one."""
+def fuse(network, blocks, way: str, fails: bool = True, documents: bool = False):
+    """The network, with its `blocks` compiled or with Liger's forward in the modules for which there is one. With `documents` a
+    compiled block leaves its graph for its attention."""
     if way == "compile":
+        if documents:
+            network.config._attn_implementation = attention.SEALED
+            for block in blocks:
+                block.register_forward_pre_hook(attention.seal, with_kwargs=True)
         compile_blocks(blocks, fails)
     elif way == "liger":
         use_liger(network)

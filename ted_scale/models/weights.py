@@ -35,17 +35,17 @@ def build_network(
     for tensor in (*network.buffers(), *(p for p in network.parameters() if not is_sharded(p))):
         tensor.data = tensor.data.to(home)  # nothing moves that is there
     if init == "random":
-        draw_weights(network, seed)
+        torch.manual_seed(seed)
+        draw_weights(network, network.modules())
     else:
         load_weights(network, anatomy.folder)
     return network
 
 
-def draw_weights(network, seed: int) -> None:
-    """The family's own initialization, module by module. Rank 0 draws the numbers, so that they do not depend on the number
-    of ranks."""
-    torch.manual_seed(seed)
-    for module in network.modules():
+def draw_weights(network, modules) -> None:
+    """The family's own initialization of `modules`, one by one. Rank 0 draws the numbers, so that they do not depend on the
+    number of ranks."""
+    for module in modules:
         own = list(module.parameters(recurse=False))
         if own:
             with writable(own):
@@ -61,16 +61,22 @@ def writable(parameters):
     return GatheredParameters(parameters, modifier_rank=0)
 
 
-def load_weights(network, folder: Path) -> None:
-    """Fill `network` from the folder's safetensors; names are mapped as in transformers."""
-    targets = dict(network.named_parameters(remove_duplicate=False))
-    kept = network.state_dict()
-    targets |= {name: buffer for name, buffer in network.named_buffers() if name in kept}
+def tensors_of(module, name: str = "") -> dict[str, torch.Tensor]:
+    """What a model's files have of a module that is called `name` in its network: parameters and kept buffers, under all names."""
+    prefix = f"{name}." if name else ""
+    kept = module.state_dict(prefix=prefix)
+    buffers = {key: buffer for key, buffer in module.named_buffers(name) if key in kept}
+    return dict(module.named_parameters(name, remove_duplicate=False)) | buffers
+
+
+def load_weights(network, folder: Path, part: dict | None = None) -> None:
+    """Fill `network`, or only a part of its tensors, from the folder's safetensors; names are mapped as in transformers."""
+    every = tensors_of(network)
+    targets, rename = every if part is None else part, renamer(network, every)
     owners = {}  # a tied tensor is in the file under any of its names
     for name, tensor in targets.items():
         owners.setdefault(id(tensor), name)
     filled = set()
-    rename = renamer(network, targets)
     with files_at(folder):
         found = sorted(Path(folder).glob("*.safetensors"))
     for file in found:
