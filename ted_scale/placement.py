@@ -79,7 +79,8 @@ def offloads_weights(ds_config: dict) -> bool:
 
 
 def fastest_that_fits(plan, node: int) -> Placement:
-    """By the estimate of the stage that needs most. If none fits, the one that needs least."""
+    """By the estimate of the stage that needs most. If none fits, the one that needs least; a teacher that must be whole is
+    refused then, because no other place helps."""
     device, has = capacity.of_a_rank(local_ranks(plan.world))
     room, needs = ROOM[device] * has, {}
     for placement in candidates(plan, node):
@@ -88,14 +89,27 @@ def fastest_that_fits(plan, node: int) -> Placement:
             break
     chosen = min(needs, key=needs.__getitem__)
     said = ", ".join(f"{placement.way} {size / 2**30:,.3g}" for placement, size in needs.items())
+    if plan.run.teacher.is_whole and needs[chosen] > room:
+        raise UserError(
+            f"teacher.placement must be one that fits, but with teacher.{asked(plan.run.teacher)} only 'replicated' is possible, which "
+            f"needs {said.rpartition(' ')[2]} GiB of {ROOM[device]:.0%} of {has / 2**30:,.3g} on {device}; leave teacher.precision and "
+            "teacher.compile out, or overrule the estimate by teacher.placement = 'replicated'"
+        )
     fits = "the fastest that fits" if needs[chosen] <= room else "none fits, this one needs least"
     return chosen._replace(
         why=f"auto: {fits}; GiB needed of {ROOM[device]:.0%} of {has / 2**30:,.3g} on {device}: {said}"
     )
 
 
+def asked(teacher) -> str:
+    """What of the run file makes a teacher whole."""
+    return f"precision = '{teacher.precision}'" if teacher.eight_bits else "compile = true"
+
+
 def candidates(plan, node: int) -> list[Placement]:
     """Without those that are another one under these ranks, and without `offload`: nobody knows what a host has to spare."""
+    if plan.run.teacher.is_whole:
+        return [placed(plan, "replicated", node)]
     nodes = ["node"] if 1 < node < plan.world and plan.world % node == 0 else []
     shares = ["sharded"] if plan.world > 1 or offloads_weights(plan.ds_config) else []
     return [placed(plan, way, node) for way in BY_ITSELF if way in ("replicated", *nodes, *shares)]
@@ -105,11 +119,12 @@ def needed(plan, device: str) -> float:
     return max(sum(memory.terms(plan, stage, device)[0].values()) for stage in plan.stages)
 
 
-def needs_less(placement: Placement | None, world: int, on_cpu: bool) -> str | None:
+def needs_less(plan, on_cpu: bool) -> str | None:
     """The placement to take where this one does not fit after all."""
-    if placement is None or placement.way == "offload":
+    placement = plan.placement
+    if placement is None or placement.way == "offload" or plan.run.teacher.is_whole:
         return None
-    if placement.way != "sharded" and world > 1:
+    if placement.way != "sharded" and plan.world > 1:
         return "sharded"
     return None if on_cpu else "offload"
 

@@ -30,7 +30,7 @@ from ted_scale.evaluation.suites import load_for_training
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.metrics.rows import last_row
 from ted_scale.metrics.tracking import why_offline
-from ted_scale.models import fused
+from ted_scale.models import fused, quantized
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
@@ -115,6 +115,7 @@ def make_plan(run: Run, world: int) -> Plan:
     run = filter_sizes.resolved(run, student, teacher, matched.pairs) if matched.pairs else run
     width = int(run.filters.width) if matched.pairs else 0
     fused.check(run.fused_blocks, {"student": student, "teacher": teacher}, run.data.attention)
+    quantized.check(run.teacher_bits, teacher)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)
     check_shards(run, vocabulary, student)
@@ -237,6 +238,8 @@ def describe(plan: Plan) -> str:
             lines.append(f"{side}: {a.family}, {shape}, from {a.folder}, fingerprint {fingerprint(a.folder)}")
     if plan.placement:
         lines.append(str(plan.placement))
+    if run.teacher_bits:
+        lines.append(quantized.describe(plan.teacher, run.teacher_bits))
     if plan.pairs:
         pairs = " ".join(f"({s},{t})" for s, t in plan.pairs)
         lines.append(f"pairs (student block, teacher block), {plan.pairs_origin}: {pairs}")

@@ -133,7 +133,7 @@ def test_ranks_agree_on_the_most_careful_choice(world, monkeypatch):
 )  # fmt: skip
 def test_a_run_that_is_out_of_memory_is_told_a_place_that_needs_less(world, way, ranks, on_cpu, less):
     plan = plan_of(world, ranks, placement=way, node_ranks=1 if ranks == 1 else 2)
-    assert placement.needs_less(plan.placement, ranks, on_cpu) == less
+    assert placement.needs_less(plan, on_cpu) == less
 
 
 def test_a_host_has_what_its_control_group_may_use(tmp_path, monkeypatch):

@@ -2,7 +2,8 @@
 
     weights          b · (student + filters) / R                    b: 2 bytes in bf16, else 4; R ranks. Filters of the teacher that
                                                                     read its states as they appear (filters.py): whole, b · filters
-    teacher          b · teacher / ranks that share it (placement.py); streamed from the host: two blocks and what is outside blocks
+    teacher          b · teacher / ranks that share it (placement.py); streamed from the host: two blocks and what is outside blocks;
+                     with teacher.precision a byte for each element of its blocks' matrices, and their rows' scales
     optimizer        12 · trained / R                               fp32 masters and Adam's two moments
     gradients        4 · (trained / R + sub-group)                  summed in fp32; one sub-group twice, for its update
     reduction        4 · bucket + b · largest matrix                whole gradients in reduction; on several ranks 4 · bucket more
@@ -27,6 +28,7 @@ from ted_scale.distill.filters import keeps_filtered
 from ted_scale.distill.stages import Stage
 from ted_scale.kernels.formulas.divergences import scratch
 from ted_scale.kernels.products import CHUNK_BYTES
+from ted_scale.models import quantized
 from ted_scale.models.anatomy import Anatomy, run_body
 from ted_scale.models.engine_config import engine_config, zero_settings
 from ted_scale.models.inspection import empty_model, read_config
@@ -62,7 +64,7 @@ def terms(plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
     trained = (filters + own_heads(plan) if stage.learns_filters else plan.student.parameters + student) / ranks
     found = {
         "weights": b * ((plan.student.parameters + filters - whole) / ranks + whole),
-        "teacher": b * teacher_here(plan.teacher, plan.placement, device) if plan.teacher else 0,
+        "teacher": of_teacher(plan, b, device),
         "optimizer": 12 * trained,
         "gradients": 4 * (trained + min(trained, setting(plan, "sub_group_size"))),
         "reduction": reduction(plan, trained * ranks, b, device),
@@ -86,6 +88,14 @@ def streams(placement) -> bool:
 
 def in_blocks(a: Anatomy) -> int:
     return min(a.layers * a.block_parameters, a.parameters)
+
+
+def of_teacher(plan, b: int, device: str) -> float:
+    """Its weights on a rank's device. One of 8 bits is whole, and counted as it is built (quantized.py)."""
+    if plan.teacher is None:
+        return 0
+    bits = plan.run.teacher_bits
+    return quantized.counts(plan.teacher, bits).bytes if bits else b * teacher_here(plan.teacher, plan.placement, device)
 
 
 def teacher_here(a: Anatomy, placement, device: str) -> float:

@@ -48,9 +48,13 @@ def mixed(bits: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def parts_of(module) -> dict[str, torch.Tensor]:
-    """This rank's part of every parameter: its shard, or all of it."""
-    named = module.named_parameters()
-    return {name: without_padding(p, p.ds_tensor) if is_sharded(p) else p for name, p in named}
+    """This rank's part of every parameter: its shard, or all of it; of one in 8 bits the numbers and their scales."""
+    parts = {}
+    for name, p in module.named_parameters():
+        inner = p.__tensor_flatten__()[0] if hasattr(p, "__tensor_flatten__") else ()
+        parts |= {f"{name}.{key}": getattr(p, key) for key in inner}
+        parts |= {} if inner else {name: without_padding(p, p.ds_tensor) if is_sharded(p) else p}
+    return parts
 
 
 def frozen_of(teacher) -> dict[str, torch.Tensor]:
