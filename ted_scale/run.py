@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ted_scale import feed, run_folder
+from ted_scale import feed, run_folder, teacher_start
 from ted_scale import validate as validation
 from ted_scale.base import exits, redact
 from ted_scale.base.errors import Preempted, RunStopped, UserError
@@ -176,6 +176,7 @@ def build_stage(parts: Parts, stage: Stage, stream: Stream, progress: Progress, 
     """The student's engine, with the state of the checkpoint that it resumes from."""
     plan, teacher, _, loader, saver = parts
     parts.metrics.ledger.turn("start")
+    teacher_start.begin(plan, stream, teacher, parts.metrics, progress, loader.device)
     filters_file = first_filters(plan, stage, stream, teacher, progress, saver.filters_file, loader.device)
     gc.collect()  # frees the engine of an earlier stage, which has reference cycles
     student = build_student(plan, stage, teacher, filters_file)

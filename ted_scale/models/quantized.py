@@ -6,7 +6,6 @@ that the device never holds more than one such block.
 """
 
 import importlib.util
-import logging
 from collections import Counter
 from functools import cache
 from typing import NamedTuple
@@ -152,7 +151,6 @@ def fill(network, anatomy: Anatomy, modules, tensors: dict, init: str) -> None:
 
 def config_of(bits: str):
     """torchao's settings. By default they would also change how torch compiles everything else of this process."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # on a CPU it warns of its own libraries for CUDA
     from torchao import quantization
 
     if bits == "int8":
