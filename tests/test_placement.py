@@ -131,6 +131,44 @@ def test_ranks_agree_on_the_most_careful_choice(world, monkeypatch):
     [("replicated", 4, False, "sharded"), ("node", 4, True, "sharded"), ("sharded", 4, False, "offload"),
      ("sharded", 4, True, None), ("replicated", 1, False, "offload"), ("offload", 4, False, None)],
 )  # fmt: skip
+WRITTEN = {True: "true", "int8": "'int8'"}
+WHOLE = [{"compile": True}, {"precision": "int8"}]
+
+
+def whole_plan(world, whole: dict):
+    if "precision" in whole:
+        pytest.importorskip("torchao")
+    teacher = {"path": str(world / "deep"), "init": "random", "placement": "auto", **whole}
+    return make_plan(make_run(world, method="kd", teacher=teacher, train={"precision": "bf16"}), 4)
+
+
+@pytest.mark.parametrize("whole", WHOLE, ids=str)
+def test_a_teacher_that_must_be_whole_is_or_is_refused(world, monkeypatch, whole):
+    """`auto` has no other place for it, nor has a run that is out of memory."""
+    plan = whole_plan(world, whole)
+    assert plan.placement[:3] == ("replicated", 1, True) and placement.needs_less(plan, True) is None
+    of_size(monkeypatch, 2.0**20)
+    with pytest.raises(UserError) as caught:
+        whole_plan(world, whole)
+    key, value = next(iter(whole.items()))
+    needs = placement.needed(plan, "cuda") / 2**30
+    assert str(caught.value) == (
+        f"teacher.placement must be one that fits, but with teacher.{key} = {WRITTEN[value]} only "
+        f"'replicated' is possible, which needs {needs:,.3g} GiB of 90% of 0.000977 on cuda; leave teacher.precision and "
+        "teacher.compile out, or overrule the estimate by teacher.placement = 'replicated'"
+    )
+    assert whole_plan(world, {**whole, "placement": "replicated"}).placement.is_bare
+
+
+def test_in_8_bits_a_teacher_fits_where_in_bf16_it_does_not(world, monkeypatch):
+    pytest.importorskip("torchao")
+    plain, small = (placement.needed(whole_plan(world, w), "cuda") for w in ({"compile": True}, {"precision": "int8"}))
+    of_size(monkeypatch, (plain + small) / 2 / placement.ROOM["cuda"])
+    assert whole_plan(world, {"precision": "int8"}).placement.way == "replicated"
+    with pytest.raises(UserError, match="only 'replicated' is possible"):
+        whole_plan(world, {"compile": True})
+
+
 def test_a_run_that_is_out_of_memory_is_told_a_place_that_needs_less(world, way, ranks, on_cpu, less):
     plan = plan_of(world, ranks, placement=way, node_ranks=1 if ranks == 1 else 2)
     assert placement.needs_less(plan, on_cpu) == less

@@ -87,6 +87,13 @@ WRONG = {
     "loss={mode='strict', top_k=64}": "loss.top_k must be 0 where loss.mode is 'strict', but is 64; use 'chunked'",
     "loss={backend='triton', top_k=64}": "loss.top_k must be 0 where loss.backend is 'triton', but is 64; Triton has no kernel "
     "for it: use 'auto'",
+    "teacher={path='t', precision='fp8', placement='node'}": "teacher.placement must be 'auto' or 'replicated' where "
+    "teacher.precision is 'fp8', but is 'node'; leave one of them out",
+    "teacher={path='t', compile=true, placement='offload'}": "teacher.placement must be 'auto' or 'replicated' where "
+    "teacher.compile is true, but is 'offload'; leave one of them out",
+    "teacher.precision='int4'": "teacher.precision must be 'bf16', 'fp8' or 'int8', but is 'int4'",
+    "teacher.precision='int8'": "teacher.precision must be left out where train.precision is 'fp32', but is 'int8': the states of "
+    "both models have one type",
     "data.corpora=[]": "data.corpora must have at least 1 item, but is []",
     "data.corpora=['a']": "data.corpora[0] must be a section of keys, but is 'a'",
     "pairs.explicit=[[0, 1], [1]]": "pairs.explicit[1][1] must be set, but is missing",

@@ -8,6 +8,7 @@ from plain import make_world
 from tiny import make_run
 
 from ted_scale.distill import memory
+from ted_scale.models import quantized
 from ted_scale.models.anatomy import run_body
 from ted_scale.models.weights import build_network
 from ted_scale.plan import make_plan
@@ -47,6 +48,18 @@ def test_of_a_streamed_teacher_two_blocks_are_on_the_device_and_all_on_the_host(
     a = plan.teacher
     assert away == 4 * a.layers * a.block_parameters and nothing == 0
     assert on_gpu["teacher"] + away == on_cpu["teacher"] == 4 * (a.parameters + 2 * a.block_parameters)
+
+
+def test_a_teacher_of_8_bits_counts_a_byte_for_each_element_that_is_rounded(world):
+    pytest.importorskip("torchao")
+    train = {"precision": "bf16"}
+    plan, whole, _ = of(world, method="kd", train=train, teacher={"placement": "replicated"})
+    _, small, _ = of(world, method="kd", train=train, teacher={"placement": "replicated", "precision": "int8"})
+    counts = quantized.counts(plan.teacher, "int8")
+    assert small["teacher"] == counts.bytes < whole["teacher"] - 0.8 * counts.elements
+    assert {name: size for name, size in small.items() if name != "teacher"} == {
+        name: size for name, size in whole.items() if name != "teacher"
+    }
 
 
 def test_stage_one_trains_filters_alone(world):

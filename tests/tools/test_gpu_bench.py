@@ -14,7 +14,7 @@ import torch
 from plain import build, make_batch, make_world, run_step
 from torch.autograd import DeviceType
 
-from tools.bench import gpu, gpu_losses, gpu_report, gpu_task, gpu_trace, plain_step
+from tools.bench import gpu, gpu_losses, gpu_report, gpu_task, gpu_teacher, gpu_trace, plain_step
 from tools.bench.gpu_report import PART, Row
 
 SCRIPT = Path(gpu.__file__)
@@ -198,6 +198,17 @@ def test_parts_that_call_the_kernels_themselves_run_on_a_cpu(part):
     task, rows = types.SimpleNamespace(tiny=True, device=lambda: "cpu"), []
     getattr(gpu_losses, part)(task, lambda *row, **where: rows.append((row, where)))
     assert rows and not [where for _, where in rows if where.get("status") == "failed"]
+
+
+def test_a_teacher_s_forward_is_measured_in_bf16_and_what_cannot_be_is_said(tmp_path):
+    task = types.SimpleNamespace(tiny=True, device=lambda: "cpu", work=tmp_path, part="c.teacher.8b")
+    rows = []
+    gpu_teacher.measure(task, lambda figure, value=None, unit="", **more: rows.append((figure, value, more)), "8b")
+    measured = {more["arm"]: value for figure, value, more in rows if figure == "teacher forward" and value}
+    reasons = {more["arm"]: more["reason"] for _, value, more in rows if value is None}
+    assert measured["bf16"] > 0 and measured.keys() | reasons.keys() == {f"{p}{c}" for p in ("bf16", "fp8", "int8")
+                                                                       for c in ("", " compiled")}  # fmt: skip
+    assert reasons["fp8"].startswith("teacher.precision must be ")
 
 
 def test_needs_lists_packages_that_the_other_machine_lacks(tmp_path):

@@ -84,6 +84,7 @@ PARTS = [
     reading_part("serial", early=False),
     reading_part("early", early=True),
     reading_part("by_four", micro_batch=4),
+    Part("c.teacher.8b", 240, "gpu_teacher", "measure", {"shape": "8b"}),
     Part("d.teacher", 110, "gpu_learning", "teacher", {}),
     Part("d.students", 150, "gpu_learning", "students", {}),
     Part("a.rest", 240, "gpu_machine", "tests", {}),
