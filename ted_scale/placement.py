@@ -91,9 +91,9 @@ def fastest_that_fits(plan, node: int) -> Placement:
     said = ", ".join(f"{placement.way} {size / 2**30:,.3g}" for placement, size in needs.items())
     if plan.run.teacher.is_whole and needs[chosen] > room:
         raise UserError(
-            f"teacher.placement must be one that fits, but with teacher.{asked(plan.run.teacher)} only 'replicated' is possible, which "
-            f"needs {said.rpartition(' ')[2]} GiB of {ROOM[device]:.0%} of {has / 2**30:,.3g} on {device}; leave teacher.precision and "
-            "teacher.compile out, or overrule the estimate by teacher.placement = 'replicated'"
+            f"teacher.placement must be one that fits, but with teacher.{asked(plan.run.teacher)} only 'replicated' is possible, "
+            f"which needs {needs[chosen] / 2**30:,.3g} GiB of {ROOM[device]:.0%} of {has / 2**30:,.3g} on {device}; leave "
+            "teacher.precision and teacher.compile out, or overrule the estimate by teacher.placement = 'replicated'"
         )
     fits = "the fastest that fits" if needs[chosen] <= room else "none fits, this one needs least"
     return chosen._replace(

@@ -35,7 +35,9 @@ class Cost(NamedTuple):
         return {"teacher/kl_to_bf16": self.kl} | {f"teacher/state_error/{b}": error for b, error in self.errors.items()}
 
     def __str__(self) -> str:
-        states = f", relative error of matched states {min(self.errors.values()):.2g} to {max(self.errors.values()):.2g}"
+        states = (
+            f", relative error of matched states {min(self.errors.values()):.2g} to {max(self.errors.values()):.2g}"
+        )
         return f"KL {self.kl:.2g} nats a token{states if self.errors else ''}"
 
 
@@ -88,7 +90,8 @@ def say_cost(plan, bits: str, teacher: Teacher, batch, metrics, progress) -> Non
     metrics.write(progress.step, progress.tokens, cost.row())
     if cost.kl > MOST_KL or max(cost.errors.values(), default=0.0) > MOST_ERROR:
         metrics.alert(
-            "a coarse teacher", f"warning: {said}; that is more than {MOST_KL:g} nats or {MOST_ERROR:g}: take another precision"
+            "a coarse teacher",
+            f"warning: {said}; that is more than {MOST_KL:g} nats or {MOST_ERROR:g}: take another precision",
         )
 
 

@@ -126,11 +126,6 @@ def test_ranks_agree_on_the_most_careful_choice(world, monkeypatch):
         placement.agreed(node)
 
 
-@pytest.mark.parametrize(
-    ("way", "ranks", "on_cpu", "less"),
-    [("replicated", 4, False, "sharded"), ("node", 4, True, "sharded"), ("sharded", 4, False, "offload"),
-     ("sharded", 4, True, None), ("replicated", 1, False, "offload"), ("offload", 4, False, None)],
-)  # fmt: skip
 WRITTEN = {True: "true", "int8": "'int8'"}
 WHOLE = [{"compile": True}, {"precision": "int8"}]
 
@@ -169,6 +164,11 @@ def test_in_8_bits_a_teacher_fits_where_in_bf16_it_does_not(world, monkeypatch):
         whole_plan(world, {"compile": True})
 
 
+@pytest.mark.parametrize(
+    ("way", "ranks", "on_cpu", "less"),
+    [("replicated", 4, False, "sharded"), ("node", 4, True, "sharded"), ("sharded", 4, False, "offload"),
+     ("sharded", 4, True, None), ("replicated", 1, False, "offload"), ("offload", 4, False, None)],
+)  # fmt: skip
 def test_a_run_that_is_out_of_memory_is_told_a_place_that_needs_less(world, way, ranks, on_cpu, less):
     plan = plan_of(world, ranks, placement=way, node_ranks=1 if ranks == 1 else 2)
     assert placement.needs_less(plan, on_cpu) == less

@@ -34,7 +34,9 @@ def begun(monkeypatch, caplog, plan, teacher=None) -> tuple[dict, list, str]:
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     rows, alerts, teacher = {}, [], teacher or engines.bare_teacher(plan, CPU)
-    metrics = types.SimpleNamespace(write=lambda step, tokens, row: rows.update(row), alert=lambda *said: alerts.append(said))
+    metrics = types.SimpleNamespace(
+        write=lambda step, tokens, row: rows.update(row), alert=lambda *said: alerts.append(said)
+    )
     stream = open_stream(plan.run.data, plan.run.seed, plan.vocabulary)
     with caplog.at_level("INFO", "ted_scale"):
         teacher_start.begin(plan, stream, teacher, metrics, Progress(0), CPU)
@@ -79,7 +81,10 @@ def test_what_compiling_takes_is_logged_and_a_failure_is_a_sentence(world, monke
     monkeypatch.setattr(torch, "compile", lambda forward, **named: compiler(forward, backend=backend[0], **named))
     plan = plan_of(world, method="kd", compile=True)
     rows, _, said = begun(monkeypatch, caplog, plan)
-    assert "the teacher's first micro-batch took " in said and " s, of which compiling its blocks; the second took " in said
+    assert (
+        "the teacher's first micro-batch took " in said
+        and " s, of which compiling its blocks; the second took " in said
+    )
     assert not rows
 
     def fails(graph, inputs):
@@ -87,5 +92,7 @@ def test_what_compiling_takes_is_logged_and_a_failure_is_a_sentence(world, monke
 
     backend[0] = fails
     torch._dynamo.reset()
-    with pytest.raises(UserError, match=r"^teacher.compile must be false where torch cannot compile .* no such compiler"):
+    with pytest.raises(
+        UserError, match=r"^teacher.compile must be false where torch cannot compile .* no such compiler"
+    ):
         begun(monkeypatch, caplog, plan)

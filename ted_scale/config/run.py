@@ -195,8 +195,8 @@ class Run(Section):
             raise ValueError(f"teacher.path must be set for method = '{self.method}', but there is no [teacher]")
         if self.train.precision == "fp32" and self.method != "ce" and self.teacher.precision:
             raise ValueError(
-                f"teacher.precision must be left out where train.precision is 'fp32', but is '{self.teacher.precision}': the states "
-                "of both models have one type"
+                f"teacher.precision must be left out where train.precision is 'fp32', but is '{self.teacher.precision}': the "
+                "states of both models have one type"
             )
         terms, tokens = self.terms.values(), self.train.tokens
         for fraction in changes_of(terms, tokens):

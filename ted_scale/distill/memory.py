@@ -2,8 +2,8 @@
 
     weights          b · (student + filters) / R                    b: 2 bytes in bf16, else 4; R ranks. Filters of the teacher that
                                                                     read its states as they appear (filters.py): whole, b · filters
-    teacher          b · teacher / ranks that share it (placement.py); streamed from the host: two blocks and what is outside blocks;
-                     with teacher.precision a byte for each element of its blocks' matrices, and their rows' scales
+    teacher          b · teacher / ranks that share it (placement.py); streamed from the host: two blocks and what is outside them.
+                     With teacher.precision a byte for each element of its blocks' matrices, and their rows' scales
     optimizer        12 · trained / R                               fp32 masters and Adam's two moments
     gradients        4 · (trained / R + sub-group)                  summed in fp32; one sub-group twice, for its update
     reduction        4 · bucket + b · largest matrix                whole gradients in reduction; on several ranks 4 · bucket more
@@ -94,8 +94,9 @@ def of_teacher(plan, b: int, device: str) -> float:
     """Its weights on a rank's device. One of 8 bits is whole, and counted as it is built (quantized.py)."""
     if plan.teacher is None:
         return 0
-    bits = plan.run.teacher_bits
-    return quantized.counts(plan.teacher, bits).bytes if bits else b * teacher_here(plan.teacher, plan.placement, device)
+    if bits := plan.run.teacher_bits:
+        return quantized.counts(plan.teacher, bits).bytes
+    return b * teacher_here(plan.teacher, plan.placement, device)
 
 
 def teacher_here(a: Anatomy, placement, device: str) -> float:

@@ -2,6 +2,6 @@
 
 import logging
 
-# transformers imports torchao where it is installed. On a CPU that warns of libraries for CUDA, and torch of how torchao is written.
+# transformers imports torchao where it is installed: on a CPU that warns of libraries for CUDA, and torch of torchao's style.
 for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)

@@ -88,8 +88,8 @@ class Sealed:
 
 
 @torch.compiler.disable
-def sealed_attention(*arguments, packing: Sealed, **named):
-    return causal_attention(*arguments, packing=packing.packing, **named)
+def sealed_attention(module, query, key, value, attention_mask, *, packing: Sealed, **named):
+    return causal_attention(module, query, key, value, attention_mask, packing=packing.packing, **named)
 
 
 def seal(block, arguments: tuple, named: dict) -> tuple[tuple, dict]:

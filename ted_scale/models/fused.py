@@ -26,8 +26,8 @@ FAMILIES = (
 
 
 def check(wish: str, models: dict, mode: str) -> None:
-    """Refuses a setting that the models (name: anatomy or None), their attention's mode or the installation do not allow, before any
-    rank starts."""
+    """Refuses a setting that the models (name: anatomy or None), the mode of attention or the installation do not allow, before
+    any rank starts."""
     if wish == "compile" and mode == "document":
         raise UserError(
             "fused_blocks must be auto, liger or off where data.attention is 'document', but is 'compile': a "

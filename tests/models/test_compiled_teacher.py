@@ -65,5 +65,7 @@ def test_matrices_of_8_bits_are_compiled_too(tmp_path, counter):
 
 def test_attention_that_is_compiled_by_itself_is_refused():
     fused.check_teacher(["sdpa", "varlen", "tiled"])
-    with pytest.raises(UserError, match=r"^teacher.compile must be false where a layer of the teacher takes flex attention"):
+    with pytest.raises(
+        UserError, match=r"^teacher.compile must be false where a layer of the teacher takes flex attention"
+    ):
         fused.check_teacher(["flex", "sdpa"])

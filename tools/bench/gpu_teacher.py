@@ -1,4 +1,4 @@
-"""Part c.teacher of tools/bench/gpu.py: the forward of a replicated teacher in bf16, fp8 and int8, with and without compiled blocks.
+"""Part c.teacher of tools/bench/gpu.py: the forward of a replicated teacher in bf16, fp8 and int8, its blocks compiled or not.
 
 The teacher is random and made on the device, as the trainer makes it. An arm is freed before the next one is made.
 """
@@ -61,5 +61,7 @@ def measure_arm(plan, batch, device: torch.device, write) -> float:
     write("teacher forward", min(seconds[2:]) * 1e3, "ms", sizes=sizes)
     write("first forward", seconds[0], "s", sizes=sizes)
     write("weights, counted", memory.of_teacher(plan, 2, device.type) / 1e9, "GB", sizes=sizes)
-    write("peak beyond weights", peak_bytes(lambda: teacher.run(batch, False, True), device.type) / 1e9, "GB", sizes=sizes)
+    write(
+        "peak beyond weights", peak_bytes(lambda: teacher.run(batch, False, True), device.type) / 1e9, "GB", sizes=sizes
+    )
     return min(seconds[2:])
