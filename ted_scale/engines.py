@@ -94,11 +94,12 @@ def prepare_blocks(plan: Plan, side: str, network):
     """Makes the network's blocks so, and returns them."""
     from deepspeed.accelerator import get_accelerator
 
-    way = blocks_are(plan, side, torch.device(get_accelerator().device_name()))
-    blocks = network.get_submodule(getattr(plan, side).blocks)
+    anatomy, device = getattr(plan, side), torch.device(get_accelerator().device_name())
+    blocks = network.get_submodule(anatomy.blocks)
     asked = side == "teacher" and plan.run.teacher.compile
-    apart = asked and plan.run.data.attention == "document"
-    fused.fuse(network, blocks, way, fails=asked or plan.run.fused_blocks != "auto", documents=apart)
+    apart = asked and paths_of(plan, anatomy, device) != ["sdpa"]  # a graph can hold torch's own alone, for every batch
+    fails = asked or plan.run.fused_blocks != "auto"
+    fused.fuse(network, blocks, blocks_are(plan, side, device), fails=fails, attention_apart=apart)
     return blocks
 
 

@@ -69,7 +69,7 @@ def test_compiled_blocks_of_8_bits_say_what_plain_ones_do(anatomy, bits, documen
     batches = [make_batch(2, 512, seed, documents=documents).moved(lambda t: t.cuda()) for seed in (0, 1)]
     with torch.no_grad():
         wanted = [teacher_of(anatomy, network).run(batch, True, True) for batch in batches]
-        fused.fuse(network, network.get_submodule(anatomy.blocks), "compile", documents=documents)
+        fused.fuse(network, network.get_submodule(anatomy.blocks), "compile", attention_apart=documents)
         found = [teacher_of(anatomy, network).run(batch, True, True) for batch in batches]
     for ours, theirs in zip(found, wanted, strict=True):
         error = (ours.last_NE - theirs.last_NE).float().norm() / theirs.last_NE.float().norm()

@@ -96,11 +96,11 @@ def describe(wish: str, ways: dict[str, str]) -> str:
     return f"blocks: {sides}" + (" (auto)" if wish == "auto" else "")
 
 
-def fuse(network, blocks, way: str, fails: bool = True, documents: bool = False):
-    """The network, with its `blocks` compiled or with Liger's forward in the modules for which there is one. With `documents` a
-    compiled block leaves its graph for its attention."""
+def fuse(network, blocks, way: str, fails: bool = True, attention_apart: bool = False):
+    """The network, with its `blocks` compiled or with Liger's forward in the modules for which there is one. With
+    `attention_apart` a compiled block leaves its graph for its attention."""
     if way == "compile":
-        if documents:
+        if attention_apart:
             network.config._attn_implementation = attention.SEALED
             for block in blocks:
                 block.register_forward_pre_hook(attention.seal, with_kwargs=True)

@@ -25,7 +25,7 @@ def counter(monkeypatch):
 
 
 def compiled(anatomy, network):
-    return fused.fuse(network, network.get_submodule(anatomy.blocks), "compile", documents=True)
+    return fused.fuse(network, network.get_submodule(anatomy.blocks), "compile", attention_apart=True)
 
 
 def outputs(anatomy, network, batches) -> list[torch.Tensor]:
@@ -60,7 +60,11 @@ def test_matrices_of_8_bits_are_compiled_too(tmp_path, counter):
     batch = make_batch(2, 16, documents=True)
     (wanted,) = outputs(anatomy, plain, [batch])
     (found,) = outputs(anatomy, compiled(anatomy, network), [batch])
-    assert torch.equal(found, wanted) and counter.frame_count > 0
+    of_8_bits = counter.frame_count
+    assert torch.equal(found, wanted)
+    whole = build_network(anatomy, ds_config=None, dtype=torch.bfloat16).eval()
+    outputs(anatomy, compiled(anatomy, whole), [batch])
+    assert counter.frame_count - of_8_bits == of_8_bits > 0  # blocks share their graphs, too
 
 
 def test_attention_that_is_compiled_by_itself_is_refused():

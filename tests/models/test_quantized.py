@@ -7,6 +7,7 @@ import torch
 from tiny import make_model
 
 from ted_scale.base.errors import UserError
+from ted_scale.health import replicas
 from ted_scale.models import quantized
 from ted_scale.models.anatomy import run_body
 from ted_scale.models.inspection import inspect
@@ -114,6 +115,18 @@ def test_random_weights_are_rounded_ones_of_the_seed(tmp_path):
     anatomy = anatomy_of(tmp_path, "llama")
     first, again = (states(rounded(anatomy, init="random"), anatomy) for _ in range(2))
     assert torch.equal(first, again) and not torch.equal(first, states(rounded(anatomy), anatomy))
+
+
+def test_a_flipped_bit_of_a_number_or_a_scale_changes_a_digest(tmp_path):
+    network = rounded(anatomy_of(tmp_path, "llama", num_hidden_layers=1))
+    before = replicas.digests(replicas.parts_of(network), CPU)
+    weight = network.model.layers[0].mlp.up_proj.weight
+    names = list(replicas.parts_of(network))
+    for key in ("qdata", "scale"):
+        getattr(weight, key).flatten()[:1].view(torch.int8)[0] ^= 1
+        changed = (replicas.digests(replicas.parts_of(network), CPU) != before).nonzero().flatten().tolist()
+        assert names[changed[-1 if key == "scale" else 0]] == f"model.layers.0.mlp.up_proj.weight.{key}"
+    assert len(changed) == 2
 
 
 def test_a_file_without_a_block_s_tensor_is_refused(tmp_path):

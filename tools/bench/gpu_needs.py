@@ -11,7 +11,11 @@ from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import parse_toml
 
 ROOT = Path(__file__).resolve().parents[2]
-BESIDE = ("liger-kernel", "torchao", "pytest")  # Liger is an arm of the losses, torchao of the teacher; the rest works without
+BESIDE = (
+    "liger-kernel",
+    "torchao",
+    "pytest",
+)  # Liger is an arm of the losses, torchao of the teacher; the rest works without
 UNUSED = {"wandb"}  # no run of the bench has a [wandb]
 OTHER_PYTHON = ROOT / ".ci" / "python312.txt"
 
