@@ -22,7 +22,7 @@ from ted_scale.ranks import pulse
 
 log = logging.getLogger("ted_scale")
 
-MOST_KL, MOST_ERROR = 0.1, 0.2
+MOST_KL, MOST_ERROR = 0.1, 0.2  # a choice: int8 costs SmolLM2-135M 0.004 and 0.033
 
 
 class Cost(NamedTuple):
