@@ -35,10 +35,8 @@ class Cost(NamedTuple):
         return {"teacher/kl_to_bf16": self.kl} | {f"teacher/state_error/{b}": error for b, error in self.errors.items()}
 
     def __str__(self) -> str:
-        states = (
-            f", relative error of matched states {min(self.errors.values()):.2g} to {max(self.errors.values()):.2g}"
-        )
-        return f"KL {self.kl:.2g} nats a token{states if self.errors else ''}"
+        said, errors = f"KL {self.kl:.2g} nats a token", self.errors.values()
+        return f"{said}, relative error of matched states {min(errors):.2g} to {max(errors):.2g}" if errors else said
 
 
 def begin(plan, stream: Stream, teacher, metrics, progress, device) -> None:

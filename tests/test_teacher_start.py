@@ -55,6 +55,11 @@ def test_the_cost_of_8_bits_is_logged_and_a_large_one_is_an_alert(world, monkeyp
     assert title == "a coarse teacher" and text.startswith("warning: the teacher in int8 beside bf16")
 
 
+def test_without_matched_states_the_cost_is_kl_alone():
+    assert str(teacher_start.Cost(0.0123, {})) == "KL 0.012 nats a token"
+    assert str(teacher_start.Cost(0.1, {1: 0.02, 3: 0.3})).endswith(", relative error of matched states 0.02 to 0.3")
+
+
 def test_the_cost_is_that_of_whole_logits_and_states(world):
     pytest.importorskip("torchao")
     plan = plan_of(world, precision="int8")
