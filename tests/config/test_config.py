@@ -92,8 +92,8 @@ WRONG = {
     "teacher={path='t', compile=true, placement='offload'}": "teacher.placement must be 'auto' or 'replicated' where "
     "teacher.compile is true, but is 'offload'; leave one of them out",
     "teacher.precision='int4'": "teacher.precision must be 'bf16', 'fp8' or 'int8', but is 'int4'",
-    "teacher={path='t', precision='int8'}": "teacher.precision must be left out where train.precision is 'fp32', but is 'int8': the states of "
-    "both models have one type",
+    "teacher={path='t', precision='int8'}": "teacher.precision must be left out where train.precision is 'fp32', but is 'int8': "
+    "the states of both models have one type",
     "data.corpora=[]": "data.corpora must have at least 1 item, but is []",
     "data.corpora=['a']": "data.corpora[0] must be a section of keys, but is 'a'",
     "pairs.explicit=[[0, 1], [1]]": "pairs.explicit[1][1] must be set, but is missing",
