@@ -36,13 +36,26 @@ class Placement(NamedTuple):
         return f"the teacher's weights are {SAID[way].format(ranks=self.ranks)} ({self.why})"
 
 
-def place(plan) -> Placement | None:
+class Room(NamedTuple):
+    """What a rank has to live in."""
+
+    device: str  # "cpu" or "cuda"
+    size: float  # bytes of its memory
+    local: int  # ranks of its node
+
+
+def this_machine(world: int) -> Room:
+    local = local_ranks(world)
+    return Room(*capacity.of_a_rank(local), local)
+
+
+def place(plan, room: Room) -> Placement | None:
     """As the run file says, or the fastest that fits."""
     if plan.teacher is None:
         return None
-    wish, node = plan.run.teacher.placement, ranks_of_a_node(plan.run.teacher, plan.world)
+    wish, node = plan.run.teacher.placement, ranks_of_a_node(plan.run.teacher, plan.world, room.local)
     if wish == "auto":
-        return fastest_that_fits(plan, node)
+        return fastest_that_fits(plan, node, room)
     if wish == "node" and plan.world % node:
         raise UserError(
             f"teacher.node_ranks must be set where nodes have different numbers of ranks, but this one has {node} of {plan.world}; "
@@ -51,9 +64,9 @@ def place(plan) -> Placement | None:
     return placed(plan, wish, node)
 
 
-def ranks_of_a_node(teacher, world: int) -> int:
+def ranks_of_a_node(teacher, world: int, local: int) -> int:
     if not teacher.node_ranks:
-        return min(local_ranks(world), world)
+        return min(local, world)
     if world % teacher.node_ranks:
         raise UserError(
             f"teacher.node_ranks must divide the ranks ({world}), but is {teacher.node_ranks}; correct it, or leave it out for "
@@ -78,20 +91,23 @@ def offloads_weights(ds_config: dict) -> bool:
     return (ds_config["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
 
 
-def fastest_that_fits(plan, node: int) -> Placement:
+def fastest_that_fits(plan, node: int, room: Room) -> Placement:
     """By the estimate of the stage that needs most. If none fits, the one that needs least."""
-    device, has = capacity.of_a_rank(local_ranks(plan.world))
-    room, needs = ROOM[device] * has, {}
+    (device, has, _), needs = room, {}
     for placement in candidates(plan, node):
         needs[placement] = needed(replace(plan, placement=placement), device)
-        if needs[placement] <= room:
+        if needs[placement] <= usable(room):
             break
     chosen = min(needs, key=needs.__getitem__)
     said = ", ".join(f"{placement.way} {size / 2**30:,.3g}" for placement, size in needs.items())
-    fits = "the fastest that fits" if needs[chosen] <= room else "none fits, this one needs least"
+    fits = "the fastest that fits" if needs[chosen] <= usable(room) else "none fits, this one needs least"
     return chosen._replace(
         why=f"auto: {fits}; GiB needed of {ROOM[device]:.0%} of {has / 2**30:,.3g} on {device}: {said}"
     )
+
+
+def usable(room: Room) -> float:
+    return ROOM[room.device] * room.size
 
 
 def candidates(plan, node: int) -> list[Placement]:

@@ -4,12 +4,13 @@ from ted_scale.base.errors import UserError
 from ted_scale.models.anatomy import Anatomy
 
 
-def engine_config(plan, model: Anatomy, **trained) -> dict:
+def engine_config(plan, model: Anatomy, device: str | None = None, **trained) -> dict:
+    """For an engine on `device`, by default the accelerator that is here."""
     return {
         "communication_data_type": "fp32",  # in bf16 the error of a sum grows with the number of ranks; a ds_config may choose bf16
         "timers": {"throughput": {"enabled": False}},  # they wait for the device at every forward and step
         **plan.ds_config,
-        "zero_optimization": {**bucket_sizes(model), **plan.ds_config["zero_optimization"]},
+        "zero_optimization": {**bucket_sizes(model, device), **plan.ds_config["zero_optimization"]},
         "train_micro_batch_size_per_gpu": plan.run.train.micro_batch,
         "bf16": {"enabled": plan.run.train.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -34,11 +35,11 @@ def zero_settings(path: str, zero: dict):
         ) from None
 
 
-def bucket_sizes(model: Anatomy) -> dict:
+def bucket_sizes(model: Anatomy, device: str | None = None) -> dict:
     """How many elements DeepSpeed gathers, reduces and updates at once; design note 23 has the arithmetic."""
     from deepspeed.accelerator import get_accelerator
 
-    on_cpu = get_accelerator().device_name() == "cpu"
+    on_cpu = (device or get_accelerator().device_name()) == "cpu"
     return {
         "stage3_prefetch_bucket_size": model.block_parameters,  # the next block, whole, while this one computes
         "stage3_max_live_parameters": max(10**9, 3 * model.block_parameters),

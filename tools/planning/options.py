@@ -1,0 +1,98 @@
+"""The ways to run a run file on given GPUs: every placement of the teacher, micro-batches, checkpointing or not.
+
+Note: a way is a plan like any other, so what is said about it is what a run would log about itself.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from ted_scale.base.errors import UserError
+from ted_scale.config.run import Run
+from ted_scale.distill import memory
+from ted_scale.forecast import summary
+from ted_scale.forecast.machine import Machine
+from ted_scale.forecast.summary import Forecast
+from ted_scale.placement import FASTEST_FIRST, Room, candidates, place, placed, ranks_of_a_node, usable
+from ted_scale.plan import Plan, plan_of_models
+
+MOST = 64  # rows of a micro-batch that are tried
+
+
+class Cluster(NamedTuple):
+    machine: Machine
+    gpus: int
+    per_node: int
+
+    @property
+    def room(self) -> Room:
+        return Room(self.machine.device, self.machine.memory, self.per_node)
+
+
+class Option(NamedTuple):
+    plan: Plan
+    way: str  # of the teacher's placement; "" without a teacher
+    needs: dict[str, float]  # bytes by term of the stage that needs most
+    away: float  # bytes in the host's memory
+    forecasts: dict[str, Forecast]  # by stage
+    fits: bool
+
+    @property
+    def days(self) -> float:
+        return sum(found.days for found in self.forecasts.values())
+
+    @property
+    def main(self) -> Forecast:
+        return list(self.forecasts.values())[-1]
+
+
+def check(cluster: Cluster) -> None:
+    if cluster.gpus > cluster.per_node and cluster.gpus % cluster.per_node:
+        raise UserError(
+            f"--per-node must divide --gpus ({cluster.gpus}), but is {cluster.per_node}; every node must have as many ranks"
+        )
+
+
+def as_written(run: Run, cluster: Cluster) -> Option:
+    plan = plan_of_models(run, cluster.gpus, needs_weights=False)
+    return option(replace(plan, placement=place(plan, cluster.room)), cluster)
+
+
+def option(plan: Plan, cluster: Cluster) -> Option:
+    worst = max(plan.stages, key=lambda stage: sum(memory.terms(plan, stage, cluster.machine.device)[0].values()))
+    needs, away = memory.terms(plan, worst, cluster.machine.device)
+    local = min(cluster.per_node, cluster.gpus)
+    forecasts = {stage.name: summary.of_stage(plan, stage, cluster.machine, local) for stage in plan.stages}
+    fits = sum(needs.values()) <= usable(cluster.room)
+    return Option(plan, plan.placement.way if plan.placement else "", needs, away, forecasts, fits)
+
+
+def placements(plan: Plan, cluster: Cluster) -> list[Option]:
+    """Every placement that is another one on these ranks, with all else as in the plan."""
+    if plan.teacher is None:
+        return [option(plan, cluster)]
+    node = ranks_of_a_node(plan.run.teacher, plan.world, cluster.per_node)
+    ways = {placement.way for placement in candidates(plan, node)} | {"offload"}
+    return [option(replace(plan, placement=placed(plan, way, node)), cluster) for way in FASTEST_FIRST if way in ways]
+
+
+def changed(run: Run, micro_batch: int, checkpointing: bool) -> Run:
+    train = run.train.model_copy(update={"micro_batch": micro_batch})
+    student = run.student.model_copy(update={"gradient_checkpointing": checkpointing})
+    return run.model_copy(update={"train": train, "student": student})
+
+
+def micro_batches(run: Run, gpus: int) -> list[int]:
+    """Those that divide a step: powers of two, and what the run file says."""
+    rows = run.train.tokens_per_step // run.data.seq_len
+    asked = {1 << power for power in range(MOST.bit_length())} | {run.train.micro_batch}
+    return sorted(size for size in asked if size <= MOST and rows % (size * gpus) == 0)
+
+
+def best(run: Run, cluster: Cluster) -> Option | None:
+    """The fastest way that fits; of equal ones that with the smaller micro-batch, then the less the teacher is moved."""
+    found = []
+    for checkpointing in (False, True):
+        for size in micro_batches(run, cluster.gpus):
+            plan = plan_of_models(changed(run, size, checkpointing), cluster.gpus, needs_weights=False)
+            found += [one for one in placements(plan, cluster) if one.fits]
+    return max(found, key=lambda one: round(1 / one.days, 6)) if found else None
