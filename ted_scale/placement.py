@@ -4,7 +4,6 @@ A placement changes no loss and is in no checkpoint, so it may be another one at
 before the ranks meet, from the memory of its own machine; `agreed` is what holds.
 """
 
-import os
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -45,7 +44,7 @@ class Room(NamedTuple):
 
 
 def this_machine(world: int) -> Room:
-    local = local_ranks(world)
+    local = capacity.local_ranks(world)
     return Room(*capacity.of_a_rank(local), local)
 
 
@@ -73,11 +72,6 @@ def ranks_of_a_node(teacher, world: int, local: int) -> int:
             "what the launcher started on this node"
         )
     return teacher.node_ranks
-
-
-def local_ranks(world: int) -> int:
-    """On this node, as torchrun and DeepSpeed's launcher call them; without a launcher all ranks are here."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
 
 
 def placed(plan, way: str, node: int) -> Placement:

@@ -1,7 +1,7 @@
-"""What a run will need and how fast it will be, before any GPU is taken: python tools/plan.py RUN.toml --gpus 64 --gpu h100 --per-node 8
+"""What a run needs, how fast it is and which way is best, without a GPU: python tools/plan.py RUN.toml --gpus 64 --gpu h100
 
-Only the run file and both configs are read: no weights, no data. Without --gpu the machine is the one that --calibrate measured (RUNS/machine.json).
-Exits with 1 if the run as written does not fit.
+Only the run file and both configs are read: no weights, no data. Without --gpu the machine is the one that --calibrate measured
+(RUNS/machine.json). Exits with 1 if the run as written does not fit.
 """
 
 import argparse
@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     cluster = options.Cluster(machine, arguments.gpus, arguments.per_node)
     options.check(cluster)
     written = options.as_written(run, cluster)
-    other = options.as_written(options.changed(run, run.train.micro_batch, not run.student.gradient_checkpointing), cluster)
+    other = options.as_written(
+        options.changed(run, run.train.micro_batch, not run.student.gradient_checkpointing), cluster
+    )
     ways, best = options.placements(written.plan, cluster), options.best(run, cluster)
     print("\n".join(page(written, ways, other, best, cluster, arguments.price)))
     sys.exit(0 if written.fits else 1)
@@ -71,12 +73,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     say("--gpus", type=positive(int), default=int(os.environ.get("WORLD_SIZE", "1")), help="also the number of ranks")
     say("--gpu", metavar="NAME", help="h100, a100, h200, b200, mi300x; default: the machine that was calibrated")
     say("--per-node", type=positive(int), default=8)
-    say("--bandwidth", type=positive(float), metavar="GB/s", help="what a node receives from the others; default: the device's usual one")
+    say(
+        "--bandwidth",
+        type=positive(float),
+        metavar="GB/s",
+        help="what a node receives from the others; default: the device's usual one",
+    )
     say("--price", type=positive(float), default=0.0, help="of a GPU for an hour")
     say("--scale", action="store_true", help="the best way on 8 to 4096 GPUs, with failures")
     say("--calibrate", action="store_true", help="measure this machine with this run's shapes, and keep it")
     say("--minutes", type=positive(float), default=1.0, help="of --calibrate")
-    say("--machine", type=Path, metavar="FILE", help="the calibration to write or read; default: machine.json in the run file's runs")
+    say(
+        "--machine",
+        type=Path,
+        metavar="FILE",
+        help="the calibration to write or read; default: machine.json in the run file's runs",
+    )
     say("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

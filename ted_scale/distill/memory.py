@@ -5,7 +5,12 @@
     teacher          b · teacher / ranks that share it (placement.py); streamed from the host: two blocks and what is outside blocks
     masters          4 · trained / R                                the weights in fp32
     moments          8 · trained / R                                Adam's two
-    gradients        4 · (trained / R + sub-group)                  summed in fp32; one sub-group twice, for its update
+    gradients        4 · trained / R                                summed in fp32
+    communication    1 GiB on several GPUs                          assumed
+    copy for a save  12 · trained / R, on a CPU, where the host is the device
+
+and of these the moment of a step that needs most: a loss is formed, the head's backward, a block's backward, the update.
+
     reduction        4 · bucket + b · largest matrix                whole gradients in reduction; on several ranks 4 · bucket more
     gathered         b · (live student, on several ranks + a block, prefetch and head of a teacher that several share)
     activations      what autograd keeps of N tokens, found by a trial on the meta device; with checkpointing one state a
@@ -13,10 +18,10 @@
     states           b · N · (pairs · width + head's width) of the teacher, in stage I also of the student
     loss gradients   4 · head's and filters' weights, b · N · width a pair: formed in the forward, kept until the backward
     chunk            one chunk's logits; on a CPU in bf16 the heads in fp32, too
-    copy for a save  12 · trained / R, on a CPU, where the host is the device
+    update           4 · sub-group                                  its gradients a second time
 
 The process itself (0.53 GiB on a CPU) and memory that the allocator keeps are not included: measured peaks were 1.08 to 1.19
-times the sum on CPUs and 0.95 on an H100 (docs/benchmarks.md).
+times the sum on CPUs and 0.95 on an H100 (docs/benchmarks.md). Counted tensors: docs/planning.md.
 """
 
 from functools import cache
@@ -26,12 +31,13 @@ import torch
 from ted_scale.distill.filter_sizes import filter_parameters
 from ted_scale.distill.stages import Stage
 from ted_scale.kernels.formulas.divergences import scratch
-from ted_scale.kernels.products import CHUNK_BYTES
+from ted_scale.kernels.products import rows_per_chunk
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.engine_config import engine_config, zero_settings
 from ted_scale.models.trial import hollow, run_hollow
 
 TRIAL = 8  # tokens
+COMMUNICATION = 2**30  # what NCCL keeps for itself on several GPUs: assumed
 
 
 def describe(plan) -> list[str]:
@@ -53,33 +59,68 @@ def line_of(stage: Stage, here: dict[str, float], away: float, device: str) -> s
 
 
 def terms(plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
-    """(bytes by term, bytes that are offloaded to the host)"""
-    run, ranks = plan.run, plan.world
-    b, tokens = 2 if run.train.precision == "bf16" else 4, run.train.micro_batch * run.data.seq_len
-    counts = filter_parameters(plan)
-    student, filters = counts["student"], sum(counts.values()) - (0 if stage.learns_filters else counts["lifts"])
-    trained = (filters + own_heads(plan) if stage.learns_filters else plan.student.parameters + student) / ranks
-    found = {
-        "weights": b * plan.student.parameters / ranks,
-        "filters": b * filters / ranks,
-        "teacher": b * teacher_here(plan.teacher, plan.placement, device) if plan.teacher else 0,
-        "masters": 4 * trained,
-        "moments": 8 * trained,
-        "gradients": 4 * (trained + min(trained, setting(plan, "sub_group_size", device))),
-        "reduction": reduction(plan, trained * ranks, b, device),
-        "gathered": b * gathered(plan, stage, device),
-        "activations": activations(plan, stage, tokens, b),
-        "states": b * tokens * states(plan, stage),
-        "loss gradients": loss_gradients(plan, stage, tokens, b, filters if stage.learns_filters else student),
-        "chunk": chunk(plan, stage, tokens, b, device),
-        "copy for a save": 12 * trained if device == "cpu" else 0,
-    }
+    """(bytes by term at the moment of a step that needs most, bytes that are offloaded to the host)"""
+    found = resting(plan, stage, device)
     zero = plan.ds_config["zero_optimization"]
     shards = ("weights", "filters", *(() if plan.placement and plan.placement.is_bare else ("teacher",)))
     moved = {"offload_optimizer": ("masters", "moments", "gradients"), "offload_param": shards}
     gone = [n for key, names in moved.items() if (zero.get(key) or {}).get("device") == "cpu" for n in names]
     away = sum(found.pop(name) for name in gone) if device != "cpu" else 0
-    return found, away + (b * in_blocks(plan.teacher) if streams(plan.placement) and device != "cpu" else 0)
+    streamed = streams(plan.placement) and device != "cpu"
+    away += bytes_of(plan) * in_blocks(plan.teacher) if streamed else 0
+    return found | max(moments(plan, stage, device), key=lambda moment: sum(moment.values())), away
+
+
+def bytes_of(plan) -> int:
+    return 2 if plan.run.train.precision == "bf16" else 4
+
+
+def tokens_of(plan) -> int:
+    """Of a micro-batch of a rank."""
+    return plan.run.train.micro_batch * plan.run.data.seq_len
+
+
+def trained_parameters(plan, stage: Stage) -> int:
+    counts = filter_parameters(plan)
+    return (
+        sum(counts.values()) + own_heads(plan) if stage.learns_filters else plan.student.parameters + counts["student"]
+    )
+
+
+def resting(plan, stage: Stage, device: str) -> dict[str, float]:
+    """What lives between steps, too."""
+    b, counts, trained = bytes_of(plan), filter_parameters(plan), trained_parameters(plan, stage) / plan.world
+    filters = sum(counts.values()) - (0 if stage.learns_filters else counts["lifts"])
+    return {
+        "weights": b * plan.student.parameters / plan.world,
+        "filters": b * filters / plan.world,
+        "teacher": b * teacher_here(plan.teacher, plan.placement, device) if plan.teacher else 0,
+        "masters": 4 * trained,
+        "moments": 8 * trained,
+        "gradients": 4 * trained,
+        "communication": COMMUNICATION if plan.world > 1 and device == "cuda" else 0,
+        "copy for a save": 12 * trained if device == "cpu" else 0,
+    }
+
+
+def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
+    """What lives for a part of a step: while a loss is formed, at the head's backward, at that of a block, in the update."""
+    b, tokens, trained = bytes_of(plan), tokens_of(plan), trained_parameters(plan, stage)
+    whole = {"gathered": b * gathered(plan, stage, device)}
+    kept, block = activations(plan, stage)
+    matrix = 0 if stage.learns_filters else plan.student.vocab_size * plan.student.head_width
+    early = loss_gradients(plan, stage)
+    reduced = {"reduction": reduction(plan, trained, b, device)}
+    return [
+        {"activations": kept + block, "states": b * tokens * states(plan, stage), **whole} if stage.learns_filters else {},
+        {
+            "activations": kept, "states": b * tokens * states(plan, stage), "chunk": chunk(plan, stage, device),
+            "loss gradients": early if stage.learns_filters else 4 * matrix + b * tokens * plan.student.head_width, **whole,
+        },
+        {"activations": kept, "loss gradients": early + b * matrix, **reduced, **whole},
+        {"activations": kept + block, "loss gradients": b * matrix, **reduced, **whole},
+        {"update": 4 * min(trained / plan.world, setting(plan, "sub_group_size", device))},
+    ]  # fmt: skip
 
 
 def streams(placement) -> bool:
@@ -133,16 +174,17 @@ def gathered(plan, stage: Stage, device: str) -> float:
     return (ours if plan.world > 1 else 0) + (of_frozen(plan.teacher) if shared else 0)
 
 
-def activations(plan, stage: Stage, tokens: int, b: int) -> float:
-    """Of the student's graph; a frozen model only has those of one block at a time."""
+def activations(plan, stage: Stage) -> tuple[float, float]:
+    """(what the student's graph keeps, what one block has beside that): a frozen model has one block's at a time, and so has a
+    student whose blocks are computed again."""
+    b, tokens = bytes_of(plan), tokens_of(plan)
     dtype = torch.bfloat16 if b == 2 else torch.float32
-    kept = {a: kept_a_token(a, dtype) for a in (plan.student, plan.teacher) if a}
-    block = max(size / a.layers for a, size in kept.items())
+    kept = {a: tokens * kept_a_token(a, dtype) for a in (plan.student, plan.teacher) if a}
     if stage.learns_filters:
-        return tokens * block
+        return 0.0, max(size / a.layers for a, size in kept.items())
     if plan.run.student.gradient_checkpointing:
-        return tokens * (b * plan.student.layers * plan.student.width + block)
-    return tokens * max(kept[plan.student], block)
+        return tokens * b * plan.student.layers * plan.student.width, kept[plan.student] / plan.student.layers
+    return kept[plan.student], 0.0
 
 
 @cache  # for all stages: a trial of a deep model takes half a second
@@ -168,32 +210,36 @@ def states(plan, stage: Stage) -> int:
     return sum(len(plan.pairs) * a.width for a in matched) + sum(a.head_width for a in sides)
 
 
-def loss_gradients(plan, stage: Stage, tokens: int, b: int, filters: int) -> float:
-    """They are computed in the forward and kept until the backward."""
-    a = plan.student
+def loss_gradients(plan, stage: Stage) -> float:
+    """They are computed in the forward and kept until the backward: of the head's weight, of filters, of states."""
+    a, filters = plan.student, filter_parameters(plan)
     if stage.learns_filters:
-        return 4 * (filters + own_heads(plan))
-    of_states = b * tokens * (len(plan.pairs) * a.width + a.head_width)
-    return (4 + b) * a.vocab_size * a.head_width + 4 * filters + of_states
+        return 4 * (sum(filters.values()) + own_heads(plan))
+    of_states = bytes_of(plan) * tokens_of(plan) * (len(plan.pairs) * a.width + a.head_width)
+    return 4 * (a.vocab_size * a.head_width + filters["student"]) + of_states
 
 
-def chunk(plan, stage: Stage, tokens: int, b: int, device: str) -> float:
-    """One chunk's logits, and on a CPU, which multiplies in fp32, the heads in that type. Both are freed before the backward."""
-    a, t, loss = plan.student, plan.teacher, plan.run.loss
-    rows = bytes_a_row(plan, stage, b, device)
-    of_chunk = min((loss.chunk_tokens or tokens) * rows, tokens * rows)
-    if loss.chunk_tokens is None:
-        of_chunk = min(CHUNK_BYTES[device], of_chunk)
-    heads = 0 if stage.learns_filters else a.vocab_size * a.head_width
-    heads += t.vocab_size * t.head_width if t else 0
-    return of_chunk + (4 * heads if device == "cpu" and b == 2 else 0)
+def chunk(plan, stage: Stage, device: str) -> float:
+    """The logits of one chunk of tokens; on a CPU also a copy of both sides' states where some tokens do not count and, in bf16, of
+    both heads, which it multiplies in fp32. All of it is freed before the backward."""
+    a, t, b, tokens = plan.student, plan.teacher, bytes_of(plan), tokens_of(plan)
+    planned, more = bytes_a_row(plan, stage, device)
+    rows = rows_per_chunk(tokens, planned, torch.device(device), plan.run.loss.chunk_tokens)
+    if device != "cpu":
+        return rows * (planned + more)
+    sides = [side for side in (None if stage.learns_filters else a, t) if side]
+    heads = 4 * sum(side.vocab_size * side.head_width for side in sides) if b == 2 else 0
+    return rows * (planned + more + b * sum(side.head_width for side in sides)) + heads
 
 
-def bytes_a_row(plan, stage: Stage, b: int, device: str) -> float:
-    a, t, loss = plan.student, plan.teacher, plan.run.loss
+def bytes_a_row(plan, stage: Stage, device: str) -> tuple[int, int]:
+    """(of a row's logits, as the loss plans its chunks; of what torch's formulas allocate beside them, which Triton's do not)"""
+    a, t, b, loss = plan.student, plan.teacher, bytes_of(plan), plan.run.loss
     if stage.learns_filters:
-        return t.vocab_size * (4 + b)
+        return t.vocab_size * (4 + b), 0
     rows = 4 * (a.vocab_size + (t.vocab_size if t else 0)) + (2 * a.vocab_size if device == "cuda" and b == 2 else 0)
-    if t and (device == "cpu" or loss.top_k):
-        rows += 4 * scratch(loss.divergence, loss.top_k) * min(a.vocab_size, t.vocab_size)
-    return rows
+    if device == "cuda" and not loss.top_k:
+        return rows, 0
+    more = scratch(loss.divergence, loss.top_k) * min(a.vocab_size, t.vocab_size) if t else 0
+    softmaxes = 1 + (t is not None and loss.temperature != 1.0)
+    return rows + 4 * more, 4 * softmaxes * a.vocab_size

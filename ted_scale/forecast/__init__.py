@@ -1,1 +1,1 @@
-"""What a run will need before it starts: a machine in a few numbers, and the time of a step by terms. Memory is distill/memory.py's."""
+"""What a run will take, before it starts: a machine in a few numbers, and the time of a step. Memory is distill/memory.py's."""

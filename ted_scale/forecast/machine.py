@@ -1,7 +1,7 @@
 """A machine in a few numbers: what a rank has, and how fast each kind of operation is there.
 
-A named device is its data sheet times one efficiency for each kind of operation. `tools/plan.py --calibrate` measures the same numbers
-and keeps them in RUNS/machine.json. Note: a link's figure is what one rank receives a second, in one direction.
+A named device is its data sheet times one efficiency for each kind of operation. `tools/plan.py --calibrate` measures the same
+numbers and keeps them in RUNS/machine.json. Note: a link's figure is what one rank receives a second, in one direction.
 """
 
 import json
@@ -25,7 +25,8 @@ class Machine(NamedTuple):
     peak: float | None  # FLOP/s of the data sheet, for MFU
     products: float  # of matrices with a batch's states
     attention: float
-    head: float  # of output projections with their losses, forward and backward; of filters, too
+    head: float  # of output projections with their losses, forward and backward
+    layer: float  # of filters with the layer loss, forward and backward
     copies: float  # of what element-wise operations read and write
     update: float  # of what an optimizer step reads and writes
     node_link: float
@@ -41,8 +42,8 @@ class Machine(NamedTuple):
 
 
 class Sheet(NamedTuple):
-    """Of the vendor: torch's part of its name (for metrics/peaks.py), bytes, bytes/s of its memory, of its link to the others of a node in
-    one direction, of its share of a node's network, of its host's bus."""
+    """Of the vendor: torch's part of its name (for metrics/peaks.py), bytes, bytes/s of its memory, of its link to the others of
+    a node in one direction, of its share of a node's network, of its host's bus."""
 
     torch_name: str
     memory: float
@@ -52,8 +53,8 @@ class Sheet(NamedTuple):
     host_link: float
 
 
-# Data sheets of NVIDIA (A100 80GB SXM, 2021; H100 SXM, 2022; H200, 2024; HGX B200, 2025) and AMD (MI300X, 2023). `far_link` is the usual
-# machine of eight with one network card a device: 200 Gbit/s with A100, 400 with the others.
+# Data sheets of NVIDIA (A100 80GB SXM, 2021; H100 SXM, 2022; H200, 2024; HGX B200, 2025) and AMD (MI300X, 2023). `far_link` is the
+# usual machine of eight with one network card a device: 200 Gbit/s with A100, 400 with the others.
 SHEETS = {
     "a100": Sheet("A100", 80e9, 2.039e12, 300e9, 25e9, 32e9),
     "h100": Sheet("H100", 80e9, 3.35e12, 450e9, 50e9, 64e9),
@@ -61,8 +62,9 @@ SHEETS = {
     "b200": Sheet("B200", 180e9, 8.0e12, 900e9, 50e9, 64e9),
     "mi300x": Sheet("MI300X", 192e9, 5.3e12, 448e9, 50e9, 64e9),
 }
-# Shares of the data sheet. products, copies, head: measured on one H100 (docs/benchmarks_gpu.csv: a.machine's product and copy, b.kl_ce).
-# attention: FlashAttention-2 on an H100 (Shah et al., 2024, arXiv:2407.08608). Links, latency, call and overlap are assumed.
+# Shares of the data sheet. products, copies, head: measured on one H100 (docs/benchmarks_gpu.csv: a.machine's product and copy,
+# b.kl_ce, which the layer loss is taken to have, too); update: its 31 ms there beside the bytes that step.py counts. attention:
+# FlashAttention-2 on an H100 (Shah et al., 2024, arXiv:2407.08608). Links, latency, call and overlap are assumed.
 SHARES = {"products": 0.79, "attention": 0.35, "head": 0.51, "copies": 0.90, "update": 0.80, "links": 0.80}
 LATENCY, CALL, OVERLAP = 20e-6, 6e-6, 0.8
 
@@ -70,12 +72,14 @@ LATENCY, CALL, OVERLAP = 20e-6, 6e-6, 0.8
 def named(name: str, precision: str) -> Machine:
     """A device of the table; an unknown one is refused."""
     if name.lower() not in SHEETS:
-        raise UserError(f"--gpu must be one of {', '.join(SHEETS)}, but is '{name}'; or calibrate the machine and leave it out")
+        raise UserError(
+            f"--gpu must be one of {', '.join(SHEETS)}, but is '{name}'; or calibrate the machine and leave it out"
+        )
     sheet, of = SHEETS[name.lower()], SHARES
     peak = peak_of(sheet.torch_name, precision)
     return Machine(
         name=name.lower(), device="cuda", memory=sheet.memory, peak=peak, products=of["products"] * peak,
-        attention=of["attention"] * peak, head=of["head"] * peak, copies=of["copies"] * sheet.bandwidth,
+        attention=of["attention"] * peak, head=of["head"] * peak, layer=of["head"] * peak, copies=of["copies"] * sheet.bandwidth,
         update=of["update"] * sheet.bandwidth, node_link=of["links"] * sheet.node_link, far_link=of["links"] * sheet.far_link,
         host_link=of["links"] * sheet.host_link, latency=LATENCY, call=CALL, overlap=OVERLAP, source="data sheet",
     )  # fmt: skip
@@ -84,7 +88,11 @@ def named(name: str, precision: str) -> Machine:
 def of_torch_name(name: str, precision: str) -> Machine | None:
     """The table's device that torch calls so."""
     found = next((key for key, sheet in SHEETS.items() if sheet.torch_name in name), None)
-    return named(found, precision) if found and peak_of(name, precision) == peak_of(SHEETS[found].torch_name, precision) else None
+    return (
+        named(found, precision)
+        if found and peak_of(name, precision) == peak_of(SHEETS[found].torch_name, precision)
+        else None
+    )
 
 
 def write(path: Path, machine: Machine) -> None:

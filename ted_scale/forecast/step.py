@@ -17,8 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from ted_scale.distill import flops
-from ted_scale.distill.filter_sizes import filter_parameters
-from ted_scale.distill.memory import in_blocks, own_heads, streams
+from ted_scale.distill.memory import bytes_of, in_blocks, streams, tokens_of, trained_parameters
 from ted_scale.forecast import traffic
 from ted_scale.forecast.machine import Machine
 from ted_scale.forecast.work import passes
@@ -33,7 +32,7 @@ def seconds(plan, stage, step: int, machine: Machine, local: int) -> dict[str, f
     """Of the step after `step` steps of the run, by term."""
     b, keys = bytes_of(plan), plan.attended.__getitem__
     parts = flops.of_parts(plan, stage, step, keys)
-    tokens, micro = plan.run.train.micro_batch * plan.run.data.seq_len, plan.accumulation
+    tokens, micro = tokens_of(plan), plan.accumulation
     trained = trained_parameters(plan, stage)
     teacher, student = teacher_pass(plan, stage, parts, tokens, machine), student_pass(plan, stage, tokens, machine)
     again = plan.run.student.gradient_checkpointing and not stage.learns_filters
@@ -42,7 +41,8 @@ def seconds(plan, stage, step: int, machine: Machine, local: int) -> dict[str, f
     exposed += hidden(traffic.student_gathers(plan, stage, b, machine.device), sum(student), machine, local)
     sums = local_sums(trained, b) / machine.copies
     sums += hidden(traffic.reduction(plan, stage, trained, machine.device), student[1], machine, local)
-    rows = {name: tokens * sum(parts[name]) / machine.head for name in ("head", "layer loss", "filters") if name in parts}
+    rates = {"head": machine.head, "filters": machine.head, "layer loss": machine.layer}
+    rows = {name: tokens * sum(parts[name]) / rate for name, rate in rates.items() if name in parts}
     each = {
         "teacher": teacher / stage.asks_every,
         "student": student[0] * (2 if again else 1) + student[1],
@@ -54,15 +54,6 @@ def seconds(plan, stage, step: int, machine: Machine, local: int) -> dict[str, f
     }
     found = {name: micro * value for name, value in each.items()}
     return {**found, "optimizer": (52 + b) * trained / plan.world / machine.update}
-
-
-def bytes_of(plan) -> int:
-    return 2 if plan.run.train.precision == "bf16" else 4
-
-
-def trained_parameters(plan, stage) -> int:
-    counts = filter_parameters(plan)
-    return sum(counts.values()) + own_heads(plan) if stage.learns_filters else plan.student.parameters + counts["student"]
 
 
 def local_sums(trained: float, b: int) -> float:
@@ -93,7 +84,9 @@ def body_pass(plan, a: Anatomy, tokens: int, machine: Machine) -> tuple[float, f
     found = []
     for times, one in zip((1, 2), passes(a, dtype), strict=True):
         moved = one.fused if is_fused else one.eager
-        work = tokens * (times * products / machine.products + times * scores / machine.attention + moved / machine.copies)
+        work = tokens * (
+            times * products / machine.products + times * scores / machine.attention + moved / machine.copies
+        )
         found.append(max(work, one.calls * machine.call * (0.25 if is_fused else 1)))
     return found[0], found[1]
 

@@ -1,4 +1,4 @@
-"""The forecast of a run as it is written, on the machine where it starts: lines for the dry run and the log, numbers for the metrics.
+"""The forecast of a run as it is written, on the machine where it starts: lines for the dry run and the log, and metrics.
 
 Note: a CPU without a calibration has no forecast of time, because no data sheet says what its cores do beside others.
 """
@@ -13,6 +13,7 @@ from ted_scale.distill.flops import step_flops
 from ted_scale.forecast import machine as machines
 from ted_scale.forecast import step
 from ted_scale.forecast.machine import Machine
+from ted_scale.ranks.capacity import local_ranks
 
 GIB = 2**30
 DAY = 86400
@@ -48,15 +49,15 @@ def of_stage(plan, stage, machine: Machine, local: int) -> Forecast:
     return Forecast(needs, terms, tokens / whole, mfu, stage.steps * whole / DAY)
 
 
-def describe(plan, local: int) -> list[str]:
+def describe(plan) -> list[str]:
     """A line a stage."""
     machine = known_machine(plan.run)
     if machine is None:
         return [
-            f"time of a step: no forecast, because this machine is not in the table and {Path(plan.run.runs) / machines.FILE} is not "
-            "there; python tools/plan.py RUN.toml --calibrate measures it"
+            f"time of a step: no forecast, because this machine is not in the table and {Path(plan.run.runs) / machines.FILE} is "
+            "not there; python tools/plan.py RUN.toml --calibrate measures it"
         ]
-    return [line_of(stage, of_stage(plan, stage, machine, local), machine) for stage in plan.stages]
+    return [line_of(stage, of_stage(plan, stage, machine, local_ranks(plan.world)), machine) for stage in plan.stages]
 
 
 def line_of(stage, found: Forecast, machine: Machine) -> str:
@@ -69,10 +70,10 @@ def line_of(stage, found: Forecast, machine: Machine) -> str:
     )
 
 
-def numbers(plan, stage, device: str, local: int) -> dict[str, float]:
-    """For metrics.jsonl, beside perf/step_ms and memory/peak_gib."""
+def numbers(plan, stage, at: int, device: str) -> dict[str, float]:
+    """Of a step like that after `at` steps: for metrics.jsonl, beside perf/step_ms and memory/peak_gib."""
     found = {"memory/forecast_gib": sum(memory.terms(plan, stage, device)[0].values()) / GIB}
     machine = known_machine(plan.run)
     if machine is not None and machine.device == device:
-        found["perf/forecast_ms"] = sum(step.of_stage(plan, stage, machine, local).values()) * 1e3
+        found["perf/forecast_ms"] = sum(step.seconds(plan, stage, at, machine, local_ranks(plan.world)).values()) * 1e3
     return found

@@ -1,7 +1,7 @@
 """The bytes that ranks send each other in a micro-step, by part, and how long a link takes for them.
 
-ZeRO-3 gathers each weight where it is used and reduces each gradient once. Note: in the ring of a collective every rank receives all
-parts but its own, and each node receives those of all other nodes once, over its whole network.
+ZeRO-3 gathers each weight where it is used and reduces each gradient once. Note: in the ring of a collective every rank receives
+all parts but its own, and each node receives those of all other nodes once, over its whole network.
 """
 
 import math
@@ -33,7 +33,9 @@ def student_gathers(plan, stage, b: int, device: str) -> Sent:
     """Forward and backward. Up to `stage3_max_live_parameters` stay whole in between. A frozen body is only run forward; matched
     filters are gathered with the body."""
     a, filters = plan.student, sum(filter_parameters(plan).values())
-    live = a.parameters if stage.learns_filters else min(a.parameters, setting(plan, "stage3_max_live_parameters", device))
+    live = (
+        a.parameters if stage.learns_filters else min(a.parameters, setting(plan, "stage3_max_live_parameters", device))
+    )
     again = a.parameters - live
     return Sent(b * (a.parameters + again + filters), a.layers + 2 + round(a.layers * again / a.parameters), plan.world)
 

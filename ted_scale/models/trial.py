@@ -1,7 +1,7 @@
 """A body on the meta device, run over a few tokens: what its operations keep, read and write, without weights or a device.
 
-Note: torch's attention has no kernel there and would fall back to whole scores, which no device computes so. A stand-in keeps what the
-fused ones keep: queries, keys, values and the result.
+Note: torch's attention has no kernel there and would fall back to whole scores, which no device computes so. A stand-in keeps what
+the fused ones keep: queries, keys, values and the result.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def hollow(anatomy: Anatomy, dtype):
         return empty_model(read_config("model", anatomy.folder), dtype)
 
 
-def run_hollow(network, anatomy: Anatomy, tokens: int):
-    """The input of its head for so many tokens of one row."""
+def run_hollow(network, anatomy: Anatomy, tokens: int, rows: int = 1):
+    """The input of its head for so many tokens a row."""
     with fused_attention():
-        return run_body(network, anatomy, torch.zeros(1, tokens, dtype=torch.long, device="meta"))
+        return run_body(network, anatomy, torch.zeros(rows, tokens, dtype=torch.long, device="meta"))

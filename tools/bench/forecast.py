@@ -1,16 +1,16 @@
-"""A run's forecast beside the run: memory by counted tensors, and the time of a step.
+"""A run's forecast beside the run: memory by counted tensors, then the time of a step, in turn with a calibration.
 
-    python tools/bench/forecast.py --config RUN.toml [--set section.key=value] [--machine FILE]
+    python tools/bench/forecast.py --config RUN.toml [--set section.key=value] [--time] [--rounds 5]
     deepspeed --num_gpus 2 tools/bench/forecast.py --config RUN.toml ...
 
-Note: on a CPU the allocator's meter runs from before the models are built, because what lives between steps counts as well.
+The filters are random. Note: the allocator's meter runs from before the models are built, because what lives between steps
+counts as well. It makes everything slow, so that memory and time (--time) are two calls.
 """
 
 import argparse
-import itertools
+import gc
 import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -18,89 +18,117 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ted_scale.base.exits import run_main
 from ted_scale.config.run_file import load_run
 
+MIB = 2**20
+MARK = "counted step"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--time", action="store_true", help="the time of a step instead of its memory")
+    parser.add_argument("--rounds", type=int, default=5, help="of calibration and step")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    measure_memory(load_run(arguments.config, arguments.set))
+    run = load_run(arguments.config, arguments.set)
 
-
-def measure_memory(run) -> None:
     import torch.distributed as dist
-    from torch.profiler import ProfilerActivity, profile, record_function
 
-    from ted_scale.distill import memory
     from ted_scale.plan import make_plan
     from ted_scale.ranks.group import start_ranks
-    from ted_scale.data.loader import Loader
-    from ted_scale.data.stream import open_stream
 
     device = start_ranks()
     plan = make_plan(run, dist.get_world_size())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step = arm_of(plan, device)
-        loader = Loader(
-            prefetch=2, micro_batch=run.train.micro_batch, rank=dist.get_rank(), world=dist.get_world_size(), device=device
-        )
-        stream = open_stream(run.data, run.seed, plan.vocabulary)
-        data = loader.steps(stream, start=0, samples_per_step=run.train.tokens_per_step // run.data.seq_len)
-        for _ in range(2):
-            step(next(data))
-        micro_batches = next(data)
-        with record_function("counted"):
-            step(micro_batches)
-    rest, peak = counted(recorded)
-    found, _ = memory.terms(plan, plan.stages[-1], "cpu")
-    found.pop("copy for a save")
+    lines = time_lines(plan, device, arguments.rounds) if arguments.time else memory_lines(plan, device)
     if dist.get_rank() == 0:
-        for name, size in found.items():
-            print(f"{name:16} {size / 2**20:10.2f} MiB")
-        print(f"rest {rest / 2**20:.2f} MiB, peak {peak / 2**20:.2f} MiB, forecast {sum(found.values()) / 2**20:.2f}")
+        print("\n".join(lines), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def arm_of(plan, device):
-    from ted_scale.checkpoints.progress import Progress
-    from ted_scale.engines import build_student, build_teacher
-    from ted_scale.health.guard import Guard
-    from ted_scale.metrics.metrics import Metrics
-    from ted_scale.train import train
+def memory_lines(plan, device) -> list[str]:
+    """Of the stage that trains the student, in its third step."""
+    from torch.profiler import ProfilerActivity, profile, record_function
 
-    stage, teacher = plan.stages[-1], build_teacher(plan)
-    engine = build_student(plan, stage, teacher, None)
-    numbers = Metrics(plan.run, writes=False, total_steps=10**6, step=0, device=device, wandb_run=None)
-    guard = Guard(engine, stage, lambda *said: print(*said), lambda: None)
-    at = [Progress(stage.first_step)]
+    from ted_scale.distill import memory
 
-    def step(micro_batches) -> None:
-        at[0] = train(
-            stage, engine, teacher, [micro_batches], guard, numbers, at[0], verify=lambda *_: None,
-            validate=lambda _, progress: (progress, False), save=lambda *_: None,
-        )  # fmt: skip
-
-    return step
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step = step_of(plan, device)
+        step()
+        step()
+        gc.collect()
+        with record_function(MARK):
+            step()
+    rest, peak = counted(recorded)
+    found, _ = memory.terms(plan, plan.stages[-1], "cpu")
+    found.pop("copy for a save")
+    resting = sum(size for name, size in found.items() if name in memory.resting(plan, plan.stages[-1], "cpu"))
+    whole = sum(found.values())
+    terms = ", ".join(f"{name} {size / MIB:.1f}" for name, size in found.items() if size)
+    return [
+        f"MiB between steps: forecast {resting / MIB:.1f}, counted {rest / MIB:.1f} ({resting / rest - 1:+.1%})",
+        f"MiB at the peak: forecast {whole / MIB:.1f}, counted {peak / MIB:.1f} ({whole / peak - 1:+.1%}); {terms}",
+    ]
 
 
 def counted(recorded) -> tuple[int, int]:
-    """(bytes that live before the marked step, the most in it)"""
+    """(bytes that live when the marked step begins, the most in it)"""
     events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    marked = next(e for e in events if e.name() == "counted")
+    mark = next(event for event in events if event.name() == MARK)
     live = rest = peak = 0
-    top = []
-    for event in events:
-        if event.start_ns() > marked.start_ns() + marked.duration_ns():
-            break
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            if event.start_ns() < marked.start_ns():
-                rest = live
-            elif live > peak:
-                peak = live
+    for event in (e for e in events if e.name() == "[memory]" and e.start_ns() <= mark.start_ns() + mark.duration_ns()):
+        live += event.nbytes()
+        if event.start_ns() < mark.start_ns():
+            rest = live
+        else:
+            peak = max(peak, live)
     return rest, peak
+
+
+def step_of(plan, device):
+    """A call takes the trainer's next step."""
+    import torch.distributed as dist
+
+    from ted_scale.data.loader import Loader
+    from ted_scale.data.stream import open_stream
+    from ted_scale.engines import build_student, build_teacher
+    from tools.bench.step import TrainerArm
+    from tools.bench.step_parts import Stopwatch
+
+    run, stage, teacher = plan.run, plan.stages[-1], build_teacher(plan)
+    arm = TrainerArm(plan, stage, build_student(plan, stage, teacher, None), teacher, device)
+    place = {"rank": dist.get_rank(), "world": dist.get_world_size(), "device": device}
+    loader = Loader(prefetch=run.data.prefetch, micro_batch=run.train.micro_batch, **place)
+    data = loader.steps(
+        open_stream(run.data, run.seed, plan.vocabulary), start=0, samples_per_step=stage.samples_per_step
+    )
+    return lambda detailed=False: arm.step(next(data), Stopwatch(device, detailed=detailed))
+
+
+def time_lines(plan, device, rounds: int) -> list[str]:
+    """Each round measures the machine and takes steps for about as long; the forecast is of the medians."""
+    from ted_scale.forecast import step as forecast
+    from ted_scale.ranks.capacity import local_ranks
+    from tools.planning.calibrate import machine_from, timed
+    from tools.planning.probes import probes
+
+    actions, step = probes(plan, device), step_of(plan, device)
+    taken, steps = {name: [] for name in actions}, []
+    for number in range(rounds + 1):
+        for name, action in actions.items():
+            taken[name].append(timed(action, device))
+        steps.append(timed(step, device))
+        if number == 0:  # the first round allocates
+            taken, steps = {name: [] for name in actions}, []
+    machine = machine_from(plan, device, {name: statistics.median(times) for name, times in taken.items()})
+    stage = plan.stages[-1]
+    found = forecast.seconds(plan, stage, stage.first_step, machine, local_ranks(plan.world))
+    whole, measured = sum(found.values()), statistics.median(steps)
+    terms = ", ".join(f"{name} {value * 1e3:.1f}" for name, value in found.items() if value)
+    return [
+        f"ms a step: forecast {whole * 1e3:.1f}, measured {measured * 1e3:.1f} ({whole / measured - 1:+.1%}), from "
+        f"{min(steps) * 1e3:.1f} to {max(steps) * 1e3:.1f}; {terms}"
+    ]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ GIB = 2**30
 HOURS = 24
 
 
-def page(written: Option, placements: list[Option], other: Option, best: Option | None, cluster: Cluster, price: float) -> list[str]:
+def page(
+    written: Option, placements: list[Option], other: Option, best: Option | None, cluster: Cluster, price: float
+) -> list[str]:
     """`other` is the run as written but with checkpointing where it has none, or without."""
     run = written.plan.run
     lines = [head(written, cluster), "", *table(memory_rows(placements), placements), ""]
@@ -20,11 +22,11 @@ def page(written: Option, placements: list[Option], other: Option, best: Option 
 
 def head(written: Option, cluster: Cluster) -> str:
     plan, machine = written.plan, cluster.machine
-    train = plan.run.train
+    train, a_node = plan.run.train, min(cluster.per_node, cluster.gpus)
     return (
-        f"{plan.run.name}: {plan.run.method}, {train.precision}, {cluster.gpus} x {machine.name} ({machine.source}), "
-        f"{min(cluster.per_node, cluster.gpus)} a node, {machine.far_link * cluster.per_node / 1e9:,.4g} GB/s a node to the others; "
-        f"{train.tokens_per_step:,} tokens a step = {plan.accumulation} x {train.micro_batch} x {plan.run.data.seq_len} x {plan.world}"
+        f"{plan.run.name}: {plan.run.method}, {train.precision}, {cluster.gpus} x {machine.name} ({machine.source}), {a_node} a "
+        f"node, {machine.far_link * a_node / 1e9:,.4g} GB/s a node to the others; {train.tokens_per_step:,} tokens a step = "
+        f"{plan.accumulation} x {train.micro_batch} x {plan.run.data.seq_len} x {plan.world}"
     )
 
 

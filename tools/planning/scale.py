@@ -3,7 +3,6 @@
 Note: a step has as many tokens on all of them, so that many GPUs have small micro-batches. Failures are those of tools/goodput.py.
 """
 
-
 from ted_scale.config.run import Run
 from ted_scale.forecast.machine import Machine
 from ted_scale.placement import FASTEST_FIRST
