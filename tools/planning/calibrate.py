@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from ted_scale.distill.memory import tokens_of
 from ted_scale.forecast import machine as machines
 from ted_scale.forecast.machine import Machine
 from ted_scale.forecast.work import passes
+from ted_scale.models.anatomy import Anatomy
 from ted_scale.plan import Plan, plan_of_models
 from ted_scale.ranks import capacity
 from tools.planning.probes import BLOCKS, CALLS, UPDATED, dtype_of, probes
@@ -71,46 +73,64 @@ def settle(device) -> None:
 
 
 def machine_from(plan: Plan, device, took: dict[str, float]) -> Machine:
-    """Rates from the times of the probes."""
-    tokens, keys = tokens_of(plan), plan.attended.__getitem__
-    sides = [(side, a) for side, a in (("teacher", plan.teacher), ("student", plan.student)) if a]
-    count = {side: min(BLOCKS, a.layers) for side, a in sides}
-    worked = {
-        side: tokens * (flops.body_flops(a, keys) - flops.attention_flops(a, keys)) * count[side] / a.layers
-        for side, a in sides
-    }
-    scored = {side: tokens * flops.attention_flops(a, keys) * count[side] / a.layers for side, a in sides}
-    products = sum(worked.values()) / sum(took[f"{side} products"] for side, _ in sides)
-    attention = sum(scored.values()) / sum(took[f"{side} attention"] for side, _ in sides)
-    moved, rest = 0.0, 0.0
-    for side, a in sides:
-        one, share = passes(a, dtype_of(plan)), tokens * count[side] / a.layers
-        moved += share * one.forward.eager
-        rest += took[f"{side} blocks"] - worked[side] / products - scored[side] / attention
-    one, share = passes(plan.student, dtype_of(plan)), tokens * count["student"] / plan.student.layers
-    moved += share * (one.forward.eager + one.backward.eager)
-    rest += took["student blocks, both ways"] - 3 * worked["student"] / products - 3 * scored["student"] / attention
-    return assembled(plan, device, took, products, attention, moved / max(rest, 1e-9))
-
-
-def assembled(plan: Plan, device, took: dict[str, float], products: float, attention: float, copies: float) -> Machine:
-    a, t = plan.student, plan.teacher
-    tokens, world = tokens_of(plan), dist.get_world_size()
-    of_head = tokens * (3 * flops.head_flops(a) + (flops.head_flops(t, a.vocab_size) if t else 0))
+    world, found = dist.get_world_size(), rates(plan, took)
     kind, memory = capacity.of_a_rank(world)
-    size = 4 * world * (a.block_parameters // world + 1) * (1 - 1 / world)
-    latency = took.get("latency", 0.0)
-    link = size / max(took["gather"] - latency, 1e-9) if world > 1 else copies
     on_gpu = device.type == "cuda"
     known = machines.of_torch_name(torch.cuda.get_device_name(device), plan.run.train.precision) if on_gpu else None
+    link = link_rate(plan, world, took) if world > 1 else found["copies"]
     return Machine(
-        name=known.name if known else kind, device=kind, memory=memory, peak=known and known.peak, products=products,
-        attention=attention, head=of_head / took["head"],
-        layer=of_pair(plan) / took["layer loss"] if plan.pairs else of_head / took["head"], copies=copies,
-        update=UPDATE_BYTES * UPDATED / took["update"],
-        node_link=link, far_link=link, host_link=known.host_link if known else copies, latency=latency,
-        call=took["calls"] / CALLS, overlap=machines.OVERLAP if on_gpu else 0.0, source=f"calibrated, {world} ranks",
+        name=known.name if known else kind, device=kind, memory=memory, peak=known and known.peak, **found, node_link=link,
+        far_link=link, host_link=known.host_link if known else found["copies"], latency=took.get("latency", 0.0),
+        overlap=machines.OVERLAP if on_gpu else 0.0, source=f"calibrated, {world} ranks",
     )  # fmt: skip
+
+
+def rates(plan: Plan, took: dict[str, float]) -> dict[str, float]:
+    """From the times of the probes."""
+    a, t, tokens = plan.student, plan.teacher, tokens_of(plan)
+    sides = {"teacher": t, "student": a} if t else {"student": a}
+    work = {side: blocks_work(plan, anatomy) for side, anatomy in sides.items()}
+    products, attention = (
+        sum(getattr(of, kind) for of in work.values()) / sum(took[f"{side} {kind}"] for side in sides)
+        for kind in ("products", "attention")
+    )
+    passed = [(of.forward, 1, of, took[f"{side} blocks"]) for side, of in work.items()]
+    both = work["student"]
+    passed.append((both.forward + both.backward, 3, both, took["student blocks, both ways"]))
+    rest = sum(time - times * (of.products / products + of.attention / attention) for _, times, of, time in passed)
+    head = tokens * (3 * flops.head_flops(a) + (flops.head_flops(t, a.vocab_size) if t else 0)) / took["head"]
+    return {
+        "products": products, "attention": attention, "head": head,
+        "layer": of_pair(plan) / took["layer loss"] if plan.pairs else head,
+        "copies": sum(moved for moved, *_ in passed) / max(rest, 1e-9),
+        "update": UPDATE_BYTES * UPDATED / took["update"], "call": took["calls"] / CALLS,
+    }  # fmt: skip
+
+
+class Work(NamedTuple):
+    """Of the probed blocks forward: FLOPs, and the bytes of all other operations, also backward."""
+
+    products: float
+    attention: float
+    forward: float
+    backward: float
+
+
+def blocks_work(plan: Plan, a: Anatomy) -> Work:
+    keys, share = plan.attended.__getitem__, tokens_of(plan) * min(BLOCKS, a.layers) / a.layers
+    scores, one = flops.attention_flops(a, keys), passes(a, dtype_of(plan))
+    return Work(
+        share * (flops.body_flops(a, keys) - scores),
+        share * scores,
+        share * one.forward.eager,
+        share * one.backward.eager,
+    )
+
+
+def link_rate(plan: Plan, world: int, took: dict[str, float]) -> float:
+    """Bytes that a rank receives a second, in gathers and reductions of a block."""
+    size = 4 * world * (plan.student.block_parameters // world + 1) * (1 - 1 / world)
+    return 2 * size / max(took["gather"] + took["reduce"] - 2 * took["latency"], 1e-9)
 
 
 def of_pair(plan: Plan) -> float:

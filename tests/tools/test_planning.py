@@ -1,0 +1,158 @@
+"""tools/plan.py: what fits, what is recommended, what is refused, without weights and data."""
+
+import json
+
+import pytest
+import transformers
+from tiny import make_run, write_run
+
+from ted_scale.base.errors import UserError
+from ted_scale.config.run_file import load_run
+from ted_scale.forecast import machine as machines
+from tools import plan as command
+from tools.planning import calibrate, options, page, scale
+
+SIZES = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+}
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    """A teacher of 6.2 B parameters and a student of 0.5 B: two configs, no weights, and a corpus that is not there."""
+    root = tmp_path_factory.mktemp("configs")
+    for name, layers in (("teacher", 100), ("student", 6)):
+        transformers.LlamaConfig(**SIZES, num_hidden_layers=layers).save_pretrained(root / name)
+    train = {"tokens_per_step": 1 << 20, "micro_batch": 1, "precision": "bf16"}
+    data = {"seq_len": 2048, "corpora": [{"path": str(root / "nowhere")}]}
+    run = make_run(root, train=train, data=data, filters={"steps": 0, "width": "auto", "sample_tokens": "auto"},
+                   teacher={"placement": "auto"})  # fmt: skip
+    return write_run(root / "run.toml", run)
+
+
+def cluster(gpus: int, per_node: int = 8, **changes) -> options.Cluster:
+    return options.Cluster(machines.named("h100", "bf16")._replace(**changes), gpus, per_node)
+
+
+def said(capsys, *arguments) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as ended:
+        command.main([str(argument) for argument in arguments])
+    return ended.value.code, capsys.readouterr().out
+
+
+def test_a_run_that_fits_exits_with_0_and_has_every_placement(run_file, capsys):
+    code, out = said(capsys, run_file, "--gpus", 16, "--gpu", "h100", "--price", 2)
+    assert code == 0 and ": fits, " in out
+    first = next(line for line in out.splitlines() if "replicated" in line and "sharded" in line)
+    assert first.split() == ["replicated", "node", "sharded", "offload"]
+    for term in [
+        "weights",
+        "filters",
+        "teacher",
+        "masters",
+        "moments",
+        "gradients",
+        "communication",
+        "activations",
+        "states",
+        "gathered",
+    ]:
+        assert f"\n{term}, GiB" in out
+    for term in ("teacher", "student", "head", "layer loss", "gathers", "reduction", "optimizer", "data"):
+        assert f"\n{term}, ms" in out
+    assert "\nMFU " in out and "\ncost " in out and "\nrecommended: --set train.micro_batch=" in out
+
+
+def test_a_run_that_does_not_fit_exits_with_1(run_file, capsys):
+    wide = ("--set", "train.micro_batch=32", "--set", "filters.width=2048")
+    code, out = said(capsys, run_file, "--gpus", 16, "--gpu", "h100", *wide)
+    assert code == 1 and "(micro-batch 32, placement sharded, checkpointing off): does not fit, " in out
+
+
+def test_the_recommendation_fits_and_nothing_that_fits_is_faster(run_file):
+    run, on = load_run(run_file), cluster(16)
+    best = options.best(run, on)
+    ways = options.placements(options.as_written(run, on).plan, on)
+    assert best.fits and best.days <= min(one.days for one in ways if one.fits)
+    assert (
+        options.as_written(options.changed(run, best.plan.run.train.micro_batch, False), on).days >= best.days * 0.999
+    )
+
+
+def test_where_nothing_fits_nothing_is_recommended(run_file):
+    assert options.best(load_run(run_file), cluster(8, memory=1e9)) is None
+    assert page.recommendation(None, None).startswith("recommended: nothing fits; ")
+
+
+def test_placements_that_are_another_one_on_these_ranks_are_left_out(run_file):
+    run = load_run(run_file)
+    ways = {
+        n: [one.way for one in options.placements(options.as_written(run, cluster(n)).plan, cluster(n))]
+        for n in (1, 8, 16)
+    }
+    assert ways == {1: ["replicated", "offload"], 8: ["replicated", "sharded", "offload"],
+                    16: ["replicated", "node", "sharded", "offload"]}  # fmt: skip
+
+
+def test_a_slow_network_makes_the_whole_teacher_on_every_rank_pay(run_file):
+    """With 8 GB/s a node, 12 GB of teacher a micro-step take more than a second; inside a node they do not matter."""
+    slow, fast = cluster(64, far_link=1e9), cluster(64, far_link=1e13, node_link=1e13, latency=0.0)
+    found, quick = (
+        {one.way: one.days for one in options.placements(options.as_written(load_run(run_file), on).plan, on)}
+        for on in (slow, fast)
+    )
+    assert found["replicated"] <= found["node"] < 0.7 * found["sharded"]
+    assert quick["sharded"] == pytest.approx(quick["replicated"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--gpus 12 --gpu h100", r"--per-node must divide --gpus \(12\), but is 8; every node must have as many ranks"),
+        ("--gpus 3 --gpu h100", r"train.tokens_per_step must be a multiple of micro_batch \* seq_len \* ranks"),
+        (
+            "--gpus 16 --gpu h100 --set teacher.node_ranks=3",
+            r"teacher.node_ranks must divide the ranks \(16\), but is 3",
+        ),
+        (
+            "--gpus 8",
+            r"--gpu must be set where no machine was calibrated, but is not, and .*machine.json does not exist",
+        ),
+    ],
+)
+def test_what_cannot_be_is_a_sentence(run_file, arguments, sentence):
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        command.main([str(run_file), *arguments.split()])
+
+
+def test_a_calibration_is_used_where_no_gpu_is_named(run_file, tmp_path, capsys):
+    machines.write(tmp_path / "machine.json", machines.named("h100", "bf16")._replace(name="ours", source="calibrated"))
+    code, out = said(capsys, run_file, "--gpus", 16, "--machine", tmp_path / "machine.json", "--bandwidth", 80)
+    assert code == 0 and "16 x ours (calibrated), 8 a node, 80 GB/s a node to the others" in out
+
+
+def test_over_many_gpus_the_table_says_who_fits_and_what_failures_cost(run_file, monkeypatch):
+    monkeypatch.setattr(scale, "GPUS", (8, 64, 4096))
+    arguments = command.parse([str(run_file), "--price", "2"])
+    lines = scale.table(load_run(run_file), machines.named("h100", "bf16"), arguments).splitlines()
+    few, more, most = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
+    assert (few[0], more[0], most[0]) == ("8", "64", "4,096")
+    assert few[2] == "-" and more[2] != "-"  # eight are one node
+    assert "nothing fits" in most  # a step has 512 rows
+    assert float(few[9].rstrip("%")) > float(more[9].rstrip("%")) > 99
+
+
+def test_rates_are_those_of_the_probes(run_file):
+    """Twice the time of every probe is half of every rate."""
+    plan = options.as_written(load_run(run_file), cluster(8)).plan
+    names = [f"{side} {kind}" for side in ("teacher", "student") for kind in ("blocks", "products", "attention")]
+    took = dict.fromkeys([*names, "student blocks, both ways", "head", "layer loss", "update", "calls"], 1.0)
+    took |= {"teacher blocks": 3.0, "student blocks": 3.0, "student blocks, both ways": 9.0}
+    once, twice = (calibrate.rates(plan, {name: times * value for name, value in took.items()}) for times in (1, 2))
+    assert once.keys() == {"products", "attention", "head", "layer", "copies", "update", "call"}
+    assert all(twice[name] == pytest.approx(value / 2) for name, value in once.items() if name != "call")
+    assert json.dumps(once)
