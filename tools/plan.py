@@ -34,11 +34,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     cluster = options.Cluster(machine, arguments.gpus, arguments.per_node)
     options.check(cluster)
-    written = options.as_written(run, cluster)
-    other = options.as_written(
-        options.changed(run, run.train.micro_batch, not run.student.gradient_checkpointing), cluster
-    )
-    ways, best = options.placements(written.plan, cluster), options.best(run, cluster)
+    plan = options.base(run)
+    written = options.as_written(plan, run, cluster)
+    other = options.as_written(plan, run, cluster, checkpointing=not run.student.gradient_checkpointing)
+    ways, best = options.placements(written.plan, cluster), options.best(plan, run, cluster)
     print("\n".join(page(written, ways, other, best, cluster, arguments.price)))
     sys.exit(0 if written.fits else 1)
 

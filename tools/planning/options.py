@@ -3,17 +3,19 @@
 Note: a way is a plan like any other, so what is said about it is what a run would log about itself.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 from ted_scale.base.errors import UserError
 from ted_scale.config.run import Run
 from ted_scale.distill import memory
+from ted_scale.distill.stages import stages_of
 from ted_scale.forecast import summary
 from ted_scale.forecast.machine import Machine
 from ted_scale.forecast.summary import Forecast
 from ted_scale.placement import FASTEST_FIRST, Room, candidates, place, placed, ranks_of_a_node, usable
-from ted_scale.plan import Plan, plan_of_models
+from ted_scale.plan import Plan, derive_accumulation, plan_of_models
 
 MOST = 64  # rows of a micro-batch that are tried
 
@@ -52,8 +54,20 @@ def check(cluster: Cluster) -> None:
         )
 
 
-def as_written(run: Run, cluster: Cluster) -> Option:
-    plan = plan_of_models(run, cluster.gpus, needs_weights=False)
+def base(run: Run) -> Plan:
+    """The models are looked at once; what else a way changes follows from the run file."""
+    return plan_of_models(changed(run, 1, run.student.gradient_checkpointing), 1, needs_weights=False)
+
+
+def varied(plan: Plan, gpus: int, micro_batch: int, checkpointing: bool) -> Plan:
+    run = changed(plan.run, micro_batch, checkpointing)
+    return replace(plan, run=run, world=gpus, accumulation=derive_accumulation(run, gpus), stages=stages_of(run))
+
+
+def as_written(plan: Plan, run: Run, cluster: Cluster, *, checkpointing: bool | None = None) -> Option:
+    """With another checkpointing if that is given."""
+    chosen = run.student.gradient_checkpointing if checkpointing is None else checkpointing
+    plan = varied(plan, cluster.gpus, run.train.micro_batch, chosen)
     return option(replace(plan, placement=place(plan, cluster.room)), cluster)
 
 
@@ -88,11 +102,13 @@ def micro_batches(run: Run, gpus: int) -> list[int]:
     return sorted(size for size in asked if size <= MOST and rows % (size * gpus) == 0)
 
 
-def best(run: Run, cluster: Cluster) -> Option | None:
-    """The fastest way that fits; of equal ones that with the smaller micro-batch, then the less the teacher is moved."""
-    found = []
+def every_way(plan: Plan, run: Run, cluster: Cluster) -> Iterator[Option]:
     for checkpointing in (False, True):
         for size in micro_batches(run, cluster.gpus):
-            plan = plan_of_models(changed(run, size, checkpointing), cluster.gpus, needs_weights=False)
-            found += [one for one in placements(plan, cluster) if one.fits]
-    return max(found, key=lambda one: round(1 / one.days, 6)) if found else None
+            yield from placements(varied(plan, cluster.gpus, size, checkpointing), cluster)
+
+
+def best(plan: Plan, run: Run, cluster: Cluster) -> Option | None:
+    """The fastest way that fits; of equally fast ones that without checkpointing, with the smaller micro-batch."""
+    found = [one for one in every_way(plan, run, cluster) if one.fits]
+    return min(found, key=lambda one: float(f"{one.days:.4g}")) if found else None

@@ -6,9 +6,9 @@ Note: a step has as many tokens on all of them, so that many GPUs have small mic
 from ted_scale.config.run import Run
 from ted_scale.forecast.machine import Machine
 from ted_scale.placement import FASTEST_FIRST
-from ted_scale.plan import plan_of_models
+from ted_scale.plan import Plan
 from tools import goodput
-from tools.planning.options import Cluster, Option, changed, micro_batches, placements
+from tools.planning.options import Cluster, Option, base, every_way
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 HEAD = ("GPUs", *FASTEST_FIRST, "best", "MFU", "a failure every", "`checkpoint.every`", "goodput", "days", "cost")
@@ -16,22 +16,19 @@ HEAD = ("GPUs", *FASTEST_FIRST, "best", "MFU", "a failure every", "`checkpoint.e
 
 def table(run: Run, machine: Machine, arguments) -> str:
     """tokens/s of a GPU by placement, each with its best micro-batch that fits; then the best one."""
-    rows = [list(HEAD), ["---:"] * len(HEAD)]
+    rows, plan = [list(HEAD), ["---:"] * len(HEAD)], base(run)
     for gpus in GPUS:
         cluster = Cluster(machine, gpus, min(arguments.per_node, gpus))
-        rows.append(row(fastest(run, cluster), cluster, arguments.price))
+        rows.append(row(fastest(plan, run, cluster), cluster, arguments.price))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def fastest(run: Run, cluster: Cluster) -> dict[str, Option]:
+def fastest(plan: Plan, run: Run, cluster: Cluster) -> dict[str, Option]:
     """The fastest way that fits, for each placement."""
     found: dict[str, Option] = {}
-    for checkpointing in (False, True):
-        for size in micro_batches(run, cluster.gpus):
-            plan = plan_of_models(changed(run, size, checkpointing), cluster.gpus, needs_weights=False)
-            for one in placements(plan, cluster):
-                if one.fits and (one.way not in found or one.days < found[one.way].days * 0.9999):
-                    found[one.way] = one
+    for one in every_way(plan, run, cluster):
+        if one.fits and (one.way not in found or one.days < 0.9999 * found[one.way].days):
+            found[one.way] = one
     return found
 
 
