@@ -35,26 +35,26 @@ class Placement(NamedTuple):
         return f"the teacher's weights are {SAID[way].format(ranks=self.ranks)} ({self.why})"
 
 
-class Room(NamedTuple):
-    """What a rank has to live in."""
+class Rank(NamedTuple):
+    """What a rank has."""
 
     device: str  # "cpu" or "cuda"
-    size: float  # bytes of its memory
+    memory: float  # bytes
     local: int  # ranks of its node
 
 
-def this_machine(world: int) -> Room:
+def of_this_machine(world: int) -> Rank:
     local = capacity.local_ranks(world)
-    return Room(*capacity.of_a_rank(local), local)
+    return Rank(*capacity.of_a_rank(local), local)
 
 
-def place(plan, room: Room) -> Placement | None:
+def place(plan, rank: Rank) -> Placement | None:
     """As the run file says, or the fastest that fits."""
     if plan.teacher is None:
         return None
-    wish, node = plan.run.teacher.placement, ranks_of_a_node(plan.run.teacher, plan.world, room.local)
+    wish, node = plan.run.teacher.placement, ranks_of_a_node(plan.run.teacher, plan.world, rank.local)
     if wish == "auto":
-        return fastest_that_fits(plan, node, room)
+        return fastest_that_fits(plan, node, rank)
     if wish == "node" and plan.world % node:
         raise UserError(
             f"teacher.node_ranks must be set where nodes have different numbers of ranks, but this one has {node} of {plan.world}; "
@@ -85,23 +85,23 @@ def offloads_weights(ds_config: dict) -> bool:
     return (ds_config["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
 
 
-def fastest_that_fits(plan, node: int, room: Room) -> Placement:
+def fastest_that_fits(plan, node: int, rank: Rank) -> Placement:
     """By the estimate of the stage that needs most. If none fits, the one that needs least."""
-    (device, has, _), needs = room, {}
+    (device, has, _), needs = rank, {}
     for placement in candidates(plan, node):
         needs[placement] = needed(replace(plan, placement=placement), device)
-        if needs[placement] <= usable(room):
+        if needs[placement] <= usable(rank):
             break
     chosen = min(needs, key=needs.__getitem__)
     said = ", ".join(f"{placement.way} {size / 2**30:,.3g}" for placement, size in needs.items())
-    fits = "the fastest that fits" if needs[chosen] <= usable(room) else "none fits, this one needs least"
+    fits = "the fastest that fits" if needs[chosen] <= usable(rank) else "none fits, this one needs least"
     return chosen._replace(
         why=f"auto: {fits}; GiB needed of {ROOM[device]:.0%} of {has / 2**30:,.3g} on {device}: {said}"
     )
 
 
-def usable(room: Room) -> float:
-    return ROOM[room.device] * room.size
+def usable(rank: Rank) -> float:
+    return ROOM[rank.device] * rank.memory
 
 
 def candidates(plan, node: int) -> list[Placement]:

@@ -35,7 +35,7 @@ from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
 from ted_scale.models.vocabulary import check_corpus_tokenizer, check_same_tokenizer, tokenizer_folder
-from ted_scale.placement import Placement, place, this_machine
+from ted_scale.placement import Placement, of_this_machine, place
 
 OF_LOSSES = [key.removeprefix("loss.") for key in changes.DECISIVE if key.startswith("loss.")]
 
@@ -106,7 +106,7 @@ def make_plan(run: Run, world: int) -> Plan:
     plan = plan_of_models(run, world)
     check_shards(plan.run, plan.vocabulary, plan.student)
     plan = dataclasses.replace(plan, attended=attended(plan.run, plan.vocabulary, plan.student, plan.teacher))
-    plan = dataclasses.replace(plan, placement=place(plan, this_machine(world)))
+    plan = dataclasses.replace(plan, placement=place(plan, of_this_machine(world)))
     if run.validation.suite:
         tokenizer, suite = tokenizer_folder(plan.student, plan.teacher), load_for_training(*suite_of(run))
         plan = dataclasses.replace(plan, suite=suite, tokenizer=tokenizer)

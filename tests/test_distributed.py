@@ -20,7 +20,7 @@ from ted_scale.checkpoints.folder import newest_checkpoint
 from ted_scale.config.run_file import load_run
 from ted_scale.distill import memory
 from ted_scale.forecast import traffic
-from ted_scale.placement import Room, place
+from ted_scale.placement import Rank, place
 from ted_scale.plan import make_plan, plan_of_models
 
 TWO_RANKS = (
@@ -277,7 +277,7 @@ def test_a_plan_knows_the_bytes_that_ranks_send(world):
     found = result(world, "placements", 0)
     for way, counted in found.items():
         plan = plan_of_models(load_run(world / f"runs/traffic_at_{way}/run.toml"), 4)
-        plan = replace(plan, placement=place(plan, Room("cpu", 1e12, 2)))
+        plan = replace(plan, placement=place(plan, Rank("cpu", 1e12, 2)))
         stage = plan.stages[-1]
         sent = [traffic.teacher_gathers(plan, 4), traffic.student_gathers(plan, stage, 4, "cpu")]
         assert sum(counted[-1]["gathered"]) == plan.accumulation * sum(each.bytes for each in sent)

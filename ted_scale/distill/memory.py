@@ -9,7 +9,7 @@
     communication    1 GiB on several GPUs                          assumed
     copy for a save  12 · trained / R, on a CPU, where the host is the device
 
-and of these the moment of a step that needs most: a loss is formed, the head's backward, a block's backward, the update.
+and of these the moment of a step that needs most: frozen forwards, a loss, the head's backward, a block's backward, the update.
 
     reduction        4 · bucket + b · largest matrix                whole gradients in reduction; on several ranks 4 · bucket more
     gathered         b · (live student, on several ranks + a block, prefetch and head of a teacher that several share)
@@ -20,8 +20,8 @@ and of these the moment of a step that needs most: a loss is formed, the head's 
     chunk            one chunk's logits; on a CPU in bf16 the heads in fp32, too
     update           4 · sub-group                                  its gradients a second time
 
-The process itself (0.53 GiB on a CPU) and memory that the allocator keeps are not included: measured peaks were 1.08 to 1.19
-times the sum on CPUs and 0.95 on an H100 (docs/benchmarks.md). Counted tensors: docs/planning.md.
+The process itself (0.53 GiB on a CPU) and memory that the allocator keeps are not included. docs/planning.md has estimates beside
+counted tensors, docs/benchmarks.md resident memory.
 """
 
 from functools import cache
@@ -104,15 +104,16 @@ def resting(plan, stage: Stage, device: str) -> dict[str, float]:
 
 
 def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
-    """What lives for a part of a step: while a loss is formed, at the head's backward, at that of a block, in the update."""
+    """What lives for a part of a step: in frozen forwards, while a loss is formed, at the head's backward, at that of a block, in the
+    update."""
     b, tokens, trained = bytes_of(plan), tokens_of(plan), trained_parameters(plan, stage)
     whole = {"gathered": b * gathered(plan, stage, device)}
-    kept, block = activations(plan, stage)
+    kept, block, frozen = activations(plan, stage)
     matrix = 0 if stage.learns_filters else plan.student.vocab_size * plan.student.head_width
     early = loss_gradients(plan, stage)
     reduced = {"reduction": reduction(plan, trained, b, device)}
     return [
-        {"activations": kept + block, "states": b * tokens * states(plan, stage), **whole} if stage.learns_filters else {},
+        {"activations": frozen, "states": b * tokens * states(plan, stage), **whole},
         {
             "activations": kept, "states": b * tokens * states(plan, stage), "chunk": chunk(plan, stage, device),
             "loss gradients": early if stage.learns_filters else 4 * matrix + b * tokens * plan.student.head_width, **whole,
@@ -174,17 +175,17 @@ def gathered(plan, stage: Stage, device: str) -> float:
     return (ours if plan.world > 1 else 0) + (of_frozen(plan.teacher) if shared else 0)
 
 
-def activations(plan, stage: Stage) -> tuple[float, float]:
-    """(what the student's graph keeps, what one block has beside that): a frozen model has one block's at a time, and so has a
-    student whose blocks are computed again."""
+def activations(plan, stage: Stage) -> tuple[float, float, float]:
+    """(what the student's graph keeps, what one block has beside that where blocks are computed again, a frozen block)"""
     b, tokens = bytes_of(plan), tokens_of(plan)
     dtype = torch.bfloat16 if b == 2 else torch.float32
     kept = {a: tokens * kept_a_token(a, dtype) for a in (plan.student, plan.teacher) if a}
+    frozen = max([size / a.layers for a, size in kept.items() if stage.learns_filters or a is plan.teacher], default=0.0)
     if stage.learns_filters:
-        return 0.0, max(size / a.layers for a, size in kept.items())
+        return 0.0, 0.0, frozen
     if plan.run.student.gradient_checkpointing:
-        return tokens * b * plan.student.layers * plan.student.width, kept[plan.student] / plan.student.layers
-    return kept[plan.student], 0.0
+        return tokens * b * plan.student.layers * plan.student.width, kept[plan.student] / plan.student.layers, frozen
+    return kept[plan.student], 0.0, frozen
 
 
 @cache  # for all stages: a trial of a deep model takes half a second

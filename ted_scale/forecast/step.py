@@ -12,8 +12,6 @@
 Note: nothing is fitted here. Every rate is the machine's, every count that of flops.py, work.py or traffic.py.
 """
 
-from collections.abc import Iterator
-
 import torch
 
 from ted_scale.distill import flops
@@ -34,7 +32,7 @@ def seconds(plan, stage, step: int, machine: Machine, local: int) -> dict[str, f
     parts = flops.of_parts(plan, stage, step, keys)
     tokens, micro = tokens_of(plan), plan.accumulation
     trained = trained_parameters(plan, stage)
-    teacher, student = teacher_pass(plan, stage, parts, tokens, machine), student_pass(plan, stage, tokens, machine)
+    teacher, student = teacher_pass(plan, parts, tokens, machine), student_pass(plan, stage, tokens, machine)
     again = plan.run.student.gradient_checkpointing and not stage.learns_filters
     exposed = hidden(traffic.teacher_gathers(plan, b), teacher, machine, local) if "teacher" in parts else 0.0
     exposed = exposed / stage.asks_every
@@ -49,7 +47,7 @@ def seconds(plan, stage, step: int, machine: Machine, local: int) -> dict[str, f
         "head": rows.get("head", 0.0),
         "layer loss": rows.get("layer loss", 0.0) + rows.get("filters", 0.0),
         "gathers": exposed,
-        "reduction": 0.0 if stage.learns_filters and not trained else sums,
+        "reduction": sums,
         "data": BATCH_BYTES * tokens / machine.host_link,
     }
     found = {name: micro * value for name, value in each.items()}
@@ -61,7 +59,7 @@ def local_sums(trained: float, b: int) -> float:
     return (b + 8) * trained
 
 
-def teacher_pass(plan, stage, parts: dict, tokens: int, machine: Machine) -> float:
+def teacher_pass(plan, parts: dict, tokens: int, machine: Machine) -> float:
     """One forward, or the copy of its blocks from the host if that takes longer."""
     if "teacher" not in parts:
         return 0.0
@@ -111,12 +109,12 @@ def of_stage(plan, stage, machine: Machine, local: int) -> dict[str, float]:
     for step in sampled(stage):
         weights = stage.weights(step)
         terms = weights.ce != 0, weights.kl != 0, weights.layer != 0
-        known.setdefault(terms, None)
-        known[terms] = known[terms] or seconds(plan, stage, step, machine, local)
+        if terms not in known:
+            known[terms] = seconds(plan, stage, step, machine, local)
         total = {name: total.get(name, 0.0) + value for name, value in known[terms].items()}
         count += 1
     return {name: value / count for name, value in total.items()}
 
 
-def sampled(stage) -> Iterator[int]:
-    return iter(range(stage.first_step, stage.last_step, max(1, stage.steps // SAMPLES)))
+def sampled(stage) -> range:
+    return range(stage.first_step, stage.last_step, max(1, stage.steps // SAMPLES))

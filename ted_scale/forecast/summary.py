@@ -30,13 +30,14 @@ class Forecast(NamedTuple):
 
 
 def known_machine(run) -> Machine | None:
-    """As it was calibrated, or as the table has it."""
-    file = Path(run.runs) / machines.FILE
-    if file.exists():
-        return machines.read(file)
-    if not torch.cuda.is_available():
-        return None
-    return machines.of_torch_name(torch.cuda.get_device_name(), run.train.precision)
+    """As it was calibrated, or as the table has it. A calibration of another kind of device does not count."""
+    from deepspeed.accelerator import get_accelerator
+
+    file, device = Path(run.runs) / machines.FILE, get_accelerator().device_name()
+    kept = machines.read(file) if file.exists() else None
+    if kept and kept.device == device:
+        return kept
+    return machines.of_torch_name(torch.cuda.get_device_name(), run.train.precision) if device == "cuda" else None
 
 
 def of_stage(plan, stage, machine: Machine, local: int) -> Forecast:
@@ -74,6 +75,6 @@ def numbers(plan, stage, at: int, device: str) -> dict[str, float]:
     """Of a step like that after `at` steps: for metrics.jsonl, beside perf/step_ms and memory/peak_gib."""
     found = {"memory/forecast_gib": sum(memory.terms(plan, stage, device)[0].values()) / GIB}
     machine = known_machine(plan.run)
-    if machine is not None and machine.device == device:
+    if machine is not None:
         found["perf/forecast_ms"] = sum(step.seconds(plan, stage, at, machine, local_ranks(plan.world)).values()) * 1e3
     return found

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from ted_scale.distill.filter_sizes import filter_parameters
 from ted_scale.distill.memory import setting
 from ted_scale.forecast.machine import Machine
-from ted_scale.models.anatomy import Anatomy
 
 
 class Sent(NamedTuple):
@@ -56,7 +55,3 @@ def seconds(sent: Sent, machine: Machine, local: int) -> float:
     across = sent.bytes * (1 - 1 / nodes) / (inside * machine.far_link)
     return max(within, across) + sent.calls * machine.latency * math.log2(sent.ranks)
 
-
-def largest_block(a: Anatomy) -> float:
-    """The share of a pass's gathers that nothing runs beside: those of its first block."""
-    return a.block_parameters / a.parameters

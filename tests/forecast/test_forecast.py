@@ -11,7 +11,7 @@ from ted_scale.base.errors import UserError
 from ted_scale.forecast import machine as machines
 from ted_scale.forecast import step, summary, traffic
 from ted_scale.forecast.work import passes
-from ted_scale.placement import Room, place
+from ted_scale.placement import Rank, place
 from ted_scale.plan import plan_of_models
 
 H100 = machines.named("h100", "bf16")
@@ -25,7 +25,7 @@ def world(tmp_path_factory):
 def plan_of(world, ranks: int = 4, *, way: str = "replicated", local: int = 2, **sections):
     sections = {"method": "kd", "teacher": {"placement": way}, "train": {"tokens_per_step": 512}, **sections}
     plan = plan_of_models(make_run(world, **sections), ranks, needs_weights=False)
-    return replace(plan, placement=place(plan, Room("cuda", 1e12, local)))
+    return replace(plan, placement=place(plan, Rank("cuda", 1e12, local)))
 
 
 def seconds(plan, machine=H100, local: int = 2) -> dict[str, float]:

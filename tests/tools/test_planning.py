@@ -79,7 +79,7 @@ def test_the_recommendation_fits_and_nothing_that_fits_is_faster(run_file):
 def test_where_nothing_fits_nothing_is_recommended(run_file):
     run = load_run(run_file)
     assert options.best(options.base(run), run, cluster(8, memory=1e9)) is None
-    assert page.recommendation(None, run).startswith("recommended: nothing fits; ")
+    assert page.recommendation(None).startswith("recommended: nothing fits; ")
 
 
 def test_placements_that_are_another_one_on_these_ranks_are_left_out(run_file):

@@ -74,7 +74,7 @@ def settle(device) -> None:
 
 def machine_from(plan: Plan, device, took: dict[str, float]) -> Machine:
     world, found = dist.get_world_size(), rates(plan, took)
-    kind, memory = capacity.of_a_rank(world)
+    kind, memory = capacity.of_a_rank(capacity.local_ranks(world))
     on_gpu = device.type == "cuda"
     known = machines.of_torch_name(torch.cuda.get_device_name(device), plan.run.train.precision) if on_gpu else None
     link = link_rate(plan, world, took) if world > 1 else found["copies"]

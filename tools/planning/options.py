@@ -14,7 +14,7 @@ from ted_scale.distill.stages import stages_of
 from ted_scale.forecast import summary
 from ted_scale.forecast.machine import Machine
 from ted_scale.forecast.summary import Forecast
-from ted_scale.placement import FASTEST_FIRST, Room, candidates, place, placed, ranks_of_a_node, usable
+from ted_scale.placement import FASTEST_FIRST, Rank, candidates, place, placed, ranks_of_a_node, usable
 from ted_scale.plan import Plan, derive_accumulation, plan_of_models
 
 MOST = 64  # rows of a micro-batch that are tried
@@ -26,8 +26,8 @@ class Cluster(NamedTuple):
     per_node: int
 
     @property
-    def room(self) -> Room:
-        return Room(self.machine.device, self.machine.memory, self.per_node)
+    def rank(self) -> Rank:
+        return Rank(self.machine.device, self.machine.memory, self.per_node)
 
 
 class Option(NamedTuple):
@@ -68,7 +68,7 @@ def as_written(plan: Plan, run: Run, cluster: Cluster, *, checkpointing: bool | 
     """With another checkpointing if that is given."""
     chosen = run.student.gradient_checkpointing if checkpointing is None else checkpointing
     plan = varied(plan, cluster.gpus, run.train.micro_batch, chosen)
-    return option(replace(plan, placement=place(plan, cluster.room)), cluster)
+    return option(replace(plan, placement=place(plan, cluster.rank)), cluster)
 
 
 def option(plan: Plan, cluster: Cluster) -> Option:
@@ -76,7 +76,7 @@ def option(plan: Plan, cluster: Cluster) -> Option:
     needs, away = memory.terms(plan, worst, cluster.machine.device)
     local = min(cluster.per_node, cluster.gpus)
     forecasts = {stage.name: summary.of_stage(plan, stage, cluster.machine, local) for stage in plan.stages}
-    fits = sum(needs.values()) <= usable(cluster.room)
+    fits = sum(needs.values()) <= usable(cluster.rank)
     return Option(plan, plan.placement.way if plan.placement else "", needs, away, forecasts, fits)
 
 

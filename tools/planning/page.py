@@ -11,13 +11,12 @@ def page(
     written: Option, placements: list[Option], other: Option, best: Option | None, cluster: Cluster, price: float
 ) -> list[str]:
     """`other` is the run as written but with checkpointing where it has none, or without."""
-    run = written.plan.run
     lines = [head(written, cluster), "", *table(memory_rows(placements), placements), ""]
     activations = {checkpoints(one): one.needs["activations"] / GIB for one in (written, other)}
     lines.append(f"activations: {activations[False]:,.3g} GiB kept, {activations[True]:,.3g} GiB with checkpointing")
     for stage in written.forecasts:
         lines += ["", *table(time_rows(placements, stage, price, cluster.gpus), placements)]
-    return [*lines, "", verdict(written, cluster), recommendation(best, run)]
+    return [*lines, "", verdict(written, cluster), recommendation(best)]
 
 
 def head(written: Option, cluster: Cluster) -> str:
@@ -67,16 +66,16 @@ def table(rows: dict[str, list[str]], placements: list[Option]) -> list[str]:
 
 
 def verdict(written: Option, cluster: Cluster) -> str:
-    run, needs, room = written.plan.run, sum(written.needs.values()), usable(cluster.room)
+    run, needs, room = written.plan.run, sum(written.needs.values()), usable(cluster.rank)
     way = f", placement {written.way}" if written.way else ""
     fits = "fits" if written.fits else "does not fit"
     return (
         f"as written (micro-batch {run.train.micro_batch}{way}, checkpointing {'on' if checkpoints(written) else 'off'}): {fits}, "
-        f"{needs / GIB:,.1f} GiB of {room / GIB:,.1f} ({room / cluster.room.size:.0%} of a rank's {cluster.room.size / GIB:,.1f})"
+        f"{needs / GIB:,.1f} GiB of {room / GIB:,.1f} ({room / cluster.rank.memory:.0%} of a rank's {cluster.rank.memory / GIB:,.1f})"
     )
 
 
-def recommendation(best: Option | None, run) -> str:
+def recommendation(best: Option | None) -> str:
     if best is None:
         return "recommended: nothing fits; take more GPUs, a smaller student, or ds_configs that offload"
     train, student = best.plan.run.train, best.plan.run.student
