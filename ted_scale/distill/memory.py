@@ -111,6 +111,7 @@ def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
     kept, block, frozen = activations(plan, stage)
     matrix = 0 if stage.learns_filters else plan.student.vocab_size * plan.student.head_width
     early = loss_gradients(plan, stage)
+    rounded = matrix * b if b == 2 else 0  # a gradient in the weight's type; in fp32 it is the same memory
     reduced = {"reduction": reduction(plan, trained, b, device)}
     return [
         {"activations": frozen, "states": b * tokens * states(plan, stage), **whole},
@@ -118,7 +119,7 @@ def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
             "activations": kept, "states": b * tokens * states(plan, stage), "chunk": chunk(plan, stage, device),
             "loss gradients": early if stage.learns_filters else 4 * matrix + b * tokens * plan.student.head_width, **whole,
         },
-        {"activations": kept, "loss gradients": early + b * matrix, **reduced, **whole},
+        {"activations": kept, "loss gradients": early + rounded, **reduced, **whole},
         {"activations": kept + block, "loss gradients": b * matrix, **reduced, **whole},
         {"update": 4 * min(trained / plan.world, setting(plan, "sub_group_size", device))},
     ]  # fmt: skip

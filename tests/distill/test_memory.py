@@ -27,19 +27,21 @@ def of(world, stage: int = -1, ranks: int = 1, device: str = "cpu", **sections):
 def test_memory_of_parameters_is_divided_by_the_ranks_and_includes_the_teacher(world):
     """An earlier version counted only the student's state: 0.69 GiB of 3.8."""
     plan, one, _ = of(world, method="kd")
-    _, two, _ = of(world, method="kd", ranks=2)
+    plan_of_two, two, _ = of(world, method="kd", ranks=2)
     student, teacher = plan.student.parameters, plan.teacher.parameters
     assert (one["weights"], one["teacher"]) == (4 * student, 4 * teacher)
     assert (one["masters"], one["moments"], one["gradients"]) == (4 * student, 8 * student, 4 * student)
     assert all(two[name] == one[name] / 2 for name in ("weights", "teacher", "masters", "moments", "gradients"))
-    assert one["gathered"] == 0 and two["gathered"] >= 4 * student
+    gathered = [memory.gathered(each, each.stages[-1], "cpu") for each in (plan, plan_of_two)]
+    assert gathered[0] == 0 and gathered[1] >= student
 
 
 def test_a_teacher_that_every_rank_has_whole_is_not_divided_and_not_gathered(world):
     plan, sharded, _ = of(world, method="kd", ranks=4)
-    _, whole, _ = of(world, method="kd", ranks=4, teacher={"placement": "replicated"})
+    plan_of_whole, whole, _ = of(world, method="kd", ranks=4, teacher={"placement": "replicated"})
     assert whole["teacher"] == 4 * plan.teacher.parameters == 4 * sharded["teacher"]
-    assert whole["gathered"] == 4 * plan.student.parameters < sharded["gathered"]
+    gathered = [memory.gathered(each, each.stages[-1], "cpu") for each in (plan_of_whole, plan)]
+    assert gathered[0] == plan.student.parameters < gathered[1]
 
 
 def test_of_a_streamed_teacher_two_blocks_are_on_the_device_and_all_on_the_host(world):
@@ -56,7 +58,7 @@ def test_stage_one_trains_filters_alone(world):
     filters = sum(memory.filter_parameters(plan).values())
     assert first["moments"] == 8 * filters < second["moments"]
     assert memory.states(plan, plan.stages[0]) > memory.states(plan, plan.stages[1])
-    assert first["activations"] < second["activations"]
+    assert memory.activations(plan, plan.stages[0])[0] == 0 < memory.activations(plan, plan.stages[1])[0]
     _, heads, _ = of(world, 0, filters={"head": "per_layer"})
     assert heads["moments"] == 8 * (filters + 2 * (48 + 1) * (128 + 128))
 
@@ -115,9 +117,8 @@ def test_activations_are_what_a_forward_s_graph_keeps(world, side):
 @pytest.mark.parametrize("method", ["ce", "kd", "ted"])
 def test_the_most_that_a_forward_has_is_the_moment_of_its_loss(world, method):
     """Counted tensors of student, teacher and losses without DeepSpeed, beside what the plan says of that moment."""
-    sections = {"method": method, "data": {"seq_len": 128}, "train": {"micro_batch": 8, "tokens_per_step": 1024}}
-    parts = build(world, **sections)
-    weights, batch = parts.stage.weights(parts.stage.first_step), make_batch(8, 128)
+    parts = build(world, method=method, train={"micro_batch": 32, "tokens_per_step": 1024})
+    weights, batch = parts.stage.weights(parts.stage.first_step), make_batch(32, 32)
 
     def forward():
         signal = parts.teacher(batch, weights) if parts.teacher else None
@@ -141,9 +142,9 @@ def test_a_plan_for_a_gpu_has_its_sizes_also_where_there_is_none(world):
 
 
 def test_checkpointing_lowers_the_activations_and_the_line_lists_all_terms(world):
-    _, whole, _ = of(world)
-    plan, checkpointed, _ = of(world, student={"gradient_checkpointing": True})
-    assert checkpointed["activations"] < whole["activations"]
+    (whole, _, _), (plan, checkpointed, _) = (of(world, student={"gradient_checkpointing": on}) for on in (False, True))
+    kept, again = (memory.activations(each, each.stages[-1]) for each in (whole, plan))
+    assert sum(again[:2]) < sum(kept[:2])
     line = memory.describe(plan)[-1]
     assert line.startswith("memory a rank in stage student, estimated for c") and all(
         f"{n} " in line for n, size in checkpointed.items() if size
