@@ -14,8 +14,8 @@ from ted_scale.ranks.agree import gather
 
 BY_ITSELF = ("replicated", "node", "sharded")  # what `auto` takes, fastest first
 FASTEST_FIRST = (*BY_ITSELF, "offload")
-# The share of a rank's memory that the estimate may take. It leaves out the process; measured peaks were up to 1.19 times as high
-# on CPUs, and 0.95 times on an H100 (memory.py).
+# The share of a rank's memory that the estimate may take, which leaves out the process and what the allocator keeps: on CPUs resident
+# peaks were up to 1.19 times as high as an earlier, larger estimate (docs/benchmarks.md).
 ROOM = {"cpu": 0.8, "cuda": 0.9}
 SAID = {
     "replicated": "whole on every rank", "node": "sharded by ZeRO-3 over the {ranks} ranks of a node",

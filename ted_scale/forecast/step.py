@@ -23,6 +23,9 @@ from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.attention import choose_path
 
 BATCH_BYTES = 20  # a token's id, label and weight
+# Bytes a parameter beside the new weight: its gradient copied, its norm, clipping, AdamW over weight and moments, the master read.
+UPDATE_BYTES = 52
+FUSED_CALLS = 0.25  # of a pass's operations where torch compiles its blocks: assumed
 SAMPLES = 64  # steps of a stage that are looked at: loss weights come and go
 
 
@@ -51,7 +54,7 @@ def seconds(plan, stage, step: int, machine: Machine, local: int) -> dict[str, f
         "data": BATCH_BYTES * tokens / machine.host_link,
     }
     found = {name: micro * value for name, value in each.items()}
-    return {**found, "optimizer": (52 + b) * trained / plan.world / machine.update}
+    return {**found, "optimizer": (UPDATE_BYTES + b) * trained / plan.world / machine.update}
 
 
 def local_sums(trained: float, b: int) -> float:
@@ -85,7 +88,7 @@ def body_pass(plan, a: Anatomy, tokens: int, machine: Machine) -> tuple[float, f
         work = tokens * (
             times * products / machine.products + times * scores / machine.attention + moved / machine.copies
         )
-        found.append(max(work, one.calls * machine.call * (0.25 if is_fused else 1)))
+        found.append(max(work, one.calls * machine.call * (FUSED_CALLS if is_fused else 1)))
     return found[0], found[1]
 
 

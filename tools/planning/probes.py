@@ -71,7 +71,8 @@ def of_side(plan: Plan, side: str, a: Anatomy, device) -> dict[str, Callable]:
         for block in blocks:
             out = block(*arguments, **named)
             (out[0] if isinstance(out, tuple) else out).sum().backward()
-            block.zero_grad(set_to_none=True)
+            for tensor in (*block.parameters(), *(x for x in arguments if torch.is_tensor(x))):
+                tensor.grad = None
 
     found = {
         f"{side} blocks": forward,
