@@ -40,10 +40,12 @@ def main() -> None:
         from ted_scale.config.run_file import to_toml
         from ted_scale.distill import memory
         from ted_scale.engines import check_engine_config
+        from ted_scale.forecast import summary
 
         logging.disable(logging.WARNING)  # DeepSpeed logs to stdout, where the run file is printed
         check_engine_config(plan)
-        print(to_toml(run), describe(plan), *memory.describe(plan), sep="\n")
+        forecast = [*memory.describe(plan), *summary.describe(plan)]
+        print(to_toml(run), describe(plan), *forecast, sep="\n")
         return
 
     from ted_scale.run import run_plan

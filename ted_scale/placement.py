@@ -4,7 +4,6 @@ A placement changes no loss and is in no checkpoint, so it may be another one at
 before the ranks meet, from the memory of its own machine; `agreed` is what holds.
 """
 
-import os
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,8 +14,8 @@ from ted_scale.ranks.agree import gather
 
 BY_ITSELF = ("replicated", "node", "sharded")  # what `auto` takes, fastest first
 FASTEST_FIRST = (*BY_ITSELF, "offload")
-# The share of a rank's memory that the estimate may take. It leaves out the process; measured peaks were up to 1.19 times as high
-# on CPUs, and 0.95 times on an H100 (memory.py).
+# The share of a rank's memory that the estimate may take, which leaves out the process and what the allocator keeps: on CPUs
+# resident peaks were up to 1.19 times as high as an earlier, larger estimate (docs/benchmarks.md).
 ROOM = {"cpu": 0.8, "cuda": 0.9}
 SAID = {
     "replicated": "whole on every rank", "node": "sharded by ZeRO-3 over the {ranks} ranks of a node",
@@ -36,13 +35,26 @@ class Placement(NamedTuple):
         return f"the teacher's weights are {SAID[way].format(ranks=self.ranks)} ({self.why})"
 
 
-def place(plan) -> Placement | None:
+class Rank(NamedTuple):
+    """What a rank has."""
+
+    device: str  # "cpu" or "cuda"
+    memory: float  # bytes
+    local: int  # ranks of its node
+
+
+def of_this_machine(world: int) -> Rank:
+    local = capacity.local_ranks(world)
+    return Rank(*capacity.of_a_rank(local), local)
+
+
+def place(plan, rank: Rank) -> Placement | None:
     """As the run file says, or the fastest that fits."""
     if plan.teacher is None:
         return None
-    wish, node = plan.run.teacher.placement, ranks_of_a_node(plan.run.teacher, plan.world)
+    wish, node = plan.run.teacher.placement, ranks_of_a_node(plan.run.teacher, plan.world, rank.local)
     if wish == "auto":
-        return fastest_that_fits(plan, node)
+        return fastest_that_fits(plan, node, rank)
     if wish == "node" and plan.world % node:
         raise UserError(
             f"teacher.node_ranks must be set where nodes have different numbers of ranks, but this one has {node} of {plan.world}; "
@@ -51,20 +63,15 @@ def place(plan) -> Placement | None:
     return placed(plan, wish, node)
 
 
-def ranks_of_a_node(teacher, world: int) -> int:
+def ranks_of_a_node(teacher, world: int, local: int) -> int:
     if not teacher.node_ranks:
-        return min(local_ranks(world), world)
+        return min(local, world)
     if world % teacher.node_ranks:
         raise UserError(
             f"teacher.node_ranks must divide the ranks ({world}), but is {teacher.node_ranks}; correct it, or leave it out for "
             "what the launcher started on this node"
         )
     return teacher.node_ranks
-
-
-def local_ranks(world: int) -> int:
-    """On this node, as torchrun and DeepSpeed's launcher call them; without a launcher all ranks are here."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
 
 
 def placed(plan, way: str, node: int) -> Placement:
@@ -78,24 +85,23 @@ def offloads_weights(ds_config: dict) -> bool:
     return (ds_config["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
 
 
-def fastest_that_fits(plan, node: int) -> Placement:
+def fastest_that_fits(plan, node: int, rank: Rank) -> Placement:
     """By the estimate of the stage that needs most. If none fits, the one that needs least; a teacher that must be whole is
     refused then, because no other place helps."""
-    device, has = capacity.of_a_rank(local_ranks(plan.world))
-    room, needs = ROOM[device] * has, {}
+    (device, has, _), needs = rank, {}
     for placement in candidates(plan, node):
         needs[placement] = needed(replace(plan, placement=placement), device)
-        if needs[placement] <= room:
+        if needs[placement] <= usable(rank):
             break
     chosen = min(needs, key=needs.__getitem__)
     said = ", ".join(f"{placement.way} {size / 2**30:,.3g}" for placement, size in needs.items())
-    if plan.run.teacher.is_whole and needs[chosen] > room:
+    if plan.run.teacher.is_whole and needs[chosen] > usable(rank):
         raise UserError(
             f"teacher.placement must be one that fits, but with teacher.{asked(plan.run.teacher)} only 'replicated' is possible, "
             f"which needs {needs[chosen] / 2**30:,.3g} GiB of {ROOM[device]:.0%} of {has / 2**30:,.3g} on {device}; leave "
             "teacher.precision and teacher.compile out, or overrule the estimate by teacher.placement = 'replicated'"
         )
-    fits = "the fastest that fits" if needs[chosen] <= room else "none fits, this one needs least"
+    fits = "the fastest that fits" if needs[chosen] <= usable(rank) else "none fits, this one needs least"
     return chosen._replace(
         why=f"auto: {fits}; GiB needed of {ROOM[device]:.0%} of {has / 2**30:,.3g} on {device}: {said}"
     )
@@ -104,6 +110,10 @@ def fastest_that_fits(plan, node: int) -> Placement:
 def asked(teacher) -> str:
     """What of the run file makes a teacher whole."""
     return f"precision = '{teacher.precision}'" if teacher.eight_bits else "compile = true"
+
+
+def usable(rank: Rank) -> float:
+    return ROOM[rank.device] * rank.memory
 
 
 def candidates(plan, node: int) -> list[Placement]:

@@ -35,7 +35,7 @@ from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
 from ted_scale.models.vocabulary import check_corpus_tokenizer, check_same_tokenizer, tokenizer_folder
-from ted_scale.placement import Placement, place
+from ted_scale.placement import Placement, of_this_machine, place
 
 OF_LOSSES = [key.removeprefix("loss.") for key in changes.DECISIVE if key.startswith("loss.")]
 
@@ -104,29 +104,12 @@ class Plan:
 
 
 def make_plan(run: Run, world: int) -> Plan:
-    ds_config = load_ds_config(run.ds_config)
-    accumulation = derive_accumulation(run, world)
-    teacher = look_at("teacher", run.teacher) if run.teacher and run.method != "ce" else None
-    student = look_at("student", run.student)
-    if teacher:
-        check_same_tokenizer(student, teacher)
-    vocabulary = min(a.vocab_size for a in (student, teacher) if a)
-    matched = match_layers(run.pairs, student, teacher) if run.matches_layers else Matched([], "")
-    run = filter_sizes.resolved(run, student, teacher, matched.pairs) if matched.pairs else run
-    width = int(run.filters.width) if matched.pairs else 0
-    fused.check(run.fused_blocks, {"student": student, "teacher": teacher}, run.data.attention)
-    quantized.check(run.teacher_bits, teacher)
-    check_length(run, student, teacher)
-    check_documents(run, student, teacher)
-    check_shards(run, vocabulary, student)
-    plan = Plan(
-        run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=matched.pairs,
-        pairs_origin=matched.origin, width=width, accumulation=accumulation, stages=stages_of(run), readings={},
-        attended=attended(run, vocabulary, student, teacher), resumes=[],
-    )  # fmt: skip
-    plan = dataclasses.replace(plan, placement=place(plan))
+    plan = plan_of_models(run, world)
+    check_shards(plan.run, plan.vocabulary, plan.student)
+    plan = dataclasses.replace(plan, attended=attended(plan.run, plan.vocabulary, plan.student, plan.teacher))
+    plan = dataclasses.replace(plan, placement=place(plan, of_this_machine(world)))
     if run.validation.suite:
-        tokenizer, suite = tokenizer_folder(student, teacher), load_for_training(*suite_of(run))
+        tokenizer, suite = tokenizer_folder(plan.student, plan.teacher), load_for_training(*suite_of(run))
         plan = dataclasses.replace(plan, suite=suite, tokenizer=tokenizer)
     where, progress = resume.find(run, plan.identity())
     readings = check_corpora(plan, progress)
@@ -137,8 +120,32 @@ def make_plan(run: Run, world: int) -> Plan:
     return plan
 
 
-def look_at(side: str, model: Model) -> Anatomy:
-    return inspect(f"{side}.path", model.path, needs_weights=model.init == "weights")
+def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
+    """What follows from the run file and the configs of the models: no data is read, and no machine is looked at. Every row counts
+    as one document, and the teacher has no place yet."""
+    ds_config = load_ds_config(run.ds_config)
+    accumulation = derive_accumulation(run, world)
+    asks = run.teacher and run.method != "ce"
+    teacher = look_at("teacher", run.teacher, needs_weights) if asks else None
+    student = look_at("student", run.student, needs_weights)
+    if teacher:
+        check_same_tokenizer(student, teacher)
+    matched = match_layers(run.pairs, student, teacher) if run.matches_layers else Matched([], "")
+    run = filter_sizes.resolved(run, student, teacher, matched.pairs) if matched.pairs else run
+    width = int(run.filters.width) if matched.pairs else 0
+    fused.check(run.fused_blocks, {"student": student, "teacher": teacher}, run.data.attention)
+    quantized.check(run.teacher_bits, teacher)
+    check_length(run, student, teacher)
+    check_documents(run, student, teacher)
+    return Plan(
+        run=run, world=world, ds_config=ds_config, student=student, teacher=teacher, pairs=matched.pairs,
+        pairs_origin=matched.origin, width=width, accumulation=accumulation, stages=stages_of(run), readings={},
+        attended=keys_of_windows([run.data.seq_len], student, teacher), resumes=[],
+    )  # fmt: skip
+
+
+def look_at(side: str, model: Model, needs_weights: bool) -> Anatomy:
+    return inspect(f"{side}.path", model.path, needs_weights=needs_weights and model.init == "weights")
 
 
 def derive_accumulation(run: Run, world: int) -> int:
@@ -209,6 +216,10 @@ def attended(run: Run, vocabulary: int, *models: Anatomy | None) -> dict[int | N
     """The keys that a query sees on average, for each attention window of the models. Documents are sampled from the corpora."""
     apart = run.data.attention == "document"
     lengths = text_lengths(open_stream(run.data, run.seed, vocabulary)) if apart else [run.data.seq_len]
+    return keys_of_windows(lengths, *models)
+
+
+def keys_of_windows(lengths, *models: Anatomy | None) -> dict[int | None, float]:
     keys = keys_of(lengths)
     return {window: keys(window) for anatomy in models if anatomy for _, window in anatomy.scores}
 

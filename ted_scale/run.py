@@ -30,6 +30,7 @@ from ted_scale.distill.flops import step_flops
 from ted_scale.distill.stages import Stage
 from ted_scale.engines import build_student, build_teacher, check_device, check_engine_config, describe
 from ted_scale.filter_start import first_filters
+from ted_scale.forecast import summary
 from ted_scale.health import replicas
 from ted_scale.health.guard import Guard
 from ted_scale.health.rewind import Rewind, gone_back
@@ -164,6 +165,8 @@ def train_stage(parts: Parts, stage: Stage, progress: Progress, resumed: Path | 
     student = build_stage(parts, stage, stream, progress, resumed)
     guard = Guard(student, stage, parts.metrics.alert, parts.saver.wait)
     progress = validate_before_training(parts, stage, student, stream, progress, resumed)
+    if parts.metrics.writes:
+        parts.metrics.expect(summary.numbers(parts.plan, stage, progress.step, parts.loader.device.type))
     parts.metrics.resume_from(progress.tokens)
     while progress.step < stage.last_step:
         stream, progress = next_stretch(parts, stage, student, stream, progress)

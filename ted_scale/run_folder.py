@@ -24,6 +24,7 @@ from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.config import changes
 from ted_scale.config.run_file import to_toml
 from ted_scale.distill import memory
+from ted_scale.forecast import summary
 from ted_scale.metrics.console import open_log
 from ted_scale.metrics.rows import trim_rows
 from ted_scale.plan import Plan, describe
@@ -56,7 +57,7 @@ def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
         with files_at(folder):
             trim_rows(folder / "metrics.jsonl", progress.step)
             write_durably(folder / "run.toml", to_toml(plan.run))
-        log.info("\n".join([describe(plan), *memory.describe(plan)]))
+        log.info("\n".join([describe(plan), *memory.describe(plan), *summary.describe(plan)]))
         if newest:
             log.info(f"resuming from {newest}{on_other_ranks(newest)}")
     return progress, newest

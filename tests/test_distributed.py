@@ -3,6 +3,7 @@ wrong."""
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,11 @@ from scenarios import READINGS, beside, rows, sections_for_liger, sections_of_fa
 from tiny import FAMILIES, MORE, make_model, make_run
 
 from ted_scale.checkpoints.folder import newest_checkpoint
-from ted_scale.plan import make_plan
+from ted_scale.config.run_file import load_run
+from ted_scale.distill import memory
+from ted_scale.forecast import traffic
+from ted_scale.placement import Rank, place
+from ted_scale.plan import make_plan, plan_of_models
 
 TWO_RANKS = (
     "ten_steps", "all_methods", "residency", "resumes", "resumes_with_other_settings", "poisoned_loss", "poisoned_gradient",
@@ -273,6 +278,19 @@ def test_no_byte_of_the_teacher_crosses_nodes_unless_all_ranks_share_it(world):
         assert all_bytes == {"sharded": rest + teacher, "replicated": rest, "node": rest + teacher, "offload": rest}
         assert crossed == {"sharded": rest + teacher, "replicated": rest, "node": rest, "offload": rest}
         assert all(step["late"] == [] and step["device_waits"] == 0 for steps in found.values() for step in steps[3:])
+
+
+def test_a_plan_knows_the_bytes_that_ranks_send(world):
+    """Of each placement, those that were counted: of the teacher and of all."""
+    found = result(world, "placements", 0)
+    for way, counted in found.items():
+        plan = plan_of_models(load_run(world / f"runs/traffic_at_{way}/run.toml"), 4)
+        plan = replace(plan, placement=place(plan, Rank("cpu", 1e12, 2)))
+        stage = plan.stages[-1]
+        sent = [traffic.teacher_gathers(plan, 4), traffic.student_gathers(plan, stage, 4, "cpu")]
+        assert sum(counted[-1]["gathered"]) == plan.accumulation * sum(each.bytes for each in sent)
+        trained = memory.trained_parameters(plan, stage)
+        assert sum(counted[-1]["reduced"]) == plan.accumulation * traffic.reduction(plan, stage, trained, "cpu").bytes
 
 
 def test_a_resumed_run_takes_the_rates_of_its_run_file_and_not_the_checkpoint_s(world):

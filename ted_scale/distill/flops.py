@@ -45,7 +45,12 @@ def lengths_of(batches) -> list[int]:
 
 def body_flops(anatomy: Anatomy, keys: Keys) -> float:
     """Forward of all products before the output projection."""
-    return 2 * anatomy.matrices + sum(2 * width * keys(window) for width, window in anatomy.scores)
+    return 2 * anatomy.matrices + attention_flops(anatomy, keys)
+
+
+def attention_flops(anatomy: Anatomy, keys: Keys) -> float:
+    """The part of it that is no product with a weight: scores, and their sums over values."""
+    return sum(2 * width * keys(window) for width, window in anatomy.scores)
 
 
 def head_flops(anatomy: Anatomy, vocabulary: int | None = None) -> float:
@@ -65,20 +70,27 @@ def mlp_flops(width: int, hidden: int) -> float:
 
 def step_flops(plan, stage, step: int, keys: Keys) -> Work:
     """Both sides' work in the step after `step` steps of the run."""
+    parts = of_parts(plan, stage, step, keys).values()
+    return Work(*(sum(column) for column in zip(*parts, strict=True)))
+
+
+def of_parts(plan, stage, step: int, keys: Keys) -> dict[str, Work]:
+    """The same by the part of the step that does it."""
     weights = stage.weights(step)
     if stage.learns_filters:
-        return Work(bodies_flops(plan, keys) + stage_one_flops(plan, *sampled(plan)))
+        bodies = {"teacher": Work(body_flops(plan.teacher, keys)), "student": Work(body_flops(plan.student, keys))}
+        return {**bodies, "filters": Work(stage_one_flops(plan, *sampled(plan)))}
     student, asked = head_flops(plan.student) if weights.ce or weights.kl else 0, 1 / stage.asks_every
     teacher = asked * head_flops(plan.teacher, plan.student.vocab_size) if weights.kl else 0
-    body = body_flops(plan.student, keys)
-    total = 3 * (body + student) + teacher
+    body, strict = body_flops(plan.student, keys), plan.run.loss.mode == "strict"
+    parts = {"student": Work(3 * body, body if plan.run.student.gradient_checkpointing else 0)}
+    parts["head"] = Work(3 * student + teacher, student + teacher if strict else 0)
     if plan.teacher and (weights.kl or weights.layer):
-        total += asked * body_flops(plan.teacher, keys)
+        parts["teacher"] = Work(asked * body_flops(plan.teacher, keys))
     if weights.layer:
-        total += asked * 3 * filters_flops(plan, plan.student)
-        total += asked * filters_flops(plan, plan.teacher) if plan.run.method == "ted" else 0
-    again = body if plan.run.student.gradient_checkpointing else 0
-    return Work(total, again + (student + teacher if plan.run.loss.mode == "strict" else 0))
+        frozen = filters_flops(plan, plan.teacher) if plan.run.method == "ted" else 0
+        parts["layer loss"] = Work(asked * (3 * filters_flops(plan, plan.student) + frozen))
+    return parts
 
 
 def bodies_flops(plan, keys: Keys) -> float:

@@ -1,22 +1,30 @@
 """The memory of a rank in each stage, in bytes by term: an estimate from shapes, before anything starts.
 
-    weights          b · (student + filters) / R                    b: 2 bytes in bf16, else 4; R ranks. Filters of the teacher that
-                                                                    read its states as they appear (filters.py): whole, b · filters
+    weights          b · student / R                                b: 2 bytes in bf16, else 4; R ranks
+    filters          b · filters / R; those of the teacher that read its states as they appear (filters.py) are whole
     teacher          b · teacher / ranks that share it (placement.py); streamed from the host: two blocks and what is outside them.
                      With teacher.precision a byte for each element of its blocks' matrices, and their rows' scales
-    optimizer        12 · trained / R                               fp32 masters and Adam's two moments
-    gradients        4 · (trained / R + sub-group)                  summed in fp32; one sub-group twice, for its update
+    masters          4 · trained / R                                the weights in fp32
+    moments          8 · trained / R                                Adam's two
+    gradients        4 · trained / R                                summed in fp32
+    communication    1 GiB on several GPUs                          assumed
+    copy for a save  12 · trained / R, on a CPU, where the host is the device
+
+and of these the moment of a step that needs most: frozen forwards, a loss, the head's backward, a block's backward, the update.
+
     reduction        4 · bucket + b · largest matrix                whole gradients in reduction; on several ranks 4 · bucket more
     gathered         b · (live student, on several ranks + a block, prefetch and head of a teacher that several share)
     activations      what autograd keeps of N tokens, found by a trial on the meta device; with checkpointing one state a
-                     block, and one whole block. One block of the teacher in its own call: instead, or, if it is early, too
-    states           of a call of the teacher N' · (pairs · width · b + head's width · b), or filtered as they appear pairs ·
-                     filters.width · 4; in stage I also of the student; with loss.mode = "strict" an early one's heads twice
-    losses           4 · head's and filters' weights (their gradients), b · N · width a pair, one chunk's logits
-    copy for a save  12 · trained / R, on a CPU, where the host is the device
+                     block, and one whole block; of a frozen model one block
+    states           of a call of the teacher b · N · (pairs · width + head's width), or, filtered as they appear, 4 · N · pairs ·
+                     filters.width; in stage I also of the student
+    read ahead       beside the backward: a block and the states of an early teacher's next call
+    loss gradients   4 · head's and filters' weights, b · N · width a pair: formed in the forward, kept until the backward
+    chunk            one chunk's logits; on a CPU in bf16 the heads in fp32, too
+    update           4 · sub-group                                  its gradients a second time
 
-The process itself (0.53 GiB on a CPU) and memory that the allocator keeps are not included: measured peaks were 1.08 to 1.19
-times the sum on CPUs and 0.95 on an H100 (docs/benchmarks.md).
+The process itself (0.53 GiB on a CPU) and memory that the allocator keeps are not included. docs/planning.md has estimates beside
+counted tensors, docs/benchmarks.md resident memory.
 """
 
 from functools import cache
@@ -27,13 +35,14 @@ from ted_scale.distill.filter_sizes import filter_parameters
 from ted_scale.distill.filters import keeps_filtered
 from ted_scale.distill.stages import Stage
 from ted_scale.kernels.formulas.divergences import scratch
-from ted_scale.kernels.products import CHUNK_BYTES
+from ted_scale.kernels.products import rows_per_chunk
 from ted_scale.models import quantized
-from ted_scale.models.anatomy import Anatomy, run_body
+from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.engine_config import engine_config, zero_settings
-from ted_scale.models.inspection import empty_model, read_config
+from ted_scale.models.trial import hollow, run_hollow
 
-TRIAL = 8  # tokens; with more, the scores that attention keeps where it is not fused would count
+TRIAL = 8  # tokens
+COMMUNICATION = 2**30  # what NCCL keeps for itself on several GPUs: assumed
 
 
 def describe(plan) -> list[str]:
@@ -55,31 +64,72 @@ def line_of(stage: Stage, here: dict[str, float], away: float, device: str) -> s
 
 
 def terms(plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
-    """(bytes by term, bytes that are offloaded to the host)"""
-    run, ranks = plan.run, plan.world
-    b, tokens = 2 if run.train.precision == "bf16" else 4, run.train.micro_batch * run.data.seq_len
-    counts = filter_parameters(plan)
-    student, filters = counts["student"], sum(counts.values()) - (0 if stage.learns_filters else counts["lifts"])
-    whole = counts["teacher"] if keeps_filtered(plan, stage) else 0
-    trained = (filters + own_heads(plan) if stage.learns_filters else plan.student.parameters + student) / ranks
-    found = {
-        "weights": b * ((plan.student.parameters + filters - whole) / ranks + whole),
-        "teacher": of_teacher(plan, b, device),
-        "optimizer": 12 * trained,
-        "gradients": 4 * (trained + min(trained, setting(plan, "sub_group_size"))),
-        "reduction": reduction(plan, trained * ranks, b, device),
-        "gathered": b * gathered(plan, stage),
-        "activations": activations(plan, stage, tokens, b),
-        "states": tokens * states(plan, stage, b),
-        "losses": losses(plan, stage, tokens, b, filters if stage.learns_filters else student, device),
-        "copy for a save": 12 * trained if device == "cpu" else 0,
-    }
+    """(bytes by term at the moment of a step that needs most, bytes that are offloaded to the host)"""
+    found = resting(plan, stage, device)
     zero = plan.ds_config["zero_optimization"]
-    shards = ("weights",) if plan.placement and plan.placement.is_bare else ("weights", "teacher")
-    moved = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": shards}
+    shards = ("weights", "filters", *(() if plan.placement and plan.placement.is_bare else ("teacher",)))
+    moved = {"offload_optimizer": ("masters", "moments", "gradients"), "offload_param": shards}
     gone = [n for key, names in moved.items() if (zero.get(key) or {}).get("device") == "cpu" for n in names]
     away = sum(found.pop(name) for name in gone) if device != "cpu" else 0
-    return found, away + (b * in_blocks(plan.teacher) if streams(plan.placement) and device != "cpu" else 0)
+    streamed = streams(plan.placement) and device != "cpu"
+    away += bytes_of(plan) * in_blocks(plan.teacher) if streamed else 0
+    return found | max(moments(plan, stage, device), key=lambda moment: sum(moment.values())), away
+
+
+def bytes_of(plan) -> int:
+    return 2 if plan.run.train.precision == "bf16" else 4
+
+
+def tokens_of(plan) -> int:
+    """Of a micro-batch of a rank."""
+    return plan.run.train.micro_batch * plan.run.data.seq_len
+
+
+def trained_parameters(plan, stage: Stage) -> int:
+    counts = filter_parameters(plan)
+    return (
+        sum(counts.values()) + own_heads(plan) if stage.learns_filters else plan.student.parameters + counts["student"]
+    )
+
+
+def resting(plan, stage: Stage, device: str) -> dict[str, float]:
+    """What lives between steps, too."""
+    b, counts, trained = bytes_of(plan), filter_parameters(plan), trained_parameters(plan, stage) / plan.world
+    filters = sum(counts.values()) - (0 if stage.learns_filters else counts["lifts"])
+    whole = counts["teacher"] if keeps_filtered(plan, stage) else 0
+    return {
+        "weights": b * plan.student.parameters / plan.world,
+        "filters": b * ((filters - whole) / plan.world + whole),
+        "teacher": of_teacher(plan, b, device),
+        "masters": 4 * trained,
+        "moments": 8 * trained,
+        "gradients": 4 * trained,
+        "communication": COMMUNICATION if plan.world > 1 and device == "cuda" else 0,
+        "copy for a save": 12 * trained if device == "cpu" else 0,
+    }
+
+
+def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
+    """What lives for a part of a step: in frozen forwards, while a loss is formed, at the head's backward, at a block's, in the
+    update."""
+    b, tokens, trained = bytes_of(plan), tokens_of(plan), trained_parameters(plan, stage)
+    whole = {"gathered": b * gathered(plan, stage, device)}
+    kept, block, frozen = activations(plan, stage)
+    signal, ahead = {"states": states(plan, stage)}, beside_backward(plan, stage, frozen)
+    matrix = 0 if stage.learns_filters else plan.student.vocab_size * plan.student.head_width
+    early = loss_gradients(plan, stage)
+    rounded = matrix * b if b == 2 else 0  # a gradient in the weight's type; in fp32 it is the same memory
+    reduced = {"reduction": reduction(plan, trained, b, device)}
+    return [
+        {"activations": frozen, **signal, **whole},
+        {
+            "activations": kept, "chunk": chunk(plan, stage, device), **signal, **whole,
+            "loss gradients": early if stage.learns_filters else 4 * matrix + b * tokens * plan.student.head_width,
+        },
+        {"activations": kept, "loss gradients": early + rounded, "read ahead": ahead, **reduced, **whole},
+        {"activations": kept + block, "loss gradients": b * matrix, "read ahead": ahead, **reduced, **whole},
+        {"update": 4 * min(trained / plan.world, setting(plan, "sub_group_size", device))},
+    ]  # fmt: skip
 
 
 def streams(placement) -> bool:
@@ -106,9 +156,10 @@ def teacher_here(a: Anatomy, placement, device: str) -> float:
     return a.parameters + 2 * a.block_parameters - (in_blocks(a) if device != "cpu" else 0)
 
 
-def setting(plan, key: str, model: Anatomy | None = None) -> float:
-    """A value of the ds_config, or the default that follows from the model. DeepSpeed parses numbers in strings."""
-    config = zero_settings(plan.run.ds_config, engine_config(plan, model or plan.student)["zero_optimization"])
+def setting(plan, key: str, device: str, model: Anatomy | None = None) -> float:
+    """A value of the ds_config, or the default that follows from model and device. DeepSpeed parses numbers in strings."""
+    zero = engine_config(plan, model or plan.student, device)["zero_optimization"]
+    config = zero_settings(plan.run.ds_config, zero)
     names = {field.alias or name: name for name, field in type(config).model_fields.items()}
     return getattr(config, names[key])
 
@@ -121,38 +172,54 @@ def own_heads(plan) -> int:
 
 def reduction(plan, trained: float, b: int, device: str) -> float:
     """A CPU uses only memory that is written, a GPU all that is allocated. A matrix larger than the bucket is reduced alone."""
-    bucket, contiguous = setting(plan, "reduce_bucket_size"), setting(plan, "contiguous_gradients")
+    bucket, contiguous = (setting(plan, key, device) for key in ("reduce_bucket_size", "contiguous_gradients"))
     used, largest = min(bucket, trained), min(trained, plan.student.vocab_size * plan.student.head_width)
     buffer = (used if device == "cpu" else bucket) if contiguous else 0
     whole = largest if contiguous else max(used, largest)
     return 4 * buffer + b * whole + (4 * max(used, largest) if plan.world > 1 else 0)
 
 
-def gathered(plan, stage: Stage) -> float:
+def gathered(plan, stage: Stage, device: str) -> float:
     """Trained weights stay gathered between forward and backward; a frozen model is gathered block by block."""
 
     def of_frozen(a: Anatomy) -> float:
-        blocks = a.block_parameters + setting(plan, "stage3_prefetch_bucket_size", a)
+        blocks = a.block_parameters + setting(plan, "stage3_prefetch_bucket_size", device, a)
         return min(a.parameters, blocks + a.vocab_size * a.head_width)
 
-    live = min(plan.student.parameters, setting(plan, "stage3_max_live_parameters"))
+    live = min(plan.student.parameters, setting(plan, "stage3_max_live_parameters", device))
     ours = of_frozen(plan.student) if stage.learns_filters else live
     shared = plan.placement and plan.placement.ranks > 1
     return (ours if plan.world > 1 else 0) + (of_frozen(plan.teacher) if shared else 0)
 
 
-def activations(plan, stage: Stage, tokens: int, b: int) -> float:
-    """Of the student's graph; a frozen model only has those of one block at a time."""
+def activations(plan, stage: Stage) -> tuple[float, float, float]:
+    """(what the student's graph keeps, what one block has beside that where blocks are computed again, a frozen block)"""
+    b, tokens = bytes_of(plan), tokens_of(plan)
     dtype = torch.bfloat16 if b == 2 else torch.float32
-    s, t = plan.student, plan.teacher
-    kept = kept_a_token(s, dtype)
-    ours, block = kept, kept / s.layers
+    kept = {a: tokens * kept_a_token(a, dtype) for a in (plan.student, plan.teacher) if a}
+    theirs = together(plan) * kept[plan.teacher] / plan.teacher.layers if plan.teacher else 0.0
+    frozen = max(theirs, kept[plan.student] / plan.student.layers if stage.learns_filters else 0.0)
     if stage.learns_filters:
-        ours = block
-    elif plan.run.student.gradient_checkpointing:
-        ours = b * s.layers * s.width + block
-    theirs = together(plan) * kept_a_token(t, dtype) / t.layers if t else 0
-    return tokens * (ours + theirs if is_early(plan) else max(ours, theirs))
+        return 0.0, 0.0, frozen
+    if plan.run.student.gradient_checkpointing:
+        return tokens * b * plan.student.layers * plan.student.width, kept[plan.student] / plan.student.layers, frozen
+    return kept[plan.student], 0.0, frozen
+
+
+@cache  # for all stages: a trial of a deep model takes half a second
+def kept_a_token(anatomy: Anatomy, dtype) -> float:
+    """Bytes a token that autograd keeps of a forward of the body, without weights."""
+    network = hollow(anatomy, dtype)
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor  # kept alive, so that its address is not used again
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run_hollow(network, anatomy, TRIAL)
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights) / TRIAL
 
 
 def together(plan) -> int:
@@ -166,51 +233,55 @@ def is_early(plan) -> bool:
     return bare and plan.run.teacher.early and plan.accumulation > together(plan)
 
 
-@cache  # for all stages: a trial of a deep model takes half a second
-def kept_a_token(anatomy: Anatomy, dtype) -> float:
-    """Bytes a token that autograd keeps of a forward of the body, without weights."""
-    with torch.device("meta"):
-        network = empty_model(read_config("model", anatomy.folder), dtype)
-        tokens = torch.zeros(1, TRIAL, dtype=torch.long)
-    weights = {p.untyped_storage()._cdata for p in network.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor  # kept alive, so that its address is not used again
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run_body(network, anatomy, tokens)
-    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights) / TRIAL
-
-
-def states(plan, stage: Stage, b: int) -> int:
-    """Bytes for a micro-batch's token that are kept from the teacher's forward to the losses."""
+def states(plan, stage: Stage) -> float:
+    """What is kept from a call of the teacher to the losses, and in stage I the student's."""
     if plan.teacher is None:
         return 0
-    matched, head = len(plan.pairs), b * plan.teacher.head_width
+    b, matched = bytes_of(plan), len(plan.pairs)
     pairs = matched * (4 * plan.width if keeps_filtered(plan, stage) else b * plan.teacher.width)
-    # The backward of strict mode reads the head's input again.
-    waits = head if is_early(plan) and plan.run.loss.mode == "strict" else 0
     ours = matched * b * plan.student.width if stage.learns_filters else 0
-    return together(plan) * (pairs + head + waits) + ours
+    return tokens_of(plan) * (together(plan) * (pairs + b * plan.teacher.head_width) + ours)
 
 
-def losses(plan, stage: Stage, tokens: int, b: int, filters: int, device: str) -> float:
-    """Gradients that are computed in the forward are kept until the backward; a chunk's logits are freed before."""
-    a, t = plan.student, plan.teacher
+def beside_backward(plan, stage: Stage, frozen: float) -> float:
+    """The next call of an early teacher; of strict mode, which reads the head's input again, what this one left."""
+    if plan.teacher is None:
+        return 0
+    waits = plan.run.loss.mode == "strict" and not stage.learns_filters
+    left = bytes_of(plan) * tokens_of(plan) * together(plan) * plan.teacher.head_width if waits else 0
+    return left + (frozen + states(plan, stage) if is_early(plan) else 0)
+
+
+def loss_gradients(plan, stage: Stage) -> float:
+    """They are computed in the forward and kept until the backward: of the head's weight, of filters, of states."""
+    a, filters = plan.student, filter_parameters(plan)
     if stage.learns_filters:
-        rows, heads, waiting = t.vocab_size * (4 + b), t.vocab_size * t.head_width, 4 * (filters + own_heads(plan))
-    else:
-        rows = 4 * (a.vocab_size + (t.vocab_size if t else 0)) + (
-            2 * a.vocab_size if device == "cuda" and b == 2 else 0
-        )
-        if t and (device == "cpu" or plan.run.loss.top_k):
-            rows += 4 * scratch(plan.run.loss.divergence, plan.run.loss.top_k) * min(a.vocab_size, t.vocab_size)
-        heads = a.vocab_size * a.head_width + (t.vocab_size * t.head_width if t else 0)
-        waiting = (4 + b) * a.vocab_size * a.head_width + 4 * filters
-        waiting += b * tokens * (len(plan.pairs) * a.width + a.head_width)
-    of_chunk = min((plan.run.loss.chunk_tokens or tokens) * rows, tokens * rows)
-    if plan.run.loss.chunk_tokens is None:
-        of_chunk = min(CHUNK_BYTES[device], of_chunk)
-    return waiting + of_chunk + (4 * heads if device == "cpu" and b == 2 else 0)  # a CPU multiplies in fp32
+        return 4 * (sum(filters.values()) + own_heads(plan))
+    of_states = bytes_of(plan) * tokens_of(plan) * (len(plan.pairs) * a.width + a.head_width)
+    return 4 * (a.vocab_size * a.head_width + filters["student"]) + of_states
+
+
+def chunk(plan, stage: Stage, device: str) -> float:
+    """The logits of one chunk of tokens; on a CPU also a copy of both sides' states where some tokens do not count and, in bf16, of
+    both heads, which it multiplies in fp32. All of it is freed before the backward."""
+    a, t, b, tokens = plan.student, plan.teacher, bytes_of(plan), tokens_of(plan)
+    planned, more = bytes_a_row(plan, stage, device)
+    rows = rows_per_chunk(tokens, planned, torch.device(device), plan.run.loss.chunk_tokens)
+    if device != "cpu":
+        return rows * (planned + more)
+    sides = [side for side in (None if stage.learns_filters else a, t) if side]
+    heads = 4 * sum(side.vocab_size * side.head_width for side in sides) if b == 2 else 0
+    return rows * (planned + more + b * sum(side.head_width for side in sides)) + heads
+
+
+def bytes_a_row(plan, stage: Stage, device: str) -> tuple[int, int]:
+    """(of a row's logits, as the loss plans its chunks; of what torch's formulas allocate beside them, which Triton's do not)"""
+    a, t, b, loss = plan.student, plan.teacher, bytes_of(plan), plan.run.loss
+    if stage.learns_filters:
+        return t.vocab_size * (4 + b), 0
+    rows = 4 * (a.vocab_size + (t.vocab_size if t else 0)) + (2 * a.vocab_size if device == "cuda" and b == 2 else 0)
+    if device == "cuda" and not loss.top_k:
+        return rows, 0
+    more = scratch(loss.divergence, loss.top_k) * min(a.vocab_size, t.vocab_size) if t else 0
+    softmaxes = 1 + (t is not None and loss.temperature != 1.0)
+    return rows + 4 * more, 4 * softmaxes * a.vocab_size

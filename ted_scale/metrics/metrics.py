@@ -47,6 +47,8 @@ class Metrics:
         self.clock, self.since, self.tokens_before = Clock(device), time.perf_counter(), None
         self.ledger = Ledger(spent or Spent())
         self.restart: dict[str, float] = {}  # what the end of the last process cost, until a row has it
+        self.forecast: dict[str, float] = {}  # of the stage: forecast/summary.py
+        self.rows_of_stage = 0
         self.step, self.told, self.words = step, time.monotonic(), ""
         self.lost = False
         self.file: TextIO | None = None
@@ -91,8 +93,20 @@ class Metrics:
             row |= {"optim/skipped": progress.skipped} if progress.skipped else {}
             row |= self.ledger.shares() | self.restart
             self.restart = {}
+            self.compare(row)
             self.write(progress.step, progress.tokens, row | self.read_of_corpora(progress.samples))
             self.rows = []
+
+    def expect(self, forecast: dict[str, float]) -> None:
+        """What the plan says about a step of the stage that begins."""
+        self.forecast, self.rows_of_stage = forecast, 0
+
+    def compare(self, row: dict[str, float]) -> None:
+        """Add the forecast to the row; say it once beside what was measured. The first row has the start in it."""
+        self.rows_of_stage += 1
+        row |= self.forecast
+        if self.rows_of_stage == 2 and self.writes and self.forecast:
+            log_line(beside(row, self.device.type))
 
     def read_of_corpora(self, samples: int) -> dict[str, float]:
         """For each corpus, in this stage: the epoch, the tokens read in it, and the tokens read in all."""
@@ -226,6 +240,16 @@ class Metrics:
     def call_wandb(self, action) -> None:
         if self.wandb_run:
             self.wandb_run.tell(action)
+
+
+def beside(row: dict[str, float], device: str) -> str:
+    """A forecast and what was measured, as the log says it."""
+    whole = ", with the process and what its allocator keeps" if device == "cpu" else ""
+    said = [f"memory {row['memory/forecast_gib']:.3g} GiB, {row['memory/peak_gib']:.3g} measured{whole}"]
+    if "perf/forecast_ms" in row:
+        ratio = row["perf/step_ms"] / row["perf/forecast_ms"]
+        said.append(f"a step {row['perf/forecast_ms']:.4g} ms, {row['perf/step_ms']:.4g} measured ({ratio:.2f} times)")
+    return f"forecast beside measured: {'; '.join(said)}"
 
 
 def add_changes(sentences: list[str], wandb_run) -> None:

@@ -5,7 +5,8 @@ from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.zero_single import is_whole
 
 
-def engine_config(plan, model: Anatomy, **trained) -> dict:
+def engine_config(plan, model: Anatomy, device: str | None = None, **trained) -> dict:
+    """For an engine on `device`, by default the accelerator that is here."""
     # DeepSpeed's own linear map is for weights that are released before backward.
     own_linear = not is_whole(plan.ds_config["zero_optimization"], plan.world)
     return {
@@ -14,7 +15,7 @@ def engine_config(plan, model: Anatomy, **trained) -> dict:
         **plan.ds_config,
         "zero_optimization": {
             "memory_efficient_linear": own_linear,
-            **bucket_sizes(model),
+            **bucket_sizes(model, device),
             **plan.ds_config["zero_optimization"],
         },
         "train_micro_batch_size_per_gpu": plan.run.train.micro_batch,
@@ -41,11 +42,11 @@ def zero_settings(path: str, zero: dict):
         ) from None
 
 
-def bucket_sizes(model: Anatomy) -> dict:
+def bucket_sizes(model: Anatomy, device: str | None = None) -> dict:
     """How many elements DeepSpeed gathers, reduces and updates at once; design note 23 has the arithmetic."""
     from deepspeed.accelerator import get_accelerator
 
-    on_cpu = get_accelerator().device_name() == "cpu"
+    on_cpu = (device or get_accelerator().device_name()) == "cpu"
     return {
         "stage3_prefetch_bucket_size": model.block_parameters,  # the next block, whole, while this one computes
         "stage3_max_live_parameters": max(10**9, 3 * model.block_parameters),

@@ -1,4 +1,4 @@
-"""How much memory a rank has: its device's, or its part of the host's.
+"""How much memory a rank has: its device's, or its part of the host's, which it shares with the ranks of its node.
 
 In a container, or in a job of a scheduler, the host's memory is what may be used there, which only control groups know: that of
 this process and those above it.
@@ -21,6 +21,11 @@ def of_a_rank(ranks: int) -> tuple[str, float]:
     if get_accelerator().device_name() == "cuda":
         return "cuda", torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory
     return "cpu", of_the_host() / ranks
+
+
+def local_ranks(world: int) -> int:
+    """On this node, as torchrun and DeepSpeed's launcher call them; without a launcher all ranks are here."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
 
 
 def of_the_host() -> int:

@@ -262,3 +262,19 @@ def test_rows_that_a_file_system_fails_to_give_are_a_sentence(tmp_path, monkeypa
         Gone, match=r"metrics.jsonl must be readable and writable, but the file system says Stale file handle"
     ):
         metrics(run, step=1)
+
+
+def test_a_forecast_is_in_every_row_and_once_in_the_log(tmp_path, monkeypatch):
+    """Past the first row, which has the start in it."""
+    said = []
+    monkeypatch.setattr("ted_scale.metrics.metrics.log_line", said.append)
+    numbers = metrics(make_run(tmp_path))
+    numbers.expect({"memory/forecast_gib": 0.5, "perf/forecast_ms": 4.0})
+    take_steps(numbers, 1, 4)
+    numbers.close()
+    rows = rows_of(make_run(tmp_path))
+    assert [row["perf/forecast_ms"] for row in rows] == [4.0] * 4
+    [line] = [line for line in said if line.startswith("forecast beside measured: memory 0.5 GiB, ")]
+    assert said.index(line) == 1
+    took = rows[1]["perf/step_ms"]
+    assert line.endswith(f"a step 4 ms, {took:.4g} measured ({took / 4:.2f} times)")

@@ -1,0 +1,123 @@
+"""The time of an optimizer step by terms, in seconds: what each part computes, reads, writes and sends, over a machine's rates.
+
+    teacher      its forward for the micro-batches that ask for it; streamed from the host, no faster than its blocks arrive
+    student      forward, backward, and the second forward of checkpointing
+    head         output projections of both sides, with cross-entropy and KL
+    layer loss   the filters and their gradients; in stage I filters and heads
+    gathers      of weights that ranks share, where no computation hides them
+    reduction    gradients summed in fp32, and sent where there are several ranks
+    optimizer    norm, clipping, AdamW, new weights: of this rank's share
+    data         a batch's copy to the device; it was read before
+
+Note: nothing is fitted here. Every rate is the machine's, every count that of flops.py, work.py or traffic.py.
+"""
+
+import torch
+
+from ted_scale.distill import flops
+from ted_scale.distill.memory import bytes_of, in_blocks, streams, tokens_of, trained_parameters
+from ted_scale.forecast import traffic
+from ted_scale.forecast.machine import Machine
+from ted_scale.forecast.work import passes
+from ted_scale.models.anatomy import Anatomy
+from ted_scale.models.attention import choose_path
+
+BATCH_BYTES = 20  # a token's id, label and weight
+# Bytes a parameter beside the new weight: its gradient copied, its norm, clipping, AdamW over weight and moments, the master read.
+UPDATE_BYTES = 52
+FUSED_CALLS = 0.25  # of a pass's operations where torch compiles its blocks: assumed
+SAMPLES = 64  # steps of a stage that are looked at: loss weights come and go
+
+
+def seconds(plan, stage, step: int, machine: Machine, local: int) -> dict[str, float]:
+    """Of the step after `step` steps of the run, by term."""
+    b, keys = bytes_of(plan), plan.attended.__getitem__
+    parts = flops.of_parts(plan, stage, step, keys)
+    tokens, micro = tokens_of(plan), plan.accumulation
+    trained = trained_parameters(plan, stage)
+    teacher, student = teacher_pass(plan, parts, tokens, machine), student_pass(plan, stage, tokens, machine)
+    again = plan.run.student.gradient_checkpointing and not stage.learns_filters
+    exposed = hidden(traffic.teacher_gathers(plan, b), teacher, machine, local) if "teacher" in parts else 0.0
+    exposed = exposed / stage.asks_every
+    exposed += hidden(traffic.student_gathers(plan, stage, b, machine.device), sum(student), machine, local)
+    sums = local_sums(trained, b) / machine.copies
+    sums += hidden(traffic.reduction(plan, stage, trained, machine.device), student[1], machine, local)
+    rates = {"head": machine.head, "filters": machine.head, "layer loss": machine.layer}
+    rows = {name: tokens * sum(parts[name]) / rate for name, rate in rates.items() if name in parts}
+    each = {
+        "teacher": teacher / stage.asks_every,
+        "student": student[0] * (2 if again else 1) + student[1],
+        "head": rows.get("head", 0.0),
+        "layer loss": rows.get("layer loss", 0.0) + rows.get("filters", 0.0),
+        "gathers": exposed,
+        "reduction": sums,
+        "data": BATCH_BYTES * tokens / machine.host_link,
+    }
+    found = {name: micro * value for name, value in each.items()}
+    return {**found, "optimizer": (UPDATE_BYTES + b) * trained / plan.world / machine.update}
+
+
+def local_sums(trained: float, b: int) -> float:
+    """Bytes a micro-step: a gradient is read and added to its fp32 sum."""
+    return (b + 8) * trained
+
+
+def teacher_pass(plan, parts: dict, tokens: int, machine: Machine) -> float:
+    """One forward, or the copy of its blocks from the host if that takes longer."""
+    if "teacher" not in parts:
+        return 0.0
+    computed = body_pass(plan, plan.teacher, tokens, machine)[0]
+    copied = bytes_of(plan) * in_blocks(plan.teacher) / machine.host_link if streams(plan.placement) else 0.0
+    return max(computed, copied)
+
+
+def student_pass(plan, stage, tokens: int, machine: Machine) -> tuple[float, float]:
+    """(forward, backward)"""
+    forward, backward = body_pass(plan, plan.student, tokens, machine)
+    return forward, 0.0 if stage.learns_filters else backward
+
+
+def body_pass(plan, a: Anatomy, tokens: int, machine: Machine) -> tuple[float, float]:
+    """(forward, backward): products, attention and all else in turn, but no faster than the host calls them."""
+    dtype, is_fused = torch.bfloat16 if bytes_of(plan) == 2 else torch.float32, fuses(plan, a, machine.device)
+    scores = flops.attention_flops(a, plan.attended.__getitem__)
+    products = flops.body_flops(a, plan.attended.__getitem__) - scores
+    found = []
+    for times, one in zip((1, 2), passes(a, dtype), strict=True):
+        moved = one.fused if is_fused else one.eager
+        work = tokens * (
+            times * products / machine.products + times * scores / machine.attention + moved / machine.copies
+        )
+        found.append(max(work, one.calls * machine.call * (FUSED_CALLS if is_fused else 1)))
+    return found[0], found[1]
+
+
+def fuses(plan, a: Anatomy, device: str) -> bool:
+    """Whether torch compiles the blocks there, as fused.chosen does on a GPU that is here."""
+    length, packed = plan.run.data.seq_len, plan.run.data.attention == "document"
+    on_cpu = torch.device("cpu")  # of which only torch's own attention is asked: the others depend on a GPU
+    plain = all(choose_path(layer, length, packed, torch.bfloat16, on_cpu) == "sdpa" for layer in a.attention)
+    wish = plan.run.fused_blocks
+    return wish == "compile" or (wish == "auto" and device == "cuda" and plain)
+
+
+def hidden(sent: traffic.Sent, beside: float, machine: Machine, local: int) -> float:
+    """What remains of a communication beside a computation."""
+    return max(0.0, traffic.seconds(sent, machine, local) - machine.overlap * beside)
+
+
+def of_stage(plan, stage, machine: Machine, local: int) -> dict[str, float]:
+    """A mean step. Loss terms come and go, so steps are sampled, and those with the same terms are computed once."""
+    known, total, count = {}, {}, 0
+    for step in sampled(stage):
+        weights = stage.weights(step)
+        terms = weights.ce != 0, weights.kl != 0, weights.layer != 0
+        if terms not in known:
+            known[terms] = seconds(plan, stage, step, machine, local)
+        total = {name: total.get(name, 0.0) + value for name, value in known[terms].items()}
+        count += 1
+    return {name: value / count for name, value in total.items()}
+
+
+def sampled(stage) -> range:
+    return range(stage.first_step, stage.last_step, max(1, stage.steps // SAMPLES))

@@ -1,0 +1,80 @@
+"""The forecast of a run as it is written, on the machine where it starts: lines for the dry run and the log, and metrics.
+
+Note: a CPU without a calibration has no forecast of time, because no data sheet says what its cores do beside others.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ted_scale.distill import memory
+from ted_scale.distill.flops import step_flops
+from ted_scale.forecast import machine as machines
+from ted_scale.forecast import step
+from ted_scale.forecast.machine import Machine
+from ted_scale.ranks.capacity import local_ranks
+
+GIB = 2**30
+DAY = 86400
+
+
+class Forecast(NamedTuple):
+    """Of a mean step of a stage."""
+
+    memory: float  # bytes of a rank, without the process
+    seconds: dict[str, float]  # by term
+    tokens_per_s: float
+    mfu: float | None
+    days: float  # of the whole stage
+
+
+def known_machine(run) -> Machine | None:
+    """As it was calibrated, or as the table has it. A calibration of another kind of device does not count."""
+    from deepspeed.accelerator import get_accelerator
+
+    file, device = Path(run.runs) / machines.FILE, get_accelerator().device_name()
+    kept = machines.read(file) if file.exists() else None
+    if kept and kept.device == device:
+        return kept
+    return machines.of_torch_name(torch.cuda.get_device_name(), run.train.precision) if device == "cuda" else None
+
+
+def of_stage(plan, stage, machine: Machine, local: int) -> Forecast:
+    terms = step.of_stage(plan, stage, machine, local)
+    whole, tokens = sum(terms.values()), plan.run.train.tokens_per_step
+    work = [step_flops(plan, stage, at, plan.attended.__getitem__).model for at in step.sampled(stage)]
+    mean = sum(work) / len(work)
+    mfu = tokens * mean / whole / plan.world / machine.peak if machine.peak else None
+    needs = sum(memory.terms(plan, stage, machine.device)[0].values())
+    return Forecast(needs, terms, tokens / whole, mfu, stage.steps * whole / DAY)
+
+
+def describe(plan) -> list[str]:
+    """A line a stage."""
+    machine = known_machine(plan.run)
+    if machine is None:
+        return [
+            f"time of a step: no forecast, because this machine is not in the table and {Path(plan.run.runs) / machines.FILE} is "
+            "not there; python tools/plan.py RUN.toml --calibrate measures it"
+        ]
+    return [line_of(stage, of_stage(plan, stage, machine, local_ranks(plan.world)), machine) for stage in plan.stages]
+
+
+def line_of(stage, found: Forecast, machine: Machine) -> str:
+    by_size = sorted(found.seconds.items(), key=lambda term: -term[1])
+    terms = " + ".join(f"{name} {value * 1e3:,.3g}" for name, value in by_size if value)
+    mfu = f", MFU {found.mfu:.2f}" if found.mfu else ""
+    return (
+        f"time of a step in stage {stage.name}, forecast for {machine.name} ({machine.source}): "
+        f"{sum(found.seconds.values()) * 1e3:,.4g} ms = {terms}; {found.tokens_per_s:,.0f} tokens/s{mfu}, {found.days:,.2g} days"
+    )
+
+
+def numbers(plan, stage, at: int, device: str) -> dict[str, float]:
+    """Of a step like that after `at` steps: for metrics.jsonl, beside perf/step_ms and memory/peak_gib."""
+    found = {"memory/forecast_gib": sum(memory.terms(plan, stage, device)[0].values()) / GIB}
+    machine = known_machine(plan.run)
+    if machine is not None:
+        found["perf/forecast_ms"] = sum(step.seconds(plan, stage, at, machine, local_ranks(plan.world)).values()) * 1e3
+    return found

@@ -1,0 +1,114 @@
+"""The ways to run a run file on given GPUs: every placement of the teacher, micro-batches, checkpointing or not.
+
+Note: a way is a plan like any other, so what is said about it is what a run would log about itself.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from ted_scale.base.errors import UserError
+from ted_scale.config.run import Run
+from ted_scale.distill import memory
+from ted_scale.distill.stages import stages_of
+from ted_scale.forecast import summary
+from ted_scale.forecast.machine import Machine
+from ted_scale.forecast.summary import Forecast
+from ted_scale.placement import FASTEST_FIRST, Rank, candidates, place, placed, ranks_of_a_node, usable
+from ted_scale.plan import Plan, derive_accumulation, plan_of_models
+
+MOST = 64  # rows of a micro-batch that are tried
+
+
+class Cluster(NamedTuple):
+    machine: Machine
+    gpus: int
+    per_node: int
+
+    @property
+    def rank(self) -> Rank:
+        return Rank(self.machine.device, self.machine.memory, self.per_node)
+
+
+class Option(NamedTuple):
+    plan: Plan
+    way: str  # of the teacher's placement; "" without a teacher
+    needs: dict[str, float]  # bytes by term of the stage that needs most
+    away: float  # bytes in the host's memory
+    forecasts: dict[str, Forecast]  # by stage
+    fits: bool
+
+    @property
+    def days(self) -> float:
+        return sum(found.days for found in self.forecasts.values())
+
+    @property
+    def main(self) -> Forecast:
+        return list(self.forecasts.values())[-1]
+
+
+def check(cluster: Cluster) -> None:
+    if cluster.gpus > cluster.per_node and cluster.gpus % cluster.per_node:
+        raise UserError(
+            f"--per-node must divide --gpus ({cluster.gpus}), but is {cluster.per_node}; every node must have as many ranks"
+        )
+
+
+def base(run: Run) -> Plan:
+    """The models are looked at once; what else a way changes follows from the run file."""
+    return plan_of_models(changed(run, 1, run.student.gradient_checkpointing), 1, needs_weights=False)
+
+
+def varied(plan: Plan, gpus: int, micro_batch: int, checkpointing: bool) -> Plan:
+    run = changed(plan.run, micro_batch, checkpointing)
+    return replace(plan, run=run, world=gpus, accumulation=derive_accumulation(run, gpus), stages=stages_of(run))
+
+
+def as_written(plan: Plan, run: Run, cluster: Cluster, *, checkpointing: bool | None = None) -> Option:
+    """With another checkpointing if that is given."""
+    chosen = run.student.gradient_checkpointing if checkpointing is None else checkpointing
+    plan = varied(plan, cluster.gpus, run.train.micro_batch, chosen)
+    return option(replace(plan, placement=place(plan, cluster.rank)), cluster)
+
+
+def option(plan: Plan, cluster: Cluster) -> Option:
+    worst = max(plan.stages, key=lambda stage: sum(memory.terms(plan, stage, cluster.machine.device)[0].values()))
+    needs, away = memory.terms(plan, worst, cluster.machine.device)
+    local = min(cluster.per_node, cluster.gpus)
+    forecasts = {stage.name: summary.of_stage(plan, stage, cluster.machine, local) for stage in plan.stages}
+    fits = sum(needs.values()) <= usable(cluster.rank)
+    return Option(plan, plan.placement.way if plan.placement else "", needs, away, forecasts, fits)
+
+
+def placements(plan: Plan, cluster: Cluster) -> list[Option]:
+    """Every placement that is another one on these ranks, with all else as in the plan."""
+    if plan.teacher is None:
+        return [option(plan, cluster)]
+    node = ranks_of_a_node(plan.run.teacher, plan.world, cluster.per_node)
+    ways = {placement.way for placement in candidates(plan, node)} | {"offload"}
+    return [option(replace(plan, placement=placed(plan, way, node)), cluster) for way in FASTEST_FIRST if way in ways]
+
+
+def changed(run: Run, micro_batch: int, checkpointing: bool) -> Run:
+    train = run.train.model_copy(update={"micro_batch": micro_batch})
+    student = run.student.model_copy(update={"gradient_checkpointing": checkpointing})
+    return run.model_copy(update={"train": train, "student": student})
+
+
+def micro_batches(run: Run, gpus: int) -> list[int]:
+    """Those that divide a step: powers of two, and what the run file says."""
+    rows = run.train.tokens_per_step // run.data.seq_len
+    asked = {1 << power for power in range(MOST.bit_length())} | {run.train.micro_batch}
+    return sorted(size for size in asked if size <= MOST and rows % (size * gpus) == 0)
+
+
+def every_way(plan: Plan, run: Run, cluster: Cluster) -> Iterator[Option]:
+    for checkpointing in (False, True):
+        for size in micro_batches(run, cluster.gpus):
+            yield from placements(varied(plan, cluster.gpus, size, checkpointing), cluster)
+
+
+def best(plan: Plan, run: Run, cluster: Cluster) -> Option | None:
+    """The fastest way that fits; of equally fast ones that without checkpointing, with the smaller micro-batch."""
+    found = [one for one in every_way(plan, run, cluster) if one.fits]
+    return min(found, key=lambda one: float(f"{one.days:.4g}")) if found else None
