@@ -32,6 +32,8 @@ def main() -> None:
     arguments = parser.parse_args()
     check_ranks(arguments.ranks, arguments.dry_run)
     run = load_run(arguments.config, arguments.set)
+    if arguments.dry_run:
+        logging.disable(logging.WARNING)  # DeepSpeed logs to stdout, where the run file is printed
 
     from ted_scale.plan import describe, make_plan  # imports take seconds; a typing mistake should not wait for them
 
@@ -42,7 +44,6 @@ def main() -> None:
         from ted_scale.engines import check_engine_config
         from ted_scale.forecast import summary
 
-        logging.disable(logging.WARNING)  # DeepSpeed logs to stdout, where the run file is printed
         check_engine_config(plan)
         forecast = [*memory.describe(plan), *summary.describe(plan)]
         print(to_toml(run), describe(plan), *forecast, sep="\n")
