@@ -14,7 +14,7 @@ from ted_scale.ranks.agree import gather
 
 BY_ITSELF = ("replicated", "node", "sharded")  # what `auto` takes, fastest first
 FASTEST_FIRST = (*BY_ITSELF, "offload")
-# The share of a rank's memory that the estimate may take, which leaves out the process and what the allocator keeps: on CPUs resident
+# The share of a rank's memory that the estimate may take. It leaves out the process and what the allocator keeps: on CPUs resident
 # peaks were up to 1.19 times as high as an earlier, larger estimate (docs/benchmarks.md).
 ROOM = {"cpu": 0.8, "cuda": 0.9}
 SAID = {

@@ -104,7 +104,7 @@ def resting(plan, stage: Stage, device: str) -> dict[str, float]:
 
 
 def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
-    """What lives for a part of a step: in frozen forwards, while a loss is formed, at the head's backward, at that of a block, in the
+    """What lives for a part of a step: in frozen forwards, while a loss is formed, in the head's backward, in a block's, in the
     update."""
     b, tokens, trained = bytes_of(plan), tokens_of(plan), trained_parameters(plan, stage)
     whole = {"gathered": b * gathered(plan, stage, device)}
@@ -181,7 +181,9 @@ def activations(plan, stage: Stage) -> tuple[float, float, float]:
     b, tokens = bytes_of(plan), tokens_of(plan)
     dtype = torch.bfloat16 if b == 2 else torch.float32
     kept = {a: tokens * kept_a_token(a, dtype) for a in (plan.student, plan.teacher) if a}
-    frozen = max([size / a.layers for a, size in kept.items() if stage.learns_filters or a is plan.teacher], default=0.0)
+    frozen = max(
+        [size / a.layers for a, size in kept.items() if stage.learns_filters or a is plan.teacher], default=0.0
+    )
     if stage.learns_filters:
         return 0.0, 0.0, frozen
     if plan.run.student.gradient_checkpointing:

@@ -54,4 +54,3 @@ def seconds(sent: Sent, machine: Machine, local: int) -> float:
     within = sent.bytes * (1 - 1 / inside) / machine.node_link
     across = sent.bytes * (1 - 1 / nodes) / (inside * machine.far_link)
     return max(within, across) + sent.calls * machine.latency * math.log2(sent.ranks)
-

@@ -66,13 +66,12 @@ def table(rows: dict[str, list[str]], placements: list[Option]) -> list[str]:
 
 
 def verdict(written: Option, cluster: Cluster) -> str:
-    run, needs, room = written.plan.run, sum(written.needs.values()), usable(cluster.rank)
+    rank, micro_batch = cluster.rank, written.plan.run.train.micro_batch
     way = f", placement {written.way}" if written.way else ""
-    fits = "fits" if written.fits else "does not fit"
-    return (
-        f"as written (micro-batch {run.train.micro_batch}{way}, checkpointing {'on' if checkpoints(written) else 'off'}): {fits}, "
-        f"{needs / GIB:,.1f} GiB of {room / GIB:,.1f} ({room / cluster.rank.memory:.0%} of a rank's {cluster.rank.memory / GIB:,.1f})"
-    )
+    how = f"micro-batch {micro_batch}{way}, checkpointing {'on' if checkpoints(written) else 'off'}"
+    of = f"{usable(rank) / GIB:,.1f} ({usable(rank) / rank.memory:.0%} of a rank's {rank.memory / GIB:,.1f})"
+    needs = f"{sum(written.needs.values()) / GIB:,.1f} GiB of {of}"
+    return f"as written ({how}): {'fits' if written.fits else 'does not fit'}, {needs}"
 
 
 def recommendation(best: Option | None) -> str:
