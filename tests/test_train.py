@@ -58,7 +58,7 @@ def test_the_teacher_s_signal_is_freed_before_backward(monkeypatch, early, calle
         balances=False, run=SimpleNamespace(data=SimpleNamespace(seq_len=1)),
         last_step=1, verifies=nothing, validates=nothing, saves=nothing,
     )  # fmt: skip
-    guard = SimpleNamespace(add=nothing, gather=nothing, decide=lambda progress: progress, read=nothing, stopping=False)
+    guard = SimpleNamespace(add=nothing, gather=nothing, decide=Progress, read=nothing, stopping=False)
     clock = Clock(SimpleNamespace(type="cpu"))
     metrics = SimpleNamespace(timed=lambda items, _: items, clock=clock, add=nothing)
     settings = {"progress": Progress(), "verify": nothing, "validate": nothing, "save": nothing}

@@ -92,7 +92,7 @@ def test_the_estimate_of_what_a_signal_holds_is_what_it_holds(deep, width):
     parts, batch = build(deep, filters={"width": width}, train={"micro_batch": 4}, data={"seq_len": 16}), make_batch()
     signal = (streamed(parts) if width == 16 else parts).teacher(batch, ON)
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*signal.layers_NE, signal.last_NE)}
-    expected = memory.terms(parts.plan, parts.stage, "cpu")[0]["states"]
+    expected = memory.states(parts.plan, parts.stage)
     assert sum(held.values()) == expected == 64 * 4 * (8 * (192 if width == "full" else 16) + 192)
 
 

@@ -29,7 +29,7 @@ def measure(task, write, shape: str) -> None:
         asked = {"precision": precision, "compile": compiled, "placement": "replicated"}
         try:
             refuse_rehearsal(task, compiled)
-            plan = plan_of(task.work / task.part, sizes, "kd", {"teacher": asked, "fused_blocks": "off"})
+            plan = plan_of(task.work / task.part, sizes, "kd", {"teacher": asked, "fused_blocks": "off"}, 1)
             batch = next(forever(plan, device))[0] if batch is None else batch
             found[name] = measure_arm(plan, batch, device, partial(write, arm=name))
         except (Skipped, UserError) as error:
