@@ -98,7 +98,7 @@ def measured_starts(plan, stream: Stream, teacher, device) -> list[Start]:
 
 def as_teacher(plan):
     """A plan in which the student is a frozen model whose matched blocks are read."""
-    run = plan.run.model_copy(update={"teacher": Teacher(path=plan.run.student.path, early=False)})
+    run = plan.run.model_copy(update={"teacher": Teacher(path=plan.run.student.path)})
     placement = placed(plan, "replicated", 1) if plan.placement.is_bare else plan.placement
     return replace(plan, run=run, teacher=plan.student, placement=placement, pairs=[(s, s) for s, _ in plan.pairs])
 

@@ -51,7 +51,7 @@ class Teacher(Model):
         1, description="the micro-batches (of train.micro_batch samples) that it reads in one call, in a step"
     )
     early: bool = Field(
-        True,
+        False,
         description="replicated or offload: it reads a micro-batch beside the student's backward of the one before, in a step",
     )
     precision: Literal["bf16", "fp8", "int8"] | None = Field(

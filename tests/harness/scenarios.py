@@ -447,8 +447,9 @@ def kinds_of_filters(folder: Path, device):
 
 
 READINGS = {
-    "one_by_one": {"early": False}, "sharded_by_two": {"placement": "sharded", "micro_batch": 2}, "early": {},
-    "early_by_three": {"micro_batch": 3}, "offload_by_two": {"placement": "offload", "micro_batch": 2},
+    "one_by_one": {}, "sharded_by_two": {"placement": "sharded", "micro_batch": 2}, "early": {"early": True},
+    "early_by_three": {"early": True, "micro_batch": 3},
+    "offload_by_two": {"early": True, "placement": "offload", "micro_batch": 2},
 }  # fmt: skip
 
 
