@@ -63,6 +63,25 @@ def test_a_teacher_of_8_bits_counts_a_byte_for_each_element_that_is_rounded(worl
     assert {name: size for name, size in small.items() if name != "teacher"} == {
         name: size for name, size in whole.items() if name != "teacher"
     }
+def test_a_call_keeps_a_signal_for_each_micro_batch_and_an_early_one_is_there_in_backward(world):
+    """Of a step of eight micro-batches. One call for all of them has no backward to run beside."""
+
+    def kd(early: bool, micro_batch: int, mode: str = "chunked"):
+        teacher = {"placement": "replicated", "early": early, "micro_batch": micro_batch}
+        plan = of(world, method="kd", teacher=teacher, loss={"mode": mode})[0]
+        return memory.moments(plan, plan.stages[-1], "cpu")
+
+    plan, *_ = of(world, method="kd")
+    block = 32 * memory.kept_a_token(plan.teacher, torch.float32) / plan.teacher.layers
+    head = 32 * 4 * 48
+    for n in (1, 2, 20):
+        signals, serial, early = min(n, 8), kd(False, n), kd(True, n)
+        assert serial[0]["states"] == early[0]["states"] == signals * head
+        assert serial[0]["activations"] == early[0]["activations"] == pytest.approx(signals * block)
+        assert {moment["read ahead"] for moment in serial[2:4]} == {0}
+        ahead = signals * (block + head) if signals < 8 else 0
+        assert [moment["read ahead"] for moment in early[2:4]] == pytest.approx([ahead] * 2)
+    assert kd(True, 1, "strict")[2]["read ahead"] == pytest.approx(block + 2 * head)
 
 
 def test_stage_one_trains_filters_alone(world):
