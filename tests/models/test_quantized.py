@@ -13,6 +13,7 @@ from ted_scale.models.anatomy import run_body
 from ted_scale.models.inspection import inspect
 from ted_scale.models.quantized import build_quantized, unrounded
 from ted_scale.models.weights import build_network
+from ted_scale.models.zero_lean import Linear
 
 quantization = pytest.importorskip("torchao.quantization")
 CPU, TOKENS = torch.device("cpu"), torch.arange(1, 33).view(2, 16)
@@ -127,6 +128,14 @@ def test_a_flipped_bit_of_a_number_or_a_scale_changes_a_digest(tmp_path):
         changed = (replicas.digests(replicas.parts_of(network), CPU) != before).nonzero().flatten().tolist()
         assert names[changed[-1 if key == "scale" else 0]] == f"model.layers.0.mlp.up_proj.weight.{key}"
     assert len(changed) == 2
+
+
+def test_deepspeed_s_linear_leaves_8_bits_to_torchao(tmp_path):
+    """It takes the place of torch's for every model of the process once a student is sharded."""
+    weight = rounded(anatomy_of(tmp_path, "llama", num_hidden_layers=1)).model.layers[0].mlp.up_proj.weight
+    x = torch.randn(2, 3, weight.shape[1], dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(Linear(None).apply(x, weight), torch.nn.functional.linear(x, weight))
 
 
 def test_a_file_without_a_block_s_tensor_is_refused(tmp_path):
