@@ -75,7 +75,9 @@ class Linear:
 
     def apply(self, x, weight, bias=None):
         if hasattr(weight, "__tensor_flatten__"):
-            return torch._C._nn.linear(x, weight, bias)  # of 8 bits (quantized.py): torchao knows torch's own function alone
+            return torch._C._nn.linear(
+                x, weight, bias
+            )  # of 8 bits (quantized.py): torchao knows torch's own function alone
         if torch.compiler.is_compiling():
             return product(x, weight, bias)  # a compiled backward reads the weight itself, too
         if torch._C._is_any_autocast_enabled():
