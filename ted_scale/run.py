@@ -179,6 +179,8 @@ def build_stage(parts: Parts, stage: Stage, stream: Stream, progress: Progress, 
     """The student's engine, with the state of the checkpoint that it resumes from."""
     plan, teacher, _, loader, saver = parts
     parts.metrics.ledger.turn("start")
+    if plan.teacher:
+        teacher.keep_filtered(None)  # of an earlier stage, or of this one before the run went back
     teacher_start.begin(plan, stream, teacher, parts.metrics, progress, loader.device)
     filters_file = first_filters(plan, stage, stream, teacher, progress, saver.filters_file, loader.device)
     gc.collect()  # frees the engine of an earlier stage, which has reference cycles

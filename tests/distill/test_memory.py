@@ -63,6 +63,8 @@ def test_a_teacher_of_8_bits_counts_a_byte_for_each_element_that_is_rounded(worl
     assert {name: size for name, size in small.items() if name != "teacher"} == {
         name: size for name, size in whole.items() if name != "teacher"
     }
+
+
 def test_a_call_keeps_a_signal_for_each_micro_batch_and_an_early_one_is_there_in_backward(world):
     """Of a step of eight micro-batches. One call for all of them has no backward to run beside."""
 
