@@ -198,8 +198,14 @@ def lend(filters, teacher: Teacher, dtype: torch.dtype) -> None:
     device = teacher.head.weight.device
     teacher.keep_filtered(filters.to(device, dtype))
     if teacher.at_load is not None:
-        own = teacher.at_load[: len(replicas.parts_of(teacher.body))]
-        teacher.at_load = torch.cat([own, replicas.digests(replicas.parts_of(filters), device)])
+        teacher.at_load = torch.cat([teacher.at_load, replicas.digests(replicas.parts_of(filters), device)])
+
+
+def take_back(teacher) -> None:
+    """The filters of an earlier stage, or of this one before the run went back."""
+    teacher.keep_filtered(None)
+    if teacher.at_load is not None:
+        teacher.at_load = teacher.at_load[: len(replicas.parts_of(teacher.body))]
 
 
 def build_filters(plan: Plan, stage: Stage):

@@ -28,7 +28,7 @@ from ted_scale.data.loader import Loader
 from ted_scale.data.stream import Stream
 from ted_scale.distill.flops import step_flops
 from ted_scale.distill.stages import Stage
-from ted_scale.engines import build_student, build_teacher, check_device, check_engine_config, describe
+from ted_scale.engines import build_student, build_teacher, check_device, check_engine_config, describe, take_back
 from ted_scale.filter_start import first_filters
 from ted_scale.forecast import summary
 from ted_scale.health import replicas
@@ -180,7 +180,7 @@ def build_stage(parts: Parts, stage: Stage, stream: Stream, progress: Progress, 
     plan, teacher, _, loader, saver = parts
     parts.metrics.ledger.turn("start")
     if plan.teacher:
-        teacher.keep_filtered(None)  # of an earlier stage, or of this one before the run went back
+        take_back(teacher)
     teacher_start.begin(plan, stream, teacher, parts.metrics, progress, loader.device)
     filters_file = first_filters(plan, stage, stream, teacher, progress, saver.filters_file, loader.device)
     gc.collect()  # frees the engine of an earlier stage, which has reference cycles

@@ -8,6 +8,8 @@ from tiny import make_model, make_run
 from ted_scale.distill import memory
 from ted_scale.distill.filters import keeps_filtered
 from ted_scale.distill.signal import Weights
+from ted_scale.engines import lend, take_back
+from ted_scale.health import replicas
 from ted_scale.kernels import filtered_mse, filtered_states
 from ted_scale.kernels.formulas.layers import KINDS
 from ted_scale.plan import make_plan
@@ -104,3 +106,19 @@ def test_no_state_is_held_beyond_its_block(deep):
     narrow = peak_bytes(lambda: streamed(parts).teacher(batch, ON))
     state, kept = 1024 * 192 * 4, 1024 * 16 * 4
     assert whole - narrow == pytest.approx(6 * state - 7 * kept, rel=0.02)
+
+
+def test_what_was_lent_is_taken_back(world):
+    """By a run that goes back from stage II to stage I: its teacher gives whole states, and none of its digests is missed."""
+    parts, batch = build(world, filters=NARROW), make_batch()
+    teacher = parts.teacher
+    teacher.at_load = before = replicas.digests(replicas.parts_of(teacher.body), torch.device("cpu"))
+    whole = teacher(batch, ON).layers_NE
+    for _ in range(2):
+        lend(parts.student.filters_t, teacher, torch.float32)
+        assert teacher(batch, ON).layers_NE[0].shape[-1] == 16 and len(teacher.at_load) == len(
+            replicas.frozen_of(teacher)
+        )
+        take_back(teacher)
+        assert torch.equal(teacher.at_load, before) and len(before) == len(replicas.frozen_of(teacher))
+        assert all(torch.equal(a, b) for a, b in zip(whole, teacher(batch, ON).layers_NE, strict=True))
