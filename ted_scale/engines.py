@@ -11,6 +11,7 @@ import torch
 from ted_scale import kernels
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints.filters_file import load_filters
+from ted_scale.distill import memory
 from ted_scale.distill.filters import Filter, has_lift, keeps_filtered
 from ted_scale.distill.stages import Stage
 from ted_scale.distill.student import Student
@@ -122,7 +123,7 @@ def bare_teacher(plan: Plan, device: torch.device) -> Teacher:
     body, blocks = teacher_body(plan, ds_config=None, device="cpu" if streamed else device)
     if streamed:
         stream_blocks(body.network, blocks, device)
-    return Teacher(body, body, together=plan.run.teacher.micro_batch, early=plan.run.teacher.early)
+    return Teacher(body, body, together=plan.run.teacher.micro_batch, early=memory.is_early(plan))
 
 
 def sharded_teacher(plan: Plan) -> Teacher:

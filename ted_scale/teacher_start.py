@@ -1,4 +1,4 @@
-"""The teacher's first micro-batch of a stage: how long compiling takes, and what 8 bits cost beside bf16.
+"""The teacher's first call of a stage: how long compiling takes, and what 8 bits cost beside bf16.
 
 Both are known before the student is there. Note: the bf16 teacher is never whole on the device: one of its blocks is read from the
 files at a time (quantized.py), while every rank runs its own micro-batch.
@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from ted_scale.base.errors import UserError
-from ted_scale.data.stream import Stream
+from ted_scale.data.stream import Stream, joined
+from ted_scale.distill.memory import together
 from ted_scale.distill.teacher import Teacher, TeacherBody
 from ted_scale.filter_start import batches
 from ted_scale.kernels import linear_kl_ce
@@ -47,7 +48,7 @@ def begin(plan, stream: Stream, teacher, metrics, progress, device) -> None:
     tokens = dist.get_world_size() * plan.run.train.micro_batch * stream.seq_len
     batch = next(batches(plan, stream, tokens, device))
     if plan.run.teacher.compile:
-        log_line(seconds_of_compiling(teacher, batch, bool(plan.pairs)))
+        log_line(seconds_of_compiling(teacher, joined([batch] * together(plan)), bool(plan.pairs)))
     if bits := plan.run.teacher_bits:
         say_cost(plan, bits, teacher, batch, metrics, progress)
 
@@ -73,7 +74,7 @@ def seconds_of_compiling(teacher: Teacher, batch, wants_layers: bool) -> str:
         raise UserError(
             f"teacher.compile must be false where torch cannot compile the teacher's blocks, but is true: {reason}; leave it out"
         ) from None
-    return f"the teacher's first micro-batch took {first:.3g} s, of which compiling its blocks; the second took {second:.3g} s"
+    return f"the teacher's first call took {first:.3g} s, with compiling its blocks; the second took {second:.3g} s"
 
 
 def say_cost(plan, bits: str, teacher: Teacher, batch, metrics, progress) -> None:

@@ -86,10 +86,7 @@ def test_what_compiling_takes_is_logged_and_a_failure_is_a_sentence(world, monke
     monkeypatch.setattr(torch, "compile", lambda forward, **named: compiler(forward, backend=backend[0], **named))
     plan = plan_of(world, method="kd", compile=True)
     rows, _, said = begun(monkeypatch, caplog, plan)
-    assert (
-        "the teacher's first micro-batch took " in said
-        and " s, of which compiling its blocks; the second took " in said
-    )
+    assert "the teacher's first call took " in said and " s, with compiling its blocks; the second took " in said
     assert not rows
 
     def fails(graph, inputs):

@@ -25,6 +25,7 @@ DECISIVE = (
 DROPPED = ("data.workers",)  # keys of earlier versions that never changed a result
 
 NEVER = ("filters.width", "filters.mlp")
+IMPLIED = {"teacher.precision": "16 bits or more"}  # by a checkpoint from before there was the key
 
 
 def unknown_name(name: str) -> str | None:
@@ -47,6 +48,7 @@ def without_none(value):
 
 def refuse_another_run(where, theirs: dict, ours: dict, allowed: list[str], step: int) -> None:
     """Raise one sentence with every difference that is not allowed, if there is one."""
+    theirs = IMPLIED | theirs
     found = differences(theirs, ours)
     never = [key for key in found if cannot_load(key, theirs, ours, step)]
     refused = [key for key in found if key in never or key not in allowed]
@@ -92,6 +94,7 @@ def cannot_load(key: str, theirs: dict, ours: dict, step: int) -> bool:
 
 def changes(theirs: dict, ours: dict, written: dict | None, run: dict, step: int) -> list[str]:
     """What a run logs when it continues with another run file, a sentence a key: allowed changes and free ones."""
+    theirs = IMPLIED | theirs
     found = {key: (theirs[key], ours[key]) for key in differences(theirs, ours)}
     if written is not None:
         before, now = {key: value for key, value in flat(written).items() if key not in DROPPED}, flat(run)

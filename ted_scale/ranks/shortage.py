@@ -53,6 +53,10 @@ def line_of(error: BaseException) -> str:
 def ways_to_need_less(run, ds_config: dict, on_cpu: bool, placement: str | None = None) -> str:
     """The ways that this run does not use yet, the cheapest first; `placement` is one of the teacher that needs less."""
     ways = []
+    if run.teacher and run.teacher.early:
+        ways.append("set teacher.early = false")
+    if run.teacher and run.teacher.micro_batch > 1:
+        ways.append(f"lower teacher.micro_batch ({run.teacher.micro_batch})")
     if placement:
         ways.append(f"set teacher.placement = '{placement}'")
     if run.train.micro_batch > 1:

@@ -199,6 +199,12 @@ def test_changes_are_reported_key_by_key(world):
     assert changes.changes({"seed": 0}, {"seed": 1}, None, ours, 7) == ["seed is 1 instead of 0 from step 7 on"]
 
 
+def test_a_checkpoint_from_before_teachers_had_a_precision_had_one_of_16_bits():
+    with pytest.raises(UserError, match=r"teacher.precision must be '16 bits or more', but is 'fp8'.*resume.allow"):
+        changes.refuse_another_run("there", {"seed": 0}, {"seed": 0, "teacher.precision": "fp8"}, [], 7)
+    changes.refuse_another_run("there", {"seed": 0}, {"seed": 0, "teacher.precision": "16 bits or more"}, [], 7)
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(world):
     run = make_run(world)
     checkpoint = leave_checkpoint(run, make_plan(run, 1).identity())

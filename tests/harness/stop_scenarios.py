@@ -63,10 +63,10 @@ def put_signal_into(moment: str, arm, save, weigh, validate) -> None:
             os.kill(os.getpid(), signal.SIGUSR1 if rank == 0 else signal.SIGTERM)
             assert signals.asked.wait(5)
 
-    def armed(self, progress):
+    def armed(self, progress, each):
         tell("step", progress.step + 1, 1)
         tell("last", progress.step + 1, 1)
-        arm(self, progress)
+        arm(self, progress, each)
 
     def saved(*arguments):
         tell("save", arguments[-1].step, 0)

@@ -74,6 +74,9 @@ def test_a_run_that_runs_out_of_memory_gets_its_own_advice(tmp_path, monkeypatch
 def test_advice_names_only_what_the_run_does_not_do_yet(tmp_path):
     run = make_run(tmp_path, train={"micro_batch": 4})
     assert shortage.ways_to_need_less(run, DS_CONFIG, True, "sharded").startswith("set teacher.placement = 'sharded', ")
+    reading = make_run(tmp_path, teacher={"early": True, "micro_batch": 4})
+    ways = shortage.ways_to_need_less(reading, DS_CONFIG, on_cpu=True)
+    assert ways.startswith("set teacher.early = false, lower teacher.micro_batch (4), ")
     assert shortage.ways_to_need_less(run, DS_CONFIG, on_cpu=False) == (
         "lower train.micro_batch (4), set student.gradient_checkpointing = true, lower data.seq_len (32), set "
         "loss.chunk_tokens lower than its default, take ds_config = 'ds_configs/zero3_offload_optimizer.json', or give it "

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own f
 
 import torch
 
+from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.config.data import Data
 from ted_scale.config.method import Loss
@@ -32,6 +33,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--length", type=int, default=1024)
     arguments = parser.parse_args()
+    if arguments.tokens < arguments.length:
+        raise UserError(f"--tokens must hold a window of --length ({arguments.length}), but is {arguments.tokens}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     anatomy = inspect("MODEL", str(arguments.model))
     batch = batch_of(arguments, anatomy.vocab_size, device)

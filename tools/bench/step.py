@@ -156,6 +156,8 @@ def lend(teacher, filters) -> None:
 def variant(arguments, number: int):
     """The run with an arm's method and settings, enough steps, a folder of its own, and the filters of the original run."""
     method, *settings = arguments.arms[number].split()
+    if others := [word for word in settings if word.startswith("teacher.") and not word.startswith("teacher.every=")]:
+        raise UserError(f"--arms must have one teacher, but one says {others[0]}; give it to all of them by --set")
     run = load_run(arguments.config, [*arguments.set, f"method={method}", *settings])
     filters = run.filters.model_copy(update={"from_run": str(run.folder)})
     train = run.train.model_copy(update={"steps": 10**6})
