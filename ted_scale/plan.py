@@ -105,6 +105,7 @@ class Plan:
 
 def make_plan(run: Run, world: int) -> Plan:
     plan = plan_of_models(run, world)
+    quantized.check(run.teacher_bits, plan.teacher)
     check_shards(plan.run, plan.vocabulary, plan.student)
     plan = dataclasses.replace(plan, attended=attended(plan.run, plan.vocabulary, plan.student, plan.teacher))
     plan = dataclasses.replace(plan, placement=place(plan, of_this_machine(world)))
@@ -134,7 +135,7 @@ def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
     run = filter_sizes.resolved(run, student, teacher, matched.pairs) if matched.pairs else run
     width = int(run.filters.width) if matched.pairs else 0
     fused.check(run.fused_blocks, {"student": student, "teacher": teacher}, run.data.attention)
-    quantized.check(run.teacher_bits, teacher)
+    quantized.check_model(run.teacher_bits, teacher)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)
     return Plan(

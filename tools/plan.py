@@ -19,7 +19,7 @@ from ted_scale.config.run_file import load_run
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    run = load_run(arguments.run, arguments.set)
+    run = load_run(arguments.run, arguments.set, argument="RUN.toml")
     if arguments.calibrate:
         from tools.planning import calibrate
 
@@ -50,6 +50,7 @@ def kept(run: Run) -> Path:
 
 def machine_of(arguments, run: Run):
     from ted_scale.forecast import machine as machines
+    from tools.planning.scale import GPUS
 
     if arguments.gpu:
         found = machines.named(arguments.gpu, run.train.precision)
@@ -61,6 +62,8 @@ def machine_of(arguments, run: Run):
                 f"{', '.join(machines.SHEETS)}, or run --calibrate there"
             )
         found = machines.read(file)
+        if why := machines.unfit(found, run.train.precision, max(GPUS) if arguments.scale else arguments.gpus):
+            raise UserError(why)
     return found.between_nodes(arguments.bandwidth * 1e9 / arguments.per_node if arguments.bandwidth else None)
 
 

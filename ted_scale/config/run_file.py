@@ -26,9 +26,9 @@ CALLED = {
 }  # fmt: skip
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
-    """Read a run file and put `section.key=value` strings on top. A mistake is one UserError sentence that names the file or
-    the --set that made it."""
+def load_run(path: str | Path, overrides: Sequence[str] = (), argument: str = "--config") -> Run:
+    """Read a run file and put `section.key=value` strings on top. A mistake is one UserError sentence that names the file, or
+    the --set that made it, or, without a file, the argument that should have named one."""
     try:
         with Path(path).open("rb") as file:  # may be a pipe, which the user made
             content = file.read(LARGEST + 1)
@@ -36,7 +36,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
             raise ValueError(f"it has more than {LARGEST:,} bytes")
         text = content.decode()
     except OSError as error:
-        raise UserError(f"--config must name a readable run file, but {path} is not: {error.strerror}") from None
+        raise UserError(f"{argument} must name a readable run file, but {path} is not: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path} must be valid TOML, but is not: {one_line(error)}") from None
     run = put_together(path, text, overrides)

@@ -71,6 +71,9 @@ def terms(plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
     moved = {"offload_optimizer": ("masters", "moments", "gradients"), "offload_param": shards}
     gone = [n for key, names in moved.items() if (zero.get(key) or {}).get("device") == "cpu" for n in names]
     away = sum(found.pop(name) for name in gone) if device != "cpu" else 0
+    if "filters" in gone and device != "cpu":
+        stays = bytes_of(plan) * filters_by_place(plan, stage)[1]  # of the teacher, no part of an engine
+        found["filters"], away = stays, away - stays
     streamed = streams(plan.placement) and device != "cpu"
     away += bytes_of(plan) * in_blocks(plan.teacher) if streamed else 0
     return found | max(moments(plan, stage, device), key=lambda moment: sum(moment.values())), away
@@ -92,14 +95,20 @@ def trained_parameters(plan, stage: Stage) -> int:
     )
 
 
+def filters_by_place(plan, stage: Stage) -> tuple[int, int]:
+    """Parameters of filters that (ranks share, every rank has whole). Stage I alone has lifts."""
+    counts = filter_parameters(plan)
+    whole = counts["teacher"] if keeps_filtered(plan, stage) else 0
+    return sum(counts.values()) - (0 if stage.learns_filters else counts["lifts"]) - whole, whole
+
+
 def resting(plan, stage: Stage, device: str) -> dict[str, float]:
     """What lives between steps, too."""
-    b, counts, trained = bytes_of(plan), filter_parameters(plan), trained_parameters(plan, stage) / plan.world
-    filters = sum(counts.values()) - (0 if stage.learns_filters else counts["lifts"])
-    whole = counts["teacher"] if keeps_filtered(plan, stage) else 0
+    b, trained = bytes_of(plan), trained_parameters(plan, stage) / plan.world
+    shared, whole = filters_by_place(plan, stage)
     return {
         "weights": b * plan.student.parameters / plan.world,
-        "filters": b * ((filters - whole) / plan.world + whole),
+        "filters": b * (shared / plan.world + whole),
         "teacher": of_teacher(plan, b, device),
         "masters": 4 * trained,
         "moments": 8 * trained,

@@ -1,7 +1,8 @@
 """A machine in a few numbers: what a rank has, and how fast each kind of operation is there.
 
 A named device is its data sheet times one efficiency for each kind of operation. `tools/plan.py --calibrate` measures the same
-numbers and keeps them in RUNS/machine.json. Note: a link's figure is what one rank receives a second, in one direction.
+numbers and keeps them in RUNS/machine.json, for the precision and the ranks that it ran with. Note: a link's figure is what one
+rank receives a second, in one direction.
 """
 
 import json
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale.base.durable import write_durably
-from ted_scale.base.errors import UserError, files_at
-from ted_scale.base.parsing import parse_json
+from ted_scale.base.errors import UserError, files_at, shown
+from ted_scale.base.parsing import is_count, parse_json
 from ted_scale.metrics.peaks import peak_of
 
 FILE = "machine.json"
+WORDS = {"device": ("cuda", "cpu"), "precision": ("bf16", "fp32")}
+MAY_BE_0 = ("latency", "overlap")
+LARGEST = 1e30
 
 
 class Machine(NamedTuple):
@@ -36,6 +40,8 @@ class Machine(NamedTuple):
     call: float  # seconds of the host for one operation
     overlap: float  # the share of a pass's time behind which its communication hides
     source: str
+    precision: str  # of the products
+    ranks: int  # that measured it together; 0: a data sheet
 
     def between_nodes(self, bandwidth: float | None) -> "Machine":
         return self._replace(far_link=bandwidth) if bandwidth else self
@@ -82,6 +88,7 @@ def named(name: str, precision: str) -> Machine:
         attention=of["attention"] * peak, head=of["head"] * peak, layer=of["head"] * peak, copies=of["copies"] * sheet.bandwidth,
         update=of["update"] * sheet.bandwidth, node_link=of["links"] * sheet.node_link, far_link=of["links"] * sheet.far_link,
         host_link=of["links"] * sheet.host_link, latency=LATENCY, call=CALL, overlap=OVERLAP, source="data sheet",
+        precision=precision, ranks=0,
     )  # fmt: skip
 
 
@@ -105,8 +112,44 @@ def read(path: Path) -> Machine:
     with files_at(path):
         text = path.read_text(encoding="utf-8")
     try:
-        return Machine(**parse_json(text))
+        found = Machine(**parse_json(text))
+        check(found)
+        return found
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{path} must hold a machine as tools/plan.py --calibrate writes it, but does not ({error}); calibrate again"
         ) from None
+
+
+def check(machine: Machine) -> None:
+    """Raises ValueError at the first value that no calibration writes."""
+    for name, value in machine._asdict().items():
+        if not is_possible(name, value):
+            raise ValueError(f"its {name} is {shown(value)}")
+
+
+def is_possible(name: str, value) -> bool:
+    if name in WORDS:
+        return value in WORDS[name]
+    if name in ("name", "source"):
+        return isinstance(value, str)
+    if name == "ranks":
+        return is_count(value)
+    if value is None:
+        return name == "peak"
+    return type(value) in (int, float) and 0 <= value < LARGEST and (value > 0 or name in MAY_BE_0)
+
+
+def unfit(machine: Machine, precision: str, ranks: int) -> str | None:
+    """Why a run cannot be forecast with it, as a sentence."""
+    if machine.precision != precision:
+        return (
+            f"train.precision must be that of the calibration ('{machine.precision}'), but is '{precision}'; calibrate again with "
+            "this run file"
+        )
+    if ranks > 1 and machine.ranks == 1:
+        return (
+            f"--gpus must be 1 with a calibration by one rank, which measured no link, but is {ranks}; calibrate with several "
+            "ranks, or name a device with --gpu"
+        )
+    return None

@@ -12,14 +12,15 @@
 Note: nothing is fitted here. Every rate is the machine's, every count that of flops.py, work.py or traffic.py.
 """
 
+import math
+
 import torch
 
 from ted_scale.distill import flops
-from ted_scale.distill.memory import bytes_of, in_blocks, streams, tokens_of, trained_parameters
+from ted_scale.distill.memory import bytes_of, in_blocks, streams, together, tokens_of, trained_parameters
 from ted_scale.forecast import traffic
 from ted_scale.forecast.machine import Machine
 from ted_scale.forecast.work import passes
-from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.attention import choose_path
 
 BATCH_BYTES = 20  # a token's id, label and weight
@@ -35,9 +36,9 @@ def seconds(plan, stage, step: int, machine: Machine, local: int) -> dict[str, f
     parts = flops.of_parts(plan, stage, step, keys)
     tokens, micro = tokens_of(plan), plan.accumulation
     trained = trained_parameters(plan, stage)
-    teacher, student = teacher_pass(plan, parts, tokens, machine), student_pass(plan, stage, tokens, machine)
+    teacher, student = teacher_pass(plan, stage, parts, tokens, machine), student_pass(plan, stage, tokens, machine)
     again = plan.run.student.gradient_checkpointing and not stage.learns_filters
-    exposed = hidden(traffic.teacher_gathers(plan, b), teacher, machine, local) if "teacher" in parts else 0.0
+    exposed = gathers_of_teacher(plan, stage, teacher, machine, local) if "teacher" in parts else 0.0
     exposed = exposed / stage.asks_every
     exposed += hidden(traffic.student_gathers(plan, stage, b, machine.device), sum(student), machine, local)
     sums = local_sums(trained, b) / machine.copies
@@ -62,24 +63,39 @@ def local_sums(trained: float, b: int) -> float:
     return (b + 8) * trained
 
 
-def teacher_pass(plan, parts: dict, tokens: int, machine: Machine) -> float:
-    """One forward, or the copy of its blocks from the host if that takes longer."""
+def calls_of_teacher(plan, stage) -> float:
+    """For each micro-batch that asks it: a call reads several of a step."""
+    asking = max(1.0, plan.accumulation / stage.asks_every)
+    return math.ceil(asking / together(plan)) / asking
+
+
+def teacher_pass(plan, stage, parts: dict, tokens: int, machine: Machine) -> float:
+    """Its forward of a micro-batch, or the copy of its blocks from the host if that takes longer."""
     if "teacher" not in parts:
         return 0.0
-    computed = body_pass(plan, plan.teacher, tokens, machine)[0]
+    calls = calls_of_teacher(plan, stage)
+    computed = body_pass(plan, "teacher", tokens, machine, calls)[0]
     copied = bytes_of(plan) * in_blocks(plan.teacher) / machine.host_link if streams(plan.placement) else 0.0
-    return max(computed, copied)
+    return max(computed, calls * copied)
+
+
+def gathers_of_teacher(plan, stage, forward: float, machine: Machine, local: int) -> float:
+    """What its forward of a micro-batch leaves of them."""
+    calls = calls_of_teacher(plan, stage)
+    return calls * hidden(traffic.teacher_gathers(plan, bytes_of(plan)), forward / calls, machine, local)
 
 
 def student_pass(plan, stage, tokens: int, machine: Machine) -> tuple[float, float]:
     """(forward, backward)"""
-    forward, backward = body_pass(plan, plan.student, tokens, machine)
+    forward, backward = body_pass(plan, "student", tokens, machine)
     return forward, 0.0 if stage.learns_filters else backward
 
 
-def body_pass(plan, a: Anatomy, tokens: int, machine: Machine) -> tuple[float, float]:
-    """(forward, backward): products, attention and all else in turn, but no faster than the host calls them."""
-    dtype, is_fused = torch.bfloat16 if bytes_of(plan) == 2 else torch.float32, fuses(plan, a, machine.device)
+def body_pass(plan, side: str, tokens: int, machine: Machine, calls: float = 1.0) -> tuple[float, float]:
+    """(forward, backward): products, attention and all else in turn, but no faster than the host calls them in so many calls of
+    the body."""
+    a, dtype = getattr(plan, side), torch.bfloat16 if bytes_of(plan) == 2 else torch.float32
+    is_fused = fuses(plan, side, machine.device)
     scores = flops.attention_flops(a, plan.attended.__getitem__)
     products = flops.body_flops(a, plan.attended.__getitem__) - scores
     found = []
@@ -88,12 +104,15 @@ def body_pass(plan, a: Anatomy, tokens: int, machine: Machine) -> tuple[float, f
         work = tokens * (
             times * products / machine.products + times * scores / machine.attention + moved / machine.copies
         )
-        found.append(max(work, one.calls * machine.call * (FUSED_CALLS if is_fused else 1)))
+        found.append(max(work, calls * one.calls * machine.call * (FUSED_CALLS if is_fused else 1)))
     return found[0], found[1]
 
 
-def fuses(plan, a: Anatomy, device: str) -> bool:
-    """Whether torch compiles the blocks there, as fused.chosen does on a GPU that is here."""
+def fuses(plan, side: str, device: str) -> bool:
+    """Whether torch compiles the blocks there, as engines.blocks_are chooses on a GPU that is here."""
+    if side == "teacher" and plan.run.teacher.compile:
+        return True
+    a = getattr(plan, side)
     length, packed = plan.run.data.seq_len, plan.run.data.attention == "document"
     on_cpu = torch.device("cpu")  # of which only torch's own attention is asked: the others depend on a GPU
     plain = all(choose_path(layer, length, packed, torch.bfloat16, on_cpu) == "sdpa" for layer in a.attention)

@@ -29,13 +29,14 @@ class Forecast(NamedTuple):
     days: float  # of the whole stage
 
 
-def known_machine(run) -> Machine | None:
-    """As it was calibrated, or as the table has it. A calibration of another kind of device does not count."""
+def known_machine(run, world: int) -> Machine | None:
+    """As it was calibrated, or as the table has it. A calibration of another kind of device, with another precision or, for
+    several ranks, by one alone does not count."""
     from deepspeed.accelerator import get_accelerator
 
     file, device = Path(run.runs) / machines.FILE, get_accelerator().device_name()
     kept = machines.read(file) if file.exists() else None
-    if kept and kept.device == device:
+    if kept and kept.device == device and not machines.unfit(kept, run.train.precision, world):
         return kept
     return machines.of_torch_name(torch.cuda.get_device_name(), run.train.precision) if device == "cuda" else None
 
@@ -52,13 +53,21 @@ def of_stage(plan, stage, machine: Machine, local: int) -> Forecast:
 
 def describe(plan) -> list[str]:
     """A line a stage."""
-    machine = known_machine(plan.run)
+    machine = known_machine(plan.run, plan.world)
     if machine is None:
         return [
             f"time of a step: no forecast, because this machine is not in the table and {Path(plan.run.runs) / machines.FILE} is "
-            "not there; python tools/plan.py RUN.toml --calibrate measures it"
+            "not there, or of another device, precision or one rank alone; python tools/plan.py RUN.toml --calibrate measures it"
         ]
-    return [line_of(stage, of_stage(plan, stage, machine, local_ranks(plan.world)), machine) for stage in plan.stages]
+    stages = [line_of(stage, of_stage(plan, stage, machine, local_ranks(plan.world)), machine) for stage in plan.stages]
+    return [*stages, *uncounted(plan)]
+
+
+def uncounted(plan) -> list[str]:
+    """What a forecast does not know about this run."""
+    if not plan.run.teacher_bits:
+        return []
+    return [f"the teacher's time is that of bf16: products in {plan.run.teacher_bits} have no rate of their own here"]
 
 
 def line_of(stage, found: Forecast, machine: Machine) -> str:
@@ -74,7 +83,7 @@ def line_of(stage, found: Forecast, machine: Machine) -> str:
 def numbers(plan, stage, at: int, device: str) -> dict[str, float]:
     """Of a step like that after `at` steps: for metrics.jsonl, beside perf/step_ms and memory/peak_gib."""
     found = {"memory/forecast_gib": sum(memory.terms(plan, stage, device)[0].values()) / GIB}
-    machine = known_machine(plan.run)
+    machine = known_machine(plan.run, plan.world)
     if machine is not None:
         found["perf/forecast_ms"] = sum(step.seconds(plan, stage, at, machine, local_ranks(plan.world)).values()) * 1e3
     return found

@@ -7,8 +7,7 @@ all parts but its own, and each node receives those of all other nodes once, ove
 import math
 from typing import NamedTuple
 
-from ted_scale.distill.filter_sizes import filter_parameters
-from ted_scale.distill.memory import setting
+from ted_scale.distill.memory import filters_by_place, setting
 from ted_scale.forecast.machine import Machine
 
 
@@ -29,9 +28,9 @@ def teacher_gathers(plan, b: int) -> Sent:
 
 
 def student_gathers(plan, stage, b: int, device: str) -> Sent:
-    """Forward and backward. Up to `stage3_max_live_parameters` stay whole in between. A frozen body is only run forward; matched
-    filters are gathered with the body."""
-    a, filters = plan.student, sum(filter_parameters(plan).values())
+    """Forward and backward. Up to `stage3_max_live_parameters` stay whole in between. A frozen body is only run forward; filters
+    that ranks share are gathered with the body."""
+    a, (filters, _) = plan.student, filters_by_place(plan, stage)
     live = (
         a.parameters if stage.learns_filters else min(a.parameters, setting(plan, "stage3_max_live_parameters", device))
     )

@@ -34,13 +34,16 @@ class Counts(NamedTuple):
 
 def check(bits: str | None, anatomy: Anatomy) -> None:
     """Refuses what the installation or the model does not allow, before any rank starts."""
-    if bits is None:
-        return
-    if importlib.util.find_spec("torchao") is None:
+    if bits and importlib.util.find_spec("torchao") is None:
         raise UserError(
             f"teacher.precision must be left out where torchao is not installed, but is '{bits}'; pip install -e .[torchao]"
         )
-    if not counts(anatomy, bits).matrices:
+    check_model(bits, anatomy)
+
+
+def check_model(bits: str | None, anatomy: Anatomy) -> None:
+    """Its shapes alone: a run is planned on machines that cannot run it."""
+    if bits and not counts(anatomy, bits).matrices:
         raise UserError(
             f"teacher.precision must be left out for a teacher of family {anatomy.family}, but is '{bits}', which needs matrices "
             f"that are torch.nn.Linear{' with sides of multiples of 16' if bits == 'fp8' else ''}, and its blocks have none"

@@ -1,5 +1,6 @@
 """A machine in numbers, what a pass reads and writes, what ranks send each other, and the time that follows from them."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,9 @@ from plain import make_world
 from tiny import make_run
 
 from ted_scale.base.errors import UserError
+from ted_scale.distill import memory
+from ted_scale.distill.filter_sizes import filter_parameters
+from ted_scale.distill.filters import keeps_filtered
 from ted_scale.forecast import machine as machines
 from ted_scale.forecast import step, summary, traffic
 from ted_scale.forecast.work import passes
@@ -15,6 +19,15 @@ from ted_scale.placement import Rank, place
 from ted_scale.plan import plan_of_models
 
 H100 = machines.named("h100", "bf16")
+BAD = [
+    ("memory", "x"),
+    ("products", 0),
+    ("device", 5),
+    ("ranks", -1),
+    ("call", True),
+    ("copies", float("inf")),
+    ("name", 1),
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +63,22 @@ def test_a_device_that_is_not_in_the_table_is_refused():
 def test_a_calibration_is_read_as_it_was_written_and_damage_is_a_sentence(tmp_path):
     machines.write(tmp_path / "runs" / "machine.json", H100)
     assert machines.read(tmp_path / "runs" / "machine.json") == H100
-    for damage in ("{", '{"name": "x"}', "[]"):
+    for damage in ("{", '{"name": "x"}', "[]", *(json.dumps(H100._asdict() | {key: bad}) for key, bad in BAD)):
         (tmp_path / "damaged.json").write_text(damage)
         with pytest.raises(UserError, match=r"damaged.json must hold a machine as tools/plan.py --calibrate writes it"):
             machines.read(tmp_path / "damaged.json")
+    machines.write(tmp_path / "cpu.json", H100._replace(peak=None, latency=0.0, device="cpu", ranks=1))
+    assert machines.read(tmp_path / "cpu.json").peak is None
+
+
+def test_a_calibration_serves_its_precision_and_several_ranks_only_if_several_measured():
+    alone = H100._replace(ranks=1)
+    assert machines.unfit(alone, "bf16", 1) is machines.unfit(alone._replace(ranks=2), "bf16", 64) is None
+    assert machines.unfit(H100, "bf16", 64) is None
+    assert machines.unfit(alone, "fp32", 1).startswith(
+        "train.precision must be that of the calibration ('bf16'), but is 'fp32'"
+    )
+    assert machines.unfit(alone, "bf16", 8).startswith("--gpus must be 1 with a calibration by one rank")
 
 
 def test_between_two_products_a_compiled_block_reads_and_writes_what_they_do(world):
@@ -114,6 +139,61 @@ def test_a_teacher_that_is_asked_half_as_often_costs_half(world):
     assert half["student"] == always["student"]
 
 
+def test_a_teacher_that_reads_two_micro_batches_in_a_call_is_gathered_copied_and_called_half_as_often(world):
+    hosts = H100._replace(call=1e-3), H100._replace(host_link=1.0)
+    for machine, way, term in ((hosts[0], "sharded", "teacher"), (hosts[1], "offload", "teacher")):
+        once, twice = (
+            seconds(plan_of(world, teacher={"placement": way, "micro_batch": n}), machine)[term] for n in (1, 2)
+        )
+        assert twice == pytest.approx(once / 2), way
+    slow = H100._replace(far_link=1.0, call=0.0)
+    once, twice = (
+        seconds(plan_of(world, teacher={"placement": "sharded", "micro_batch": n}), slow)["gathers"] for n in (1, 2)
+    )
+    whole = seconds(plan_of(world), slow)["gathers"]
+    assert twice - whole == pytest.approx((once - whole) / 2)
+
+
+def test_of_an_odd_number_of_micro_batches_the_last_call_reads_one(world):
+    plan = plan_of(world, train={"tokens_per_step": 3 * 128}, teacher={"placement": "sharded", "micro_batch": 2})
+    assert plan.accumulation == 3 and step.calls_of_teacher(plan, plan.stages[-1]) == pytest.approx(2 / 3)
+    plan = plan_of(
+        world, train={"tokens_per_step": 3 * 128}, teacher={"placement": "sharded", "micro_batch": 2, "every": 3}
+    )
+    assert step.calls_of_teacher(plan, plan.stages[-1]) == 1
+
+
+def test_a_teacher_that_is_compiled_by_itself_has_compiled_blocks(world):
+    plan = plan_of(world, teacher={"placement": "auto", "compile": True}, fused_blocks="off")
+    assert step.fuses(plan, "teacher", "cpu") and not step.fuses(plan, "student", "cuda")
+
+
+def test_the_time_of_a_teacher_of_8_bits_is_said_to_be_that_of_bf16(world):
+    run = plan_of(world).run
+    assert summary.uncounted(plan_of(world)) == []
+    bits = replace(
+        plan_of(world), run=run.model_copy(update={"teacher": run.teacher.model_copy(update={"precision": "int8"})})
+    )
+    assert summary.uncounted(bits) == [
+        "the teacher's time is that of bf16: products in int8 have no rate of their own here"
+    ]
+
+
+def test_filters_that_a_rank_has_whole_are_neither_gathered_nor_offloaded(world, tmp_path):
+    """Of a narrow width; in stage I all are gathered, with their lifts."""
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}')
+    plan = plan_of(world, method="ted", filters={"width": 8}, ds_config=str(tmp_path / "ds.json"))
+    counts, (first, last) = filter_parameters(plan), plan.stages
+    assert keeps_filtered(plan, last) and counts["lifts"]
+    assert memory.filters_by_place(plan, first) == (sum(counts.values()), 0)
+    assert memory.filters_by_place(plan, last) == (counts["student"], counts["teacher"])
+    bare = replace(plan, pairs=[])
+    more = traffic.student_gathers(plan, last, 4, "cuda").bytes - traffic.student_gathers(bare, last, 4, "cuda").bytes
+    assert more == 4 * counts["student"]
+    assert memory.terms(plan, last, "cuda")[0]["filters"] == 4 * counts["teacher"]
+    assert memory.terms(plan, first, "cuda")[0]["filters"] == 0
+
+
 def test_every_rate_matters_and_a_better_one_never_costs_time(world):
     plans = [plan_of(world, way=way, method="ted", local=2) for way in ("sharded", "offload")]
     slow = H100._replace(overlap=0.0, call=0.0)
@@ -149,7 +229,11 @@ def test_without_a_machine_the_forecast_says_how_to_get_one(world, tmp_path, mon
     [line] = summary.describe(plan)
     assert line.startswith("time of a step: no forecast") and "--calibrate" in line
     assert summary.numbers(plan, plan.stages[-1], 4, "cpu").keys() == {"memory/forecast_gib"}
-    machines.write(tmp_path / "machine.json", H100._replace(device="cpu", source="calibrated, 1 ranks"))
+    machines.write(tmp_path / "machine.json", H100._replace(device="cpu", source="calibrated, 1 rank", ranks=1))
+    [line] = summary.describe(plan)
+    assert line.startswith("time of a step: no forecast") and "precision" in line
+    kept = H100._replace(device="cpu", source="calibrated, 4 ranks", ranks=4, precision="fp32")
+    machines.write(tmp_path / "machine.json", kept)
     [line] = summary.describe(plan)[-1:]
-    assert line.startswith("time of a step in stage student, forecast for h100 (calibrated, 1 ranks): ")
+    assert line.startswith("time of a step in stage student, forecast for h100 (calibrated, 4 ranks): ")
     assert summary.numbers(plan, plan.stages[-1], 4, "cpu").keys() == {"memory/forecast_gib", "perf/forecast_ms"}

@@ -61,6 +61,10 @@ MODELS = {  # by the path in a run file
         **LLAMA_3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "rope_scaling": {**SCALED_ROPE, "factor": 8.0},
     },
+    "meta-llama/Llama-3.1-70B": {
+        **LLAMA_3, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "rope_scaling": {**SCALED_ROPE, "factor": 8.0},
+    },
     "meta-llama/Llama-3.2-1B": {
         **LLAMA_3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
         "tie_word_embeddings": True, "rope_scaling": {**SCALED_ROPE, "factor": 32.0},
@@ -99,6 +103,7 @@ PUBLISHED = {  # parameters, as the hub counts them; a head that is tied to the 
     "Qwen/Qwen1.5-14B": 14_167_290_880,
     "Qwen/Qwen1.5-1.8B": 1_836_828_672,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "Qwen/Qwen3-8B-Base": 8_190_735_360,
     "Qwen/Qwen3-1.7B-Base": 1_720_574_976,

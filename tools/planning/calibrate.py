@@ -81,7 +81,8 @@ def machine_from(plan: Plan, device, took: dict[str, float]) -> Machine:
     return Machine(
         name=known.name if known else kind, device=kind, memory=memory, peak=known and known.peak, **found, node_link=link,
         far_link=link, host_link=known.host_link if known else found["copies"], latency=took.get("latency", 0.0),
-        overlap=machines.OVERLAP if on_gpu else 0.0, source=f"calibrated, {world} ranks",
+        overlap=machines.OVERLAP if on_gpu else 0.0, source=f"calibrated, {world} rank{'s' if world > 1 else ''}",
+        precision=plan.run.train.precision, ranks=world,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 Note: a way is a plan like any other, so what is said about it is what a run would log about itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from ted_scale.distill.stages import stages_of
 from ted_scale.forecast import summary
 from ted_scale.forecast.machine import Machine
 from ted_scale.forecast.summary import Forecast
-from ted_scale.placement import FASTEST_FIRST, Rank, candidates, place, placed, ranks_of_a_node, usable
+from ted_scale.placement import FASTEST_FIRST, Placement, Rank, candidates, place, placed, ranks_of_a_node, usable
 from ted_scale.plan import Plan, derive_accumulation, plan_of_models
 
 MOST = 64  # rows of a micro-batch that are tried
@@ -68,7 +68,15 @@ def as_written(plan: Plan, run: Run, cluster: Cluster, *, checkpointing: bool | 
     """With another checkpointing if that is given."""
     chosen = run.student.gradient_checkpointing if checkpointing is None else checkpointing
     plan = varied(plan, cluster.gpus, run.train.micro_batch, chosen)
-    return option(replace(plan, placement=place(plan, cluster.rank)), cluster)
+    return option(replace(plan, placement=place_of(plan, cluster)), cluster)
+
+
+def place_of(plan: Plan, cluster: Cluster) -> Placement | None:
+    """As a run would choose it. One that must be whole and does not fit would not start: here its page says so."""
+    node = ranks_of_a_node(plan.run.teacher, plan.world, cluster.per_node) if plan.teacher else 1
+    if plan.teacher and plan.run.teacher.is_whole:
+        return placed(plan, "replicated", node)
+    return place(plan, cluster.rank)
 
 
 def option(plan: Plan, cluster: Cluster) -> Option:
@@ -85,7 +93,8 @@ def placements(plan: Plan, cluster: Cluster) -> list[Option]:
     if plan.teacher is None:
         return [option(plan, cluster)]
     node = ranks_of_a_node(plan.run.teacher, plan.world, cluster.per_node)
-    ways = {placement.way for placement in candidates(plan, node)} | {"offload"}
+    ways = {placement.way for placement in candidates(plan, node)}
+    ways |= set() if plan.run.teacher.is_whole else {"offload"}
     return [option(replace(plan, placement=placed(plan, way, node)), cluster) for way in FASTEST_FIRST if way in ways]
 
 
@@ -109,6 +118,15 @@ def every_way(plan: Plan, run: Run, cluster: Cluster) -> Iterator[Option]:
 
 
 def best(plan: Plan, run: Run, cluster: Cluster) -> Option | None:
-    """The fastest way that fits; of equally fast ones that without checkpointing, with the smaller micro-batch."""
-    found = [one for one in every_way(plan, run, cluster) if one.fits]
-    return min(found, key=lambda one: float(f"{one.days:.4g}")) if found else None
+    """The fastest way that fits."""
+    return fastest(one for one in every_way(plan, run, cluster) if one.fits and is_advised(one))
+
+
+def fastest(found: Iterable[Option]) -> Option | None:
+    """Of equally fast ones that without checkpointing, with the smaller micro-batch."""
+    return min(found, key=lambda one: float(f"{one.days:.4g}"), default=None)
+
+
+def is_advised(one: Option) -> bool:
+    """Nobody knows what a host has to spare, so that `offload` must be asked for."""
+    return one.way != "offload" or one.plan.run.teacher.placement == "offload"

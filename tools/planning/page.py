@@ -1,5 +1,6 @@
 """What tools/plan.py prints: a column for every placement of the teacher, its memory and its time by term."""
 
+from ted_scale.forecast.summary import uncounted
 from ted_scale.placement import usable
 from tools.planning.options import Cluster, Option
 
@@ -16,6 +17,7 @@ def page(
     lines.append(f"activations: {activations[False]:,.3g} GiB kept, {activations[True]:,.3g} GiB with checkpointing")
     for stage in written.forecasts:
         lines += ["", *table(time_rows(placements, stage, price, cluster.gpus), placements)]
+    lines += ["", *uncounted(written.plan)] if uncounted(written.plan) else []
     return [*lines, "", verdict(written, cluster), recommendation(best)]
 
 
@@ -77,7 +79,10 @@ def verdict(written: Option, cluster: Cluster) -> str:
 
 def recommendation(best: Option | None) -> str:
     if best is None:
-        return "recommended: nothing fits; take more GPUs, a smaller student, or ds_configs that offload"
+        return (
+            "recommended: nothing fits; take more GPUs, a smaller student, ds_configs that offload, or, with room in the host's "
+            "memory, teacher.placement=offload"
+        )
     train, student = best.plan.run.train, best.plan.run.student
     keys = [f"train.micro_batch={train.micro_batch}"]
     keys += [f"teacher.placement={best.way}"] if best.way else []

@@ -6,9 +6,8 @@ Note: a step has as many tokens on all of them, so that many GPUs have small mic
 from ted_scale.config.run import Run
 from ted_scale.forecast.machine import Machine
 from ted_scale.placement import FASTEST_FIRST
-from ted_scale.plan import Plan
 from tools import goodput
-from tools.planning.options import Cluster, Option, base, every_way
+from tools.planning.options import Cluster, Option, base, check, every_way, fastest, is_advised, micro_batches
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 HEAD = ("GPUs", *FASTEST_FIRST, "best", "MFU", "a failure every", "`checkpoint.every`", "goodput", "days", "cost")
@@ -19,24 +18,17 @@ def table(run: Run, machine: Machine, arguments) -> str:
     rows, plan = [list(HEAD), ["---:"] * len(HEAD)], base(run)
     for gpus in GPUS:
         cluster = Cluster(machine, gpus, min(arguments.per_node, gpus))
-        rows.append(row(fastest(plan, run, cluster), cluster, arguments.price))
+        check(cluster)
+        fitting = [one for one in every_way(plan, run, cluster) if one.fits]
+        rows.append(row(run, fitting, cluster, arguments.price))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def fastest(plan: Plan, run: Run, cluster: Cluster) -> dict[str, Option]:
-    """The fastest way that fits, for each placement."""
-    found: dict[str, Option] = {}
-    for one in every_way(plan, run, cluster):
-        if one.fits and (one.way not in found or one.days < 0.9999 * found[one.way].days):
-            found[one.way] = one
-    return found
-
-
-def row(found: dict[str, Option], cluster: Cluster, price: float) -> list[str]:
-    each = [cell(found[way], cluster) if way in found else "-" for way in FASTEST_FIRST]
-    if not found:
-        return [f"{cluster.gpus:,}", *each, "nothing fits", *["-"] * (len(HEAD) - len(each) - 2)]
-    best = min(found.values(), key=lambda one: one.days)
+def row(run: Run, fitting: list[Option], cluster: Cluster, price: float) -> list[str]:
+    each = [cell(fastest(one for one in fitting if one.way == way), cluster) for way in FASTEST_FIRST]
+    best = fastest(one for one in fitting if is_advised(one))
+    if best is None:
+        return [f"{cluster.gpus:,}", *each, why_none(run, fitting, cluster), *["-"] * (len(HEAD) - len(each) - 2)]
     costs = failures(best, cluster)
     every, shares = goodput.best(costs)
     days = best.days / shares.goodput
@@ -47,8 +39,16 @@ def row(found: dict[str, Option], cluster: Cluster, price: float) -> list[str]:
     ]  # fmt: skip
 
 
-def cell(one: Option, cluster: Cluster) -> str:
+def why_none(run: Run, fitting: list[Option], cluster: Cluster) -> str:
+    if not micro_batches(run, cluster.gpus):
+        return f"a step has {run.train.tokens_per_step // run.data.seq_len:,} rows"
+    return "nothing else fits" if fitting else "nothing fits"
+
+
+def cell(one: Option | None, cluster: Cluster) -> str:
     """Micro-batch, and "c" with checkpointing."""
+    if one is None:
+        return "-"
     run = one.plan.run
     how = f"{run.train.micro_batch}{'c' if run.student.gradient_checkpointing else ''}"
     return f"{one.main.tokens_per_s / cluster.gpus:,.0f} ({how})"
