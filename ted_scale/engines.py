@@ -202,8 +202,10 @@ def lend(filters, teacher: Teacher, dtype: torch.dtype) -> None:
         teacher.at_load = torch.cat([teacher.at_load, replicas.digests(replicas.parts_of(filters), device)])
 
 
-def take_back(teacher) -> None:
+def take_back(plan: Plan, teacher) -> None:
     """The filters of an earlier stage, or of this one before the run went back."""
+    if plan.teacher is None:
+        return
     teacher.keep_filtered(None)
     if teacher.at_load is not None:
         teacher.at_load = teacher.at_load[: len(replicas.parts_of(teacher.body))]

@@ -69,8 +69,7 @@ def run_plan(plan: Plan) -> None:
     try:
         on_cpu = device.type == "cpu"
         plan = replace(plan, placement=agreed(plan.placement))
-        less = needs_less(plan, on_cpu)
-        with shortage.enough(shortage.ways_to_need_less(plan.run, plan.ds_config, on_cpu, less)):
+        with shortage.enough(shortage.ways_to_need_less(plan.run, plan.ds_config, on_cpu, needs_less(plan, on_cpu))):
             train_run(plan, device)
     except Preempted:
         dist.barrier()  # rank 0 has closed its logs by now: the first rank to exit makes its launcher kill the others
@@ -165,8 +164,7 @@ def train_stage(parts: Parts, stage: Stage, progress: Progress, resumed: Path | 
     student = build_stage(parts, stage, stream, progress, resumed)
     guard = Guard(student, stage, parts.metrics.alert, parts.saver.wait)
     progress = validate_before_training(parts, stage, student, stream, progress, resumed)
-    if parts.metrics.writes:
-        parts.metrics.expect(summary.numbers(parts.plan, stage, progress.step, parts.loader.device.type))
+    parts.metrics.expect(partial(summary.numbers, parts.plan, stage, progress.step, parts.loader.device.type))
     parts.metrics.resume_from(progress.tokens)
     while progress.step < stage.last_step:
         stream, progress = next_stretch(parts, stage, student, stream, progress)
@@ -179,8 +177,7 @@ def build_stage(parts: Parts, stage: Stage, stream: Stream, progress: Progress, 
     """The student's engine, with the state of the checkpoint that it resumes from."""
     plan, teacher, _, loader, saver = parts
     parts.metrics.ledger.turn("start")
-    if plan.teacher:
-        take_back(teacher)
+    take_back(plan, teacher)
     teacher_start.begin(plan, stream, teacher, parts.metrics, progress, loader.device)
     filters_file = first_filters(plan, stage, stream, teacher, progress, saver.filters_file, loader.device)
     gc.collect()  # frees the engine of an earlier stage, which has reference cycles
@@ -205,9 +202,8 @@ def validate_before_training(
     fresh = progress.step == stage.first_step and not stage.learns_filters
     if fresh or (resumed and validation_is_missing(parts, stage, progress)):
         plan, teacher, metrics, *_ = parts
-        held_out = stream.held_out
         progress, stopping = validation.validate(
-            plan, teacher, metrics, held_out, student, progress, with_teacher=fresh
+            plan, teacher, metrics, stream.held_out, student, progress, with_teacher=fresh
         )
         if stopping:
             raise Preempted  # no step was taken; the next start validates

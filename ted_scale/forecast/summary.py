@@ -3,6 +3,7 @@
 Note: a CPU without a calibration has no forecast of time, because no data sheet says what its cores do beside others.
 """
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from ted_scale.forecast import machine as machines
 from ted_scale.forecast import step
 from ted_scale.forecast.machine import Machine
 from ted_scale.ranks.capacity import local_ranks
+
+log = logging.getLogger("ted_scale")
 
 GIB = 2**30
 DAY = 86400
@@ -81,9 +84,15 @@ def line_of(stage, found: Forecast, machine: Machine) -> str:
 
 
 def numbers(plan, stage, at: int, device: str) -> dict[str, float]:
-    """Of a step like that after `at` steps: for metrics.jsonl, beside perf/step_ms and memory/peak_gib."""
-    found = {"memory/forecast_gib": sum(memory.terms(plan, stage, device)[0].values()) / GIB}
-    machine = known_machine(plan.run, plan.world)
-    if machine is not None:
-        found["perf/forecast_ms"] = sum(step.seconds(plan, stage, at, machine, local_ranks(plan.world)).values()) * 1e3
+    """Of a step like that after `at` steps: for metrics.jsonl, beside perf/step_ms and memory/peak_gib. No run ends because nobody
+    can say how long it should take: a trial may fail for a model, and machine.json may be damaged."""
+    found = {}
+    try:
+        found["memory/forecast_gib"] = sum(memory.terms(plan, stage, device)[0].values()) / GIB
+        if machine := known_machine(plan.run, plan.world):
+            found["perf/forecast_ms"] = (
+                sum(step.seconds(plan, stage, at, machine, local_ranks(plan.world)).values()) * 1e3
+            )
+    except Exception as error:
+        log.warning(f"no forecast of this stage: {error}")
     return found

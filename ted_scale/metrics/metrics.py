@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import TextIO
 
@@ -97,9 +98,9 @@ class Metrics:
             self.write(progress.step, progress.tokens, row | self.read_of_corpora(progress.samples))
             self.rows = []
 
-    def expect(self, forecast: dict[str, float]) -> None:
-        """What the plan says about a step of the stage that begins."""
-        self.forecast, self.rows_of_stage = forecast, 0
+    def expect(self, forecast: Callable[[], dict[str, float]]) -> None:
+        """What the plan says about a step of the stage that begins; only rank 0, which writes it, works it out."""
+        self.forecast, self.rows_of_stage = forecast() if self.writes else {}, 0
 
     def compare(self, row: dict[str, float]) -> None:
         """Add the forecast to the row; say it once beside what was measured. The first row has the start in it."""

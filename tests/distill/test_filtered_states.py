@@ -119,6 +119,6 @@ def test_what_was_lent_is_taken_back(world):
         assert teacher(batch, ON).layers_NE[0].shape[-1] == 16 and len(teacher.at_load) == len(
             replicas.frozen_of(teacher)
         )
-        take_back(teacher)
+        take_back(parts.plan, teacher)
         assert torch.equal(teacher.at_load, before) and len(before) == len(replicas.frozen_of(teacher))
         assert all(torch.equal(a, b) for a, b in zip(whole, teacher(batch, ON).layers_NE, strict=True))

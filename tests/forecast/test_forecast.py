@@ -238,3 +238,15 @@ def test_without_a_machine_the_forecast_says_how_to_get_one(world, tmp_path, mon
     [line] = summary.describe(plan)[-1:]
     assert line.startswith("time of a step in stage student, forecast for h100 (calibrated, 4 ranks): ")
     assert summary.numbers(plan, plan.stages[-1], 4, "cpu").keys() == {"memory/forecast_gib", "perf/forecast_ms"}
+
+
+def test_no_run_ends_because_of_its_forecast(world, tmp_path, caplog):
+    """A damaged machine.json is a sentence of the dry run; of a run it is a warning."""
+    plan = plan_of(world)
+    plan = replace(plan, run=plan.run.model_copy(update={"runs": str(tmp_path)}))
+    assert summary.numbers(plan, plan.stages[-1], 0, "cpu")["memory/forecast_gib"] > 0
+    (tmp_path / machines.FILE).write_text("{")
+    assert summary.numbers(plan, plan.stages[-1], 0, "cpu").keys() == {"memory/forecast_gib"}
+    assert "no forecast of this stage: " in caplog.text
+    with pytest.raises(UserError, match=machines.FILE):
+        summary.describe(plan)

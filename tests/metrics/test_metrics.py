@@ -269,7 +269,7 @@ def test_a_forecast_is_in_every_row_and_once_in_the_log(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("ted_scale.metrics.metrics.log_line", said.append)
     numbers = metrics(make_run(tmp_path))
-    numbers.expect({"memory/forecast_gib": 0.5, "perf/forecast_ms": 4.0})
+    numbers.expect(lambda: {"memory/forecast_gib": 0.5, "perf/forecast_ms": 4.0})
     take_steps(numbers, 1, 4)
     numbers.close()
     rows = rows_of(make_run(tmp_path))
