@@ -18,8 +18,9 @@ from ted_scale.distill.student import Student
 from ted_scale.distill.teacher import Teacher, TeacherBody
 from ted_scale.health import replicas
 from ted_scale.models import attention, fused, quantized, zero_hooks
-from ted_scale.models.engine_config import engine_config, zero_settings
+from ted_scale.models.engine_config import check_int8_gathers, engine_config, of_teacher, zero_settings
 from ted_scale.models.quantized import build_quantized
+from ted_scale.models.reduction import sum_in_fp32
 from ted_scale.models.streamed import stream_blocks
 from ted_scale.models.weights import build_network
 from ted_scale.models.zero import shape_of, sharded_construction
@@ -35,6 +36,7 @@ def check_engine_config(plan: Plan) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns about settings that are intended
     zero_settings(plan.run.ds_config, plan.ds_config["zero_optimization"])
+    check_int8_gathers(plan)
     try:
         DeepSpeedConfig(engine_config(plan, plan.student))
     except Exception as error:  # each section has its own checks, which raise exceptions of many kinds
@@ -53,6 +55,11 @@ def check_device(plan: Plan, device: torch.device) -> None:
         raise UserError(f"loss.{error}") from None
     fused.check_device(run.fused_blocks, device)
     quantized.check_device(run.teacher_bits, device)
+    if plan.ds_config["zero_optimization"].get("zero_quantized_weights") and device.type != "cuda":
+        raise UserError(
+            f"ds_config {run.ds_config}: zero_optimization.zero_quantized_weights must be left out on {device.type}, but is set: "
+            "its kernels are CUDA's; take another file of ds_configs/"
+        )
     if plan.teacher and run.teacher.compile:
         fused.check_teacher(paths_of(plan, plan.teacher, device))
 
@@ -129,8 +136,7 @@ def bare_teacher(plan: Plan, device: torch.device) -> Teacher:
 def sharded_teacher(plan: Plan) -> Teacher:
     import deepspeed
 
-    config = engine_config(plan, plan.teacher)
-    config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+    config = of_teacher(engine_config(plan, plan.teacher))
     body, blocks = teacher_body(plan, ds_config=config, group=group_of_node(plan.placement.ranks))
     zero_hooks.patch_deepspeed()
     zero_hooks.gather_whole_blocks(blocks)
@@ -180,6 +186,8 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
         filters_t=filters_t, head_t=getattr(teacher, "head", None),
     )  # fmt: skip
     module.train()
+    if run.train.reduce_once:
+        sum_in_fp32(module.parameters())
     settings = {"lr": run.train.lr, "betas": run.train.betas, "eps": run.train.eps, "fused": True}
     optimizer = torch.optim.AdamW(parameter_groups(run, module), **settings)
     zero_hooks.patch_deepspeed()

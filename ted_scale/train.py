@@ -5,6 +5,7 @@ from ted_scale.base.errors import Preempted
 from ted_scale.distill.normalization import count_valid, for_engine
 from ted_scale.distill.reading import Reading
 from ted_scale.distill.stages import set_rates
+from ted_scale.models.reduction import reducing
 from ted_scale.ranks import pulse, signals
 from ted_scale.ranks.agree import anywhere
 
@@ -19,18 +20,19 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
         denom = count_valid(micro_batches)
 
         reading = Reading(teacher, micro_batches, each)
-        for batch, weights in zip(micro_batches, each, strict=True):
-            with metrics.clock.time("teacher_ms"):
-                signal = reading.signal(weights)
-            losses = student(batch, signal, weights, denom)
-            del signal  # gigabytes that backward does not need
-            with metrics.clock.time("teacher_ms"):
-                reading.ahead()
-            student.backward(for_engine(losses.total), scale_wrt_gas=False)
-            guard.add(losses)
-            if batch is micro_batches[-1]:
-                guard.gather(progress, each)
-            student.step()  # updates at the last micro-batch only, and only if the guard finds every number finite
+        with reducing(student, once=stage.run.train.reduce_once):
+            for batch, weights in zip(micro_batches, each, strict=True):
+                with metrics.clock.time("teacher_ms"):
+                    signal = reading.signal(weights)
+                losses = student(batch, signal, weights, denom)
+                del signal  # gigabytes that backward does not need
+                with metrics.clock.time("teacher_ms"):
+                    reading.ahead()
+                student.set_gradient_accumulation_boundary(batch is micro_batches[-1])
+                student.backward(for_engine(losses.total), scale_wrt_gas=False)
+                guard.add(losses)
+        guard.gather(progress, each)
+        student.step()  # only if the guard finds every number finite
 
         # If a number is bad, the run stops here or goes back to a checkpoint, unless it may skip the step.
         progress = guard.decide()

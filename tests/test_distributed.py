@@ -13,7 +13,7 @@ from corpus import steps
 from launching import run_ranks
 from number_scenarios import FAR
 from places import HARNESS
-from scenarios import READINGS, beside, rows, sections_for_liger, sections_of_families, seldom
+from scenarios import ON_A_CPU, READINGS, beside, rows, sections_for_liger, sections_of_families, seldom
 from tiny import FAMILIES, MORE, make_model, make_run
 
 from ted_scale.checkpoints.folder import newest_checkpoint
@@ -28,7 +28,7 @@ TWO_RANKS = (
     "undisturbed_to_six", "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
-    "blocks_compiled", "asked_seldom", "teacher_moves", "readings",
+    "blocks_compiled", "asked_seldom", "teacher_moves", "readings", "shipped_configs", "int8_gathers",
 )  # fmt: skip
 
 
@@ -509,6 +509,20 @@ def test_no_weight_is_sent_twice(world):
         assert sum(step["gathered"]) == micro_steps * (4 * parameters + 2 * filters)
 
 
+def test_a_student_that_stays_whole_is_sent_once_a_step_and_its_gradients_too_where_they_are_reduced_once(world):
+    """Of two micro-steps. Bytes of what is gathered are the plan's, too."""
+    found = result(world, "traffic")
+    for once, each in zip(found["once"][6:], found["replicated"][6:], strict=True):
+        assert 2 * sum(once["reduced"]) == sum(each["reduced"]) and once["late"] == []
+        assert 2 * sum(once["gathered"]) == sum(each["gathered"])
+    plan = plan_of_models(load_run(world / "runs/traffic_once/run.toml"), 2)
+    stage = plan.stages[-1]
+    trained = memory.trained_parameters(plan, stage)
+    assert sum(once["gathered"]) == 2 * traffic.student_gathers(plan, stage, 4, "cpu").bytes
+    assert sum(once["reduced"]) == 2 * traffic.reduction(plan, stage, trained, "cpu").bytes
+    assert losses(world, "traffic_once") == pytest.approx(losses(world, "traffic_4"), abs=1e-5)
+
+
 def test_a_head_that_is_the_embedding_is_sent_once(world):
     """Of student and teacher, for look-up and projection."""
     parameters, micro_steps = 128 * 32 + 32 + 2 * 9280, 2
@@ -560,6 +574,26 @@ def test_the_surest_tokens_of_all_ranks_go_without_a_kl_from_the_second_step_on(
 def test_an_offloaded_optimizer_gives_the_same_losses(world):
     pairs = zip(losses(world, "offload_2"), losses(world, "ten_2"), strict=True)
     assert max(abs(a - b) for a, b in pairs) < 1e-5
+
+
+@pytest.mark.parametrize("file", ON_A_CPU, ids=lambda file: file.stem)
+def test_every_ds_config_that_a_cpu_can_start_gives_the_same_losses(world, file):
+    result(world, "shipped_configs")
+    rounds = "bf16" in file.stem  # gradients on their way
+    assert losses(world, f"by_{file.stem}") == pytest.approx(losses(world, "ten_2"), abs=1e-3 if rounds else 1e-5)
+
+
+def test_gradients_that_are_reduced_once_a_step_give_the_same_losses(world):
+    """In bf16 the order of sums is another one."""
+    assert losses(world, "once_fp32") == pytest.approx(losses(world, "ten_2"), abs=1e-5)
+    assert losses(world, "once_bf16") == pytest.approx(losses(world, "bf16_2"), abs=3e-3)
+
+
+def test_weights_that_are_gathered_in_8_bits_give_nearly_the_same_losses(world):
+    """On a CPU with a stand-in for DeepSpeed's kernels."""
+    assert result(world, "int8_gathers") > 0
+    exact, rounded = losses(world, "ten_2"), losses(world, "int8_gathers")
+    assert 1e-4 < max(abs(a - b) for a, b in zip(rounded, exact, strict=True)) < 0.03
 
 
 def test_bf16_follows_fp32(world):

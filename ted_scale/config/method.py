@@ -192,6 +192,10 @@ class Train(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
+    reduce_once: bool = Field(
+        False,
+        description="each rank sums its gradients whole, and they are reduced once a step instead of once a micro-batch",
+    )
 
     @property
     def tokens(self) -> int:

@@ -13,6 +13,7 @@
 and of these the moment of a step that needs most: frozen forwards, a loss, the head's backward, a block's backward, the update.
 
     reduction        4 · bucket + b · largest matrix                whole gradients in reduction; on several ranks 4 · bucket more
+    whole gradients  4 · trained, with train.reduce_once on several ranks, from the first backward to the update
     gathered         b · (live student, on several ranks + a block, prefetch and head of a teacher that several share)
     activations      what autograd keeps of N tokens, found by a trial on the meta device; with checkpointing one state a
                      block, and one whole block; of a frozen model one block
@@ -38,7 +39,7 @@ from ted_scale.kernels.formulas.divergences import scratch
 from ted_scale.kernels.products import rows_per_chunk
 from ted_scale.models import quantized
 from ted_scale.models.anatomy import Anatomy
-from ted_scale.models.engine_config import engine_config, zero_settings
+from ted_scale.models.engine_config import setting
 from ted_scale.models.trial import hollow, run_hollow
 
 TRIAL = 8  # tokens
@@ -122,7 +123,9 @@ def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
     """What lives for a part of a step: in frozen forwards, while a loss is formed, at the head's backward, at a block's, in the
     update."""
     b, tokens, trained = bytes_of(plan), tokens_of(plan), trained_parameters(plan, stage)
-    whole = {"gathered": b * gathered(plan, stage, device)}
+    stays = b * plan.student.parameters if keeps_student_whole(plan, device) else 0
+    once = plan.run.train.reduce_once and plan.world > 1
+    whole = {"gathered": b * gathered(plan, stage, device), "whole gradients": 4 * trained if once else 0}
     kept, block, frozen = activations(plan, stage)
     signal, ahead = {"states": states(plan, stage)}, beside_backward(plan, stage, frozen)
     matrix = 0 if stage.learns_filters else plan.student.vocab_size * plan.student.head_width
@@ -137,7 +140,7 @@ def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
         },
         {"activations": kept, "loss gradients": early + rounded, "read ahead": ahead, **reduced, **whole},
         {"activations": kept + block, "loss gradients": b * matrix, "read ahead": ahead, **reduced, **whole},
-        {"update": 4 * min(trained / plan.world, setting(plan, "sub_group_size", device))},
+        {"update": 4 * min(trained / plan.world, setting(plan, "sub_group_size", device)), "gathered": stays},
     ]  # fmt: skip
 
 
@@ -165,14 +168,6 @@ def teacher_here(a: Anatomy, placement, device: str) -> float:
     return a.parameters + 2 * a.block_parameters - (in_blocks(a) if device != "cpu" else 0)
 
 
-def setting(plan, key: str, device: str, model: Anatomy | None = None) -> float:
-    """A value of the ds_config, or the default that follows from model and device. DeepSpeed parses numbers in strings."""
-    zero = engine_config(plan, model or plan.student, device)["zero_optimization"]
-    config = zero_settings(plan.run.ds_config, zero)
-    names = {field.alias or name: name for name, field in type(config).model_fields.items()}
-    return getattr(config, names[key])
-
-
 def own_heads(plan) -> int:
     """Parameters of the filters' own heads, with `filters.head = "per_layer"`."""
     vocabularies = [a.vocab_size for a in (plan.student, plan.teacher) if a]
@@ -188,6 +183,13 @@ def reduction(plan, trained: float, b: int, device: str) -> float:
     return 4 * buffer + b * whole + (4 * max(used, largest) if plan.world > 1 else 0)
 
 
+def keeps_student_whole(plan, device: str) -> bool:
+    """On several ranks: no weight is larger than what a ds_config lets every rank keep."""
+    a = plan.student
+    most = setting(plan, "stage3_param_persistence_threshold", device)
+    return plan.world > 1 and most >= max(a.vocab_size * a.width, a.block_parameters)
+
+
 def gathered(plan, stage: Stage, device: str) -> float:
     """Trained weights stay gathered between forward and backward; a frozen model is gathered block by block."""
 
@@ -195,8 +197,9 @@ def gathered(plan, stage: Stage, device: str) -> float:
         blocks = a.block_parameters + setting(plan, "stage3_prefetch_bucket_size", device, a)
         return min(a.parameters, blocks + a.vocab_size * a.head_width)
 
-    live = min(plan.student.parameters, setting(plan, "stage3_max_live_parameters", device))
-    ours = of_frozen(plan.student) if stage.learns_filters else live
+    a, most = plan.student, setting(plan, "stage3_max_live_parameters", device)
+    ours = of_frozen(a) if stage.learns_filters else min(a.parameters, most)
+    ours = a.parameters if keeps_student_whole(plan, device) else ours
     shared = plan.placement and plan.placement.ranks > 1
     return (ours if plan.world > 1 else 0) + (of_frozen(plan.teacher) if shared else 0)
 

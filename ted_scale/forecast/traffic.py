@@ -7,8 +7,9 @@ all parts but its own, and each node receives those of all other nodes once, ove
 import math
 from typing import NamedTuple
 
-from ted_scale.distill.memory import filters_by_place, setting
+from ted_scale.distill.memory import filters_by_place, keeps_student_whole
 from ted_scale.forecast.machine import Machine
+from ted_scale.models.engine_config import setting
 
 
 class Sent(NamedTuple):
@@ -29,8 +30,12 @@ def teacher_gathers(plan, b: int) -> Sent:
 
 def student_gathers(plan, stage, b: int, device: str) -> Sent:
     """Forward and backward. Up to `stage3_max_live_parameters` stay whole in between. A frozen body is only run forward; filters
-    that ranks share are gathered with the body."""
+    that ranks share are gathered with the body. What always stays whole is gathered anew after an update."""
     a, (filters, _) = plan.student, filters_by_place(plan, stage)
+    if keeps_student_whole(plan, device):
+        return Sent(
+            b * (a.parameters + filters) / plan.accumulation, math.ceil((a.layers + 2) / plan.accumulation), plan.world
+        )
     live = (
         a.parameters if stage.learns_filters else min(a.parameters, setting(plan, "stage3_max_live_parameters", device))
     )
@@ -39,9 +44,11 @@ def student_gathers(plan, stage, b: int, device: str) -> Sent:
 
 
 def reduction(plan, stage, trained: float, device: str) -> Sent:
-    """fp32, once a micro-step: small gradients by the bucket, large ones alone."""
+    """fp32, once a micro-step or step: small gradients by the bucket, large ones alone."""
     calls = math.ceil(trained / setting(plan, "reduce_bucket_size", device)) + 1
-    return Sent(4 * trained, calls, plan.world)
+    share = 1 / plan.accumulation if plan.run.train.reduce_once else 1
+    width = 2 if plan.ds_config.get("communication_data_type") in ("bf16", "bfp16", "fp16") else 4
+    return Sent(width * trained * share, math.ceil(calls * share), plan.world)
 
 
 def seconds(sent: Sent, machine: Machine, local: int) -> float:

@@ -1,8 +1,13 @@
 """DeepSpeed's configuration for one model: the ds_config, the values of the run file, and sizes that follow from the model."""
 
+import torch
+
 from ted_scale.base.errors import UserError
 from ted_scale.models.anatomy import Anatomy
+from ted_scale.models.trial import hollow
 from ted_scale.models.zero_single import is_whole
+
+KEPT_WHOLE, KEPT_BY_DEFAULT = "stage3_param_persistence_threshold", 10**5  # elements of a weight
 
 
 def engine_config(plan, model: Anatomy, device: str | None = None, **trained) -> dict:
@@ -27,6 +32,28 @@ def engine_config(plan, model: Anatomy, device: str | None = None, **trained) ->
     }
 
 
+def of_teacher(config: dict) -> dict:
+    """A teacher's engine has no optimizer, and keeps no more weights whole than DeepSpeed does by default: a ds_config that keeps
+    the student whole means the student alone."""
+    zero = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+    zero[KEPT_WHOLE] = min(zero.get(KEPT_WHOLE, KEPT_BY_DEFAULT), KEPT_BY_DEFAULT)
+    return {**config, "zero_optimization": zero}
+
+
+def check_int8_gathers(plan) -> None:
+    """DeepSpeed's kernels take shards of whole eights of weights, and no padding."""
+    if not plan.ds_config["zero_optimization"].get("zero_quantized_weights"):
+        return
+    for side, model in (("student", plan.student), ("teacher", plan.teacher)):
+        for name, weight in hollow(model, torch.bfloat16).named_parameters() if model else ():
+            if weight.numel() % (8 * plan.world):
+                raise UserError(
+                    f"ds_config {plan.run.ds_config}: zero_optimization.zero_quantized_weights must be left out where a rank's "
+                    f"part of a weight is no multiple of 8 elements, but {name} of the {side} has {weight.numel()} on "
+                    f"{plan.world} ranks; leave it out, or take another number of ranks"
+                )
+
+
 def zero_settings(path: str, zero: dict):
     """DeepSpeed's reading of the section of ZeRO; a mistake in it is one sentence about the ds_config at `path`."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -40,6 +67,14 @@ def zero_settings(path: str, zero: dict):
         raise UserError(
             f"ds_config {path}: {key} must be what DeepSpeed knows, but is {wrong['input']!r} ({wrong['msg']}); correct it"
         ) from None
+
+
+def setting(plan, key: str, device: str, model: Anatomy | None = None) -> float:
+    """A value of the ds_config, or the default that follows from model and device. DeepSpeed parses numbers in strings."""
+    zero = engine_config(plan, model or plan.student, device)["zero_optimization"]
+    config = zero_settings(plan.run.ds_config, zero)
+    names = {field.alias or name: name for name, field in type(config).model_fields.items()}
+    return getattr(config, names[key])
 
 
 def bucket_sizes(model: Anatomy, device: str | None = None) -> dict:

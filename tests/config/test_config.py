@@ -262,9 +262,11 @@ DS_FAULTS = {
 IMPOSSIBLE = {  # DeepSpeed takes most of it, and ends the run minutes later or passes over it in silence
     "zero_hpz_partition_size": (8, "its groups are made once, and teacher and student are two models"),
     "mics_shard_size": (8, "DeepSpeed no longer has it"),
-    "zero_quantized_weights": (True, "weights are gathered, loaded and compared in their own type"),
-    "zero_quantized_nontrainable_weights": (True, "weights are gathered, loaded and compared in their own type"),
-    "zero_quantized_gradients": (True, "weights are gathered, loaded and compared in their own type"),
+    "zero_quantized_nontrainable_weights": (True, "teacher.precision gives a frozen model 8 bits"),
+    "zero_quantized_gradients": (
+        True,
+        "gradients are sums in fp32; communication_data_type = bf16 halves what is sent",
+    ),
     "zenflow": ({}, "torch's fused AdamW updates"),
     "cpu_offload": (True, "offload_optimizer and offload_param replace it"),
     "elastic_checkpoint": (True, "DeepSpeed no longer has it"),

@@ -10,9 +10,12 @@ from tiny import make_run
 from ted_scale.distill import memory
 from ted_scale.models import quantized
 from ted_scale.models.anatomy import run_body
+from ted_scale.models.engine_config import setting
 from ted_scale.models.weights import build_network
 from ted_scale.plan import make_plan
 from tools.bench.memory import peak_bytes
+
+WHOLE = {"stage": 3, "stage3_param_persistence_threshold": 10**15}
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,25 @@ def test_offloaded_state_does_not_count_for_the_device_and_a_bucket_does(world, 
     assert here["reduction"] > 4 * 1e8
 
 
+def test_gradients_that_wait_for_the_end_of_a_step_are_whole_on_every_rank(world):
+    """Until the update; a single rank has no more of them."""
+    train = {"reduce_once": True}
+    plan, each, _ = of(world, method="ce", ranks=4)
+    _, once, _ = of(world, method="ce", ranks=4, train=train)
+    assert once["whole gradients"] == 4 * plan.student.parameters and not each["whole gradients"]
+    assert not of(world, method="ce", train=train)[1]["whole gradients"]
+
+
+def test_a_student_that_stays_whole_is_so_in_the_update_too(world, tmp_path):
+    (tmp_path / "whole.json").write_text(json.dumps({"zero_optimization": WHOLE}))
+    plan, _, _ = of(world, method="ce", ranks=4, ds_config=str(tmp_path / "whole.json"))
+    stage = plan.stages[-1]
+    each = [moment.get("gathered") for moment in memory.moments(plan, stage, "cpu")]
+    assert each == [4 * plan.student.parameters] * 5
+    shared, _, _ = of(world, method="ce", ranks=4)
+    assert memory.moments(shared, stage, "cpu")[-1]["gathered"] == 0
+
+
 @pytest.mark.parametrize(
     ("own", "on_cpu", "on_cuda"),
     [({"divergence": "jsd"}, 2, 0), ({"divergence": "reverse"}, 0, 0), ({"top_k": 8}, 1, 1)],
@@ -172,7 +194,7 @@ def test_terms_are_what_rests_and_the_moment_that_needs_most(world):
 def test_a_plan_for_a_gpu_has_its_sizes_also_where_there_is_none(world):
     """Sub-groups of a CPU are a 24th of a GPU's: a plan for a cluster was made with them."""
     plan, _, _ = of(world)
-    assert memory.setting(plan, "sub_group_size", "cuda") == 10**8 > memory.setting(plan, "sub_group_size", "cpu")
+    assert setting(plan, "sub_group_size", "cuda") == 10**8 > setting(plan, "sub_group_size", "cpu")
 
 
 def test_checkpointing_lowers_the_activations_and_the_line_lists_all_terms(world):

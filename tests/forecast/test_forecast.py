@@ -123,7 +123,8 @@ def test_the_network_of_a_node_is_shared_by_its_ranks():
 def test_student_weights_beyond_the_live_limit_are_gathered_twice(world, tmp_path):
     plan = plan_of(world)
     once = traffic.student_gathers(plan, plan.stages[-1], 2, "cuda")
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 0}}')
+    nothing = {"stage": 3, "stage3_max_live_parameters": 0, "stage3_param_persistence_threshold": 0}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": nothing}))
     twice = plan_of(world, ds_config=str(tmp_path / "ds.json"))
     assert traffic.student_gathers(twice, twice.stages[-1], 2, "cuda").bytes == 2 * once.bytes
 
@@ -182,7 +183,8 @@ def test_the_time_of_a_teacher_of_8_bits_is_said_to_be_that_of_bf16(world):
 
 def test_filters_that_a_rank_has_whole_are_neither_gathered_nor_offloaded(world, tmp_path):
     """Of a narrow width; in stage I all are gathered, with their lifts."""
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}')
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}, "stage3_param_persistence_threshold": 0}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
     plan = plan_of(world, method="ted", filters={"width": 8}, ds_config=str(tmp_path / "ds.json"))
     counts, (first, last) = filter_parameters(plan), plan.stages
     assert keeps_filtered(plan, last) and counts["lifts"]

@@ -429,6 +429,51 @@ def variants(folder: Path, device):
     start(folder, device, name="strict_2", **TEN_STEPS, loss={"mode": "strict"})
 
 
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
+ON_A_GPU = CONFIGS / "zero3_int8_gathers.json"
+ON_A_CPU = sorted(set(CONFIGS.glob("*.json")) - {ON_A_GPU})
+
+
+def shipped_configs(folder: Path, device):
+    """Every file of ds_configs; and gradients that are reduced once a step, in both precisions."""
+    for file in ON_A_CPU:
+        start(folder, device, name=f"by_{file.stem}", ds_config=str(file), **TEN_STEPS)
+    for precision in ("fp32", "bf16"):
+        once = {"steps": 6, "precision": precision, "reduce_once": True, **TWO}
+        start(folder, device, name=f"once_{precision}", filters={"steps": 4}, train=once)
+
+
+class Quantizer:
+    """What DeepSpeed's CUDA kernels do, in torch: int8 in groups, each with its scale, and fp16 back."""
+
+    Symmetric = 0
+    rounded = 0
+
+    def quantize(self, weights, groups, bits, kind):
+        apart = weights.float().reshape(groups, -1)
+        scales = (apart.abs().amax(1) / 127).clamp_min(1e-12)
+        Quantizer.rounded += weights.numel()
+        return (apart / scales[:, None]).round().to(torch.int8).reshape(weights.shape), scales
+
+    def dequantize(self, rounded, scales, groups, bits, kind):
+        return (rounded.float().reshape(groups, -1) * scales[:, None]).half().reshape(rounded.shape)
+
+
+def int8_gathers(folder: Path, device):
+    """The ds_config that needs a GPU, with a stand-in for its kernels; nothing stays whole. How many weights were rounded."""
+    from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer
+
+    sections = json.loads(ON_A_GPU.read_text())
+    sections["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    config = folder / "int8_gathers.json"
+    if dist.get_rank() == 0:
+        config.write_text(json.dumps(sections))
+    dist.barrier()
+    CUDAQuantizer.quantizer_cuda_module = Quantizer()
+    start(folder, device, name="int8_gathers", ds_config=str(config), **TEN_STEPS)
+    return Quantizer.rounded
+
+
 def kinds_of_filters(folder: Path, device):
     """And a student that begins anew: the same on any number of ranks."""
     world, two_steps = dist.get_world_size(), {"train": {"steps": 2, **TWO}}

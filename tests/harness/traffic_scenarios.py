@@ -39,8 +39,16 @@ def traffic(folder: Path, device):
         "4": traffic_of(folder, device, "4", **deep(folder, 4)),
         "replicated": traffic_of(folder, device, "replicated", **deep(folder, 4, placement="replicated")),
         "tied": traffic_of(folder, device, "tied", **deep(folder, 2, tie_word_embeddings=True), method="kd"),
+        "once": traffic_of(folder, device, "once", **whole_student(folder)),
         "16": traffic_of(folder, device, "16", **deep(folder, 16), ds_config=str(folder / "nothing_kept.json")),
     }
+
+
+def whole_student(folder: Path) -> dict:
+    """It is gathered once a step, after its update, and its gradients are reduced once."""
+    sections = deep(folder, 4, placement="replicated")
+    sections["train"]["reduce_once"] = True
+    return {**sections, "ds_config": str(Path(__file__).parents[2] / "ds_configs" / "zero3_whole_student.json")}
 
 
 def placements(folder: Path, device):
