@@ -69,6 +69,10 @@ MODELS = {  # by the path in a run file
         **LLAMA_3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
         "tie_word_embeddings": True, "rope_scaling": {**SCALED_ROPE, "factor": 32.0},
     },
+    "models/llama3_1_5b": {
+        **LLAMA_3, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "head_dim": 128, "rope_scaling": {**SCALED_ROPE, "factor": 8.0},
+    },
     "Qwen/Qwen3-8B-Base": {
         **QWEN_3, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
     },
