@@ -100,10 +100,23 @@ def test_the_host_s_memory_is_taken_only_if_the_run_file_says_so(run_file):
     assert getattr(options.best(options.base(run), run, on), "way", None) != "offload"
 
 
+def test_on_a_slow_network_the_student_is_to_be_sent_once_a_step(run_file):
+    """Where it fits whole, and the ds_config is not the user's own."""
+    run = load_run(run_file, ["train.tokens_per_step=16777216", "ds_config=ds_configs/zero3.json"])
+    found = {}
+    for name, link in (("slow", 1e8), ("fast", 1e15)):
+        on = cluster(16, far_link=link, node_link=link)
+        best = options.best(options.base(run), run, on)
+        found[name] = page.recommendation(best, run)
+        assert best.days <= min(one.days for one in options.every_way(options.base(run), run, on) if one.fits)
+    assert f"--set ds_config={options.WHOLE_STUDENT} --set train.reduce_once=true" in found["slow"]
+    assert "ds_config" not in found["fast"] and "reduce_once" not in found["fast"]
+
+
 def test_where_nothing_fits_nothing_is_recommended(run_file):
     run = load_run(run_file)
     assert options.best(options.base(run), run, cluster(8, memory=1e9)) is None
-    assert page.recommendation(None).startswith("recommended: nothing fits; ")
+    assert page.recommendation(None, run).startswith("recommended: nothing fits; ")
 
 
 def test_placements_that_are_another_one_on_these_ranks_are_left_out(run_file):

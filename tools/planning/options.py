@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ted_scale.base.errors import UserError
+from ted_scale.config.ds_config import load_ds_config
 from ted_scale.config.run import Run
 from ted_scale.distill import memory
 from ted_scale.distill.stages import stages_of
@@ -17,6 +18,7 @@ from ted_scale.forecast.summary import Forecast
 from ted_scale.placement import FASTEST_FIRST, Placement, Rank, candidates, place, placed, ranks_of_a_node, usable
 from ted_scale.plan import Plan, derive_accumulation, plan_of_models
 
+WHOLE_STUDENT = "ds_configs/zero3_whole_student.json"
 MOST = 64  # rows of a micro-batch that are tried
 
 
@@ -119,7 +121,21 @@ def every_way(plan: Plan, run: Run, cluster: Cluster) -> Iterator[Option]:
 
 def best(plan: Plan, run: Run, cluster: Cluster) -> Option | None:
     """The fastest way that fits."""
-    return fastest(one for one in every_way(plan, run, cluster) if one.fits and is_advised(one))
+    every = (one for shared in sharings(plan) for one in every_way(shared, run, cluster))
+    return fastest(one for one in every if one.fits and is_advised(one))
+
+
+def sharings(plan: Plan) -> list[Plan]:
+    """As written, and with the student whole on every rank, its gradients reduced once a step, and both: what is sent in a step
+    against memory. A ds_config of the user's own stays."""
+    run, found = plan.run, []
+    configs = [run.ds_config, *([WHOLE_STUDENT] if run.ds_config == Run.model_fields["ds_config"].default else [])]
+    for config in configs:
+        for once in sorted({run.train.reduce_once, True}):
+            train = run.train.model_copy(update={"reduce_once": once})
+            other = run.model_copy(update={"ds_config": config, "train": train})
+            found.append(replace(plan, run=other, ds_config=load_ds_config(config)))
+    return found
 
 
 def fastest(found: Iterable[Option]) -> Option | None:

@@ -1,5 +1,6 @@
 """What tools/plan.py prints: a column for every placement of the teacher, its memory and its time by term."""
 
+from ted_scale.config.run import Run
 from ted_scale.forecast.summary import uncounted
 from ted_scale.placement import usable
 from tools.planning.options import Cluster, Option
@@ -18,7 +19,7 @@ def page(
     for stage in written.forecasts:
         lines += ["", *table(time_rows(placements, stage, price, cluster.gpus), placements)]
     lines += ["", *uncounted(written.plan)] if uncounted(written.plan) else []
-    return [*lines, "", verdict(written, cluster), recommendation(best)]
+    return [*lines, "", verdict(written, cluster), recommendation(best, written.plan.run)]
 
 
 def head(written: Option, cluster: Cluster) -> str:
@@ -77,14 +78,16 @@ def verdict(written: Option, cluster: Cluster) -> str:
     )
 
 
-def recommendation(best: Option | None) -> str:
+def recommendation(best: Option | None, run: Run) -> str:
     if best is None:
         return (
             "recommended: nothing fits; take more GPUs, a smaller student, ds_configs that offload, or, with room in the host's "
             "memory, teacher.placement=offload"
         )
-    train, student = best.plan.run.train, best.plan.run.student
+    train, student, config = best.plan.run.train, best.plan.run.student, best.plan.run.ds_config
     keys = [f"train.micro_batch={train.micro_batch}"]
+    keys += [f"ds_config={config}"] if config != run.ds_config else []
+    keys += ["train.reduce_once=true"] if train.reduce_once != run.train.reduce_once else []
     keys += [f"teacher.placement={best.way}"] if best.way else []
     keys += [f"student.gradient_checkpointing={str(student.gradient_checkpointing).lower()}"]
     return f"recommended: {' '.join(f'--set {key}' for key in keys)}: {best.main.tokens_per_s:,.0f} tokens/s, {best.days:,.2f} days"
