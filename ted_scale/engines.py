@@ -71,7 +71,7 @@ def describe(plan: Plan, device: torch.device) -> list[str]:
     dtype, ways = DTYPES[run.train.precision], {s: blocks_are(plan, s, device) for s in layers}
     lines = [
         kernels.describe(run.loss.backend, device, run.loss.top_k),
-        attention.describe(run.data.attention, layers, run.data.seq_len, dtype, device),
+        attention.describe(run.data, layers, dtype, device),
         fused.describe(run.fused_blocks, ways),
     ]
     if run.teacher_bits == "fp8" and ways["teacher"] != "compile":
@@ -85,9 +85,7 @@ def describe(plan: Plan, device: torch.device) -> list[str]:
 def paths_of(plan: Plan, anatomy, device: torch.device) -> list[str]:
     """Of its attention: those of attention.py."""
     run = plan.run
-    return attention.paths_of(
-        run.data.attention, anatomy.attention, run.data.seq_len, DTYPES[run.train.precision], device
-    )
+    return attention.paths_of(run.data, anatomy.attention, DTYPES[run.train.precision], device)
 
 
 def blocks_are(plan: Plan, side: str, device: torch.device) -> str:

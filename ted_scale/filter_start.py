@@ -108,7 +108,7 @@ def batches(plan, stream: Stream, tokens: int, device) -> Iterator:
     stream = stream._replace(count=-(-tokens // stream.seq_len))
     return validation_batches(
         stream, tokens=tokens, micro_batch=plan.run.train.micro_batch, rank=dist.get_rank(), world=dist.get_world_size(),
-        device=device,
+        sequence_parallel=plan.run.data.sequence_parallel, device=device,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from ted_scale.evaluation.suites import load_for_training
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.metrics.rows import last_row
 from ted_scale.metrics.tracking import why_offline
-from ted_scale.models import fused, quantized
+from ted_scale.models import fused, quantized, ulysses
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
@@ -62,6 +62,11 @@ class Plan:
     @property
     def total_steps(self) -> int:
         return self.stages[-1].last_step
+
+    @property
+    def readers(self) -> int:
+        """Ranks that read different text: those that share rows count as one."""
+        return ulysses.groups_of(self.run, self.world)
 
     @property
     def vocabulary(self) -> int:
@@ -135,6 +140,7 @@ def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
     run = filter_sizes.resolved(run, student, teacher, matched.pairs) if matched.pairs else run
     width = int(run.filters.width) if matched.pairs else 0
     fused.check(run.fused_blocks, {"student": student, "teacher": teacher}, run.data.attention)
+    ulysses.check(run, {"student": student, "teacher": teacher})
     quantized.check_model(run.teacher_bits, teacher)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)
@@ -150,12 +156,13 @@ def look_at(side: str, model: Model, needs_weights: bool) -> Anatomy:
 
 
 def derive_accumulation(run: Run, world: int) -> int:
-    train, seq_len = run.train, run.data.seq_len
-    micro_step = train.micro_batch * seq_len * world
+    train, seq_len, readers = run.train, run.data.seq_len, ulysses.groups_of(run, world)
+    micro_step = train.micro_batch * seq_len * readers
     if train.tokens_per_step % micro_step:
+        ranks = "ranks" if readers == world else "ranks / data.sequence_parallel"
         raise UserError(
-            f"train.tokens_per_step must be a multiple of micro_batch * seq_len * ranks "
-            f"({train.micro_batch} * {seq_len} * {world} = {micro_step}), but is {train.tokens_per_step}"
+            f"train.tokens_per_step must be a multiple of micro_batch * seq_len * {ranks} "
+            f"({train.micro_batch} * {seq_len} * {readers} = {micro_step}), but is {train.tokens_per_step}"
         )
     return train.tokens_per_step // micro_step
 
@@ -258,7 +265,8 @@ def describe(plan: Plan) -> str:
         lines.append(filter_sizes.describe(plan))
     lines.append(
         f"step: {train.tokens_per_step:,} tokens = {plan.accumulation} accumulation * {train.micro_batch} micro-batch * "
-        f"{plan.world} ranks * {run.data.seq_len} tokens"
+        + (f"{plan.world} ranks" if plan.readers == plan.world else f"{plan.readers} groups of ranks")
+        + f" * {run.data.seq_len} tokens"
     )
     lines += feed.describe(plan.readings)
     for stage in plan.stages:

@@ -147,7 +147,7 @@ def build_parts(plan: Plan, device, progress: Progress, newest: Path | None) -> 
     saver.copier.begin_again(newest)
     loader = Loader(
         prefetch=run.data.prefetch, micro_batch=run.train.micro_batch,
-        rank=dist.get_rank(), world=dist.get_world_size(), device=device,
+        rank=dist.get_rank(), world=dist.get_world_size(), sequence_parallel=run.data.sequence_parallel, device=device,
     )  # fmt: skip
     wandb_id = wandb_run.id if wandb_run else progress.wandb_id
     progress = replace(progress, wandb_id=wandb_id, identity=identity, run=written)

@@ -45,7 +45,7 @@ def begin(plan, stream: Stream, teacher, metrics, progress, device) -> None:
     if plan.teacher is None or not plan.run.teacher.is_whole:
         return
     pulse.building("the teacher's first micro-batch")
-    tokens = dist.get_world_size() * plan.run.train.micro_batch * stream.seq_len
+    tokens = plan.readers * plan.run.train.micro_batch * stream.seq_len
     batch = next(batches(plan, stream, tokens, device))
     if plan.run.teacher.compile:
         log_line(seconds_of_compiling(teacher, joined([batch] * together(plan)), bool(plan.pairs)))
@@ -84,7 +84,7 @@ def say_cost(plan, bits: str, teacher: Teacher, batch, metrics, progress) -> Non
     network = unrounded(teacher.body.network, plan.teacher, batch.tokens_BT.device)
     exact = TeacherBody(network, plan.teacher, teacher.body.blocks)
     cost = cost_of(teacher, exact, batch, plan.run.loss)
-    said = f"the teacher in {bits} beside bf16, on {dist.get_world_size()} micro-batches: {cost}"
+    said = f"the teacher in {bits} beside bf16, on {plan.readers} micro-batches: {cost}"
     log_line(said)
     metrics.write(progress.step, progress.tokens, cost.row())
     if cost.kl > MOST_KL or max(cost.errors.values(), default=0.0) > MOST_ERROR:

@@ -108,7 +108,7 @@ def measure(plan, streams: dict[str, Stream], summed_loss: Callable, device) -> 
 def batches(plan, stream: Stream, device):
     return validation_batches(
         stream, tokens=tokens_of_each(plan.run), micro_batch=plan.run.train.micro_batch,
-        rank=dist.get_rank(), world=dist.get_world_size(), device=device,
+        rank=dist.get_rank(), world=dist.get_world_size(), sequence_parallel=plan.run.data.sequence_parallel, device=device,
     )  # fmt: skip
 
 

@@ -73,6 +73,9 @@ class Data(Section):
     attention: Literal["causal", "document"] = Field(
         "causal", description="document: none across the border of a document, and positions restart there"
     )
+    sequence_parallel: PositiveInt = Field(
+        1, description="ranks that share each row, a part of its tokens each; they follow each other"
+    )
     prefetch: PositiveInt = Field(2, description="steps that are read ahead")
 
     @model_validator(mode="before")
@@ -86,6 +89,14 @@ class Data(Section):
         if workers:
             log.warning(f"data.workers = {workers} has no effect any more: a thread reads; leave it out")
         return {key: value for key, value in values.items() if key != "workers"}
+
+    @model_validator(mode="after")
+    def rows_divide(self):
+        if self.seq_len % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel must divide data.seq_len ({self.seq_len}), but is {self.sequence_parallel}; change one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def names_differ(self):

@@ -13,14 +13,19 @@ from itertools import count, islice
 import torch
 
 from ted_scale.base.errors import UserError
-from ted_scale.data.stream import Batch, Stream, batch, rank_positions, read_ahead
+from ted_scale.data.stream import Batch, Stream, batch, cut, rank_positions, read_ahead
 
 
 class Loader:
-    """Opened once for a run; `steps` draws from it, one stretch of a stream after another."""
+    """Opened once for a run; `steps` draws from it, one stretch of a stream after another. So many ranks that follow each other
+    read the same windows as `sequence_parallel` says, and each keeps its piece of them."""
 
-    def __init__(self, *, prefetch: int, micro_batch: int, rank: int, world: int, device):
-        self.prefetch, self.micro_batch, self.rank, self.world = prefetch, micro_batch, rank, world
+    def __init__(
+        self, *, prefetch: int, micro_batch: int, rank: int, world: int, sequence_parallel: int = 1, device
+    ):  # fmt: skip
+        self.prefetch, self.micro_batch = prefetch, micro_batch
+        self.rank, self.world = rank // sequence_parallel, world // sequence_parallel
+        self.piece = rank % sequence_parallel, sequence_parallel
         self.device = torch.device(device)
         self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1, "ted_scale prefetch", set_device, (self.device,))
@@ -52,7 +57,7 @@ class Loader:
 
     def _read(self, stream: Stream, rows: list[list[int]]) -> tuple[list[Batch], torch.cuda.Event | None]:
         """In the thread: a step's micro-batches on the device, or on the way to it."""
-        micros = [batch(stream, positions) for positions in rows]
+        micros = [cut(batch(stream, positions), *self.piece) for positions in rows]
         if self.copies is None:  # on a CPU they are where they are needed
             return micros, None
         with torch.cuda.stream(self.copies):

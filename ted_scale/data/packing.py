@@ -26,6 +26,18 @@ class Packing(NamedTuple):
         return Packing(move(self.positions_BT), move(self.borders), self.lengths)
 
 
+class Share(NamedTuple):
+    """Which tokens of its rows a rank has, where several ranks share them: piece `index` of `of` equal ones of each row. A
+    packing beside it is that of the whole rows."""
+
+    index: int
+    of: int
+    positions_BT: torch.Tensor  # of these tokens
+
+    def moved(self, move) -> "Share":
+        return self._replace(positions_BT=move(self.positions_BT))
+
+
 def pack(begins_BT: numpy.ndarray) -> Packing:
     """`begins_BT` is true where a document begins."""
     rows, length = begins_BT.shape
@@ -51,6 +63,10 @@ def joined(packings: list[Packing]) -> Packing:
         torch.cat([*borders, packings[-1].borders[-1:] + firsts[-1]]),
         tuple(length for packing in packings for length in packing.lengths),
     )
+
+
+def joined_shares(shares: list[Share]) -> Share:
+    return shares[0]._replace(positions_BT=torch.cat([share.positions_BT for share in shares]))
 
 
 @functools.lru_cache(maxsize=4)

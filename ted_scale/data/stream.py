@@ -16,28 +16,43 @@ from ted_scale.base.errors import UserError
 from ted_scale.corpora.corpus import Part, open_parts
 from ted_scale.data import blend, order, packing
 from ted_scale.data.blend import Domain, Interval
-from ted_scale.data.packing import Packing, pack
+from ted_scale.data.packing import Packing, Share, pack
 from ted_scale.kernels.tokens import IGNORED
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank. Weights are 1 where a label counts; there is a packing if documents are kept apart."""
+    """One micro-batch of one rank. Weights are 1 where a label counts; there is a packing if documents are kept apart, and a share
+    if several ranks have these rows."""
 
     tokens_BT: torch.Tensor  # int64
     labels_BT: torch.Tensor  # int64, IGNORED where there is none
     weights_BT: torch.Tensor  # float32
     packing: Packing | None
+    share: Share | None = None
 
     def moved(self, move) -> "Batch":
         """With `move` called on every tensor."""
         tokens, labels, weights = (move(t) for t in self[:3])
-        return Batch(tokens, labels, weights, self.packing and self.packing.moved(move))
+        packed, share = (extra and extra.moved(move) for extra in self[3:])
+        return Batch(tokens, labels, weights, packed, share)
 
 
 def joined(batches: list[Batch]) -> Batch:
     """The rows of several micro-batches as one."""
     tokens, labels, weights = (torch.cat(column) for column in list(zip(*batches, strict=True))[:3])
-    return Batch(tokens, labels, weights, packing.joined([b.packing for b in batches]) if batches[0].packing else None)
+    packed = packing.joined([b.packing for b in batches]) if batches[0].packing else None
+    share = packing.joined_shares([b.share for b in batches]) if batches[0].share else None
+    return Batch(tokens, labels, weights, packed, share)
+
+
+def cut(whole: Batch, index: int, of: int) -> Batch:
+    """Piece `index` of `of` equal ones of every row. Its last label is the next piece's first token: labels are made before."""
+    if of == 1:
+        return whole
+    rows, length = whole.tokens_BT.shape
+    positions = whole.packing.positions_BT if whole.packing else torch.arange(length).expand(rows, length)
+    *tensors, positions = (t.chunk(of, dim=1)[index].contiguous() for t in (*whole[:3], positions))
+    return Batch(*tensors, whole.packing, Share(index, of, positions))
 
 
 class Window(NamedTuple):
@@ -198,19 +213,20 @@ def read_ahead(batches: Iterable[list], depth: int, announce: Callable[[list], N
 
 
 def rank_positions(start: int, stop: int, micro_batch: int, rank: int, world: int) -> Iterator[list[int]]:
-    """The positions of each micro-batch of one rank between `start` and `stop`: micro-batches go to the ranks in turn."""
+    """The positions of each micro-batch of one rank between `start` and `stop`: micro-batches go to the ranks in turn. Ranks that
+    share rows count as one."""
     for first in range(start + rank * micro_batch, stop, world * micro_batch):
         yield list(range(first, first + micro_batch))
 
 
 def validation_batches(
-    stream: Stream, *, tokens: int, micro_batch: int, rank: int, world: int, device
+    stream: Stream, *, tokens: int, micro_batch: int, rank: int, world: int, sequence_parallel: int = 1, device
 ) -> Iterator[Batch]:
-    """The first `tokens` tokens of a validation stream, each window on one rank. Every rank gets the same
-    number of batches."""
+    """The first `tokens` tokens of a validation stream, each on one rank. Every rank gets the same number of batches."""
     windows = min(stream.count, -(-tokens // stream.seq_len))
-    padded = -(-windows // (micro_batch * world)) * micro_batch * world
-    rows = rank_positions(0, padded, micro_batch, rank, world)
+    (reader, index), readers = divmod(rank, sequence_parallel), world // sequence_parallel
+    padded = -(-windows // (micro_batch * readers)) * micro_batch * readers
+    rows = rank_positions(0, padded, micro_batch, reader, readers)
     batches = ([p if p < windows else None for p in row] for row in rows)
     for positions in read_ahead(batches, stream.windows_ahead, stream.ahead):
-        yield batch(stream, positions).moved(lambda t: t.to(device))
+        yield cut(batch(stream, positions), index, sequence_parallel).moved(lambda t: t.to(device))

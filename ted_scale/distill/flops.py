@@ -40,7 +40,8 @@ def keys_of(lengths: Sequence[int]) -> Keys:
 def lengths_of(batches) -> list[int]:
     """The lengths of the documents in a step's batches."""
     apart = [length for batch in batches if batch.packing for length in batch.packing.lengths]
-    return apart or [batches[0].tokens_BT.shape[1]]
+    first = batches[0]
+    return apart or [first.tokens_BT.shape[1] * (first.share.of if first.share else 1)]
 
 
 def body_flops(anatomy: Anatomy, keys: Keys) -> float:

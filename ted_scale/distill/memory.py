@@ -85,8 +85,8 @@ def bytes_of(plan) -> int:
 
 
 def tokens_of(plan) -> int:
-    """Of a micro-batch of a rank."""
-    return plan.run.train.micro_batch * plan.run.data.seq_len
+    """Of a micro-batch, those that a rank has."""
+    return plan.run.train.micro_batch * plan.run.data.seq_len // plan.run.data.sequence_parallel
 
 
 def trained_parameters(plan, stage: Stage) -> int:
@@ -240,8 +240,9 @@ def together(plan) -> int:
 
 
 def is_early(plan) -> bool:
-    """Whether the teacher may run during a backward of the student. A step of one call has none before its end."""
-    bare = plan.placement is not None and plan.placement.is_bare
+    """Whether the teacher may run during a backward of the student: where it needs no other rank, neither for its weights nor for
+    its rows. A step of one call has no backward before its end."""
+    bare = plan.placement is not None and plan.placement.is_bare and plan.run.data.sequence_parallel == 1
     return bare and plan.run.teacher.early and plan.accumulation > together(plan)
 
 

@@ -1,14 +1,15 @@
 """Which pairs and tokens stage I reads in a step if it reads only a part: a pure function of seed and step.
 
 Pairs are drawn for each step. Positions in the sequence are drawn for each step and pair, and are the same in every
-sequence. So the draw does not depend on ranks, micro-batches or accumulation. Every token has the same chance: estimates
-are unbiased.
+sequence. So the draw does not depend on ranks, micro-batches or accumulation: a rank that has a part of every row reads what
+was drawn there. Every token has the same chance: estimates are unbiased.
 """
 
 import torch
 
 from ted_scale.config.method import Filters
 from ted_scale.data.order import mix
+from ted_scale.data.packing import Share
 
 
 def drawn_pairs(filters: Filters, count: int, seed: int) -> list[int]:
@@ -17,16 +18,32 @@ def drawn_pairs(filters: Filters, count: int, seed: int) -> list[int]:
     return sorted(permutation(count, mix(seed, 0))[: filters.sample_pairs].tolist())
 
 
-def drawn_rows(filters: Filters, pairs: list[int], pair: int, seed: int, batch: int, length: int, device):
-    """The rows of [batch × length] tokens that `pair` reads: None means all; a pair that is not drawn gets an empty tensor."""
+def drawn_rows(
+    filters: Filters, pairs: list[int], pair: int, seed: int, batch: int, length: int, device, share: Share | None = None,
+):  # fmt: skip
+    """The rows of [batch × length] tokens that `pair` reads: None means all; a pair that is not drawn gets an empty tensor. With
+    `share`, these tokens are that part of longer rows."""
     if pair not in pairs:
         return torch.empty(0, dtype=torch.int64, device=device)
     if filters.sample_tokens == 1.0:
         return None
-    kept = max(1, round(length * float(filters.sample_tokens)))
-    positions = permutation(length, mix(seed, 1 + pair))[:kept].sort().values
+    whole = length * share.of if share else length
+    positions = permutation(whole, mix(seed, 1 + pair))[: kept_of(filters, whole)].sort().values
+    if share:
+        positions = positions[positions // length == share.index] % length
     rows = torch.arange(batch)[:, None] * length + positions[None, :]
     return rows.flatten().to(device, non_blocking=True)
+
+
+def kept_of(filters: Filters, length: int) -> int:
+    """Of the positions of a row."""
+    return max(1, round(length * float(filters.sample_tokens)))
+
+
+def times_of(filters: Filters, length: int, share: Share | None = None) -> float:
+    """How often each drawn row counts."""
+    whole = length * share.of if share else length
+    return whole / kept_of(filters, whole)
 
 
 def permutation(count: int, seed: int):

@@ -12,7 +12,7 @@ from torch import nn
 from ted_scale.config.run import Run
 from ted_scale.distill import entropies
 from ted_scale.distill.filters import OutputHead
-from ted_scale.distill.sampling import drawn_pairs, drawn_rows
+from ted_scale.distill.sampling import drawn_pairs, drawn_rows, times_of
 from ted_scale.distill.signal import Losses, Signal, Weights
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.formulas.logits import soften
@@ -79,7 +79,7 @@ class Student(nn.Module):
         """(the head's input, the matched blocks' states), one row a token; a frozen body makes no graph."""
         grad = torch.is_grad_enabled() and not self.learns_filters
         with torch.set_grad_enabled(grad), self.recorder.record(wants_layers) as states:
-            last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.packing)
+            last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.packing, batch.share)
         return last.flatten(0, 1), [states[block].flatten(0, 1) for block in self.blocks] if wants_layers else []
 
     def logit_losses(self, batch, last_ND, signal, weights, denom):
@@ -126,7 +126,7 @@ class Student(nn.Module):
         _, states = self.run_network(batch, True)
         pairs, every = drawn_pairs(settings, len(self.blocks), weights.sample_seed), range(len(self.blocks))
         (count, length), device = batch.tokens_BT.shape, batch.tokens_BT.device
-        rows = [drawn_rows(settings, pairs, k, weights.sample_seed, count, length, device) for k in every]
+        rows = [drawn_rows(settings, pairs, k, weights.sample_seed, count, length, device, batch.share) for k in every]
         with gathered([*heads.teacher.parameters, *heads.for_student.parameters] if shares_heads else []):
             of_pairs = [self.pair_losses(k, signal.layers_NE[k], states[k], rows[k], batch, denom) for k in every]
         layers = torch.stack([value for side in zip(*of_pairs, strict=True) for value in side])
@@ -138,7 +138,9 @@ class Student(nn.Module):
         """(teacher's, student's) value. A pair that is not drawn reads no token, but its filters run like all others: every
         rank gathers them, and their gradient is 0."""
         labels, mask = batch.labels_BT.flatten(), batch.weights_BT.flatten()
+        times = times_of(self.run.filters, batch.tokens_BT.shape[1], batch.share)
         settings = {"labels": labels, "token_weight": mask, "denom": denom, "rows": rows, **self.backend}
+        settings["times"] = times
 
         # Both sides use the lift, which the teacher's filter owns: ZeRO-3 gathers it only while that filter's forward runs.
         # So the student's filter runs inside it.

@@ -24,7 +24,7 @@ class TeacherBody(torch.nn.Module):
 
     def forward(self, batch, wants_layers: bool) -> Signal:
         with self.recorder.record(wants_layers) as states:
-            last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.packing)
+            last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.packing, batch.share)
         layers = tuple(states[b][k] for k, b in enumerate(self.blocks)) if wants_layers else ()
         return Signal(layers, last.flatten(0, 1))
 

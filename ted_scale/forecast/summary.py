@@ -68,9 +68,12 @@ def describe(plan) -> list[str]:
 
 def uncounted(plan) -> list[str]:
     """What a forecast does not know about this run."""
-    if not plan.run.teacher_bits:
-        return []
-    return [f"the teacher's time is that of bf16: products in {plan.run.teacher_bits} have no rate of their own here"]
+    missing = []
+    if bits := plan.run.teacher_bits:
+        missing.append(f"the teacher's time is that of bf16: products in {bits} have no rate of their own here")
+    if (ranks := plan.run.data.sequence_parallel) > 1:
+        missing.append(f"what the {ranks} ranks of a row send each other around each attention is in no time here")
+    return missing
 
 
 def line_of(stage, found: Forecast, machine: Machine) -> str:

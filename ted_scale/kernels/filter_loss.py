@@ -28,12 +28,13 @@ from ted_scale.kernels.tokens import valid_weights
 
 def filtered_ce(
     h, filter_w, filter_b, norm: Callable, head_w, head_b, labels, token_weight, *, denom, lift_w=None, softcap=None,
-    logit_scale=1.0, rows=None, backend="auto", chunk_tokens=None,
+    logit_scale=1.0, rows=None, times=None, backend="auto", chunk_tokens=None,
 ):  # fmt: skip
     """CE of soften(head_w·norm(lift_w·(filter_w·h + filter_b)) + head_b), weighted, over denom; lift_w may be None.
 
     Gradients go to h, filter_w, filter_b, lift_w, head_w and head_b; `norm` is any differentiable function of rows.
-    With `rows` (int64) only those are read, and each counts len(h)/len(rows) times: unbiased where they are drawn uniformly.
+    With `rows` (int64) only those are read, and each counts `times`, by default len(h)/len(rows): unbiased where they are drawn
+    uniformly.
     """
     check(h, filter_w, filter_b, lift_w, head_w, head_b, labels, token_weight, rows)
     arguments.check_positive("chunk_tokens", chunk_tokens)
@@ -44,7 +45,7 @@ def filtered_ce(
     with torch.no_grad():
         value, gradients = filter_chunks(*operands, norm, labels, weight, rows, f, wanted, backend, chunk_tokens)
     if rows is not None and len(rows):
-        scale = len(h) / len(rows)
+        scale = len(h) / len(rows) if times is None else times
         value, gradients = value * scale, [g.mul_(scale) for g in gradients]
     return attach(value, value[None], denom, operands, wanted, gradients)[0]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ted_scale.data.packing import Packing
+from ted_scale.data.packing import Packing, Share
 from ted_scale.models import attention
 
 
@@ -35,8 +35,10 @@ class Anatomy:
     matrices: int  # elements of all matrices that multiply a token's state before the output projection
     max_length: int | None
     attention: tuple[attention.Layer, ...]
+    heads: tuple[tuple[int, int], ...]  # of queries and of keys
     scores: tuple[tuple[int, int | None], ...]  # of each layer: the width of all queries and values, and the window
     blocks_apart: int  # blocks that can keep documents apart
+    rotates_by_length: bool  # whether rotary frequencies follow the longest position of a forward
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class StateRecorder:
             self.recording, self.states = False, {}
 
 
-def run_body(network, anatomy: Anatomy, tokens_BT, packing: Packing | None = None):
-    """The input of the output projection, [B, T, head_width]; with `packing`, each document sees only itself."""
+def run_body(network, anatomy: Anatomy, tokens_BT, packing: Packing | None = None, share: Share | None = None):
+    """The input of the output projection, [B, T, head_width]; with `packing`, each document sees only itself. With `share`, T is
+    this rank's part of rows whose other parts other ranks run at the same time."""
     body = network.get_submodule(anatomy.body)
-    return body(input_ids=tokens_BT, use_cache=False, **attention.packing_arguments(packing))[0]
+    return body(input_ids=tokens_BT, use_cache=False, **attention.packing_arguments(packing, share))[0]

@@ -10,6 +10,8 @@ that drop the keyword.
 `varlen`  a window or documents in 16 bits on CUDA from sm_80 on: flash attention over the documents' borders
 `flex`    other cases on a GPU (soft-capped scores, fp32, ROCm, other head widths): flex attention, compiled by Triton
 `tiled`   all other cases: document by document, tile by tile, in torch
+
+Where ranks share rows (`data.sequence_parallel`), ulysses.py gives tokens for heads before one of these, and back after it.
 """
 
 import contextlib
@@ -20,9 +22,10 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ted_scale.data.packing import Packing, whole_rows
+from ted_scale.data.packing import Packing, Share, whole_rows
 from ted_scale.kernels.triton.device import device_name, runs_triton
 from ted_scale.models.attention_paths import flex, tiled, varlen
+from ted_scale.models.ulysses import LocalHeads, Shared, heads_for_tokens, tokens_for_heads
 
 NAME = "ted_scale"
 SEALED = "ted_scale_sealed"  # for compiled blocks whose documents are apart
@@ -48,6 +51,7 @@ class Call(NamedTuple):
     module: torch.nn.Module
     layer: Layer
     heads: int  # of the queries
+    key_heads: int
     causal: bool
     unknown: set[str]  # arguments that are set and would be ignored
     packed: bool  # whether it was given documents
@@ -68,8 +72,10 @@ def choose_path(layer: Layer, length: int, packed: bool, dtype: torch.dtype, dev
 def causal_attention(
     module, query, key, value, attention_mask, sliding_window=None, softcap=None, packing=None, scaling=None, **kwargs
 ):
-    """`packing` is None if a row is one text."""
+    """`packing` is None if a row is one text, and Shared if this rank has a part of each row."""
     assert attention_mask is None, "transformers has no mask function for our name, but made a mask"
+    if isinstance(packing, Shared):
+        return shared_attention(query, key, value, packing, sliding_window, softcap, scaling, **kwargs)
     rows, _, length, width = query.shape
     layer = Layer(width, value.shape[-1], sliding_window, softcap)
     path = choose_path(layer, length, packing is not None, query.dtype, query.device)
@@ -78,6 +84,16 @@ def causal_attention(
     packing = packing or whole_rows(rows, length, query.device)
     window = sliding_window if sliding_window is not None and sliding_window < length else None
     return PATHS[path](query, key, value, packing, window, scaling, softcap), None
+
+
+def shared_attention(query, key, value, shared: Shared, sliding_window, softcap, scaling, **kwargs):
+    """Whole rows of some heads, in the place of parts of rows of all heads."""
+    query, key, value = (heads_for_tokens(t, shared.ranks) for t in (query, key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    heads = LocalHeads(query.shape[1] // key.shape[1])
+    settings = {"sliding_window": sliding_window, "softcap": softcap, "packing": shared.packing, "scaling": scaling}
+    out_BTHD, _ = causal_attention(heads, query, key, value, None, **settings, **kwargs)
+    return tokens_for_heads(out_BTHD, shared.ranks), None
 
 
 class Sealed:
@@ -97,19 +113,25 @@ def seal(block, arguments: tuple, named: dict) -> tuple[tuple, dict]:
     return arguments, {**named, "packing": Sealed(named.get("packing"))}
 
 
-def packing_arguments(packing: Packing | None) -> dict:
-    """The keywords of a body's forward that restart its positions and tell its attention of the documents."""
+def packing_arguments(packing: Packing | None, share: Share | None = None) -> dict:
+    """The keywords of a body's forward that give this rank's tokens their positions, and tell its attention of the documents and of
+    the ranks that share rows."""
+    if share is not None:
+        return {"position_ids": share.positions_BT, "packing": Shared(packing, share.of)}
     return {} if packing is None else {"position_ids": packing.positions_BT, "packing": packing}
 
 
-def paths_of(mode: str, layers: Iterable[Layer], length: int, dtype: torch.dtype, device) -> list[str]:
-    return sorted({choose_path(layer, length, mode == "document", dtype, device) for layer in layers})
+def paths_of(data, layers: Iterable[Layer], dtype: torch.dtype, device) -> list[str]:
+    """Of layers under a run file's data section; with what goes before and after them where ranks share rows."""
+    packed = data.attention == "document"
+    paths = {choose_path(layer, data.seq_len, packed, dtype, device) for layer in layers}
+    return sorted(paths | ({"ulysses"} if data.sequence_parallel > 1 else set()))
 
 
-def describe(mode: str, models: Mapping[str, Iterable[Layer]], length: int, dtype: torch.dtype, device) -> str:
+def describe(data, models: Mapping[str, Iterable[Layer]], dtype: torch.dtype, device) -> str:
     """The line for the log."""
-    paths = {side: paths_of(mode, layers, length, dtype, device) for side, layers in models.items()}
-    return f"attention: {mode} on {device_name(device)}, " + ", ".join(
+    paths = {side: paths_of(data, layers, dtype, device) for side, layers in models.items()}
+    return f"attention: {data.attention} on {device_name(device)}, " + ", ".join(
         f"{s} by {' and '.join(p)}" for s, p in paths.items()
     )
 
@@ -125,7 +147,8 @@ def recorded_calls():
         asked = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if asked is None else asked
         layer = Layer(query.shape[-1], value.shape[-1], kwargs.get("sliding_window"), kwargs.get("softcap"))
-        calls.append(Call(module, layer, query.shape[1], bool(causal), given - KNOWN, "packing" in given))
+        heads = query.shape[1], key.shape[1]
+        calls.append(Call(module, layer, *heads, bool(causal), given - KNOWN, "packing" in given))
         return causal_attention(module, query, key, value, None, **kwargs)
 
     AttentionInterface.register(NAME, record)

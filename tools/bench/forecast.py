@@ -98,7 +98,8 @@ def step_of(plan, device):
     run, stage, teacher = plan.run, plan.stages[-1], build_teacher(plan)
     arm = TrainerArm(plan, stage, build_student(plan, stage, teacher, None), teacher, device)
     place = {"rank": dist.get_rank(), "world": dist.get_world_size(), "device": device}
-    loader = Loader(prefetch=run.data.prefetch, micro_batch=run.train.micro_batch, **place)
+    shared = {"sequence_parallel": run.data.sequence_parallel}
+    loader = Loader(prefetch=run.data.prefetch, micro_batch=run.train.micro_batch, **place, **shared)
     data = loader.steps(
         open_stream(run.data, run.seed, plan.vocabulary), start=0, samples_per_step=stage.samples_per_step
     )

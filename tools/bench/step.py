@@ -204,6 +204,7 @@ def batches(run, device):
 
     vocabulary = inspect("student.path", run.student.path).vocab_size
     settings = {"prefetch": run.data.prefetch, "micro_batch": run.train.micro_batch}
+    settings["sequence_parallel"] = run.data.sequence_parallel
     loader = Loader(**settings, rank=dist.get_rank(), world=dist.get_world_size(), device=device)
     samples = run.train.tokens_per_step // run.data.seq_len
     return loader.steps(open_stream(run.data, run.seed, vocabulary), start=0, samples_per_step=samples)

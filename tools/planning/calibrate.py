@@ -33,6 +33,8 @@ def measure_and_keep(run: Run, path: Path, minutes: float) -> None:
     from ted_scale.ranks.group import start_ranks
 
     device = start_ranks()
+    whole_rows = run.data.model_copy(update={"sequence_parallel": 1})  # a rate does not depend on who computes it
+    run = run.model_copy(update={"data": whole_rows})
     plan = plan_of_models(run, dist.get_world_size(), needs_weights=False)
     found = machine_from(plan, device, rounds(probes(plan, device), device, 60 * minutes))
     if dist.get_rank() == 0:

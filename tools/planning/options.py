@@ -58,7 +58,8 @@ def check(cluster: Cluster) -> None:
 
 def base(run: Run) -> Plan:
     """The models are looked at once; what else a way changes follows from the run file."""
-    return plan_of_models(changed(run, 1, run.student.gradient_checkpointing), 1, needs_weights=False)
+    fewest = run.data.sequence_parallel
+    return plan_of_models(changed(run, 1, run.student.gradient_checkpointing), fewest, needs_weights=False)
 
 
 def varied(plan: Plan, gpus: int, micro_batch: int, checkpointing: bool) -> Plan:

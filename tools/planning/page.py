@@ -28,7 +28,7 @@ def head(written: Option, cluster: Cluster) -> str:
     return (
         f"{plan.run.name}: {plan.run.method}, {train.precision}, {cluster.gpus} x {machine.name} ({machine.source}), {a_node} a "
         f"node, {machine.far_link * a_node / 1e9:,.4g} GB/s a node to the others; {train.tokens_per_step:,} tokens a step = "
-        f"{plan.accumulation} x {train.micro_batch} x {plan.run.data.seq_len} x {plan.world}"
+        f"{plan.accumulation} x {train.micro_batch} x {plan.run.data.seq_len} x {plan.readers}"
     )
 
 
