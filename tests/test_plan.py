@@ -18,6 +18,7 @@ from ted_scale.base.sealed import seal
 from ted_scale.checkpoints.progress import Progress, progress_as_bytes
 from ted_scale.config.run_file import load_run
 from ted_scale.corpora.tokenizer import digest, load_tokenizer
+from ted_scale.distill import memory
 from ted_scale.distill.filter_sizes import filter_parameters
 from ted_scale.distill.pairs import cut_map
 from ted_scale.engines import build_filters, check_engine_config
@@ -207,6 +208,10 @@ WRONG_RUNS = {
         {"train": {"tokens_per_step": 200}},
         "train.tokens_per_step must be a multiple of micro_batch * seq_len * ranks (1 * 32 * 1 = 32), but is 200",
     ),
+    "ranks of a row": (
+        {"data": {"sequence_parallel": 2}},
+        "data.sequence_parallel must divide the ranks (1), but is 2; change it or their number",
+    ),
     "student missing": (
         {"student": {"path": "/nowhere/model"}},
         "student.path must be a folder that is there, but /nowhere/model does not exist; correct it; a hub id is OWNER/NAME",
@@ -275,9 +280,63 @@ def test_documents_are_refused_where_a_block_would_mix_them(world, family):
     )
 
 
+WRONG_ROWS = {  # sections, the student's sizes, the rest of the sentence about sequence_parallel = 4
+    "query heads": ({}, {"num_attention_heads": 2}, "must divide the query heads of the student (2), but is 4; change it"),
+    "key heads": (
+        {}, {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 3},
+        "must divide the key heads of the student (3) or be a multiple of them, but is 4; change it",
+    ),
+    "the teacher's": (
+        {"teacher": {"path": "odd"}}, {"hidden_size": 48, "num_attention_heads": 6},
+        "must divide the query heads of the teacher (6), but is 4; change it",
+    ),
+    "positions": (
+        {}, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "must be 1 for a student of family llama, but is 4: its rotary frequencies follow the longest position of a forward, and "
+        "each rank sees another one; leave it out",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("sections", "sizes", "said"), WRONG_ROWS.values(), ids=WRONG_ROWS)
+def test_models_whose_rows_ranks_cannot_share_are_refused(world, sections, sizes, said):
+    make_model(world / "odd", "llama", **sizes)
+    paths = {"student": {"path": str(world / ("student" if sections else "odd"))}}
+    paths |= {"teacher": {"path": str(world / "odd")}} if sections else {}
+    run = {"data": {"sequence_parallel": 4}, **paths}
+    assert refusal(world, ranks=4, **run) == f"data.sequence_parallel {said}"
+
+
+def test_blocks_that_mix_tokens_beside_attention_are_refused_where_ranks_share_rows(world):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    Lfm2Config(**sizes, vocab_size=128, layer_types=["conv", "full_attention"]).save_pretrained(world / "lfm2")
+    student = {"init": "random", "path": str(world / "lfm2")}
+    assert refusal(world, ranks=2, student=student, data={"sequence_parallel": 2}) == (
+        "data.sequence_parallel must be 1 for a student of family lfm2, but is 2: 1 of its 2 blocks mix tokens, but not by an "
+        "attention that can be told of other ranks; leave it out"
+    )
+
+
+def test_a_graph_of_a_block_is_refused_where_ranks_share_rows(original):
+    said = refusal(original, ranks=2, fused_blocks="compile", data={"sequence_parallel": 2})
+    assert said.startswith(
+        "fused_blocks must be auto, liger or off where data.sequence_parallel is above 1, but is 'compile'"
+    )
+
+
+def test_ranks_that_share_rows_count_once_for_a_step_and_divide_what_a_rank_keeps(original):
+    apart, shared = (make_plan(make_run(original, data={"sequence_parallel": n}), 4) for n in (1, 4))
+    assert (apart.accumulation, shared.accumulation) == (2, 8)
+    assert "step: 256 tokens = 8 accumulation * 1 micro-batch * 1 groups of ranks * 32 tokens" in describe(shared)
+    kept = [memory.activations(plan, plan.stages[-1])[0] for plan in (apart, shared)]
+    assert kept[0] == 4 * kept[1] > 0
+
+
 def test_tokens_per_step_depends_on_the_ranks(original):
     assert make_plan(make_run(original), 8).accumulation == 1
     assert refusal(original, ranks=3).endswith("(1 * 32 * 3 = 96), but is 256")
+    said = refusal(original, ranks=6, data={"sequence_parallel": 2})
+    assert said.endswith("seq_len * ranks / data.sequence_parallel (1 * 32 * 3 = 96), but is 256")
 
 
 def test_a_hub_id_that_cannot_be_reached_is_refused(original, monkeypatch):

@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     def moved(self, move) -> "Batch":
         """With `move` called on every tensor."""
         tokens, labels, weights = (move(t) for t in self[:3])
-        packed, share = (extra and extra.moved(move) for extra in self[3:])
+        packed, share = self.packing and self.packing.moved(move), self.share and self.share.moved(move)
         return Batch(tokens, labels, weights, packed, share)
 
 
@@ -51,8 +51,9 @@ def cut(whole: Batch, index: int, of: int) -> Batch:
         return whole
     rows, length = whole.tokens_BT.shape
     positions = whole.packing.positions_BT if whole.packing else torch.arange(length).expand(rows, length)
-    *tensors, positions = (t.chunk(of, dim=1)[index].contiguous() for t in (*whole[:3], positions))
-    return Batch(*tensors, whole.packing, Share(index, of, positions))
+    parts = (t.chunk(of, dim=1)[index].contiguous() for t in (*whole[:3], positions))
+    tokens, labels, weights, positions = parts
+    return Batch(tokens, labels, weights, whole.packing, Share(index, of, positions))
 
 
 class Window(NamedTuple):

@@ -75,7 +75,8 @@ def causal_attention(
     """`packing` is None if a row is one text, and Shared if this rank has a part of each row."""
     assert attention_mask is None, "transformers has no mask function for our name, but made a mask"
     if isinstance(packing, Shared):
-        return shared_attention(query, key, value, packing, sliding_window, softcap, scaling, **kwargs)
+        named = {"sliding_window": sliding_window, "softcap": softcap, "scaling": scaling, **kwargs}
+        return shared_attention(query, key, value, packing, **named)
     rows, _, length, width = query.shape
     layer = Layer(width, value.shape[-1], sliding_window, softcap)
     path = choose_path(layer, length, packing is not None, query.dtype, query.device)
@@ -86,13 +87,11 @@ def causal_attention(
     return PATHS[path](query, key, value, packing, window, scaling, softcap), None
 
 
-def shared_attention(query, key, value, shared: Shared, sliding_window, softcap, scaling, **kwargs):
+def shared_attention(query, key, value, shared: Shared, **named):
     """Whole rows of some heads, in the place of parts of rows of all heads."""
     query, key, value = (heads_for_tokens(t, shared.ranks) for t in (query, key, value))
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     heads = LocalHeads(query.shape[1] // key.shape[1])
-    settings = {"sliding_window": sliding_window, "softcap": softcap, "packing": shared.packing, "scaling": scaling}
-    out_BTHD, _ = causal_attention(heads, query, key, value, None, **settings, **kwargs)
+    out_BTHD, _ = causal_attention(heads, query, key, value, None, packing=shared.packing, **named)
     return tokens_for_heads(out_BTHD, shared.ranks), None
 
 

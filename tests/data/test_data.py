@@ -12,7 +12,8 @@ from corpus import counting_documents, data_section, steps, write_shard
 from ted_scale.base.errors import UserError
 from ted_scale.data import order
 from ted_scale.data.blend import cut_of, units
-from ted_scale.data.stream import open_stream, validation_batches
+from ted_scale.data.stream import batch, joined, open_stream, validation_batches
+from ted_scale.data.stream import cut as cut_for_rank
 from ted_scale.kernels.tokens import IGNORED
 
 VOCAB = 60000
@@ -202,12 +203,16 @@ def test_labels_never_cross_a_document_and_positions_restart_where_attention_end
         assert positions == [row[:i].count(d) for i, d in enumerate(row)]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize(("world", "shared"), [(1, 1), (2, 1), (3, 1), (4, 2), (2, 2)])
 @pytest.mark.parametrize("tokens", [40, 64, 10**9])
-def test_validation_counts_each_window_once_for_any_number_of_ranks(two_shards, world, tokens):
+def test_validation_counts_each_window_once_for_any_number_of_ranks(two_shards, world, shared, tokens):
     (stream,) = open_stream(data_section(two_shards, validation=0.3), 1, VOCAB).held_out.values()
     ranks = [
-        list(validation_batches(stream, tokens=tokens, micro_batch=2, rank=r, world=world, device="cpu"))
+        list(
+            validation_batches(
+                stream, tokens=tokens, micro_batch=2, rank=r, world=world, sequence_parallel=shared, device="cpu"
+            )
+        )
         for r in range(world)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -218,6 +223,41 @@ def test_validation_counts_each_window_once_for_any_number_of_ranks(two_shards, 
     first = next(iter(stream.parts.values())).start
     begins = set(numpy.cumsum(LENGTHS).tolist())
     assert sorted(labels.tolist()) == [t for t in range(first + 1, first + 1 + windows * 8) if t not in begins]
+
+
+@pytest.mark.parametrize("attention", ["causal", "document"])
+def test_ranks_that_share_rows_have_the_tokens_labels_and_positions_of_whole_rows(two_shards, attention):
+    """Labels, too, of the last token of a piece: those are made of whole rows."""
+    stream = open_stream(data_section(two_shards, attention=attention), 1, VOCAB)
+    both = [batch(stream, [3, 4]), batch(stream, [5, 6])]
+    pieces = [joined([cut_for_rank(whole, rank, 4) for whole in both]) for rank in range(4)]
+    whole = joined(both)
+    for name in ("tokens_BT", "labels_BT", "weights_BT"):
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces], dim=1), getattr(whole, name))
+    positions = whole.packing.positions_BT if whole.packing else torch.arange(8).expand(4, 8)
+    assert torch.equal(torch.cat([piece.share.positions_BT for piece in pieces], dim=1), positions)
+    assert [(piece.share.index, piece.share.of) for piece in pieces] == [(rank, 4) for rank in range(4)]
+    assert all((piece.packing is None) == (attention == "causal") for piece in pieces)
+    assert all(piece.packing is None or piece.packing.lengths == whole.packing.lengths for piece in pieces)
+
+
+def test_the_order_of_samples_depends_on_the_ranks_that_read_different_text(two_shards):
+    """Four ranks, two to a row, read as two ranks do; each has half of every row."""
+    stream = open_stream(data_section(two_shards), 1, VOCAB)
+    wanted = {"start": 8, "stop": 24, "samples_per_step": 8, "micro_batch": 2}
+    whole = [list(steps(stream, **wanted, rank=r, world=2)) for r in range(2)]
+    shared = [list(steps(stream, **wanted, rank=r, world=4, sequence_parallel=2)) for r in range(4)]
+    for reader in range(2):
+        for of_whole, *of_pieces in zip(whole[reader], shared[2 * reader], shared[2 * reader + 1], strict=True):
+            for micro, *pieces in zip(of_whole, *of_pieces, strict=True):
+                assert torch.equal(torch.cat([p.tokens_BT for p in pieces], dim=1), micro.tokens_BT)
+
+
+def test_rows_that_do_not_divide_over_their_ranks_are_refused(two_shards):
+    with pytest.raises(
+        ValueError, match=r"sequence_parallel must divide data.seq_len \(8\), but is 3; change one of them"
+    ):
+        data_section(two_shards, sequence_parallel=3)
 
 
 def test_a_path_without_a_last_part_needs_a_name():

@@ -5,7 +5,8 @@ import torch
 from plain import build, cut, make_batch, make_world, run_step
 
 from ted_scale.config.method import Filters
-from ted_scale.distill.sampling import drawn_pairs, drawn_rows
+from ted_scale.data.packing import Share
+from ted_scale.distill.sampling import drawn_pairs, drawn_rows, times_of
 
 PART = {"sample_tokens": 0.25, "sample_pairs": 1}
 
@@ -32,6 +33,19 @@ def test_a_draw_is_a_function_of_the_step_and_differs_between_pairs():
     assert [r + 64 for r in first[:16]] == first[16:]  # the same positions in every sequence
     assert drawn_rows(filters, [0], 1, 7, 2, 64, "cpu").tolist() == []
     assert drawn_rows(Filters(sample_tokens=1.0), [0], 0, 7, 2, 64, "cpu") is None
+
+
+def test_ranks_that_share_rows_read_what_one_rank_would_read_as_often_as_it_would():
+    filters, length = Filters(sample_tokens=0.3), 16
+    whole = drawn_rows(filters, [0], 0, 7, 2, 4 * length, "cpu").tolist()
+    found, times = [], set()
+    for index in range(4):
+        share = Share(index, 4, torch.empty(0))
+        rows = drawn_rows(filters, [0], 0, 7, 2, length, "cpu", share).tolist()
+        found += [row // length * 4 * length + index * length + row % length for row in rows]
+        times.add(times_of(filters, length, share))
+    assert sorted(found) == whole and len(whole) == 2 * 19
+    assert times == {times_of(filters, 4 * length)} == {64 / 19}
 
 
 def test_over_many_steps_the_sub_sample_s_gradient_is_the_whole_one(world):

@@ -35,19 +35,22 @@ def counting_documents(lengths, first=0):
     return [list(range(end - length, end)) for end, length in zip(ends.tolist(), lengths, strict=True)]
 
 
-def data_section(*paths, seq_len=8, attention="causal", weights=None, validation=0.0, blend=None):
+def data_section(*paths, seq_len=8, attention="causal", weights=None, validation=0.0, blend=None, **more):
     """The run file's data section."""
     weights = weights or [1.0] * len(paths)
     corpora = [{"path": p, "weight": w, "validation": validation} for p, w in zip(paths, weights, strict=True)]
     blend = {"blend": blend} if blend else {}
-    return Data.model_validate({"corpora": corpora, "seq_len": seq_len, "attention": attention} | blend)
+    return Data.model_validate({"corpora": corpora, "seq_len": seq_len, "attention": attention} | blend | more)
 
 
-def steps(stream, *, start=0, stop=None, samples_per_step, micro_batch, rank=0, world=1, prefetch=2):
+def steps(
+    stream, *, start=0, stop=None, samples_per_step, micro_batch, rank=0, world=1, sequence_parallel=1, prefetch=2
+):
     """What one rank draws of a stream, by a loader of its own."""
     from ted_scale.data.loader import Loader
 
-    loader = Loader(prefetch=prefetch, micro_batch=micro_batch, rank=rank, world=world, device="cpu")
+    place = {"rank": rank, "world": world, "sequence_parallel": sequence_parallel}
+    loader = Loader(prefetch=prefetch, micro_batch=micro_batch, **place, device="cpu")
     return loader.steps(stream, start=start, stop=stop, samples_per_step=samples_per_step)
 
 
