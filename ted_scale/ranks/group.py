@@ -43,8 +43,8 @@ def start_ranks(run: Run | None = None, check=lambda device: None) -> torch.devi
 
 
 def group_of_node(ranks: int):
-    """The group of this rank's node, or of the ranks that share its rows: of so many that follow each other. None if all of them do,
-    which have a group already. A collective of all ranks."""
+    """The group of this rank's node, or of those that share its rows: of so many ranks that follow each other. None if all of them
+    do, which have a group already. A collective of all ranks."""
     if ranks == dist.get_world_size():
         return None
     return groups_of_nodes(ranks)
