@@ -290,11 +290,6 @@ WRONG_ROWS = {  # sections, the student's sizes, the rest of the sentence about 
         {"teacher": {"path": "odd"}}, {"hidden_size": 48, "num_attention_heads": 6},
         "must divide the query heads of the teacher (6), but is 4; change it",
     ),
-    "positions": (
-        {}, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-        "must be 1 for a student of family llama, but is 4: its rotary frequencies follow the longest position of a forward, and "
-        "each rank sees another one; leave it out",
-    ),
 }  # fmt: skip
 
 
@@ -312,8 +307,8 @@ def test_blocks_that_mix_tokens_beside_attention_are_refused_where_ranks_share_r
     Lfm2Config(**sizes, vocab_size=128, layer_types=["conv", "full_attention"]).save_pretrained(world / "lfm2")
     student = {"init": "random", "path": str(world / "lfm2")}
     assert refusal(world, ranks=2, student=student, data={"sequence_parallel": 2}) == (
-        "data.sequence_parallel must be 1 for a student of family lfm2, but is 2: 1 of its 2 blocks mix tokens, but not by an "
-        "attention that can be told of other ranks; leave it out"
+        "data.sequence_parallel must be 1 where not all blocks take part in it, but is 2 for a student of family lfm2, where 1 of "
+        "2 blocks can; leave it out"
     )
 
 

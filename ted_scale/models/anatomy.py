@@ -38,7 +38,6 @@ class Anatomy:
     heads: tuple[tuple[int, int], ...]  # of queries and of keys
     scores: tuple[tuple[int, int | None], ...]  # of each layer: the width of all queries and values, and the window
     blocks_apart: int  # blocks that can keep documents apart
-    rotates_by_length: bool  # whether rotary frequencies follow the longest position of a forward
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,6 @@ def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
         heads=tuple(dict.fromkeys((call.heads, call.key_heads) for call in calls)),
         scores=tuple((c.heads * (c.layer.width + c.layer.value_width), c.layer.window) for c in calls),
         blocks_apart=blocks_apart(model, body, blocks),
-        rotates_by_length=rotates_by_length(model),
     )
 
 
@@ -165,13 +164,6 @@ def blocks_apart(model, body: str, blocks: str) -> int:
         return bool(asked) and all(asked) and not any(isinstance(m, torch.nn.Conv1d) for m in block.modules())
 
     return sum(apart(block) for block in model.get_submodule(blocks))
-
-
-def rotates_by_length(model) -> bool:
-    """Of the kinds of rotary positions, those that transformers' dynamic_rope_update changes within a forward."""
-    kinds = [getattr(module, "rope_type", None) for module in model.modules()]
-    kinds = [name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else (kind,))]
-    return any(name and ("dynamic" in name or name == "longrope") for name in kinds)
 
 
 def check_attention(key: str, config, calls: list[attention.Call]) -> None:

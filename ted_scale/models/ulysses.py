@@ -92,15 +92,11 @@ def check(run, models: dict) -> None:
 
 
 def check_model(side: str, anatomy, ranks: int) -> None:
-    said = f"data.sequence_parallel must be 1 for a {side} of family {anatomy.family}, but is {ranks}"
+    """A block takes part if it can keep documents apart: no other part of it mixes tokens, and its attention gets the keyword."""
     if anatomy.blocks_apart < anatomy.layers:
         raise UserError(
-            f"{said}: {anatomy.layers - anatomy.blocks_apart} of its {anatomy.layers} blocks mix tokens, "
-            "but not by an attention that can be told of other ranks; leave it out"
-        )
-    if anatomy.rotates_by_length:
-        raise UserError(
-            f"{said}: its rotary frequencies follow the longest position of a forward, and each rank sees another one; leave it out"
+            f"data.sequence_parallel must be 1 where not all blocks take part in it, but is {ranks} for a {side} of family "
+            f"{anatomy.family}, where {anatomy.blocks_apart} of {anatomy.layers} blocks can; leave it out"
         )
     for queries, keys in anatomy.heads:
         if queries % ranks:
