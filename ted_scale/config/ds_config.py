@@ -32,12 +32,13 @@ DS_OWNED_BY_RUN = {
     "steps_per_print": "log_every",
     "activation_checkpointing": "student.gradient_checkpointing",
     "data_efficiency": "data.blend",
+    "sequence_parallel_size": "data.sequence_parallel",
     "checkpoint": "checkpoint.every",
 }
 
 CANNOT = {
     "ZeRO-3 alone splits the models": (
-        "tensor_parallel", "autotp", "pipeline", "expert_parallel", "sequence_parallel_size", "data_parallel_size",
+        "tensor_parallel", "autotp", "pipeline", "expert_parallel", "data_parallel_size",
         "use_data_before_expert_parallelism", "seq_parallel_communication_data_type", "inference",
     ),
     "gradients are averaged over ranks, in fp32 sums, by losses that are divided already": (

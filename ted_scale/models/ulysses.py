@@ -67,7 +67,7 @@ def tokens_for_heads(states_BTHD: torch.Tensor, ranks: int) -> torch.Tensor:
 
 
 def groups_of(run, world: int) -> int:
-    """How many groups of ranks read different text; 1 rank each where rows are not shared."""
+    """How many groups of ranks read different text; a group is one rank where rows are not shared."""
     ranks = run.data.sequence_parallel
     if world % ranks:
         raise UserError(

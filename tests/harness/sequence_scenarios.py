@@ -20,19 +20,21 @@ from ted_scale.ranks.group import group_of_node
 HEADS, TOKENS, WIDTH = 8, 16, 4
 
 
-def sections(folder: Path, sequence_parallel: int) -> dict[str, dict]:
-    """Runs of three steps or more by name. Key heads are shared in both models. A large eps keeps AdamW from making a step of
-    its full size of a gradient that is nothing but rounding."""
-    paths = {"student": {"path": str(folder / "narrow")}, "teacher": {"placement": "sharded", "micro_batch": 2}}
-    common = {"train": {"steps": 3, "micro_batch": 2, "eps": 1e-3}, "checkpoint": {"every": 3, "keep": 9}, **paths}
-    data = {"sequence_parallel": sequence_parallel}
-    drawn = {"steps": 2, "width": 16, "start": "states", "sample_tokens": 0.5, "sample_pairs": 1}
-    recomputed = {**paths["student"], "gradient_checkpointing": True}
-    replicated = {"teacher": {"placement": "replicated", "early": True}, "filters": {"steps": 0, "width": 16}}
-    return {
-        "documents": {**common, "filters": drawn, "data": {**data, "attention": "document"}},
-        "causal": {**common, **replicated, "student": recomputed, "data": data, "loss": {"skip_low_entropy": 0.4}},
-    }
+def sections(folder: Path, ranks: int) -> dict[str, dict]:
+    """Runs of three steps or more by name, with so many ranks to a row. Key heads are shared in both models, and on four ranks the
+    teacher is elsewhere. A large eps keeps AdamW from making a step of its full size of a gradient that is nothing but rounding."""
+    four, student, data = dist.get_world_size() == 4, {"path": str(folder / "narrow")}, {"sequence_parallel": ranks}
+    common = {"train": {"steps": 3, "micro_batch": 2, "eps": 1e-3}, "checkpoint": {"every": 3, "keep": 9}}
+    documents = {
+        "teacher": {"placement": "node" if four else "sharded", "node_ranks": 2 if four else 1, "micro_batch": 2},
+        "filters": {"steps": 2, "width": 16, "start": "states", "sample_tokens": 0.5, "sample_pairs": 1},
+        "student": student, "data": {**data, "attention": "document"},
+    }  # fmt: skip
+    causal = {
+        "teacher": {"placement": "offload" if four else "replicated", "early": True}, "filters": {"steps": 0, "width": 16},
+        "student": {**student, "gradient_checkpointing": True}, "data": data, "loss": {"skip_low_entropy": 0.4},
+    }  # fmt: skip
+    return {"documents": {**common, **documents}, "causal": {**common, **causal}}
 
 
 def rows_shared(folder: Path, device):

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.attention.flex_attention as torch_flex
+from corpus import data_section
 from dense_attention import dense, packing_of, varlen_stand_in, visible
 from plain import load_model
 from test_models import LENGTHS, NUDGED, differences, no_host_reads
@@ -186,13 +187,15 @@ def test_one_rule_chooses_the_path_of_a_layer(monkeypatch, name, packed, dtype, 
 def test_the_log_names_the_paths_of_each_model(monkeypatch):
     gemma = (Layer(256, 256, 4096, 50.0), Layer(256, 256, None, 50.0))
     models, cpu = {"student": (LAYERS["plain"],), "teacher": gemma}, torch.device("cpu")
-    said = describe("document", models, 8192, torch.bfloat16, cpu)
-    assert said == "attention: document on cpu, student by tiled, teacher by tiled"
+
+    def said(**data) -> str:
+        return describe(data_section("text", seq_len=8192, **data), models, torch.bfloat16, cpu)
+
+    assert said(attention="document") == "attention: document on cpu, student by tiled, teacher by tiled"
     monkeypatch.setattr(attention, "runs_triton", lambda device: True)
-    assert (
-        describe("causal", models, 8192, torch.bfloat16, cpu)
-        == "attention: causal on cpu, student by sdpa, teacher by flex"
-    )
+    assert said() == "attention: causal on cpu, student by sdpa, teacher by flex"
+    shared = "attention: causal on cpu, student by sdpa and ulysses, teacher by flex and ulysses"
+    assert said(sequence_parallel=2) == shared
 
 
 def peak_of(attend, tensors, *settings) -> int:
