@@ -13,7 +13,7 @@ from tiny import FAMILIES, MORE
 from ted_scale import run as build
 from ted_scale.checkpoints.filters_file import full_precision
 from ted_scale.data.stream import cut
-from ted_scale.models import attention, ulysses
+from ted_scale.models import attention, fused, ulysses
 from ted_scale.models.anatomy import run_body
 from ted_scale.ranks.group import group_of_node
 
@@ -72,10 +72,10 @@ def resume_unshared(folder: Path, device) -> None:
 
 def families_shared(folder: Path, device) -> dict[str, float]:
     """How far the body's output of this rank's tokens is from theirs in whole rows, largest difference beside the output's size, by
-    family and whether documents are apart."""
-    found = {}
-    for name in sorted(FAMILIES | MORE):
-        anatomy, network = load_model(folder / name)
+    family and whether documents are apart; also of compiled blocks, as teacher.compile has them."""
+    models, found = {name: load_model(folder / name) for name in sorted(FAMILIES | MORE)}, {}
+    models["compiled"] = compiled(*load_model(folder / "llama"))
+    for name, (anatomy, network) in models.items():
         for documents in (False, True):
             whole = make_batch(rows=2, length=32, documents=documents)
             ours = cut(whole, dist.get_rank(), dist.get_world_size())
@@ -85,6 +85,15 @@ def families_shared(folder: Path, device) -> dict[str, float]:
             there = there.chunk(ours.share.of, dim=1)[ours.share.index]
             found[f"{name} {documents}"] = ((here - there).abs().max() / there.abs().max()).item()
     return found
+
+
+def compiled(anatomy, network):
+    """In graphs that torch runs as they are."""
+    compiler, torch.compile = torch.compile, partial(torch.compile, backend="eager")
+    try:
+        return anatomy, fused.fuse(network, network.get_submodule(anatomy.blocks), "compile", attention_apart=True)
+    finally:
+        torch.compile = compiler
 
 
 def deepspeed_attention(folder: Path, device) -> dict[str, bool]:
