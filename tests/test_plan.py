@@ -23,6 +23,7 @@ from ted_scale.distill.filter_sizes import filter_parameters
 from ted_scale.distill.pairs import cut_map
 from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.feed import Reading
+from ted_scale.forecast.summary import uncounted
 from ted_scale.plan import describe, make_plan, stage_flops
 from ted_scale.run import train_run
 
@@ -325,6 +326,8 @@ def test_ranks_that_share_rows_count_once_for_a_step_and_divide_what_a_rank_keep
     assert "step: 256 tokens = 8 accumulation * 1 micro-batch * 1 groups of ranks * 32 tokens" in describe(shared)
     kept = [memory.activations(plan, plan.stages[-1])[0] for plan in (apart, shared)]
     assert kept[0] == 4 * kept[1] > 0
+    assert uncounted(apart) == []
+    assert uncounted(shared) == ["what the 4 ranks of a row send each other around each attention is in no time here"]
 
 
 def test_tokens_per_step_depends_on_the_ranks(original):

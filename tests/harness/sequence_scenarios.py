@@ -33,6 +33,7 @@ def sections(folder: Path, ranks: int) -> dict[str, dict]:
     causal = {
         "teacher": {"placement": "offload" if four else "replicated", "early": True}, "filters": {"steps": 0, "width": 16},
         "student": {**student, "gradient_checkpointing": True}, "data": data, "loss": {"skip_low_entropy": 0.4},
+        "train": {**common["train"], "reduce_once": True},
     }  # fmt: skip
     return {"documents": {**common, **documents}, "causal": {**common, **causal}}
 
