@@ -1,7 +1,7 @@
 """How long a rank takes to load its part of a model, and the memory it takes: deepspeed --num_gpus 2 tools/bench/loading.py FOLDER
 
-With --whole every rank has all of it, as a replicated teacher. Memory is the process's own peak while it loads, beyond what it had before;
-files are read past the page cache or from it, as the system has them.
+With --whole every rank has all of it, as a replicated teacher. Memory is the process's own peak while it loads, beyond what it
+had before; files are read past the page cache or from it, as the system has them.
 """
 
 import argparse
