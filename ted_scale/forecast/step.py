@@ -17,7 +17,7 @@ import math
 import torch
 
 from ted_scale.distill import flops
-from ted_scale.distill.memory import bytes_of, in_blocks, streams, together, tokens_of, trained_parameters
+from ted_scale.distill.memory import bytes_of, streams, together, tokens_of, trained_parameters
 from ted_scale.forecast import traffic
 from ted_scale.forecast.machine import Machine
 from ted_scale.forecast.work import passes
@@ -76,7 +76,7 @@ def teacher_pass(plan, stage, parts: dict, tokens: int, machine: Machine) -> flo
         return 0.0
     calls = calls_of_teacher(plan, stage)
     computed = body_pass(plan, "teacher", tokens, machine, calls)[0]
-    copied = bytes_of(plan) * in_blocks(plan.teacher) / machine.host_link if streams(plan.placement) else 0.0
+    copied = bytes_of(plan) * plan.teacher.in_blocks / machine.host_link if streams(plan.placement) else 0.0
     return max(computed, calls * copied)
 
 

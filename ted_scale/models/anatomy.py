@@ -32,7 +32,8 @@ class Anatomy:
     logit_scale: float
     parameters: int
     block_parameters: int  # of the largest block
-    matrices: int  # elements of all matrices that multiply a token's state before the output projection
+    in_blocks: int  # of all blocks
+    matrices: int  # elements of all matrices that multiply a token's state before the output projection; not of experts it passes by
     max_length: int | None
     attention: tuple[attention.Layer, ...]
     scores: tuple[tuple[int, int | None], ...]  # of each layer: the width of all queries and values, and the window
