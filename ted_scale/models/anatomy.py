@@ -33,7 +33,7 @@ class Anatomy:
     parameters: int
     block_parameters: int  # of the largest block
     in_blocks: int  # of all blocks
-    matrices: int  # elements of all matrices that multiply a token's state before the output projection; not of experts it passes by
+    matrices: int  # elements of the matrices that multiply a token's state before the output projection; of experts, the chosen
     max_length: int | None
     attention: tuple[attention.Layer, ...]
     scores: tuple[tuple[int, int | None], ...]  # of each layer: the width of all queries and values, and the window

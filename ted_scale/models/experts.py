@@ -1,8 +1,8 @@
 """A mixture's experts on the meta device, where a model is looked at without weights.
 
-transformers merges the experts of a block into one tensor for each kind of matrix, and multiplies tokens sorted by expert, in groups.
-On the meta device torch has that product in bf16 alone. Note: the stand-in sends every token to the first expert, as often as the
-family's router chooses; sizes, work and what a gradient needs are those of groups.
+transformers merges the experts of a block into one tensor for each kind of matrix, and multiplies tokens sorted by expert, in
+groups. On the meta device torch has that product in bf16 alone. Note: the stand-in sends every token to the first expert, as often
+as the family's router chooses; sizes, work and what a gradient needs are those of groups.
 """
 
 import contextlib

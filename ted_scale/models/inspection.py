@@ -86,8 +86,8 @@ def quiet_transformers():
 
 
 def inspect(key: str, path: str, *, needs_weights: bool = True, is_frozen: bool = False) -> Anatomy:
-    """The anatomy of a model; error messages name it by `key`, its key in the run file. One that is frozen may be what is not trained
-    here: a mixture of experts, attention with sinks, a recurrence without attention."""
+    """The anatomy of a model; error messages name it by `key`, its key in the run file. One that is frozen may be what is not
+    trained here: a mixture of experts, attention with sinks, a recurrence without attention."""
     folder = find_folder(key, path).resolve()  # once: a link that is set to another model later changes nothing
     if needs_weights and not any(folder.glob("*.safetensors")):
         quantized = any(folder.glob("*.gguf"))
@@ -132,7 +132,7 @@ def size_of(module) -> int:
 
 
 def matrices(model, head, chosen: dict) -> int:
-    """Elements of all matrices that multiply a token's state, and of experts' those of the chosen ones. An embedding is a look-up."""
+    """Elements of all matrices that multiply a token's state, of experts those that it chooses. An embedding is a look-up."""
 
     def of_experts(module) -> int:
         matrices = [p for p in module.parameters(recurse=False) if p.dim() == 3]  # their biases have two

@@ -21,8 +21,8 @@ class Place(NamedTuple):
     parts: int = 1
 
     def within(self, whole: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-        """(shape, where it begins in the flattened tensor) in a network's tensor of shape `whole`; no file has the shape of an expert
-        that is not there."""
+        """(shape, where it begins in the flattened tensor) in a network's tensor of shape `whole`. An expert that is not there has
+        no sides."""
         if self.expert is None:
             return whole, 0
         experts, rows, *rest = whole
