@@ -116,7 +116,9 @@ def fuses(plan, side: str, device: str) -> bool:
     a = getattr(plan, side)
     length, packed = plan.run.data.seq_len, plan.run.data.attention == "document"
     on_cpu = torch.device("cpu")  # of which only torch's own attention is asked: the others depend on a GPU
-    plain = all(choose_path(layer, length, packed, torch.bfloat16, on_cpu) == "sdpa" for layer in a.attention)
+    plain = not a.recurs and all(
+        choose_path(layer, length, packed, torch.bfloat16, on_cpu) == "sdpa" for layer in a.attention
+    )
     wish = plan.run.fused_blocks
     return wish == "compile" or (wish == "auto" and device == "cuda" and plain)
 

@@ -38,6 +38,7 @@ class Anatomy:
     attention: tuple[attention.Layer, ...]
     scores: tuple[tuple[int, int | None], ...]  # of each layer: the width of all queries and values, and the window
     blocks_apart: int  # blocks that can keep documents apart
+    recurs: bool  # has blocks that carry a state from token to token, beside attention or without it
 
 
 @dataclass(frozen=True)

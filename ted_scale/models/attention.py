@@ -123,7 +123,7 @@ def describe(mode: str, models: Mapping[str, Iterable[Layer]], length: int, dtyp
     """The line for the log."""
     paths = {side: paths_of(mode, layers, length, dtype, device) for side, layers in models.items()}
     return f"attention: {mode} on {device_name(device)}, " + ", ".join(
-        f"{s} by {' and '.join(p)}" for s, p in paths.items()
+        f"{s} by {' and '.join(p) or 'recurrences alone'}" for s, p in paths.items()
     )
 
 

@@ -124,6 +124,7 @@ def inspect(key: str, path: str, *, needs_weights: bool = True, is_frozen: bool 
         attention=tuple(dict.fromkeys(call.layer for call in calls)),
         scores=tuple((c.heads * (c.layer.width + c.layer.value_width), c.layer.window) for c in calls),
         blocks_apart=blocks_apart(model, body, blocks),
+        recurs=model._is_stateful,
     )
 
 

@@ -42,7 +42,7 @@ def fused_attention():
 
 def least_tokens(anatomy: Anatomy) -> int:
     """Of a trial. torch's recurrences fill up to whole chunks; the longest ones known have 256 tokens."""
-    return 8 if anatomy.blocks_apart == anatomy.layers else 256
+    return 256 if anatomy.recurs else 8
 
 
 def hollow(anatomy: Anatomy, dtype):

@@ -52,7 +52,7 @@ MLA = {
 DEEPSEEK = {**MOE, **MLA, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
 EXPERTS = {
     "mixtral": (transformers.MixtralConfig, {**GQA, "num_local_experts": 4}),
-    "qwen3_moe": (transformers.Qwen3MoeConfig, {**MOE, "num_experts": 6, "head_dim": 8}),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, {**MOE, "num_experts": 5, "head_dim": 8}),
     "olmoe": (transformers.OlmoeConfig, {**GQA, "num_experts_per_tok": 2, "num_experts": 4}),
     "gpt_oss": (transformers.GptOssConfig, {**GQA, "num_experts_per_tok": 2, "num_local_experts": 4, "head_dim": 8,
                 "sliding_window": 8}),
