@@ -146,7 +146,8 @@ def make_hollow_model(root: Path, path: str) -> Path:
 
 
 def write_hollow_tensors(path: Path) -> None:
-    """A header for the weights in bf16 that config.json beside it describes, and a body without content."""
+    """A header for the weights in bf16 that config.json beside it describes, and a body without content. Experts are merged, as in
+    transformers: one by one they would fill megabytes of header."""
     with torch.device("meta"):
         tensors = saved_tensors(empty_model(read_config("model", path.parent)))
     header, end = {}, 0

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense_attention import packing_of
 from plain import build, load_model, make_batch, make_shard, own_model
 from safetensors.torch import load_file, save_file
+from test_models import LENGTHS, NUDGED, logits_of, tokens
 from tiny import EXPERTS, RECURRENT, TEACHERS, make_model, make_run
 
 from ted_scale.base.errors import UserError
@@ -20,7 +22,8 @@ from ted_scale.kernels.formulas.logits import soften
 from ted_scale.models import attention, fused, quantized
 from ted_scale.models.anatomy import StateRecorder, head_of, run_body
 from ted_scale.models.inspection import inspect
-from ted_scale.models.places import Place
+from ted_scale.models.places import Place, placer
+from ted_scale.models.weights import load_file as load_file_of
 from ted_scale.plan import make_plan
 
 TOKENS = torch.arange(1, 49).view(2, 24)
@@ -72,6 +75,41 @@ def test_a_part_of_an_expert_is_one_stretch():
             shape, begin = Place("x", expert, part, 2).within(tuple(merged.shape))
             piece = merged[expert, 3 * part : 3 * part + 3]
             assert shape == (3, 5) and torch.equal(merged.flatten()[begin : begin + 15], piece.flatten())
+
+
+def test_three_ranks_read_all_rows_of_the_experts_between_them(models, monkeypatch):
+    """Their shards begin and end inside of experts, and the last has padding."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda rank: rank)
+    own = own_model(models / "qwen3_moe").state_dict()
+    shards = [{name: Shard(t, rank) for name, t in own.items()} for rank in range(3)]
+    place = placer(load_model(models / "qwen3_moe", is_frozen=True)[1], own)
+    for of_rank in shards:
+        for file in (models / "qwen3_moe").glob("*.safetensors"):
+            load_file_of(file, of_rank, place)
+    for name, whole in own.items():
+        read = torch.cat([of_rank[name].ds_tensor for of_rank in shards])[: whole.numel()]
+        assert torch.equal(read.view(whole.shape), whole)
+
+
+class Shard:
+    """What is asked of a parameter that three ranks share."""
+
+    def __init__(self, whole: torch.Tensor, rank: int):
+        self.ds_id, self.ds_shape, self.ds_numel, self.ds_process_group = 0, whole.shape, whole.numel(), rank
+        self.ds_tensor = torch.full((-(-whole.numel() // 3),), torch.nan)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_mixture_keeps_documents_apart(models, family):
+    anatomy, network = load_model(models / family, is_frozen=True)
+    rows = tokens(2)
+    texts = [text for row, cuts in zip(rows, LENGTHS, strict=True) for text in row[None].split(cuts, dim=1)]
+    with torch.no_grad():
+        alone = torch.cat([logits_of(network, anatomy, text).flatten(0, 1) for text in texts])
+        packed, wrong = (
+            logits_of(network, anatomy, rows, packing_of(cuts, 24)).flatten(0, 1) for cuts in (LENGTHS, NUDGED)
+        )
+    assert (packed - alone).abs().max() < 2e-5 and (wrong - alone).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", TEACHERS)
