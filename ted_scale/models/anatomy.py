@@ -38,7 +38,12 @@ class Anatomy:
     attention: tuple[attention.Layer, ...]
     scores: tuple[tuple[int, int | None], ...]  # of each layer: the width of all queries and values, and the window
     blocks_apart: int  # blocks that can keep documents apart
-    recurs: bool  # has blocks that carry a state from token to token, beside attention or without it
+    chunk: int  # tokens that torch's form of its recurrences fills up to; 0 without recurrences
+
+    @property
+    def recurs(self) -> bool:
+        """Has blocks that carry a state from token to token, beside attention or without it."""
+        return self.chunk > 0
 
 
 @dataclass(frozen=True)

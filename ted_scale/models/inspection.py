@@ -124,8 +124,14 @@ def inspect(key: str, path: str, *, needs_weights: bool = True, is_frozen: bool 
         attention=tuple(dict.fromkeys(call.layer for call in calls)),
         scores=tuple((c.heads * (c.layer.width + c.layer.value_width), c.layer.window) for c in calls),
         blocks_apart=blocks_apart(model, body, blocks),
-        recurs=model._is_stateful,
+        chunk=chunk_of(model),
     )
+
+
+def chunk_of(model) -> int:
+    """Families without a key for it have 64 in their code, or take token after token."""
+    keys = ("chunk_size", "mamba_chunk_size")
+    return next((c for k in keys if (c := getattr(model.config, k, None))), 64) if model._is_stateful else 0
 
 
 def size_of(module) -> int:

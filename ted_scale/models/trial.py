@@ -41,8 +41,8 @@ def fused_attention():
 
 
 def least_tokens(anatomy: Anatomy) -> int:
-    """Of a trial. torch's recurrences fill up to whole chunks; the longest ones known have 256 tokens."""
-    return 256 if anatomy.recurs else 8
+    """Of a trial: a whole chunk of its recurrences."""
+    return anatomy.chunk or 8
 
 
 def hollow(anatomy: Anatomy, dtype):
