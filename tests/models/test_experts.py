@@ -206,10 +206,10 @@ def test_torch_compiles_blocks_of_experts_but_unrolls_no_recurrence(models, monk
         assert step.fuses(plan, "teacher", "cuda") == (way == "compile")
 
 
-def test_a_recurrence_s_memory_is_that_of_whole_chunks(models):
-    """Eight tokens would fill a chunk of 64 of this family, and seem to need eight times as much."""
-    anatomy = inspect("teacher.path", str(models / "qwen3_next"), is_frozen=True)
-    network = load_model(models / "qwen3_next", is_frozen=True)[1]
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
+def test_what_a_block_keeps_is_known_without_weights(models, family):
+    """Eight tokens would fill a chunk of 64 of the second family, and seem to need eight times as much."""
+    anatomy, network = load_model(models / family, is_frozen=True)
     weights, kept = {p.untyped_storage()._cdata for p in network.parameters()}, {}
 
     def keep(tensor):
