@@ -93,7 +93,10 @@ def blocks_are(plan: Plan, side: str, device: torch.device) -> str:
     anatomy = getattr(plan, side)
     if side == "teacher" and plan.run.teacher.compile:
         return "compile"
-    return fused.chosen(plan.run.fused_blocks, anatomy.family, paths_of(plan, anatomy, device), device)
+    paths = (
+        [] if anatomy.recurs else paths_of(plan, anatomy, device)
+    )  # torch unrolls a recurrence into a very large graph
+    return fused.chosen(plan.run.fused_blocks, anatomy.family, paths, device)
 
 
 def prepare_blocks(plan: Plan, side: str, network):

@@ -152,7 +152,8 @@ def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
 
 
 def look_at(side: str, model: Model, needs_weights: bool) -> Anatomy:
-    return inspect(f"{side}.path", model.path, needs_weights=needs_weights and model.init == "weights")
+    reads = needs_weights and model.init == "weights"
+    return inspect(f"{side}.path", model.path, needs_weights=reads, is_frozen=side == "teacher")
 
 
 def derive_accumulation(run: Run, world: int) -> int:

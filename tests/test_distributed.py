@@ -14,7 +14,17 @@ from launching import run_ranks
 from number_scenarios import FAR
 from places import HARNESS
 from safetensors.torch import load_file
-from scenarios import ON_A_CPU, READINGS, beside, rows, sections_for_liger, sections_of_families, seldom
+from scenarios import (
+    MIXTURES,
+    ON_A_CPU,
+    READINGS,
+    beside,
+    rows,
+    sections_for_liger,
+    sections_of_families,
+    sections_of_mixtures,
+    seldom,
+)
 from tiny import FAMILIES, MORE, make_model, make_run
 
 from ted_scale.checkpoints.folder import newest_checkpoint
@@ -29,7 +39,7 @@ TWO_RANKS = (
     "undisturbed_to_six", "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
-    "blocks_compiled", "asked_seldom", "teacher_moves", "readings", "shipped_configs", "int8_gathers",
+    "blocks_compiled", "asked_seldom", "teacher_moves", "readings", "shipped_configs", "int8_gathers", "mixtures",
     "rows_shared", "families_shared", "deepspeed_attention",
 )  # fmt: skip
 
@@ -50,6 +60,8 @@ def world(tmp_path_factory):
         make_model(folder / family, family, num_hidden_layers=2, seed=number)
     for family in MORE:
         make_model(folder / family, family)
+    for family in MIXTURES:
+        make_model(folder / f"teacher_{family}", family, max_shard_size="40KB")
     one_head = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 2}
     make_model(folder / "far", "llama", max_position_embeddings=FAR, **one_head)
     launch(folder, 2, TWO_RANKS)
@@ -181,6 +193,16 @@ def test_a_teacher_that_is_asked_for_one_micro_batch_in_three_runs_for_no_other(
 def test_every_family_has_the_losses_of_plain_torch_as_a_sharded_student_and_teacher(world, student, teacher):
     sharded = losses(world, f"family_{student}")
     plain = plain_losses(world, **sections_of_families(world, student, teacher))
+    assert len(sharded) == 3
+    assert max(abs(a - b) for a, b in zip(sharded, plain, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize(("teacher", "place"), MIXTURES.items())
+def test_a_teacher_of_experts_that_ranks_share_has_the_losses_of_plain_torch(world, teacher, place):
+    """The rows of most experts lie in one rank's shard, those of some in both."""
+    result(world, "mixtures")
+    sharded = losses(world, f"beside_{teacher}")
+    plain = plain_losses(world, **sections_of_mixtures(world, teacher, "replicated"))
     assert len(sharded) == 3
     assert max(abs(a - b) for a, b in zip(sharded, plain, strict=True)) < 1e-5
 

@@ -59,7 +59,7 @@ def write_filters(path: Path, tensors: dict, identity: dict) -> None:
 def load_filters(path: Path, sides: dict) -> None:
     """Fill the filters from the file. Every rank reads only its own part."""
     targets = filter_tensors(sides)
-    missing = targets.keys() - load_file(path, targets)
+    missing = targets.keys() - {at.name for at in load_file(path, targets)}
     if missing:
         raise UserError(f"{path} must hold every filter of this run, but {min(missing)} is missing; run stage I again")
 

@@ -40,9 +40,8 @@ from ted_scale.kernels.products import rows_per_chunk
 from ted_scale.models import quantized
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.engine_config import setting
-from ted_scale.models.trial import hollow, run_hollow
+from ted_scale.models.trial import hollow, least_tokens, run_hollow
 
-TRIAL = 8  # tokens
 COMMUNICATION = 2**30  # what NCCL keeps for itself on several GPUs: assumed
 
 
@@ -76,7 +75,7 @@ def terms(plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
         stays = bytes_of(plan) * filters_by_place(plan, stage)[1]  # of the teacher, no part of an engine
         found["filters"], away = stays, away - stays
     streamed = streams(plan.placement) and device != "cpu"
-    away += bytes_of(plan) * in_blocks(plan.teacher) if streamed else 0
+    away += bytes_of(plan) * plan.teacher.in_blocks if streamed else 0
     return found | max(moments(plan, stage, device), key=lambda moment: sum(moment.values())), away
 
 
@@ -148,10 +147,6 @@ def streams(placement) -> bool:
     return placement is not None and placement.way == "offload"
 
 
-def in_blocks(a: Anatomy) -> int:
-    return min(a.layers * a.block_parameters, a.parameters)
-
-
 def of_teacher(plan, b: int, device: str) -> float:
     """Its weights on a rank's device. One of 8 bits is whole, and counted as it is built (quantized.py)."""
     if plan.teacher is None:
@@ -165,7 +160,7 @@ def teacher_here(a: Anatomy, placement, device: str) -> float:
     """The teacher's parameters in the memory of a rank's device; on a CPU the host is the device."""
     if not streams(placement):
         return a.parameters / placement.ranks
-    return a.parameters + 2 * a.block_parameters - (in_blocks(a) if device != "cpu" else 0)
+    return a.parameters + 2 * a.block_parameters - (a.in_blocks if device != "cpu" else 0)
 
 
 def own_heads(plan) -> int:
@@ -223,15 +218,15 @@ def kept_a_token(anatomy: Anatomy, dtype) -> float:
     """Bytes a token that autograd keeps of a forward of the body, without weights."""
     network = hollow(anatomy, dtype)
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
-    kept = {}
+    kept, tokens = {}, least_tokens(anatomy)
 
     def keep(tensor):
         kept[tensor.untyped_storage()._cdata] = tensor  # kept alive, so that its address is not used again
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run_hollow(network, anatomy, TRIAL)
-    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights) / TRIAL
+        run_hollow(network, anatomy, tokens)
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights) / tokens
 
 
 def together(plan) -> int:

@@ -17,7 +17,7 @@ import math
 import torch
 
 from ted_scale.distill import flops
-from ted_scale.distill.memory import bytes_of, in_blocks, streams, together, tokens_of, trained_parameters
+from ted_scale.distill.memory import bytes_of, streams, together, tokens_of, trained_parameters
 from ted_scale.forecast import traffic
 from ted_scale.forecast.machine import Machine
 from ted_scale.forecast.work import passes
@@ -76,7 +76,7 @@ def teacher_pass(plan, stage, parts: dict, tokens: int, machine: Machine) -> flo
         return 0.0
     calls = calls_of_teacher(plan, stage)
     computed = body_pass(plan, "teacher", tokens, machine, calls)[0]
-    copied = bytes_of(plan) * in_blocks(plan.teacher) / machine.host_link if streams(plan.placement) else 0.0
+    copied = bytes_of(plan) * plan.teacher.in_blocks / machine.host_link if streams(plan.placement) else 0.0
     return max(computed, calls * copied)
 
 
@@ -116,8 +116,8 @@ def fuses(plan, side: str, device: str) -> bool:
     a = getattr(plan, side)
     length, packed = plan.run.data.seq_len, plan.run.data.attention == "document"
     on_cpu = torch.device("cpu")  # of which only torch's own attention is asked: the others depend on a GPU
-    plain = all(choose_path(layer, length, packed, torch.bfloat16, on_cpu) == "sdpa" for layer in a.attention)
-    plain = plain and plan.run.data.sequence_parallel == 1
+    plain = not a.recurs and plan.run.data.sequence_parallel == 1
+    plain = plain and all(choose_path(layer, length, packed, torch.bfloat16, on_cpu) == "sdpa" for layer in a.attention)
     wish = plan.run.fused_blocks
     return wish == "compile" or (wish == "auto" and device == "cuda" and plain)
 

@@ -11,9 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ted_scale.models.anatomy import Anatomy
-from ted_scale.models.trial import hollow, run_hollow
+from ted_scale.models.trial import hollow, least_tokens, run_hollow
 
-TOKENS = 8
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 FREE = ("empty", "new_empty", "empty_like", "detach", "arange")
 
@@ -57,8 +56,9 @@ def tensors_of(tree) -> list[torch.Tensor]:
 @cache
 def passes(anatomy: Anatomy, dtype) -> Passes:
     network = hollow(anatomy, dtype)
-    short, long = (trial(network, anatomy, tokens) for tokens in (TOKENS, 2 * TOKENS))
-    return Passes(*(a_token(*pair) for pair in zip(short, long, strict=True)))
+    tokens = least_tokens(anatomy)
+    short, long = (trial(network, anatomy, times * tokens) for times in (1, 2))
+    return Passes(*(a_token(*pair, tokens) for pair in zip(short, long, strict=True)))
 
 
 def trial(network, anatomy: Anatomy, tokens: int) -> tuple[Count, Count]:
@@ -72,5 +72,5 @@ def trial(network, anatomy: Anatomy, tokens: int) -> tuple[Count, Count]:
     return forward, backward
 
 
-def a_token(short: Count, long: Count) -> Pass:
-    return Pass((long.eager - short.eager) / TOKENS, (long.fused - short.fused) / TOKENS, long.calls)
+def a_token(short: Count, long: Count, tokens: int) -> Pass:
+    return Pass((long.eager - short.eager) / tokens, (long.fused - short.fused) / tokens, long.calls)

@@ -32,12 +32,19 @@ class Anatomy:
     logit_scale: float
     parameters: int
     block_parameters: int  # of the largest block
-    matrices: int  # elements of all matrices that multiply a token's state before the output projection
+    in_blocks: int  # of all blocks
+    matrices: int  # elements of the matrices that multiply a token's state before the output projection; of experts, the chosen
     max_length: int | None
     attention: tuple[attention.Layer, ...]
     heads: tuple[tuple[int, int], ...]  # of queries and of keys
     scores: tuple[tuple[int, int | None], ...]  # of each layer: the width of all queries and values, and the window
     blocks_apart: int  # blocks that can keep documents apart
+    chunk: int  # tokens that torch's form of its recurrences fills up to; 0 without recurrences
+
+    @property
+    def recurs(self) -> bool:
+        """Has blocks that carry a state from token to token, beside attention or without it."""
+        return self.chunk > 0
 
 
 @dataclass(frozen=True)

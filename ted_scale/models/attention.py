@@ -8,7 +8,7 @@ that drop the keyword.
 
 `sdpa`    only causal: torch's fused kernels, every device
 `varlen`  a window or documents in 16 bits on CUDA from sm_80 on: flash attention over the documents' borders
-`flex`    other cases on a GPU (soft-capped scores, fp32, ROCm, other head widths): flex attention, compiled by Triton
+`flex`    other cases on a GPU (soft-capped scores, sinks, fp32, ROCm, other head widths): flex attention, compiled by Triton
 `tiled`   all other cases: document by document, tile by tile, in torch
 
 Where ranks share rows (`data.sequence_parallel`), ulysses.py gives tokens for heads before one of these, and back after it.
@@ -31,6 +31,7 @@ NAME = "ted_scale"
 SEALED = "ted_scale_sealed"  # for compiled blocks whose documents are apart
 PATHS = {"varlen": varlen, "flex": flex, "tiled": tiled}
 # Keywords that `causal_attention` obeys or may ignore: positions are in the states already, and there is never a cache.
+SINKS = "s_aux"  # a number a head that joins the sum of its softmax, as a key without a value: known where it is not trained
 KNOWN = {
     "scaling", "dropout", "sliding_window", "softcap", "is_causal", "position_ids", "cache_position", "packing",
 }  # fmt: skip
@@ -43,6 +44,7 @@ class Layer(NamedTuple):
     value_width: int
     window: int | None
     softcap: float | None
+    sinks: bool = False
 
 
 class Call(NamedTuple):
@@ -59,32 +61,43 @@ class Call(NamedTuple):
 
 def choose_path(layer: Layer, length: int, packed: bool, dtype: torch.dtype, device: torch.device) -> str:
     windowed = layer.window is not None and layer.window < length
-    if not packed and not windowed and layer.softcap is None:
+    plain = layer.softcap is None and not layer.sinks
+    if not packed and not windowed and plain:
         return "sdpa"
     if not runs_triton(device):
         return "tiled"
     flash = layer.width == layer.value_width <= 256 and layer.width % 8 == 0 and dtype != torch.float32
-    if flash and layer.softcap is None and torch.version.hip is None:
+    if flash and plain and torch.version.hip is None:
         return "varlen"
     return "flex" if min(layer.width, layer.value_width) >= 16 else "tiled"  # the minimum of its matrix products
 
 
 def causal_attention(
-    module, query, key, value, attention_mask, sliding_window=None, softcap=None, packing=None, scaling=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    sliding_window=None,
+    softcap=None,
+    packing=None,
+    scaling=None,
+    s_aux=None,
+    **kwargs,
 ):
-    """`packing` is None if a row is one text, and Shared if this rank has a part of each row."""
+    """`packing` is None if a row is one text, and Shared if this rank has a part of each row; `s_aux` are the heads' sinks."""
     assert attention_mask is None, "transformers has no mask function for our name, but made a mask"
     if isinstance(packing, Shared):
         named = {"sliding_window": sliding_window, "softcap": softcap, "scaling": scaling, **kwargs}
         return shared_attention(query, key, value, packing, **named)
     rows, _, length, width = query.shape
-    layer = Layer(width, value.shape[-1], sliding_window, softcap)
+    layer = Layer(width, value.shape[-1], sliding_window, softcap, s_aux is not None)
     path = choose_path(layer, length, packing is not None, query.dtype, query.device)
     if path == "sdpa":
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
     packing = packing or whole_rows(rows, length, query.device)
     window = sliding_window if sliding_window is not None and sliding_window < length else None
-    return PATHS[path](query, key, value, packing, window, scaling, softcap), None
+    return PATHS[path](query, key, value, packing, window, scaling, softcap, s_aux), None
 
 
 def shared_attention(query, key, value, shared: Shared, **named):
@@ -131,7 +144,7 @@ def describe(data, models: Mapping[str, Iterable[Layer]], dtype: torch.dtype, de
     """The line for the log."""
     paths = {side: paths_of(data, layers, dtype, device) for side, layers in models.items()}
     return f"attention: {data.attention} on {device_name(device)}, " + ", ".join(
-        f"{s} by {' and '.join(p)}" for s, p in paths.items()
+        f"{s} by {' and '.join(p) or 'recurrences alone'}" for s, p in paths.items()
     )
 
 
@@ -145,7 +158,8 @@ def recorded_calls():
         given |= {"attention_mask"} if attention_mask is not None else set()
         asked = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if asked is None else asked
-        layer = Layer(query.shape[-1], value.shape[-1], kwargs.get("sliding_window"), kwargs.get("softcap"))
+        kinds = kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get(SINKS) is not None
+        layer = Layer(query.shape[-1], value.shape[-1], *kinds)
         heads = query.shape[1], key.shape[1]
         calls.append(Call(module, layer, *heads, bool(causal), given - KNOWN, "packing" in given))
         return causal_attention(module, query, key, value, None, **kwargs)

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import repeat_kv
 
@@ -21,9 +21,9 @@ TILE = 256  # queries that `tiled` computes at once where it needs a mask or who
 SHARED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def varlen(query, key, value, packing: Packing, window=None, scaling=None, softcap=None):
-    """Flash attention over all documents of a batch at once. It has no soft-cap."""
-    assert softcap is None
+def varlen(query, key, value, packing: Packing, window=None, scaling=None, softcap=None, sinks=None):
+    """Flash attention over all documents of a batch at once. It has no soft-cap, and no sinks."""
+    assert softcap is None and sinks is None
     rows, _, length, _ = query.shape
     flat = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     borders, longest = packing.borders, packing.longest
@@ -32,8 +32,9 @@ def varlen(query, key, value, packing: Packing, window=None, scaling=None, softc
     return out.unflatten(0, (rows, length))
 
 
-def flex(query, key, value, packing: Packing, window=None, scaling=None, softcap=None):
-    """Flex attention, compiled: blocks of 128 x 128 in which no query sees a key are never computed."""
+def flex(query, key, value, packing: Packing, window=None, scaling=None, softcap=None, sinks=None):
+    """Flex attention, compiled: blocks of 128 x 128 in which no query sees a key are never computed. A sink takes its share of a
+    softmax whose sum is known."""
 
     def capped(score, *_):
         return torch.tanh(score / softcap) * softcap
@@ -41,7 +42,12 @@ def flex(query, key, value, packing: Packing, window=None, scaling=None, softcap
     mask = block_mask(packing.positions_BT, window)
     shared = query.shape[1] != key.shape[1]
     score = None if softcap is None else capped
-    out = compiled_flex()(query, key, value, score, mask, scale=scaling, enable_gqa=shared)
+    settings = {"scale": scaling, "enable_gqa": shared}
+    if sinks is None:
+        out = compiled_flex()(query, key, value, score, mask, **settings)
+    else:
+        out, aux = compiled_flex()(query, key, value, score, mask, **settings, return_aux=AuxRequest(lse=True))
+        out = out * torch.sigmoid(aux.lse - sinks.float()[:, None])[..., None].to(out.dtype)
     return out.transpose(1, 2).contiguous()
 
 
@@ -86,20 +92,21 @@ def in_order(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks.sum(dim=-1, dtype=torch.int32), numbers.to(torch.int32)
 
 
-def tiled(query, key, value, packing: Packing, window=None, scaling=None, softcap=None):
+def tiled(query, key, value, packing: Packing, window=None, scaling=None, softcap=None, sinks=None):
     """Document by document: SDPA where a query sees all before it, else tiles of queries against the keys that they see."""
-    tiles = list(tiles_of(packing, query.shape[2], window, softcap))
+    assert sinks is None or not (sinks.requires_grad and torch.is_grad_enabled()), "sinks get no gradient here"
+    tiles = list(tiles_of(packing, query.shape[2], window, needs_scores=softcap is not None or sinks is not None))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return Tiled.apply(query, key, value, tiles, (window, scaling, softcap)).transpose(1, 2).contiguous()
+    return Tiled.apply(query, key, value, tiles, (window, scaling, softcap, sinks)).transpose(1, 2).contiguous()
 
 
-def tiles_of(packing: Packing, row_length: int, window, softcap) -> Iterator[tuple[int, int, int, int]]:
+def tiles_of(packing: Packing, row_length: int, window, needs_scores: bool) -> Iterator[tuple[int, int, int, int]]:
     """(row, first query, one past the last query, first key that one of them sees)"""
     begin = 0
     for length in packing.lengths:
         row, start = divmod(begin, row_length)
         end = start + length
-        whole = softcap is None and (window is None or length <= window)
+        whole = not needs_scores and (window is None or length <= window)
         for first in (start,) if whole else range(start, end, TILE):
             oldest = start if window is None else max(start, first - window + 1)
             yield row, first, end if whole else min(first + TILE, end), oldest
@@ -143,16 +150,20 @@ def slices(tile):
     return (one, slice(None), slice(first, end)), (one, slice(None), slice(oldest, end))
 
 
-def attend(query, key, value, window, scaling, softcap):
+def attend(query, key, value, window, scaling, softcap, sinks):
     """[1, H, Q, D] against [1, G, K, D]; the queries are those of the last Q keys."""
     groups, count, total = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    if softcap is None and count == total and (window is None or total <= window):
+    plain = softcap is None and sinks is None
+    if plain and count == total and (window is None or total <= window):
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     age = torch.arange(total - count, total, device=query.device)[:, None] - torch.arange(total, device=query.device)
     visible = (age >= 0) if window is None else (age >= 0) & (age < window)
-    if softcap is None:
+    if plain:
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, visible, scale=scaling)
-    scores = torch.tanh(query @ key.transpose(2, 3) * scaling / softcap) * softcap
+    scores = query @ key.transpose(2, 3) * scaling
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :total].to(query.dtype) @ value

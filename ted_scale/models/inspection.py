@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from ted_scale.base.errors import UserError, shown
 from ted_scale.data.packing import whole_rows
 from ted_scale.kernels.formulas.logits import soften
-from ted_scale.models import attention
+from ted_scale.models import attention, experts
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.storage.hub import check_texts, find_folder
 
@@ -50,9 +50,11 @@ def read_config(key: str, folder: Path):
         raise UserError(
             f"{key} must have 1 to {MOST_LAYERS} blocks, but {folder} has {shown(layers)}; correct its config"
         )
-    experts = next((v for k in EXPERT_KEYS if (v := getattr(config, k, None))), 0)
-    if experts > 1:
-        raise UserError(f"{key} must be a dense model for now, but {folder} has {experts} experts; choose a dense one")
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"{key} must have plain weights, but the config.json of {folder} has a quantization_config; load it with transformers, "
+            "dequantized, and save that model in bf16"
+        )
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)  # distillation compares states: dropout would add to their distance
@@ -83,16 +85,19 @@ def quiet_transformers():
         logger.setLevel(level)
 
 
-def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
-    """The anatomy of a model; error messages name it by `key`, its key in the run file."""
+def inspect(key: str, path: str, *, needs_weights: bool = True, is_frozen: bool = False) -> Anatomy:
+    """The anatomy of a model; error messages name it by `key`, its key in the run file. One that is frozen may be what is not
+    trained here: a mixture of experts, attention with sinks, a recurrence without attention."""
     folder = find_folder(key, path).resolve()  # once: a link that is set to another model later changes nothing
     if needs_weights and not any(folder.glob("*.safetensors")):
         quantized = any(folder.glob("*.gguf"))
         out = "choose the model from which the GGUF was made" if quantized else "save the model with save_pretrained"
         raise UserError(f"{key} must hold *.safetensors weights, but {folder} has none; {out}")
     config = read_config(key, folder)
-    model, order, logits, calls = run_once(key, folder, config)
-    check_attention(key, config, calls)
+    if not is_frozen:
+        check_dense(key, folder, config)
+    model, order, logits, calls, chosen = run_once(key, folder, config)
+    check_attention(key, model, calls, is_frozen)
     blocks = find_blocks(key, model, config.num_hidden_layers)
     after = order[max(i for i, name in enumerate(order) if name == f"{blocks}.{config.num_hidden_layers - 1}") + 1 :]
     body = min((n for n in order if n and blocks.startswith(f"{n}.")), key=len)
@@ -113,33 +118,47 @@ def inspect(key: str, path: str, *, needs_weights: bool = True) -> Anatomy:
         logit_scale=scale,
         parameters=size_of(model),
         block_parameters=max(size_of(block) for block in model.get_submodule(blocks)),
-        matrices=matrices(model, head),
+        in_blocks=size_of(model.get_submodule(blocks)),
+        matrices=matrices(model, head, chosen),
         max_length=getattr(config, "max_position_embeddings", None),
         attention=tuple(dict.fromkeys(call.layer for call in calls)),
         heads=tuple(dict.fromkeys((call.heads, call.key_heads) for call in calls)),
         scores=tuple((c.heads * (c.layer.width + c.layer.value_width), c.layer.window) for c in calls),
         blocks_apart=blocks_apart(model, body, blocks),
+        chunk=chunk_of(model),
     )
+
+
+def chunk_of(model) -> int:
+    """Families without a key for it have 64 in their code, or take token after token."""
+    keys = ("chunk_size", "mamba_chunk_size")
+    return next((c for k in keys if (c := getattr(model.config, k, None))), 64) if model._is_stateful else 0
 
 
 def size_of(module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def matrices(model, head) -> int:
-    """Elements of all matrices that multiply every token's state; an embedding is a look-up."""
-    products = [m for m in model.modules() if m is not head and not isinstance(m, torch.nn.Embedding)]
-    return sum(p.numel() for m in products for p in m.parameters(recurse=False) if p.dim() > 1)
+def matrices(model, head, chosen: dict) -> int:
+    """Elements of all matrices that multiply a token's state, of experts those that it chooses. An embedding is a look-up."""
+
+    def of_experts(module) -> int:
+        matrices = [p for p in module.parameters(recurse=False) if p.dim() == 3]  # their biases have two
+        return sum(p.numel() // len(p) * chosen[module] for p in matrices)
+
+    others = [m for m in model.modules() if m is not head and m not in chosen and not isinstance(m, torch.nn.Embedding)]
+    found = sum(p.numel() for m in others for p in m.parameters(recurse=False) if p.dim() > 1)
+    return found + sum(map(of_experts, chosen))
 
 
 def run_once(key: str, folder: Path, config):
-    """(model without weights, the results of `trace`, its calls of our attention). Whatever exception a family's code raises
-    here becomes one error message."""
+    """(model without weights, the results of `trace`, its calls of our attention, its modules of experts and how many of them
+    a token takes). Whatever exception a family's code raises here becomes one error message."""
     try:
         with torch.device("meta"):
             model = empty_model(config)
-        with attention.recorded_calls() as calls:
-            return model, *trace(model), calls
+        with attention.recorded_calls() as calls, experts.as_one() as chosen:
+            return model, *trace(model), calls, chosen
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if attention.NAME in reason:
@@ -153,7 +172,8 @@ def blocks_apart(model, body: str, blocks: str) -> int:
     """How many blocks can keep documents apart. In such a block only attention mixes tokens, and it receives the documents.
     Recurrent layers do not count: they carry a state over a border (and have a convolution over time). Some families drop
     the keyword."""
-    with attention.recorded_calls() as calls, torch.no_grad(), contextlib.suppress(Exception):
+    quiet = contextlib.suppress(Exception)
+    with attention.recorded_calls() as calls, experts.as_one(), torch.no_grad(), quiet:
         tokens = torch.zeros(1, 4, dtype=torch.long, device="meta")
         documents = attention.packing_arguments(whole_rows(1, 4, tokens.device))
         model.get_submodule(body)(input_ids=tokens, use_cache=False, **documents)
@@ -166,17 +186,26 @@ def blocks_apart(model, body: str, blocks: str) -> int:
     return sum(apart(block) for block in model.get_submodule(blocks))
 
 
-def check_attention(key: str, config, calls: list[attention.Call]) -> None:
-    """A family gets no mask. It would give wrong results with another attention, or with keywords that ours ignores."""
-    family = config.model_type
-    if not calls:
+def check_dense(key: str, folder: Path, config) -> None:
+    count = next((v for k in EXPERT_KEYS if (v := getattr(config, k, None))), 0)
+    if count > 1:
+        raise UserError(
+            f"{key} must be a dense model, but {folder} has {count} experts, which only a teacher may have; choose a dense one"
+        )
+
+
+def check_attention(key: str, model, calls: list[attention.Call], is_frozen: bool) -> None:
+    """A family gets no mask. It would give wrong results with another attention, or with keywords that ours ignores. A
+    recurrence alone needs none."""
+    family = model.config.model_type
+    if not calls and not (is_frozen and model._is_stateful):
         raise UserError(
             f"{key} must be a causal LM that uses transformers' attention interface, but {family} does not; choose "
             "another family"
         )
     if not all(call.causal for call in calls):
         raise UserError(f"{key} must be a causal LM, but {family} lets every token see later ones; choose a decoder")
-    unknown = set().union(*(call.unknown for call in calls))
+    unknown = set().union(*(call.unknown for call in calls)) - ({attention.SINKS} if is_frozen else set())
     if unknown:
         raise UserError(
             f"{key} must have attention of queries, keys and values alone, but {family}'s takes {min(unknown)}, which is "
@@ -198,7 +227,8 @@ def check_way_to_head(key: str, model, after: list[str], body: str) -> None:
 def logit_settings(key: str, config, logits: torch.Tensor) -> tuple[float | None, float]:
     """(soft-cap, scale) from the config, if they give the family's own result for PROBE_LOGITS."""
     softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    scale = next((s for k in ("logit_scale", "lm_head_multiplier") if (s := getattr(config, k, None))), None)
+    scale = scale or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     if torch.allclose(logits.float().flatten(), soften(PROBE_LOGITS, softcap, scale), rtol=1e-4, atol=1e-5):
         return softcap, scale
     raise UserError(

@@ -9,7 +9,7 @@ import contextlib
 import torch
 from transformers import AttentionInterface
 
-from ted_scale.models import attention
+from ted_scale.models import attention, experts
 from ted_scale.models.anatomy import Anatomy, run_body
 from ted_scale.models.inspection import empty_model, read_config
 
@@ -40,6 +40,11 @@ def fused_attention():
         AttentionInterface.register(attention.NAME, attention.causal_attention)
 
 
+def least_tokens(anatomy: Anatomy) -> int:
+    """Of a trial: a whole chunk of its recurrences."""
+    return anatomy.chunk or 8
+
+
 def hollow(anatomy: Anatomy, dtype):
     """The network on the meta device."""
     with torch.device("meta"):
@@ -48,5 +53,5 @@ def hollow(anatomy: Anatomy, dtype):
 
 def run_hollow(network, anatomy: Anatomy, tokens: int, rows: int = 1):
     """The input of its head for so many tokens a row."""
-    with fused_attention():
+    with fused_attention(), experts.as_one():
         return run_body(network, anatomy, torch.zeros(rows, tokens, dtype=torch.long, device="meta"))

@@ -98,6 +98,11 @@ def check_model(side: str, anatomy, ranks: int) -> None:
             f"data.sequence_parallel must be 1 where not all blocks take part in it, but is {ranks} for a {side} of family "
             f"{anatomy.family}, where {anatomy.blocks_apart} of {anatomy.layers} blocks can; leave it out"
         )
+    if any(layer.sinks for layer in anatomy.attention):
+        raise UserError(
+            f"data.sequence_parallel must be 1 for a {side} with attention sinks, but is {ranks} for family {anatomy.family}; "
+            "leave it out"
+        )
     for queries, keys in anatomy.heads:
         if queries % ranks:
             raise UserError(

@@ -5,6 +5,7 @@ peak of host memory is one rank's part of the model; of a model that it keeps wh
 """
 
 import contextlib
+import math
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import empty_model, read_config
+from ted_scale.models.places import Place, placer
 from ted_scale.models.zero import (
     bare_construction,
     is_sharded,
@@ -72,59 +74,49 @@ def tensors_of(module, name: str = "") -> dict[str, torch.Tensor]:
 def load_weights(network, folder: Path, part: dict | None = None) -> None:
     """Fill `network`, or only a part of its tensors, from the folder's safetensors; names are mapped as in transformers."""
     every = tensors_of(network)
-    targets, rename = every if part is None else part, renamer(network, every)
+    targets, place = every if part is None else part, placer(network, every)
     owners = {}  # a tied tensor is in the file under any of its names
     for name, tensor in targets.items():
         owners.setdefault(id(tensor), name)
-    filled = set()
+    filled: dict[int, set[Place]] = {key: set() for key in owners}
     with files_at(folder):
         found = sorted(Path(folder).glob("*.safetensors"))
     for file in found:
-        filled |= load_file(file, targets, rename)
-    done = {id(targets[name]) for name in filled}
-    missing = [name for key, name in owners.items() if key not in done]
+        for at in load_file(file, targets, place):
+            filled[id(targets[at.name])].add(at)
+    missing = [name for key, name in owners.items() if not is_complete(targets[name], filled[key])]
     if missing:
         raise UserError(
             f"{folder} must hold the weights its config.json describes, but {missing[0]} is missing ({len(missing)} in all)"
         )
 
 
-def load_file(file: Path, targets: dict, rename=lambda name: name) -> set[str]:
-    """Read this rank's part of every known tensor in one file; returns the names that were filled."""
+def is_complete(tensor, places: set[Place]) -> bool:
+    return any(at.expert is None or len(places) == shape_of(tensor)[0] * at.parts for at in places)
+
+
+def load_file(file: Path, targets: dict, place=Place) -> set[Place]:
+    """Read this rank's part of every known tensor in one file; returns the places that were filled."""
     filled = set()
 
     def choose(entries):
-        names = {key: name for key in entries if (name := rename(key)) in targets}
-        filled.update(names.values())
-        return [own_part(key, targets[name], entries[key].shape, f"{file}: {key}") for key, name in names.items()]
+        places = {key: at for key in entries if (at := place(key)).name in targets}
+        filled.update(places.values())
+        return [own_part(key, at, targets[at.name], entries[key].shape, f"{file}: {key}") for key, at in places.items()]
 
     tensor_file.fill(file, choose)
     return filled
 
 
-def renamer(network, targets):
-    """Checkpoint key → parameter name: transformers' own renamings, and a missing or extra base-model prefix."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    renamings = [r for r in get_model_conversion_mapping(network) if isinstance(r, WeightRenaming)]
-    prefix = f"{network.base_model_prefix}."
-
-    def rename(key: str) -> str:
-        for renaming in renamings:
-            key = renaming.rename_source_key(key)[0]
-        return next((k for k in (key, prefix + key, key.removeprefix(prefix)) if k in targets), key)
-
-    return rename
-
-
-def own_part(key: str, parameter, shape: tuple[int, ...], what: str) -> Stretch:
-    """What a parameter takes of a tensor of `shape`: this rank's shard, or all of it if it is not sharded."""
-    if shape != shape_of(parameter):
-        raise UserError(
-            f"{what} must have shape {shape_of(parameter)}, but has {shape}; the file belongs to another model"
-        )
+def own_part(key: str, at: Place, parameter, shape: tuple[int, ...], what: str) -> Stretch:
+    """What a parameter takes of a file's tensor of `shape`: what is in this rank's shard, or all of it if it is not sharded."""
+    wanted, begin = at.within(shape_of(parameter))
+    if shape != wanted:
+        raise UserError(f"{what} must have shape {wanted}, but has {shape}; the file belongs to another model")
     if is_sharded(parameter):
-        return Stretch(key, shard_range(parameter)[0], without_padding(parameter, parameter.ds_tensor.data))
-    parameter.data = parameter.data.contiguous()
-    return Stretch(key, 0, parameter.data.view(-1))
+        mine, first = without_padding(parameter, parameter.ds_tensor.data), shard_range(parameter)[0]
+    else:
+        parameter.data = parameter.data.contiguous()
+        mine, first = parameter.data.view(-1), 0
+    low, high = max(begin, first), min(begin + math.prod(shape), first + len(mine))
+    return Stretch(key, low - begin, mine[low - first : high - first]) if low < high else Stretch(key, 0, mine[:0])

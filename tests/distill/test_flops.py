@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 from plain import build, make_world, own_model
-from tiny import FAMILIES, MORE, make_corpus, make_model, make_run
+from tiny import EXPERTS, FAMILIES, MORE, RECURRENT, make_corpus, make_model, make_run
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,9 +32,11 @@ def counted(run) -> tuple[float, float]:
     return sum(each.get(f"aten.{op}", 0) for op in ("mm", "addmm", "addmm_")), each.get("aten.bmm", 0)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE, *EXPERTS])
 def test_a_family_s_forward_is_what_torch_counts(tmp_path, family):
-    anatomy, model = inspect("student.path", str(make_model(tmp_path, family))), own_model(tmp_path)
+    """Experts one after the other, for torch counts no product of groups."""
+    anatomy = inspect("teacher.path", str(make_model(tmp_path, family)), is_frozen=True)
+    model = own_model(tmp_path, **({"experts_implementation": "eager"} if family in EXPERTS else {}))
     with torch.no_grad():
         products, scores = counted(lambda: model(torch.ones(1, LENGTH, dtype=torch.long), use_cache=False))
     nothing = body_flops(anatomy, lambda window: 0)
@@ -42,6 +44,18 @@ def test_a_family_s_forward_is_what_torch_counts(tmp_path, family):
     whole = body_flops(anatomy, lambda window: LENGTH) - nothing
     # transformers multiplies what is masked, too; 5.17 also rotary frequencies with positions
     assert 0 <= scores - whole * LENGTH <= 0.005 * scores
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_recurrence_counts_its_products_with_weights_and_its_short_convolution(tmp_path, family):
+    """torch also computes the convolution's three positions before the first token, and recurrences as products of states."""
+    anatomy = inspect("teacher.path", str(make_model(tmp_path, family)), is_frozen=True)
+    model = own_model(tmp_path, **({"experts_implementation": "eager"} if family == "qwen3_next" else {}))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.ones(1, LENGTH, dtype=torch.long), use_cache=False)
+    each = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    products = each["aten.mm"] + each["aten.convolution"] * LENGTH / (LENGTH + 3)
+    assert (body_flops(anatomy, lambda window: 0) + head_flops(anatomy)) * LENGTH == products
 
 
 OPERATIONS = (

@@ -25,13 +25,17 @@ def visible(lengths, window) -> torch.Tensor:
     return torch.stack(masks)[:, None]
 
 
-def dense(query, key, value, mask, softcap=None, scaling=None):
-    """[B, T, H, D], with the scores of everyone."""
+def dense(query, key, value, mask, softcap=None, scaling=None, sinks=None):
+    """[B, T, H, D], with the scores of everyone; a sink is a key that every query of its head sees, and whose value is 0."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+        value = torch.nn.functional.pad(value, (0, 0, 0, 1))
+    return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
 def varlen_stand_in(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):

@@ -41,6 +41,9 @@ QWEN_3 = {
     "model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
     "max_position_embeddings": 32768, "rope_theta": 1e6,
 }  # fmt: skip
+QWEN_3_MOE = {
+    **QWEN_3, "model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+}  # fmt: skip
 DEMO = {  # SHAPE of tools/demo.py, and its tokenizer's vocabulary
     "model_type": "llama", "vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6,
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": True,
@@ -80,6 +83,10 @@ MODELS = {  # by the path in a run file
         **QWEN_3, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
         "tie_word_embeddings": True,
     },
+    "Qwen/Qwen3-30B-A3B-Base": {
+        **QWEN_3_MOE, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4,
+    },
     "runs/demo/untrained": DEMO,
     "runs/demo/teacher_hf": DEMO,
     "models/small_teacher": DEMO,
@@ -111,6 +118,7 @@ PUBLISHED = {  # parameters, as the hub counts them; a head that is tied to the 
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "Qwen/Qwen3-8B-Base": 8_190_735_360,
     "Qwen/Qwen3-1.7B-Base": 1_720_574_976,
+    "Qwen/Qwen3-30B-A3B-Base": 30_532_122_624,
 }
 
 
@@ -138,7 +146,8 @@ def make_hollow_model(root: Path, path: str) -> Path:
 
 
 def write_hollow_tensors(path: Path) -> None:
-    """A header for the weights in bf16 that config.json beside it describes, and a body without content."""
+    """A header for the weights in bf16 that config.json beside it describes, and a body without content. Experts are merged, as in
+    transformers: one by one they would fill megabytes of header."""
     with torch.device("meta"):
         tensors = saved_tensors(empty_model(read_config("model", path.parent)))
     header, end = {}, 0

@@ -105,8 +105,8 @@ def run_step(parts: Parts, batches, weights: Weights | None = None) -> tuple[lis
     return losses, {n: p.grad.clone() for n, p in parts.student.named_parameters() if p.grad is not None}
 
 
-def load_model(folder: Path):
-    anatomy = inspect("student.path", str(folder))
+def load_model(folder: Path, **settings):
+    anatomy = inspect("student.path", str(folder), **settings)
     return anatomy, build_network(anatomy, ds_config=None, dtype=torch.float32).eval()
 
 

@@ -40,6 +40,9 @@ TWENTY_STEPS = {
 }  # fmt: skip
 
 
+MIXTURES = {"qwen3_moe": "sharded", "qwen3_next": "node"}  # a teacher's family: its place
+
+
 def beside(names: list[str]) -> list[tuple[str, str]]:
     """Each name with the one after it, the last with the first."""
     return list(zip(names, [*names[1:], names[0]], strict=True))
@@ -529,6 +532,12 @@ def families(folder: Path, device):
         start(folder, device, name=f"family_{student}", **sections)
 
 
+def mixtures(folder: Path, device):
+    """Experts, and experts beside recurrences, whose rows two ranks share."""
+    for teacher, place in MIXTURES.items():
+        start(folder, device, name=f"beside_{teacher}", **sections_of_mixtures(folder, teacher, place))
+
+
 def alone(folder: Path, device):
     """Reductions, and gathers of several weights, that one rank asks for, of what types it takes norms, and DeepSpeed's hooks."""
     from deepspeed.comm import comm
@@ -586,6 +595,11 @@ def sections_for_liger(folder: Path) -> dict:
         "validation": {"tokens": 8},
         "student": {"path": str(folder / "narrow"), "gradient_checkpointing": True},
     }
+
+
+def sections_of_mixtures(folder: Path, teacher: str, place: str) -> dict:
+    path = str(folder / f"teacher_{teacher}")
+    return {**THREE_STEPS, "student": {"path": str(folder / "qwen2")}, "teacher": {"path": path, "placement": place}}
 
 
 def sections_of_families(folder: Path, student: str, teacher: str) -> dict:

@@ -39,10 +39,40 @@ MORE = {
     "smollm3": (transformers.SmolLM3Config, {**GQA, "no_rope_layer_interval": 2}),
 }  # fmt: skip
 
+# Families that can be teachers alone: mixtures of experts, and recurrences, alone and beside attention.
+MOE = {**GQA, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+DEEPSEEK = {**MOE, **MLA, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+EXPERTS = {
+    "mixtral": (transformers.MixtralConfig, {**GQA, "num_local_experts": 4}),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, {**MOE, "num_experts": 5, "head_dim": 8}),
+    "olmoe": (transformers.OlmoeConfig, {**GQA, "num_experts_per_tok": 2, "num_experts": 4}),
+    "gpt_oss": (transformers.GptOssConfig, {**GQA, "num_experts_per_tok": 2, "num_local_experts": 4, "head_dim": 8,
+                "sliding_window": 8}),
+    "deepseek_v2": (transformers.DeepseekV2Config, {**DEEPSEEK, "topk_method": "group_limited_greedy"}),
+    "deepseek_v3": (transformers.DeepseekV3Config, DEEPSEEK),
+}  # fmt: skip
+RECURRENT = {
+    "mamba2": (transformers.Mamba2Config, {"num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 2, "chunk_size": 8}),
+    "falcon_h1": (transformers.FalconH1Config, {**GQA, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+                  "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8, "lm_head_multiplier": 0.5}),
+    "qwen3_next": (transformers.Qwen3NextConfig, {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 16, "head_dim": 8,
+                   "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+                   "linear_value_head_dim": 8}),
+}  # fmt: skip
+TEACHERS = EXPERTS | RECURRENT
+
 
 def make_model(folder: Path, family: str, *, seed: int = 0, dtype=torch.float32, max_shard_size="5GB", **sizes) -> Path:
     """Save a random model whose logits differ clearly between tokens; `sizes` are config keys of any family."""
-    config_class, settings = (FAMILIES | MORE)[family]
+    config_class, settings = (FAMILIES | MORE | TEACHERS)[family]
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     torch.manual_seed(seed)
     config = config_class(**{**SIZES, **settings, **tokens, "initializer_range": 0.2, **sizes})

@@ -70,6 +70,22 @@ def test_every_path_gives_what_a_dense_mask_gives(on_a_cpu, way, window, softcap
 
 
 @pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(("way", "softcap"), [("flex", None), ("tiled", None), ("tiled", 2.0)])
+def test_sinks_take_their_share_of_every_query(on_a_cpu, way, softcap, window):
+    tensors, sinks = [t.detach() for t in operands()], torch.tensor([-2.0, 0.0, 3.0, 9.0])
+    ours = PATHS[way](*tensors, packing_of(ROWS, T), window, 0.2, softcap, sinks)
+    seen = visible(ROWS, window)
+    assert apart([ours], [dense(*tensors, seen, softcap, 0.2, sinks)]) < 1e-5
+    assert apart([ours], [dense(*tensors, seen, softcap, 0.2)]) > 0.1
+
+
+def test_sinks_are_not_trained():
+    sinks = torch.zeros(4, requires_grad=True)
+    with pytest.raises(AssertionError, match="sinks get no gradient here"):
+        PATHS["tiled"](*operands(), packing_of(ONE, T), None, 0.2, None, sinks)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
 def test_the_blocks_are_those_that_torch_finds_in_a_whole_mask(window):
     for rows in (ROWS, ONE):
         ours = attention_paths.block_mask(packing_of(rows, T).positions_BT, window)

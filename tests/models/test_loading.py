@@ -26,21 +26,6 @@ def models(tmp_path_factory) -> Path:
     return root
 
 
-EXPERTS = {
-    "mixtral": transformers.MixtralConfig(num_local_experts=4),
-    "qwen3_moe": transformers.Qwen3MoeConfig(num_experts=4),
-    "deepseek_v3": transformers.DeepseekV3Config(n_routed_experts=8),
-    "olmoe": transformers.OlmoeConfig(num_experts=4),
-}
-
-
-@pytest.mark.parametrize("name", EXPERTS)
-def test_a_mixture_of_experts_is_refused(tmp_path, name):
-    EXPERTS[name].save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"student.path must be a dense model for now, but .* has \d experts"):
-        inspect("student.path", str(tmp_path), needs_weights=False)
-
-
 def test_a_model_without_causal_head_is_refused(tmp_path):
     transformers.T5Config(num_layers=2).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"teacher.path must be a decoder-only causal LM, but .*\(t5\) is not"):

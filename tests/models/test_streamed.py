@@ -10,12 +10,15 @@ from ted_scale.models.inspection import inspect
 from ted_scale.models.streamed import BlockStream, stream_blocks
 from ted_scale.models.weights import build_network
 
+NEW = [("qwen3_moe", 2), ("gpt_oss", 2), ("mamba2", 2), ("qwen3_next", 4)]
 TOKENS = torch.arange(1, 33).view(2, 16)
 
 
 def both(folder, family: str, blocks: int, compiled: bool = False):
     """(the body's output of a whole network, that of a streamed one, called twice; the streamed network and its blocks)"""
-    anatomy = inspect("teacher.path", str(make_model(folder / family, family, num_hidden_layers=blocks)))
+    anatomy = inspect(
+        "teacher.path", str(make_model(folder / family, family, num_hidden_layers=blocks)), is_frozen=True
+    )
     whole, streamed = (build_network(anatomy, ds_config=None, dtype=torch.float32).eval() for _ in range(2))
     if compiled:
         fused.compile_blocks(streamed.get_submodule(anatomy.blocks), fails=True)
@@ -25,7 +28,7 @@ def both(folder, family: str, blocks: int, compiled: bool = False):
     return results, streamed, streamed.get_submodule(anatomy.blocks)
 
 
-@pytest.mark.parametrize(("family", "blocks"), [("llama", 1), ("llama", 3), ("gpt2", 4), ("gemma2", 2)])
+@pytest.mark.parametrize(("family", "blocks"), [("llama", 1), ("llama", 3), ("gpt2", 4), ("gemma2", 2), *NEW])
 def test_streamed_blocks_compute_what_whole_ones_do(tmp_path, family, blocks):
     (whole, first, second), *_ = both(tmp_path, family, blocks)
     assert torch.equal(first, whole) and torch.equal(second, whole)

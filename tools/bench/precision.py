@@ -36,7 +36,7 @@ def main() -> None:
     if arguments.tokens < arguments.length:
         raise UserError(f"--tokens must hold a window of --length ({arguments.length}), but is {arguments.tokens}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    anatomy = inspect("MODEL", str(arguments.model))
+    anatomy = inspect("MODEL", str(arguments.model), is_frozen=True)
     batch = batch_of(arguments, anatomy.vocab_size, device)
     with fp8_without_gpu() if device.type == "cpu" else contextlib.nullcontext():
         for bits in arguments.bits:

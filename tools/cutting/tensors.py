@@ -9,7 +9,7 @@ from ted_scale.base.errors import UserError
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import empty_model, read_config
 from ted_scale.models.model_folder import saved_tensors
-from ted_scale.models.weights import renamer
+from ted_scale.models.places import placer
 from ted_scale.storage import tensor_file
 from ted_scale.storage.tensor_file import Entry, Stretch
 from tools.cutting.channels import Cutter
@@ -29,13 +29,13 @@ def find_tensors(folder: Path, model) -> dict[str, tuple[Path, str, Entry]]:
     """By name in the teacher. A tied tensor has its first name, whatever its file calls it."""
     targets = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in saved_tensors(model).items()}
-    rename, places = renamer(model, targets), {}
+    place, found = placer(model, targets), {}
     for file in sorted(folder.glob("*.safetensors")):
         for key, entry in tensor_file.header_of(file).entries.items():
-            name = rename(key)
+            name = place(key).name
             if name in targets:
-                places.setdefault(first[id(targets[name])], (file, key, entry))
-    return places
+                found.setdefault(first[id(targets[name])], (file, key, entry))
+    return found
 
 
 def places_of(teacher: Anatomy, student: Path, blocks: list[int], cutter: Cutter | None) -> dict[str, Place]:

@@ -54,7 +54,7 @@ class Counted(NamedTuple):
 
 def plan(folder: Path, tokenizer: Tokenizer, data: Data, most: int | None) -> Reading:
     """Finds what does not fit together before anything is measured. `most` is the tokens to read of each corpus."""
-    anatomy = inspect("MODEL", str(folder))
+    anatomy = inspect("MODEL", str(folder), is_frozen=True)
     refuse_long_windows(anatomy, data)
     streams = {
         corpus.name: held_out_stream(data, anatomy.vocab_size, part_of(n, data, anatomy.vocab_size), corpus.name)
