@@ -99,8 +99,9 @@ def spell(lost: dict[str, str]) -> str:
 
 
 def without(command: list[str], lost: dict[str, str]) -> list[str]:
-    """DeepSpeed leaves these hosts out."""
-    return [command[0], "--exclude", "@".join(lost), *command[1:]] if lost else command
+    """DeepSpeed leaves these hosts out. A single host that is left would otherwise be taken for this machine, without what
+    .deepspeed_env sets."""
+    return [command[0], "--force_multi", "--exclude", "@".join(lost), *command[1:]]
 
 
 def refuse_other_choices(command: list[str]) -> None:
