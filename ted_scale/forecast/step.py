@@ -42,7 +42,8 @@ def seconds(plan, stage, step: int, machine: Machine, local: int) -> dict[str, f
     exposed = exposed / stage.asks_every
     exposed += hidden(traffic.student_gathers(plan, stage, b, machine.device), sum(student), machine, local)
     sums = local_sums(trained, b) / machine.copies
-    sums += hidden(traffic.reduction(plan, stage, trained, machine.device), student[1], machine, local)
+    reduced = traffic.as_received(traffic.reduction(plan, stage, trained, machine.device), machine.device)
+    sums += hidden(reduced, student[1], machine, local)
     rates = {"head": machine.head, "filters": machine.head, "layer loss": machine.layer}
     rows = {name: tokens * sum(parts[name]) / rate for name, rate in rates.items() if name in parts}
     each = {

@@ -10,6 +10,9 @@ from typing import NamedTuple
 from ted_scale.distill.memory import filters_by_place, setting
 from ted_scale.forecast.machine import Machine
 
+# What ranks receive in a reduction, in units of what its ring receives: gloo's reduce-scatter moves as much as its all-reduce.
+RECEIVED = {"cpu": 2, "cuda": 1}
+
 
 class Sent(NamedTuple):
     """Bytes of whole tensors, in so many collectives, over so many ranks."""
@@ -42,6 +45,10 @@ def reduction(plan, stage, trained: float, device: str) -> Sent:
     """fp32, once a micro-step: small gradients by the bucket, large ones alone."""
     calls = math.ceil(trained / setting(plan, "reduce_bucket_size", device)) + 1
     return Sent(4 * trained, calls, plan.world)
+
+
+def as_received(reduced: Sent, device: str) -> Sent:
+    return reduced._replace(bytes=RECEIVED[device] * reduced.bytes)
 
 
 def seconds(sent: Sent, machine: Machine, local: int) -> float:

@@ -84,7 +84,7 @@ def result(plan, machine, seconds: list[float], received: list[int]) -> dict[str
     time_planned = sum(step.of_stage(plan, stage, machine, local=1).values())
     b, trained = bytes_of(plan), trained_parameters(plan, stage)
     sent = [traffic.teacher_gathers(plan, b), traffic.student_gathers(plan, stage, b, "cpu")]
-    sent.append(traffic.reduction(plan, stage, trained, "cpu"))
+    sent.append(traffic.as_received(traffic.reduction(plan, stage, trained, "cpu"), "cpu"))
     half = plan.accumulation * sum(each.bytes for each in sent) / 2  # of two nodes each receives the other's half
     return {
         "ms": statistics.median(seconds) * 1e3, "least_ms": min(seconds) * 1e3, "planned_ms": time_planned * 1e3,
