@@ -5,7 +5,8 @@
 starts the command, and restarts it if its exit code says that this can help: at once after a requested stop with a save
 (75), after a growing pause after a failure, never after "done" (0), a mistake (2), bad numbers (3) or memory that ran
 out (6). It gives up after --attempts exits without a newer checkpoint. SIGTERM, SIGUSR1 and Ctrl-C are forwarded to the
-ranks only, which finish their step and save. When this program exits, no process of the command is left.
+ranks only, which finish their step and save. When this program exits, no process of the command is left. Hosts of a --hostfile
+are asked before each start: one that ssh does not reach is a mistake at first; later it is waited for, or left out.
 
 Note: `deepspeed` does not forward signals and dies of them. So the ranks are found by their command lines, and this process
 adopts every process that loses its parent, as the first process of a container must do anyway.
@@ -32,6 +33,7 @@ from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import life
 from ted_scale.checkpoints.progress import read_progress
 from ted_scale.config.run_file import load_run
+from ted_scale.ranks import hosts
 from ted_scale.ranks.signals import descendants_of, ranks_below
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -70,6 +72,12 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--patience-s", type=float, default=300, help="for ranks to stop when asked; then they are killed"
     )
+    parser.add_argument(
+        "--lost-hosts",
+        choices=["wait", "leave"],
+        default="wait",
+        help="of a --hostfile that ssh reaches no more: wait for them, or go on without them until the next start",
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")
     settings = parser.parse_args(words)
     command = settings.command[1:] if settings.command[:1] == ["--"] else settings.command
@@ -92,9 +100,9 @@ def run_file_of(command: list[str]) -> tuple[str, list[str]]:
 
 
 def supervise(run, command: list[str], settings) -> int:
-    exits = Exits()
+    exits, reached = Exits(), first_reached(command, settings)
     while True:
-        code = run_once(command, settings.patience_s)
+        code = run_once(reached, settings.patience_s)
         if code == DONE and not is_done(run):
             log("the command exited with 0 before the last step: its launcher was killed")
             code = 1
@@ -111,8 +119,36 @@ def supervise(run, command: list[str], settings) -> int:
             return code
         pause = pause_after(code, exits.count, settings, random.random())
         log(f"{report}; restarting in {pause:.0f} s, {settings.attempts - exits.count} more times at this step")
-        if signalled_within(pause):
+        if signalled_within(pause) or (reached := still_reached(command, settings)) is None:
             return RESUME
+
+
+def first_reached(command: list[str], settings) -> list[str]:
+    """The command, unless its hostfile names a machine in vain."""
+    found = hosts.hosts_of(command)
+    if settings.lost_hosts == "leave":
+        hosts.refuse_other_choices(command)
+    hosts.refuse_unreached(found)
+    if (
+        found.names
+    ):  # a machine that is cut off closes no connection: without this ssh, and the launcher above it, wait for ever
+        os.environ.setdefault("PDSH_SSH_ARGS_APPEND", "-o ServerAliveInterval=15 -o ServerAliveCountMax=3")
+    return command
+
+
+def still_reached(command: list[str], settings) -> list[str] | None:
+    """The command for the hosts that are there now; None if a signal ends the wait for the others."""
+    found, said = hosts.hosts_of(command), None
+    while lost := hosts.unreached(found):
+        if settings.lost_hosts == "leave" and len(lost) < len(found.names):
+            log(f"without hosts that ssh does not reach: {hosts.spell(lost)}")
+            return hosts.without(command, lost)
+        if lost != said:
+            log(f"waiting for hosts that ssh must reach: {hosts.spell(lost)}")
+        said = lost
+        if signalled_within(settings.pause_s):
+            return None
+    return command
 
 
 def pause_after(code: int, exits: int, settings, draw: float) -> float:

@@ -43,7 +43,8 @@ def seconds(plan, stage, step: int, machine: Machine, local: int) -> dict[str, f
     exposed += hidden(traffic.student_gathers(plan, stage, b, machine.device), sum(student), machine, local)
     sums = local_sums(trained, b) / machine.copies
     beside = 0.0 if plan.run.train.reduce_once else student[1]
-    sums += hidden(traffic.reduction(plan, stage, trained, machine.device), beside, machine, local)
+    reduced = traffic.as_received(traffic.reduction(plan, stage, trained, machine.device), machine.device)
+    sums += hidden(reduced, beside, machine, local)
     rates = {"head": machine.head, "filters": machine.head, "layer loss": machine.layer}
     rows = {name: tokens * sum(parts[name]) / rate for name, rate in rates.items() if name in parts}
     each = {

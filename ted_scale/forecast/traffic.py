@@ -11,6 +11,9 @@ from ted_scale.distill.memory import filters_by_place, keeps_student_whole
 from ted_scale.forecast.machine import Machine
 from ted_scale.models.engine_config import setting
 
+# What ranks receive in a reduction, in units of what its ring receives: gloo's reduce-scatter moves as much as its all-reduce.
+RECEIVED = {"cpu": 2, "cuda": 1}
+
 
 class Sent(NamedTuple):
     """Bytes of whole tensors, in so many collectives, over so many ranks."""
@@ -49,6 +52,10 @@ def reduction(plan, stage, trained: float, device: str) -> Sent:
     share = 1 / plan.accumulation if plan.run.train.reduce_once else 1
     width = 2 if plan.ds_config.get("communication_data_type") in ("bf16", "bfp16", "fp16") else 4
     return Sent(width * trained * share, math.ceil(calls * share), plan.world)
+
+
+def as_received(reduced: Sent, device: str) -> Sent:
+    return reduced._replace(bytes=RECEIVED[device] * reduced.bytes)
 
 
 def seconds(sent: Sent, machine: Machine, local: int) -> float:

@@ -18,6 +18,7 @@ from ted_scale.distill import flops
 from ted_scale.distill.memory import tokens_of
 from ted_scale.forecast import machine as machines
 from ted_scale.forecast.machine import Machine
+from ted_scale.forecast.traffic import RECEIVED
 from ted_scale.forecast.work import passes
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.plan import Plan, plan_of_models
@@ -79,7 +80,7 @@ def machine_from(plan: Plan, device, took: dict[str, float]) -> Machine:
     kind, memory = capacity.of_a_rank(capacity.local_ranks(world))
     on_gpu = device.type == "cuda"
     known = machines.of_torch_name(torch.cuda.get_device_name(device), plan.run.train.precision) if on_gpu else None
-    link = link_rate(plan, world, took) if world > 1 else found["copies"]
+    link = link_rate(plan, world, took, kind) if world > 1 else found["copies"]
     return Machine(
         name=known.name if known else kind, device=kind, memory=memory, peak=known and known.peak, **found, node_link=link,
         far_link=link, host_link=known.host_link if known else found["copies"], latency=took.get("latency", 0.0),
@@ -130,10 +131,10 @@ def blocks_work(plan: Plan, a: Anatomy) -> Work:
     )
 
 
-def link_rate(plan: Plan, world: int, took: dict[str, float]) -> float:
+def link_rate(plan: Plan, world: int, took: dict[str, float], device: str) -> float:
     """Bytes that a rank receives a second, in gathers and reductions of a block."""
     size = 4 * world * (plan.student.block_parameters // world + 1) * (1 - 1 / world)
-    return 2 * size / max(took["gather"] + took["reduce"] - 2 * took["latency"], 1e-9)
+    return (1 + RECEIVED[device]) * size / max(took["gather"] + took["reduce"] - 2 * took["latency"], 1e-9)
 
 
 def of_pair(plan: Plan) -> float:

@@ -1,0 +1,114 @@
+"""The machines on which a `deepspeed --hostfile` command starts ranks: which of them ssh reaches, and the command without some.
+
+Note: only ssh can say whether it reaches a machine, because a name may be an alias of its configuration. With --no_ssh every
+machine is started by itself, and the names are mere labels.
+"""
+
+import argparse
+import contextlib
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from ted_scale.base.errors import UserError, files_at
+
+LINE = re.compile(r"^\s*([^\s#]\S*)\s+slots=\d+", re.M)  # as DeepSpeed reads it
+CONNECT_S, ANSWER_S = 5, 20  # for a connection; for all of them with their logins
+PROBE = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}")
+CHOICES = ("--include", "--exclude", "--num_nodes")  # of hosts beside the hostfile
+
+
+class Hosts(NamedTuple):
+    names: tuple[str, ...]
+    port: str | None
+
+
+def hosts_of(command: list[str]) -> Hosts:
+    """No names if the command starts no rank over ssh."""
+    known = parse(command)
+    if known.hostfile is None or known.no_ssh:
+        return Hosts((), None)
+    with files_at(known.hostfile):
+        names = LINE.findall(Path(known.hostfile).read_text(encoding="utf-8"))
+    return Hosts(tuple(chosen(names, known)), known.ssh_port)
+
+
+def parse(command: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names in (("-H", "--hostfile"), ("-i", "--include"), ("-e", "--exclude"), ("--ssh_port",)):
+        parser.add_argument(*names)
+    parser.add_argument("--num_nodes", type=int)
+    parser.add_argument("--no_ssh", action="store_true")
+    return parser.parse_known_args(command)[0]
+
+
+def chosen(names: list[str], known: argparse.Namespace) -> list[str]:
+    """An excluded name with slots loses only these."""
+    if known.include:
+        included = [part.partition(":")[0] for part in known.include.split("@")]
+        names = [name for name in names if name in included]
+    if known.exclude:
+        names = [name for name in names if name not in known.exclude.split("@")]
+    return names[: known.num_nodes] if known.num_nodes else names
+
+
+def unreached(hosts: Hosts) -> dict[str, str]:
+    """What ssh says of each host where it cannot run a command. All are asked at once."""
+    port = ("-p", hosts.port) if hosts.port else ()
+    asked = {name: ask((*PROBE, *port, name, "true")) for name in hosts.names}
+    end = time.monotonic() + ANSWER_S
+    answers = {name: answer(process, end) for name, process in asked.items()}
+    return {name: said for name, said in answers.items() if said is not None}
+
+
+def ask(command: tuple[str, ...]) -> subprocess.Popen:
+    quiet = subprocess.DEVNULL
+    try:
+        return subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE, text=True)
+    except OSError as error:
+        raise UserError(
+            f"ssh must be a program here, but is not: {error.strerror}; install it, or take --no_ssh"
+        ) from None
+
+
+def answer(process: subprocess.Popen, end: float) -> str | None:
+    """None if it was reached, else the last line of what ssh says."""
+    try:
+        said = process.communicate(timeout=max(0.1, end - time.monotonic()))[1]
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.communicate()
+        return f"no answer within {ANSWER_S} s"
+    if process.returncode == 0:
+        return None
+    return (said.strip().splitlines() or [f"ssh exits with {process.returncode}"])[-1]
+
+
+def refuse_unreached(hosts: Hosts) -> None:
+    if lost := unreached(hosts):
+        raise UserError(
+            f"--hostfile must name machines that ssh reaches, but {spell(lost)}; correct it, or set up ssh there without a password"
+        )
+
+
+def spell(lost: dict[str, str]) -> str:
+    return ", ".join(f"{name} is not ({said})" for name, said in lost.items())
+
+
+def without(command: list[str], lost: dict[str, str]) -> list[str]:
+    """DeepSpeed leaves these hosts out. A single host that is left would otherwise be taken for this machine, without what
+    .deepspeed_env sets."""
+    return [command[0], "--force_multi", "--exclude", "@".join(lost), *command[1:]]
+
+
+def refuse_other_choices(command: list[str]) -> None:
+    """DeepSpeed takes one way to choose hosts; `without` is one."""
+    known = vars(parse(command))
+    if given := [name for name in CHOICES if known[name.strip("-")] is not None]:
+        raise UserError(
+            f"the command must choose its hosts by --hostfile alone with --lost-hosts leave, but has {given[0]}; write the "
+            "hosts to use into the hostfile"
+        )

@@ -1,0 +1,75 @@
+"""ted_scale/ranks/hosts.py: the hosts that a command would start, what ssh says of them, and the command without the lost ones."""
+
+import pytest
+
+from ted_scale.base.errors import UserError
+from ted_scale.ranks import hosts
+
+SSH = """#!/usr/bin/env bash
+echo "$@" >> "$ASKED"
+case "$*" in *bad*) echo "first line" >&2; echo "ssh: no such host" >&2; exit 255 ;; *slow*) exec sleep 60 ;; esac
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "hosts").write_text(
+        "# mine\nnode1 slots=8\n\n  node2   slots=4 # the old one\n#node3 slots=8\nbad slots=1\n"
+    )
+    return str(tmp_path / "hosts")
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    (tmp_path / "ssh").write_text(SSH)
+    (tmp_path / "ssh").chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
+    return tmp_path / "asked"
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ((), ("node1", "node2", "bad")),
+        (("--include", "bad@node1:0,2"), ("node1", "bad")),
+        (("-e", "node1@node2:0"), ("node2", "bad")),
+        (("--num_nodes=2",), ("node1", "node2")),
+        (("--no_ssh",), ()),
+    ],
+)
+def test_the_hosts_are_those_that_deepspeed_starts(file, words, names):
+    command = ["deepspeed", f"--hostfile={file}", *words, "launch/pretrain.py", "--config", "a.toml"]
+    assert hosts.hosts_of(command).names == names
+
+
+def test_a_command_without_a_hostfile_has_no_hosts_and_a_missing_file_is_a_mistake(tmp_path):
+    assert hosts.hosts_of(["deepspeed", "--num_gpus", "2", "a.py"]).names == ()
+    with pytest.raises(UserError, match="hosts must be a file"):
+        hosts.hosts_of(["deepspeed", "-H", str(tmp_path / "hosts"), "a.py"])
+
+
+def test_every_host_is_asked_at_the_port_of_the_command_and_what_ssh_says_is_told(file, asked, monkeypatch):
+    monkeypatch.setattr(hosts, "ANSWER_S", 0.5)
+    found = hosts.hosts_of(["deepspeed", "-H", file, "--ssh_port", "2222", "a.py"])
+    lost = hosts.unreached(found._replace(names=(*found.names, "slow")))
+    assert lost == {"bad": "ssh: no such host", "slow": "no answer within 0.5 s"}
+    lines = asked.read_text().splitlines()
+    assert len(lines) == 4 and all("BatchMode=yes" in line and "-p 2222" in line for line in lines)
+    with pytest.raises(UserError, match=r"--hostfile must name .* but bad is not \(ssh: no such host\); correct it"):
+        hosts.refuse_unreached(found)
+
+
+def test_deepspeed_reads_the_command_without_lost_hosts_as_meant(file):
+    from deepspeed.launcher.runner import fetch_hostfile, parse_args, parse_inclusion_exclusion
+
+    command = hosts.without(["deepspeed", "-H", file, "a.py", "--config", "a.toml"], {"node1": "", "bad": ""})
+    known = parse_args(command[1:])
+    assert list(parse_inclusion_exclusion(fetch_hostfile(file), known.include, known.exclude)) == ["node2"]
+    assert known.force_multi and known.user_args == ["--config", "a.toml"]
+
+
+def test_a_second_choice_of_hosts_is_refused(file):
+    hosts.refuse_other_choices(["deepspeed", "-H", file, "a.py"])
+    with pytest.raises(UserError, match="by --hostfile alone with --lost-hosts leave, but has --num_nodes"):
+        hosts.refuse_other_choices(["deepspeed", "-H", file, "--num_nodes", "2", "a.py"])
