@@ -6,6 +6,7 @@ steps; page.js makes tokens or seconds of them, by the run whose number is the s
 
 import json
 import math
+from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from ted_scale.report.tables import amount, table
 from ted_scale.report.thinning import binned, thin
 
 POINTS, LEAST_STRETCHES, MOST_STRETCHES = 10_000, 60, 500  # of all lines of a chart; stretches of a line
+FEW = 40  # points of a line that are also drawn one by one: a single one would not be seen
 BINS = 240  # of a heat-map along its time
 HEIGHT = 300
 SHARES = (0, 0.05, 0.1, 0.25, 0.5, 0.75, 1)  # of a line's way, where its table has a value
@@ -39,8 +41,8 @@ SHARES = (0, 0.05, 0.1, 0.25, 0.5, 0.75, 1)  # of a line's way, where its table 
 class Line(NamedTuple):
     label: str
     run: int  # number, whose tokens and seconds the x axis may show
-    steps: object
-    values: object
+    steps: Sequence[float]
+    values: Sequence[float]
 
 
 class Chart(NamedTuple):
@@ -67,8 +69,9 @@ def html(chart: Chart | Heat) -> str:
     legend = "" if isinstance(chart, Heat) or len(chart.lines) < 2 else legend_of(chart)
     keys = "Arrow keys read the values along the chart, plus and minus zoom, 0 shows all."
     return (
-        f'<figure class="chart" id="{chart.key}"><figcaption><h3>{escape(chart.title)}</h3><p>{escape(chart.about)}</p></figcaption>'
-        f'{legend}<div class="plot" id="plot-{chart.key}" tabindex="0" role="img" aria-roledescription="chart" '
+        f'<figure class="chart" id="{chart.key}"><figcaption><h3>{escape(chart.title)}</h3>'
+        f"<p>{escape(chart.about)}</p></figcaption>{legend}"
+        f'<div class="plot" id="plot-{chart.key}" tabindex="0" role="img" aria-roledescription="chart" '
         f'aria-label="{escape(words(chart))} {keys}"></div><p class="readout" role="status"></p>'
         f"<details><summary>Numbers of this chart</summary>{numbers(chart)}</details>"
         f'<script type="application/json" class="item">{item}</script></figure>'
@@ -90,7 +93,7 @@ def words(chart: Chart | Heat) -> str:
     for line in chart.lines[:6]:
         values = finite(line.values)
         if len(values):
-            said.append(f"{line.label} from {amount(values[0])} to {amount(values[-1])}")
+            said.append(f"{line.label} from {amount(float(values[0]))} to {amount(float(values[-1]))}")
     more = f", and {len(chart.lines) - 6} more" if len(chart.lines) > 6 else ""
     return f"{chart.title}: {'; '.join(said) or 'no finite value'}{more}."
 
@@ -101,7 +104,16 @@ def finite(values) -> np.ndarray:
 
 
 def numbers(chart: Chart | Heat) -> str:
-    head = ["", "first", "least", "at step", "greatest", "at step", "last", *(f"{share:.0%} of its way" for share in SHARES[1:-1])]
+    head = [
+        "",
+        "first",
+        "least",
+        "at step",
+        "greatest",
+        "at step",
+        "last",
+        *(f"{share:.0%} of its way" for share in SHARES[1:-1]),
+    ]
     return table(head, [summary(line) for line in chart.lines], chart.title)
 
 
@@ -112,8 +124,8 @@ def summary(line: Line) -> list[str]:
     if not len(values):
         return [line.label, *["-"] * (len(SHARES) + 4)]
     least, most = int(np.argmin(values)), int(np.argmax(values))
-    ends = [values[0], values[least], steps[least], values[most], steps[most], values[-1]]
-    between = [values[int(share * (len(values) - 1))] for share in SHARES[1:-1]]
+    ends = [float(v) for v in (values[0], values[least], steps[least], values[most], steps[most], values[-1])]
+    between = [float(values[int(share * (len(values) - 1))]) for share in SHARES[1:-1]]
     shown = [f"{value:,.0f}" if place in (2, 4) else amount(value) for place, value in enumerate(ends)]
     return [line.label, *shown, *map(amount, between)]
 
@@ -143,13 +155,16 @@ def line_figure(chart: Chart):
     for number, line in enumerate(chart.lines):
         steps, values = thin(line.steps, line.values, stretches)
         source = ColumnDataSource({"x": steps.astype("f4"), "y": values.astype("f4"), "step": steps.astype("i4")})
-        about = {"source": source, "name": line.label, "tags": [number, line.run]}
-        if chart.dots:
-            drawn.scatter("x", "y", size=9, line_width=1.5, fill_alpha=0.35, **about)
-        else:
-            drawn.line("x", "y", line_width=1.8, line_dash=dash_of(number), **about)
+        about = {"source": source, "name": line.label}
+        if not chart.dots:
+            drawn.line("x", "y", line_width=1.8, line_dash=dash_of(number), **about).tags = [number, line.run]
+        if chart.dots or len(values) <= FEW:
+            size = 9 if chart.dots else 5
+            drawn.scatter("x", "y", size=size, line_width=1.5, fill_alpha=0.35, **about).tags = [number, line.run]
     for run, step in chart.marks:
-        drawn.add_layout(Span(location=float(step), dimension="height", line_dash="dotted", line_width=1, tags=[step, run]))
+        drawn.add_layout(
+            Span(location=float(step), dimension="height", line_dash="dotted", line_width=1, tags=[step, run])
+        )
     if chart.names:
         drawn.yaxis.ticker = list(range(len(chart.names)))
         drawn.yaxis.major_label_overrides = dict(enumerate(chart.names))
@@ -163,13 +178,16 @@ def heat_figure(chart: Heat):
     last = max((line.steps[-1] for line in chart.lines), default=1)
     bins = max(1, min(BINS, max(len(line.steps) for line in chart.lines)))
     picture = np.array([filled(binned(line.steps, line.values, first, last, bins)) for line in chart.lines])
-    low, high = (float(f(picture[np.isfinite(picture)])) if np.isfinite(picture).any() else 0.0 for f in (np.min, np.max))
-    mapper = LinearColorMapper(palette=HEAT, low=low, high=high if high > low else low + 1, nan_color="rgba(0, 0, 0, 0)")
+    low, high = (
+        float(f(picture[np.isfinite(picture)])) if np.isfinite(picture).any() else 0.0 for f in (np.min, np.max)
+    )
+    mapper = LinearColorMapper(
+        palette=HEAT, low=low, high=high if high > low else low + 1, nan_color="rgba(0, 0, 0, 0)"
+    )
     drawn = empty_figure("", y_range=(-0.5, len(chart.lines) - 0.5))
     drawn.tags = ["heat"]
-    drawn.image(
-        image=[picture.astype("f4")], x=float(first), y=-0.5, dw=float(max(last - first, 1)), dh=len(chart.lines), color_mapper=mapper
-    )
+    place = {"x": float(first), "y": -0.5, "dw": float(max(last - first, 1)), "dh": len(chart.lines)}
+    drawn.image(image=[picture.astype("f4")], color_mapper=mapper, **place)
     drawn.yaxis.ticker = sorted({*range(0, len(chart.lines), max(1, len(chart.lines) // 8))})
     drawn.yaxis.major_label_overrides = {number: line.label for number, line in enumerate(chart.lines)}
     drawn.add_layout(ColorBar(color_mapper=mapper, width=10, padding=4, background_fill_color=None), "right")

@@ -10,7 +10,15 @@ from typing import NamedTuple
 
 from ted_scale.checkpoints import folder as files
 
-KINDS = ("start", "restart", "change", "rewind", "alert", "checkpoint", "end")  # from the bottom of the time line to its top
+KINDS = (
+    "start",
+    "restart",
+    "change",
+    "rewind",
+    "alert",
+    "checkpoint",
+    "end",
+)  # from the bottom of the time line to its top
 CLOCK = re.compile(r"^(\d\d:\d\d:\d\d) (.*)$")
 STEP = re.compile(r"^step +(\d+)(:| )")
 FOUND = (  # the first that fits decides
@@ -20,7 +28,7 @@ FOUND = (  # the first that fits decides
     ("change", re.compile(r" instead of .* from step (\d+) on$")),
     ("rewind", re.compile(r"; back to step_(\d+)\S* and on with ")),
     ("alert", re.compile(r"^step (\d+): ")),
-    ("alert", re.compile(r"has no copy; the run goes on|rows are lost until|W&B is (offline|lost|behind)|is damaged|was not saved")),
+    ("alert", re.compile(r"has no copy; the run goes on|rows are lost until|W&B is (offline|lost|behind)|is damaged")),
     ("end", re.compile(r"^done: .* is at step (\d+)")),
 )  # fmt: skip
 SHOWN = 2_000  # events that a page has room for

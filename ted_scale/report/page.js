@@ -1,6 +1,6 @@
 // Draws a chart when it comes into view, and gives it the theme's colours, the chosen x axis, and keys.
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
+  const data = JSON.parse(document.getElementById("all-runs").textContent);
   const drawn = new Map(); // figure element -> Bokeh's figure
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const chosen = (name) => document.querySelector(`input[name=${name}]:checked`).value;
@@ -84,17 +84,16 @@
     const { start, end } = plot.x_range, x = start + share * (end - start);
     let cursor = plot.center.find((part) => part.name === "cursor");
     if (!cursor) {
-      const Span = Bokeh.Models ? Bokeh.Models.get("Span") : Bokeh.require("models/annotations/span").Span;
-      cursor = new Span({ dimension: "height", name: "cursor", line_width: 2 });
+      cursor = new (Bokeh.Models.get("Span"))({ dimension: "height", name: "cursor", line_width: 2 });
       plot.center = [...plot.center, cursor];
       paint(plot);
     }
     Object.assign(cursor, { location: x, visible: true });
-    const values = plot.renderers.filter((r) => r.visible && r.tags.length).map((r) => {
+    const values = new Set(plot.renderers.filter((r) => r.visible && r.tags.length).map((r) => {
       const value = nearest(r.data_source, x);
       return `${r.name} ${Number.isFinite(value) ? Number(value.toPrecision(4)) : "none"}`;
-    });
-    element.querySelector(".readout").textContent = `${plot.below[0].axis_label} ${Math.round(x).toLocaleString("en")}: ${values.join(", ")}`;
+    }));
+    element.querySelector(".readout").textContent = `${plot.below[0].axis_label} ${Math.round(x).toLocaleString("en")}: ${[...values].join(", ")}`;
   }
 
   function zoom(plot, share, factor) {
@@ -120,7 +119,7 @@
     const plot = drawn.get(element), shown = button.getAttribute("aria-pressed") !== "true";
     if (!plot) return;
     button.setAttribute("aria-pressed", shown);
-    plot.renderers.find((r) => r.tags[0] === Number(button.dataset.line)).visible = shown;
+    for (const r of plot.renderers) if (r.tags[0] === Number(button.dataset.line)) r.visible = shown;
   }
 
   function dress() {

@@ -1,6 +1,6 @@
 """One page of everything: style, Bokeh and data are inside it, and its own policy forbids the browser to fetch anything.
 
-Note: Bokeh's part alone is 1.3 MB. Its extra parts (widgets, tables, WebGL) are left out, and a figure is drawn when it comes into view.
+Note: Bokeh alone is 1.3 MB, without its widgets, tables and WebGL; a figure is drawn when it comes into view.
 """
 
 import json
@@ -23,8 +23,9 @@ HERE = Path(__file__).parent
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 CLOCK_POINTS = 400  # of a run, by which steps become tokens and seconds
 SECTIONS = {
-    "loss": "Loss", "differences": "Differences", "layers": "Layers", "optimizer": "Optimizer", "speed": "Speed", "memory": "Memory",
-    "data": "Data", "events": "Time line", "samples": "Samples", "evaluation": "Evaluation", "more": "More numbers", "run": "The run",
+    "loss": "Loss", "differences": "Differences", "layers": "Layers", "optimizer": "Optimizer", "speed": "Speed",
+    "memory": "Memory", "data": "Data", "events": "Time line", "samples": "Samples", "evaluation": "Evaluation",
+    "more": "More numbers", "run": "The run",
 }  # fmt: skip
 
 
@@ -61,7 +62,9 @@ def document(runs: list[RunSeen], sections: dict[str, str]) -> str:
     links = "".join(f'<a href="#{key}">{SECTIONS[key]}</a>' for key in sections)
     whole = "".join(f'<section id="{key}"><h2>{SECTIONS[key]}</h2>{text}</section>' for key, text in sections.items())
     library = Resources(mode="inline", components=["bokeh"], log_level="error").js_raw
-    inside = [text.replace("</script", "<\\/script") for text in [*library, (HERE / "page.js").read_text(encoding="utf-8")]]
+    inside = [
+        text.replace("</script", "<\\/script") for text in [*library, (HERE / "page.js").read_text(encoding="utf-8")]
+    ]
     scripts = "".join(f"<script>{text}</script>" for text in inside)
     data = json.dumps({"times": [times(run) for run in runs], "lines": LINES, "inks": INKS}, allow_nan=False)
     made = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -78,7 +81,7 @@ def document(runs: list[RunSeen], sections: dict[str, str]) -> str:
 <nav aria-label="Sections">{links}</nav></header>
 <main id="main" tabindex="-1"><section id="overview"><h2>Where it stands</h2>{summary.overview(runs)}
 <h3>What is missing</h3>{summary.missing(runs)}</section>{whole}</main>
-<script type="application/json" id="data">{data}</script>
+<script type="application/json" id="all-runs">{data}</script>
 {scripts}</body></html>
 """
 
@@ -92,6 +95,8 @@ def radio(name: str, choices: tuple[str, ...]) -> str:
 
 def times(run: RunSeen) -> dict[str, list[float]]:
     """Steps, tokens and seconds at some hundred rows."""
-    chosen = np.unique(np.linspace(0, max(0, len(run.times.steps) - 1), CLOCK_POINTS).astype(int)) if run.times.steps else []
+    chosen = (
+        np.unique(np.linspace(0, max(0, len(run.times.steps) - 1), CLOCK_POINTS).astype(int)) if run.times.steps else []
+    )
     columns = {name: np.asarray(column) for name, column in run.times._asdict().items()}
     return {name: [0.0, *(round(float(column[place]), 3) for place in chosen)] for name, column in columns.items()}

@@ -1,4 +1,4 @@
-"""Paired differences: two arms with the same seed start alike and read the same data, so what the seed does to both is not part of them.
+"""Paired differences: what the seed does to two arms that start alike and read the same data is not part of them.
 
 Note: the 95 % interval is Student's t, which is wide for a few seeds: 12.7 standard errors for two.
 """

@@ -8,11 +8,13 @@ import time
 from html import escape
 
 from ted_scale.report.charts import Chart, Line, html
+from ted_scale.report.events import KINDS, notable
 from ted_scale.report.folder import RunSeen, at_step
 from ted_scale.report.paired import as_words, paired
 from ted_scale.report.tables import amount, bullets, duration, table
 
 ALIVE_S = 60  # life.json is written every 10 s
+COUNTED = ("restart", "rewind", "alert")
 FREE = {"name", "seed", "runs"}  # keys that arms of a comparison need not share, or never do
 
 
@@ -31,7 +33,7 @@ def overview(runs: list[RunSeen]) -> str:
         ["a step, ms: measured / forecast", *(beside(run, "perf/step_ms", "perf/forecast_ms") for run in runs)],
         ["memory, GiB: peak / forecast", *(beside(run, "memory/peak_gib", "memory/forecast_gib") for run in runs)],
         ["goodput", *(amount(run.last("perf/goodput")) for run in runs)],
-        ["restarts / rewinds / alerts", *(" / ".join(str(count(run, kind)) for kind in ("start", "rewind", "alert")) for run in runs)],
+        ["restarts / rewinds / alerts", *(" / ".join(str(count(run, kind)) for kind in COUNTED) for run in runs)],
     ]  # fmt: skip
     return table(["", *(run.name for run in runs)], rows, "Where each run stands", wrap=True)
 
@@ -62,8 +64,8 @@ def beside(run: RunSeen, measured: str, forecast: str) -> str:
 
 def count(run: RunSeen, kind: str) -> int:
     """A restart has two lines in the log: that it resumes, and what the end before it cost."""
-    if kind == "start":
-        return sum(event.kind == "restart" and event.text.startswith("resuming") for event in run.events)
+    if kind == "restart":
+        return sum(event.kind == kind and event.text.startswith("resuming") for event in run.events)
     return sum(event.kind == kind for event in run.events)
 
 
@@ -72,7 +74,9 @@ def missing(runs: list[RunSeen]) -> str:
     sentences += [f"{run.name}: it has no validation" for run in runs if run.series and "val/loss" not in run.series]
     if len({run.method for run in runs}) > 1:
         methods = ", ".join(f"{run.name} is {run.method}" for run in runs)
-        sentences.append(f"the runs are of different methods ({methods}): a term that a method does not have has no line")
+        sentences.append(
+            f"the runs are of different methods ({methods}): a term that a method does not have has no line"
+        )
     return bullets(sentences) if sentences else "<p>Nothing is missing.</p>"
 
 
@@ -87,7 +91,15 @@ def differences(runs: list[RunSeen]) -> str:
             rows.append([run.name, "0", "-", "-", "-"])
             continue
         apart = [ours[step] - theirs[step] for step in both]
-        rows.append([run.name, str(len(both)), f"{both[-1]:,.0f}", f"{apart[-1]:+.4f}", f"{min(apart):+.4f} to {max(apart):+.4f}"])
+        rows.append(
+            [
+                run.name,
+                str(len(both)),
+                f"{both[-1]:,.0f}",
+                f"{apart[-1]:+.4f}",
+                f"{min(apart):+.4f} to {max(apart):+.4f}",
+            ]
+        )
         lines.append(Line(f"{run.name} less {base.name}", number, both, apart))
     head = ["run", "validations at equal steps", "last step", f"less {base.name}, last", "over all"]
     about = "Below zero is better than the first run. Only validations at the same step count."
@@ -107,9 +119,9 @@ def by_seeds(runs: list[RunSeen]) -> str:
         if (loss := run.last("val/loss")) is not None:
             key = str(sorted((k, str(v)) for k, v in run.settings.items() if k not in FREE))
             arms.setdefault(key, {})[run.settings.get("seed", 0)] = loss
-    (_, theirs), *others = arms.items() if arms else [("", {})]
+    theirs, *others = arms.values() or [{}]
     rows = []
-    for number, (_, ours) in enumerate(others, 2):
+    for number, ours in enumerate(others, 2):
         found = paired(ours, theirs)
         if found:
             rows.append([f"arm {number}", str(len(ours.keys() & theirs.keys())), as_words(found), found.verdict])
@@ -120,8 +132,6 @@ def by_seeds(runs: list[RunSeen]) -> str:
 
 
 def time_line(runs: list[RunSeen]) -> str:
-    from ted_scale.report.events import KINDS, notable
-
     lines = [
         Line(run.name, number, [e.step for e in run.events], [KINDS.index(e.kind) for e in run.events])
         for number, run in enumerate(runs)
@@ -130,12 +140,22 @@ def time_line(runs: list[RunSeen]) -> str:
     about = "Starts, restarts, changes, rewinds, alerts, checkpoints and ends, at their steps."
     drawn = html(Chart("time-line", "Time line", about, lines, dots=True, names=KINDS)) if lines else ""
     rows = [
-        [run.name, f"{e.step:,}", duration(at_step(run.times, run.times.seconds, e.step)), e.clock or "-", e.kind, e.text]
+        [
+            run.name,
+            f"{e.step:,}",
+            duration(at_step(run.times, run.times.seconds, e.step)),
+            e.clock or "-",
+            e.kind,
+            e.text,
+        ]
         for run in runs
         for e in notable(run.events)
     ]
     head = ["run", "step", "training time", "clock", "event", "what the log says"]
-    return drawn + f"<details><summary>All events ({len(rows):,})</summary>{table(head, rows, 'Events', wrap=True)}</details>"
+    return (
+        drawn
+        + f"<details><summary>All events ({len(rows):,})</summary>{table(head, rows, 'Events', wrap=True)}</details>"
+    )
 
 
 def changes(runs: list[RunSeen]) -> str:
@@ -148,9 +168,13 @@ def settings(runs: list[RunSeen]) -> str:
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     unlike = [key for key in keys if len({str(run.settings.get(key, "-")) for run in runs}) > 1]
     rows = [[key, *(str(run.settings.get(key, "-")) for run in runs)] for key in unlike]
-    apart = f"<h3>What differs</h3>{table(['key', *(run.name for run in runs)], rows, 'What differs', wrap=True)}" if rows else ""
+    apart = (
+        f"<h3>What differs</h3>{table(['key', *(run.name for run in runs)], rows, 'What differs', wrap=True)}"
+        if rows
+        else ""
+    )
     whole = "".join(
-        f"<details><summary>run.toml of {escape(run.name)}</summary><pre tabindex=\"0\">{escape(run.toml)}</pre></details>"
+        f'<details><summary>run.toml of {escape(run.name)}</summary><pre tabindex="0">{escape(run.toml)}</pre></details>'
         for run in runs
         if run.toml
     )
@@ -162,7 +186,8 @@ def samples(runs: list[RunSeen]) -> str:
     if not found:
         return '<p class="none">There are none: no run has a file samples.jsonl.</p>'
     rows = [
-        [run.name, f"{s['step']:,}" if "step" in s else "-", s["prompt"], s["student"], s.get("teacher", "-")] for run, s in found
+        [run.name, f"{s['step']:,}" if "step" in s else "-", s["prompt"], s["student"], s.get("teacher", "-")]
+        for run, s in found
     ]
     return table(["run", "step", "prompt", "student", "teacher"], rows, "Samples of student and teacher", wrap=True)
 
@@ -178,5 +203,10 @@ def scores(runs: list[RunSeen]) -> str:
         for f in run.scores
         for model, what, metric, value, error in f["rows"]
     ]
-    told = table(["run", "file", "model", "task", "metric", "score"], files, "Scores of tools/evaluate.py") if files else ""
-    return asked + told or '<p class="none">There are none: validation.suite was not asked, and the folder has no evaluation*.json.</p>'
+    told = (
+        table(["run", "file", "model", "task", "metric", "score"], files, "Scores of tools/evaluate.py")
+        if files
+        else ""
+    )
+    none = "There are none: validation.suite was not asked, and the folder has no evaluation*.json."
+    return asked + told or f'<p class="none">{none}</p>'

@@ -10,7 +10,8 @@ def table(head: list[str], rows: list[list[str]], title: str, *, wrap: bool = Fa
         return '<p class="none">None.</p>'
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>' for row in rows
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
     )
     kind = ' class="wrap"' if wrap else ""
     return (

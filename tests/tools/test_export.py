@@ -204,7 +204,9 @@ def test_memory_is_one_shard_and_a_few_of_the_largest_tensor(world, tmp_path):
     above = peak_anonymous_mb(world / "runs" / "big", tmp_path / "big", "--max-shard-gb", "0.02") - idle
     print(f"{total:.0f} MB of weights: {above:.0f} MB above the {idle:.0f} MB of a tiny model")
     assert total > 100
-    assert above < shard + 8 * largest < total / 2  # four at once, and what a process's peak varies by: 21 to 33 MB were seen
+    assert (
+        above < shard + 8 * largest < total / 2
+    )  # four at once, and what a process's peak varies by: 21 to 33 MB were seen
 
 
 def test_an_fp32_run_of_one_rank_exports_its_weights_in_shards(world, tmp_path):
