@@ -65,7 +65,7 @@ class Heat(NamedTuple):
 
 def html(chart: Chart | Heat) -> str:
     """The chart's figure element; its drawing is made when it comes into view."""
-    item = json.dumps(item_of(chart), separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    item = json.dumps(item_of(chart), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     legend = "" if isinstance(chart, Heat) or len(chart.lines) < 2 else legend_of(chart)
     keys = "Arrow keys read the values along the chart, plus and minus zoom, 0 shows all."
     return (

@@ -113,7 +113,8 @@ def read_rows(path: Path, missing: list[str]) -> tuple[dict[str, Series], Times]
         missing.append(f"{path.name} cannot be read ({said(error)}): there are no curves")
         return series, times
     if torn:
-        missing.append(f"{path.name} has {torn:,} line{'s' * (torn > 1)} that are torn or damaged; they are left out")
+        lines = f"{torn:,} lines that are" if torn > 1 else "1 line that is"
+        missing.append(f"{path.name} has {lines} torn or damaged and left out")
     if not series:
         missing.append(f"{path.name} has no row yet: the run has not taken a step")
     return series, times
