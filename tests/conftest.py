@@ -26,7 +26,7 @@ LONG = (
 )  # fmt: skip
 ONCE = (
     "test_docs", "test_tower", "test_faulty_files", "test_durable", "test_errors", "test_paths", "test_sealed",
-    "test_chunk_cache", "test_credentials", "test_transfers", "test_life", "test_slurm",
+    "test_chunk_cache", "test_credentials", "test_transfers", "test_life", "test_slurm", "test_report_page",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ FLOORS = (  # the lowest first; packages of one floor do not import each other
     ("models",),
     ("checkpoints", "distill", "evaluation"),
     ("metrics", "health"),
-    ("forecast",),
+    ("forecast", "report"),
     ("",),
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}

@@ -1,7 +1,7 @@
 """From text to an exported model on two CPU ranks, without downloads: python tools/demo.py (`make demo` runs it)
 
 Text of this machine's Python library, tokenizer, shards, a teacher from scratch, a student cut from it, TED's two
-stages, export, a few generated lines, one table. All by the commands that a user types, all under runs/demo. A phase
+stages, export, a few generated lines, a report, one table. All by the commands that a user types, all under runs/demo. A phase
 whose result exists is skipped. A phase that runs first removes what later phases made from its old result. So an
 interrupted demo continues where it was, and never mixes the results of two demos.
 """
@@ -37,7 +37,7 @@ DEMO = Path("runs/demo")
 TEACHER, TED = Path("launch/runs/demo_teacher.toml"), Path("launch/runs/demo_ted.toml")
 TEXT, TOKENIZER, SHARDS = DEMO / "text.jsonl", DEMO / "tokenizer", DEMO / "shards"
 UNTRAINED, TEACHER_HF, CUT, STUDENT_HF = (DEMO / n for n in ("untrained", "teacher_hf", "student_cut", "student_hf"))
-SAMPLE, TABLE, LOCK = DEMO / "sample.txt", DEMO / "table.txt", DEMO / ".lock"
+SAMPLE, REPORT, TABLE, LOCK = DEMO / "sample.txt", DEMO / "report.html", DEMO / "table.txt", DEMO / ".lock"
 RANKS = 2
 TEXT_BYTES = 8_000_000
 # Not text to learn from, or not installed everywhere. Encodings are copies of each other and would leak into validation.
@@ -74,6 +74,7 @@ def phases() -> list[Phase]:
         phase("TED: stage I learns filters, stage II distils", DEMO / "ted", trainer(TED), lambda: trained(TED)),
         phase("student as a Hugging Face folder", STUDENT_HF, tool("export_hf", DEMO / "ted", STUDENT_HF)),
         phase("text written by the student", SAMPLE, write_sample),
+        phase("the report, one page", REPORT, tool("report", DEMO / "ted", "--out", REPORT)),
     ]  # fmt: skip
 
 
@@ -145,14 +146,24 @@ def write_sources(library: Path, names: list[Path], text: Path, limit: int) -> N
 
 
 def write_sample() -> None:
-    """Text of the exported student, loaded as any user would load it."""
+    """Text of the exported student, and for the report that of its teacher beside it."""
+    texts, theirs = written_by(STUDENT_HF), written_by(TEACHER_HF)
+    rows = zip(PROMPTS, texts, theirs, strict=True)
+    samples = [{"prompt": prompt, "student": student, "teacher": teacher} for prompt, student, teacher in rows]
+    write_durably(DEMO / "ted" / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+    write_durably(SAMPLE, "\n----\n".join(texts) + "\n")
+    print(SAMPLE.read_text(encoding="utf-8"))
+
+
+def written_by(folder: Path) -> list[str]:
+    """A text for each prompt, by a model that is loaded as any user would load it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(STUDENT_HF)
-    model = AutoModelForCausalLM.from_pretrained(STUDENT_HF)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
     texts = []
     for prompt in PROMPTS:
@@ -160,8 +171,7 @@ def write_sample() -> None:
         written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=True,
                                  temperature=0.7, top_k=40)  # fmt: skip
         texts.append(tokenizer.decode(written[0], skip_special_tokens=True))
-    write_durably(SAMPLE, "\n----\n".join(texts) + "\n")
-    print(SAMPLE.read_text(encoding="utf-8"))
+    return texts
 
 
 def claim_folder() -> None:

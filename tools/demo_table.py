@@ -61,6 +61,7 @@ def places(teacher: Run, ted: Run, student: Path, sample: Path, table: Path) -> 
         "student, Hugging Face folder": student,
         "runs: numbers, log, checkpoints": f"{teacher.folder}, {ted.folder}",
         "what the student wrote": sample,
+        "report, to look at in a browser": table.with_name("report.html"),
         "this table": table,
     }
     return [

@@ -79,6 +79,14 @@ class Limits(Section):
         return max(self.step_s, self.start_s)
 
 
+class Report(Section):
+    """runs/NAME/report.html, written by a process of its own; docs/report.md."""
+
+    every_minutes: Annotated[float, Field(ge=0, le=1e5)] = Field(
+        0.0, description="rank 0 has the page written so often, and at the end, when W&B gets it, too; 0: never"
+    )
+
+
 class Wandb(Section):
     project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
     mode: Literal["auto", "online", "offline"] = Field(

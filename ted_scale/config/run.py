@@ -19,7 +19,7 @@ from ted_scale.config.method import (
     is_on,
     on_between,
 )
-from ted_scale.config.operation import Checkpoint, Health, Limits, Resume, Wandb
+from ted_scale.config.operation import Checkpoint, Health, Limits, Report, Resume, Wandb
 from ted_scale.config.types import Count, PositiveInt, Section
 
 Method = Literal["ce", "kd", "lwd", "ted"]
@@ -111,6 +111,7 @@ class Run(Section):
     health: Health = Health()
     limits: Limits = Limits()
     log_every: PositiveInt = 10
+    report: Report = Report()
     wandb: Wandb | None = None
 
     @property

@@ -27,9 +27,10 @@ from ted_scale.distill.flops import Work, keys_of, lengths_of
 from ted_scale.metrics.clock import Clock
 from ted_scale.metrics.console import log_line
 from ted_scale.metrics.goodput import Ledger
+from ted_scale.metrics.live_report import LiveReport
 from ted_scale.metrics.peaks import device_peak
 from ted_scale.metrics.rows import rows_at, trim_rows
-from ted_scale.metrics.tracking import WandbRun
+from ted_scale.metrics.tracking import WandbRun, add_page
 
 
 class Metrics:
@@ -52,6 +53,7 @@ class Metrics:
         self.rows_of_stage = 0
         self.step, self.told, self.words = step, time.monotonic(), ""
         self.lost = False
+        self.report = LiveReport(run.folder, run.report.every_minutes) if writes and run.report.every_minutes else None
         self.file: TextIO | None = None
         self.path, self.already = run.folder / "metrics.jsonl", set()
         self.open(step)
@@ -235,6 +237,8 @@ class Metrics:
         self.bar.close()
         self.close_file()
         self.leave_word()
+        if self.report and (page := self.report.close()):
+            self.call_wandb(partial(add_page, page, self.step))
         if self.wandb_run:
             self.wandb_run.close()
 

@@ -123,6 +123,13 @@ def begun(run: Run, run_id: str, mode: Literal["online", "offline"]):
     return wandb_run
 
 
+def add_page(page: Path, step: int, wandb_run) -> None:
+    """The report, as it is shown in W&B. It has everything inside it, so W&B need not add its own style."""
+    import wandb
+
+    wandb_run.log({"step": step, "report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+
+
 def why_offline(settings: Wandb) -> str | None:
     """None if it goes online when it can."""
     if settings.mode == "offline":

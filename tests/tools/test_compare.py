@@ -19,6 +19,7 @@ from tiny import make_corpus, make_model, make_run, write_run
 from ted_scale.base.errors import NUMBERS, RunStopped, UserError
 from ted_scale.checkpoints import life
 from ted_scale.checkpoints.life import Life, Spent
+from ted_scale.report.paired import Difference
 from tools import compare
 from tools.comparison import plan as plans
 from tools.comparison import prices, results, starts
@@ -240,7 +241,7 @@ def test_the_least_loss_of_a_run_may_count_and_never_that_before_training(write)
     [(-0.2, 0.1, "better"), (0.2, 0.1, "worse"), (0.1, 0.2, "noise"), (1.0, None, "one seed")],
 )
 def test_what_is_within_the_interval_is_called_noise(mean, half, verdict):
-    assert results.Difference(mean, half).verdict == verdict
+    assert Difference(mean, half).verdict == verdict
 
 
 # A comparison as a whole

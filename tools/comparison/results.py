@@ -1,21 +1,18 @@
 """Results of a comparison as files: one JSON a finished run, and from all of them a table, a CSV of curves and a picture.
 
-A paired difference is taken seed by seed: two arms with the same seed start alike and read the same data, so what the seed does
-to both is not part of it. Note: the 95 % interval is Student's t, which is wide for a few seeds: 12.7 standard errors for two.
+Note: a paired difference is taken seed by seed, and its interval is wide for a few seeds (ted_scale/report/paired.py).
 """
 
 import csv
 import io
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale.base.durable import write_durably
+from ted_scale.report.paired import as_words, paired
 from tools.comparison.plan import Comparison
-
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of n - 1 = 1, 2, ... degrees of freedom
 
 
 class Point(NamedTuple):
@@ -45,19 +42,6 @@ class Result(NamedTuple):
         )
 
 
-class Difference(NamedTuple):
-    mean: float
-    half: float | None  # of the 95 % interval; None for one seed
-
-    @property
-    def verdict(self) -> str:
-        if self.half is None:
-            return "one seed"
-        if abs(self.mean) <= self.half:
-            return "noise"
-        return "better" if self.mean < 0 else "worse"
-
-
 def note(plan: Comparison, result: Result) -> None:
     path = place_of(plan, result.arm, result.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,16 +56,6 @@ def noted(plan: Comparison) -> list[Result]:
 
 def place_of(plan: Comparison, arm: str, seed: int) -> Path:
     return plan.place / "results" / f"{arm}_seed{seed}.json"
-
-
-def paired(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
-    """Ours less theirs, over the seeds that both have."""
-    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    if not differences:
-        return None
-    count, mean = len(differences), statistics.mean(differences)
-    half = T95[count - 2] * statistics.stdev(differences) / math.sqrt(count) if count > 1 else None
-    return Difference(mean, half)
 
 
 def by_seed(plan: Comparison, results: list[Result], arm: str) -> dict[int, float]:
@@ -109,12 +83,6 @@ def table(plan: Comparison, results: list[Result]) -> str:
     head = ["arm", "seeds", "steps", "seconds", loss, "spread", f"less {base}", ""]
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def as_words(difference: Difference | None) -> str:
-    if difference is None:
-        return "-"
-    return f"{difference.mean:+.4f}" + ("" if difference.half is None else f" ± {difference.half:.4f}")
 
 
 def curves(results: list[Result]) -> str:

@@ -1,0 +1,87 @@
+"""A running run's report: a thread of rank 0 starts a process that writes it, and waits for that process alone.
+
+So no step waits for it, and its memory and its faults are its own. Note: the process is told by its module's name, because the
+package report stands above this one; it takes the lowest priority, so that it gets what the ranks leave.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from ted_scale.base.errors import clean, shortened
+from ted_scale.metrics.console import log_line
+from ted_scale.ranks import signals
+
+NAME = "report.html"
+LONGEST_S, LAST_S = 300, 60  # for one page while the run goes on, and for the last one
+# A process that a launcher gave a rank's number must not take itself for one.
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class LiveReport:
+    """Writes the folder's report.html every so many minutes."""
+
+    def __init__(self, folder: Path, every_minutes: float):
+        self.page, self.command, self.every_s = folder / NAME, command(folder), 60 * every_minutes
+        self.ending, self.complained = threading.Event(), False
+        self.process: subprocess.Popen | None = None
+        self.thread = threading.Thread(target=self.work, daemon=True, name="report")
+        self.thread.start()
+
+    def work(self) -> None:
+        while not self.ending.wait(self.every_s):
+            self.write(LONGEST_S)
+
+    def write(self, longest_s: float) -> bool:
+        """Whether the page was written. What went wrong is said once, and the run goes on."""
+        try:
+            process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=environment(),
+            )
+            self.process = process
+            code, words = finished(process, longest_s)
+        except OSError as error:  # no memory for a process, or no place for one
+            code, words = 1, str(error)
+        if code and not self.complained and not self.ending.is_set():
+            self.complained = True
+            log_line(f"{self.page} must be written, but is not ({words}); the run goes on without it")
+        return not code
+
+    def close(self) -> Path | None:
+        """The last page, if it was written. A run that was asked to stop has no time for it: the next start writes it."""
+        self.ending.set()
+        if self.process and self.process.poll() is None:
+            self.process.kill()  # it has old numbers
+        self.thread.join(5)
+        if signals.asked.is_set():
+            return None
+        return self.page if self.write(LAST_S) else None
+
+
+def command(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "ted_scale.report", str(folder), "--out", str(folder / NAME), "--background"]
+
+
+def environment() -> dict[str, str]:
+    """The project's own root comes first on the path: a run may have been started from a checkout that is not installed."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+    return {**{name: value for name, value in os.environ.items() if name not in RANKS}, "PYTHONPATH": path}
+
+
+def finished(process: subprocess.Popen, longest_s: float) -> tuple[int, str]:
+    """(its exit code, the last line that it said)"""
+    try:
+        _, said = process.communicate(timeout=longest_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return 1, f"it took longer than {longest_s:.0f} s"
+    lines = said.decode(errors="replace").strip().splitlines() or [""]
+    return process.returncode, shortened(clean(lines[-1]), 300)

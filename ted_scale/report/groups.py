@@ -1,0 +1,93 @@
+"""The kinds of numbers that a report draws together: their section, their title, and a sentence for who does not know them.
+
+Note: the first group that a key fits takes it; a key of no group is drawn at the page's end.
+"""
+
+import re
+from typing import NamedTuple
+
+
+class Group(NamedTuple):
+    """Numbers that one chart of a single run shows."""
+
+    section: str
+    title: str
+    keys: str  # a regular expression
+    about: str
+    y: str = ""
+
+
+GROUPS = (
+    Group(
+        "loss", "Loss by term", r"loss/(total|ce|kl|layer)",
+        "The mean of each term over the steps since the row before. Total is the weighted sum.", "nats",
+    ),
+    Group(
+        "loss", "Held-out loss", r"val/(loss|teacher_loss)",
+        "On text that is never trained on; the teacher reads the same text.", "nats",
+    ),
+    Group(
+        "optimizer", "Learning rate", r"optim/lr",
+        "As the schedule gave it.",
+    ),
+    Group(
+        "optimizer", "Gradient norms", r"optim/grad_norm\w*",
+        "Before clipping; student and filters are clipped apart.",
+    ),
+    Group(
+        "optimizer", "Weights and shares of terms", r"loss/(layer_weight|kl_share)",
+        "What loss.balance and teacher.every made of the terms.",
+    ),
+    Group(
+        "optimizer", "Dropped updates", r"optim/skipped",
+        "Steps so far whose update was dropped.",
+    ),
+    Group(
+        "speed", "Throughput", r"perf/tokens_per_s",
+        "Over all ranks.", "tokens/s",
+    ),
+    Group(
+        "speed", "Share of the devices' peak", r"perf/(mfu|hfu)",
+        "MFU counts the FLOPs that the steps need, HFU those with recomputed activations too.",
+    ),
+    Group(
+        "speed", "Time of a step, and its forecast", r"perf/(step_ms|forecast_ms)",
+        "The plan's forecast beside what was measured.", "ms",
+    ),
+    Group(
+        "speed", "Where a step's time goes", r"perf/(data_wait_ms|teacher_ms|other_ms)",
+        "Waiting for data, the teacher's forward, and all the rest: the student's forward, backward and update.", "ms",
+    ),
+    Group(
+        "speed", "Where all the time goes", r"perf/(goodput|lost_\w+)",
+        "Shares of the time since the run first began, over all starts; they add up to 1.",
+    ),
+    Group(
+        "memory", "Memory of a rank, and its forecast", r"memory/\w+",
+        "The peak of rank 0 so far beside the plan.", "GiB",
+    ),
+    Group(
+        "data", "Tokens read, by corpus", r"data/[^/]+/tokens",
+        "In this stage. A steeper line has more weight in the blend.", "tokens",
+    ),
+    Group(
+        "data", "Epochs, by corpus", r"data/[^/]+/epoch",
+        "How often a corpus has been read to its end in this stage.",
+    ),
+    Group(
+        "data", "Weights of an adaptive blend", r"blend/[^/]+/weight",
+        "As they were measured at the borders.",
+    ),
+    Group(
+        "data", "Held-out loss, by corpus", r"val/(?!suite/)[^/]+/(loss|teacher_loss)",
+        "Of student and teacher.", "nats",
+    ),
+    Group(
+        "evaluation", "Scores of the suite", r"val/suite/.+",
+        "Asked of the student as it stood.",
+    ),
+)  # fmt: skip
+# Numbers that a table or another chart has.
+UNDRAWN = re.compile(
+    r"checkpoint/\w+|perf/restart_\w+|data/[^/]+/epoch_tokens|val/(.+/)?(teacher_)?ppl|blend/[^/]+/(teacher_)?ppl"
+)
