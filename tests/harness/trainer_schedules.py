@@ -31,7 +31,7 @@ CORPORA = ("*", "*.idx", "*.bin")
 DELAYS_S = (0.5, 3, 15)
 TIMES = (1, 1, 1, 2, 3, 8)  # a fault for ever is one of a test without engines
 SHORT_SILENCE = {"limits": {"silence_s": 8.0}}
-POLICY = argparse.Namespace(attempts=5, pause_s=0.1, longest_pause_s=1.0, patience_s=60)
+POLICY = argparse.Namespace(attempts=5, pause_s=0.1, longest_pause_s=1.0, patience_s=60, lost_hosts="wait")
 LIFE_S = 300
 ALONE_S = 30  # for ranks that another one has left, before they watched each other: then a launcher kills them
 
