@@ -1,4 +1,4 @@
-"""The loop frees the teacher's signal before backward, and reads the next one first where the teacher is early."""
+"""The loop frees the teacher's signal before backward, reads the next one first where the teacher is early, and updates once."""
 
 import weakref
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ class Student:
     device = None
 
     def __init__(self):
-        self.seen, self.alive_in_backward, self.backwards = [], [], 0
+        self.seen, self.alive_in_backward, self.backwards, self.told = [], [], 0, []
 
     def __call__(self, batch, signal, weights, denom):
         self.seen.append(weakref.ref(signal))
@@ -31,7 +31,11 @@ class Student:
         self.alive_in_backward += [ref() is not None for ref in self.seen]
         self.backwards += 1
 
-    def step(self): ...
+    def set_gradient_accumulation_boundary(self, is_last):
+        self.told.append((self.backwards, is_last))
+
+    def step(self):
+        self.told.append((self.backwards, "step"))
 
 
 class Teacher:
@@ -55,7 +59,7 @@ def test_the_teacher_s_signal_is_freed_before_backward(monkeypatch, early, calle
     student, nothing = Student(), lambda *_, **__: None
     stage = SimpleNamespace(
         of_micro_batches=lambda _, count, scale, floor: [Weights(1.0, 1.0, 0.0)] * count, rate=nothing, samples_per_step=1,
-        balances=False, run=SimpleNamespace(data=SimpleNamespace(seq_len=1)),
+        balances=False, run=SimpleNamespace(data=SimpleNamespace(seq_len=1), train=SimpleNamespace(reduce_once=False)),
         last_step=1, verifies=nothing, validates=nothing, saves=nothing,
     )  # fmt: skip
     guard = SimpleNamespace(add=nothing, gather=nothing, decide=Progress, read=nothing, stopping=False)
@@ -66,3 +70,4 @@ def test_the_teacher_s_signal_is_freed_before_backward(monkeypatch, early, calle
     loop.train(stage, student, teacher, [["one", "two"]], guard, metrics, **settings)
     assert len(student.seen) == 2 and student.alive_in_backward == [False, False, False]
     assert teacher.called == called
+    assert student.told == [(0, False), (1, True), (2, True), (2, "step")]  # DeepSpeed is told before each backward
