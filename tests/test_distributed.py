@@ -43,6 +43,8 @@ TWO_RANKS = (
     "rows_shared", "families_shared", "deepspeed_attention",
 )  # fmt: skip
 
+SKIPS = ("skips", "skips_offloaded", "skips_once")
+
 
 def launch(folder: Path, ranks: int, names) -> None:
     run_ranks(ranks, HARNESS / "ranks.py", folder, ",".join(names))
@@ -403,7 +405,7 @@ def test_a_stopped_run_tells_in_which_tensor_it_began(world):
     assert f"the first gradient that is not finite is {first} of rank 0; report: " in said
 
 
-@pytest.mark.parametrize("name", ["skips", "skips_offloaded"])
+@pytest.mark.parametrize("name", SKIPS)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_skipped_step_changes_no_weight_no_moment_and_no_count_of_steps(world, name, rank):
     seen = result(world, "skips", rank)
@@ -416,7 +418,7 @@ def test_a_skipped_step_changes_no_weight_no_moment_and_no_count_of_steps(world,
     assert [value > 0 for value in seen[f"{name} left"].values()] == [True, True, False, False, True, True]
 
 
-@pytest.mark.parametrize("name", ["skips", "skips_offloaded"])
+@pytest.mark.parametrize("name", SKIPS)
 def test_a_skipped_step_spoils_no_number_and_is_counted(world, name):
     text = (world / f"runs/{name}/metrics.jsonl").read_text()
     told = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
@@ -427,7 +429,7 @@ def test_a_skipped_step_spoils_no_number_and_is_counted(world, name):
     assert "its update is dropped, 2 in a row, 2 in all" in said
 
 
-@pytest.mark.parametrize("name", ["skips", "skips_offloaded"])
+@pytest.mark.parametrize("name", SKIPS)
 def test_the_report_names_the_one_tensor_whose_gradient_is_not_finite(world, name):
     told = report(world, name, "00000004")
     assert told["first_nonfinite"]["gradient"]["tensor"] == "network.transformer.ln_f.bias"
@@ -437,7 +439,7 @@ def test_the_report_names_the_one_tensor_whose_gradient_is_not_finite(world, nam
     assert all(isinstance(value, float) for row in told["losses"] for key, value in row.items() if key != "rank")
 
 
-@pytest.mark.parametrize("name", ["skips", "skips_offloaded"])
+@pytest.mark.parametrize("name", SKIPS)
 def test_the_report_s_gradient_is_the_one_before_clipping(world, name):
     told = report(world, name, "00000003")
     norms = [group["gradient"]["norm"] for group in told["groups"].values()]

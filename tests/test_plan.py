@@ -537,3 +537,26 @@ def test_a_mistake_in_another_section_of_a_ds_config_is_a_sentence_too(world, se
     with pytest.raises(UserError, match=r"ds.json must be what DeepSpeed takes, but is not: .*; correct it") as caught:
         check_engine_config(plan)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "sections"),
+    [
+        ("transformer.h.0.ln_1.weight of the student has 32 on 64", {"method": "ce", "teacher": None}),
+        ("a filter's bias has 12 on 2", {"filters": {"width": 12}}),
+        (None, {"method": "kd", "teacher": {"placement": "replicated"}}),
+    ],
+)
+def test_weights_that_are_gathered_in_8_bits_divide_into_eights(world, said, sections):
+    """Those of a teacher that every rank has whole are not gathered."""
+    (world / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}))
+    ranks = 64 if said and " on 64" in said else 2
+    train = {"tokens_per_step": 32 * ranks}
+    plan = make_plan(make_run(world, ds_config=str(world / "ds.json"), train=train, **sections), ranks)
+    if said is None:
+        assert check_engine_config(plan) is None
+        return
+    with pytest.raises(
+        UserError, match=f"part of a weight is no multiple of 8 elements, but {said} ranks; leave it out"
+    ):
+        check_engine_config(plan)

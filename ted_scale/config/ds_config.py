@@ -59,7 +59,7 @@ CANNOT_ZERO = {
     "its groups are made once, and teacher and student are two models": ("zero_hpz_partition_size",),
     "DeepSpeed no longer has it": ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param", "elastic_checkpoint"),
     "teacher.precision gives a frozen model 8 bits": ("zero_quantized_nontrainable_weights",),
-    "gradients are sums in fp32; communication_data_type = bf16 halves what is sent": ("zero_quantized_gradients",),
+    "gradients of 8 bits were not tried; communication_data_type = bf16 halves what is sent": ("zero_quantized_gradients",),
     "torch's fused AdamW updates": ("zenflow",),
     "offload_optimizer and offload_param replace it": ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"),
 }  # fmt: skip

@@ -73,6 +73,11 @@ def uncounted(plan) -> list[str]:
         missing.append(f"the teacher's time is that of bf16: products in {bits} have no rate of their own here")
     if (ranks := plan.run.data.sequence_parallel) > 1:
         missing.append(f"what the {ranks} ranks of a row send each other around each attention is in no time here")
+    zero = plan.ds_config["zero_optimization"]
+    if zero.get("zero_quantized_weights"):
+        missing.append("weights that are gathered in 8 bits are counted in their own type")
+    if any((zero.get(part) or {}).get("device") == "cpu" for part in ("offload_optimizer", "offload_param")):
+        missing.append("what the ds_config offloads is timed as on the device, without its copies")
     return missing
 
 

@@ -1,5 +1,7 @@
 """DeepSpeed's configuration for one model: the ds_config, the values of the run file, and sizes that follow from the model."""
 
+from collections.abc import Iterator
+
 import torch
 
 from ted_scale.base.errors import UserError
@@ -41,17 +43,28 @@ def of_teacher(config: dict) -> dict:
 
 
 def check_int8_gathers(plan) -> None:
-    """DeepSpeed's kernels take shards of whole eights of weights, and no padding."""
+    """DeepSpeed's kernels take shards of whole eights of weights."""
     if not plan.ds_config["zero_optimization"].get("zero_quantized_weights"):
         return
-    for side, model in (("student", plan.student), ("teacher", plan.teacher)):
-        for name, weight in hollow(model, torch.bfloat16).named_parameters() if model else ():
-            if weight.numel() % (8 * plan.world):
-                raise UserError(
-                    f"ds_config {plan.run.ds_config}: zero_optimization.zero_quantized_weights must be left out where a rank's "
-                    f"part of a weight is no multiple of 8 elements, but {name} of the {side} has {weight.numel()} on "
-                    f"{plan.world} ranks; leave it out, or take another number of ranks"
-                )
+    for name, elements, ranks in gathered_weights(plan):
+        if elements % (8 * ranks):
+            raise UserError(
+                f"ds_config {plan.run.ds_config}: zero_optimization.zero_quantized_weights must be left out where a rank's "
+                f"part of a weight is no multiple of 8 elements, but {name} has {elements} on {ranks} ranks; leave it out, or "
+                "take another number of ranks"
+            )
+
+
+def gathered_weights(plan) -> Iterator[tuple[str, int, int]]:
+    """(name, elements, ranks that share it) of what ranks gather: the student, filters, a teacher that is not whole."""
+    models = [("student", plan.student, plan.world)]
+    if plan.placement and not plan.placement.is_bare:
+        models.append(("teacher", plan.teacher, plan.placement.ranks))
+    for side, model, ranks in models:
+        for name, weight in hollow(model, torch.bfloat16).named_parameters():
+            yield f"{name} of the {side}", weight.numel(), ranks
+    if plan.pairs:  # a filter's matrix has so many rows
+        yield "a filter's bias", plan.width, plan.world
 
 
 def zero_settings(path: str, zero: dict):

@@ -15,7 +15,12 @@ def reducing(engine, *, once: bool):
     """Around the backwards of a step. With `once` each rank sums whole gradients, and they are reduced when the context ends: no
     reduction overlaps a backward then."""
     with engine.coalesce_grad_reduction() if once and dist.get_world_size() > 1 else contextlib.nullcontext():
-        yield
+        try:
+            yield
+        except BaseException:
+            # DeepSpeed reduces whatever ends its context. Ranks without this fault would not join, and nobody would hear of it.
+            engine._flush_coalesced_reduction_zero3 = lambda optimizer: None
+            raise
     engine.set_gradient_accumulation_boundary(True)  # DeepSpeed puts back what it was when the context began
 
 

@@ -265,7 +265,7 @@ IMPOSSIBLE = {  # DeepSpeed takes most of it, and ends the run minutes later or 
     "zero_quantized_nontrainable_weights": (True, "teacher.precision gives a frozen model 8 bits"),
     "zero_quantized_gradients": (
         True,
-        "gradients are sums in fp32; communication_data_type = bf16 halves what is sent",
+        "gradients of 8 bits were not tried; communication_data_type = bf16 halves what is sent",
     ),
     "zenflow": ({}, "torch's fused AdamW updates"),
     "cpu_offload": (True, "offload_optimizer and offload_param replace it"),

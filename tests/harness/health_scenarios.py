@@ -121,7 +121,12 @@ def skips(folder, device):
     from deepspeed.utils import safe_get_local_grad
 
     seen = {}
-    for name, offload in (("skips", {}), ("skips_offloaded", {"offload_optimizer": {"device": "cpu"}})):
+    on_host = {"offload_optimizer": {"device": "cpu"}}
+    for name, offload, once in (
+        ("skips", {}, False),
+        ("skips_offloaded", on_host, False),
+        ("skips_once", on_host, True),
+    ):
         config = folder / f"zero3_{name}_{dist.get_rank()}.json"
         sharded = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 3000}
         config.write_text(json.dumps({"zero_optimization": {**sharded, **offload}}))
@@ -131,11 +136,10 @@ def skips(folder, device):
             states[step] = as_trained(engine)
             left[step] = sum(safe_get_local_grad(p).abs().sum().item() for p in engine.module.parameters())
 
-        health = {"on_nonfinite": "skip", "max_skipped": 2}
+        health, sections = {"on_nonfinite": "skip", "max_skipped": 2}, quick(folder)
+        sections["train"] = {**sections["train"], "reduce_once": once}
         with reading(folder, {(False, 18): no_number, (False, 26): steep}), watching(look):
-            progress = start(
-                folder, device, name=name, method="kd", health=health, ds_config=str(config), **quick(folder)
-            )
+            progress = start(folder, device, name=name, method="kd", health=health, ds_config=str(config), **sections)
         seen[f"{name} counted"] = progress.skipped
     return seen
 

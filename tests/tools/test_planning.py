@@ -197,3 +197,16 @@ def test_rates_are_those_of_the_probes(run_file):
     assert once.keys() == {"products", "attention", "head", "layer", "copies", "update", "call"}
     assert all(twice[name] == pytest.approx(value / 2) for name, value in once.items() if name != "call")
     assert json.dumps(once)
+
+
+def test_ranks_that_share_rows_count_as_one_where_micro_batches_are_tried(run_file):
+    """Eight rows a step for 64 ranks, eight to a row."""
+    run = load_run(run_file, ["train.tokens_per_step=16384", "data.sequence_parallel=8"])
+    assert options.micro_batches(run, 64) == [1]
+    assert options.micro_batches(run, 8) == [1, 2, 4, 8]
+
+
+def test_a_machine_is_calibrated_for_a_run_whose_step_has_less_rows_than_ranks(run_file):
+    run = load_run(run_file, ["train.tokens_per_step=2048", "data.sequence_parallel=2"])
+    whole = calibrate.with_whole_rows(run, 2)
+    assert whole.data.sequence_parallel == 1 and whole.train.tokens_per_step == 2 * 2048

@@ -34,15 +34,22 @@ def measure_and_keep(run: Run, path: Path, minutes: float) -> None:
     from ted_scale.ranks.group import start_ranks
 
     device = start_ranks()
-    whole_rows = run.data.model_copy(update={"sequence_parallel": 1})  # a rate does not depend on who computes it
-    run = run.model_copy(update={"data": whole_rows})
-    plan = plan_of_models(run, dist.get_world_size(), needs_weights=False)
+    plan = plan_of_models(with_whole_rows(run, dist.get_world_size()), dist.get_world_size(), needs_weights=False)
     found = machine_from(plan, device, rounds(probes(plan, device), device, 60 * minutes))
     if dist.get_rank() == 0:
         machines.write(path, found)
         print("\n".join([*lines(found), f"kept in {path}"]))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def with_whole_rows(run: Run, world: int) -> Run:
+    """A rate does not depend on who computes it. Every rank then has rows of its own, which the step may not have."""
+    if run.data.sequence_parallel == 1:
+        return run
+    data = run.data.model_copy(update={"sequence_parallel": 1})
+    train = run.train.model_copy(update={"tokens_per_step": run.train.micro_batch * data.seq_len * world})
+    return run.model_copy(update={"data": data, "train": train})
 
 
 def rounds(actions: dict[str, Callable], device, seconds: float) -> dict[str, float]:

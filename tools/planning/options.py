@@ -15,6 +15,7 @@ from ted_scale.distill.stages import stages_of
 from ted_scale.forecast import summary
 from ted_scale.forecast.machine import Machine
 from ted_scale.forecast.summary import Forecast
+from ted_scale.models.ulysses import groups_of
 from ted_scale.placement import FASTEST_FIRST, Placement, Rank, candidates, place, placed, ranks_of_a_node, usable
 from ted_scale.plan import Plan, derive_accumulation, plan_of_models
 
@@ -111,7 +112,7 @@ def micro_batches(run: Run, gpus: int) -> list[int]:
     """Those that divide a step: powers of two, and what the run file says."""
     rows = run.train.tokens_per_step // run.data.seq_len
     asked = {1 << power for power in range(MOST.bit_length())} | {run.train.micro_batch}
-    return sorted(size for size in asked if size <= MOST and rows % (size * gpus) == 0)
+    return sorted(size for size in asked if size <= MOST and rows % (size * groups_of(run, gpus)) == 0)
 
 
 def every_way(plan: Plan, run: Run, cluster: Cluster) -> Iterator[Option]:
