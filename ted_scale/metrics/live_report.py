@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 from ted_scale.base.errors import clean, shortened
@@ -72,6 +73,14 @@ class LiveReport:
         if signals.asked.is_set() or not done:
             return None
         return self.page if self.write(LAST_S, last=True) else None
+
+
+def why_never(every_minutes: float) -> str | None:
+    """A warning if a report is asked for that nothing can draw: a run does not end over its page."""
+    if not every_minutes or find_spec("bokeh"):
+        return None
+    asked = f"report.every_minutes = {every_minutes:g}"
+    return f"warning: {asked} writes no page, because Bokeh is not installed: pip install 'ted_scale[report]'"
 
 
 def command(folder: Path) -> list[str]:
