@@ -28,6 +28,7 @@ from ted_scale.distill.pairs import Matched, match_layers
 from ted_scale.distill.stages import Stage, stages_of
 from ted_scale.evaluation.suites import load_for_training
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
+from ted_scale.metrics.live_report import why_never
 from ted_scale.metrics.rows import last_row
 from ted_scale.metrics.tracking import why_offline
 from ted_scale.models import fused, quantized, ulysses
@@ -278,6 +279,8 @@ def describe(plan: Plan) -> str:
         lines.append(describe_suite(plan.suite["tasks"], run.validation))
     if run.wandb and run.wandb.mode == "online" and (why := why_offline(run.wandb)):
         lines.append(f"W&B will be offline{why}")
+    if warning := why_never(run.report.every_minutes):
+        lines.append(warning)
     lines += plan.resumes
     return "\n".join(lines)
 

@@ -87,12 +87,14 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         exits.where_it_stands = partial(run_folder.where_it_stands, folder)
     progress, newest = run_folder.claim_folder(plan)
     parts, progress = build_parts(plan, device, progress, newest)
+    done = False
     try:
         for stage in plan.stages:
             if progress.step < stage.last_step or validation_is_missing(parts, stage, progress):
                 resumed = newest if progress.step > stage.first_step else None
                 progress = train_stage(parts, stage, progress, resumed)
         parts.saver.copier.insist()
+        done = True
     except Preempted:
         parts.saver.finish(leaving=True)
         parts.saver.copier.finish(leaving=True)
@@ -106,7 +108,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         # Before W&B is waited for, which may take a minute: a grace period may be over by then.
         if dist.get_rank() == 0:
             stacks.aside(owner.LEAVING_S, owner.leave, plan.run)
-        parts.metrics.close()
+        parts.metrics.close(done=done)
         if dist.get_rank() == 0 and not parts.saver.is_writing():
             holder.leave(folder)
     parts.metrics.leave_word("it was done")

@@ -24,6 +24,7 @@ from ted_scale.distill.pairs import cut_map
 from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.feed import Reading
 from ted_scale.forecast.summary import uncounted
+from ted_scale.metrics import live_report
 from ted_scale.plan import describe, make_plan, stage_flops
 from ted_scale.run import train_run
 
@@ -516,6 +517,13 @@ def test_weights_and_biases_online_without_a_key_is_a_line_of_the_dry_run(world,
     for mode, warns in (("online", True), ("auto", False)):
         said = describe(make_plan(make_run(world, wandb={"project": "p", "mode": mode}), 1))
         assert ("W&B will be offline, because there is no API key: set WANDB_API_KEY" in said) is warns
+
+
+def test_a_report_that_nothing_can_draw_is_a_line_of_the_dry_run(world, monkeypatch):
+    for minutes, found, warns in ((10, None, True), (10, "bokeh", False), (0, None, False)):
+        monkeypatch.setattr(live_report, "find_spec", lambda _, found=found: found)
+        said = describe(make_plan(make_run(world, report={"every_minutes": minutes}), 1))
+        assert ("report.every_minutes = 10 writes no page, because Bokeh is not installed" in said) is warns
 
 
 def test_a_mistake_in_the_zero_section_is_a_sentence_and_not_deepspeed_s_traceback(world):

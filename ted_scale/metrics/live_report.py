@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 from ted_scale.base.errors import clean, shortened
@@ -27,6 +28,7 @@ class LiveReport:
         self.page, self.command, self.every_s = folder / NAME, command(folder), 60 * every_minutes
         self.ending, self.complained = threading.Event(), False
         self.process: subprocess.Popen | None = None
+        self.starting = threading.Lock()
         self.thread = threading.Thread(target=self.work, daemon=True, name="report")
         self.thread.start()
 
@@ -34,18 +36,11 @@ class LiveReport:
         while not self.ending.wait(self.every_s):
             self.write(LONGEST_S)
 
-    def write(self, longest_s: float) -> bool:
+    def write(self, longest_s: float, *, last: bool = False) -> bool:
         """Whether the page was written. What went wrong is said once, and the run goes on."""
         try:
-            process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env=environment(),
-            )
-            self.process = process
-            code, words = finished(process, longest_s)
+            process = self.begun(last)
+            code, words = finished(process, longest_s) if process else (1, "the run ends")
         except OSError as error:  # no memory for a process, or no place for one
             code, words = 1, str(error)
         if code and not self.complained and not self.ending.is_set():
@@ -53,15 +48,39 @@ class LiveReport:
             log_line(f"{self.page} must be written, but is not ({words}); the run goes on without it")
         return not code
 
-    def close(self) -> Path | None:
-        """The last page, if it was written. A run that was asked to stop has no time for it: the next start writes it."""
+    def begun(self, last: bool) -> subprocess.Popen | None:
+        """A process, but none for the thread once the run ends: it would write the same file beside the last one."""
+        with self.starting:
+            if self.ending.is_set() and not last:
+                return None
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=environment(),
+            )
+            return self.process
+
+    def close(self, *, done: bool = True) -> Path | None:
+        """The last page, if it was written. A run that failed or was asked to stop has no time for it: a launcher kills it soon,
+        and what comes after this matters more. The next start writes it."""
         self.ending.set()
-        if self.process and self.process.poll() is None:
-            self.process.kill()  # it has old numbers
+        with self.starting:  # a process that the thread is starting is there afterwards
+            if self.process and self.process.poll() is None:
+                self.process.kill()  # it has old numbers
         self.thread.join(5)
-        if signals.asked.is_set():
+        if signals.asked.is_set() or not done:
             return None
-        return self.page if self.write(LAST_S) else None
+        return self.page if self.write(LAST_S, last=True) else None
+
+
+def why_never(every_minutes: float) -> str | None:
+    """A warning if a report is asked for that nothing can draw: a run does not end over its page."""
+    if not every_minutes or find_spec("bokeh"):
+        return None
+    asked = f"report.every_minutes = {every_minutes:g}"
+    return f"warning: {asked} writes no page, because Bokeh is not installed: pip install 'ted_scale[report]'"
 
 
 def command(folder: Path) -> list[str]:

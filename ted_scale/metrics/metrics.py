@@ -233,11 +233,11 @@ class Metrics:
             with contextlib.suppress(OSError):
                 self.file.close()
 
-    def close(self) -> None:
+    def close(self, *, done: bool = True) -> None:
         self.bar.close()
         self.close_file()
         self.leave_word()
-        if self.report and (page := self.report.close()):
+        if self.report and (page := self.report.close(done=done)):
             self.call_wandb(partial(add_page, page, self.step))
         if self.wandb_run:
             self.wandb_run.close()

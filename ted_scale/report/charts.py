@@ -154,7 +154,7 @@ def line_figure(chart: Chart):
     stretches = max(LEAST_STRETCHES, min(MOST_STRETCHES, POINTS // (4 * max(1, len(chart.lines)))))
     for number, line in enumerate(chart.lines):
         steps, values = thin(line.steps, line.values, stretches)
-        source = ColumnDataSource({"x": steps.astype("f4"), "y": values.astype("f4"), "step": steps.astype("i4")})
+        source = ColumnDataSource({"x": steps.astype("f4"), "y": values.astype("f4"), "step": whole(steps)})
         about = {"source": source, "name": line.label}
         if not chart.dots:
             drawn.line("x", "y", line_width=1.8, line_dash=dash_of(number), **about).tags = [number, line.run]
@@ -170,6 +170,11 @@ def line_figure(chart: Chart):
         drawn.yaxis.major_label_overrides = dict(enumerate(chart.names))
     drawn.add_tools(HoverTool(tooltips=[("", "$name"), ("step", "@step{0,0}"), ("", "$snap_y{0.0000a}")]))
     return drawn
+
+
+def whole(steps: np.ndarray) -> np.ndarray:
+    """As small as they may be: a page has many."""
+    return steps.astype("i4") if steps.max(initial=0) < 2**31 else steps
 
 
 def heat_figure(chart: Heat):

@@ -4,6 +4,7 @@ Note: one run has a chart for each kind of number, with its terms as lines; seve
 """
 
 import re
+from itertools import chain, count
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from ted_scale.report.charts import Chart, Heat, Line
 from ted_scale.report.folder import RunSeen
 from ted_scale.report.groups import GROUPS, UNDRAWN, Group
 
-LAYER = re.compile(r"^(.+)/(\d+)$")  # KIND/LAYER
+LAYER = re.compile(r"^(.+)/(\d{1,15})$")  # KIND/LAYER
 
 
 def charts(runs: list[RunSeen]) -> dict[str, list[Chart | Heat]]:
@@ -32,7 +33,8 @@ def charts(runs: list[RunSeen]) -> dict[str, list[Chart | Heat]]:
     for name, keys in rest.items():
         group = Group("more", name, "", "Numbers of the run that have no section of their own.")
         found.setdefault("more", []).extend(together(runs, group, keys) if len(runs) == 1 else apart(runs, group, keys))
-    return found
+    taken: set[str] = set()
+    return {section: [with_own_key(chart, taken) for chart in made] for section, made in found.items()}
 
 
 def keys_of(runs: list[RunSeen]) -> list[str]:
@@ -117,4 +119,13 @@ def short(key: str, group: Group) -> str:
 
 
 def slug(section: str, title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", f"{section}-{title}".lower()).strip("-")
+    """Its hyphen keeps it apart from the section's own id."""
+    return f"{section}-" + re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def with_own_key(chart: Chart | Heat, taken: set[str]) -> Chart | Heat:
+    """The first running number that is free tells charts apart whose names have no Latin letter to tell them by."""
+    names = chain([chart.key], (f"{chart.key}-{number}" for number in count(2)))
+    key = next(name for name in names if name not in taken)
+    taken.add(key)
+    return chart._replace(key=key)

@@ -20,16 +20,17 @@ KINDS = (
     "end",
 )  # from the bottom of the time line to its top
 CLOCK = re.compile(r"^(\d\d:\d\d:\d\d) (.*)$")
-STEP = re.compile(r"^step +(\d+)(:| )")
+NUMBER = r"(\d{1,15})(?!\d)"  # of a step; a longer one is none
+STEP = re.compile(rf"^step +{NUMBER}(:| )")
 FOUND = (  # the first that fits decides
-    ("start", re.compile(r"^starts at step (\d+) of ")),
-    ("restart", re.compile(r"^resuming from .*?step_(\d+)")),
+    ("start", re.compile(rf"^starts at step {NUMBER} of ")),
+    ("restart", re.compile(rf"^resuming from .*?step_{NUMBER}")),
     ("restart", re.compile(r"^the run was down for ")),
-    ("change", re.compile(r" instead of .* from step (\d+) on$")),
-    ("rewind", re.compile(r"; back to step_(\d+)\S* and on with ")),
-    ("alert", re.compile(r"^step (\d+): ")),
+    ("change", re.compile(rf" instead of .* from step {NUMBER} on$")),
+    ("rewind", re.compile(rf"; back to step_{NUMBER}\S* and on with ")),
+    ("alert", re.compile(rf"^step {NUMBER}: ")),
     ("alert", re.compile(r"has no copy; the run goes on|rows are lost until|W&B is (offline|lost|behind)|is damaged")),
-    ("end", re.compile(r"^done: .* is at step (\d+)")),
+    ("end", re.compile(rf"^done: .* is at step {NUMBER}")),
 )  # fmt: skip
 SHOWN = 2_000  # events that a page has room for
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ted_scale.base import redact
 from ted_scale.base.errors import UserError
-from ted_scale.base.parsing import fits, parse_json, parse_toml
+from ted_scale.base.parsing import fits, is_count, parse_json, parse_toml, parsed
 from ted_scale.base.paths import NoFile, open_file
 from ted_scale.checkpoints import life
 from ted_scale.config.changes import flat
@@ -22,6 +22,7 @@ from ted_scale.metrics.rows import lines_in
 from ted_scale.report.events import Event, events_of
 
 LARGEST_TEXT = 2**24  # bytes of a run file, a log's end or a file of samples
+MOST_STEPS, LONGEST_MS = 10**15, 1e12  # a step is at most 30 years; sums of both stay finite
 WITHIN = ("perf/data_wait_ms", "perf/teacher_ms")  # parts of perf/step_ms
 SAMPLES, SCORES = "samples.jsonl", "evaluation*.json"
 
@@ -67,7 +68,7 @@ class RunSeen(NamedTuple):
         """None if the run file is missing or a stranger's."""
         first = self.settings.get("filters.steps", 0) if self.method == "ted" else 0
         counts = (self.settings.get("train.steps"), first)
-        return sum(counts) if all(isinstance(count, int) for count in counts) else None
+        return sum(counts) if all(is_count(count) and count < MOST_STEPS for count in counts) else None
 
     def last(self, key: str) -> float | None:
         found = self.series.get(key)
@@ -85,8 +86,8 @@ def read_run(folder: Path) -> RunSeen:
         missing.append("life.json is not there or cannot be read: nothing is known of the run's whole time and its end")
     events = events_of(folder, text_of(folder / "log.txt", missing, end=True), series)
     scores = [found for path in sorted(folder.glob(SCORES)) if (found := scores_in(path, missing))]
-    name = str(settings.get("name", folder.resolve().name))
-    return RunSeen(name, folder, series, times, settings, toml, last, events, samples, scores, missing)
+    name = proper(str(settings.get("name", folder.resolve().name)))
+    return RunSeen(name, folder, series, times, settings, toml, last, events, samples, scores, proper(missing))
 
 
 def read_rows(path: Path, missing: list[str]) -> tuple[dict[str, Series], Times]:
@@ -123,10 +124,31 @@ def read_rows(path: Path, missing: list[str]) -> tuple[dict[str, Series], Times]
 def whole_row(line: bytes) -> dict | None:
     """A row of numbers; None for a line that a crash has cut off or a disk has damaged."""
     with contextlib.suppress(ValueError):
-        row = parse_json(line)
-        if fits(row, {"step": int, "tokens": int}) and all(is_number(value) for value in row.values()):
+        row = json_in(line.decode(errors="replace"))
+        if fits(row, {"step": int, "tokens": int}) and all(map(is_number, row.values())) and is_in_bounds(row):
             return row
     return None
+
+
+def is_in_bounds(row: dict) -> bool:
+    """Whether its step and its time can be added up: a damaged digit must not make the axes infinite."""
+    each = row.get("perf/step_ms")
+    return row["step"] < MOST_STEPS and (each is None or 0 <= each < LONGEST_MS)
+
+
+def json_in(text: str):
+    """JSON may have halves of surrogate pairs, which no file can hold; here none is left."""
+    found = parse_json(text)
+    return parsed(proper, found) if "\\u" in text else found
+
+
+def proper(value):
+    """The same with every text fit to be written."""
+    if isinstance(value, dict):
+        return {proper(key): proper(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [proper(one) for one in value]
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def is_number(value) -> bool:
@@ -161,7 +183,10 @@ def text_of(path: Path, missing: list[str], *, end: bool = False) -> str:
 
 def settings_of(toml: str, missing: list[str]) -> dict:
     try:
-        return flat(parse_toml(toml))
+        found = parsed(flat, parse_toml(toml))
+        for value in found.values():
+            str(value)  # a ValueError here, not in the page, for an integer of more digits than Python writes
+        return found
     except ValueError as error:
         missing.append(f"run.toml is damaged ({said(error)}): the resolved run is not known")
         return {}
@@ -174,7 +199,7 @@ def read_lines(path: Path, missing: list[str]) -> list[dict]:
     found = []
     for line in text_of(path, missing).splitlines():
         with contextlib.suppress(ValueError):
-            sample = parse_json(line)
+            sample = json_in(line)
             if fits(sample, {"prompt": str, "student": str}, {"step": int, "teacher": str}):
                 found.append(sample)
     return found
@@ -183,16 +208,21 @@ def read_lines(path: Path, missing: list[str]) -> list[dict]:
 def scores_in(path: Path, missing: list[str]) -> dict | None:
     """What `tools/evaluate.py --json` wrote, if somebody put it there."""
     try:
-        found = parse_json(text_of(path, missing))
-        rows = [
-            (model["model"], score["what"], score["metric"], float(score["value"]), score.get("error"))
-            for model in found["models"]
-            for score in model["scores"]
-        ]
-        return {"file": path.name, "rows": rows}
-    except (ValueError, TypeError, KeyError, AttributeError):
+        found = json_in(text_of(path, missing))
+        rows = [row_of(model["model"], score) for model in found["models"] for score in model["scores"]]
+        return {"file": proper(path.name), "rows": rows}
+    except (ValueError, TypeError, KeyError):
         missing.append(f"{path.name} is no file of scores as tools/evaluate.py --json writes it")
     return None
+
+
+def row_of(model: str, score: dict) -> tuple[str, str, str, float, float | None]:
+    what, metric, value, error = score["what"], score["metric"], score["value"], score.get("error")
+    if not all(isinstance(text, str) for text in (model, what, metric)):
+        raise TypeError("model, what and metric must be texts")
+    if value is None or not (is_number(value) and is_number(error)):
+        raise TypeError("value and error must be numbers")
+    return model, what, metric, value, error
 
 
 def said(error: BaseException) -> str:

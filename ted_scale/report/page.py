@@ -17,7 +17,7 @@ from ted_scale.report import summary
 from ted_scale.report.charts import html
 from ted_scale.report.colours import INKS, LINES, variables
 from ted_scale.report.curves import charts
-from ted_scale.report.folder import RunSeen, read_run
+from ted_scale.report.folder import RunSeen, proper, read_run
 
 HERE = Path(__file__).parent
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
@@ -54,7 +54,7 @@ def render(runs: list[RunSeen]) -> str:
 
 def with_names_apart(runs: list[RunSeen]) -> list[RunSeen]:
     names = [run.name for run in runs]
-    return [run._replace(name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
+    return [run._replace(name=proper(str(run.folder))) if names.count(run.name) > 1 else run for run in runs]
 
 
 def document(runs: list[RunSeen], sections: dict[str, str]) -> str:

@@ -4,6 +4,7 @@ Note: runs are compared at equal steps of their validations, and, where several 
 the second has an interval, because the losses of one run are no independent draws.
 """
 
+import math
 import time
 from html import escape
 
@@ -114,21 +115,43 @@ def losses(run: RunSeen) -> dict[float, float]:
 
 def by_seeds(runs: list[RunSeen]) -> str:
     """A row for each arm (runs that share all but name and seed), if two arms share seeds."""
-    arms: dict[str, dict[int, float]] = {}
-    for run in runs:
-        if (loss := run.last("val/loss")) is not None:
-            key = str(sorted((k, str(v)) for k, v in run.settings.items() if k not in FREE))
-            arms.setdefault(key, {})[run.settings.get("seed", 0)] = loss
-    theirs, *others = arms.values() or [{}]
-    rows = []
-    for number, ours in enumerate(others, 2):
-        found = paired(ours, theirs)
-        if found:
-            rows.append([f"arm {number}", str(len(ours.keys() & theirs.keys())), as_words(found), found.verdict])
-    if not rows or max(len(arm) for arm in arms.values()) < 2:
+    arms = arms_of(runs)
+    theirs, *others = arms or [{}]
+    rows = [against(ours, theirs) for ours in others if ours.keys() & theirs.keys()]
+    if not rows or max(map(len, arms)) < 2:
         return "<p>There is no interval: it needs arms that were run with the same several seeds.</p>"
-    title = "Last held-out loss by arms, less the first arm, paired by seed, with the 95 % interval"
-    return f"<h3>{title}</h3>" + table(["arm", "seeds", "difference", ""], rows, title)
+    title = f"Held-out loss by arms, less that of {names_of(theirs)}, paired by seed, with the 95 % interval"
+    return f"<h3>{escape(title)}</h3>" + table(["arm", "seeds", "at step", "difference", ""], rows, title, wrap=True)
+
+
+def arms_of(runs: list[RunSeen]) -> list[dict[int, RunSeen]]:
+    """By seed, in the order of the runs. A stranger's run file may have a seed that is no number: its run is in no arm."""
+    arms: dict[str, dict[int, RunSeen]] = {}
+    for run in runs:
+        if type(seed := run.settings.get("seed", 0)) is int:
+            key = str(sorted((k, str(v)) for k, v in run.settings.items() if k not in FREE))
+            arms.setdefault(key, {})[seed] = run
+    return list(arms.values())
+
+
+def against(ours: dict[int, RunSeen], theirs: dict[int, RunSeen]) -> list[str]:
+    """One arm less the other at one step that all of their runs reached: a finished run is no match for half of one."""
+    seeds = str(len(ours.keys() & theirs.keys()))
+    by_run = [validated(run) for run in [*ours.values(), *theirs.values()]]
+    if not (steps := set.intersection(*map(set, by_run))):
+        return [names_of(ours), seeds, "-", "-", "no verdict: there is no step at which all of these runs validated"]
+    step = max(steps)
+    one, other = ({seed: validated(run)[step] for seed, run in arm.items()} for arm in (ours, theirs))
+    found = paired(one, other)
+    return [names_of(ours), seeds, f"{step:,.0f}", as_words(found), found.verdict if found else "-"]
+
+
+def validated(run: RunSeen) -> dict[float, float]:
+    return {step: loss for step, loss in losses(run).items() if math.isfinite(loss)}
+
+
+def names_of(arm: dict[int, RunSeen]) -> str:
+    return ", ".join(run.name for run in arm.values())
 
 
 def time_line(runs: list[RunSeen]) -> str:

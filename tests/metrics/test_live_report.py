@@ -1,5 +1,7 @@
 """The report of a running run: written in the background, also at the end, and never a reason to wait or to end."""
 
+import subprocess
+import threading
 import time
 
 import pytest
@@ -87,6 +89,39 @@ def test_a_report_that_hangs_is_ended(tmp_path, lines, monkeypatch):
     first, began = live.process, time.monotonic()
     assert live.close() is None
     assert time.monotonic() - began < 30 and first.poll() is not None and live.process.poll() is not None
+
+
+def test_after_an_error_nobody_waits_for_a_page(tmp_path, monkeypatch):
+    """A launcher kills the process soon, and W&B and the folder's holder come after it."""
+    run = make_run(tmp_path, report={"every_minutes": 60})
+    run.folder.mkdir(parents=True)
+    told = Told()
+    numbers = Metrics(run, writes=True, total_steps=2, step=0, device=CPU, wandb_run=told)
+    monkeypatch.setattr(live_report.subprocess, "Popen", lambda *_, **__: pytest.fail("a page was begun"))
+    numbers.close(done=False)
+    assert told.closed and told.rows == []
+
+
+def test_a_process_that_is_being_started_at_the_end_is_ended_too(tmp_path, monkeypatch):
+    """Two at once would write the same file."""
+    begins, begun, real = threading.Event(), [], subprocess.Popen
+
+    def slow(*words, **how):
+        begins.set()
+        time.sleep(0.5 if not begun else 0)
+        begun.append(real(["sleep", "600"] if not begun else ["true"], **how))
+        return begun[-1]
+
+    monkeypatch.setattr(live_report.subprocess, "Popen", slow)
+    live = LiveReport(tmp_path, 0.001)
+    assert begins.wait(WAIT_S)
+    try:
+        assert live.close() == live.page
+        assert len(begun) == 2 and begun[0].poll() is not None
+        assert live.begun(last=False) is None
+    finally:
+        for process in begun:
+            process.kill()
 
 
 def test_a_run_that_was_asked_to_stop_does_not_wait_for_a_report(tmp_path, monkeypatch):

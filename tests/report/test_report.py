@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from array import array
 
 import numpy as np
 import pytest
@@ -122,6 +123,24 @@ def test_arms_with_the_same_seeds_have_a_paired_interval(tmp_path):
     text = summary.by_seeds([read_run(folder) for folder in [*theirs, *ours]])
     assert "-0.5000 ± 0.0000" in text and "better" in text
     assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_arms_are_compared_at_the_last_step_that_all_of_them_validated(tmp_path):
+    """Curves that are alike have no difference, however far each run is."""
+    seeds, half = (0, 1), [row for row in rows_of("ted", 40, 3, 1, 0.0) if row["step"] <= 25]
+    theirs = [made(tmp_path, name=f"old{seed}", seed=seed) for seed in seeds]
+    ours = [made(tmp_path, name=f"new{seed}", seed=seed, lr=2e-3, rows=half) for seed in seeds]
+    runs = [read_run(folder) for folder in [*theirs, *ours]]
+    text = summary.by_seeds(runs)
+    assert "new0, new1</th><td>2</td><td>20</td><td>+0.0000 ± 0.0000</td><td>noise" in text
+    assert "less that of old0, old1" in text
+    runs[-1].series["val/loss"].steps[:] = array("d", [11, 12])
+    assert "no verdict" in summary.by_seeds(runs)
+
+
+def test_a_run_whose_seed_is_no_number_is_in_no_arm(tmp_path):
+    runs = [read_run(made(tmp_path, name=name, seed=seed)) for name, seed in (("a", 0), ("b", "[1]"))]
+    assert [list(arm) for arm in summary.arms_of(runs)] == [[0]]
 
 
 def test_samples_and_scores_stand_side_by_side(tmp_path):
