@@ -6,23 +6,35 @@ machine is started by itself, and the names are mere labels.
 
 import argparse
 import contextlib
+import os
 import re
+import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from ted_scale.base.errors import UserError, files_at
 
 LINE = re.compile(r"^\s*([^\s#]\S*)\s+slots=\d+", re.M)  # as DeepSpeed reads it
 CONNECT_S, ANSWER_S = 5, 20  # for a connection; for all of them with their logins
-PROBE = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}")
+POLL_S, KILLED_S = 0.05, 1
+ALONE = ("-o", "ControlMaster=no", "-o", "ControlPath=none")  # a connection that is shared may be older than the loss
+PROBE = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}", *ALONE)
 CHOICES = ("--include", "--exclude", "--num_nodes")  # of hosts beside the hostfile
 
 
 class Hosts(NamedTuple):
     names: tuple[str, ...]
     port: str | None
+
+
+class Probe(NamedTuple):
+    """`said` is a file, not a pipe: what ssh leaves behind, as for a ProxyJump, would keep a pipe open."""
+
+    process: subprocess.Popen
+    said: BinaryIO
 
 
 def hosts_of(command: list[str]) -> Hosts:
@@ -54,41 +66,47 @@ def chosen(names: list[str], known: argparse.Namespace) -> list[str]:
     return names[: known.num_nodes] if known.num_nodes else names
 
 
-def unreached(hosts: Hosts) -> dict[str, str]:
-    """What ssh says of each host where it cannot run a command. All are asked at once."""
+def unreached(hosts: Hosts, signals: Sequence[int] = ()) -> dict[str, str]:
+    """What ssh says of each host where it cannot run a command. All are asked at once. A signal that arrives in `signals` ends
+    the wait: then nothing is known, and nothing said."""
     port = ("-p", hosts.port) if hosts.port else ()
-    asked = {name: ask((*PROBE, *port, name, "true")) for name in hosts.names}
+    probes = {name: ask((*PROBE, *port, name, "true")) for name in hosts.names}
     end = time.monotonic() + ANSWER_S
-    answers = {name: answer(process, end) for name, process in asked.items()}
-    return {name: said for name, said in answers.items() if said is not None}
+    while any(probe.process.poll() is None for probe in probes.values()) and not signals and time.monotonic() < end:
+        time.sleep(POLL_S)
+    answers = {name: answer(probe) for name, probe in probes.items()}
+    return {} if signals else {name: said for name, said in answers.items() if said is not None}
 
 
-def ask(command: tuple[str, ...]) -> subprocess.Popen:
-    quiet = subprocess.DEVNULL
+def ask(command: tuple[str, ...]) -> Probe:
+    """In a session of its own: a Ctrl-C in the terminal does not reach it, and what it leaves behind can be found."""
+    quiet, said = subprocess.DEVNULL, os.fdopen(os.memfd_create("ssh"), "w+b")
     try:
-        return subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=said, start_new_session=True)
     except OSError as error:
         raise UserError(
             f"ssh must be a program here, but is not: {error.strerror}; install it, or take --no_ssh"
         ) from None
+    return Probe(process, said)
 
 
-def answer(process: subprocess.Popen, end: float) -> str | None:
-    """None if it was reached, else the last line of what ssh says."""
-    try:
-        said = process.communicate(timeout=max(0.1, end - time.monotonic()))[1]
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        process.communicate()
+def answer(probe: Probe) -> str | None:
+    """None if it was reached, else the last line of what ssh says. Nothing of the probe is left."""
+    code = probe.process.poll()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(probe.process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a file system that hangs may hold it
+        probe.process.wait(KILLED_S)
+    with probe.said as file:
+        file.seek(0)
+        said = file.read().decode(errors="replace").strip()
+    if code is None:
         return f"no answer within {ANSWER_S} s"
-    if process.returncode == 0:
-        return None
-    return (said.strip().splitlines() or [f"ssh exits with {process.returncode}"])[-1]
+    return None if code == 0 else (said.splitlines() or [f"ssh exits with {code}"])[-1]
 
 
-def refuse_unreached(hosts: Hosts) -> None:
-    if lost := unreached(hosts):
+def refuse_unreached(lost: dict[str, str]) -> None:
+    if lost:
         raise UserError(
             f"--hostfile must name machines that ssh reaches, but {spell(lost)}; correct it, or set up ssh there without a password"
         )
