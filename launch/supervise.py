@@ -127,6 +127,7 @@ def first_reached(command: list[str], settings) -> list[str] | None:
     """The command, unless its hostfile names a machine in vain; None if a signal came meanwhile."""
     found = hosts.hosts_of(command)
     if settings.lost_hosts == "leave":
+        hosts.refuse_other_programs(command)
         hosts.refuse_other_choices(command)
     hosts.refuse_unreached(hosts.unreached(found, received))
     # A machine that is cut off closes no connection: without this ssh, and the launcher above it, wait for ever.

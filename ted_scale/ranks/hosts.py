@@ -42,35 +42,49 @@ def hosts_of(command: list[str]) -> Hosts:
     known = parse(command)
     if known.hostfile is None or known.no_ssh:
         return Hosts((), None)
-    with files_at(known.hostfile):
-        names = LINE.findall(Path(known.hostfile).read_text(encoding="utf-8"))
-    return Hosts(tuple(chosen(names, known)), known.ssh_port)
+    return Hosts(tuple(chosen(names_in(known.hostfile), known)), known.ssh_port)
+
+
+def names_in(hostfile: str) -> list[str]:
+    try:
+        with files_at(hostfile):
+            names = LINE.findall(Path(hostfile).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"--hostfile must be UTF-8, but {hostfile} is not at byte {error.start}; correct it") from None
+    if options := [name for name in names if name.startswith("-")]:
+        raise UserError(
+            f"--hostfile must name machines, but {hostfile} names {options[0]}, which ssh takes for an option; correct it"
+        )
+    return names
 
 
 def parse(command: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for names in (("-H", "--hostfile"), ("-i", "--include"), ("-e", "--exclude"), ("--ssh_port",)):
         parser.add_argument(*names)
     parser.add_argument("--num_nodes", type=int)
     parser.add_argument("--no_ssh", action="store_true")
-    return parser.parse_known_args(command)[0]
+    try:
+        return parser.parse_known_args(command)[0]
+    except argparse.ArgumentError as error:
+        raise UserError(f"the command must be one that deepspeed can read, but is not: {error}; correct it") from None
 
 
 def chosen(names: list[str], known: argparse.Namespace) -> list[str]:
-    """An excluded name with slots loses only these."""
+    """As DeepSpeed does: an excluded name with slots loses only these, and no number below 1 is a limit."""
     if known.include:
         included = [part.partition(":")[0] for part in known.include.split("@")]
         names = [name for name in names if name in included]
     if known.exclude:
         names = [name for name in names if name not in known.exclude.split("@")]
-    return names[: known.num_nodes] if known.num_nodes else names
+    return names[: known.num_nodes] if (known.num_nodes or 0) > 0 else names
 
 
 def unreached(hosts: Hosts, signals: Sequence[int] = ()) -> dict[str, str]:
     """What ssh says of each host where it cannot run a command. All are asked at once. A signal that arrives in `signals` ends
     the wait: then nothing is known, and nothing said."""
     port = ("-p", hosts.port) if hosts.port else ()
-    probes = {name: ask((*PROBE, *port, name, "true")) for name in hosts.names}
+    probes = {name: ask((*PROBE, *port, "--", name, "true")) for name in hosts.names}
     end = time.monotonic() + ANSWER_S
     while any(probe.process.poll() is None for probe in probes.values()) and not signals and time.monotonic() < end:
         time.sleep(POLL_S)
@@ -120,6 +134,15 @@ def without(command: list[str], lost: dict[str, str]) -> list[str]:
     """DeepSpeed leaves these hosts out. A single host that is left would otherwise be taken for this machine, without what
     .deepspeed_env sets."""
     return [command[0], "--force_multi", "--exclude", "@".join(lost), *command[1:]]
+
+
+def refuse_other_programs(command: list[str]) -> None:
+    """`without` writes DeepSpeed's options behind the first word."""
+    if Path(command[0]).name != "deepspeed":
+        raise UserError(
+            f"the command must begin with deepspeed with --lost-hosts leave, but begins with {command[0]}; put that before "
+            "supervise.py, and variables for other hosts into .deepspeed_env"
+        )
 
 
 def refuse_other_choices(command: list[str]) -> None:
