@@ -101,7 +101,7 @@ def run_file_of(command: list[str]) -> tuple[str, list[str]]:
 
 def supervise(run, command: list[str], settings) -> int:
     exits, reached = Exits(), first_reached(command, settings)
-    while True:
+    while reached:
         code = run_once(reached, settings.patience_s)
         if code == DONE and not is_done(run):
             log("the command exited with 0 before the last step: its launcher was killed")
@@ -119,27 +119,27 @@ def supervise(run, command: list[str], settings) -> int:
             return code
         pause = pause_after(code, exits.count, settings, random.random())
         log(f"{report}; restarting in {pause:.0f} s, {settings.attempts - exits.count} more times at this step")
-        if signalled_within(pause) or (reached := still_reached(command, settings)) is None:
-            return RESUME
+        reached = None if signalled_within(pause) else still_reached(command, settings)
+    return RESUME
 
 
-def first_reached(command: list[str], settings) -> list[str]:
-    """The command, unless its hostfile names a machine in vain."""
+def first_reached(command: list[str], settings) -> list[str] | None:
+    """The command, unless its hostfile names a machine in vain; None if a signal came meanwhile."""
     found = hosts.hosts_of(command)
     if settings.lost_hosts == "leave":
+        hosts.refuse_other_programs(command)
         hosts.refuse_other_choices(command)
-    hosts.refuse_unreached(found)
-    if (
-        found.names
-    ):  # a machine that is cut off closes no connection: without this ssh, and the launcher above it, wait for ever
+    hosts.refuse_unreached(hosts.unreached(found, received))
+    # A machine that is cut off closes no connection: without this ssh, and the launcher above it, wait for ever.
+    if found.names:
         os.environ.setdefault("PDSH_SSH_ARGS_APPEND", "-o ServerAliveInterval=15 -o ServerAliveCountMax=3")
-    return command
+    return None if received else command
 
 
 def still_reached(command: list[str], settings) -> list[str] | None:
-    """The command for the hosts that are there now; None if a signal ends the wait for the others."""
+    """The command for the hosts that are there now; None if a signal came meanwhile."""
     found, said = hosts.hosts_of(command), None
-    while lost := hosts.unreached(found):
+    while lost := hosts.unreached(found, received):
         if settings.lost_hosts == "leave" and len(lost) < len(found.names):
             log(f"without hosts that ssh does not reach: {hosts.spell(lost)}")
             return hosts.without(command, lost)
@@ -148,7 +148,7 @@ def still_reached(command: list[str], settings) -> list[str] | None:
         said = lost
         if signalled_within(settings.pause_s):
             return None
-    return command
+    return None if received else command
 
 
 def pause_after(code: int, exits: int, settings, draw: float) -> float:

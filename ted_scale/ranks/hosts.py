@@ -6,17 +6,22 @@ machine is started by itself, and the names are mere labels.
 
 import argparse
 import contextlib
+import os
 import re
+import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from ted_scale.base.errors import UserError, files_at
 
 LINE = re.compile(r"^\s*([^\s#]\S*)\s+slots=\d+", re.M)  # as DeepSpeed reads it
 CONNECT_S, ANSWER_S = 5, 20  # for a connection; for all of them with their logins
-PROBE = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}")
+POLL_S, KILLED_S = 0.05, 1
+ALONE = ("-o", "ControlMaster=no", "-o", "ControlPath=none")  # a connection that is shared may be older than the loss
+PROBE = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}", *ALONE)
 CHOICES = ("--include", "--exclude", "--num_nodes")  # of hosts beside the hostfile
 
 
@@ -25,70 +30,97 @@ class Hosts(NamedTuple):
     port: str | None
 
 
+class Probe(NamedTuple):
+    """`said` is a file, not a pipe: what ssh leaves behind, as for a ProxyJump, would keep a pipe open."""
+
+    process: subprocess.Popen
+    said: BinaryIO
+
+
 def hosts_of(command: list[str]) -> Hosts:
     """No names if the command starts no rank over ssh."""
     known = parse(command)
     if known.hostfile is None or known.no_ssh:
         return Hosts((), None)
-    with files_at(known.hostfile):
-        names = LINE.findall(Path(known.hostfile).read_text(encoding="utf-8"))
-    return Hosts(tuple(chosen(names, known)), known.ssh_port)
+    return Hosts(tuple(chosen(names_in(known.hostfile), known)), known.ssh_port)
+
+
+def names_in(hostfile: str) -> list[str]:
+    try:
+        with files_at(hostfile):
+            names = LINE.findall(Path(hostfile).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"--hostfile must be UTF-8, but {hostfile} is not at byte {error.start}; correct it") from None
+    if options := [name for name in names if name.startswith("-")]:
+        raise UserError(
+            f"--hostfile must name machines, but {hostfile} names {options[0]}, which ssh takes for an option; correct it"
+        )
+    return names
 
 
 def parse(command: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for names in (("-H", "--hostfile"), ("-i", "--include"), ("-e", "--exclude"), ("--ssh_port",)):
         parser.add_argument(*names)
     parser.add_argument("--num_nodes", type=int)
     parser.add_argument("--no_ssh", action="store_true")
-    return parser.parse_known_args(command)[0]
+    try:
+        return parser.parse_known_args(command)[0]
+    except argparse.ArgumentError as error:
+        raise UserError(f"the command must be one that deepspeed can read, but is not: {error}; correct it") from None
 
 
 def chosen(names: list[str], known: argparse.Namespace) -> list[str]:
-    """An excluded name with slots loses only these."""
+    """As DeepSpeed does: an excluded name with slots loses only these, and no number below 1 is a limit."""
     if known.include:
         included = [part.partition(":")[0] for part in known.include.split("@")]
         names = [name for name in names if name in included]
     if known.exclude:
         names = [name for name in names if name not in known.exclude.split("@")]
-    return names[: known.num_nodes] if known.num_nodes else names
+    return names[: known.num_nodes] if (known.num_nodes or 0) > 0 else names
 
 
-def unreached(hosts: Hosts) -> dict[str, str]:
-    """What ssh says of each host where it cannot run a command. All are asked at once."""
+def unreached(hosts: Hosts, signals: Sequence[int] = ()) -> dict[str, str]:
+    """What ssh says of each host where it cannot run a command. All are asked at once. A signal that arrives in `signals` ends
+    the wait: then nothing is known, and nothing said."""
     port = ("-p", hosts.port) if hosts.port else ()
-    asked = {name: ask((*PROBE, *port, name, "true")) for name in hosts.names}
+    probes = {name: ask((*PROBE, *port, "--", name, "true")) for name in hosts.names}
     end = time.monotonic() + ANSWER_S
-    answers = {name: answer(process, end) for name, process in asked.items()}
-    return {name: said for name, said in answers.items() if said is not None}
+    while any(probe.process.poll() is None for probe in probes.values()) and not signals and time.monotonic() < end:
+        time.sleep(POLL_S)
+    answers = {name: answer(probe) for name, probe in probes.items()}
+    return {} if signals else {name: said for name, said in answers.items() if said is not None}
 
 
-def ask(command: tuple[str, ...]) -> subprocess.Popen:
-    quiet = subprocess.DEVNULL
+def ask(command: tuple[str, ...]) -> Probe:
+    """In a session of its own: a Ctrl-C in the terminal does not reach it, and what it leaves behind can be found."""
+    quiet, said = subprocess.DEVNULL, os.fdopen(os.memfd_create("ssh"), "w+b")
     try:
-        return subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=said, start_new_session=True)
     except OSError as error:
         raise UserError(
             f"ssh must be a program here, but is not: {error.strerror}; install it, or take --no_ssh"
         ) from None
+    return Probe(process, said)
 
 
-def answer(process: subprocess.Popen, end: float) -> str | None:
-    """None if it was reached, else the last line of what ssh says."""
-    try:
-        said = process.communicate(timeout=max(0.1, end - time.monotonic()))[1]
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        process.communicate()
+def answer(probe: Probe) -> str | None:
+    """None if it was reached, else the last line of what ssh says. Nothing of the probe is left."""
+    code = probe.process.poll()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(probe.process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a file system that hangs may hold it
+        probe.process.wait(KILLED_S)
+    with probe.said as file:
+        file.seek(0)
+        said = file.read().decode(errors="replace").strip()
+    if code is None:
         return f"no answer within {ANSWER_S} s"
-    if process.returncode == 0:
-        return None
-    return (said.strip().splitlines() or [f"ssh exits with {process.returncode}"])[-1]
+    return None if code == 0 else (said.splitlines() or [f"ssh exits with {code}"])[-1]
 
 
-def refuse_unreached(hosts: Hosts) -> None:
-    if lost := unreached(hosts):
+def refuse_unreached(lost: dict[str, str]) -> None:
+    if lost:
         raise UserError(
             f"--hostfile must name machines that ssh reaches, but {spell(lost)}; correct it, or set up ssh there without a password"
         )
@@ -102,6 +134,15 @@ def without(command: list[str], lost: dict[str, str]) -> list[str]:
     """DeepSpeed leaves these hosts out. A single host that is left would otherwise be taken for this machine, without what
     .deepspeed_env sets."""
     return [command[0], "--force_multi", "--exclude", "@".join(lost), *command[1:]]
+
+
+def refuse_other_programs(command: list[str]) -> None:
+    """`without` writes DeepSpeed's options behind the first word."""
+    if Path(command[0]).name != "deepspeed":
+        raise UserError(
+            f"the command must begin with deepspeed with --lost-hosts leave, but begins with {command[0]}; put that before "
+            "supervise.py, and variables for other hosts into .deepspeed_env"
+        )
 
 
 def refuse_other_choices(command: list[str]) -> None:

@@ -1,6 +1,7 @@
 """launch/supervise.py: what it restarts, when, how often, to whom it forwards signals, and that no process is left."""
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from places import HARNESS, ROOT
 from tiny import make_run, write_run
 
+from launch import supervise
 from launch.supervise import Exits, pause_after, run_file_of
 from ted_scale.base.errors import MEANINGS, UserError
 
@@ -108,13 +110,42 @@ def test_ranks_without_a_launcher_may_save_before_the_restart(tmp_path):
 
 def test_a_signal_during_a_pause_ends_the_supervisor(tmp_path):
     process = start(tmp_path, "1 4,0 9", "--pause-s", "60")
-    while not (tmp_path / "step").exists():
-        time.sleep(0.02)
-    time.sleep(0.6)
+    assert any("restarting in" in line for line in process.stderr)
     process.send_signal(signal.SIGTERM)
     finished(process)
     assert process.returncode == 75
     assert (tmp_path / "started").read_text().count("\n") == 1
+
+
+def test_a_signal_while_ssh_is_asked_for_the_hosts_ends_the_supervisor(tmp_path):
+    """Ctrl-C, which a terminal sends to the whole group. The command is not there: nobody starts it."""
+    ssh, asked = tmp_path / "ssh", tmp_path / "asked"
+    ssh.write_text(f"#!/bin/sh\necho $$ > {asked}.part && mv {asked}.part {asked}\nexec sleep 300\n")
+    ssh.chmod(0o700)
+    (tmp_path / "hosts").write_text("node1 slots=1\n")
+    config = write_run(tmp_path / "run.toml", make_run(tmp_path))
+    command = ["deepspeed", "--hostfile", tmp_path / "hosts", "a.py", "--config", config]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "launch" / "supervise.py", "--", *command],
+        **{"stderr": subprocess.PIPE, "text": True, "start_new_session": True},
+        env={**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin"},
+    )
+    while not asked.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    assert finished(process) == ""
+    assert process.returncode == 75
+    assert not Path(f"/proc/{asked.read_text().strip()}").exists()
+
+
+def test_a_signal_while_ssh_is_asked_again_ends_the_supervisor(tmp_path, monkeypatch):
+    (tmp_path / "hosts").write_text("node1 slots=1\n")
+    command = ["deepspeed", "--hostfile", str(tmp_path / "hosts"), "a.py"]
+    monkeypatch.setattr(supervise.hosts, "PROBE", ("true",))
+    assert supervise.still_reached(command, SETTINGS) == command
+    monkeypatch.setattr(supervise, "received", [signal.SIGTERM])
+    assert supervise.still_reached(command, SETTINGS) is None
 
 
 SIGNALLED_AT_ONCE = """
