@@ -101,7 +101,7 @@ def run_file_of(command: list[str]) -> tuple[str, list[str]]:
 
 def supervise(run, command: list[str], settings) -> int:
     exits, reached = Exits(), first_reached(command, settings)
-    while reached:
+    while reached is not None:
         code = run_once(reached, settings.patience_s)
         if code == DONE and not is_done(run):
             log("the command exited with 0 before the last step: its launcher was killed")
