@@ -6,6 +6,7 @@ of stage I. It makes no difference whether stage I ran in this process, before a
 
 import gc
 import logging
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -67,8 +68,7 @@ def run_plan(plan: Plan) -> None:
     check_engine_config(plan)
     device = start_ranks(plan.run, partial(check_device, plan))
     try:
-        on_cpu = device.type == "cpu"
-        plan = replace(plan, placement=agreed(plan.placement))
+        on_cpu, plan = device.type == "cpu", replace(plan, placement=agreed(plan.placement))
         with shortage.enough(shortage.ways_to_need_less(plan.run, plan.ds_config, on_cpu, needs_less(plan, on_cpu))):
             train_run(plan, device)
     except Preempted:
@@ -87,14 +87,12 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         exits.where_it_stands = partial(run_folder.where_it_stands, folder)
     progress, newest = run_folder.claim_folder(plan)
     parts, progress = build_parts(plan, device, progress, newest)
-    done = False
     try:
         for stage in plan.stages:
             if progress.step < stage.last_step or validation_is_missing(parts, stage, progress):
                 resumed = newest if progress.step > stage.first_step else None
                 progress = train_stage(parts, stage, progress, resumed)
         parts.saver.copier.insist()
-        done = True
     except Preempted:
         parts.saver.finish(leaving=True)
         parts.saver.copier.finish(leaving=True)
@@ -108,7 +106,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         # Before W&B is waited for, which may take a minute: a grace period may be over by then.
         if dist.get_rank() == 0:
             stacks.aside(owner.LEAVING_S, owner.leave, plan.run)
-        parts.metrics.close(done=done)
+        parts.metrics.close(done=sys.exc_info()[0] is None)
         if dist.get_rank() == 0 and not parts.saver.is_writing():
             holder.leave(folder)
     parts.metrics.leave_word("it was done")
