@@ -18,7 +18,7 @@ from ted_scale.distill.student import Student
 from ted_scale.distill.teacher import Teacher, TeacherBody
 from ted_scale.health import replicas
 from ted_scale.models import attention, fused, quantized, zero_hooks
-from ted_scale.models.engine_config import check_int8_gathers, engine_config, of_teacher, zero_settings
+from ted_scale.models.engine_config import check_int8_gathers, engine_config, teacher_config, zero_settings
 from ted_scale.models.quantized import build_quantized
 from ted_scale.models.reduction import sum_in_fp32
 from ted_scale.models.streamed import stream_blocks
@@ -93,9 +93,8 @@ def blocks_are(plan: Plan, side: str, device: torch.device) -> str:
     anatomy = getattr(plan, side)
     if side == "teacher" and plan.run.teacher.compile:
         return "compile"
-    paths = (
-        [] if anatomy.recurs else paths_of(plan, anatomy, device)
-    )  # torch unrolls a recurrence into a very large graph
+    # torch unrolls a recurrence into a very large graph.
+    paths = [] if anatomy.recurs else paths_of(plan, anatomy, device)
     return fused.chosen(plan.run.fused_blocks, anatomy.family, paths, device)
 
 
@@ -137,7 +136,7 @@ def bare_teacher(plan: Plan, device: torch.device) -> Teacher:
 def sharded_teacher(plan: Plan) -> Teacher:
     import deepspeed
 
-    config = of_teacher(engine_config(plan, plan.teacher))
+    config = teacher_config(plan)
     body, blocks = teacher_body(plan, ds_config=config, group=group_of_node(plan.placement.ranks))
     zero_hooks.patch_deepspeed()
     zero_hooks.gather_whole_blocks(blocks)

@@ -39,7 +39,7 @@ from ted_scale.kernels.formulas.divergences import scratch
 from ted_scale.kernels.products import rows_per_chunk
 from ted_scale.models import quantized
 from ted_scale.models.anatomy import Anatomy
-from ted_scale.models.engine_config import setting
+from ted_scale.models.engine_config import KEPT_WHOLE, setting
 from ted_scale.models.trial import hollow, least_tokens, run_hollow
 
 COMMUNICATION = 2**30  # what NCCL keeps for itself on several GPUs: assumed
@@ -181,7 +181,7 @@ def reduction(plan, trained: float, b: int, device: str) -> float:
 def keeps_student_whole(plan, device: str) -> bool:
     """On several ranks: no weight is larger than what a ds_config lets every rank keep."""
     a = plan.student
-    most = setting(plan, "stage3_param_persistence_threshold", device)
+    most = setting(plan, KEPT_WHOLE, device)
     return plan.world > 1 and most >= max(a.vocab_size * a.width, a.block_parameters)
 
 

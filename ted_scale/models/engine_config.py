@@ -34,11 +34,12 @@ def engine_config(plan, model: Anatomy, device: str | None = None, **trained) ->
     }
 
 
-def of_teacher(config: dict) -> dict:
-    """A teacher's engine has no optimizer, and keeps no more weights whole than DeepSpeed does by default: a ds_config that keeps
-    the student whole means the student alone."""
+def teacher_config(plan, device: str | None = None) -> dict:
+    """Its engine has no optimizer, and keeps no more weights whole than DeepSpeed does by default: a ds_config that keeps the
+    student whole means the student alone."""
+    config = engine_config(plan, plan.teacher, device)
     zero = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
-    zero[KEPT_WHOLE] = min(zero.get(KEPT_WHOLE, KEPT_BY_DEFAULT), KEPT_BY_DEFAULT)
+    zero[KEPT_WHOLE] = min(setting(plan, KEPT_WHOLE, device, plan.teacher), KEPT_BY_DEFAULT)
     return {**config, "zero_optimization": zero}
 
 
@@ -82,7 +83,7 @@ def zero_settings(path: str, zero: dict):
         ) from None
 
 
-def setting(plan, key: str, device: str, model: Anatomy | None = None) -> float:
+def setting(plan, key: str, device: str | None, model: Anatomy | None = None) -> float:
     """A value of the ds_config, or the default that follows from model and device. DeepSpeed parses numbers in strings."""
     zero = engine_config(plan, model or plan.student, device)["zero_optimization"]
     config = zero_settings(plan.run.ds_config, zero)

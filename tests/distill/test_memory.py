@@ -10,7 +10,7 @@ from tiny import make_run
 from ted_scale.distill import memory
 from ted_scale.models import quantized
 from ted_scale.models.anatomy import run_body
-from ted_scale.models.engine_config import setting
+from ted_scale.models.engine_config import KEPT_WHOLE, setting, teacher_config
 from ted_scale.models.weights import build_network
 from ted_scale.plan import make_plan
 from tools.bench.memory import peak_bytes
@@ -139,6 +139,16 @@ def test_a_student_that_stays_whole_is_so_in_the_update_too(world, tmp_path):
     assert each == [4 * plan.student.parameters] * 5
     shared, _, _ = of(world, method="ce", ranks=4)
     assert memory.moments(shared, stage, "cpu")[-1]["gathered"] == 0
+
+
+@pytest.mark.parametrize(("asked", "kept"), [("1000000000000000", 10**5), (10**15, 10**5), (0, 0)])
+def test_a_ds_config_that_keeps_the_student_whole_leaves_a_sharded_teacher_in_parts(world, tmp_path, asked, kept):
+    """DeepSpeed reads numbers in strings, too."""
+    zero = {"stage": 3, KEPT_WHOLE: asked}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    plan, _, _ = of(world, method="kd", ranks=4, ds_config=str(tmp_path / "ds.json"))
+    assert teacher_config(plan)["zero_optimization"][KEPT_WHOLE] == kept
+    assert memory.keeps_student_whole(plan, "cpu") is (kept > 0)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,14 @@ def test_student_weights_beyond_the_live_limit_are_gathered_twice(world, tmp_pat
     assert traffic.student_gathers(twice, twice.stages[-1], 2, "cuda").bytes == 2 * once.bytes
 
 
+def test_gradients_that_are_sent_in_bf16_are_half_the_bytes_and_those_of_a_step_are_sent_once(world, tmp_path):
+    (tmp_path / "ds.json").write_text('{"communication_data_type": "bf16", "zero_optimization": {"stage": 3}}')
+    train = {"tokens_per_step": 512, "reduce_once": True}
+    plan, half, once = plan_of(world), plan_of(world, ds_config=str(tmp_path / "ds.json")), plan_of(world, train=train)
+    fp32, bf16, a_step = (traffic.reduction(one, one.stages[-1], 1e6, "cuda").bytes for one in (plan, half, once))
+    assert (fp32, bf16, a_step) == (4e6, 2e6, 4e6 / once.accumulation) and once.accumulation > 1
+
+
 def test_terms_are_there_if_their_losses_are(world):
     ce, kd, ted = (seconds(plan_of(world, method=method)) for method in ("ce", "kd", "ted"))
     assert (ce["teacher"], kd["layer loss"]) == (0, 0) and kd["teacher"] > 0 and ted["layer loss"] > 0
