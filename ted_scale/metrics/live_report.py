@@ -80,7 +80,7 @@ def why_never(every_minutes: float) -> str | None:
     if not every_minutes or find_spec("bokeh"):
         return None
     asked = f"report.every_minutes = {every_minutes:g}"
-    return f"warning: {asked} writes no page, because Bokeh is not installed: pip install 'ted_scale[report]'"
+    return f"warning: {asked} writes no page, because Bokeh is not installed: pip install -e '.[report]'"
 
 
 def command(folder: Path) -> list[str]:

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         from ted_scale.report.page import write
     except ModuleNotFoundError as error:
         raise UserError(
-            f"the report must be drawn by Bokeh, but {error.name} is not installed; pip install 'ted_scale[report]'"
+            f"the report must be drawn by Bokeh, but {error.name} is not installed; pip install -e '.[report]'"
         ) from None
     path = write(arguments.runs, arguments.out)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
