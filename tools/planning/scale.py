@@ -5,7 +5,7 @@ Note: a step has as many tokens on all of them, so that many GPUs have small mic
 
 from ted_scale.config.run import Run
 from ted_scale.forecast.machine import Machine
-from ted_scale.placement import FASTEST_FIRST
+from ted_scale.forecast.placement import FASTEST_FIRST
 from tools import goodput
 from tools.planning.options import Cluster, Option, base, check, every_way, fastest, is_advised, micro_batches
 
