@@ -12,8 +12,10 @@ from ted_scale.ranks.agree import anywhere
 
 def train(stage, student, teacher, data, guard, metrics, progress, verify, validate, save):
     """Take `student` (a DeepSpeed engine) through the steps of `stage` that `data` holds."""
+    vitals = student.module.vitals
     for micro_batches in metrics.timed(data, "data_wait_ms"):
         pulse.step(progress.step + 1)
+        vitals.begin(progress.step)
         scale, floor = balance.scale_of(progress, stage), progress.entropy_floor
         each = stage.of_micro_batches(progress.step, len(micro_batches), scale, floor)
         set_rates(student, stage.rate(progress.step), each)
@@ -32,12 +34,14 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
                 student.backward(for_engine(losses.total), scale_wrt_gas=False)
                 guard.add(losses)
         guard.gather(progress, each)
+        vitals.send()
         student.step()  # only if the guard finds every number finite
 
         # If a number is bad, the run stops here or goes back to a checkpoint, unless it may skip the step.
         progress = guard.decide()
         numbers = guard.read()
         progress = balance.followed(progress, stage, numbers)
+        numbers |= vitals.read(progress.step, guard.finite, metrics.alert)
         metrics.add(progress, numbers, last=progress.step == stage.last_step)
         stopping = guard.stopping
         if stage.verifies(progress.step):

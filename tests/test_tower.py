@@ -11,7 +11,7 @@ FLOORS = (  # the lowest first; packages of one floor do not import each other
     ("storage", "config", "kernels.triton"),
     ("corpora", "ranks", "kernels"),
     ("data",),
-    ("models",),
+    ("models", "vitals"),
     ("checkpoints", "distill", "evaluation"),
     ("metrics", "health"),
     ("forecast", "report"),

@@ -22,6 +22,8 @@ class Student:
 
     def __init__(self):
         self.seen, self.alive_in_backward, self.backwards, self.told = [], [], 0, []
+        vitals = SimpleNamespace(begin=lambda _: None, send=lambda: None, read=lambda *_: {})
+        self.module = SimpleNamespace(vitals=vitals)
 
     def __call__(self, batch, signal, weights, denom):
         self.seen.append(weakref.ref(signal))
@@ -62,9 +64,9 @@ def test_the_teacher_s_signal_is_freed_before_backward(monkeypatch, early, calle
         balances=False, run=SimpleNamespace(data=SimpleNamespace(seq_len=1), train=SimpleNamespace(reduce_once=False)),
         last_step=1, verifies=nothing, validates=nothing, saves=nothing,
     )  # fmt: skip
-    guard = SimpleNamespace(add=nothing, gather=nothing, decide=Progress, read=nothing, stopping=False)
+    guard = SimpleNamespace(add=nothing, gather=nothing, decide=Progress, read=dict, finite=True, stopping=False)
     clock = Clock(SimpleNamespace(type="cpu"))
-    metrics = SimpleNamespace(timed=lambda items, _: items, clock=clock, add=nothing)
+    metrics = SimpleNamespace(timed=lambda items, _: items, clock=clock, add=nothing, alert=nothing)
     settings = {"progress": Progress(), "verify": nothing, "validate": nothing, "save": nothing}
     teacher = Teacher(student, early)
     loop.train(stage, student, teacher, [["one", "two"]], guard, metrics, **settings)

@@ -61,6 +61,14 @@ class Health(Section):
     )
 
 
+class Vitals(Section):
+    """The health of the distillation, from samples of tokens; docs/vitals.md."""
+
+    every: Annotated[int, Field(ge=0)] = Field(
+        100, description="steps in which rank 0 measures each matched pair and the output once; 0: never"
+    )
+
+
 class Limits(Section):
     """Anything that takes longer ends the run with a reason, because a cluster often runs unwatched."""
 

@@ -19,7 +19,7 @@ from ted_scale.config.method import (
     is_on,
     on_between,
 )
-from ted_scale.config.operation import Checkpoint, Health, Limits, Report, Resume, Wandb
+from ted_scale.config.operation import Checkpoint, Health, Limits, Report, Resume, Vitals, Wandb
 from ted_scale.config.types import Count, PositiveInt, Section
 
 Method = Literal["ce", "kd", "lwd", "ted"]
@@ -109,6 +109,7 @@ class Run(Section):
     checkpoint: Checkpoint = Checkpoint()
     resume: Resume = Resume()
     health: Health = Health()
+    vitals: Vitals = Vitals()
     limits: Limits = Limits()
     log_every: PositiveInt = 10
     report: Report = Report()

@@ -19,6 +19,7 @@ from ted_scale.kernels.formulas.logits import soften
 from ted_scale.kernels.tokens import valid_weights
 from ted_scale.models.anatomy import Anatomy, Head, StateRecorder, head_of, run_body
 from ted_scale.models.zero import gathered, start_gather
+from ted_scale.vitals.vitals import Vitals
 
 
 class Heads(NamedTuple):
@@ -42,6 +43,7 @@ class Student(nn.Module):
         self.blocks = [s for s, _ in pairs]
         self.recorder = StateRecorder(network, anatomy, self.blocks)
         self.filters_s, self.filters_t = filters_s, filters_t
+        self.vitals = Vitals(run, len(pairs), learns_filters=learns_filters)
 
     def forward(self, batch, signal: Signal | None, weights: Weights | None, denom) -> Losses | torch.Tensor:
         """The losses. Without weights: the logits."""
@@ -62,6 +64,7 @@ class Student(nn.Module):
         return logits.unflatten(0, batch.tokens_BT.shape)
 
     def student_losses(self, batch, signal, weights, denom) -> Losses:
+        self.vitals.open(batch, weights)
         last_ND, states = self.run_network(batch, weights.layer != 0)
         total, kl, ce, *of_teacher = self.logit_losses(batch, last_ND, signal, weights, denom)
         mask = valid_weights(batch.labels_BT, batch.weights_BT).flatten() if states or of_teacher else None
@@ -80,7 +83,10 @@ class Student(nn.Module):
         grad = torch.is_grad_enabled() and not self.learns_filters
         with torch.set_grad_enabled(grad), self.recorder.record(wants_layers) as states:
             last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.packing, batch.share)
-        return last.flatten(0, 1), [states[block].flatten(0, 1) for block in self.blocks] if wants_layers else []
+            of_pairs = [states[block] for block in self.blocks] if wants_layers else []
+        flat = [state.flatten(0, 1) for state in of_pairs]
+        self.vitals.watch(of_pairs, flat)
+        return last.flatten(0, 1), flat
 
     def logit_losses(self, batch, last_ND, signal, weights, denom):
         terms, head_t = self.run.loss, self.heads.teacher if weights.kl else None
@@ -89,6 +95,8 @@ class Student(nn.Module):
         settings |= {"skip_below": weights.floor} if head_t and terms.skip_low_entropy else {}
 
         def loss(h_s, w_s):
+            if head_t:
+                self.vitals.output(h_s, w_s, signal.last_NE, head_t.weight, settings, weights)
             return linear_kl_ce(
                 h_s, w_s, signal.last_NE if head_t else None, head_t and head_t.weight,
                 batch.labels_BT.flatten(), batch.weights_BT.flatten(), denom=denom,
@@ -107,6 +115,7 @@ class Student(nn.Module):
 
         def in_teacher_filter(h_t, w_t, b_t, *_):
             def in_both_filters(h_s, w_s, b_s, *_):
+                self.vitals.pair(k, states_ND, (h_s, w_s, b_s), (h_t, w_t, b_t))
                 return filtered_mse(h_t, w_t, b_t, h_s, w_s, b_s, mask, **settings)
 
             losses.append(self.filters_s[k](states_ND, in_both_filters))
