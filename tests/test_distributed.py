@@ -40,7 +40,7 @@ TWO_RANKS = (
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
     "blocks_compiled", "asked_seldom", "teacher_moves", "readings", "shipped_configs", "int8_gathers", "mixtures",
-    "rows_shared", "families_shared", "deepspeed_attention",
+    "rows_shared", "families_shared", "deepspeed_attention", "vitals",
 )  # fmt: skip
 
 SKIPS = ("skips", "skips_offloaded", "skips_once")
@@ -552,6 +552,17 @@ def test_a_step_reads_the_device_once_and_a_micro_step_never(world):
     per_step = result(world, "host_reads")[:-1]
     assert per_step[1:4] == [["guard.py:read_numbers.tolist"]] * 3, per_step  # stage I
     assert per_step[5:10] == [["guard.py:read_numbers.tolist"]] * 5, per_step  # step 5 comes after a validation
+
+
+def test_vitals_change_no_bit_of_a_run_of_two_ranks_and_are_measured_by_the_first(world):
+    """At every step of stage II all pairs and the output are measured; no rank waits for what another does not do."""
+    measured, plain = (result(world, "vitals")[every] for every in ("1", "0"))
+    assert measured == plain and len(plain) >= 2
+    on, off = (rows(world, f"vitals_{every}") for every in (1, 0))
+    assert losses(world, "vitals_1") == losses(world, "vitals_0")
+    of_steps = [{key for key in row if key.startswith("vitals/")} for row in on if "loss/layer" in row]
+    assert len(of_steps) == 6 and all(keys == of_steps[0] for keys in of_steps) and "vitals/pull_cosine/1" in of_steps[0]
+    assert not any(key.startswith("vitals/") for row in off for key in row)
 
 
 @pytest.mark.parametrize("pairs", ["4", "16"])

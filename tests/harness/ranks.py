@@ -26,6 +26,7 @@ def main() -> None:
     import sequence_scenarios
     import stop_scenarios
     import traffic_scenarios
+    import vitals_scenarios
 
     from ted_scale import plan
     from ted_scale.ranks.group import start_ranks
@@ -33,7 +34,7 @@ def main() -> None:
     plan.inspect = functools.cache(plan.inspect)
     homes = (
         scenarios, data_scenarios, health_scenarios, number_scenarios, recorded_losses, sequence_scenarios, stop_scenarios,
-        traffic_scenarios,
+        traffic_scenarios, vitals_scenarios,
     )  # fmt: skip
     device, rank = start_ranks(), os.environ["RANK"]
     for name in names:
