@@ -561,7 +561,9 @@ def test_vitals_change_no_bit_of_a_run_of_two_ranks_and_are_measured_by_the_firs
     on, off = (rows(world, f"vitals_{every}") for every in (1, 0))
     assert losses(world, "vitals_1") == losses(world, "vitals_0")
     of_steps = [{key for key in row if key.startswith("vitals/")} for row in on if "loss/layer" in row]
-    assert len(of_steps) == 6 and all(keys == of_steps[0] for keys in of_steps) and "vitals/pull_cosine/1" in of_steps[0]
+    assert (
+        len(of_steps) == 6 and all(keys == of_steps[0] for keys in of_steps) and "vitals/pull_cosine/1" in of_steps[0]
+    )
     assert not any(key.startswith("vitals/") for row in off for key in row)
 
 

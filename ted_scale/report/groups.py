@@ -27,6 +27,19 @@ GROUPS = (
         "On text that is never trained on; the teacher reads the same text.", "nats",
     ),
     Group(
+        "vitals", "Agreement and sure tokens", r"vitals/(agreement|saturated_[st])",
+        "Shares of a sample of tokens: both have the same likeliest next token; one next token has 99 % in the student, or in the "
+        "teacher.",
+    ),
+    Group(
+        "vitals", "What both know of the text", r"vitals/(kl_1|student_ce|teacher_ce)",
+        "On the same sample: KL at temperature 1, and both cross-entropies.", "nats",
+    ),
+    Group(
+        "vitals", "KL's gradient against CE's, at the head's input", r"vitals/(kl_to_ce|kl_ce_cosine)",
+        "The ratio of their norms, as weighted, and their cosine.",
+    ),
+    Group(
         "optimizer", "Learning rate", r"optim/lr",
         "As the schedule gave it.",
     ),

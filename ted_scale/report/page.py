@@ -23,8 +23,8 @@ HERE = Path(__file__).parent
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 CLOCK_POINTS = 400  # of a run, by which steps become tokens and seconds
 SECTIONS = {
-    "loss": "Loss", "differences": "Differences", "layers": "Layers", "optimizer": "Optimizer", "speed": "Speed",
-    "memory": "Memory", "data": "Data", "events": "Time line", "samples": "Samples", "evaluation": "Evaluation",
+    "loss": "Loss", "differences": "Differences", "layers": "Layers", "vitals": "Vitals", "optimizer": "Optimizer",
+    "speed": "Speed", "memory": "Memory", "data": "Data", "events": "Time line", "samples": "Samples", "evaluation": "Evaluation",
     "more": "More numbers", "run": "The run",
 }  # fmt: skip
 

@@ -40,8 +40,8 @@ def of_pair(history: History, k: int) -> Iterator[tuple[str, str]]:
     if teacher < LEAST_RANK:
         yield (
             f"the teacher's filter {k}",
-            f"the filter of the teacher has collapsed in pair {k}: its states differ in {teacher:.2g} directions. The layer loss has "
-            "next to nothing to match there; take filters.start = 'states', or fewer filters.steps, or leave the pair out "
+            f"the filter of the teacher has collapsed in pair {k}: its states differ in {teacher:.2g} directions. The layer loss "
+            "has next to nothing to match there; take filters.start = 'states', or fewer filters.steps, or leave the pair out "
             "(pairs.explicit)",
         )
     elif student < COLLAPSED * teacher:
@@ -55,8 +55,8 @@ def of_pair(history: History, k: int) -> Iterator[tuple[str, str]]:
     if before and (now := recent(history, f"vitals/error/{k}")) > GROWN * min(before):
         yield (
             f"error {k}",
-            f"the error of pair {k} grows: {now:.3g} after {min(before):.3g}. The student leaves the teacher's states there; that is "
-            "meant only where loss.layer falls or has ended. Else raise loss.layer, or lower train.lr or filters.lr",
+            f"the error of pair {k} grows: {now:.3g} after {min(before):.3g}. The student leaves the teacher's states there; that "
+            "is meant only where loss.layer falls or has ended. Else raise loss.layer, or lower train.lr or filters.lr",
         )
     cosine, norms = (recent(history, f"vitals/{name}/{k}") for name in ("pull_cosine", "pull"))
     if cosine < AGAINST and norms > FELT:
@@ -75,14 +75,15 @@ def of_output(history: History, uniform: float) -> Iterator[tuple[str, str]]:
     }
     for side, way in ways.items():
         if (share := recent(history, f"vitals/saturated_{side[0]}")) > SATURATED:
-            yield f"logits of the {side}", f"the {side}'s logits are saturated: {share:.0%} of tokens have one sure next token. {way}"
+            what = f"the {side}'s logits are saturated: {share:.0%} of tokens have one sure next token"
+            yield f"logits of the {side}", f"{what}. {way}"
     teacher, student = (recent(history, f"vitals/{side}_ce") for side in ("teacher", "student"))
     if teacher > min(student, UNKNOWN * uniform):
         yield (
             "the teacher's text",
-            f"the teacher does not know this text: its cross-entropy is {teacher:.3g}, the student's {student:.3g}. It was trained on "
-            "other text, or the corpus is tokenized for another model (tools/inspect_corpus.py); lower loss.kl, change the data, or "
-            "train the teacher on it first",
+            f"the teacher does not know this text: its cross-entropy is {teacher:.3g}, the student's {student:.3g}. It was trained "
+            "on other text, or the corpus is tokenized for another model (tools/inspect_corpus.py); lower loss.kl, change the data, "
+            "or train the teacher on it first",
         )
 
 

@@ -1,7 +1,7 @@
 """Numbers of a matched pair, from the states of a sample of tokens.
 
 Note: CKA and effective ranks are of directions: each token's state has length 1 before they are centred. A few tokens of a language
-model, often the first of a row, have states a thousand times as long as all others; a sample with one of them would have a rank of 1.
+model, often the first of a row, have states a thousand times as long as all others: a sample with one would have a rank of 1.
 """
 
 import torch

@@ -108,10 +108,11 @@ class Vitals:
         """With both heads whole; `settings` are those of linear_kl_ce."""
         if not self.now or OUTPUT not in self.now.items:
             return
+        names = ("head_bias", "softcap", "logit_scale")
         student, teacher = (
-            head.Side(self.now.of(h, TOKENS_OF_OUTPUT), w, *(settings[f"{key}_{side}"] for key in ("head_bias", "softcap", "logit_scale")))
+            head.Side(self.now.of(h, TOKENS_OF_OUTPUT), w, *(settings[f"{name}_{side}"] for name in names))
             for h, w, side in ((h_s, w_s, "s"), (h_t, w_t, "t"))
-        )  # fmt: skip
+        )
         loss, self.uniform = self.run.loss, math.log(len(w_t))
         caps, scales = (student.softcap or 0.0, teacher.softcap or 0.0), (student.scale, teacher.scale)
         covers = len(w_t) >= len(w_s)

@@ -16,10 +16,12 @@ from ted_scale.commands.report import main
 from ted_scale.report import summary
 from ted_scale.report.colours import INKS, LINES
 from ted_scale.report.curves import charts
+from ted_scale.report.events import events_in
 from ted_scale.report.folder import read_run
 from ted_scale.report.page import render, write
 from ted_scale.report.paired import paired
 from ted_scale.report.thinning import binned, thin
+from ted_scale.vitals.alarms import alarms
 
 
 def page(*folders) -> str:
@@ -72,6 +74,18 @@ def test_every_number_of_a_run_is_drawn_or_in_a_table(tmp_path):
     assert [chart.title for chart in found["more"]] == ["new"]
     assert {"health/rank by layer", "loss/layer by layer"} <= {chart.title for chart in found["layers"]}
     assert {line.label for line in found["loss"][0].lines} == {"total", "ce", "kl"}
+
+
+def test_vitals_have_curves_and_their_alarms_are_events(tmp_path):
+    """Numbers of the output in their own section, those of pairs by layer; the alarm as its line of the log stands there."""
+    numbers = {"vitals/agreement": 0.5, "vitals/teacher_ce": 3.0, "vitals/kl_to_ce": 0.5, "vitals/cka/0": 0.9}
+    run = read_run(made(tmp_path, steps=8, rows=[{**row, **numbers} for row in rows_of("ted", 8, 2, 1, 0.0)]))
+    found = charts([run])
+    assert len(found["vitals"]) == 3 and "more" not in found
+    assert "vitals/cka by layer and time" in {chart.title for chart in found["layers"]}
+    history = {"vitals/error/0": [0.5] * 4 + [0.9] * 4}
+    [(_, sentence)] = alarms(history, 10.0).items()
+    assert events_in(["step    300  total 4.1", f"10:00:00 step 321: {sentence}"])[0].kind == "alert"
 
 
 def torn(path) -> None:

@@ -1,7 +1,8 @@
 """What vitals and logging cost of a step: the process's CPU time inside each, as a share of that of the steps of the same run.
 
-A run of `ted` measures one item a step (a pair, or the output), with a row of metrics each step. The share at an interval of n steps is the
-cost of all items over n steps, and what a step without any pays. Note: CPU time does not see who else uses the machine.
+A run of `ted` measures one item a step (a pair, or the output), with a row of metrics each step. The share at an interval of n
+steps is the cost of all items over n steps, and what a step without any pays. Note: CPU time does not see who else uses the
+machine.
 """
 
 import argparse
@@ -124,7 +125,9 @@ def report(steps, logging, items, count: int, intervals: list[int]) -> None:
     print(f"a step: {each:.3f} s of CPU time in the median of {len(steps)}, {count - 1} pairs; shares of it:")
     mean = {name: statistics.mean(values) for name, values in items.items()}
     for name, value in mean.items():
-        print(f"  vitals, a step that measures {name}: {value / each:.3%} ({value * 1e3:.2f} ms, {len(items[name])} times)")
+        print(
+            f"  vitals, a step that measures {name}: {value / each:.3%} ({value * 1e3:.2f} ms, {len(items[name])} times)"
+        )
     log = statistics.mean(logging)
     print(f"  logging, a row each step, vitals off: {log / each:.3%} ({log * 1e3:.2f} ms)")
     once = (count - 1) * mean["a pair"] + mean["the output"]
