@@ -71,7 +71,8 @@ def surprise(y, labels) -> torch.Tensor:
 
 def gradients(z_s, z_t, weight_s, labels, weight, f: LogitLoss, floor) -> tuple[torch.Tensor, torch.Tensor]:
     """(of CE, of the divergence) at the head's input, each with a weight of 1. Logits are overwritten."""
-    only_ce, only_kl = (f._replace(ce_weight=ce, kl_weight=1 - ce) for ce in (1.0, 0.0))
+    only_ce = f._replace(ce_weight=1.0, kl_weight=0.0, covers=False)  # it shares its softmax with no divergence
+    only_kl = f._replace(ce_weight=0.0, kl_weight=1.0)
     of_ce = whole_rows(z_s.clone(), None, labels, weight, only_ce, True)[2]
     of_kl = whole_rows(z_s, z_t, labels, weight, only_kl, True, floor)[2]
     return matmul(of_ce, weight_s), matmul(of_kl, weight_s)

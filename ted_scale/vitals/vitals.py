@@ -86,8 +86,9 @@ class Vitals:
 
         @torch.no_grad()
         def compare(gradient):
-            total = sample.of(gradient.flatten(0, 1), TOKENS_OF_PAIR)
-            self.keep(pairs.pull(own.pop(), total, sample.counted[:TOKENS_OF_PAIR]), f"/{k}")
+            if own:
+                total = sample.of(gradient.flatten(0, 1), TOKENS_OF_PAIR)
+                self.keep(pairs.pull(own.pop(), total, sample.counted[:TOKENS_OF_PAIR]), f"/{k}")
 
         flat.register_hook(take)
         state.register_hook(compare)

@@ -37,13 +37,14 @@ SIDES = {
 }
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", SIDES)
-def test_numbers_are_those_of_torch_and_autograd(name, monkeypatch):
+def test_numbers_are_those_of_torch_and_autograd(name, temperature, monkeypatch):
     student, teacher = SIDES[name]
     monkeypatch.setattr(head, "rows_per_chunk", lambda *_: 7)
     vocabulary, known = len(student.weight), len(teacher.weight)
     labels, counted = drawn(vocabulary)
-    temperature, kl, ce = 2.0, 0.7, 0.3
+    kl, ce = 0.7, 0.3
     caps = (student.softcap or 0.0, teacher.softcap or 0.0, student.scale, teacher.scale)
     found = head.numbers(student, teacher, labels, counted, LogitLoss(temperature, kl, ce, *caps, known >= vocabulary))
 

@@ -65,8 +65,9 @@ def test_the_split_of_a_state_s_gradient_is_that_of_backwards_of_single_terms(wo
     assert found["vitals/pull_cosine/1"] == pytest.approx(cosine(a, b), abs=1e-4)
 
 
-def test_kl_against_ce_is_that_of_backwards_of_single_terms(world):
-    parts, batch = build(world, vitals={"every": 1}, loss={"temperature": 2.0}), make_batch()
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kl_against_ce_is_that_of_backwards_of_single_terms(world, temperature):
+    parts, batch = build(world, vitals={"every": 1}, loss={"temperature": temperature}), make_batch()
     found = everything(parts, [batch])
     kl, ce = (gradients_at(parts, batch, Weights(*w))["head"] for w in ((0.0, 2.0, 0.0), (0.5, 0.0, 0.0)))
     assert found["vitals/kl_to_ce"] == pytest.approx(float(kl.norm() / ce.norm()), rel=1e-3)
