@@ -36,6 +36,14 @@ def test_each_cause_alone_is_found_and_has_a_sentence_with_what_to_try(cause):
     assert any(key in found[cause] for key in ("loss.", "filters.", "train.", "pairs."))
 
 
+@pytest.mark.parametrize(
+    "errors", [[0.001, 0.06, 0.1, 0.16, 0.18, 0.2, 0.22], [0.3, 0.3, 0.3, 0.7, 0.7, 0.7, 0.66, 0.65, 0.64]]
+)
+def test_an_error_may_grow_while_it_is_small_and_may_settle(errors):
+    """As in the first blocks of a student that was cut from its teacher."""
+    assert alarms(WELL | {"vitals/error/0": errors}, LN_V) == {}
+
+
 def test_nothing_is_judged_by_fewer_samples_than_a_mean_needs():
     fewer = {key: values[-(RECENT - 1) :] for values_of in ILL.values() for key, values in values_of.items()}
     assert alarms(fewer, LN_V) == {}
