@@ -1,0 +1,123 @@
+"""Results of a comparison as files: one JSON a finished run, and from all of them a table, a CSV of curves and a picture.
+
+Note: a paired difference is taken seed by seed, and its interval is wide for a few seeds (ted_scale/report/paired.py).
+"""
+
+import csv
+import io
+import json
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from ted_scale.base.durable import write_durably
+from ted_scale.commands.comparison.plan import Comparison
+from ted_scale.report.paired import as_words, paired
+
+
+class Point(NamedTuple):
+    step: int
+    tokens: int
+    seconds: float | None
+    loss: float
+
+
+class Result(NamedTuple):
+    """A run that is over: done, or ended by bad numbers. `seconds` are those it took itself, of steps and validation."""
+
+    arm: str
+    seed: int
+    steps: int
+    end: str  # "done", or why it is not
+    seconds: float
+    commit: str
+    points: list[Point]
+
+    def loss(self, judged_by: str) -> float | None:
+        """The last one or the least after the start. None for a run that ended early."""
+        if self.end != "done" or not self.points:
+            return None
+        return (
+            self.points[-1].loss if judged_by == "last" else min(point.loss for point in self.points[1:] or self.points)
+        )
+
+
+def note(plan: Comparison, result: Result) -> None:
+    path = place_of(plan, result.arm, result.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, json.dumps(result._asdict(), indent=1) + "\n")
+
+
+def noted(plan: Comparison) -> list[Result]:
+    paths = [place_of(plan, arm, seed) for arm in plan.arms for seed in plan.seeds]
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [Result(**{**values, "points": [Point(*point) for point in values["points"]]}) for values in found]
+
+
+def place_of(plan: Comparison, arm: str, seed: int) -> Path:
+    return plan.place / "results" / f"{arm}_seed{seed}.json"
+
+
+def by_seed(plan: Comparison, results: list[Result], arm: str) -> dict[int, float]:
+    losses = {r.seed: r.loss(plan.judged_by) for r in results if r.arm == arm}
+    return {seed: loss for seed, loss in losses.items() if loss is not None}
+
+
+def table(plan: Comparison, results: list[Result]) -> str:
+    """Markdown, in the plan's order. `seconds` are those that the runs took themselves."""
+    base, rows = plan.compared_with, []
+    for arm in plan.arms:
+        losses, mine = by_seed(plan, results, arm), [r for r in results if r.arm == arm]
+        if not mine:
+            rows.append([arm, "", "", "", "not run", "", "", ""])
+            continue
+        ends = sorted({r.end for r in mine if r.end != "done"})
+        difference = None if arm == base else paired(losses, by_seed(plan, results, base))
+        rows.append([
+            arm, str(len(losses)), f"{mine[0].steps:,}", f"{statistics.mean(r.seconds for r in mine):,.0f}",
+            f"{statistics.mean(losses.values()):.4f}" if losses else "-",
+            f"{statistics.stdev(losses.values()):.4f}" if len(losses) > 1 else "-",
+            as_words(difference), "; ".join([*([difference.verdict] if difference else []), *ends]),
+        ])  # fmt: skip
+    loss = "val/loss" if plan.judged_by == "last" else "least val/loss"
+    head = ["arm", "seeds", "steps", "seconds", loss, "spread", f"less {base}", ""]
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def curves(results: list[Result]) -> str:
+    """CSV, a row a validation."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["arm", "seed", *Point._fields, "commit"])
+    for result in results:
+        writer.writerows([result.arm, result.seed, *point, result.commit] for point in result.points)
+    return out.getvalue()
+
+
+def draw(plan: Comparison, results: list[Result], path: Path) -> bool:
+    """Mean loss of each arm by tokens and, where they were measured, by seconds. False if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    axes_of = ["tokens", *(["seconds"] if all(p.seconds is not None for r in results for p in r.points) else [])]
+    figure = Figure(figsize=(6 * len(axes_of), 4.5), layout="constrained")
+    for axes, across in zip(figure.subplots(1, len(axes_of), squeeze=False)[0], axes_of, strict=True):
+        for arm in plan.arms:
+            if line := mean_curve([r for r in results if r.arm == arm and r.end == "done" and r.points], across):
+                axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=arm)
+        axes.set_xlabel(across)
+        axes.set_ylabel("val/loss")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    part = path.with_suffix(".part.png")
+    figure.savefig(part, dpi=150)
+    part.rename(path)
+    return True
+
+
+def mean_curve(results: list[Result], across: str) -> list[tuple[float, float]]:
+    """Over seeds, which validate at the same steps. The validation at the start would flatten all others, so it is left out."""
+    columns = zip(*(result.points[1:] for result in results), strict=True)
+    return [(getattr(points[0], across), statistics.mean(p.loss for p in points)) for points in columns]
