@@ -8,7 +8,6 @@ project = "ted_scale"
 copyright = "the authors of ted_scale, Apache-2.0"
 extensions = ["myst_parser"]
 exclude_patterns = ["_site"]
-suppress_warnings = ["toc.empty_glob"]  # a page of index.md that is still to come
 nitpicky = True  # with -W a name that leads nowhere fails the build
 
 myst_enable_extensions = ["dollarmath"]
