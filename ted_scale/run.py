@@ -37,7 +37,6 @@ from ted_scale.forecast.placement import agreed, needs_less
 from ted_scale.health import replicas, teacher_start
 from ted_scale.health.guard import Guard
 from ted_scale.health.rewind import Rewind, gone_back
-from ted_scale.metrics.console import log_line
 from ted_scale.metrics.metrics import Metrics
 from ted_scale.metrics.tracking import open_wandb
 from ted_scale.models import zero_hooks
@@ -84,7 +83,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     refuse_other_world(plan)
     folder = plan.run.folder
     if dist.get_rank() == 0:
-        exits.where_it_stands = partial(run_folder.where_it_stands, folder)
+        exits.where_it_stands = partial(run_folder.where_it_stands, folder, plan.total_steps)
     progress, newest = run_folder.claim_folder(plan)
     parts, progress = build_parts(plan, device, progress, newest)
     try:
@@ -110,7 +109,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         if dist.get_rank() == 0 and not parts.saver.is_writing():
             holder.leave(folder)
     parts.metrics.leave_word("it was done")
-    log_line(f"done: {folder} is at step {progress.step}; next: python tools/export_hf.py {folder}")
+    parts.metrics.tell_end(f"done: {folder} is at step {progress.step}; next: python tools/export_hf.py {folder}")
     return progress
 
 
@@ -163,8 +162,8 @@ def train_stage(parts: Parts, stage: Stage, progress: Progress, resumed: Path | 
     stream, progress = open_data(parts, stage, progress)
     student = build_stage(parts, stage, stream, progress, resumed)
     guard = Guard(student, stage, parts.metrics.alert, parts.saver.wait)
+    parts.metrics.expect(partial(summary.ahead, parts.plan, stage, progress.step, parts.loader.device.type))
     progress = validate_before_training(parts, stage, student, stream, progress, resumed)
-    parts.metrics.expect(partial(summary.numbers, parts.plan, stage, progress.step, parts.loader.device.type))
     parts.metrics.resume_from(progress.tokens)
     while progress.step < stage.last_step:
         stream, progress = next_stretch(parts, stage, student, stream, progress)

@@ -63,14 +63,15 @@ def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
     return progress, newest
 
 
-def where_it_stands(folder: Path, begins: str) -> str:
+def where_it_stands(folder: Path, total_steps: int, begins: str) -> str:
     """What Ctrl-C prints about the run, at once: it waits for no file server."""
     stands, place = "there is no checkpoint yet", files.checkpoints_of(folder)
     with contextlib.suppress(OSError):
         names = [path.name for path in place.iterdir() if files.key_of(path.name)]
         if names:
             stands = f"the newest checkpoint is {place / max(names, key=files.key_of)}"
-    return f"{pulse.now.what}, {begins}{stands}"
+    what = pulse.now.what + (f" of {total_steps:,}" if pulse.now.what.startswith("step ") else "")
+    return f"{what}, {begins}{stands}"
 
 
 def on_other_ranks(checkpoint: Path) -> str:
