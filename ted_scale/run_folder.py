@@ -26,7 +26,7 @@ from ted_scale.config.run_file import to_toml
 from ted_scale.distill import memory
 from ted_scale.forecast import summary
 from ted_scale.metrics.console import open_log
-from ted_scale.metrics.rows import trim_rows
+from ted_scale.metrics.rows import trim_all
 from ted_scale.plan import Plan, describe
 from ted_scale.ranks import pulse
 from ted_scale.ranks.agree import broadcast, of_rank_0, share, verdict
@@ -55,7 +55,7 @@ def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
     # From here on the folder is ours: remove later rows, keep the run file, log the plan.
     if writes:
         with files_at(folder):
-            trim_rows(folder / "metrics.jsonl", progress.step)
+            trim_all(folder, progress.step)
             write_durably(folder / "run.toml", to_toml(plan.run))
         log.info("\n".join([describe(plan), *memory.describe(plan), *summary.describe(plan)]))
         if newest:

@@ -98,6 +98,8 @@ def ahead(plan, stage, at: int, device: str) -> Ahead:
     run, each = plan.run, {"checkpoints": plan.run.checkpoint.every}
     if not stage.learns_filters and any(corpus.validation for corpus in run.data.corpora):
         each["validation"] = run.validation.every
+    if not stage.learns_filters and run.samples.every:
+        each["samples"] = run.samples.every
     forecast, later = numbers(plan, stage, at, device), later_seconds(plan, stage)
     return Ahead(stage.name, stage.first_step, stage.last_step, each, later, forecast)
 

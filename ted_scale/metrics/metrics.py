@@ -29,7 +29,7 @@ from ted_scale.metrics.goodput import Ledger
 from ted_scale.metrics.line import before_and_after, beside
 from ted_scale.metrics.live_report import LiveReport
 from ted_scale.metrics.peaks import device_peak
-from ted_scale.metrics.rows import rows_at, rows_in, trim_rows
+from ted_scale.metrics.rows import NAME, rows_at, rows_in, trim_all
 from ted_scale.metrics.teller import Teller
 from ted_scale.metrics.time_left import Ahead
 from ted_scale.metrics.tracking import WandbRun, add_page
@@ -57,7 +57,7 @@ class Metrics:
         self.lost = False
         self.report = LiveReport(run.folder, run.report.every_minutes) if writes and run.report.every_minutes else None
         self.file: TextIO | None = None
-        self.path, self.already = run.folder / "metrics.jsonl", set()
+        self.path, self.already = run.folder / NAME, set()
         self.open(step)
         self.teller = Teller(total_steps, step, writes=writes)
 
@@ -73,7 +73,7 @@ class Metrics:
         self.close_file()
         if self.writes:
             with contextlib.suppress(OSError):
-                trim_rows(self.path, progress.step)
+                trim_all(self.path.parent, progress.step)
         self.open(progress.step)
         self.step = progress.step
         self.ledger.undo(progress.spent)
@@ -188,10 +188,10 @@ class Metrics:
         self.stream = stream
 
     @contextlib.contextmanager
-    def aside(self):
+    def aside(self, part: str = "validation"):
         """The time spent in here is not part of a step's time."""
         start = time.perf_counter()
-        with self.ledger.within("validation"):
+        with self.ledger.within(part):
             yield
         self.since += time.perf_counter() - start
 
