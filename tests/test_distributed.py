@@ -2,6 +2,7 @@
 wrong."""
 
 import json
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from corpus import steps
 from launching import run_ranks
 from number_scenarios import FAR
-from places import HARNESS
+from places import HARNESS, ROOT
 from safetensors.torch import load_file
 from scenarios import (
     MIXTURES,
@@ -679,6 +680,16 @@ def test_student_and_teacher_write_what_their_models_write_alone(world):
 def test_a_resumed_run_goes_on_with_its_samples_and_asks_the_teacher_no_more(world, rank):
     assert result(world, "samples_written", rank) == {"straight": 2 * 5, "resumed": 0}
     assert sample_scenarios.samples_of(world, "written_from_2") == sample_scenarios.samples_of(world, "written")
+
+
+def test_every_number_of_these_runs_is_explained(world):
+    """In docs/reading_a_run.md, where a word in capitals stands for a name."""
+    page = (ROOT / "docs/reading_a_run.md").read_text(encoding="utf-8").partition("| key |")[2].partition("\n\n")[0]
+    keys = [key for line in page.splitlines()[2:] for key in re.findall(r"`([^`]+)`", line.split("|")[1])]
+    known = re.compile("|".join(re.sub("[A-Z]+", "[^/]+", re.escape(key)) for key in keys))
+    written = {key for folder in (world / "runs").iterdir() for row in rows(world, folder.name) for key in row}
+    assert len(keys) > 40 and len(written) > 40
+    assert [key for key in sorted(written) if not known.fullmatch(key)] == []
 
 
 def test_bf16_follows_fp32(world):

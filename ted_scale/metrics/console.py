@@ -21,11 +21,12 @@ def log_line(line: str, importance: int = logging.INFO) -> None:
 
 
 def choose_level(name: str) -> None:
-    """What the console shows from here on: `--log-level`. DeepSpeed calls its choice of a device a warning, at its import; our log
-    says it, too."""
+    """What the console shows from here on: `--log-level`. What libraries warn of at their import is nothing that a user can change;
+    on which device a run is, our log says, too."""
     global level
     level = logging.getLevelNamesMapping()[name.upper()]
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    for library in ("DeepSpeed", "torchao"):
+        logging.getLogger(library).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 class LogFile(logging.FileHandler):

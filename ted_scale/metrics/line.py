@@ -32,7 +32,8 @@ def validation(values: dict[str, float]) -> str:
     if "val/loss" not in values:
         return ""
     teacher = f", the teacher's {values['val/teacher_loss']:.4g}" if "val/teacher_loss" in values else ""
-    return f"validation {values['val/loss']:.4g}, perplexity {values['val/ppl']:.4g}{teacher}"
+    perplexity = f", perplexity {values['val/ppl']:.4g}" if "val/ppl" in values else ""
+    return f"validation {values['val/loss']:.4g}{perplexity}{teacher}"
 
 
 def others(values: dict[str, float]) -> list[str]:
@@ -81,7 +82,7 @@ def duration(seconds: float) -> str:
     for unit, name, small, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         whole, rest = divmod(round(seconds / small), unit // small)
         if whole:
-            return f"{whole} {name}" + (f" {rest} {smaller}" if rest and whole < 10 else "")
+            return f"{whole} {name}" + (f" {rest} {smaller}" if rest else "")
     return f"{seconds:.0f} s"
 
 

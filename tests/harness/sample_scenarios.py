@@ -32,7 +32,7 @@ def make_speaker(folder: Path) -> Path:
 
 
 def samples_written(folder: Path, device):
-    """Straight, and from the checkpoint of step 2, beside whose file are the samples of later steps: how often the teacher wrote."""
+    """Straight, and from the checkpoint of step 2, beside samples of later steps: how often the teacher wrote."""
     calls = []
 
     def logits(self, batch):

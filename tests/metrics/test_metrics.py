@@ -269,7 +269,8 @@ def test_rows_that_a_file_system_fails_to_give_are_a_sentence(tmp_path, monkeypa
 def test_a_forecast_is_in_every_row_and_once_in_the_log(tmp_path, monkeypatch):
     """Past the first row, which has the start in it."""
     said = []
-    monkeypatch.setattr("ted_scale.metrics.metrics.log_line", said.append)
+    for place in ("metrics", "console"):
+        monkeypatch.setattr(f"ted_scale.metrics.{place}.log_line", said.append)
     numbers = metrics(make_run(tmp_path))
     numbers.expect(lambda: Ahead("student", 0, 10, {}, 0.0, {"memory/forecast_gib": 0.5, "perf/forecast_ms": 4.0}))
     take_steps(numbers, 1, 4)
