@@ -186,7 +186,7 @@ def test_a_run_that_goes_back_removes_the_samples_that_it_will_write_again(root,
 def test_a_full_disk_loses_samples_and_the_run_goes_on(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(samples, "log_line", said.append)
-    monkeypatch.setattr(samples, "append_to", lambda path: Path("/dev/full").open("a"))
+    monkeypatch.setattr(samples, "append_to", lambda path: Path("/dev/full").open("a"))  # noqa: SIM115
     samples.keep(tmp_path / SAMPLES, [{"step": 3, "prompt": "w5", "student": "w6"}])
     assert said == [
         f"{tmp_path / SAMPLES} must be writable, but is not (No space left on device): samples of step 3 are lost"
