@@ -1,4 +1,4 @@
-"""Scenarios of ranks.py: samples of text in training, by models whose tokenizer has a word for each id, w0 to w127."""
+"""Scenarios of ranks.py: samples of text in training, by models whose tokenizer has a word for each id, w0 to w127, but `end` for 2."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from tiny import VOCABULARY, make_model
 from ted_scale.distill.teacher import Teacher
 from ted_scale.metrics.rows import SAMPLES
 
-TOKENS = 5
+TOKENS, END = 5, 2
 SECTIONS = {
     "filters": {"steps": 1}, "train": {"steps": 4, "micro_batch": 2}, "checkpoint": {"every": 1, "keep": 9},
     "samples": {"every": 2, "prompts": ["w5 w6", "w9 w10 w11"], "from_validation": 1, "tokens": TOKENS},
@@ -25,9 +25,11 @@ def make_speaker(folder: Path) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     make_model(folder, "llama", num_hidden_layers=2, seed=3)
-    words = Tokenizer(models.WordLevel({f"w{k}": k for k in range(VOCABULARY)}, unk_token="none"))
+    words = Tokenizer(
+        models.WordLevel({f"w{k}": k for k in range(VOCABULARY) if k != END} | {"end": END}, unk_token="none")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="end").save_pretrained(folder)
     return folder
 
 
@@ -69,4 +71,4 @@ def greedy(model: Path, tokenizer: Path, prompt: str) -> str:
     for _ in range(TOKENS):
         ids.append(int(network(torch.tensor([ids])).logits[0, -1, :VOCABULARY].argmax()))
     new = ids[first:]
-    return words.decode(new[: new.index(2)] if 2 in new else new, clean_up_tokenization_spaces=False)
+    return words.decode(new[: new.index(END)] if END in new else new, clean_up_tokenization_spaces=False)
