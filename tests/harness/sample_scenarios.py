@@ -1,4 +1,4 @@
-"""Scenarios of ranks.py: samples of text in training, by models whose tokenizer has a word for each id, w0 to w127, but `end` for 2."""
+"""Scenarios of ranks.py: samples of text in training. The tokenizer has a word for each id, w0 to w127, but `end` for 2."""
 
 import json
 import shutil
