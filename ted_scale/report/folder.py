@@ -18,13 +18,13 @@ from ted_scale.base.parsing import fits, is_count, parse_json, parse_toml, parse
 from ted_scale.base.paths import NoFile, open_file
 from ted_scale.checkpoints import life
 from ted_scale.config.changes import flat
-from ted_scale.metrics.rows import lines_in
+from ted_scale.metrics.rows import SAMPLES, lines_in
 from ted_scale.report.events import Event, events_of
 
 LARGEST_TEXT = 2**24  # bytes of a run file, a log's end or a file of samples
 MOST_STEPS, LONGEST_MS = 10**15, 1e12  # a step is at most 30 years; sums of both stay finite
 WITHIN = ("perf/data_wait_ms", "perf/teacher_ms")  # parts of perf/step_ms
-SAMPLES, SCORES = "samples.jsonl", "evaluation*.json"
+SCORES = "evaluation*.json"
 
 
 class Series(NamedTuple):
