@@ -4,7 +4,6 @@ filter_init.py has the mathematics; here the models run, and every rank solves s
 """
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +13,14 @@ import torch.distributed as dist
 from ted_scale.checkpoints.filters_file import filter_tensors, save_filters
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.config.run import Teacher
-from ted_scale.data.stream import Stream, validation_batches
+from ted_scale.data.loader import first_batches
+from ted_scale.data.stream import Stream
 from ted_scale.distill.filter_init import TOKENS_A_WIDTH, Moments, Start, add_moments, over_ranks, start_of
 from ted_scale.distill.filters import has_lift
 from ted_scale.distill.signal import Weights
 from ted_scale.engines import build_filters, build_teacher
+from ted_scale.forecast.placement import placed
 from ted_scale.models import zero_hooks
-from ted_scale.placement import placed
 from ted_scale.ranks import pulse
 
 log = logging.getLogger("ted_scale")
@@ -83,7 +83,7 @@ def measured_starts(plan, stream: Stream, teacher, device) -> list[Start]:
     its states mean nothing."""
     student = None if plan.run.student.init == "random" else build_teacher(as_teacher(plan))
     tokens, sums = TOKENS_A_WIDTH * max(plan.student.width, plan.teacher.width), None
-    for batch in batches(plan, stream, tokens, device):
+    for batch in first_batches(plan.run, stream, tokens, device):
         states = [side(batch, READ).layers_NE if side else () for side in (teacher, student)]
         sums = add_moments(sums, batch, *states)
     if student and not student.is_bare:
@@ -101,15 +101,6 @@ def as_teacher(plan):
     run = plan.run.model_copy(update={"teacher": Teacher(path=plan.run.student.path)})
     placement = placed(plan, "replicated", 1) if plan.placement.is_bare else plan.placement
     return replace(plan, run=run, teacher=plan.student, placement=placement, pairs=[(s, s) for s, _ in plan.pairs])
-
-
-def batches(plan, stream: Stream, tokens: int, device) -> Iterator:
-    """The stage's first windows, the same on any number of ranks."""
-    stream = stream._replace(count=-(-tokens // stream.seq_len))
-    return validation_batches(
-        stream, tokens=tokens, micro_batch=plan.run.train.micro_batch, rank=dist.get_rank(), world=dist.get_world_size(),
-        sequence_parallel=plan.run.data.sequence_parallel, device=device,
-    )  # fmt: skip
 
 
 def share_start(plan, k: int, pair: Moments, start) -> Start:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ted_scale import feed, run_folder, teacher_start
+from ted_scale import feed, run_folder
 from ted_scale import validate as validation
 from ted_scale.base import exits, redact
 from ted_scale.base.errors import Preempted, RunStopped, UserError
@@ -26,25 +26,25 @@ from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.checkpoints.saver import Saver
 from ted_scale.config import changes
 from ted_scale.data.loader import Loader
+from ted_scale.data.same_text import open_together
 from ted_scale.data.stream import Stream
 from ted_scale.distill.flops import step_flops
 from ted_scale.distill.stages import Stage
 from ted_scale.engines import build_student, build_teacher, check_device, check_engine_config, describe, take_back
 from ted_scale.filter_start import first_filters
 from ted_scale.forecast import summary
-from ted_scale.health import replicas
+from ted_scale.forecast.placement import agreed, needs_less
+from ted_scale.health import replicas, teacher_start
 from ted_scale.health.guard import Guard
 from ted_scale.health.rewind import Rewind, gone_back
 from ted_scale.metrics.console import log_line
 from ted_scale.metrics.metrics import Metrics
 from ted_scale.metrics.tracking import open_wandb
 from ted_scale.models import zero_hooks
-from ted_scale.placement import agreed, needs_less
 from ted_scale.plan import Plan, as_dict
 from ted_scale.ranks import pulse, shortage, stacks, watch
 from ted_scale.ranks.agree import broadcast, of_rank_0, share, verdict
 from ted_scale.ranks.group import start_ranks
-from ted_scale.same_text import open_together
 from ted_scale.train import train
 
 log = logging.getLogger("ted_scale")

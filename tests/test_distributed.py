@@ -31,7 +31,7 @@ from ted_scale.checkpoints.folder import newest_checkpoint
 from ted_scale.config.run_file import load_run
 from ted_scale.distill import memory
 from ted_scale.forecast import traffic
-from ted_scale.placement import Rank, place
+from ted_scale.forecast.placement import Rank, place
 from ted_scale.plan import make_plan, plan_of_models
 
 TWO_RANKS = (

@@ -9,11 +9,11 @@ from tiny import make_model
 
 from ted_scale.config.method import Loss
 from ted_scale.distill.teacher import Teacher, TeacherBody
+from ted_scale.health.teacher_start import cost_of
 from ted_scale.models import fused, quantized
 from ted_scale.models.inspection import inspect
 from ted_scale.models.quantized import build_quantized, unrounded
 from ted_scale.models.weights import build_network
-from ted_scale.teacher_start import cost_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 pytest.importorskip("torchao")

@@ -11,9 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count, islice
 
 import torch
+import torch.distributed as dist
 
 from ted_scale.base.errors import UserError
-from ted_scale.data.stream import Batch, Stream, batch, cut, rank_positions, read_ahead
+from ted_scale.data.stream import Batch, Stream, batch, cut, rank_positions, read_ahead, validation_batches
 
 
 class Loader:
@@ -81,3 +82,12 @@ class Loader:
 def set_device(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # it is set per thread; pinning must not open a context on GPU 0
+
+
+def first_batches(run, stream: Stream, tokens: int, device) -> Iterator[Batch]:
+    """A stage's first windows, the same on any number of ranks: what is measured before its first step."""
+    stream = stream._replace(count=-(-tokens // stream.seq_len))
+    return validation_batches(
+        stream, tokens=tokens, micro_batch=run.train.micro_batch, rank=dist.get_rank(), world=dist.get_world_size(),
+        sequence_parallel=run.data.sequence_parallel, device=device,
+    )  # fmt: skip

@@ -10,14 +10,14 @@ import pytest
 from corpus import counting_documents, write_shard
 from tiny import make_run
 
-from ted_scale import same_text
 from ted_scale import validate as validation
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.corpora import corpus
+from ted_scale.data import same_text
+from ted_scale.data.same_text import open_together
 from ted_scale.distill.stages import stages_of
 from ted_scale.feed import open_feed
-from ted_scale.same_text import open_together
 
 RANKS = 3
 

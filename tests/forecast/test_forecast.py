@@ -14,8 +14,8 @@ from ted_scale.distill.filter_sizes import filter_parameters
 from ted_scale.distill.filters import keeps_filtered
 from ted_scale.forecast import machine as machines
 from ted_scale.forecast import step, summary, traffic
+from ted_scale.forecast.placement import Rank, place
 from ted_scale.forecast.work import passes
-from ted_scale.placement import Rank, place
 from ted_scale.plan import plan_of_models
 
 H100 = machines.named("h100", "bf16")

@@ -20,9 +20,9 @@ from ted_scale.config.data import Data
 from ted_scale.config.method import Loss
 from ted_scale.data.stream import open_stream, validation_batches
 from ted_scale.distill.teacher import Teacher, TeacherBody
+from ted_scale.health.teacher_start import cost_of
 from ted_scale.models import quantized
 from ted_scale.models.inspection import inspect
-from ted_scale.teacher_start import cost_of
 
 
 def main() -> None:

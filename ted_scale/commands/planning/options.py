@@ -14,9 +14,18 @@ from ted_scale.distill import memory
 from ted_scale.distill.stages import stages_of
 from ted_scale.forecast import summary
 from ted_scale.forecast.machine import Machine
+from ted_scale.forecast.placement import (
+    FASTEST_FIRST,
+    Placement,
+    Rank,
+    candidates,
+    place,
+    placed,
+    ranks_of_a_node,
+    usable,
+)
 from ted_scale.forecast.summary import Forecast
 from ted_scale.models.ulysses import groups_of
-from ted_scale.placement import FASTEST_FIRST, Placement, Rank, candidates, place, placed, ranks_of_a_node, usable
 from ted_scale.plan import Plan, derive_accumulation, plan_of_models
 
 WHOLE_STUDENT = "ds_configs/zero3_whole_student.json"

@@ -2,8 +2,8 @@
 
 from ted_scale.commands.planning.options import Cluster, Option
 from ted_scale.config.run import Run
+from ted_scale.forecast.placement import usable
 from ted_scale.forecast.summary import uncounted
-from ted_scale.placement import usable
 
 GIB = 2**30
 HOURS = 24

@@ -16,7 +16,7 @@ from ted_scale.commands.planning.options import (
 )
 from ted_scale.config.run import Run
 from ted_scale.forecast.machine import Machine
-from ted_scale.placement import FASTEST_FIRST
+from ted_scale.forecast.placement import FASTEST_FIRST
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 HEAD = ("GPUs", *FASTEST_FIRST, "best", "MFU", "a failure every", "`checkpoint.every`", "goodput", "days", "cost")

@@ -7,9 +7,9 @@ import transformers
 from plain import make_world
 from tiny import make_run, write_run
 
-from ted_scale import placement
 from ted_scale.base.errors import UserError
 from ted_scale.config.run_file import load_run
+from ted_scale.forecast import placement
 from ted_scale.plan import describe, make_plan
 from ted_scale.ranks import capacity
 

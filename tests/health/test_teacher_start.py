@@ -7,12 +7,13 @@ import torch
 from plain import make_batch, make_world
 from tiny import make_run
 
-from ted_scale import engines, teacher_start
+from ted_scale import engines
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.config.method import Loss
 from ted_scale.data.stream import open_stream
 from ted_scale.distill.teacher import TeacherBody
+from ted_scale.health import teacher_start
 from ted_scale.models.quantized import unrounded
 from ted_scale.plan import make_plan
 

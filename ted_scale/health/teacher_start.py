@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from ted_scale.base.errors import UserError
+from ted_scale.data.loader import first_batches
 from ted_scale.data.stream import Stream, joined
 from ted_scale.distill.memory import together
 from ted_scale.distill.teacher import Teacher, TeacherBody
-from ted_scale.filter_start import batches
 from ted_scale.kernels import linear_kl_ce
 from ted_scale.kernels.tokens import valid_weights
 from ted_scale.models.quantized import unrounded
@@ -46,7 +46,7 @@ def begin(plan, stream: Stream, teacher, metrics, progress, device) -> None:
         return
     pulse.building("the teacher's first micro-batch")
     tokens = plan.readers * plan.run.train.micro_batch * stream.seq_len
-    batch = next(batches(plan, stream, tokens, device))
+    batch = next(first_batches(plan.run, stream, tokens, device))
     if plan.run.teacher.compile:
         log_line(seconds_of_compiling(teacher, joined([batch] * together(plan)), bool(plan.pairs)))
     if bits := plan.run.teacher_bits:
