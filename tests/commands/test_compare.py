@@ -1,4 +1,4 @@
-"""tools/compare.py: equal conditions, budgets, paired differences, and a comparison that goes on.
+"""ted-scale compare: equal conditions, budgets, paired differences, and a comparison that goes on.
 
 Runs are stand-ins that write what a run writes; the last test, of `make soak`, starts real ones.
 """
