@@ -1,6 +1,8 @@
-"""The wheel, built from what a source distribution carries: its names, and commands from a folder without the repository."""
+"""The wheel, built from what a source distribution carries: its names, and commands from a folder without the repository; the
+version that the changelog has."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,3 +83,10 @@ def test_an_installed_command_finds_examples_from_any_folder(wheel, tmp_path, mo
     assert 'ds_config = "ds_configs/zero3.json"' in said and "GiB" in said
     where = run("-c", "from ted_scale.base.shipped import HOME; print(HOME)", cwd=folder, **packages)
     assert Path(where.strip()) == place / "ted_scale"
+
+
+def test_the_newest_release_of_the_changelog_is_dated_and_this_version():
+    heads = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert re.fullmatch(
+        rf"{re.escape(ted_scale.__version__)} - \d{{4}}-\d\d-\d\d", next(h for h in heads if h != "Unreleased")
+    )

@@ -55,6 +55,7 @@ def help_text() -> str:
     return "\n".join([
         "usage: ted-scale COMMAND ...", "       ted-scale COMMAND --help | --help | --version", "",
         "commands:", *commands, "", "exit codes:", *codes,
+        "  1 is also what plan says of a run that does not fit, and inspect and checkpoints of what is damaged",
     ])  # fmt: skip
 
 

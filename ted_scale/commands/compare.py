@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 
-from ted_scale import __version__
+import ted_scale
 from ted_scale.base import shipped
 from ted_scale.base.durable import write_durably
 from ted_scale.base.errors import DONE, NUMBERS, RunStopped, UserError, shown
@@ -155,8 +155,8 @@ def failed(plan: Comparison, job: Job, code: int) -> RunStopped:
 def commit() -> str:
     """The one that the comparison was started with: its code is what has been loaded. A wheel's is its version."""
     if not (shipped.HOME / ".git").exists():
-        return __version__
-    command = ["git", "-C", shipped.HOME, "rev-parse", "--short", "HEAD"]
+        return ted_scale.__version__
+    command = ["git", "-C", str(shipped.HOME), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 

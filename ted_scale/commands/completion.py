@@ -51,8 +51,8 @@ def options_of(name: str) -> list[str]:
     """Of every call that begins with one, as parsers are told them; what only launchers pass has an underscore."""
     file = Path(__file__).parent / f"{COMMANDS[name][0].replace('.', '/')}.py"
     calls = (node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
-    firsts = (call.args[0].value for call in calls if call.args and isinstance(call.args[0], ast.Constant))
-    return [*(word for word in firsts if re.fullmatch(r"--[a-z][a-z0-9-]*", str(word))), "--help"]
+    firsts = (str(call.args[0].value) for call in calls if call.args and isinstance(call.args[0], ast.Constant))
+    return [*(word for word in firsts if re.fullmatch(r"--[a-z][a-z0-9-]*", word)), "--help"]
 
 
 def script(shell: str) -> str:
