@@ -110,7 +110,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         if dist.get_rank() == 0 and not parts.saver.is_writing():
             holder.leave(folder)
     parts.metrics.leave_word("it was done")
-    parts.metrics.tell_end(f"done: {folder} is at step {progress.step}; next: python tools/export_hf.py {folder}")
+    parts.metrics.tell_end(f"done: {folder} is at step {progress.step}; next: ted-scale export {folder}")
     return progress
 
 

@@ -62,7 +62,7 @@ def describe(plan) -> list[str]:
     if machine is None:
         return [
             f"time of a step: no forecast, because this machine is not in the table and {Path(plan.run.runs) / machines.FILE} is "
-            "not there, or of another device, precision or one rank alone; python tools/plan.py RUN.toml --calibrate measures it"
+            "not there, or of another device, precision or one rank alone; ted-scale plan RUN.toml --calibrate measures it"
         ]
     stages = [line_of(stage, of_stage(plan, stage, machine, local_ranks(plan.world)), machine) for stage in plan.stages]
     return [*stages, *uncounted(plan)]

@@ -206,13 +206,13 @@ def read_lines(path: Path, missing: list[str]) -> list[dict]:
 
 
 def scores_in(path: Path, missing: list[str]) -> dict | None:
-    """What `tools/evaluate.py --json` wrote, if somebody put it there."""
+    """What `ted-scale evaluate --json` wrote, if somebody put it there."""
     try:
         found = json_in(text_of(path, missing))
         rows = [row_of(model["model"], score) for model in found["models"] for score in model["scores"]]
         return {"file": proper(path.name), "rows": rows}
     except (ValueError, TypeError, KeyError):
-        missing.append(f"{path.name} is no file of scores as tools/evaluate.py --json writes it")
+        missing.append(f"{path.name} is no file of scores as ted-scale evaluate --json writes it")
     return None
 
 

@@ -66,6 +66,6 @@ def log_lines(folder: Path, steps: int) -> list[str]:
     said = [
         f"resuming from {folder}/checkpoints/step_{half:08d}", lost, *changed, row,
         f"step {half + 2}: loss/total is 46, 5.6 times its median over 4 steps; report: x.json; {onward}",
-        f"done: {folder} is at step {steps}; next: python tools/export_hf.py {folder}",
+        f"done: {folder} is at step {steps}; next: ted-scale export {folder}",
     ]  # fmt: skip
     return [f"starts at step 0 of {steps}", *(f"10:00:0{second} {line}" for second, line in enumerate(said))]

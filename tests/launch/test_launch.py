@@ -90,7 +90,7 @@ def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal(root
     )  # the launcher's two
     ours = [line for line in said.splitlines() if line and not line.startswith(("[", "supervise: "))]
     assert re.search(r"held-out loss \S+ before, \S+ after, the teacher's \S+$", ours[-2])
-    assert ours[-1].endswith(f"is at step 14; next: python tools/export_hf.py {unlucky.folder}")
+    assert ours[-1].endswith(f"is at step 14; next: ted-scale export {unlucky.folder}")
     assert re.search(r"step 14 of 14 \(student\)  loss .* tokens/s, .* a step", said)
 
     killed, stopped = [line for line in said.splitlines() if "the run was down for" in line]
