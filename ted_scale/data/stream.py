@@ -21,12 +21,12 @@ from ted_scale.kernels.tokens import IGNORED
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank. Weights are 1 where a label counts; there is a packing if documents are kept apart, and a share
-    if several ranks have these rows."""
+    """One micro-batch of one rank. Weights are 1 where a label is a target; there is a packing if documents are kept apart, and a
+    share if several ranks have these rows."""
 
     tokens_BT: torch.Tensor  # int64
     labels_BT: torch.Tensor  # int64, IGNORED where there is none
-    weights_BT: torch.Tensor  # float32
+    weights_BT: torch.Tensor  # float32; 0 also for a label that only the teacher's terms may count (loss.tokens)
     packing: Packing | None
     share: Share | None = None
 
@@ -57,10 +57,12 @@ def cut(whole: Batch, index: int, of: int) -> Batch:
 
 
 class Window(NamedTuple):
-    """seq_len tokens, the label after each (or IGNORED), where documents and pieces begin, and where documents end."""
+    """seq_len tokens, the label after each (or IGNORED), whether that is a target, where documents and pieces begin, and where
+    documents end."""
 
     tokens: numpy.ndarray
     labels: numpy.ndarray
+    targets: numpy.ndarray
     begins: numpy.ndarray
     ends: numpy.ndarray
 
@@ -80,14 +82,16 @@ class Stream(NamedTuple):
     def sample(self, position: int) -> Window:
         part, pieces = self._at(position)
         tokens, labels = numpy.zeros(self.seq_len, numpy.int64), numpy.full(self.seq_len, IGNORED, numpy.int64)
-        begins, ends, at = [], [], 0
+        targets, begins, ends, at = numpy.ones(self.seq_len, bool), [], [], 0
         for first, length in pieces:
             read, starts = part.read(first, length + 1, self.vocab_size)
             tokens[at : at + length], labels[at : at + length] = read[:-1], read[1:]
+            if (counts := part.targets(first, length + 1)) is not None:
+                targets[at : at + length] = counts[1:]
             begins += [[at], at + starts[starts < length]]
             ends.append(at + starts[starts > 0] - 1)
             at += length
-        return Window(tokens, labels, numpy.concatenate(begins), numpy.concatenate(ends))
+        return Window(tokens, labels, targets, numpy.concatenate(begins), numpy.concatenate(ends))
 
     def begins(self, position: int) -> numpy.ndarray:
         """Where documents and pieces begin in a window, from the indices alone."""
@@ -181,15 +185,15 @@ def batch(stream: Stream, positions: list[int | None]) -> Batch:
     """The windows at some positions as one batch on the CPU; None is padding, whose labels never count."""
     shape = len(positions), stream.seq_len
     tokens, labels = numpy.zeros(shape, numpy.int64), numpy.full(shape, IGNORED, numpy.int64)
-    begins = numpy.zeros(shape, bool)
+    begins, targets = numpy.zeros(shape, bool), numpy.ones(shape, bool)
     for row, position in enumerate(positions):
         if position is None:
             continue
         window = stream.sample(position)
-        tokens[row], labels[row] = window.tokens, window.labels
+        tokens[row], labels[row], targets[row] = window.tokens, window.labels, window.targets
         labels[row, window.ends] = IGNORED  # a document must not predict how the next one begins
         begins[row, window.begins] = True
-    weights = (labels != IGNORED).astype(numpy.float32)
+    weights = ((labels != IGNORED) & targets).astype(numpy.float32)
     tokens, labels, weights = (torch.from_numpy(a) for a in (tokens, labels, weights))
     return Batch(tokens, labels, weights, pack(begins) if stream.attention == "document" else None)
 
