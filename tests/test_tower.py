@@ -16,6 +16,9 @@ FLOORS = (  # the lowest first; packages of one floor do not import each other
     ("metrics", "health"),
     ("forecast", "report"),
     ("",),
+    ("commands.comparison", "commands.evaluation", "commands.planning"),
+    ("commands.cutting",),
+    ("commands",),
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}

@@ -2,23 +2,19 @@
 
 import itertools
 import json
-import sys
 
 import chats
 import numpy
 import pytest
 from corpus import data_section
-from places import ROOT
-
-sys.path.insert(0, str(ROOT))
 
 from ted_scale.base.errors import UserError
+from ted_scale.commands import tokenize_corpus
 from ted_scale.corpora.local import expand
 from ted_scale.corpora.reader import Shard
 from ted_scale.corpora.shards import document_borders, read_index, sidecar_of
 from ted_scale.data.stream import batch, open_stream
 from ted_scale.kernels.tokens import IGNORED
-from tools import tokenize_corpus
 
 
 @pytest.fixture(scope="module")
