@@ -152,6 +152,10 @@ class Loss(Section):
         0.0, description="the share of tokens, those where the teacher is surest, that have no such loss; 0: none"
     )
     kind: Literal["nmse", "mse", "cosine"] = "nmse"
+    tokens: Literal["targets", "all"] = Field(
+        "targets",
+        description="which tokens kl and layer count where a corpus has targets; all: prompts, too, for a teacher can teach them",
+    )
     backend: Literal["auto", "triton", "torch", "compiled"] = Field("auto", description="ted_scale/kernels/README.md")
     mode: Literal["chunked", "strict"] = Field(
         "chunked", description="strict: keeps few logits in memory, for 1.6 times the work of the logit losses"
