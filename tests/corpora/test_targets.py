@@ -7,6 +7,7 @@ import chats
 import numpy
 import pytest
 from corpus import data_section
+from places import ROOT
 
 from ted_scale.base.errors import UserError
 from ted_scale.commands import tokenize_corpus
@@ -15,6 +16,8 @@ from ted_scale.corpora.reader import Shard
 from ted_scale.corpora.shards import document_borders, read_index, sidecar_of
 from ted_scale.data.stream import batch, open_stream
 from ted_scale.kernels.tokens import IGNORED
+
+HARNESS = ROOT / "tests" / "harness"
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,17 @@ def test_a_template_that_marks_answers_is_masked_as_transformers_does(tmp_path, 
         options = {"chat_template": chats.MARKED, "return_dict": True, "return_assistant_tokens_mask": True}
         theirs = model.apply_chat_template(record["messages"], tokenize=True, **options)
         assert (ids, [int(mark) for mark in marks]) == (theirs["input_ids"], theirs["assistant_masks"])
+
+
+def test_ten_conversations_have_the_targets_that_trl_gives_them(tmp_path, folder):
+    """trl_targets.json has what TRL 1.16's collator made of these with assistant_only_loss, decoded, its labels in brackets."""
+    (tmp_path / "marked.jinja").write_text(chats.MARKED)
+    source = chats.write_records(tmp_path / "a.jsonl", chats.conversations(10))
+    out = tokenize(
+        folder, tmp_path / "c", source, "--targets", "assistant", "--chat-template", tmp_path / "marked.jinja"
+    )
+    theirs = json.loads((HARNESS / "trl_targets.json").read_text(encoding="utf-8"))
+    assert [targets_as_text(folder, document) for document in documents_of(out)] == theirs
 
 
 def test_completions_count_with_the_end_token_as_trl_counts_them(tmp_path, folder):
@@ -234,3 +248,26 @@ def test_an_index_that_lost_its_targets_is_refused(tmp_path, folder):
     idx.write_bytes(whole[: -read_index(out).sequences])
     with pytest.raises(UserError, match="whether its tokens count"):
         read_index(out)
+
+
+def test_inspect_shows_targets_and_their_share_and_finds_other_ones(tmp_path, folder, capsys, monkeypatch):
+    from ted_scale.commands import inspect_corpus
+
+    record = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the cat\nso"}]}
+    source = chats.write_records(tmp_path / "a.jsonl", [record])
+    out = tokenize(folder, tmp_path / "c", source, "--targets", "assistant")
+    ((ids, marks),) = documents_of(out)
+    capsys.readouterr()
+    inspect_corpus.main([str(out), "--verify"])
+    said = capsys.readouterr().out
+    assert f"{sum(marks)} tokens are targets, {sum(marks) / len(ids):.1%} of all" in said
+    assert "    <|im_start|>assistant\n    [the cat\n    so<|im_end|>\n" in said
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    inspect_corpus.main([str(out)])
+    assert "\x1b[32mthe cat" in capsys.readouterr().out
+    sidecar = json.loads((tmp_path / "c.json").read_text())
+    (tmp_path / "c.json").write_text(json.dumps({**sidecar, "targets": sidecar["targets"] + 1}))
+    with pytest.raises(SystemExit):
+        inspect_corpus.main([str(out), "--verify"])
+    assert "targets that its .json counts" in capsys.readouterr().err
