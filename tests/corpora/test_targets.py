@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 
 import chats
 import numpy
@@ -271,3 +272,18 @@ def test_inspect_shows_targets_and_their_share_and_finds_other_ones(tmp_path, fo
     with pytest.raises(SystemExit):
         inspect_corpus.main([str(out), "--verify"])
     assert "targets that its .json counts" in capsys.readouterr().err
+
+
+def test_a_token_counts_if_it_holds_a_character_of_a_span_wherever_that_begins_and_ends(folder):
+    from tokenizers import Tokenizer
+
+    from ted_scale.corpora.examples import marks_of
+
+    rng, backend = random.Random(0), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = None
+    for _ in range(200):
+        text = chats.said(rng)
+        begin, end = sorted(rng.sample(range(len(text) + 1), 2))
+        encoding = backend.encode(text)
+        expected = [int(low < end and high > begin) for low, high in encoding.offsets]
+        assert marks_of(encoding, [(begin, end)], len(text)).tolist() == expected
