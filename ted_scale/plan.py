@@ -26,6 +26,7 @@ from ted_scale.distill import filter_sizes
 from ted_scale.distill.flops import keys_of, step_flops
 from ted_scale.distill.pairs import Matched, match_layers
 from ted_scale.distill.stages import Stage, stages_of
+from ted_scale.evaluation import prompts
 from ted_scale.evaluation.suites import load_for_training
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.forecast.placement import Placement, of_this_machine, place
@@ -115,6 +116,7 @@ def make_plan(run: Run, world: int) -> Plan:
     check_shards(plan.run, plan.vocabulary, plan.student)
     plan = dataclasses.replace(plan, attended=attended(plan.run, plan.vocabulary, plan.student, plan.teacher))
     plan = dataclasses.replace(plan, placement=place(plan, of_this_machine(world)))
+    prompts.check(plan)
     if run.validation.suite:
         tokenizer, suite = tokenizer_folder(plan.student, plan.teacher), load_for_training(*suite_of(run))
         plan = dataclasses.replace(plan, suite=suite, tokenizer=tokenizer)
@@ -199,19 +201,20 @@ def check_shards(run: Run, vocabulary: int, student: Anatomy) -> None:
 def check_corpora(plan: Plan, progress: Progress) -> dict[str, Reading]:
     """What is read of each corpus. Refuses corpora without a window to train on or to validate on, and corpora that must not
     repeat but are too short for the rest of a stage."""
-    training, held_out, epochs = {}, {}, {}
+    training, held_out, packed, epochs = {}, {}, {}, {}
     for stage in plan.stages:
         if progress.step < stage.last_step:
             at = progress if progress.step > stage.first_step else Progress(stage.first_step)
             stream, at, _ = open_feed(plan.run, stage, at, plan.vocabulary)
             refuse_short_corpora(plan.run, stage, stream, at)
             training |= stream.parts
+            packed |= {name: str(packs) for name, packs in stream.packs.items()}
             held_out |= {name: held.parts[name] for name, held in stream.held_out.items()}
             epochs[stage.name] = epochs_of(stage, stream, at)
     return {
         name: reading_of(
             training.get(name), held_out.get(name), {s: of[name] for s, of in epochs.items() if name in of}
-        )
+        )._replace(packed=packed.get(name, ""))
         for name in {**training, **held_out}
     }
 

@@ -39,13 +39,14 @@ class Spent:
     checkpoints: Time = 0.0  # while a step waited for a save
     repeated: Time = 0.0  # steps that were lost with a process, or undone by going back
     down: Time = 0.0  # from the end of a process to the start of the next one
+    samples: Time = 0.0  # of text, that student and teacher write
 
     @property
     def total(self) -> float:
         return sum(getattr(self, part) for part in PARTS)
 
 
-PARTS = ("steps", "start", "validation", "checkpoints", "repeated", "down")
+PARTS = ("steps", "start", "validation", "checkpoints", "repeated", "down", "samples")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def take_up(folder: Path, step: int, saved: Spent | None) -> tuple[Spent, Lost |
 
 
 def add_up(step: int, saved: Spent | None, last: Life | None, began: float) -> tuple[Spent, Lost | None]:
+    """What a start at `step` finds spent, by its checkpoint (`saved`) and by the life before it, and what that life lost."""
     if last is None and saved is None:  # the first start, or the first that counts
         return Spent(at=began), None
     saved = saved or Spent()

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ted_scale.config import changes
-from ted_scale.config.types import PositiveInt, Seconds, Section
+from ted_scale.config.types import Count, PositiveInt, Seconds, Section
 
 
 class Checkpoint(Section):
@@ -87,6 +87,23 @@ class Limits(Section):
         return max(self.step_s, self.start_s)
 
 
+class Samples(Section):
+    """Text that student and teacher write in training: runs/NAME/samples.jsonl; docs/reading_a_run.md."""
+
+    every: Count = Field(0, description="steps of stage II; also before its first and after its last one; 0: never")
+    prompts: Annotated[list[str], Field(max_length=64)] = Field([], description="each is gone on with")
+    from_validation: Annotated[int, Field(ge=0, le=64)] = Field(
+        0, description="so many beginnings of held-out text are prompts, too"
+    )
+    tokens: PositiveInt = Field(64, description="after each prompt, the likeliest one each time")
+
+    @model_validator(mode="after")
+    def something_is_asked(self):
+        if self.every and not (self.prompts or self.from_validation):
+            raise ValueError("every must be 0 without prompts, but is above; give prompts, or set from_validation")
+        return self
+
+
 class Report(Section):
     """runs/NAME/report.html, written by a process of its own; docs/report.md."""
 
@@ -96,12 +113,12 @@ class Report(Section):
 
 
 class Wandb(Section):
-    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")] = Field(description="where W&B shows the run")
     mode: Literal["auto", "online", "offline"] = Field(
         "auto",
         description="auto: online with an API key, else offline; online: the same, but --dry-run warns if there is no key",
     )
-    entity: str | None = None
-    group: str | None = None
-    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field([])
-    notes: str | None = None
+    entity: str | None = Field(None, description="user or team; default: that of the key")
+    group: str | None = Field(None, description="runs that W&B shows together")
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field([], description="to find the run by")
+    notes: str | None = Field(None, description="shown beside the run")

@@ -19,7 +19,7 @@ from ted_scale.config.method import (
     is_on,
     on_between,
 )
-from ted_scale.config.operation import Checkpoint, Health, Limits, Report, Resume, Vitals, Wandb
+from ted_scale.config.operation import Checkpoint, Health, Limits, Report, Resume, Samples, Vitals, Wandb
 from ted_scale.config.types import Count, PositiveInt, Section
 
 Method = Literal["ce", "kd", "lwd", "ted"]
@@ -84,15 +84,21 @@ class Teacher(Model):
 
 
 class Student(Model):
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="activations of a block are computed again in backward: less memory, more time"
+    )
 
 
 class Run(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    method: Method
-    seed: Count = 0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="of the run and its folder"
+    )
+    method: Method = Field(
+        description="ce: next-token loss alone; kd: with the teacher's logits; lwd: with raw states, too; ted: with filtered states"
+    )
+    seed: Count = Field(0, description="of the data's order and of what starts at random")
     runs: str = Field("runs", description="the folder in which the run's folder NAME is made; shared by all nodes")
-    ds_config: str = "ds_configs/zero3.json"
+    ds_config: str = Field("ds_configs/zero3.json", description="how ZeRO-3 keeps and sends weights; docs/zero.md")
     fused_blocks: Literal["auto", "compile", "liger", "off"] = Field(
         "auto",
         description="compiled by torch, or RMSNorm, rotary positions and gated MLP by Liger; auto: on a GPU, compiled where "
@@ -111,7 +117,8 @@ class Run(Section):
     health: Health = Health()
     vitals: Vitals = Vitals()
     limits: Limits = Limits()
-    log_every: PositiveInt = 10
+    log_every: PositiveInt = Field(10, description="steps between two lines of the log and rows of metrics.jsonl")
+    samples: Samples = Samples()
     report: Report = Report()
     wandb: Wandb | None = None
 
@@ -170,6 +177,18 @@ class Run(Section):
                     f"data.corpora[{i}].validation must be above 0 for data.blend.kind = 'adaptive', but is 0; hold some of "
                     f"{corpus.name} out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def samples_have_text(self):
+        samples, most = self.samples, self.data.seq_len - 1
+        if samples.every and samples.tokens > most:
+            raise ValueError(f"samples.tokens must be below data.seq_len ({most + 1}), but is {samples.tokens}")
+        if samples.every and samples.from_validation and not any(c.validation for c in self.data.corpora):
+            raise ValueError(
+                f"samples.from_validation must be 0 where no corpus holds text out, but is {samples.from_validation}; set "
+                "data.corpora[0].validation"
+            )
         return self
 
     @model_validator(mode="after")
