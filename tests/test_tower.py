@@ -15,7 +15,9 @@ FLOORS = (  # the lowest first; packages of one floor do not import each other
     ("checkpoints", "distill", "evaluation"),
     ("metrics", "health"),
     ("forecast", "report"),
+    ("doctor",),
     ("",),
+    ("commands",),
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
