@@ -1,0 +1,228 @@
+"""A commented run file for a teacher and a text: python tools/init.py --teacher MODEL --text FOLDER [--prepare]
+
+With --prepare the text is tokenized and the student is cut, too, so that one more command starts the run. Without, the next
+commands are printed, and the text's tokens are estimated from its beginning. What exists is used as it is.
+"""
+
+import argparse
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from ted_scale.base.durable import write_durably
+from ted_scale.base.errors import UserError, files_at
+from ted_scale.base.exits import run_main
+from ted_scale.storage.objects import is_remote
+
+SAMPLE = 2_000_000  # characters of the text that are tokenized for an estimate
+REFIT_TOKENS, REFIT_ROW = 16_384, 512  # what tools/cut_student.py reads by default
+
+
+class Places(NamedTuple):
+    """`corpus` is where the shards are or will be, `text` is None where they are there already."""
+
+    teacher: str
+    student: str
+    corpus: str
+    text: str | None
+    layers: int | None  # of the student that is to be cut; None if it is there
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    out = Path(arguments.out)
+    if out.exists() and not arguments.overwrite:
+        raise UserError(f"--out must be a new file, but {out} is there; name another one, or pass --overwrite")
+    from ted_scale.models.inspection import inspect
+    from ted_scale.storage.hub import TOKENIZER, find_folder
+
+    folder = find_folder("--teacher", arguments.teacher, TOKENIZER)
+    teacher = inspect("--teacher", str(folder), needs_weights=False, is_frozen=True)
+    places = places_of(arguments, teacher.layers)
+    tokens = tokens_of(places, folder)
+    if arguments.prepare:
+        places, tokens = prepared(places, tokens)
+    text = written(places, teacher, tokens, arguments)
+    with files_at(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(out, text)
+    print(f"{out}: {places.teacher} -> {places.student}, {tokens:,} tokens{' by estimate' if places.text else ''}")
+    print("\n".join(["next:", *(f"  {line}" for line in commands(places, out, arguments.ranks))]))
+
+
+def places_of(arguments, layers: int) -> Places:
+    """Where things are, or will be."""
+    teacher, text = arguments.teacher, arguments.text
+    is_corpus = is_remote(text) or has_shards(text)
+    corpus = text if is_corpus else f"corpora/{name_of(text)}"
+    cut = arguments.layers or max(1, layers // 2)
+    student = arguments.student or f"models/{name_of(teacher)}_{cut}_blocks"
+    if not 0 < cut <= layers:
+        raise UserError(f"--layers must be from 1 to the teacher's blocks ({layers}), but is {cut}; correct it")
+    is_there = (Path(student) / "config.json").exists() or (arguments.student and not looks_new(student))
+    return Places(teacher, student, corpus, None if is_corpus else text, None if is_there else cut)
+
+
+def looks_new(student: str) -> bool:
+    from ted_scale.storage.hub import is_path
+
+    return is_path(student)
+
+
+def has_shards(path: str) -> bool:
+    return Path(f"{path}.idx").exists() or (Path(path).is_dir() and any(Path(path).glob("*.idx")))
+
+
+def name_of(path: str) -> str:
+    """The last part, as a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", Path(path).resolve().name).strip("._-") or "text"
+
+
+def tokens_of(places: Places, tokenizer: Path) -> int:
+    """Of shards that are there as their headers say, of text by its beginning."""
+    if places.text is None:
+        return count(places.corpus)
+    from ted_scale.corpora.documents import find_files, read_documents
+    from ted_scale.corpora.tokenizer import load_tokenizer
+
+    files, encode = find_files([places.text]), load_tokenizer(str(tokenizer)).encode
+    size, characters, tokens, consumed = sum(path.stat().st_size for path in files), 0, 0, 0
+    for document in read_documents(files):
+        tokens += len(encode([document.text])[0]) + 1
+        characters, consumed = characters + len(document.text), document.consumed
+        if characters >= SAMPLE:
+            break
+    return int(tokens * size / consumed) if consumed else 0
+
+
+def count(corpus: str) -> int:
+    from ted_scale.config.data import Streaming
+    from ted_scale.corpora.corpus import read_corpus
+
+    return sum(index.tokens for index in read_corpus(corpus, Streaming()))
+
+
+def prepared(places: Places, tokens: int) -> tuple[Places, int]:
+    """What is not there yet is made by the commands that a user would type."""
+    from tools import cut_student, tokenize_corpus
+
+    if places.text is not None:
+        if not Path(f"{places.corpus}.idx").exists():
+            tokenize_corpus.main(tokenize_words(places))
+        places, tokens = places._replace(text=None), count(places.corpus)
+    if places.layers is not None:
+        cut_student.main(cut_words(places, tokens))
+        places = places._replace(layers=None)
+    return places, tokens
+
+
+def tokenize_words(places: Places) -> list[str]:
+    return ["--tokenizer", places.teacher, "--out", places.corpus, places.text]
+
+
+def cut_words(places: Places, tokens: int | None = None) -> list[str]:
+    """Blocks by influence, fitted to the teacher, on the text: the best start that was measured (docs/choosing.md)."""
+    words = [places.teacher, places.student, "--layers", str(places.layers), "--text", places.corpus]
+    if tokens is not None and tokens < 4 * REFIT_TOKENS:  # a little text has no such windows
+        words += ["--tokens", str(max(1, tokens // 4)), "--seq-len", str(max(16, min(REFIT_ROW, tokens // 256)))]
+    return words
+
+
+def written(places: Places, teacher, tokens: int, arguments) -> str:
+    """The run file's text, after it was read and planned for the ranks here."""
+    from ted_scale.commands import first_run, run_text
+    from ted_scale.forecast.placement import of_this_machine
+
+    rank = of_this_machine(arguments.ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        shape = places.student if places.layers is None else trial(teacher, places.layers, Path(folder))
+        choices = chosen(places, shape, tokens, rank, arguments)
+    head = [
+        f"{places.teacher} -> {places.student}, on {places.corpus}. Written by init for {arguments.ranks} "
+        f"rank{'s' if arguments.ranks > 1 else ''} on {rank.device}: what is set is a start by rule, each with its reason.",
+        'A line "#key = value" is a default; remove the # to change it. Every key: ted_scale/config.',
+        *commands(places, Path(arguments.out), arguments.ranks),
+    ]
+    return run_text.text_of(choices, head)
+
+
+def trial(teacher, layers: int, folder: Path) -> str:
+    """The config of the student to come, for its sizes."""
+    from tools.cutting.sizes import cut_config
+
+    (folder / "config.json").write_text(json.dumps(cut_config(teacher, list(range(layers)), None)), encoding="utf-8")
+    return str(folder)
+
+
+def chosen(places: Places, shape: str, tokens: int, rank, arguments) -> dict:
+    """Every choice by its dotted key."""
+    from ted_scale.commands.first_run import Choice, Given, of_budget, of_memory, of_model, of_text, plan_to_size
+    from ted_scale.models.inspection import inspect
+
+    student = inspect("--student", shape, needs_weights=False)
+    teacher = inspect("--teacher", places.teacher, needs_weights=False, is_frozen=True)
+    lengths = [length for length in (student.max_length, teacher.max_length) if length]
+    given = Given(tokens, min(lengths, default=None), student.parameters, rank, arguments.ranks)
+    choices = of_text(given)
+    validation, seq_len = choices.pop("validation"), choices["data.seq_len"].value
+    corpora = [{"path": places.corpus, "validation": validation.value}]
+    smallest = {
+        "name": name_of(Path(arguments.out).stem), "method": arguments.method, "student": {"path": shape},
+        "teacher": {"path": places.teacher}, "data": {"seq_len": seq_len, "corpora": corpora},
+        "train": {"steps": 2, "micro_batch": 1, "tokens_per_step": seq_len * arguments.ranks, "lr": 1e-3},
+    }  # fmt: skip
+    choices |= of_model(given)
+    smallest["train"]["precision"] = choices["train.precision"].value
+    choices |= of_memory(plan_to_size(smallest, arguments.ranks), given)
+    choices |= of_budget(given, seq_len, choices["train.micro_batch"].value)
+    return choices | {
+        "name": Choice(smallest["name"], "of the run's folder, runs/NAME"),
+        "method": Choice(arguments.method, "ce: the text alone; kd: with the teacher's logits; lwd: its states; ted: filtered states"),
+        "teacher.path": Choice(places.teacher, f"local folder or hub id: {teacher.layers} blocks, {teacher.parameters / 1e6:,.1f} M parameters"),
+        "student.path": Choice(places.student, f"{student.layers} blocks of {teacher.layers}, {student.parameters / 1e6:,.1f} M parameters"),
+        "data.corpora": Choice(corpora, f"validation: {validation.why}"),
+    }
+
+
+def commands(places: Places, out: Path, ranks: int) -> list[str]:
+    """From here to a model."""
+    made = [f"python tools/tokenize_corpus.py {' '.join(tokenize_words(places))}"] if places.text else []
+    made += [f"python tools/cut_student.py {' '.join(cut_words(places))}"] if places.layers else []
+    launcher = "python" if ranks == 1 else f"deepspeed --num_gpus {ranks}"
+    run = f"runs/{name_of(out.stem)}"
+    return [
+        *made,
+        f"python launch/pretrain.py --config {out} --dry-run --ranks {ranks}",
+        f"{launcher} launch/pretrain.py --config {out}",
+        f"python tools/export_hf.py {run}",
+    ]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, metavar="MODEL", help="a folder or a hub id")
+    parser.add_argument("--text", required=True, metavar="FOLDER", help="of text files, or of shards that are tokenized already")
+    parser.add_argument("--student", metavar="FOLDER", help="a model that is there, or where to cut one; default: models/…")
+    parser.add_argument("--layers", type=int, metavar="N", help="blocks of a student to cut; default: half of the teacher's")
+    parser.add_argument("--method", choices=("ce", "kd", "lwd", "ted"), default="ted")
+    parser.add_argument("--out", default="run.toml", metavar="FILE", help="default: run.toml; its name is the run's")
+    parser.add_argument("--ranks", type=int, metavar="N", help="default: one a GPU, or one on a CPU")
+    parser.add_argument("--prepare", action="store_true", help="also tokenize the text and cut the student")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE")
+    arguments = parser.parse_args(argv)
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise UserError(f"--ranks must be at least 1, but is {arguments.ranks}; correct it")
+    arguments.ranks = arguments.ranks or ranks_here()
+    return arguments
+
+
+def ranks_here() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+if __name__ == "__main__":
+    run_main(main)
