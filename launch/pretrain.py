@@ -1,68 +1,15 @@
 """Train the run of a run file: `deepspeed launch/pretrain.py --config launch/runs/NAME.toml [--set section.key=value]`.
 
-The launcher starts one process a rank and passes --local_rank; the environment has the same number.
+It is what `ted-scale pretrain` does, from a checkout, installed or not: ted_scale/commands/pretrain.py.
 """
 
-import argparse
-import logging
-import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
-from ted_scale.config.run_file import load_run
-from ted_scale.ranks import signals
-
-
-def main() -> None:
-    signals.listen()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="the run file, TOML")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="section.key=value", help="overrides the run file"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved run and its arithmetic, and start nothing"
-    )
-    parser.add_argument("--ranks", type=int, help="ranks to assume in a dry run; default: the launcher's, or 1")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    check_ranks(arguments.ranks, arguments.dry_run)
-    run = load_run(arguments.config, arguments.set)
-    if arguments.dry_run:
-        logging.disable(logging.WARNING)  # DeepSpeed logs to stdout, where the run file is printed
-
-    from ted_scale.plan import describe, make_plan  # imports take seconds; a typing mistake should not wait for them
-
-    plan = make_plan(run, world=arguments.ranks or int(os.environ.get("WORLD_SIZE", "1")))
-    if arguments.dry_run:
-        from ted_scale.config.run_file import to_toml
-        from ted_scale.distill import memory
-        from ted_scale.engines import check_engine_config
-        from ted_scale.forecast import summary
-
-        check_engine_config(plan)
-        forecast = [*memory.describe(plan), *summary.describe(plan)]
-        print(to_toml(run), describe(plan), *forecast, sep="\n")
-        return
-
-    from ted_scale.run import run_plan
-
-    run_plan(plan)
-
-
-def check_ranks(ranks: int | None, dry_run: bool) -> None:
-    """A real run has the ranks that its launcher started; with accumulation for others it would train other steps."""
-    if ranks is not None and not dry_run:
-        raise UserError(
-            f"--ranks must come with --dry-run, but is {ranks} without it; the launcher decides how many start"
-        )
-    if ranks is not None and ranks < 1:
-        raise UserError(f"--ranks must be at least 1, but is {ranks}; leave it out to use the launcher's number")
-
+from ted_scale.commands.pretrain import main
 
 if __name__ == "__main__":
     run_main(main)

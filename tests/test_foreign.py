@@ -20,6 +20,7 @@ from ted_scale.base.errors import UserError
 from ted_scale.base.paths import own_folder
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import holder, life, strangers
+from ted_scale.commands.train_tokenizer import train, write_folder
 from ted_scale.config.data import Streaming
 from ted_scale.corpora import corpus, output, remote
 from ted_scale.corpora.tokenizer import load_tokenizer
@@ -32,7 +33,6 @@ from ted_scale.plan import describe, make_plan
 from ted_scale.ranks import stacks
 from ted_scale.storage import transfers
 from ted_scale.storage.objects import Object
-from tools.train_tokenizer import train, write_folder
 
 
 @pytest.fixture(scope="module")

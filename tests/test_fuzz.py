@@ -40,6 +40,7 @@ from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.filters_file import check_filters, filter_tensors, load_filters
 from ted_scale.checkpoints.progress import Measured, Progress, read_progress
 from ted_scale.checkpoints.state import KINDS, Part, key_of, rank_file
+from ted_scale.commands import inspect_corpus, train_tokenizer
 from ted_scale.config import changes
 from ted_scale.config.data import Streaming
 from ted_scale.config.ds_config import load_ds_config
@@ -61,7 +62,6 @@ from ted_scale.models.vocabulary import read_vocabulary
 from ted_scale.models.weights import build_network, load_weights
 from ted_scale.plan import describe, make_plan
 from ted_scale.storage.tensor_file import as_bytes
-from tools import inspect_corpus, train_tokenizer
 
 FEW = 30
 IDENTITY = {"pairs": [[0, 1], [1, 3]], "filters.width": 48, "filters.mlp": 0}

@@ -29,13 +29,13 @@ from ted_scale.base import beneath
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.base.sealed import Damaged
 from ted_scale.checkpoints import holder
+from ted_scale.commands import train_tokenizer
 from ted_scale.corpora import documents
 from ted_scale.corpora.reader import opened
 from ted_scale.metrics.console import log
 from ted_scale.models.inspection import inspect
 from ted_scale.models.weights import build_network
 from ted_scale.plan import make_plan
-from tools import train_tokenizer
 
 FEW, MANY = 100, 10_000
 MEMORY, LARGEST = 1 << 30, 1 << 26

@@ -17,6 +17,8 @@ FLOORS = (  # the lowest first; packages of one floor do not import each other
     ("forecast", "report"),
     ("doctor",),
     ("",),
+    ("commands.comparison", "commands.evaluation", "commands.planning"),
+    ("commands.cutting",),
     ("commands",),
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}

@@ -28,9 +28,9 @@ from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.base.exits import run_main
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import read_progress
+from ted_scale.commands.comparison.sessions import end_session
 from ted_scale.config.run_file import load_run
 from tools import demo_table
-from tools.sessions import end_session
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = Path("runs/demo")

@@ -1,9 +1,9 @@
-"""What this machine has and what is missing: python tools/doctor.py; ted_scale/commands/doctor.py has all of it."""
+"""`ted-scale doctor` from a checkout, installed or not; ted_scale/commands/doctor.py is the command."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ted_scale.base.exits import run_main
 from ted_scale.commands.doctor import main

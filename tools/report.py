@@ -1,15 +1,12 @@
-"""One self-contained page of a run, or of several: python tools/report.py RUN [RUN ...] --out report.html
-
-ted_scale/report makes it, which a run calls, too; docs/report.md has what is drawn.
-"""
+"""`ted-scale report` from a checkout, installed or not; ted_scale/commands/report.py is the command."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ted_scale.base.exits import run_main
-from ted_scale.report.__main__ import main
+from ted_scale.commands.report import main
 
 if __name__ == "__main__":
     run_main(main)

@@ -106,7 +106,7 @@ def count(corpus: str) -> int:
 
 def prepared(places: Places, tokens: int) -> tuple[Places, int]:
     """What is not there yet is made by the commands that a user would type."""
-    from tools import cut_student, tokenize_corpus
+    from ted_scale.commands import cut_student, tokenize_corpus
 
     if places.text is not None:
         if not Path(f"{places.corpus}.idx").exists():
@@ -150,7 +150,7 @@ def written(places: Places, teacher, tokens: int, arguments) -> str:
 
 def trial(teacher, layers: int, folder: Path) -> str:
     """The config of the student to come, for its sizes."""
-    from tools.cutting.sizes import cut_config
+    from ted_scale.commands.cutting.sizes import cut_config
 
     (folder / "config.json").write_text(json.dumps(cut_config(teacher, list(range(layers)), None)), encoding="utf-8")
     return str(folder)

@@ -1,7 +1,7 @@
 """A running run's report: a thread of rank 0 starts a process that writes it, and waits for that process alone.
 
 So no step waits for it, and its memory and its faults are its own. Note: the process is told by its module's name, because the
-package report stands above this one; it takes the lowest priority, so that it gets what the ranks leave.
+command stands above this one; it takes the lowest priority, so that it gets what the ranks leave.
 """
 
 import os
@@ -84,7 +84,7 @@ def why_never(every_minutes: float) -> str | None:
 
 
 def command(folder: Path) -> list[str]:
-    return [sys.executable, "-m", "ted_scale.report", str(folder), "--out", str(folder / NAME), "--background"]
+    return [sys.executable, "-m", "ted_scale.commands.report", str(folder), "--out", str(folder / NAME), "--background"]
 
 
 def environment() -> dict[str, str]:

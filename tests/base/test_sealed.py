@@ -125,7 +125,7 @@ def test_publishing_replaces_a_damaged_checkpoint_of_the_same_step(original, tmp
 
 
 def test_the_tool_lists_verifies_and_prunes(original, tmp_path, capsys):
-    from tools.checkpoints import main
+    from ted_scale.commands.checkpoints import main
 
     run = shutil.copytree(original, tmp_path / "run")
     rank_1 = files.checkpoints_of(run) / "step_00000008" / "rank_00001.safetensors"
@@ -147,7 +147,7 @@ def test_the_tool_lists_verifies_and_prunes(original, tmp_path, capsys):
 
 
 def test_the_tool_continues_when_a_running_run_removes_a_checkpoint(original, tmp_path, capsys, monkeypatch):
-    from tools.checkpoints import main
+    from ted_scale.commands.checkpoints import main
 
     run = shutil.copytree(original, tmp_path / "run")
     check = files.check_digests
@@ -244,7 +244,7 @@ def test_a_listing_that_fails_is_asked_for_again_and_is_not_an_empty_one(origina
 def test_the_tool_calls_what_cannot_be_read_by_its_name_and_prunes_nothing(
     original, tmp_path, hasty, monkeypatch, capsys
 ):
-    from tools.checkpoints import main
+    from ted_scale.commands.checkpoints import main
 
     run, digest = shutil.copytree(original, tmp_path / "run"), sealed.digest_of
 

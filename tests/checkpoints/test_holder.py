@@ -15,7 +15,7 @@ from ted_scale.base import processes
 from ted_scale.base.errors import GONE, Gone, UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import holder
-from tools import checkpoints as tool
+from ted_scale.commands import checkpoints as tool
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from places import ROOT
 sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError
+from ted_scale.commands import tokenize_corpus, train_tokenizer
 from ted_scale.corpora.documents import find_files, read_documents
 from ted_scale.corpora.local import expand, unfinished
 from ted_scale.corpora.shards import read_index, sidecar_of
-from tools import tokenize_corpus, train_tokenizer
 
 HARSH = [
     "def f(x):\n    if x:\n\treturn  x   # tab\r\n\n\n",
@@ -394,7 +394,7 @@ def test_idle_workers_end_with_a_killed_run(folder):
     code = f"""
 import multiprocessing, time
 from ted_scale.corpora.tokenizer import load_tokenizer
-from tools.tokenize_corpus import Batch, encode_all
+from ted_scale.commands.tokenize_corpus import Batch, encode_all
 
 def groups():
     for _ in range(20):

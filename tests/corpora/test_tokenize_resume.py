@@ -14,11 +14,11 @@ from places import ROOT
 
 from ted_scale.base import beneath, durable
 from ted_scale.base.errors import UserError
+from ted_scale.commands import tokenize_corpus, train_tokenizer
 from ted_scale.corpora import output as staging
 from ted_scale.corpora.local import expand, unfinished
 from ted_scale.corpora.shards import read_index
 from ted_scale.corpora.writer import finished_shards
-from tools import tokenize_corpus, train_tokenizer
 
 SHARD = ["--shard-tokens", "20000"]
 

@@ -19,6 +19,7 @@ from tiny import PRETRAIN, make_model, make_run, write_run
 
 from ted_scale import validate as validation
 from ted_scale.base.errors import Preempted, UserError
+from ted_scale.commands import evaluate, export_hf
 from ted_scale.distill.stages import Stage
 from ted_scale.evaluation import suites, turns
 from ted_scale.evaluation.scores import Score, scores
@@ -26,7 +27,6 @@ from ted_scale.evaluation.suites import Asked
 from ted_scale.metrics.metrics import Metrics, shown
 from ted_scale.metrics.rows import rows_in
 from ted_scale.plan import make_plan
-from tools import evaluate, export_hf
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.filters_file import check_filters, write_filters
 from ted_scale.checkpoints.progress import Progress, progress_as_bytes, read_progress
 from ted_scale.checkpoints.state import KINDS, Part, key_of, rank_file
+from ted_scale.commands import checkpoints, inspect_corpus, tokenize_corpus
 from ted_scale.config import changes
 from ted_scale.config.run_file import to_toml
 from ted_scale.corpora.documents import find_files, read_documents
@@ -44,7 +45,6 @@ from ted_scale.models.weights import load_weights
 from ted_scale.plan import Plan
 from ted_scale.ranks import stacks
 from ted_scale.storage.tensor_file import as_bytes
-from tools import checkpoints, inspect_corpus, tokenize_corpus
 
 Acts = list[Callable[[], object]]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tiny import make_model
 
-from tools import tokenize_corpus, train_tokenizer
+from ted_scale.commands import tokenize_corpus, train_tokenizer
 
 VOCABULARY = 380
 TEXTS = [

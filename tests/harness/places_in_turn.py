@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch.distributed as dist
 
+from ted_scale.commands.planning.calibrate import machine_from
+from ted_scale.commands.planning.probes import probes
 from ted_scale.config.run_file import load_run
 from ted_scale.distill.memory import bytes_of, trained_parameters
 from ted_scale.engines import build_student, build_teacher
@@ -25,8 +27,6 @@ from ted_scale.plan import make_plan
 from ted_scale.ranks.group import start_ranks
 from tools.bench.step import TrainerArm, batches
 from tools.bench.step_parts import Stopwatch
-from tools.planning.calibrate import machine_from
-from tools.planning.probes import probes
 
 WAYS = {"sharded": {"placement": "sharded"}, "replicated": {"placement": "replicated"},
         "node": {"placement": "node", "node_ranks": 1}}  # fmt: skip

@@ -11,13 +11,13 @@ import pytest
 from hollow import MODELS, PUBLISHED, make_hollow_model, make_inputs
 from places import ROOT
 
+from ted_scale.commands.comparison import plan as plans
 from ted_scale.config.run_file import load_run
 from ted_scale.distill import memory
 from ted_scale.engines import check_engine_config
 from ted_scale.plan import Plan, describe, make_plan, stage_flops
 from ted_scale.ranks import capacity
 from ted_scale.storage.tensor_file import header_of
-from tools.comparison import plan as plans
 
 RUNS = sorted((ROOT / "launch/runs").glob("*.toml"))
 PLANS = sorted((ROOT / "launch/plans").glob("*.toml"))

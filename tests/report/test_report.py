@@ -12,8 +12,8 @@ import pytest
 from report_runs import made, rows_of
 
 from ted_scale.base.errors import UserError
+from ted_scale.commands.report import main
 from ted_scale.report import summary
-from ted_scale.report.__main__ import main
 from ted_scale.report.colours import INKS, LINES
 from ted_scale.report.curves import charts
 from ted_scale.report.folder import read_run
@@ -176,7 +176,7 @@ def test_mistakes_are_sentences(tmp_path):
 def test_the_program_loads_neither_torch_nor_transformers(tmp_path):
     """It runs beside ranks that need the memory."""
     words = [str(made(tmp_path)), "--out", str(tmp_path / "r.html")]
-    code = f"import sys; from ted_scale.report.__main__ import main; main({words!r})"
+    code = f"import sys; from ted_scale.commands.report import main; main({words!r})"
     code += "; print([name for name in ('torch', 'transformers', 'deepspeed', 'wandb') if name in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert ended.stdout.splitlines()[-1] == "[]"

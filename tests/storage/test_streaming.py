@@ -13,6 +13,7 @@ import pytest
 from corpus import counting_documents, data_section, steps, write_shard
 
 from ted_scale.base.errors import Gone, UserError
+from ted_scale.commands import inspect_corpus
 from ted_scale.config.data import Streaming
 from ted_scale.corpora import remote as remote_shards
 from ted_scale.corpora.corpus import read_corpus
@@ -20,7 +21,6 @@ from ted_scale.corpora.output import as_text, sealed
 from ted_scale.data.stream import open_stream, validation_batches
 from ted_scale.storage import objects
 from ted_scale.storage.chunks import chunks_of
-from tools import inspect_corpus
 from tools.bench.object_server import serving
 
 VOCAB = 60000

@@ -14,8 +14,9 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
+from ted_scale.commands import cut_student, export_hf, new_model, tokenize_corpus, train_tokenizer
 from ted_scale.config.run import Run
-from tools import cut_student, demo, export_hf, new_model, tokenize_corpus, train_tokenizer
+from tools import demo
 
 ZERO3 = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3.json"
 ARMS = {"ce": {}, "kd": {}, "ted": {}, "hint": {"method": "ted", "loss": {"preset": "hint"}}}

@@ -16,10 +16,10 @@ import torch
 
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
+from ted_scale.commands.cut_student import Cut, cut_of, parse, prepare, write
+from ted_scale.commands.cutting.channels import choose_channels
+from ted_scale.commands.cutting.importance import Importance
 from ted_scale.models.inspection import inspect
-from tools.cut_student import Cut, cut_of, parse, prepare, write
-from tools.cutting.channels import choose_channels
-from tools.cutting.importance import Importance
 
 
 def random_blocks(layers: int, count: int, *, ends: bool, seed: int) -> list[int]:

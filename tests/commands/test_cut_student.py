@@ -13,10 +13,10 @@ from tiny import make_model
 sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError
+from ted_scale.commands.cut_student import main
 from ted_scale.config.method import Pairs
 from ted_scale.distill.pairs import match_layers
 from ted_scale.models.inspection import inspect
-from tools.cut_student import main
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "gemma2", "opt", "gpt_neox"])

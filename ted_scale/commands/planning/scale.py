@@ -3,11 +3,20 @@
 Note: a step has as many tokens on all of them, so that many GPUs have small micro-batches. Failures are those of tools/goodput.py.
 """
 
+from ted_scale.commands.planning import goodput
+from ted_scale.commands.planning.options import (
+    Cluster,
+    Option,
+    base,
+    check,
+    every_way,
+    fastest,
+    is_advised,
+    micro_batches,
+)
 from ted_scale.config.run import Run
 from ted_scale.forecast.machine import Machine
 from ted_scale.forecast.placement import FASTEST_FIRST
-from tools import goodput
-from tools.planning.options import Cluster, Option, base, check, every_way, fastest, is_advised, micro_batches
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 HEAD = ("GPUs", *FASTEST_FIRST, "best", "MFU", "a failure every", "`checkpoint.every`", "goodput", "days", "cost")

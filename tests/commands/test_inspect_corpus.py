@@ -14,11 +14,11 @@ from corpus import write_shard
 from places import ROOT
 
 from ted_scale.base.errors import UserError
+from ted_scale.commands import inspect_corpus, tokenize_corpus, train_tokenizer
+from ted_scale.commands.length_picture import Lengths, bins, picture
 from ted_scale.corpora import output
 from ted_scale.corpora.local import expand
 from ted_scale.corpora.shards import read_index, tokenizer_of
-from tools import inspect_corpus, tokenize_corpus, train_tokenizer
-from tools.length_picture import Lengths, bins, picture
 
 WORDS = [
     *keyword.kwlist,

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from ted_scale.commands.cutting.axes import Heads, input_dim, is_matrix
 from ted_scale.models.anatomy import Anatomy, run_body
-from tools.cutting.axes import Heads, input_dim, is_matrix
 
 
 class Importance(NamedTuple):

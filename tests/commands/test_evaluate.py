@@ -16,11 +16,12 @@ from judged import TEXTS, make_judged
 from wandb_file import read_records, read_rows
 
 from ted_scale.base.errors import UserError
+from ted_scale.commands import evaluate, tokenize_corpus, train_tokenizer
+from ted_scale.commands.evaluation import results
+from ted_scale.commands.evaluation.results import Result
 from ted_scale.evaluation import suites
 from ted_scale.evaluation.scores import Score
-from tools import evaluate, tokenize_corpus, train_tokenizer
-from tools.evaluation import olmes, results
-from tools.evaluation.results import Result
+from tools.evaluation import olmes
 
 
 @pytest.fixture(scope="module")

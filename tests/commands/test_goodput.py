@@ -6,7 +6,7 @@ import re
 import pytest
 from places import ROOT
 
-from tools.goodput import Costs, best, costs_of, parse, simulate, table
+from ted_scale.commands.planning.goodput import Costs, best, costs_of, parse, simulate, table
 
 FREE = Costs(mtbf=1e5, step=1.0, stall=2.0, write=0.0, detect=0.0, pause=0.0, longest_pause=0.0, start=0.0)
 DEAR = FREE._replace(write=300.0, detect=30.0, pause=10.0, longest_pause=600.0, start=400.0)

@@ -66,7 +66,7 @@ def export(*arguments) -> subprocess.CompletedProcess:
 
 def export_here(*arguments) -> None:
     """Without the seconds of a start."""
-    from tools.export_hf import main
+    from ted_scale.commands.export_hf import main
 
     main([str(a) for a in arguments])
 
@@ -231,7 +231,7 @@ def copy(world, tmp_path):
 
 
 def refused(*arguments) -> str:
-    from tools.export_hf import main
+    from ted_scale.commands.export_hf import main
 
     with pytest.raises(UserError) as caught:
         main([str(a) for a in arguments])

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 
 from ted_scale.base.errors import UserError
+from ted_scale.commands.cutting.axes import Heads, Reader, input_dim
+from ted_scale.commands.cutting.importance import Importance
+from ted_scale.commands.cutting.sizes import Sizes
 from ted_scale.models.anatomy import Anatomy
-from tools.cutting.axes import Heads, Reader, input_dim
-from tools.cutting.importance import Importance
-from tools.cutting.sizes import Sizes
 
 
 class Kept(NamedTuple):

@@ -7,12 +7,12 @@ import transformers
 from tiny import make_run, write_run
 
 from ted_scale.base.errors import UserError
+from ted_scale.commands import plan as command
+from ted_scale.commands.planning import calibrate, options, page, scale
 from ted_scale.config.run_file import load_run
 from ted_scale.forecast import machine as machines
 from ted_scale.models import quantized
 from ted_scale.plan import make_plan
-from tools import plan as command
-from tools.planning import calibrate, options, page, scale
 
 SIZES = {"num_key_value_heads": 8, "vocab_size": 32000}
 TEACHER = {"hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32, "num_hidden_layers": 24}

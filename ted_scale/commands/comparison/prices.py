@@ -11,9 +11,9 @@ from typing import NamedTuple
 from ted_scale.base.durable import write_durably
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints import life
+from ted_scale.commands.comparison import plan as plans
+from ted_scale.commands.comparison.plan import Comparison
 from ted_scale.metrics.rows import rows_in
-from tools.comparison import plan as plans
-from tools.comparison.plan import Comparison
 
 
 class Price(NamedTuple):
@@ -32,8 +32,8 @@ def price_of(plan: Comparison, arm: str, name: str) -> Price:
     first = plan.measure.steps if plans.stage_i_steps(run) else 0
     stage_i = [row["perf/step_ms"] / 1e3 for row in timed if row["step"] <= first]
     stage_ii = [row["perf/step_ms"] / 1e3 for row in timed if row["step"] > first]
-    of_step = [statistics.mean([stage[1], *stage[1:]]) if stage else 0.0 for stage in (stage_i, stage_ii)]
-    return Price(*of_step, life.read(folder).spent.validation / 2)
+    of_i, of_ii = (statistics.mean([stage[1], *stage[1:]]) if stage else 0.0 for stage in (stage_i, stage_ii))
+    return Price(of_i, of_ii, life.read(folder).spent.validation / 2)
 
 
 def middle(prices: list[Price]) -> Price:

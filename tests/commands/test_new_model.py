@@ -11,8 +11,8 @@ from tiny import make_corpus, make_run
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError
+from ted_scale.commands.new_model import main
 from ted_scale.models.inspection import inspect
-from tools.new_model import main
 
 SMALL = {
     "llama": ["hidden_size=32", "num_hidden_layers=3", "num_attention_heads=4", "intermediate_size=64"],

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from ted_scale.base.errors import UserError
-from tools.comparison.plan import Comparison, Job
-from tools.sessions import end_session
+from ted_scale.commands.comparison.plan import Comparison, Job
+from ted_scale.commands.comparison.sessions import end_session
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def run_all(plan: Comparison, jobs: list[Job]) -> Iterator[tuple[Job, int]]:

@@ -6,13 +6,13 @@ from typing import NamedTuple
 import torch
 
 from ted_scale.base.errors import UserError
+from ted_scale.commands.cutting.channels import Cutter
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import empty_model, read_config
 from ted_scale.models.model_folder import saved_tensors
 from ted_scale.models.places import placer
 from ted_scale.storage import tensor_file
 from ted_scale.storage.tensor_file import Entry, Stretch
-from tools.cutting.channels import Cutter
 
 
 class Place(NamedTuple):
@@ -90,11 +90,14 @@ def read(
     tensors = {name: tensor for name, tensor in tensors.items() if name not in fitted}
     for file in sorted({places[name].file for name in tensors}):
         here = {name: t for name, t in tensors.items() if places[name].file == file}
-        uncut = [Stretch(places[n].key, 0, t.view(-1)) for n, t in here.items() if not places[n].cuts]
-        tensor_file.fill(file, lambda entries, uncut=uncut: uncut)
+        read_whole(file, [Stretch(places[n].key, 0, t.view(-1)) for n, t in here.items() if not places[n].cuts])
         for name, tensor in here.items():
             if places[name].cuts:
                 tensor.copy_(read_cut(places[name]))
+
+
+def read_whole(file: Path, stretches: list[Stretch]) -> None:
+    tensor_file.fill(file, lambda entries: stretches)
 
 
 def read_cut(place: Place) -> torch.Tensor:

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 
 from ted_scale.base.errors import UserError
+from ted_scale.commands.cutting.axes import input_dim, is_matrix
+from ted_scale.commands.cutting.blocks import first, state
+from ted_scale.commands.cutting.channels import Cutter
 from ted_scale.models.anatomy import Anatomy, run_body
-from tools.cutting.axes import input_dim, is_matrix
-from tools.cutting.blocks import first, state
-from tools.cutting.channels import Cutter
 
 RIDGE = 0.1  # of the mean square of what a matrix reads; design note 40 has the losses with others
 
@@ -149,9 +149,14 @@ def kept(name: str, gives: list, teacher: Walk, student: Walk, cutter: Cutter | 
 
 def adds(walk: Walk, name: str) -> bool:
     """Whether a block adds to the states what this matrix gives. Some families have a norm or a factor between."""
-    matrix, given = walk.block.get_submodule(name), []
+    given: list[torch.Tensor] = []
+
+    def silenced(matrix, arguments, output):
+        given.append(output)
+        return output * 0
+
     whole = next(iter(walk.outputs())).float()
-    handle = matrix.register_forward_hook(lambda m, args, output: given.append(output) or output * 0)
+    handle = walk.block.get_submodule(name).register_forward_hook(silenced)
     change = whole - next(iter(walk.outputs())).float()
     handle.remove()
     gave = given[0].float().view_as(change)
@@ -181,7 +186,8 @@ def solve(
 ) -> dict[str, torch.Tensor]:
     """These matrices read the same, and have a bias or none. Solved for the change: where nothing lacks, nothing changes."""
     matrices = [walk.block.get_submodule(name) for name in names]
-    now, square, mixed = torch.cat([as_map(m) for m in matrices], 1), 0.0, 0.0
+    now = torch.cat([as_map(m) for m in matrices], 1)
+    square = mixed = torch.zeros(())
     for read, target in zip(map(rows, reads), targets, strict=True):
         if len(now) > read.shape[1]:
             read = torch.cat([read, torch.ones_like(read[:, :1])], 1)

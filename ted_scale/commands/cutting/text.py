@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import torch
 
 from ted_scale.base.errors import UserError
+from ted_scale.commands.evaluation.text import nats_of, refuse_long_windows, tokenizer_in
 from ted_scale.config.data import Data
 from ted_scale.corpora.shards import tokenizer_of
 from ted_scale.corpora.tokenizer import digest
 from ted_scale.data.stream import Batch, Stream, batch, open_stream
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.vocabulary import has_tokenizer
-from tools.evaluation.text import nats_of, refuse_long_windows, tokenizer_in
 
 
 def open_text(arguments: argparse.Namespace, teacher: Anatomy) -> Stream | None:

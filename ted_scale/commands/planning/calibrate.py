@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from ted_scale.commands.planning.probes import BLOCKS, CALLS, UPDATED, dtype_of, probes
 from ted_scale.config.run import Run
 from ted_scale.distill import flops
 from ted_scale.distill.memory import tokens_of
@@ -23,7 +24,6 @@ from ted_scale.forecast.work import passes
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.plan import Plan, plan_of_models
 from ted_scale.ranks import capacity
-from tools.planning.probes import BLOCKS, CALLS, UPDATED, dtype_of, probes
 
 UPDATE_BYTES = 28  # a parameter: weight and moments read and written, a gradient read
 WARM_UP = 2  # rounds that do not count

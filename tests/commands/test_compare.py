@@ -19,11 +19,11 @@ from tiny import make_corpus, make_model, make_run, write_run
 from ted_scale.base.errors import NUMBERS, RunStopped, UserError
 from ted_scale.checkpoints import life
 from ted_scale.checkpoints.life import Life, Spent
+from ted_scale.commands import compare
+from ted_scale.commands.comparison import plan as plans
+from ted_scale.commands.comparison import prices, results, starts
+from ted_scale.commands.comparison.prices import Price
 from ted_scale.report.paired import Difference
-from tools import compare
-from tools.comparison import plan as plans
-from tools.comparison import prices, results, starts
-from tools.comparison.prices import Price
 
 ARMS = {"ce": ["method=ce"], "kd": ["method=kd"], "ted": ["method=ted", "filters.steps=4"]}
 

@@ -14,14 +14,14 @@ from tiny import FAMILIES, GQA, MORE, SIZES, make_corpus, make_model
 sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError
+from ted_scale.commands import cut_student
+from ted_scale.commands.cut_student import main
+from ted_scale.commands.cutting.blocks import influences, most_influential
 from ted_scale.config.data import Data
 from ted_scale.config.method import Pairs
 from ted_scale.data.stream import open_stream, validation_batches
 from ted_scale.distill.pairs import match_layers
 from ted_scale.models.inspection import inspect
-from tools import cut_student
-from tools.cut_student import main
-from tools.cutting.blocks import influences, most_influential
 
 GROUPS = "--hidden 24 --ffn 40 --heads 2 --kv-heads 1"
 ONE_WIDTH = "--hidden 24 --ffn 40 --heads 3"  # its config names no head's width
@@ -260,7 +260,7 @@ def test_a_wrong_width_or_text_is_refused_in_one_sentence(words, sentence, world
 
 
 def test_a_text_of_another_tokenizer_is_refused(tmp_path):
-    from tools import tokenize_corpus, train_tokenizer
+    from ted_scale.commands import tokenize_corpus, train_tokenizer
 
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"the cat {n} sat on the mat"}) + "\n" for n in range(400)))

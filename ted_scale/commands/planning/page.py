@@ -1,9 +1,9 @@
 """What tools/plan.py prints: a column for every placement of the teacher, its memory and its time by term."""
 
+from ted_scale.commands.planning.options import Cluster, Option
 from ted_scale.config.run import Run
 from ted_scale.forecast.placement import usable
 from ted_scale.forecast.summary import uncounted
-from tools.planning.options import Cluster, Option
 
 GIB = 2**30
 HOURS = 24

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale.base.durable import write_durably
+from ted_scale.commands.comparison.plan import Comparison
 from ted_scale.report.paired import as_words, paired
-from tools.comparison.plan import Comparison
 
 
 class Point(NamedTuple):

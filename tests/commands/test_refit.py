@@ -12,7 +12,7 @@ from tiny import FAMILIES, MORE, make_corpus, make_model
 sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError
-from tools.cut_student import main
+from ted_scale.commands.cut_student import main
 
 WORDS = {"gemma2": "--ffn 40", "gemma3": "--ffn 40"}  # a norm stands between their last matrix and the states
 
