@@ -4,7 +4,7 @@ Note: these are starting points by rule, not results; memory is the dry run's ow
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ted_scale.base.errors import UserError
 from ted_scale.config.run import Run
@@ -24,7 +24,7 @@ RATES = ((100e6, 5e-4), (1e9, 2e-4), (float("inf"), 3e-5))  # of students with f
 
 
 class Choice(NamedTuple):
-    value: object
+    value: Any  # of a key of the run file
     why: str
 
 
@@ -51,7 +51,8 @@ def of_text(given: Given) -> dict[str, Choice]:
     context = f"{given.length:,} is the models' context" if given.length else "the models have no limit"
     return {
         "data.seq_len": Choice(
-            seq_len, f"tokens of a row: {context}, {ROWS[device]} is usual on {device}, and the text has {given.tokens:,} tokens"
+            seq_len,
+            f"tokens of a row: {context}, {ROWS[device]} is usual on {device}, and the text has {given.tokens:,} tokens",
         ),
         "validation": Choice(share, f"share of the text that is held out, at its end: {held:,} tokens to judge by"),
         "validation.tokens": Choice(min(held, 2**16), "read at each validation: what is held out, at most 65,536"),
@@ -74,7 +75,11 @@ def of_memory(plan: Plan, given: Given) -> dict[str, Choice]:
 def said_of_memory(size: int, checkpointing: bool, gib: float, rank: Rank) -> dict[str, Choice]:
     has = f"{gib:.1f} GiB by the estimate of the dry run, {rank.memory / 2**30:.0f} a rank here"
     fits = "the most that fits and helps" if gib <= usable(rank) / 2**30 else "NONE FITS, this needs least"
-    again = "the activations do not fit otherwise" if checkpointing else "the activations fit; true computes them again in backward"
+    again = (
+        "the activations do not fit otherwise"
+        if checkpointing
+        else "the activations fit; true computes them again in backward"
+    )
     return {
         "train.micro_batch": Choice(size, f"rows of a rank at once, {fits}: {has}"),
         "student.gradient_checkpointing": Choice(checkpointing, again),
@@ -113,9 +118,13 @@ def of_budget(given: Given, seq_len: int, micro_batch: int) -> dict[str, Choice]
 def of_model(given: Given) -> dict[str, Choice]:
     rate = next(rate for most, rate in RATES if given.parameters < most)
     size = f"{given.parameters / 1e6:,.0f} M parameters"
-    precision, why = ("fp32", "16 bits are slow on most CPUs") if given.rank.device == "cpu" else ("bf16", "half the bytes of fp32")
+    precision, why = (
+        ("fp32", "16 bits are slow on most CPUs") if given.rank.device == "cpu" else ("bf16", "half the bytes of fp32")
+    )
     return {
-        "train.lr": Choice(rate, f"as run files in launch/runs have it for a student of about {size}; halve it if the loss jumps"),
+        "train.lr": Choice(
+            rate, f"as run files in launch/runs have it for a student of about {size}; halve it if the loss jumps"
+        ),
         "train.min_lr": Choice(rate / 10, "a tenth, at the end of the schedule"),
         "train.precision": Choice(precision, why),
     }

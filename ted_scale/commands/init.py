@@ -6,7 +6,9 @@ commands are printed, and the text's tokens are estimated from its beginning. Wh
 
 import argparse
 import json
+import logging
 import re
+import shlex
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -28,11 +30,13 @@ class Places(NamedTuple):
     corpus: str
     text: str | None
     layers: int | None  # of the student that is to be cut; None if it is there
+    context: int | None  # of the teacher
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     out = Path(arguments.out)
+    logging.disable(logging.WARNING)  # DeepSpeed logs to stdout
     if out.exists() and not arguments.overwrite:
         raise UserError(f"--out must be a new file, but {out} is there; name another one, or pass --overwrite")
     from ted_scale.models.inspection import inspect
@@ -40,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 
     folder = find_folder("--teacher", arguments.teacher, TOKENIZER)
     teacher = inspect("--teacher", str(folder), needs_weights=False, is_frozen=True)
-    places = places_of(arguments, teacher.layers)
+    places = places_of(arguments, teacher)
     tokens = tokens_of(places, folder)
     if arguments.prepare:
         places, tokens = prepared(places, tokens)
@@ -48,13 +52,23 @@ def main(argv: list[str] | None = None) -> None:
     with files_at(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_durably(out, text)
+    if places.text is None and places.layers is None:
+        check(out, arguments.ranks)
     print(f"{out}: {places.teacher} -> {places.student}, {tokens:,} tokens{' by estimate' if places.text else ''}")
-    print("\n".join(["next:", *(f"  {line}" for line in commands(places, out, arguments.ranks))]))
+    print("\n".join(["next:", *(f"  {line}" for line in commands(places, out, tokens, arguments.ranks))]))
 
 
-def places_of(arguments, layers: int) -> Places:
+def check(out: Path, ranks: int) -> None:
+    """As a dry run does: what is left to do is to start it."""
+    from ted_scale.config.run_file import load_run
+    from ted_scale.plan import make_plan
+
+    make_plan(load_run(out), ranks)
+
+
+def places_of(arguments, model) -> Places:
     """Where things are, or will be."""
-    teacher, text = arguments.teacher, arguments.text
+    teacher, text, layers = arguments.teacher, arguments.text, model.layers
     is_corpus = is_remote(text) or has_shards(text)
     corpus = text if is_corpus else f"corpora/{name_of(text)}"
     cut = arguments.layers or max(1, layers // 2)
@@ -62,7 +76,7 @@ def places_of(arguments, layers: int) -> Places:
     if not 0 < cut <= layers:
         raise UserError(f"--layers must be from 1 to the teacher's blocks ({layers}), but is {cut}; correct it")
     is_there = (Path(student) / "config.json").exists() or (arguments.student and not looks_new(student))
-    return Places(teacher, student, corpus, None if is_corpus else text, None if is_there else cut)
+    return Places(teacher, student, corpus, None if is_corpus else text, None if is_there else cut, model.max_length)
 
 
 def looks_new(student: str) -> bool:
@@ -122,17 +136,17 @@ def tokenize_words(places: Places) -> list[str]:
     return ["--tokenizer", places.teacher, "--out", places.corpus, places.text]
 
 
-def cut_words(places: Places, tokens: int | None = None) -> list[str]:
+def cut_words(places: Places, tokens: int) -> list[str]:
     """Blocks by influence, fitted to the teacher, on the text: the best start that was measured (docs/choosing.md)."""
     words = [places.teacher, places.student, "--layers", str(places.layers), "--text", places.corpus]
-    if tokens is not None and tokens < 4 * REFIT_TOKENS:  # a little text has no such windows
-        words += ["--tokens", str(max(1, tokens // 4)), "--seq-len", str(max(16, min(REFIT_ROW, tokens // 256)))]
-    return words
+    read, row = min(REFIT_TOKENS, tokens // 4), min(REFIT_ROW, places.context or REFIT_ROW, max(1, tokens // 256))
+    words += ["--tokens", str(read)] if read < REFIT_TOKENS else []
+    return words + (["--seq-len", str(row)] if row < REFIT_ROW else [])
 
 
 def written(places: Places, teacher, tokens: int, arguments) -> str:
     """The run file's text, after it was read and planned for the ranks here."""
-    from ted_scale.commands import first_run, run_text
+    from ted_scale.commands import run_text
     from ted_scale.forecast.placement import of_this_machine
 
     rank = of_this_machine(arguments.ranks)
@@ -141,9 +155,9 @@ def written(places: Places, teacher, tokens: int, arguments) -> str:
         choices = chosen(places, shape, tokens, rank, arguments)
     head = [
         f"{places.teacher} -> {places.student}, on {places.corpus}. Written by init for {arguments.ranks} "
-        f"rank{'s' if arguments.ranks > 1 else ''} on {rank.device}: what is set is a start by rule, each with its reason.",
+        f"rank{'s' if arguments.ranks > 1 else ''} on {rank.device}: each value is a start by rule, with its reason above it.",
         'A line "#key = value" is a default; remove the # to change it. Every key: ted_scale/config.',
-        *commands(places, Path(arguments.out), arguments.ranks),
+        *commands(places, Path(arguments.out), tokens, arguments.ranks),
     ]
     return run_text.text_of(choices, head)
 
@@ -179,33 +193,45 @@ def chosen(places: Places, shape: str, tokens: int, rank, arguments) -> dict:
     choices |= of_budget(given, seq_len, choices["train.micro_batch"].value)
     return choices | {
         "name": Choice(smallest["name"], "of the run's folder, runs/NAME"),
-        "method": Choice(arguments.method, "ce: the text alone; kd: with the teacher's logits; lwd: its states; ted: filtered states"),
-        "teacher.path": Choice(places.teacher, f"local folder or hub id: {teacher.layers} blocks, {teacher.parameters / 1e6:,.1f} M parameters"),
-        "student.path": Choice(places.student, f"{student.layers} blocks of {teacher.layers}, {student.parameters / 1e6:,.1f} M parameters"),
+        "method": Choice(
+            arguments.method, "ce: the text alone; kd: with the teacher's logits; lwd: its states; ted: filtered states"
+        ),
+        "teacher.path": Choice(
+            places.teacher,
+            f"local folder or hub id: {teacher.layers} blocks, {teacher.parameters / 1e6:,.1f} M parameters",
+        ),
+        "student.path": Choice(
+            places.student, f"{student.layers} blocks of {teacher.layers}, {student.parameters / 1e6:,.1f} M parameters"
+        ),
         "data.corpora": Choice(corpora, f"validation: {validation.why}"),
     }
 
 
-def commands(places: Places, out: Path, ranks: int) -> list[str]:
+def commands(places: Places, out: Path, tokens: int, ranks: int) -> list[str]:
     """From here to a model."""
-    made = [f"python tools/tokenize_corpus.py {' '.join(tokenize_words(places))}"] if places.text else []
-    made += [f"python tools/cut_student.py {' '.join(cut_words(places))}"] if places.layers else []
-    launcher = "python" if ranks == 1 else f"deepspeed --num_gpus {ranks}"
-    run = f"runs/{name_of(out.stem)}"
-    return [
-        *made,
-        f"python launch/pretrain.py --config {out} --dry-run --ranks {ranks}",
-        f"{launcher} launch/pretrain.py --config {out}",
-        f"python tools/export_hf.py {run}",
+    launcher = ["python"] if ranks == 1 else ["deepspeed", "--num_gpus", str(ranks)]
+    todo = [["python", "tools/tokenize_corpus.py", *tokenize_words(places)]] if places.text else []
+    todo += [["python", "tools/cut_student.py", *cut_words(places, tokens)]] if places.layers else []
+    todo += [
+        ["python", "launch/pretrain.py", "--config", str(out), "--dry-run", "--ranks", str(ranks)],
+        [*launcher, "launch/pretrain.py", "--config", str(out)],
+        ["python", "tools/export_hf.py", f"runs/{name_of(out.stem)}"],
     ]
+    return [shlex.join(words) for words in todo]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, metavar="MODEL", help="a folder or a hub id")
-    parser.add_argument("--text", required=True, metavar="FOLDER", help="of text files, or of shards that are tokenized already")
-    parser.add_argument("--student", metavar="FOLDER", help="a model that is there, or where to cut one; default: models/…")
-    parser.add_argument("--layers", type=int, metavar="N", help="blocks of a student to cut; default: half of the teacher's")
+    parser.add_argument(
+        "--text", required=True, metavar="FOLDER", help="of text files, or of shards that are tokenized already"
+    )
+    parser.add_argument(
+        "--student", metavar="FOLDER", help="a model that is there, or where to cut one; default: models/…"
+    )
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="blocks of a student to cut; default: half of the teacher's"
+    )
     parser.add_argument("--method", choices=("ce", "kd", "lwd", "ted"), default="ted")
     parser.add_argument("--out", default="run.toml", metavar="FILE", help="default: run.toml; its name is the run's")
     parser.add_argument("--ranks", type=int, metavar="N", help="default: one a GPU, or one on a CPU")

@@ -108,7 +108,12 @@ def at_default(key: str, field, said: str, needed: dict) -> list[str | None]:
 def said_of(dotted: str, field) -> str:
     """The field's own description, and the words it may have."""
     said = SAYS.get(dotted, field.description or "")
-    words = [json.dumps(word) for part in annotation_parts(field.annotation) if get_origin(part) is Literal for word in get_args(part)]
+    words = [
+        json.dumps(word)
+        for part in annotation_parts(field.annotation)
+        if get_origin(part) is Literal
+        for word in get_args(part)
+    ]
     missing = [word for word in dict.fromkeys(words) if word.strip('"') not in said]
     return "; ".join(filter(None, [said, f"one of {', '.join(dict.fromkeys(words))}" if missing else ""]))
 

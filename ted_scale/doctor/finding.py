@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 OK, NOTE, MISSING = "ok", "note", "missing"  # what is missing is needed; a note is not
 POLL_S, KILLED_S = 0.05, 1
+INSTALL = "make setup, or pip install -e ."
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -44,7 +45,7 @@ def bounded(what: str, check: Callable[[], list[Finding]], seconds: float) -> li
         try:
             found.extend(check())
         except Exception as error:
-            way = "" if isinstance(error, ImportError) else "put that right, or report it with this line"
+            way = INSTALL if isinstance(error, ImportError) else "put that right, or report it with this line"
             found.append(Finding(what, MISSING, f"the check failed: {type(error).__name__}: {error}", way))
 
     thread = threading.Thread(target=work, daemon=True)

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from ted_scale.base.parsing import parse_toml
-from ted_scale.doctor.finding import MISSING, NOTE, OK, ROOT, Finding, last_error, run
+from ted_scale.doctor.finding import INSTALL, MISSING, NOTE, OK, ROOT, Finding, last_error, run
 
 OLDEST = (3, 11)
 FOR = {  # what a package of an extra is there for
@@ -41,9 +41,7 @@ def packages() -> list[Finding]:
     count = sum(not extra for _, extra in asked)
     fits = f"{count - len(needed)} of {count} are there, as pyproject.toml asks"
     return [
-        Finding(
-            "packages", OK if not needed else MISSING, fits, "" if not needed else "make setup, or pip install -e ."
-        ),
+        Finding("packages", OK if not needed else MISSING, fits, "" if not needed else INSTALL),
         *needed,
         *(unfit(each, extra) or there(each, extra) for each, extra in asked if extra),
     ]
