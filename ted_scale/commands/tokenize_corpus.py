@@ -174,7 +174,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--tokenizer", required=True, help="sentencepiece .model, or Hugging Face tokenizer folder or hub id"
     )
     parser.add_argument("--out", required=True, type=Path, help="prefix of the shards: FOLDER/NAME")
-    parser.add_argument("--text-key", default="text", help="key or column of the text in .jsonl and .parquet")
+    parser.add_argument("--text-key", default="text", help="key or column of the text in .jsonl, .parquet and .arrow")
     parser.add_argument(
         "--shard-tokens", type=int, default=SHARD_TOKENS, help="start NAME-00002 … before a shard exceeds this"
     )
@@ -198,7 +198,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="replace an output of this name, or an unfinished one of another command",
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text, .jsonl, .parquet, also .gz/.zst; or folders")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="text, .jsonl, .parquet, .arrow, also .gz/.zst; or folders"
+    )
     args = parser.parse_args(argv)
     for name in ("workers", "shard_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
