@@ -56,7 +56,8 @@ def test_the_card_says_what_the_runs_files_say(tmp_path):
         "| web | 1 | 152,075 | 5,939 | 2,560, 0.0168 epochs",
         "2e+09 in stage filters, 1.54e+12 in stage student", "NVIDIA H100 80GB HBM3 (sm\\_90)",
         "| ranks of the last start | 8 |",
-        "| hours in steps | 2 |", "ce 1, kl 1, layer 1", "10, 2,560, of 256 a step", "step 10 of 10", "arc\\_easy | 0.25", "arxiv.org/abs/2210.01351",
+        "| hours in steps | 2 |",
+        "ce 1, kl 1, layer 1", "10, 2,560, of 256 a step", "step 10 of 10", "arc\\_easy | 0.25", "arxiv.org/abs/2210.01351",
     ):  # fmt: skip
         assert said in text, said
 
