@@ -5,6 +5,7 @@ Note: the hosts get the same command as a run's, `deepspeed --hostfile`, so that
 """
 
 import os
+import re
 import shutil
 import socket
 import sys
@@ -18,6 +19,7 @@ from ted_scale.ranks import hosts
 
 SCRIPT = Path(__file__).with_name("reduce.py")
 RANKS_S = 180
+SLOTS = re.compile(r"^\s*[^\s#]\S*\s+slots=(\d+)", re.M)
 HOSTS_WAY = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in .deepspeed_env: docs/nodes.md#what-to-set-where"
 
 
@@ -74,8 +76,7 @@ def command_for(hostfile: str) -> list[str]:
 
 
 def slots_in(hostfile: str) -> int:
-    lines = (line.partition("#")[0] for line in Path(hostfile).read_text(encoding="utf-8").splitlines())
-    return sum(int(line.partition("slots=")[2].split()[0]) for line in lines if "slots=" in line)
+    return sum(map(int, SLOTS.findall(Path(hostfile).read_text(encoding="utf-8"))))
 
 
 def result(ended: Ended, ranks: int, way: str) -> list[Finding]:
