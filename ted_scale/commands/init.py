@@ -152,7 +152,7 @@ def written(places: Places, teacher, tokens: int, arguments) -> str:
     rank = of_this_machine(arguments.ranks)
     with tempfile.TemporaryDirectory() as folder:
         shape = places.student if places.layers is None else trial(teacher, places.layers, Path(folder))
-        choices = chosen(places, shape, tokens, rank, arguments)
+        choices = chosen(places, shape, teacher, tokens, rank, arguments)
     head = [
         f"{places.teacher} -> {places.student}, on {places.corpus}. Written by init for {arguments.ranks} "
         f"rank{'s' if arguments.ranks > 1 else ''} on {rank.device}: each value is a start by rule, with its reason above it.",
@@ -170,13 +170,12 @@ def trial(teacher, layers: int, folder: Path) -> str:
     return str(folder)
 
 
-def chosen(places: Places, shape: str, tokens: int, rank, arguments) -> dict:
-    """Every choice by its dotted key."""
+def chosen(places: Places, shape: str, teacher, tokens: int, rank, arguments) -> dict:
+    """Every choice by its dotted key. The teacher is looked at in its folder: a hub id would fetch its weights."""
     from ted_scale.commands.first_run import Choice, Given, of_budget, of_memory, of_model, of_text, plan_to_size
     from ted_scale.models.inspection import inspect
 
     student = inspect("--student", shape, needs_weights=False)
-    teacher = inspect("--teacher", places.teacher, needs_weights=False, is_frozen=True)
     lengths = [length for length in (student.max_length, teacher.max_length) if length]
     given = Given(tokens, min(lengths, default=None), student.parameters, rank, arguments.ranks)
     choices = of_text(given)
@@ -184,7 +183,7 @@ def chosen(places: Places, shape: str, tokens: int, rank, arguments) -> dict:
     corpora = [{"path": places.corpus, "validation": validation.value}]
     smallest = {
         "name": name_of(Path(arguments.out).stem), "method": arguments.method, "student": {"path": shape},
-        "teacher": {"path": places.teacher}, "data": {"seq_len": seq_len, "corpora": corpora},
+        "teacher": {"path": str(teacher.folder)}, "data": {"seq_len": seq_len, "corpora": corpora},
         "train": {"steps": 2, "micro_batch": 1, "tokens_per_step": seq_len * arguments.ranks, "lr": 1e-3},
     }  # fmt: skip
     choices |= of_model(given)
