@@ -13,4 +13,10 @@ A tensor's name ends in its shape: B batch, T sequence, N = B·T tokens, D stude
 `_s` is the student's, `_t` the teacher's.
 """
 
+import logging
+
 __version__ = "0.1.0"
+
+# transformers imports torchao where it is installed: on a CPU that warns of libraries for CUDA, and torch of torchao's style.
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)

@@ -26,6 +26,7 @@ from ted_scale.distill import filter_sizes
 from ted_scale.distill.flops import keys_of, step_flops
 from ted_scale.distill.pairs import Matched, match_layers
 from ted_scale.distill.stages import Stage, stages_of
+from ted_scale.evaluation import prompts
 from ted_scale.evaluation.suites import load_for_training
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.forecast.placement import Placement, of_this_machine, place
@@ -115,6 +116,7 @@ def make_plan(run: Run, world: int) -> Plan:
     check_shards(plan.run, plan.vocabulary, plan.student)
     plan = dataclasses.replace(plan, attended=attended(plan.run, plan.vocabulary, plan.student, plan.teacher))
     plan = dataclasses.replace(plan, placement=place(plan, of_this_machine(world)))
+    prompts.check(plan)
     if run.validation.suite:
         tokenizer, suite = tokenizer_folder(plan.student, plan.teacher), load_for_training(*suite_of(run))
         plan = dataclasses.replace(plan, suite=suite, tokenizer=tokenizer)

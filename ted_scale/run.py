@@ -37,7 +37,7 @@ from ted_scale.forecast.placement import agreed, needs_less
 from ted_scale.health import replicas, teacher_start
 from ted_scale.health.guard import Guard
 from ted_scale.health.rewind import Rewind, gone_back
-from ted_scale.metrics.console import log_line
+from ted_scale.metrics import samples
 from ted_scale.metrics.metrics import Metrics
 from ted_scale.metrics.tracking import open_wandb
 from ted_scale.models import zero_hooks
@@ -84,7 +84,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
     refuse_other_world(plan)
     folder = plan.run.folder
     if dist.get_rank() == 0:
-        exits.where_it_stands = partial(run_folder.where_it_stands, folder)
+        exits.where_it_stands = partial(run_folder.where_it_stands, folder, plan.total_steps)
     progress, newest = run_folder.claim_folder(plan)
     parts, progress = build_parts(plan, device, progress, newest)
     try:
@@ -110,7 +110,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         if dist.get_rank() == 0 and not parts.saver.is_writing():
             holder.leave(folder)
     parts.metrics.leave_word("it was done")
-    log_line(f"done: {folder} is at step {progress.step}; next: python tools/export_hf.py {folder}")
+    parts.metrics.tell_end(f"done: {folder} is at step {progress.step}; next: ted-scale export {folder}")
     return progress
 
 
@@ -163,8 +163,8 @@ def train_stage(parts: Parts, stage: Stage, progress: Progress, resumed: Path | 
     stream, progress = open_data(parts, stage, progress)
     student = build_stage(parts, stage, stream, progress, resumed)
     guard = Guard(student, stage, parts.metrics.alert, parts.saver.wait)
+    parts.metrics.expect(partial(summary.ahead, parts.plan, stage, progress.step, parts.loader.device.type))
     progress = validate_before_training(parts, stage, student, stream, progress, resumed)
-    parts.metrics.expect(partial(summary.numbers, parts.plan, stage, progress.step, parts.loader.device.type))
     parts.metrics.resume_from(progress.tokens)
     while progress.step < stage.last_step:
         stream, progress = next_stretch(parts, stage, student, stream, progress)
@@ -189,24 +189,22 @@ def build_stage(parts: Parts, stage: Stage, stream: Stream, progress: Progress, 
 
 
 def open_data(parts: Parts, stage: Stage, progress: Progress) -> tuple[Stream, Progress]:
-    plan, metrics = parts.plan, parts.metrics
+    plan = parts.plan
     stream, progress, changed = open_together(partial(feed.open_feed, plan.run, stage, progress, plan.vocabulary))
-    metrics.log_changes(changed)
+    parts.metrics.log_changes(changed)
     return stream, progress
 
 
 def validate_before_training(
     parts: Parts, stage: Stage, student, stream: Stream, progress: Progress, resumed
 ) -> Progress:
-    """Validate student and teacher before stage II's first step. On a resume, repeat a validation that a signal cut short."""
-    fresh = progress.step == stage.first_step and not stage.learns_filters
+    """Validate student and teacher before stage II's first step. On a resume, repeat what a signal cut short."""
+    fresh, stopping = progress.step == stage.first_step and not stage.learns_filters, False
+    measured = (*parts[:3], stream.held_out, student)
     if fresh or (resumed and validation_is_missing(parts, stage, progress)):
-        plan, teacher, metrics, *_ = parts
-        progress, stopping = validation.validate(
-            plan, teacher, metrics, stream.held_out, student, progress, with_teacher=fresh
-        )
-        if stopping:
-            raise Preempted  # no step was taken; the next start validates
+        progress, stopping = validation.validate(*measured, progress, with_teacher=fresh)
+    if stopping or (stage.shows(progress.step) and samples.write(*measured, progress)):
+        raise Preempted  # no step was taken; the next start validates
     return progress
 
 
@@ -241,9 +239,10 @@ def train_stretch(parts: Parts, stage: Stage, student, guard: Guard, stream: Str
     data = metrics.counted(enumerate(data, progress.step), partial(step_flops, plan, stage))
     verify = partial(replicas.verify, teacher)
     validate = partial(validation.validate, plan, teacher, metrics, stream.held_out)
+    show = partial(samples.write, plan, teacher, metrics, stream.held_out)
     save = partial(save_checkpoint, plan, stage, metrics, saver)
     try:
-        return train(stage, student, teacher, data, guard, metrics, progress, verify, validate, save)
+        return train(stage, student, teacher, data, guard, metrics, progress, verify, validate, show, save)
     except Rewind as rewind:
         progress = go_back(stage, student, rewind, metrics)
         saver.prepare(student, progress.step)

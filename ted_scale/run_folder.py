@@ -26,7 +26,7 @@ from ted_scale.config.run_file import to_toml
 from ted_scale.distill import memory
 from ted_scale.forecast import summary
 from ted_scale.metrics.console import open_log
-from ted_scale.metrics.rows import trim_rows
+from ted_scale.metrics.rows import trim_all
 from ted_scale.plan import Plan, describe
 from ted_scale.ranks import pulse
 from ted_scale.ranks.agree import broadcast, of_rank_0, share, verdict
@@ -55,7 +55,7 @@ def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
     # From here on the folder is ours: remove later rows, keep the run file, log the plan.
     if writes:
         with files_at(folder):
-            trim_rows(folder / "metrics.jsonl", progress.step)
+            trim_all(folder, progress.step)
             write_durably(folder / "run.toml", to_toml(plan.run))
         log.info("\n".join([describe(plan), *memory.describe(plan), *summary.describe(plan)]))
         if newest:
@@ -63,14 +63,15 @@ def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
     return progress, newest
 
 
-def where_it_stands(folder: Path, begins: str) -> str:
+def where_it_stands(folder: Path, total_steps: int, begins: str) -> str:
     """What Ctrl-C prints about the run, at once: it waits for no file server."""
     stands, place = "there is no checkpoint yet", files.checkpoints_of(folder)
     with contextlib.suppress(OSError):
         names = [path.name for path in place.iterdir() if files.key_of(path.name)]
         if names:
             stands = f"the newest checkpoint is {place / max(names, key=files.key_of)}"
-    return f"{pulse.now.what}, {begins}{stands}"
+    what = pulse.now.what + (f" of {total_steps:,}" if pulse.now.what.startswith("step ") else "")
+    return f"{what}, {begins}{stands}"
 
 
 def on_other_ranks(checkpoint: Path) -> str:

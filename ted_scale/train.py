@@ -10,7 +10,7 @@ from ted_scale.ranks import pulse, signals
 from ted_scale.ranks.agree import anywhere
 
 
-def train(stage, student, teacher, data, guard, metrics, progress, verify, validate, save):
+def train(stage, student, teacher, data, guard, metrics, progress, verify, validate, show, save):
     """Take `student` (a DeepSpeed engine) through the steps of `stage` that `data` holds."""
     for micro_batches in metrics.timed(data, "data_wait_ms"):
         pulse.step(progress.step + 1)
@@ -44,6 +44,8 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
             verify(student, progress)
         if stage.validates(progress.step) and not stopping:
             progress, stopping = validate(student, progress)
+        if stage.shows(progress.step) and not stopping:
+            stopping = show(student, progress)
         if stage.saves(progress.step) or stopping:
             save(student, progress)
             stopping = stopping or anywhere(signals.asked.is_set(), student.device)  # one may have come during the save

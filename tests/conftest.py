@@ -22,7 +22,7 @@ LONG = (
     "test_kernels", "test_gpu_bench", "test_tokenize_resume", "test_adaptive", "test_watch", "test_fuzz", "test_plan",
     "test_supervise", "test_secrets", "test_tokenize", "test_attention", "test_loss_precision", "test_streaming",
     "test_saver", "test_copies", "test_copier", "test_resume", "test_fused", "test_cut_student", "test_sampling",
-    "test_cut_by_text",
+    "test_cut_by_text", "test_wheel",
 )  # fmt: skip
 ONCE = (
     "test_docs", "test_tower", "test_faulty_files", "test_durable", "test_errors", "test_paths", "test_sealed",

@@ -2,17 +2,19 @@
 wrong."""
 
 import json
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import recorded_losses
+import sample_scenarios
 import torch
 from corpus import steps
 from launching import run_ranks
 from number_scenarios import FAR
-from places import HARNESS
+from places import HARNESS, ROOT
 from safetensors.torch import load_file
 from scenarios import (
     MIXTURES,
@@ -40,7 +42,7 @@ TWO_RANKS = (
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
     "blocks_compiled", "asked_seldom", "teacher_moves", "readings", "shipped_configs", "int8_gathers", "mixtures",
-    "rows_shared", "families_shared", "deepspeed_attention",
+    "rows_shared", "families_shared", "deepspeed_attention", "samples_written",
 )  # fmt: skip
 
 SKIPS = ("skips", "skips_offloaded", "skips_once")
@@ -66,6 +68,7 @@ def world(tmp_path_factory):
         make_model(folder / f"teacher_{family}", family, max_shard_size="40KB")
     one_head = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 2}
     make_model(folder / "far", "llama", max_position_embeddings=FAR, **one_head)
+    sample_scenarios.make_speaker(folder / "speaker")
     launch(folder, 2, TWO_RANKS)
     launch(folder, 4, ("placements", "rows_shared", "deepspeed_attention"))
     launch(folder, 1, ("ten_steps", "all_methods", "kinds_of_filters", "alone", "asked_seldom", "rows_shared"))
@@ -659,6 +662,34 @@ def test_weights_that_are_gathered_in_8_bits_give_nearly_the_same_losses(world):
     assert result(world, "int8_gathers") > 0
     exact, rounded = losses(world, "ten_2"), losses(world, "int8_gathers")
     assert 1e-4 < max(abs(a - b) for a, b in zip(rounded, exact, strict=True)) < 0.03
+
+
+def test_student_and_teacher_write_what_their_models_write_alone(world):
+    """Three prompts on two ranks, over which both are sharded; before the student's first step."""
+    samples = sample_scenarios.samples_of(world, "written")
+    assert [sample["step"] for sample in samples] == [step for step in (1, 2, 4, 5) for _ in range(3)]
+    teacher = {sample["prompt"]: sample["teacher"] for sample in samples}
+    assert len(teacher) == 3 and all(sample["teacher"] == teacher[sample["prompt"]] for sample in samples)
+    for sample in samples[:3]:
+        assert sample["student"] == sample_scenarios.greedy(world / "speaker", world / "speaker", sample["prompt"])
+        assert sample["teacher"] == sample_scenarios.greedy(world / "teacher", world / "speaker", sample["prompt"])
+    assert len({sample["student"] for sample in samples}) > 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_resumed_run_goes_on_with_its_samples_and_asks_the_teacher_no_more(world, rank):
+    assert result(world, "samples_written", rank) == {"straight": 2 * 5, "resumed": 0}
+    assert sample_scenarios.samples_of(world, "written_from_2") == sample_scenarios.samples_of(world, "written")
+
+
+def test_every_number_of_these_runs_is_explained(world):
+    """In docs/reading_a_run.md, where a word in capitals stands for a name."""
+    page = (ROOT / "docs/reading_a_run.md").read_text(encoding="utf-8").partition("| key |")[2].partition("\n\n")[0]
+    keys = [key for line in page.splitlines()[2:] for key in re.findall(r"`([^`]+)`", line.split("|")[1])]
+    known = re.compile("|".join(re.sub("[A-Z]+", "[^/]+", re.escape(key)) for key in keys))
+    written = {key for folder in (world / "runs").iterdir() for row in rows(world, folder.name) for key in row}
+    assert len(keys) > 40 and len(written) > 40
+    assert [key for key in sorted(written) if not known.fullmatch(key)] == []
 
 
 def test_bf16_follows_fp32(world):

@@ -9,6 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
     ROOT / "ted_scale/kernels/README.md",
     *ROOT.glob("docs/**/*.md"),
 ]

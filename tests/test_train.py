@@ -60,12 +60,12 @@ def test_the_teacher_s_signal_is_freed_before_backward(monkeypatch, early, calle
     stage = SimpleNamespace(
         of_micro_batches=lambda _, count, scale, floor: [Weights(1.0, 1.0, 0.0)] * count, rate=nothing, samples_per_step=1,
         balances=False, run=SimpleNamespace(data=SimpleNamespace(seq_len=1), train=SimpleNamespace(reduce_once=False)),
-        last_step=1, verifies=nothing, validates=nothing, saves=nothing,
+        last_step=1, verifies=nothing, validates=nothing, shows=nothing, saves=nothing,
     )  # fmt: skip
     guard = SimpleNamespace(add=nothing, gather=nothing, decide=Progress, read=nothing, stopping=False)
     clock = Clock(SimpleNamespace(type="cpu"))
     metrics = SimpleNamespace(timed=lambda items, _: items, clock=clock, add=nothing)
-    settings = {"progress": Progress(), "verify": nothing, "validate": nothing, "save": nothing}
+    settings = {"progress": Progress(), "verify": nothing, "validate": nothing, "show": nothing, "save": nothing}
     teacher = Teacher(student, early)
     loop.train(stage, student, teacher, [["one", "two"]], guard, metrics, **settings)
     assert len(student.seen) == 2 and student.alive_in_backward == [False, False, False]

@@ -83,7 +83,7 @@ def tool(name: str, *arguments) -> Callable[[], None]:
 
 
 def trainer(config: Path) -> Callable[[], None]:
-    return lambda: start("deepspeed", "--num_gpus", RANKS, "launch/pretrain.py", "--config", config)
+    return lambda: start("deepspeed", "--quiet", "--num_gpus", RANKS, "launch/pretrain.py", "--config", config)
 
 
 def start(*command) -> None:
@@ -146,11 +146,8 @@ def write_sources(library: Path, names: list[Path], text: Path, limit: int) -> N
 
 
 def write_sample() -> None:
-    """Text of the exported student, and for the report that of its teacher beside it."""
-    texts, theirs = written_by(STUDENT_HF), written_by(TEACHER_HF)
-    rows = zip(PROMPTS, texts, theirs, strict=True)
-    samples = [{"prompt": prompt, "student": student, "teacher": teacher} for prompt, student, teacher in rows]
-    write_durably(DEMO / "ted" / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+    """Text of the exported student; what it and its teacher wrote in training is in samples.jsonl."""
+    texts = written_by(STUDENT_HF)
     write_durably(SAMPLE, "\n----\n".join(texts) + "\n")
     print(SAMPLE.read_text(encoding="utf-8"))
 

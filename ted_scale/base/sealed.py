@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 LARGEST_TEXT = 2**28  # bytes; the manifest of 100,000 ranks has a tenth
 WAY_OUT = (
-    "start the same command again; if this stays (a bad block of the disk), let `tools/checkpoints.py RUN verify` show which "
+    "start the same command again; if this stays (a bad block of the disk), let `ted-scale checkpoints RUN verify` show which "
     "checkpoints cannot be read, and move them away"
 )
 

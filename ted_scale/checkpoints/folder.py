@@ -178,7 +178,7 @@ def kept(whole: dict[str, dict], settings) -> set[str]:
 
 
 def prune(folder: Path, settings, spared: Set[str] = frozenset()) -> None:
-    """Remove the whole checkpoints that need not be kept. tools/checkpoints.py removes damaged ones. Note: while one cannot be
+    """Remove the whole checkpoints that need not be kept. ted-scale checkpoints removes damaged ones. Note: while one cannot be
     read, nobody knows which are kept, and `published` raises Gone."""
     whole = {c.path.name: c.manifest for c in published(folder) if c.fault is None}
     for name in whole.keys() - kept(whole, settings) - spared:

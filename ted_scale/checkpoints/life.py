@@ -39,13 +39,14 @@ class Spent:
     checkpoints: Time = 0.0  # while a step waited for a save
     repeated: Time = 0.0  # steps that were lost with a process, or undone by going back
     down: Time = 0.0  # from the end of a process to the start of the next one
+    samples: Time = 0.0  # of text, that student and teacher write
 
     @property
     def total(self) -> float:
         return sum(getattr(self, part) for part in PARTS)
 
 
-PARTS = ("steps", "start", "validation", "checkpoints", "repeated", "down")
+PARTS = ("steps", "start", "validation", "checkpoints", "repeated", "down", "samples")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ted_scale.base.paths import KINDS
 from ted_scale.checkpoints.folder import FILTERS, checkpoints_of, key_of
 
 FOLDERS = ("checkpoints", "stacks", "reports", "wandb")
-APPENDED = ("log.txt", "metrics.jsonl")
+APPENDED = ("log.txt", "metrics.jsonl", "samples.jsonl")
 FILES = (".lock", "run.toml", FILTERS, *APPENDED)
 
 

@@ -1,4 +1,4 @@
-"""A run's checkpoints: python tools/checkpoints.py RUN list | verify | prune
+"""A run's checkpoints: ted-scale checkpoints RUN list | verify | prune
 
 `list` checks names and sizes. `verify` reads every byte and exits with 1 if one is not as it was written or cannot be read.
 `prune` removes checkpoints that the run file's [checkpoint] does not keep, damaged ones, and what a crash left unfinished.

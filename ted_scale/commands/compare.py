@@ -1,4 +1,4 @@
-"""Compare arms under equal conditions: python tools/compare.py PLAN.toml
+"""Compare arms under equal conditions: ted-scale compare PLAN.toml
 
 Every arm is one run file plus `--set` words, with each seed, on the same start and the same data, within a budget of tokens or
 of seconds; stage I and validation count. Results are in the plan's folder: table.md, curves.csv, curves.png. A comparison that
@@ -12,8 +12,9 @@ import functools
 import shutil
 import signal
 import subprocess
-from pathlib import Path
 
+import ted_scale
+from ted_scale.base import shipped
 from ted_scale.base.durable import write_durably
 from ted_scale.base.errors import DONE, NUMBERS, RunStopped, UserError, shown
 from ted_scale.base.exits import run_main
@@ -26,8 +27,6 @@ from ted_scale.commands.comparison.plan import Comparison, Job
 from ted_scale.commands.comparison.prices import Price
 from ted_scale.commands.comparison.results import Point, Result
 from ted_scale.metrics.rows import rows_in
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,9 +60,10 @@ def refuse_mistakes(plan: Comparison) -> None:
     from ted_scale.plan import make_plan
 
     for arm, program in plan.programs.items():
-        if not (ROOT / program).is_file():
+        if not shipped.found(program).is_file():
             raise UserError(
-                f"programs.{arm} must be a file, from the repository's root on, but {shown(program)} is none; correct its path"
+                f"programs.{arm} must be a file, from this folder or the repository's root on, but {shown(program)} is none; "
+                "correct its path"
             )
     for arm in plan.arms:
         steps = [f"train.steps={prices.steps_within(plan, arm, {})}"] if plan.budget.tokens else []
@@ -153,11 +153,11 @@ def failed(plan: Comparison, job: Job, code: int) -> RunStopped:
 
 @functools.cache
 def commit() -> str:
-    """The one that the comparison was started with: its code is what has been loaded."""
-    said = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return said.stdout.strip()
+    """The one that the comparison was started with: its code is what has been loaded. A wheel's is its version."""
+    if not (shipped.HOME / ".git").exists():
+        return ted_scale.__version__
+    command = ["git", "-C", str(shipped.HOME), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write_results(plan: Comparison) -> str:

@@ -1,4 +1,4 @@
-"""A student cut from a teacher: python tools/cut_student.py TEACHER OUT --layers N [--rank influence] [--hidden N] [--text ...]
+"""A student cut from a teacher: ted-scale cut-student TEACHER OUT --layers N [--rank influence] [--hidden N] [--text ...]
 
 Depth: N blocks spread from the first to the last, those that --keep lists, or those that change the states of --text most. Width:
 hidden and FFN channels, query and key heads of the largest activations on --text. Where there is a text, the matrices of what is

@@ -1,4 +1,4 @@
-"""What this machine has, what would run here, and what is missing: python tools/doctor.py [--ranks N] [--hostfile FILE]
+"""What this machine has, what would run here, and what is missing: ted-scale doctor [--ranks N] [--hostfile FILE]
 
 A line for each check, in the order in which a newcomer needs them, each within its own time. Exits with 0 if all that is
 needed is there, with 1 if something is missing, and with 2 after a mistake in the arguments.

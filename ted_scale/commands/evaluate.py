@@ -1,4 +1,4 @@
-"""Judge models: python tools/evaluate.py MODEL ... [--corpora PREFIX ...] [--suite NAME ...]
+"""Judge models: ted-scale evaluate MODEL ... [--corpora PREFIX ...] [--suite NAME ...]
 
 --corpora: loss and bits a byte on held-out shards. --suite: tasks of EleutherAI's lm-eval, by a suite's name (ted_public,
 ted_paper, small) or by their own; with --tasks FOLDER they need no network. Models stand side by side in the table. MODEL is a
@@ -71,7 +71,7 @@ def folder_of(model: str) -> Path:
     path = Path(model)
     if (path / "run.toml").is_file() or (path / "progress.json").is_file():
         raise UserError(
-            f"MODEL must be a Hugging Face folder, but {model} is a run's; make one of it with `python tools/export_hf.py "
+            f"MODEL must be a Hugging Face folder, but {model} is a run's; make one of it with `ted-scale export "
             f"{model}` and name that"
         )
     folder = find_folder("MODEL", model).resolve()

@@ -1,4 +1,4 @@
-"""A run's student as a Hugging Face folder: python tools/export_hf.py RUN_OR_CHECKPOINT [OUT]
+"""A run's student as a Hugging Face folder: ted-scale export RUN_OR_CHECKPOINT [OUT]
 
 Verifies the digests of the ranks' files, and reads and writes shard by shard: no GPU, no process group, one output shard in
 memory. Note: a bf16 run is exported in bf16, whatever type the student was saved in, because its forward ran in

@@ -1,4 +1,4 @@
-"""A commented run file for a teacher and a text: python tools/init.py --teacher MODEL --text FOLDER [--prepare]
+"""A commented run file for a teacher and a text: ted-scale init --teacher MODEL --text FOLDER [--prepare]
 
 With --prepare the text is tokenized and the student is cut, too, so that one more command starts the run. Without, the next
 commands are printed, and the text's tokens are estimated from its beginning. What exists is used as it is.
@@ -19,7 +19,7 @@ from ted_scale.base.exits import run_main
 from ted_scale.storage.objects import is_remote
 
 SAMPLE = 2_000_000  # characters of the text that are tokenized for an estimate
-REFIT_TOKENS, REFIT_ROW = 16_384, 512  # what tools/cut_student.py reads by default
+REFIT_TOKENS, REFIT_ROW = 16_384, 512  # what cut-student reads by default
 
 
 class Places(NamedTuple):
@@ -208,13 +208,14 @@ def chosen(places: Places, shape: str, teacher, tokens: int, rank, arguments) ->
 
 def commands(places: Places, out: Path, tokens: int, ranks: int) -> list[str]:
     """From here to a model."""
-    launcher = ["python"] if ranks == 1 else ["deepspeed", "--num_gpus", str(ranks)]
-    todo = [["python", "tools/tokenize_corpus.py", *tokenize_words(places)]] if places.text else []
-    todo += [["python", "tools/cut_student.py", *cut_words(places, tokens)]] if places.layers else []
+    pretrain = ["ted-scale", "pretrain"]
+    several = ["deepspeed", "--num_gpus", str(ranks), "launch/pretrain.py"]
+    todo = [["ted-scale", "tokenize", *tokenize_words(places)]] if places.text else []
+    todo += [["ted-scale", "cut-student", *cut_words(places, tokens)]] if places.layers else []
     todo += [
-        ["python", "launch/pretrain.py", "--config", str(out), "--dry-run", "--ranks", str(ranks)],
-        [*launcher, "launch/pretrain.py", "--config", str(out)],
-        ["python", "tools/export_hf.py", f"runs/{name_of(out.stem)}"],
+        [*pretrain, "--config", str(out), "--dry-run", "--ranks", str(ranks)],
+        [*(pretrain if ranks == 1 else several), "--config", str(out)],
+        ["ted-scale", "export", f"runs/{name_of(out.stem)}"],
     ]
     return [shlex.join(words) for words in todo]
 

@@ -1,4 +1,4 @@
-"""Show and verify a corpus: python tools/inspect_corpus.py PATH [--verify] [--picture FILE.svg] [--tokenizer T]
+"""Show and verify a corpus: ted-scale inspect PATH [--verify] [--picture FILE.svg] [--tokenizer T]
 
 Counts, a histogram of document lengths and a few documents as text. --verify reads every byte and exits with 1 if something
 is damaged. PATH is the same as in a run file: a prefix, a shard, or a folder, on disk or under s3:// or msc://. Note: shards

@@ -1,4 +1,4 @@
-"""A model folder without weights: python tools/new_model.py --family llama --tokenizer FOLDER --out OUT [--set K=V ...]
+"""A model folder without weights: ted-scale new-model --family llama --tokenizer FOLDER --out OUT [--set K=V ...]
 
 For `student.init = "random"` in a run file. config.json has the family's defaults and the --set values, with the tokenizer's
 files, vocabulary and special ids. The model is built once without weights before OUT gets its name, so an impossible

@@ -10,6 +10,7 @@ import os
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.config.run_file import load_run
+from ted_scale.metrics import console
 from ted_scale.ranks import signals
 
 
@@ -24,8 +25,13 @@ def main(argv: list[str] | None = None) -> None:
         "--dry-run", action="store_true", help="print the resolved run and its arithmetic, and start nothing"
     )
     parser.add_argument("--ranks", type=int, help="ranks to assume in a dry run; default: the launcher's, or 1")
+    parser.add_argument(
+        "--quiet", action="store_true", help="the console shows warnings and the end alone; log.txt has all"
+    )
+    parser.add_argument("--log-level", choices=["info", "warning", "error"], default="info", help="of the console")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    console.choose_level("warning" if arguments.quiet else arguments.log_level)
     check_ranks(arguments.ranks, arguments.dry_run)
     run = load_run(arguments.config, arguments.set)
     if arguments.dry_run:

@@ -1,4 +1,4 @@
-"""One self-contained page of a run, or of several: python tools/report.py RUN [RUN ...] --out report.html
+"""One self-contained page of a run, or of several: ted-scale report RUN [RUN ...] --out report.html
 
 What a run's folder lacks is said in the page, and the rest is shown. docs/report.md has what is drawn.
 """

@@ -41,7 +41,7 @@ KEYS = {  # "" is the top; of each section the keys that most users change
 }  # fmt: skip
 SAYS = {  # of sections, and of keys that config/ describes elsewhere or not at all
     "teacher": "The large model, which is not trained.",
-    "student": "The small model, which is: a folder that tools/cut_student.py wrote, or any model with the teacher's tokenizer.",
+    "student": "The small model, which is: a folder that ted-scale cut-student wrote, or any model with the teacher's tokenizer.",
     "data": "docs/data.md: more corpora, their weights, how they are blended and packed.",
     "data.blend": "With several corpora.",
     "data.stream": "Only for corpora under s3:// and msc://.",

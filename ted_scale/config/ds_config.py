@@ -5,12 +5,10 @@ make a run fail after minutes. Every refusal has a reason; engines.check_engine_
 """
 
 import difflib
-from pathlib import Path
 
 from ted_scale.base.errors import UserError, shown
 from ted_scale.base.parsing import parse_json
-
-HOME = Path(__file__).resolve().parents[2]  # where ds_configs/ is, in a checkout
+from ted_scale.base.shipped import found
 
 USABLE = (
     "zero_optimization", "communication_data_type", "zero_allow_untested_optimizer", "timers", "wall_clock_breakdown",
@@ -79,11 +77,6 @@ def load_ds_config(path: str) -> dict:
         check_section(path, key)
     check_zero(path, values["zero_optimization"])
     return values
-
-
-def found(path: str) -> Path:
-    """Relative to the current folder, else to the checkout: the default must work from any folder."""
-    return HOME / path if not Path(path).exists() and (HOME / path).is_file() else Path(path)
 
 
 def check_section(path: str, key: str) -> None:

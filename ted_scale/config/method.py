@@ -12,7 +12,7 @@ from ted_scale.config.types import Count, Fraction, NonNegative, Positive, Posit
 class Pairs(Section):
     rule: Literal["cut", "uniform", "last", "late_to_early"] = Field(
         "cut",
-        description="cut: the blocks that tools/cut_student.py kept of this teacher; without such a record, uniform; last: one "
+        description="cut: the blocks that ted-scale cut-student kept of this teacher; without such a record, uniform; last: one "
         "pair, of the last blocks; late_to_early: one pair, the student's block at an eighth of its depth and the teacher's last",
     )
     explicit: list[tuple[int, int]] = Field([], description="(student block, teacher block), from 0; replaces the rule")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ted_scale.config import changes
-from ted_scale.config.types import PositiveInt, Seconds, Section
+from ted_scale.config.types import Count, PositiveInt, Seconds, Section
 
 
 class Checkpoint(Section):
@@ -77,6 +77,23 @@ class Limits(Section):
     @property
     def longest_s(self) -> float:
         return max(self.step_s, self.start_s)
+
+
+class Samples(Section):
+    """Text that student and teacher write in training: runs/NAME/samples.jsonl; docs/reading_a_run.md."""
+
+    every: Count = Field(0, description="steps of stage II; also before its first and after its last one; 0: never")
+    prompts: Annotated[list[str], Field(max_length=64)] = Field([], description="each is gone on with")
+    from_validation: Annotated[int, Field(ge=0, le=64)] = Field(
+        0, description="so many beginnings of held-out text are prompts, too"
+    )
+    tokens: PositiveInt = Field(64, description="after each prompt, the likeliest one each time")
+
+    @model_validator(mode="after")
+    def something_is_asked(self):
+        if self.every and not (self.prompts or self.from_validation):
+            raise ValueError("every must be 0 without prompts, but is above; give prompts, or set from_validation")
+        return self
 
 
 class Report(Section):

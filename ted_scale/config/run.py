@@ -19,7 +19,7 @@ from ted_scale.config.method import (
     is_on,
     on_between,
 )
-from ted_scale.config.operation import Checkpoint, Health, Limits, Report, Resume, Wandb
+from ted_scale.config.operation import Checkpoint, Health, Limits, Report, Resume, Samples, Wandb
 from ted_scale.config.types import Count, PositiveInt, Section
 
 Method = Literal["ce", "kd", "lwd", "ted"]
@@ -111,6 +111,7 @@ class Run(Section):
     health: Health = Health()
     limits: Limits = Limits()
     log_every: PositiveInt = 10
+    samples: Samples = Samples()
     report: Report = Report()
     wandb: Wandb | None = None
 
@@ -169,6 +170,18 @@ class Run(Section):
                     f"data.corpora[{i}].validation must be above 0 for data.blend.kind = 'adaptive', but is 0; hold some of "
                     f"{corpus.name} out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def samples_have_text(self):
+        samples, most = self.samples, self.data.seq_len - 1
+        if samples.every and samples.tokens > most:
+            raise ValueError(f"samples.tokens must be below data.seq_len ({most + 1}), but is {samples.tokens}")
+        if samples.every and samples.from_validation and not any(c.validation for c in self.data.corpora):
+            raise ValueError(
+                f"samples.from_validation must be 0 where no corpus holds text out, but is {samples.from_validation}; set "
+                "data.corpora[0].validation"
+            )
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from ted_scale.base.errors import UserError, shown
 from ted_scale.base.parsing import parse_toml
+from ted_scale.base.shipped import found
 from ted_scale.config.run import Run
 
 LARGEST = 2**24  # bytes
@@ -30,7 +31,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), argument: str = "-
     """Read a run file and put `section.key=value` strings on top. A mistake is one UserError sentence that names the file, or
     the --set that made it, or, without a file, the argument that should have named one."""
     try:
-        with Path(path).open("rb") as file:  # may be a pipe, which the user made
+        with found(path).open("rb") as file:  # may be a pipe, which the user made
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise ValueError(f"it has more than {LARGEST:,} bytes")

@@ -15,7 +15,7 @@ from ted_scale.base import progress
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.storage.objects import Object
 
-TOKENIZE = "write it with tools/tokenize_corpus.py"
+TOKENIZE = "write it with ted-scale tokenize"
 SHARD_NUMBER = re.compile(r"-\d{5}$")
 # Size and time of change. No inode: a restored file has another one, and after a remount some file systems number files anew.
 STAMP = struct.Struct("<Qq")

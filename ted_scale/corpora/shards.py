@@ -1,4 +1,4 @@
-"""What a corpus is on disk: Megatron .bin/.idx pairs, and the sidecar .json that tools/tokenize_corpus.py adds.
+"""What a corpus is on disk: Megatron .bin/.idx pairs, and the sidecar .json that ted-scale tokenize adds.
 
 Everything is checked from headers and file sizes, in constant time per shard and without torch or megatron, so that a
 dry run can do it. local.py and remote.py find the files, corpus.py reads tokens. Note: the .idx counts one

@@ -1,6 +1,6 @@
 """One interface for both kinds of tokenizer that a corpus is written with: sentencepiece and Hugging Face.
 
-tools/train_tokenizer.py trains one. Note: a special token that is spelled out in a text stays text in both kinds, unless
+ted-scale train-tokenizer trains one. Note: a special token that is spelled out in a text stays text in both kinds, unless
 the user asks otherwise, because a web page that contains </s> must not end a document. No code of a tokenizer is run
 (docs/security.md).
 """

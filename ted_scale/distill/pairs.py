@@ -1,6 +1,6 @@
 """Which blocks of student and teacher are matched: the listed ones, those of the cut, or by a rule.
 
-tools/cut_student.py writes a map into the student's folder (CUT): the teacher's block from which each of the student's blocks
+ted-scale cut-student writes a map into the student's folder (CUT): the teacher's block from which each of the student's blocks
 comes. The map is the default if the teacher has that shape: it is the cut teacher, or one trained further. The rule for
 students that were not cut differs from the rule of the cut: it is the method's own, and it matches no first block.
 """
@@ -88,7 +88,7 @@ def read_cut(student: Anatomy) -> dict | None:
     if not (fits(cut, FORM) and is_cut(cut, student.layers)):
         raise UserError(
             f"{path} must list a teacher's block for each of the student's {student.layers} in rising order, but is "
-            f"{shown(cut)}; write it with tools/cut_student.py, or remove it"
+            f"{shown(cut)}; write it with ted-scale cut-student, or remove it"
         )
     return cut
 

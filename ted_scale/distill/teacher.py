@@ -5,6 +5,7 @@ import torch
 from ted_scale.data.stream import joined
 from ted_scale.distill.signal import Signal, Weights, parts
 from ted_scale.kernels import filtered_states, linear_kl_ce
+from ted_scale.kernels.formulas.logits import soften
 from ted_scale.models.anatomy import Anatomy, StateRecorder, head_of, run_body
 from ted_scale.models.zero import gathered, start_gather
 
@@ -76,6 +77,14 @@ class Teacher:
         else:
             self.body.gathers_ahead = wanted
         return self.engine(batch, wants_layers)
+
+    @torch.no_grad()
+    def logits(self, batch) -> torch.Tensor:
+        """As the family itself computes them, [B, T, V]."""
+        last, head = self.run(batch, False, True).last_NE, self.head
+        with gathered(self.projection):
+            raw = torch.nn.functional.linear(last, head.weight, head.bias)
+        return soften(raw, head.softcap, head.logit_scale).unflatten(0, batch.tokens_BT.shape)
 
     @torch.no_grad()
     def ce(self, batch, denom) -> torch.Tensor:

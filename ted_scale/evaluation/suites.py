@@ -175,7 +175,7 @@ def refuse_generation(name: str, task: dict) -> None:
     does = "runs code that the model writes" if task.get("unsafe_code") else "lets the model write text"
     raise UserError(
         f"validation.suite must name tasks that compare log-likelihoods, but {name} {does}; ask it of an export, with "
-        "tools/evaluate.py"
+        "ted-scale evaluate"
     )
 
 

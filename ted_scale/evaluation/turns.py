@@ -23,11 +23,11 @@ def batches_of(requests: list[tuple], rows: int) -> list[list[int]]:
     ]
 
 
-def answered(batches: list[list[int]], answer: Callable[[list[int]], list], device) -> list:
+def answered(batches: list[list[int]], answer: Callable, device, what: str = "a batch of validation.suite") -> list:
     """The answers to all requests, on every rank. Raises Preempted on all ranks if a signal asks to stop."""
     (rank, world), mine = agree.share(), {}
     for first in range(0, len(batches), world):
-        pulse.doing("a batch of validation.suite")
+        pulse.doing(what)
         if agree.anywhere(signals.asked.is_set(), device):
             raise Preempted
         numbers = batches[min(first + rank, len(batches) - 1)]

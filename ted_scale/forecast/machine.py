@@ -1,6 +1,6 @@
 """A machine in a few numbers: what a rank has, and how fast each kind of operation is there.
 
-A named device is its data sheet times one efficiency for each kind of operation. `tools/plan.py --calibrate` measures the same
+A named device is its data sheet times one efficiency for each kind of operation. `ted-scale plan --calibrate` measures the same
 numbers and keeps them in RUNS/machine.json, for the precision and the ranks that it ran with. Note: a link's figure is what one
 rank receives a second, in one direction.
 """
@@ -117,7 +117,7 @@ def read(path: Path) -> Machine:
         return found
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{path} must hold a machine as tools/plan.py --calibrate writes it, but does not ({error}); calibrate again"
+            f"{path} must hold a machine as ted-scale plan --calibrate writes it, but does not ({error}); calibrate again"
         ) from None
 
 

@@ -3,6 +3,7 @@
 Note: a CPU without a calibration has no forecast of time, because no data sheet says what its cores do beside others.
 """
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from ted_scale.distill.flops import step_flops
 from ted_scale.forecast import machine as machines
 from ted_scale.forecast import step
 from ted_scale.forecast.machine import Machine
+from ted_scale.metrics.time_left import Ahead
 from ted_scale.ranks.capacity import local_ranks
 
 log = logging.getLogger("ted_scale")
@@ -60,7 +62,7 @@ def describe(plan) -> list[str]:
     if machine is None:
         return [
             f"time of a step: no forecast, because this machine is not in the table and {Path(plan.run.runs) / machines.FILE} is "
-            "not there, or of another device, precision or one rank alone; python tools/plan.py RUN.toml --calibrate measures it"
+            "not there, or of another device, precision or one rank alone; ted-scale plan RUN.toml --calibrate measures it"
         ]
     stages = [line_of(stage, of_stage(plan, stage, machine, local_ranks(plan.world)), machine) for stage in plan.stages]
     return [*stages, *uncounted(plan)]
@@ -89,6 +91,30 @@ def line_of(stage, found: Forecast, machine: Machine) -> str:
         f"time of a step in stage {stage.name}, forecast for {machine.name} ({machine.source}): "
         f"{sum(found.seconds.values()) * 1e3:,.4g} ms = {terms}; {found.tokens_per_s:,.0f} tokens/s{mfu}, {found.days:,.2g} days"
     )
+
+
+def ahead(plan, stage, at: int, device: str) -> Ahead:
+    """A stage that goes on after `at` steps, for the line of each row: what it waits for, and how long the stages after it take."""
+    run, each = plan.run, {"checkpoints": plan.run.checkpoint.every}
+    if not stage.learns_filters and any(corpus.validation for corpus in run.data.corpora):
+        each["validation"] = run.validation.every
+    if not stage.learns_filters and run.samples.every:
+        each["samples"] = run.samples.every
+    forecast, later = numbers(plan, stage, at, device), later_seconds(plan, stage)
+    return Ahead(stage.name, stage.first_step, stage.last_step, each, later, forecast)
+
+
+def later_seconds(plan, stage) -> float | None:
+    """Of the stages after this one. None without a forecast, for whatever reason: `numbers` says it."""
+    later = [other for other in plan.stages if other.first_step >= stage.last_step]
+    with contextlib.suppress(Exception):
+        machine = known_machine(plan.run, plan.world) if later else None
+        if machine or not later:
+            return sum(
+                other.steps * sum(of_stage(plan, other, machine, local_ranks(plan.world)).seconds.values())
+                for other in later
+            )
+    return None
 
 
 def numbers(plan, stage, at: int, device: str) -> dict[str, float]:

@@ -11,12 +11,22 @@ from ted_scale.base.beneath import append_to
 from ted_scale.base.errors import files_at
 
 log = logging.getLogger("ted_scale")
+level = logging.INFO  # of the console; log.txt has all
 
 
-def log_line(line: str) -> None:
+def log_line(line: str, importance: int = logging.INFO) -> None:
     """Log a line above the progress bar, so that they do not mix."""
     with tqdm.external_write_mode(file=sys.stderr):
-        log.info(line)
+        log.log(importance, line)
+
+
+def choose_level(name: str) -> None:
+    """What the console shows from here on: `--log-level`. What libraries warn of at their import is nothing that a user can change;
+    on which device a run is, our log says, too."""
+    global level
+    level = logging.getLevelNamesMapping()[name.upper()]
+    for library in ("DeepSpeed", "torchao"):
+        logging.getLogger(library).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 class LogFile(logging.FileHandler):
@@ -33,6 +43,7 @@ class LogFile(logging.FileHandler):
 def open_log(folder: Path, writes: bool) -> None:
     """Rank 0 logs to log.txt and to the console. The other ranks log only warnings, to the console."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers[0].setLevel(level)
     if writes:
         with files_at(folder):
             handlers.append(LogFile(folder / "log.txt", encoding="utf-8"))

@@ -6,15 +6,14 @@ speed and memory. Note: on a GPU durations are pairs of events, read only when t
 
 import contextlib
 import json
+import logging
 import math
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import TextIO
 
 import torch
-from tqdm import tqdm
 
 from ted_scale.base import redact
 from ted_scale.base.beneath import append_to
@@ -27,9 +26,12 @@ from ted_scale.distill.flops import Work, keys_of, lengths_of
 from ted_scale.metrics.clock import Clock
 from ted_scale.metrics.console import log_line
 from ted_scale.metrics.goodput import Ledger
+from ted_scale.metrics.line import before_and_after, beside
 from ted_scale.metrics.live_report import LiveReport
 from ted_scale.metrics.peaks import device_peak
-from ted_scale.metrics.rows import rows_at, trim_rows
+from ted_scale.metrics.rows import NAME, rows_at, rows_in, trim_all
+from ted_scale.metrics.teller import Teller
+from ted_scale.metrics.time_left import Ahead
 from ted_scale.metrics.tracking import WandbRun, add_page
 
 
@@ -55,15 +57,9 @@ class Metrics:
         self.lost = False
         self.report = LiveReport(run.folder, run.report.every_minutes) if writes and run.report.every_minutes else None
         self.file: TextIO | None = None
-        self.path, self.already = run.folder / "metrics.jsonl", set()
+        self.path, self.already = run.folder / NAME, set()
         self.open(step)
-        self.bar = tqdm(
-            total=total_steps,
-            initial=step,
-            unit="step",
-            disable=not (writes and sys.stderr.isatty()),
-            dynamic_ncols=True,
-        )
+        self.teller = Teller(total_steps, step, writes=writes)
 
     def open(self, step: int) -> None:
         """Append rows after those of `step`, which the run is at."""
@@ -77,9 +73,8 @@ class Metrics:
         self.close_file()
         if self.writes:
             with contextlib.suppress(OSError):
-                trim_rows(self.path, progress.step)
+                trim_all(self.path.parent, progress.step)
         self.open(progress.step)
-        self.bar.update(progress.step - self.bar.n)
         self.step = progress.step
         self.ledger.undo(progress.spent)
         self.resume_from(progress.tokens)
@@ -87,8 +82,8 @@ class Metrics:
     def add(self, progress: Progress, values: dict[str, float], *, last: bool) -> None:
         """Add a step's numbers; write the row when it is due."""
         self.rows.append(values)
-        self.bar.update(1)
         self.step = progress.step
+        self.teller.step(self.step, self.ledger)
         if time.monotonic() - self.told > life.EVERY_S:
             self.leave_word()
         if progress.step % self.every == 0 or last:
@@ -100,9 +95,13 @@ class Metrics:
             self.write(progress.step, progress.tokens, row | self.read_of_corpora(progress.samples))
             self.rows = []
 
-    def expect(self, forecast: Callable[[], dict[str, float]]) -> None:
-        """What the plan says about a step of the stage that begins; only rank 0, which writes it, works it out."""
-        self.forecast, self.rows_of_stage = forecast() if self.writes else {}, 0
+    def expect(self, forecast: Callable[[], Ahead]) -> None:
+        """What the plan says about the stage that begins; only rank 0, which writes it, works it out."""
+        self.rows_of_stage = 0
+        if self.writes:
+            ahead = forecast()
+            self.forecast = ahead.forecast
+            self.teller.begin(ahead)
 
     def compare(self, row: dict[str, float]) -> None:
         """Add the forecast to the row; say it once beside what was measured. The first row has the start in it."""
@@ -143,7 +142,7 @@ class Metrics:
     def alert(self, title: str, text: str) -> None:
         """Log it, and send it as a W&B alert. W&B drops a second alert within a minute."""
         if self.writes:
-            log_line(text)
+            log_line(text, logging.WARNING)
         self.call_wandb(lambda run: run.alert(title, redact.redact(text), level="WARN"))
 
     def performance(self, tokens: int, steps: int) -> dict[str, float]:
@@ -189,10 +188,10 @@ class Metrics:
         self.stream = stream
 
     @contextlib.contextmanager
-    def aside(self):
+    def aside(self, part: str = "validation"):
         """The time spent in here is not part of a step's time."""
         start = time.perf_counter()
-        with self.ledger.within("validation"):
+        with self.ledger.within(part):
             yield
         self.since += time.perf_counter() - start
 
@@ -206,6 +205,7 @@ class Metrics:
         self.waits = {}
         self.clock.read()
         self.ledger.turn("steps")
+        self.teller.anew(self.step)
 
     def write(self, step: int, tokens: int, values: dict[str, float]) -> None:
         if not self.writes or not values or (step, *values) in self.already:
@@ -213,8 +213,7 @@ class Metrics:
         row = {"step": step, "tokens": tokens, **values}
         self.append(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}))
         self.call_wandb(lambda run: run.log(row))
-        if numbers := [f"{k.split('/', 1)[1]} {v:.4g}" for k, v in values.items() if shown(k)]:
-            log_line(f"step {step:>6}  " + "  ".join(numbers))
+        self.teller.row(step, values, self.ledger)
 
     def append(self, line: str) -> None:
         """A full disk loses rows, which is logged once, but it does not stop the run."""
@@ -224,7 +223,10 @@ class Metrics:
             self.lost = False
         except OSError as error:
             if not self.lost:
-                log_line(f"{self.path} must be writable, but is not ({error.strerror}): rows are lost until it is")
+                log_line(
+                    f"{self.path} must be writable, but is not ({error.strerror}): rows are lost until it is",
+                    logging.WARNING,
+                )
             self.lost = True
 
     def close_file(self) -> None:
@@ -234,7 +236,7 @@ class Metrics:
                 self.file.close()
 
     def close(self, *, done: bool = True) -> None:
-        self.bar.close()
+        self.teller.close()
         self.close_file()
         self.leave_word()
         if self.report and (page := self.report.close(done=done)):
@@ -242,32 +244,20 @@ class Metrics:
         if self.wandb_run:
             self.wandb_run.close()
 
+    def tell_end(self, words: str) -> None:
+        """What the run came to, and last what comes next; on a quiet console, too."""
+        if self.writes:
+            for line in filter(None, (before_and_after(rows_in(self.path)), words)):
+                log_line(line, logging.CRITICAL)
+
     def call_wandb(self, action) -> None:
         if self.wandb_run:
             self.wandb_run.tell(action)
 
 
-def beside(row: dict[str, float], device: str) -> str:
-    """A forecast and what was measured, as the log says it."""
-    whole = ", with the process and what its allocator keeps" if device == "cpu" else ""
-    said = [f"memory {row['memory/forecast_gib']:.3g} GiB, {row['memory/peak_gib']:.3g} measured{whole}"]
-    if "perf/forecast_ms" in row:
-        ratio = row["perf/step_ms"] / row["perf/forecast_ms"]
-        said.append(f"a step {row['perf/forecast_ms']:.4g} ms, {row['perf/step_ms']:.4g} measured ({ratio:.2f} times)")
-    return f"forecast beside measured: {'; '.join(said)}"
-
-
 def add_changes(sentences: list[str], wandb_run) -> None:
     all_changes = [*wandb_run.config.get("changes", []), *sentences]
     wandb_run.config.update({"changes": all_changes}, allow_val_change=True)
-
-
-def shown(key: str) -> bool:
-    """Whether the console shows it: not the numbers of single pairs, and of a single corpus only its weight in a blend."""
-    if key.startswith("blend/"):
-        return key.endswith("/weight")
-    whole = key.startswith(("loss/", "val/", "optim/")) and key.count("/") == 1
-    return whole or key.startswith("val/suite/") or key in ("perf/tokens_per_s", "perf/step_ms")
 
 
 def mean_rows(rows: list[dict[str, float]]) -> dict[str, float]:

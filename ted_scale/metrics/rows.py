@@ -1,4 +1,4 @@
-"""metrics.jsonl as rows, one a line. A crash may have cut off the last line."""
+"""metrics.jsonl and samples.jsonl as rows, one a line. A crash may have cut off the last line."""
 
 import contextlib
 import json
@@ -12,7 +12,14 @@ from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import fits, parse_json
 from ted_scale.base.paths import open_file
 
+NAME, SAMPLES = "metrics.jsonl", "samples.jsonl"
 LARGEST, LONGEST_LINE = 2**36, 2**20  # bytes; a row has some thousand
+
+
+def trim_all(folder: Path, step: int) -> None:
+    """Remove what a run will write again from this step on."""
+    for name in (NAME, SAMPLES):
+        trim_rows(folder / name, step)
 
 
 def trim_rows(path: Path, step: int) -> None:

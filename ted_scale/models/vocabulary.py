@@ -49,14 +49,14 @@ def student_tokenizer(folder: Path):
         raise UserError(str(error).replace("--tokenizer", "student.path", 1)) from None
 
 
-def tokenizer_folder(student: Anatomy, teacher: Anatomy | None) -> Path:
-    """Where the tokenizer of both models is."""
+def tokenizer_folder(student: Anatomy, teacher: Anatomy | None, key: str = "validation.suite") -> Path:
+    """Where the tokenizer of both models is, which the run file's `key` needs."""
     for anatomy in filter(None, (student, teacher)):
         if has_tokenizer(anatomy.folder):
             student_tokenizer(anatomy.folder)
             return anatomy.folder
     raise UserError(
-        f"student.path must hold a tokenizer for validation.suite, but {student.folder} has none; copy that of the corpora there"
+        f"student.path must hold a tokenizer for {key}, but {student.folder} has none; copy that of the corpora there"
     )
 
 

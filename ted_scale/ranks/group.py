@@ -1,6 +1,8 @@
 """This process as a rank: its device, and the process group that the launcher's environment variables describe."""
 
+import contextlib
 import functools
+import io
 import logging
 import os
 import socket
@@ -38,7 +40,8 @@ def start_ranks(run: Run | None = None, check=lambda device: None) -> torch.devi
     if run:
         watch.start(run.limits, run.folder)
     patience = LONGEST_WAIT if run else timedelta(minutes=30)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=patience)
+    with contextlib.redirect_stdout(io.StringIO()):  # "built successfully", on every rank
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=patience)
     return device
 
 

@@ -28,9 +28,12 @@ def open_store(rank: int, world: int, folder: Path):
     import torch.distributed as dist
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = (
+        rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    )  # torchrun has a store, which a second would meet
     settings = {"timeout": timedelta(seconds=MEETING_S), "wait_for_workers": False, "multi_tenant": True}
     try:
-        store = dist.TCPStore(host, port, world, rank == 0, **settings)
+        store = dist.TCPStore(host, port, world, serves, **settings)
     except RuntimeError as error:
         if rank:
             raise Gone(f"rank 0 must be at {host}:{port} within {MEETING_S:g} s, but is not: {error}") from None

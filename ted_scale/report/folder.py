@@ -18,13 +18,13 @@ from ted_scale.base.parsing import fits, is_count, parse_json, parse_toml, parse
 from ted_scale.base.paths import NoFile, open_file
 from ted_scale.checkpoints import life
 from ted_scale.config.changes import flat
-from ted_scale.metrics.rows import lines_in
+from ted_scale.metrics.rows import SAMPLES, lines_in
 from ted_scale.report.events import Event, events_of
 
 LARGEST_TEXT = 2**24  # bytes of a run file, a log's end or a file of samples
 MOST_STEPS, LONGEST_MS = 10**15, 1e12  # a step is at most 30 years; sums of both stay finite
 WITHIN = ("perf/data_wait_ms", "perf/teacher_ms")  # parts of perf/step_ms
-SAMPLES, SCORES = "samples.jsonl", "evaluation*.json"
+SCORES = "evaluation*.json"
 
 
 class Series(NamedTuple):
@@ -206,13 +206,13 @@ def read_lines(path: Path, missing: list[str]) -> list[dict]:
 
 
 def scores_in(path: Path, missing: list[str]) -> dict | None:
-    """What `tools/evaluate.py --json` wrote, if somebody put it there."""
+    """What `ted-scale evaluate --json` wrote, if somebody put it there."""
     try:
         found = json_in(text_of(path, missing))
         rows = [row_of(model["model"], score) for model in found["models"] for score in model["scores"]]
         return {"file": proper(path.name), "rows": rows}
     except (ValueError, TypeError, KeyError):
-        missing.append(f"{path.name} is no file of scores as tools/evaluate.py --json writes it")
+        missing.append(f"{path.name} is no file of scores as ted-scale evaluate --json writes it")
     return None
 
 

@@ -216,7 +216,7 @@ def samples(runs: list[RunSeen]) -> str:
 
 
 def scores(runs: list[RunSeen]) -> str:
-    """The last score of each task that training asked, and what tools/evaluate.py wrote into the run's folder."""
+    """The last score of each task that training asked, and what ted-scale evaluate wrote into the run's folder."""
     keys = list(dict.fromkeys(key for run in runs for key in run.series if key.startswith("val/suite/")))
     rows = [[key.removeprefix("val/suite/"), *(amount(run.last(key)) for run in runs)] for key in keys]
     asked = table(["task", *(run.name for run in runs)], rows, "Last scores of the suite") if rows else ""
@@ -227,7 +227,7 @@ def scores(runs: list[RunSeen]) -> str:
         for model, what, metric, value, error in f["rows"]
     ]
     told = (
-        table(["run", "file", "model", "task", "metric", "score"], files, "Scores of tools/evaluate.py")
+        table(["run", "file", "model", "task", "metric", "score"], files, "Scores of ted-scale evaluate")
         if files
         else ""
     )

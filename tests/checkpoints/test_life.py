@@ -106,7 +106,7 @@ def test_every_second_belongs_to_one_part(monkeypatch):
     ledger.undo(at_save)  # a loss spike: back to the checkpoint
     pass_(20)
     spent = ledger.spent()
-    assert [getattr(spent, part) for part in PARTS] == [720.0, 75.0, 13.0, 6.0, 60.0, 30.0]
+    assert [getattr(spent, part) for part in PARTS] == [720.0, 75.0, 13.0, 6.0, 60.0, 30.0, 0.0]
     assert spent.total == SAVED.total + 5 + 10 + 100 + 1 + 40 + 3 + 20
     assert sum(ledger.shares().values()) == pytest.approx(1.0)
 

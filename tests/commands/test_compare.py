@@ -1,4 +1,4 @@
-"""tools/compare.py: equal conditions, budgets, paired differences, and a comparison that goes on.
+"""ted-scale compare: equal conditions, budgets, paired differences, and a comparison that goes on.
 
 Runs are stand-ins that write what a run writes; the last test, of `make soak`, starts real ones.
 """
@@ -369,9 +369,10 @@ def test_two_comparisons_may_go_on_beside_each_other(write, monkeypatch, ranks):
     for _ in range(2):
         assert next(iter(starts.run_all(plan, [plans.job_of(plan, "ce", 0, 3)])))[1] == 0
     if ranks == 1:
-        assert [command[0] for command in commands] == [sys.executable] * 2
+        assert [command[:3] for command in commands] == [[sys.executable, "-m", "ted_scale.commands.pretrain"]] * 2
     else:
         assert len({command[command.index("--master_port") + 1] for command in commands}) == 2
+        assert all(command[command.index("--module") + 1] == "ted_scale.commands.pretrain" for command in commands)
 
 
 def test_a_run_that_begins_while_the_comparison_ends_is_ended_too(write, monkeypatch):

@@ -1,17 +1,13 @@
-"""tools/cut_student.py on text: widths by activation, blocks by influence, and what a cut says of itself."""
+"""ted-scale cut-student on text: widths by activation, blocks by influence, and what a cut says of itself."""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from cut_models import TOKENS, cut_by_hand, loaded, logits
-from places import ROOT
 from tiny import FAMILIES, GQA, MORE, SIZES, make_corpus, make_model
-
-sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError
 from ted_scale.commands import cut_student

@@ -10,8 +10,6 @@ from cut_models import cut_by_hand, loaded, logits
 from places import ROOT
 from tiny import make_model
 
-sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
-
 from ted_scale.base.errors import UserError
 from ted_scale.commands.cut_student import main
 from ted_scale.config.method import Pairs

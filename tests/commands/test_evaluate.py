@@ -1,4 +1,4 @@
-"""tools/evaluate.py: what is counted on held-out text, suites and their files, scores side by side.
+"""ted-scale evaluate: what is counted on held-out text, suites and their files, scores side by side.
 
 lm-eval itself is needed by the last tests only, which are skipped where it is not installed.
 """
@@ -122,7 +122,7 @@ def test_a_mistake_is_one_sentence(root, monkeypatch, words, sentence):
 
 def test_a_run_is_exported_first(tmp_path):
     (tmp_path / "run.toml").touch()
-    with pytest.raises(UserError, match=r"but .* is a run's; make one of it with `python tools/export_hf.py "):
+    with pytest.raises(UserError, match=r"but .* is a run's; make one of it with `ted-scale export "):
         evaluate.main([str(tmp_path), "--suite", "small"])
 
 

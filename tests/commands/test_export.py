@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# For the ranks, which run this file as a program: the harness, and tools/, which is not an installed package.
+# For the ranks, which run this file as a program.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "harness"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 

@@ -68,7 +68,7 @@ def test_with_prepare_one_more_command_trains_the_own_text(here, capsys):
     init.main(["--teacher", "teacher", "--text", "my text", "--out", "own.toml", "--prepare", "--ranks", "1"])
     said = capsys.readouterr().out
     assert (here / "corpora/my_text.idx").exists() and (here / "models/teacher_2_blocks/cut.json").exists()
-    assert "tokenize_corpus" not in said.partition("next:")[2] and "cut_student" not in said.partition("next:")[2]
+    assert "ted-scale tokenize" not in said.partition("next:")[2] and "cut-student" not in said.partition("next:")[2]
     run = load_run("own.toml")
     assert make_plan(run, 1).stages[-1].steps == run.train.steps
     words = ["--set", "train.steps=2", "--set", "train.warmup_steps=1", "--set", "validation.tokens=128"]
@@ -87,7 +87,7 @@ def test_without_prepare_nothing_is_made_and_the_commands_lead_there(here, capsy
     init.prepared(init.Places("teacher", cut[1], "corpora/my_text", "my text", None, 128), 0)
     assert tokenize[2:] == ["--out", "corpora/my_text", "my text"]
     assert init.count("corpora/my_text") == pytest.approx(estimated, rel=0.1)
-    assert "--dry-run" in commands[2] and commands[3] == "python launch/pretrain.py --config run.toml"
+    assert "--dry-run" in commands[2] and commands[3] == "ted-scale pretrain --config run.toml"
 
 
 def test_shards_and_a_student_that_are_there_are_taken_as_they_are(here, capsys):

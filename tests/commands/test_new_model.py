@@ -1,14 +1,10 @@
 """A new model's folder is one that a run can start from: the tokenizer's vocabulary, what was set, and no weights."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import make_corpus, make_run
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError
 from ted_scale.commands.new_model import main

@@ -1,4 +1,4 @@
-"""tools/plan.py: what fits, what is recommended, what is refused, without weights and data."""
+"""ted-scale plan: what fits, what is recommended, what is refused, without weights and data."""
 
 import json
 

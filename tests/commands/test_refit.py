@@ -1,15 +1,11 @@
-"""tools/cut_student.py fits what it keeps to the teacher: by families, and where there is nothing to fit."""
+"""ted-scale cut-student fits what it keeps to the teacher: by families, and where there is nothing to fit."""
 
-import sys
 from contextlib import chdir
 
 import pytest
 import torch
 from cut_models import loaded, logits
-from places import ROOT
 from tiny import FAMILIES, MORE, make_corpus, make_model
-
-sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
 
 from ted_scale.base.errors import UserError
 from ted_scale.commands.cut_student import main

@@ -13,8 +13,6 @@ import numpy
 import pytest
 from places import ROOT
 
-sys.path.insert(0, str(ROOT))  # tools/ is not an installed package
-
 from ted_scale.base.errors import UserError
 from ted_scale.commands import tokenize_corpus, train_tokenizer
 from ted_scale.corpora.documents import find_files, read_documents

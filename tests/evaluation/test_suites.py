@@ -24,7 +24,8 @@ from ted_scale.distill.stages import Stage
 from ted_scale.evaluation import suites, turns
 from ted_scale.evaluation.scores import Score, scores
 from ted_scale.evaluation.suites import Asked
-from ted_scale.metrics.metrics import Metrics, shown
+from ted_scale.metrics.line import shown
+from ted_scale.metrics.metrics import Metrics
 from ted_scale.metrics.rows import rows_in
 from ted_scale.plan import make_plan
 

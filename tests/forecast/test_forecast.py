@@ -65,7 +65,9 @@ def test_a_calibration_is_read_as_it_was_written_and_damage_is_a_sentence(tmp_pa
     assert machines.read(tmp_path / "runs" / "machine.json") == H100
     for damage in ("{", '{"name": "x"}', "[]", *(json.dumps(H100._asdict() | {key: bad}) for key, bad in BAD)):
         (tmp_path / "damaged.json").write_text(damage)
-        with pytest.raises(UserError, match=r"damaged.json must hold a machine as tools/plan.py --calibrate writes it"):
+        with pytest.raises(
+            UserError, match=r"damaged.json must hold a machine as ted-scale plan --calibrate writes it"
+        ):
             machines.read(tmp_path / "damaged.json")
     machines.write(tmp_path / "cpu.json", H100._replace(peak=None, latency=0.0, device="cpu", ranks=1))
     assert machines.read(tmp_path / "cpu.json").peak is None

@@ -118,7 +118,7 @@ def acts_of_a_run(folder: Path, world: World) -> Acts:
         lambda: check_filters(files.filters_of(folder), world.plan.filters_identity()),
         lambda: resume.describe(run, *resume.find(run, world.plan.identity()), 6, last_row(folder / "metrics.jsonl")),
         lambda: claim(folder, world),
-        lambda: run_folder.where_it_stands(folder, ""),
+        lambda: run_folder.where_it_stands(folder, 9, ""),
         lambda: (found := newest()) and fill(found),
         tool([str(folder), "prune", "--keep", "1", "--yes"]),
     ]

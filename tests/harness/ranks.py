@@ -22,6 +22,7 @@ def main() -> None:
     import health_scenarios
     import number_scenarios
     import recorded_losses
+    import sample_scenarios
     import scenarios
     import sequence_scenarios
     import stop_scenarios
@@ -32,8 +33,8 @@ def main() -> None:
 
     plan.inspect = functools.cache(plan.inspect)
     homes = (
-        scenarios, data_scenarios, health_scenarios, number_scenarios, recorded_losses, sequence_scenarios, stop_scenarios,
-        traffic_scenarios,
+        scenarios, data_scenarios, health_scenarios, number_scenarios, recorded_losses, sample_scenarios, sequence_scenarios,
+        stop_scenarios, traffic_scenarios,
     )  # fmt: skip
     device, rank = start_ranks(), os.environ["RANK"]
     for name in names:

@@ -7,6 +7,7 @@ from pathlib import Path
 from ted_scale.checkpoints import life
 from ted_scale.checkpoints.life import Lost, Spent
 from ted_scale.config import changes
+from ted_scale.metrics.line import line_of
 
 TOML = """name = "{name}"
 method = "{method}"
@@ -61,9 +62,10 @@ def log_lines(folder: Path, steps: int) -> list[str]:
     lost = Lost(3, 60.0, 30.0, "it was killed, or its machine is gone").sentence(half)
     changed = changes.changes({}, {}, {"train": {"lr": 1e-3}}, {"train": {"lr": 2e-3}}, half)
     onward = f"back to step_{half:08d} and on with sample 32, rewind 1 of 3"
+    row = line_of(half + 1, steps, "", {"loss/total": 4.1, "optim/lr": 1e-3}, validated=None, left="")
     said = [
-        f"resuming from {folder}/checkpoints/step_{half:08d}", lost, *changed, f"step {half + 1:>6}  total 4.1  lr 0.001",
+        f"resuming from {folder}/checkpoints/step_{half:08d}", lost, *changed, row,
         f"step {half + 2}: loss/total is 46, 5.6 times its median over 4 steps; report: x.json; {onward}",
-        f"done: {folder} is at step {steps}; next: python tools/export_hf.py {folder}",
+        f"done: {folder} is at step {steps}; next: ted-scale export {folder}",
     ]  # fmt: skip
     return [f"starts at step 0 of {steps}", *(f"10:00:0{second} {line}" for second, line in enumerate(said))]

@@ -92,7 +92,7 @@ def rank_of(name: str, folder: Path) -> None:
     watch.start(Limits(step_s=step_s, start_s=40.0, silence_s=silence_s), folder / name)
     dist.init_process_group("gloo")
     if rank == 0:
-        exits.where_it_stands = partial(where_it_stands, folder / name)
+        exits.where_it_stands = partial(where_it_stands, folder / name, 1000)
     if name == "early" and rank == faulty:
         (folder / f"{name}.at").write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGTERM)

@@ -85,6 +85,14 @@ def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal(root
     assert resumed >= 11, "the step that was signalled was saved"
     assert said.count(f"\nstopped: {Preempted.SENTENCE}") == 1 and "Traceback" not in said
 
+    assert "built successfully" not in said and said.count("Setting accelerator to CPU") <= 2 * len(
+        starts
+    )  # the launcher's two
+    ours = [line for line in said.splitlines() if line and not line.startswith(("[", "supervise: "))]
+    assert re.search(r"held-out loss \S+ before, \S+ after, the teacher's \S+$", ours[-2])
+    assert ours[-1].endswith(f"is at step 14; next: ted-scale export {unlucky.folder}")
+    assert re.search(r"step 14 of 14 \(student\)  loss .* tokens/s, .* a step", said)
+
     killed, stopped = [line for line in said.splitlines() if "the run was down for" in line]
     assert "after step 8 (" in killed and "its end: error: rank 1 must give a sign" in killed
     assert killed.endswith("start the same command again (exit code 5)")

@@ -18,8 +18,10 @@ from ted_scale.data.stream import Batch
 from ted_scale.distill.flops import Work
 from ted_scale.metrics import console
 from ted_scale.metrics.clock import Clock
-from ted_scale.metrics.metrics import Metrics, mean_rows, shown
+from ted_scale.metrics.line import shown
+from ted_scale.metrics.metrics import Metrics, mean_rows
 from ted_scale.metrics.rows import trim_rows
+from ted_scale.metrics.time_left import Ahead
 
 CPU = torch.device("cpu")
 
@@ -124,7 +126,7 @@ def test_a_rewind_removes_the_rows_after_its_checkpoint_and_writes_them_again(tm
     rows = rows_of(run)
     assert [row["step"] for row in rows] == [2, 4, 4, 6]
     assert rows[-1]["loss/total"] == 5.5
-    assert numbers.bar.n in (0, 6)  # it counts only on a terminal
+    assert numbers.teller.bar.n in (0, 6)  # it counts only on a terminal
 
 
 def test_speed_counts_the_tokens_and_the_time_since_the_last_row(tmp_path):
@@ -267,9 +269,10 @@ def test_rows_that_a_file_system_fails_to_give_are_a_sentence(tmp_path, monkeypa
 def test_a_forecast_is_in_every_row_and_once_in_the_log(tmp_path, monkeypatch):
     """Past the first row, which has the start in it."""
     said = []
-    monkeypatch.setattr("ted_scale.metrics.metrics.log_line", said.append)
+    for place in ("metrics", "console"):
+        monkeypatch.setattr(f"ted_scale.metrics.{place}.log_line", said.append)
     numbers = metrics(make_run(tmp_path))
-    numbers.expect(lambda: {"memory/forecast_gib": 0.5, "perf/forecast_ms": 4.0})
+    numbers.expect(lambda: Ahead("student", 0, 10, {}, 0.0, {"memory/forecast_gib": 0.5, "perf/forecast_ms": 4.0}))
     take_steps(numbers, 1, 4)
     numbers.close()
     rows = rows_of(make_run(tmp_path))
@@ -277,4 +280,4 @@ def test_a_forecast_is_in_every_row_and_once_in_the_log(tmp_path, monkeypatch):
     [line] = [line for line in said if line.startswith("forecast beside measured: memory 0.5 GiB, ")]
     assert said.index(line) == 1
     took = rows[1]["perf/step_ms"]
-    assert line.endswith(f"a step 4 ms, {took:.4g} measured ({took / 4:.2f} times)")
+    assert line.endswith(f"a step 4 ms, {took:.3g} ms measured ({took / 4:.2f} times)")

@@ -158,7 +158,7 @@ def build_ours(plan: Plan, device: torch.device, batches, clock: Clock) -> Calla
     def step():
         """The trainer's own loop, on the data of one step."""
         data = itertools.islice(batches, 1)
-        at[0] = train(stage, engine, teacher, data, guard, numbers, at[0], None, None, None)
+        at[0] = train(stage, engine, teacher, data, guard, numbers, at[0], None, None, None, None)
         return guard.sums[0]
 
     return step

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ted_scale.base.errors import UserError, shown
 from ted_scale.base.parsing import parse_toml
+from ted_scale.base.shipped import found
 from ted_scale.config.method import IN_TOKENS
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import load_run, sentence
@@ -64,7 +65,7 @@ class Comparison(Section):
     arms: dict[Name, list[str]] = Field(min_length=1, description="for each, its section.key=value words")
     budget: Budget
     programs: dict[Name, str] = Field(
-        {}, description="for an arm that launch/pretrain.py does not train: a program that takes the same words and leaves "
+        {}, description="for an arm that the trainer does not train: a program that takes the same words and leaves "
         "metrics.jsonl and life.json in the run's folder"
     )  # fmt: skip
     spent: dict[Name, NonNegative] = Field(
@@ -115,12 +116,12 @@ class Job(NamedTuple):
 
     name: str
     words: tuple[str, ...]  # for --set
-    program: str
+    program: str  # of the arm; "" for ours
 
 
 def load(path: str) -> Comparison:
     try:
-        values = parse_toml(Path(path).read_text(encoding="utf-8"))
+        values = parse_toml(found(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"PLAN must name a readable file, but {path} is not: {error.strerror}") from None
     except ValueError as error:
@@ -206,7 +207,7 @@ def measuring_job(plan: Comparison, arm: str, turn: int) -> Job:
 def job_with(plan: Comparison, arm: str, name: str, own: list[str]) -> Job:
     """The comparison's own words come last, so that nothing replaces them."""
     words = (*plan.set, *plan.arms[arm], f"name={name}", f"runs={plan.place / 'runs'}", *own)
-    return Job(name, words, plan.programs.get(arm, "launch/pretrain.py"))
+    return Job(name, words, plan.programs.get(arm, ""))
 
 
 def stage_i_steps(run: Run) -> int:

@@ -14,10 +14,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from ted_scale.base.errors import UserError
+from ted_scale.base.shipped import PACKAGE, found
 from ted_scale.commands.comparison.plan import Comparison, Job
 from ted_scale.commands.comparison.sessions import end_session
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def run_all(plan: Comparison, jobs: list[Job]) -> Iterator[tuple[Job, int]]:
@@ -48,7 +47,7 @@ def run_one(plan: Comparison, job: Job, places: queue.SimpleQueue, alive: list, 
     try:
         with said.open("a") as out:
             process = subprocess.Popen(
-                [*launcher(place), ROOT / job.program, *words],
+                [*launcher(place), *program(job, place), *words],
                 stdout=out, stderr=out, env=environment(plan), start_new_session=True,
             )  # fmt: skip
             alive.append(process)
@@ -65,6 +64,13 @@ def launcher(place: list[str]) -> list:
     if not place:
         return [sys.executable]
     return [Path(sys.executable).with_name("deepspeed"), *place, "--master_port", free_port()]
+
+
+def program(job: Job, place: list[str]) -> list:
+    """Ours is named as a module, because a wheel has no launch/."""
+    if job.program:
+        return [found(job.program)]
+    return ["--module" if place else "-m", "ted_scale.commands.pretrain"]
 
 
 def places_of(plan: Comparison) -> list[list[str]]:
@@ -99,9 +105,10 @@ def device_count() -> int:
 
 
 def environment(plan: Comparison) -> dict[str, str]:
-    """Runs on a CPU share its cores; torch would use all of them in each process."""
+    """Runs on a CPU share its cores; torch would use all of them in each process. They find this package if it is not installed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    own = {**os.environ, "PATH": path}
+    packages = f"{PACKAGE.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
+    own = {**os.environ, "PATH": path, "PYTHONPATH": packages}
     if device_count():
         return own
     threads = max(1, len(os.sched_getaffinity(0)) // (plan.ranks * plan.at_once))

@@ -1,7 +1,7 @@
 """How much of its time a run spends on steps that count, and which checkpoint.every is best, by simulation: docs/goodput.md.
 
-    python tools/goodput.py                                                     # the table of docs/goodput.md
-    python tools/goodput.py --params 7 --gpus 512 --mtbf-hours 50000 --step-s 4
+    ted-scale goodput                                                     # the table of docs/goodput.md
+    ted-scale goodput --params 7 --gpus 512 --mtbf-hours 50000 --step-s 4
 
 A failure ends the run; the supervisor restarts it after a pause, which grows while no newer checkpoint comes. Failures come
 at any moment with the same probability, also while the run starts again. Note: a checkpoint counts from the moment when it is

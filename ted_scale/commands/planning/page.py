@@ -1,4 +1,4 @@
-"""What tools/plan.py prints: a column for every placement of the teacher, its memory and its time by term."""
+"""What ted-scale plan prints: a column for every placement of the teacher, its memory and its time by term."""
 
 from ted_scale.commands.planning.options import Cluster, Option
 from ted_scale.config.run import Run

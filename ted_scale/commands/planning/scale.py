@@ -1,6 +1,6 @@
 """Where each placement of the teacher stops paying: the same run on 8 to 4096 GPUs, with the failures of so many.
 
-Note: a step has as many tokens on all of them, so that many GPUs have small micro-batches. Failures are those of tools/goodput.py.
+Note: a step has as many tokens on all of them, so that many GPUs have small micro-batches. Failures are those of ted-scale goodput.
 """
 
 from ted_scale.commands.planning import goodput
@@ -64,7 +64,7 @@ def cell(one: Option | None, cluster: Cluster) -> str:
 
 
 def failures(one: Option, cluster: Cluster) -> goodput.Costs:
-    """As tools/goodput.py assumes them, with this run's step and models."""
+    """As ted-scale goodput assumes them, with this run's step and models."""
     plan = one.plan
     flags = goodput.parse([])
     flags.step_s = sum(one.main.seconds.values())

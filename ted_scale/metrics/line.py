@@ -1,0 +1,106 @@
+"""A row of metrics.jsonl as one line for people. docs/reading_a_run.md explains its parts.
+
+Note: a report finds the step of a line by its first words (report/events.py).
+"""
+
+from collections.abc import Iterable
+
+from ted_scale.metrics.time_left import Left
+
+
+def line_of(
+    step: int, total: int, stage: str, values: dict[str, float], *, validated: tuple[int, float] | None, left: str
+) -> str | None:
+    """None if the row has nothing to show. `validated` is the last validation before: its step and its loss."""
+    parts = [losses(values), validation(values), *others(values), *optimizer(values), *speed(values)]
+    if "loss/total" in values and validated:
+        parts.insert(1, f"val {validated[1]:.4g} at {validated[0]:,}")
+    if not any(parts):
+        return None
+    where = f"step {step} of {total:,}" + (f" ({stage})" if stage else "")
+    return "  ".join(part for part in (where, *parts, left) if part)
+
+
+def losses(values: dict[str, float]) -> str:
+    if "loss/total" not in values:
+        return ""
+    terms = [f"{key[5:]} {value:.4g}" for key, value in values.items() if key.startswith("loss/") and shown(key)]
+    return f"loss {values['loss/total']:.4g}" + (f" ({', '.join(terms[1:])})" if terms[1:] else "")
+
+
+def validation(values: dict[str, float]) -> str:
+    if "val/loss" not in values:
+        return ""
+    teacher = f", the teacher's {values['val/teacher_loss']:.4g}" if "val/teacher_loss" in values else ""
+    perplexity = f", perplexity {values['val/ppl']:.4g}" if "val/ppl" in values else ""
+    return f"validation {values['val/loss']:.4g}{perplexity}{teacher}"
+
+
+def others(values: dict[str, float]) -> list[str]:
+    """Scores of the suite, and the weights of an adaptive blend."""
+    return [f"{key.split('/', 1)[1]} {value:.4g}" for key, value in values.items() if key.count("/") > 1 and shown(key)]
+
+
+def optimizer(values: dict[str, float]) -> list[str]:
+    said = {"optim/grad_norm": "gradient {:.3g}", "optim/lr": "lr {:.3g}", "optim/skipped": "{:.0f} updates dropped"}
+    return [words.format(values[key]) for key, words in said.items() if key in values]
+
+
+def speed(values: dict[str, float]) -> list[str]:
+    if "perf/step_ms" not in values:
+        return []
+    mfu = [f"MFU {values['perf/mfu']:.0%}"] if "perf/mfu" in values else []
+    step = f"{values['perf/tokens_per_s']:,.0f} tokens/s, {duration(values['perf/step_ms'] / 1e3)} a step"
+    return [step, *mfu, f"{values['memory/peak_gib']:.3g} GiB"]
+
+
+def shown(key: str) -> bool:
+    """Whether a line shows it: not the numbers of single pairs, and of a single corpus only its weight in a blend."""
+    if key.startswith("blend/"):
+        return key.endswith("/weight")
+    whole = key.startswith(("loss/", "val/", "optim/")) and key.count("/") == 1
+    return whole or key.startswith("val/suite/") or key in ("perf/tokens_per_s", "perf/step_ms")
+
+
+def time_left(left: Left | None, stage: str) -> str:
+    """`stage` is its name if the run has others."""
+    if left is None or round(left.stage) == 0:
+        return ""
+    about = "~" if left.is_guess else ""
+    if not stage or left.run == left.stage:
+        return f"{about}{duration(round(left.stage))} left"
+    run = f", ~{duration(round(left.run))} of the run" if left.run else ""
+    return f"{about}{duration(round(left.stage))} left of {stage}{run}"
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units that it has."""
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 59.95:
+        return f"{seconds:.3g} s"
+    for unit, name, small, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        whole, rest = divmod(round(seconds / small), unit // small)
+        if whole:
+            return f"{whole} {name}" + (f" {rest} {smaller}" if rest else "")
+    return f"{seconds:.0f} s"
+
+
+def beside(row: dict[str, float], device: str) -> str:
+    """A forecast and what was measured, as the log says it."""
+    whole = ", with the process and what its allocator keeps" if device == "cpu" else ""
+    said = [f"memory {row['memory/forecast_gib']:.3g} GiB, {row['memory/peak_gib']:.3g} measured{whole}"]
+    if "perf/forecast_ms" in row:
+        took, expected = row["perf/step_ms"], row["perf/forecast_ms"]
+        said.append(f"a step {duration(expected / 1e3)}, {duration(took / 1e3)} measured ({took / expected:.2f} times)")
+    return f"forecast beside measured: {'; '.join(said)}"
+
+
+def before_and_after(rows: Iterable[dict]) -> str | None:
+    """The held-out loss before stage II, after it, and the teacher's. None if nothing was held out."""
+    found = [row for row in rows if row.get("val/loss") is not None]
+    if not found:
+        return None
+    teacher = next((row["val/teacher_loss"] for row in found if row.get("val/teacher_loss") is not None), None)
+    said = f"held-out loss {found[0]['val/loss']:.4g} before, {found[-1]['val/loss']:.4g} after"
+    return said if teacher is None else f"{said}, the teacher's {teacher:.4g}"

@@ -1,0 +1,73 @@
+"""samples.jsonl: what the student writes after each prompt as it learns, beside what its teacher writes.
+
+The teacher is frozen, so it writes once for each prompt: later rows repeat its text, also after a resume, which reads it from the
+file. Note: rows that are there are not written again, so a resume may ask for those of its own step.
+"""
+
+import json
+from pathlib import Path
+
+from ted_scale.base.beneath import append_to
+from ted_scale.base.errors import Preempted
+from ted_scale.base.parsing import fits
+from ted_scale.evaluation import greedy, prompts
+from ted_scale.metrics.console import log_line
+from ted_scale.metrics.rows import SAMPLES, rows_in
+from ted_scale.ranks.agree import of_rank_0
+
+
+def write(plan, teacher, metrics, held_out, student, progress) -> bool:
+    """The rows of this step. Returns whether a signal asks to stop: then there are none, and a start from this step writes them."""
+    path, step = plan.run.folder / SAMPLES, progress.step
+    there, of_teacher = of_rank_0(known, path, step)
+    asked = [prompt for prompt in prompts.all_of(plan, held_out) if prompt.text not in there]
+    if not asked:
+        return False
+    try:
+        with metrics.aside("samples"):
+            texts = of_student(plan, student, asked)
+            new = [prompt for prompt in asked if plan.teacher and prompt.text not in of_teacher]
+            of_teacher |= texts_of(plan, teacher.logits, new, student.device) if new else {}
+    except Preempted:
+        return True
+    rows = [{"step": step, "prompt": text, "student": texts[text]} for text, _ in asked]
+    rows = [row | ({"teacher": of_teacher[row["prompt"]]} if plan.teacher else {}) for row in rows]
+    if metrics.writes:
+        keep(path, rows)
+    return False
+
+
+def known(path: Path, step: int) -> tuple[set[str], dict[str, str]]:
+    """(the prompts of this step, the teacher's text for each prompt) in the file."""
+    rows = [row for row in rows_in(path) if fits(row, {"prompt": str})] if path.exists() else []
+    there = {row["prompt"] for row in rows if row["step"] == step}
+    return there, {row["prompt"]: row["teacher"] for row in rows if isinstance(row.get("teacher"), str)}
+
+
+def of_student(plan, student, asked: list[prompts.Prompt]) -> dict[str, str]:
+    student.eval()
+    try:
+        return texts_of(plan, lambda batch: student(batch, None, None, None), asked, student.device)
+    finally:
+        student.train()
+
+
+def texts_of(plan, logits, asked: list[prompts.Prompt], device) -> dict[str, str]:
+    """By prompt."""
+    tokenizer = prompts.tokenizer_of(plan)
+    vocabulary, starts = min(plan.vocabulary, len(tokenizer.pieces)), [prompt.ids for prompt in asked]
+    found = greedy.written(logits, starts, plan.run.samples.tokens, vocabulary, device)
+    return {
+        prompt.text: tokenizer.decode(greedy.until(ids, tokenizer.eod))
+        for prompt, ids in zip(asked, found, strict=True)
+    }
+
+
+def keep(path: Path, rows: list[dict]) -> None:
+    """A full disk loses them, and never stops a run."""
+    try:
+        with append_to(path) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        log_line(f"{len(rows)} samples of step {rows[0]['step']} are in {path}")
+    except OSError as error:
+        log_line(f"{path} must be writable, but is not ({error.strerror}): samples of step {rows[0]['step']} are lost")
