@@ -57,7 +57,8 @@ def help_text() -> str:
     return "\n".join([
         "usage: ted-scale COMMAND ...", "       ted-scale COMMAND --help | --help | --version", "",
         "commands:", *commands, "", "exit codes:", *codes,
-        "  1 is also what plan says of a run that does not fit, doctor of a machine that lacks something, and inspect and checkpoints of what is damaged",
+        "  1 is also what plan says of a run that does not fit, doctor of a machine that lacks something, "
+        "and inspect and checkpoints of what is damaged",
     ])  # fmt: skip
 
 
