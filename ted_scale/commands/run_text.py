@@ -36,6 +36,7 @@ KEYS = {  # "" is the top; of each section the keys that most users change
     "resume": ("allow",),
     "health": ("on_nonfinite", "on_spike"),
     "limits": ("step_s", "start_s"),
+    "samples": ("every", "from_validation", "prompts"),
     "report": ("every_minutes",),
     "wandb": ("project", "mode", "entity", "tags"),
 }  # fmt: skip
@@ -78,14 +79,24 @@ OFF = {"wandb": {"project": "ted_scale"}}  # sections that are not written, with
 def text_of(choices: Mapping[str, Choice], head: list[str]) -> str:
     """`choices` by dotted key, the required keys among them."""
     parts = [comment(line) for line in head]
-    for section, keys in KEYS.items():
+    for section, keys in (KEYS | others()).items():
         parts += section_of(section, keys, choices)
     return "\n".join(parts) + "\n"
 
 
+def others() -> dict[str, tuple[str, ...]]:
+    """Sections that KEYS does not know, with all of their keys."""
+    sections = {name: section_in(field.annotation) for name, field in keys_of(Run).items() if field.default is not None}
+    return {name: tuple(keys_of(model)) for name, model in sections.items() if model and name not in KEYS}
+
+
 def section_of(section: str, keys: tuple[str, ...], choices: Mapping[str, Choice]) -> list[str]:
     fields, off = keys_of(model_of(section)), OFF.get(section)
-    lines = [] if not section else ["", comment(SAYS[section]), f"{'#' if off else ''}[{section}]"]
+    lines = (
+        []
+        if not section
+        else ["", comment(SAYS.get(section) or str(model_of(section).__doc__)), f"{'#' if off else ''}[{section}]"]
+    )
     for key in keys:
         dotted = f"{section}.{key}".lstrip(".")
         if dotted in choices:

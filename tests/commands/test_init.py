@@ -59,9 +59,13 @@ def test_every_default_in_the_file_is_the_configs_own(tmp_path):
     assert as_written.train.tokens_per_step == 64_000 and "tokens_per_step = 64_000" in text
 
 
-def test_every_section_of_a_run_file_is_there():
-    sections = {name for name, field in keys_of(Run).items() if section_in(field.annotation)}
-    assert sections == {section for section in run_text.KEYS if section and "." not in section}
+@pytest.mark.parametrize("known", [run_text.KEYS, {k: v for k, v in run_text.KEYS.items() if k != "limits"}])
+def test_every_section_of_a_run_file_is_there_also_a_new_one(known, monkeypatch):
+    monkeypatch.setattr(run_text, "KEYS", known)
+    text = run_text.text_of(chosen(), [])
+    sections = {name for name, field in keys_of(Run).items() if section_in(field.annotation) and name != "wandb"}
+    assert sections <= set(re.findall(r"(?m)^\[(\w+)\]$", text))
+    assert ("#silence_s" in text) == ("limits" not in known)
 
 
 def test_with_prepare_one_more_command_trains_the_own_text(here, capsys):
