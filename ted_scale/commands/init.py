@@ -156,7 +156,7 @@ def written(places: Places, teacher, tokens: int, arguments) -> str:
     head = [
         f"{places.teacher} -> {places.student}, on {places.corpus}. Written by init for {arguments.ranks} "
         f"rank{'s' if arguments.ranks > 1 else ''} on {rank.device}: each value is a start by rule, with its reason above it.",
-        'A line "#key = value" is a default; remove the # to change it. Every key: ted_scale/config.',
+        'A line "#key = value" is a default; remove the # to change it. Every key: docs/keys.md.',
         *commands(places, Path(arguments.out), tokens, arguments.ranks),
     ]
     return run_text.text_of(choices, head)
