@@ -20,9 +20,9 @@ def test_an_export_is_an_artifact_of_the_run_s_own_wandb_run(tmp_path):
     kept += [r.artifact for r in read_records(file) if r.WhichOneof("record_type") == "artifact"]
     found = {artifact.name: artifact for artifact in kept if artifact.type == "model"}
     assert [entry.path for entry in found["tiny-export"].manifest.contents] == ["config.json"]
-    assert "step-6" in found["tiny-export"].aliases and '"tokens":1536' in found[
-        "tiny-export"
-    ].metadata.replace(" ", "")
+    assert "step-6" in found["tiny-export"].aliases and '"tokens":1536' in found["tiny-export"].metadata.replace(
+        " ", ""
+    )
 
 
 def test_a_run_without_a_wandb_run_is_refused_before_the_export(tmp_path):
