@@ -120,10 +120,16 @@ def opened(run: Run, run_id: str, closing: threading.Event):
             wandb.teardown(1)  # or W&B refuses the next try: the id would be in use
             start_service()
             if is_final or closing.is_set() or time.monotonic() > until:
-                why = f", because it could not be reached ({said(error)}); the next start tries again"
+                why = f", because {why_not(error)}; the next start tries again"
     folder = f"{run.folder}/wandb"
     log_line(f"W&B is offline{why}; look with `wandb leet {folder}`, upload with `wandb sync {folder}/offline-run-*`")
     return begun(run, run_id, "offline")
+
+
+def why_not(error: Exception) -> str:
+    if "error 401" in str(error):
+        return f"it refuses the API key ({said(error)}): correct WANDB_API_KEY, or run `wandb login`"
+    return f"it could not be reached ({said(error)})"
 
 
 def begun(run: Run, run_id: str, mode: Literal["online", "offline"], last_upload: dict = LAST_UPLOAD):
