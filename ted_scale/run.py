@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ted_scale import feed, run_folder
 from ted_scale import validate as validation
-from ted_scale.base import exits, redact
+from ted_scale.base import exits
 from ted_scale.base.errors import Preempted, RunStopped, UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import holder, life, owner, state
@@ -39,7 +39,7 @@ from ted_scale.health.guard import Guard
 from ted_scale.health.rewind import Rewind, gone_back
 from ted_scale.metrics import samples
 from ted_scale.metrics.metrics import Metrics
-from ted_scale.metrics.tracking import open_wandb
+from ted_scale.metrics.tracking import add_facts, facts_of, open_wandb
 from ted_scale.models import zero_hooks
 from ted_scale.plan import Plan, as_dict
 from ted_scale.ranks import pulse, shortage, stacks, watch
@@ -132,8 +132,7 @@ def build_parts(plan: Plan, device, progress: Progress, newest: Path | None) -> 
     # W&B opens before the teacher is loaded, so that it shows a run that fails there.
     wandb_run = open_wandb(run, progress.wandb_id) if writes else None
     if wandb_run:
-        facts = {"plan": redact.cleaned(as_dict(plan))}
-        wandb_run.tell(lambda opened: opened.config.update(facts, allow_val_change=True))
+        wandb_run.tell(partial(add_facts, facts_of(as_dict(plan))))
     teacher = build_teacher(plan)
     at_start = {"total_steps": plan.total_steps, "step": progress.step, "device": device}
     metrics = Metrics(run, writes=writes, **at_start, wandb_run=wandb_run, spent=spent)

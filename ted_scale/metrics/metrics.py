@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,7 @@ from ted_scale.checkpoints.life import Lost, Spent
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.config.run import Run
 from ted_scale.distill.flops import Work, keys_of, lengths_of
+from ted_scale.metrics import alerts
 from ted_scale.metrics.clock import Clock
 from ted_scale.metrics.console import log_line
 from ted_scale.metrics.goodput import Ledger
@@ -32,7 +34,8 @@ from ted_scale.metrics.peaks import device_peak
 from ted_scale.metrics.rows import NAME, rows_at, rows_in, trim_all
 from ted_scale.metrics.teller import Teller
 from ted_scale.metrics.time_left import Ahead
-from ted_scale.metrics.tracking import WandbRun, add_page
+from ted_scale.metrics.tracking import WandbRun, add_stage
+from ted_scale.metrics.wandb_tables import add_page, add_row
 
 
 class Metrics:
@@ -102,6 +105,7 @@ class Metrics:
             ahead = forecast()
             self.forecast = ahead.forecast
             self.teller.begin(ahead)
+            self.call_wandb(partial(add_stage, ahead.name))
 
     def compare(self, row: dict[str, float]) -> None:
         """Add the forecast to the row; say it once beside what was measured. The first row has the start in it."""
@@ -132,18 +136,25 @@ class Metrics:
         """Log what the end of the last process cost; the next row has it, too."""
         log_line(lost.sentence(self.step))
         self.restart = lost.row()
+        self.send(alerts.restarted(lost.sentence(self.step)))
 
     def leave_word(self, words: str = "") -> None:
         """On rank 0: for the next start, how far this one came, and why it ended."""
         self.told, self.words = time.monotonic(), self.words or (words and life.ending(words))
         if self.writes:
             life.write(self.path.parent, life.Life(self.step, self.ledger.spent(), self.words))
+        if words:
+            self.send(alerts.broke_off(self.words))
 
     def alert(self, title: str, text: str) -> None:
         """Log it, and send it as a W&B alert. W&B drops a second alert within a minute."""
         if self.writes:
             log_line(text, logging.WARNING)
-        self.call_wandb(lambda run: run.alert(title, redact.redact(text), level="WARN"))
+        self.send(alerts.Alert(title, text, "WARN"))
+
+    def send(self, alert: alerts.Alert | None) -> None:
+        if alert:
+            self.call_wandb(partial(alerts.send, alert))
 
     def performance(self, tokens: int, steps: int) -> dict[str, float]:
         elapsed = time.perf_counter() - self.since
@@ -212,7 +223,7 @@ class Metrics:
             return
         row = {"step": step, "tokens": tokens, **values}
         self.append(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}))
-        self.call_wandb(lambda run: run.log(row))
+        self.call_wandb(partial(add_row, row))
         self.teller.row(step, values, self.ledger)
 
     def append(self, line: str) -> None:
@@ -241,6 +252,7 @@ class Metrics:
         self.leave_word()
         if self.report and (page := self.report.close(done=done)):
             self.call_wandb(partial(add_page, page, self.step))
+        self.send(alerts.ended(sys.exc_info()[1], self.step) if self.writes else None)
         if self.wandb_run:
             self.wandb_run.close()
 

@@ -5,6 +5,7 @@ file. Note: rows that are there are not written again, so a resume may ask for t
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 from ted_scale.base.beneath import append_to
@@ -13,6 +14,7 @@ from ted_scale.base.parsing import fits
 from ted_scale.evaluation import greedy, prompts
 from ted_scale.metrics.console import log_line
 from ted_scale.metrics.rows import SAMPLES, rows_in
+from ted_scale.metrics.wandb_tables import add_samples
 from ted_scale.ranks.agree import of_rank_0
 
 
@@ -34,6 +36,7 @@ def write(plan, teacher, metrics, held_out, student, progress) -> bool:
     rows = [row | ({"teacher": of_teacher[row["prompt"]]} if plan.teacher else {}) for row in rows]
     if metrics.writes:
         keep(path, rows)
+        metrics.call_wandb(partial(add_samples, path, step))
     return False
 
 

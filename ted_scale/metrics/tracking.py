@@ -6,7 +6,10 @@ later until ATTEMPT_S has passed, so an error that comes earlier is final: a wro
 """
 
 import contextlib
+import importlib.metadata
+import math
 import os
+import platform
 import queue
 import secrets
 import subprocess
@@ -17,12 +20,15 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+import ted_scale
 from ted_scale.base import redact
 from ted_scale.base.errors import clean, shortened
 from ted_scale.config.operation import Wandb
 from ted_scale.config.run import Run
+from ted_scale.distill.stages import stages_of
+from ted_scale.metrics import alerts
 from ted_scale.metrics.console import log_line
-from ted_scale.ranks import signals
+from ted_scale.ranks import pulse, signals
 
 ATTEMPT_S, PATIENCE_S = 20.0, 180.0  # of one try to go online, of all of them
 HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the earlier name and the later one
@@ -30,14 +36,17 @@ KEPT = 10_000  # rows and messages that wait until the W&B run is open
 # Neither the end of a run nor the message of a fault may wait for the network for ever. `wandb sync` uploads the rest.
 LAST_UPLOAD = {"finish_timeout": 30, "finish_timeout_raises": True}
 STOPPING_S = 5  # of a run that a signal asked to stop: `wandb sync` sends the rest
+LOOK_S = 10.0
+PACKAGES = ("torch", "deepspeed", "transformers", "triton", "numpy", "torchao", "liger-kernel", "wandb")
 CLOSE_S = ATTEMPT_S + LAST_UPLOAD["finish_timeout"] + 10
 
 
 class WandbRun:
     """The W&B run `run_id`. `open_run(closing)` opens it in the thread; `closing` is set when the run ends."""
 
-    def __init__(self, run_id: str, open_run):
-        self.id, self.open_run, self.full = run_id, open_run, False
+    def __init__(self, run_id: str, open_run, step_s: float = math.inf):
+        self.id, self.open_run, self.step_s, self.full = run_id, open_run, step_s, False
+        self.stalls: pulse.Pulse | None = None  # what an alert was sent about
         self.actions: queue.SimpleQueue = queue.SimpleQueue()
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self.work, daemon=True, name="wandb")
@@ -55,10 +64,20 @@ class WandbRun:
         """W&B's process may be gone: it crashed, or was killed together with the rank's children. Training goes on."""
         try:
             wandb_run = self.open_run(self.closing)
-            while action := self.actions.get():
+            while action := self.awaited(wandb_run):
                 action(wandb_run)
         except (Exception, SystemExit) as error:  # W&B's teardown may raise SystemExit
             log_line(f"W&B is lost until the next start ({said(error)}); metrics.jsonl has every number")
+
+    def awaited(self, wandb_run):
+        """The next action. While there is none, the thread looks whether the run stalls."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self.actions.get(timeout=LOOK_S)
+            alert = alerts.stalled(pulse.now, time.monotonic(), self.step_s)
+            if alert and pulse.now is not self.stalls:
+                self.stalls = pulse.now
+                alerts.send(alert, wandb_run)
 
     def close(self) -> None:
         self.closing.set()
@@ -69,12 +88,12 @@ class WandbRun:
 
 def open_wandb(run: Run, run_id: str | None) -> WandbRun | None:
     """Open the W&B run, or resume it by its id, without waiting for it."""
-    if run.wandb is None:
+    if run.wandb is None or run.wandb.mode == "disabled":
         return None
     run_id = run_id or secrets.token_hex(4)
     with contextlib.suppress(Exception):  # the thread meets the same error and logs it
         start_service()
-    return WandbRun(run_id, partial(opened, run, run_id))
+    return WandbRun(run_id, partial(opened, run, run_id), run.limits.step_s)
 
 
 def start_service() -> None:
@@ -101,21 +120,27 @@ def opened(run: Run, run_id: str, closing: threading.Event):
             wandb.teardown(1)  # or W&B refuses the next try: the id would be in use
             start_service()
             if is_final or closing.is_set() or time.monotonic() > until:
-                why = f", because it could not be reached ({said(error)}); the next start tries again"
+                why = f", because {why_not(error)}; the next start tries again"
     folder = f"{run.folder}/wandb"
     log_line(f"W&B is offline{why}; look with `wandb leet {folder}`, upload with `wandb sync {folder}/offline-run-*`")
     return begun(run, run_id, "offline")
 
 
-def begun(run: Run, run_id: str, mode: Literal["online", "offline"]):
+def why_not(error: Exception) -> str:
+    if "error 401" in str(error):
+        return f"it refuses the API key ({said(error)}): correct WANDB_API_KEY, or run `wandb login`"
+    return f"it could not be reached ({said(error)})"
+
+
+def begun(run: Run, run_id: str, mode: Literal["online", "offline"], last_upload: dict = LAST_UPLOAD):
     import wandb
 
     settings = run.wandb
     wandb_run = wandb.init(
-        project=settings.project, entity=settings.entity, group=settings.group, name=run.name, id=run_id,
-        tags=settings.tags, notes=settings.notes, dir=str(run.folder), config=run.model_dump(by_alias=True),
+        project=settings.project, entity=settings.entity, group=group_of(run), job_type=job_of(run), name=run.name,
+        id=run_id, tags=settings.tags, notes=settings.notes, dir=str(run.folder), config=run.model_dump(by_alias=True),
         mode=mode, resume="allow",
-        settings=wandb.Settings(silent=True, console="off", init_timeout=ATTEMPT_S, **LAST_UPLOAD, **git_facts()),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=ATTEMPT_S, **last_upload, **git_facts()),
     )  # fmt: skip
     for axis in ("step", "tokens"):
         wandb_run.define_metric(axis)
@@ -123,11 +148,37 @@ def begun(run: Run, run_id: str, mode: Literal["online", "offline"]):
     return wandb_run
 
 
-def add_page(page: Path, step: int, wandb_run) -> None:
-    """The report, as it is shown in W&B. It has everything inside it, so W&B need not add its own style."""
-    import wandb
+def group_of(run: Run) -> str:
+    """Of the run, of its exports, and of whatever else belongs to it."""
+    return run.wandb.group or run.name
 
-    wandb_run.log({"step": step, "report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+
+def job_of(run: Run) -> str:
+    """The stages that it trains, in one W&B run: docs/design/0050."""
+    return "+".join(stage.name for stage in stages_of(run))
+
+
+def add_facts(facts: dict, wandb_run) -> None:
+    """What this start is, in W&B's config: a resume may have another number of ranks, other packages and another commit."""
+    wandb_run.config.update(facts, allow_val_change=True)
+
+
+def facts_of(plan: dict) -> dict:
+    facts = {"plan": plan, "world": plan["world"], "ds_config": plan["ds_config"], "versions": versions()}
+    return redact.cleaned(facts | {"git_commit": git_facts().get("git_commit")})
+
+
+def versions() -> dict[str, str]:
+    """Of Python, and of the packages that decide numbers or speed, as far as they are installed."""
+    found = {"python": platform.python_version(), "ted_scale": ted_scale.__version__}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def add_stage(name: str, wandb_run) -> None:
+    wandb_run.summary["stage"] = name
 
 
 def why_offline(settings: Wandb) -> str | None:

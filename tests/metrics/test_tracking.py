@@ -77,7 +77,11 @@ def test_a_spike_is_a_wandb_alert(offline):
     _, _, lives = offline
     alerts = [[r.alert for r in records if r.WhichOneof("record_type") == "alert"] for records in lives]
     assert [[(a.title, a.text, a.level) for a in life] for life in alerts] == [
-        [("loss spike", f"step {step}: loss/total is 9", "WARN")] for step in (6, 10)
+        [
+            ("loss spike", f"step {step}: loss/total is 9", "WARN"),
+            ("the run is finished", f"it is at step {step}", "INFO"),
+        ]
+        for step in (6, 10)
     ]
 
 
@@ -108,6 +112,9 @@ def test_a_key_is_found_in_the_environment_or_in_netrc(tmp_path, monkeypatch):
 
 
 # W&B's trouble
+
+
+WRONG_KEY = "it refuses the API key (CommError: Failed to get resume status for run our-id: returned error 401"
 
 
 @contextlib.contextmanager
@@ -154,7 +161,8 @@ def test_a_run_starts_at_once_without_wandb_and_loses_no_row(tmp_path, monkeypat
     (file,) = (run.folder / "wandb").glob("offline-run-*-our-id/*.wandb")
     assert [row["step"] for row in read_rows(list(read_records(file)))] == list(range(1, 11))
     (line,) = [record.message for record in caplog.records if "W&B" in record.message]
-    assert line.startswith("W&B is offline, because it could not be reached (CommError: ") and "wandb sync" in line
+    reason = WRONG_KEY if answer == 401 else "it could not be reached (CommError: "
+    assert line.startswith(f"W&B is offline, because {reason}") and "upload with `wandb sync" in line
 
 
 def test_rows_wait_until_the_wandb_run_is_open_and_arrive_in_order(tmp_path):
@@ -164,6 +172,9 @@ def test_rows_wait_until_the_wandb_run_is_open_and_arrive_in_order(tmp_path):
         def log(self, row):
             arrived.append(row["step"])
 
+        def alert(self, title, text, level):
+            arrived.append(title)
+
         def finish(self):
             arrived.append("end")
 
@@ -172,7 +183,7 @@ def test_rows_wait_until_the_wandb_run_is_open_and_arrive_in_order(tmp_path):
     assert arrived == []
     ready.set()
     numbers.close()
-    assert arrived == [1, 2, 3, 4, "end"]
+    assert arrived == [1, 2, 3, 4, "the run is finished", "end"]
 
 
 def test_what_waits_for_wandb_is_bounded_which_is_logged_once(tmp_path, monkeypatch, caplog):
@@ -225,4 +236,4 @@ def test_an_alert_contains_no_secret(tmp_path, monkeypatch):
     numbers = metrics(make_run(tmp_path), wandb_run=WandbRun("id", lambda closing: Run()))
     numbers.alert("a spike", "denied for planted-in-an-alert")
     numbers.close()
-    assert told == ["denied for ***"]
+    assert told == ["denied for ***", "it is at step 0"]

@@ -1,0 +1,57 @@
+"""What Weights & Biases gets that is no plain number: a row's layer losses as a heat-map, the samples of text, the report's page.
+
+Each function is an action of tracking.py's thread. Note: W&B draws a histogram that is logged again and again as a picture over
+time. So a row's heat-map is one histogram with a bin for each pair, whose "count" is the pair's loss: a few numbers a row.
+"""
+
+import math
+from pathlib import Path
+
+from ted_scale.base import redact
+from ted_scale.metrics.rows import rows_in
+
+HEAT_MAP, SAMPLES, REPORT = "layers/heat_map", "samples/text", "report"
+PAIR = "loss/layer/"
+UNIT = 1000  # W&B counts in whole numbers, so a loss is counted in thousandths
+COLUMNS = ("step", "prompt", "student", "teacher")
+MOST_SAMPLES = 1000  # each table is sent whole; the file has all rows
+
+
+def add_row(row: dict[str, float], wandb_run) -> None:
+    wandb_run.log(row | heat_map(row))
+
+
+def heat_map(row: dict[str, float]) -> dict:
+    """Of the layer losses of a row, if it has any and all of them are finite."""
+    losses = [row[key] for key in sorted(filter(is_pair, row), key=pair_of)]
+    if not losses or not all(map(math.isfinite, losses)):
+        return {}
+    import numpy as np
+    import wandb
+
+    counts = [round(UNIT * loss) for loss in losses]
+    return {HEAT_MAP: wandb.Histogram(np_histogram=(np.array(counts), np.arange(len(counts) + 1)))}
+
+
+def is_pair(key: str) -> bool:
+    return key.startswith(PAIR) and key.removeprefix(PAIR).isdecimal()
+
+
+def pair_of(key: str) -> int:
+    return int(key.removeprefix(PAIR))
+
+
+def add_samples(path: Path, step: int, wandb_run) -> None:
+    """The samples of the file, the newest MOST_SAMPLES."""
+    import wandb
+
+    rows = list(rows_in(path))[-MOST_SAMPLES:]
+    texts = [[row["step"], *(redact.redact(str(row.get(key, ""))) for key in COLUMNS[1:])] for row in rows]
+    wandb_run.log({"step": step, SAMPLES: wandb.Table(columns=list(COLUMNS), data=texts)})
+
+
+def add_page(page: Path, step: int, wandb_run) -> None:
+    """The report, as it is shown in W&B. It has everything inside it, so W&B need not add its own style."""
+    import wandb
+
+    wandb_run.log({"step": step, REPORT: wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
