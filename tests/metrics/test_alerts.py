@@ -69,7 +69,9 @@ def test_a_restart_is_an_alert_with_what_it_cost(tmp_path):
     numbers = metrics(make_run(tmp_path), step=4, wandb_run=opened(told := Told()))
     numbers.restarted(Lost(3, 60.0, 120.0, "it was killed"))
     numbers.close()
-    text = "the run was down for 2.0 min, and 3 steps after step 4 (1.0 min) must be taken again; its end: it was killed"
+    text = (
+        "the run was down for 2.0 min, and 3 steps after step 4 (1.0 min) must be taken again; its end: it was killed"
+    )
     assert told.alerts[0] == ("the run was restarted", text, "WARN")
 
 
