@@ -10,7 +10,7 @@ PAIR   := -n 2 --dist loadfile --no-loadscope-reorder  # two files of tests at a
 
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test suite lint types soak clean
+.PHONY: help setup demo check test suite lint types docs soak clean
 
 help:
 	@echo "make setup   .venv with the tested set of packages"
@@ -19,6 +19,7 @@ help:
 	@echo "make test    the CPU tests, eight to twelve minutes on two cores"
 	@echo "make soak    the long tests"
 	@echo "make lint    ruff                 make types  mypy"
+	@echo "make docs    the documentation site, docs/_site/index.html; a warning is an error"
 	@echo "make clean   removes .venv, caches and the demo's results"
 
 setup: $(STAMP) $(OPS)
@@ -66,5 +67,8 @@ lint: setup
 types: setup
 	@$(BIN)/python -m mypy
 
+docs: setup
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_site
+
 clean:
-	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache runs/demo
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache docs/_site runs/demo

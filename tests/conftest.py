@@ -25,8 +25,8 @@ LONG = (
     "test_cut_by_text", "test_wheel",
 )  # fmt: skip
 ONCE = (
-    "test_docs", "test_tower", "test_faulty_files", "test_durable", "test_errors", "test_paths", "test_sealed",
-    "test_chunk_cache", "test_credentials", "test_transfers", "test_life", "test_slurm", "test_report_page",
+    "test_docs", "test_docs_commands", "test_tower", "test_faulty_files", "test_durable", "test_errors", "test_paths",
+    "test_sealed", "test_chunk_cache", "test_credentials", "test_transfers", "test_life", "test_slurm", "test_report_page",
 )  # fmt: skip
 
 

@@ -1,6 +1,10 @@
-"""What the documents name is there: files of this repository, targets of links, and a tour that fits into an hour."""
+"""What the documents name is there: files of this repository, targets of links, every key of the run file, and a tour that fits
+into an hour. The site builds without a warning, and its pages ask no network."""
 
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +49,24 @@ def test_the_tour_takes_at_most_an_hour_at_200_words_a_minute():
         section = re.search(r"^## The algebra$(.*?)^## ", text, re.M | re.S) if anchor == "the-algebra" else None
         words += len((section[1] if section else text).split())
     assert words <= 60 * 200
+
+
+def test_the_reference_of_keys_is_what_the_code_says_and_no_key_is_without_a_meaning():
+    page = (ROOT / "docs/keys.md").read_text(encoding="utf-8")
+    assert page == runpy.run_path(str(ROOT / "docs/keys.py"))["page"](), (
+        "run `python docs/keys.py`, and commit what it wrote"
+    )
+    assert not re.findall(r"^\| `(.*?)` .*\|  \|$", page, re.M)
+
+
+def test_the_site_builds_without_a_warning_and_its_pages_load_nothing_from_elsewhere(tmp_path):
+    pytest.importorskip("sphinx")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "docs", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert built.returncode == 0, built.stderr
+    pages = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")]
+    loads = re.compile(
+        r"<(?:script|img|iframe)[^>]* src=\"(?:https?:)?//|<link rel=\"stylesheet\"[^>]* href=\"(?:https?:)?//"
+    )
+    assert len(pages) > 60
+    assert not [page[:80] for page in pages if loads.search(page)]

@@ -54,6 +54,7 @@ def make_way(checkpoint: Path, place: str) -> bool:
 
 
 def send(checkpoint: Path, place: str, names: list[str]) -> None:
+    """The manifest must be sent alone and last, after the files of all ranks: with it a copy counts as whole."""
     digests = {name: entry.sha256 for name, entry in sealed.read_manifest(checkpoint)["files"].items()}
     for name in names:
         url = f"{place}/{checkpoint.name}/{name}"
@@ -92,6 +93,7 @@ def all_copies(place: str) -> dict[str, Copy]:
 
 
 def judged(name: str, there: dict[str, Object]) -> Copy:
+    """By the sizes of the objects; their bytes are checked when they are read."""
     try:
         manifest = manifest_in(there[MANIFEST], name)
     except (KeyError, Missing):

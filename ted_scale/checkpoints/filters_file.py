@@ -34,6 +34,7 @@ def gather_filters(sides: dict) -> dict[str, torch.Tensor]:
 
 
 def full_precision(parameter) -> torch.Tensor:
+    """Whole, on every rank: a collective. The fp32 master if it is trained here, else the weight itself."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     master = safe_get_full_fp32_param(parameter)

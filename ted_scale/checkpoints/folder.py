@@ -89,6 +89,7 @@ def first_whole(folder: Path, check=sealed.check) -> tuple[Published | None, lis
 
 
 def look_at(checkpoint: Path, check=sealed.check) -> Published:
+    """Damage becomes a value; an error of the file system, which proves nothing, is raised."""
     try:
         return Published(checkpoint, checked(check(checkpoint), checkpoint.name), None)
     except Damaged as damage:

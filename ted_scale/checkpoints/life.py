@@ -88,6 +88,7 @@ def take_up(folder: Path, step: int, saved: Spent | None) -> tuple[Spent, Lost |
 
 
 def add_up(step: int, saved: Spent | None, last: Life | None, began: float) -> tuple[Spent, Lost | None]:
+    """What a start at `step` finds spent, by its checkpoint (`saved`) and by the life before it, and what that life lost."""
     if last is None and saved is None:  # the first start, or the first that counts
         return Spent(at=began), None
     saved = saved or Spent()

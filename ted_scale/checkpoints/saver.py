@@ -208,6 +208,7 @@ class Saver:
 
 
 def seal_and_publish(part: Path, of_ranks: list[dict[str, Entry]], save: Save) -> None:
+    """On rank 0. May be repeated after any error: a folder that has its name already is not sealed again."""
     progress = save.progress
     about = {"step": progress.step, "forks": list(progress.forks), "validation": progress.validation}
     if part.exists():  # after an error of the last sync, it is renamed already

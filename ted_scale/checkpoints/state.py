@@ -55,6 +55,7 @@ class Group(NamedTuple):
 
 
 def groups_of(engine) -> list[Group]:
+    """DeepSpeed's flat groups, by reference: what is written into their tensors is the optimizer's state."""
     optimizer, names = engine.optimizer, {p.ds_id: name for name, p in engine.module.named_parameters()}
     found = []
     for masters, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):

@@ -25,6 +25,7 @@ COMMANDS = {  # in the order in which a run needs them: the file, and what it do
     "export": ("export_hf", "a run's student as a Hugging Face folder"),
     "evaluate": ("evaluate", "judge models on tasks and held-out text"),
     "goodput": ("planning.goodput", "the share of a cluster's time that trains, and how often to save"),
+    "wandb-workspace": ("wandb_workspace", "a run's panels in Weights & Biases"),
     "completion": ("completion", "tab completion for bash or zsh"),
 }
 

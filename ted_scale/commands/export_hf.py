@@ -127,6 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-shard-gb", type=float, default=5, help="largest file, in GB")
     parser.add_argument("--student", help="the folder the run started from; default: the run's student.path")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parser.add_argument("--wandb-artifact", action="store_true", help="add OUT to the run's own W&B run")
     arguments = parser.parse_args(argv)
     if arguments.max_shard_gb <= 0:
         raise UserError(f"--max-shard-gb must be above 0, but is {arguments.max_shard_gb}")
@@ -138,6 +139,10 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint, folder = find_checkpoint(arguments.source)
     run = load_run(folder / "run.toml")
     check_trained(run, checkpoint)
+    if arguments.wandb_artifact:
+        from ted_scale.metrics import wandb_export
+
+        wandb_export.check(run, read_progress(checkpoint))
 
     import torch  # imports take seconds; a wrong folder should not wait for them
 
@@ -156,6 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{checkpoint.name} of {run.name} -> {out}, {size / 1e6:,.1f} MB in {name_of(dtype)}; load it:")
     print("  from transformers import AutoModelForCausalLM")
     print(f'  model = AutoModelForCausalLM.from_pretrained("{out}", dtype="auto")')
+    if arguments.wandb_artifact:
+        print(wandb_export.add(run, read_progress(checkpoint), out))
 
 
 if __name__ == "__main__":

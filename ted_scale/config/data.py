@@ -19,7 +19,7 @@ class Corpus(Section):
 
     path: str = Field(description="a .bin/.idx prefix, or a folder of them; on disk, or under s3:// or msc://")
     name: str = Field("", description="what logs and metrics call it; default: the path's last part")
-    weight: NonNegative = 1.0
+    weight: NonNegative = Field(1.0, description="its share of the samples, over the sum of all weights")
     repeat: bool = Field(True, description="false: refuse a run that reads it more than once")
     validation: Fraction = Field(0.0, description="share of the corpus's tokens, at its end, held out")
 
@@ -69,7 +69,7 @@ class Data(Section):
     corpora: list[Corpus] = Field(min_length=1)
     blend: Blend = Blend()
     stream: Streaming = Streaming()
-    seq_len: PositiveInt
+    seq_len: PositiveInt = Field(description="tokens in a row")
     attention: Literal["causal", "document"] = Field(
         "causal", description="document: none across the border of a document, and positions restart there"
     )

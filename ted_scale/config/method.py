@@ -16,7 +16,7 @@ class Pairs(Section):
         "pair, of the last blocks; late_to_early: one pair, the student's block at an eighth of its depth and the teacher's last",
     )
     explicit: list[tuple[int, int]] = Field([], description="(student block, teacher block), from 0; replaces the rule")
-    skip_last: Count = 0
+    skip_last: Count = Field(0, description="pairs at the end of the list that are left out")
 
     @field_validator("explicit", mode="before")
     @classmethod
@@ -35,13 +35,17 @@ class Filters(Section):
         description="common width D of both filtered states; auto: 5 % of the student's parameters; full: the teacher's",
     )
     mlp: Count = Field(0, description="hidden width of a residual MLP before the linear; 0: none")
-    head: Literal["shared", "own", "per_layer"] = "shared"
+    head: Literal["shared", "own", "per_layer"] = Field(
+        "shared",
+        description="what stage I reads filtered states with; shared: the teacher's frozen head for both sides; own: each model's; "
+        "per_layer: a new one for every filter, dropped afterwards",
+    )
     start: Literal["states", "random", "noise"] = Field(
         "states",
         description="principal directions of the teacher's states; random: the identity where it fits, else random; noise: random "
         "also where the identity fits. For lwd, which has no filters of the teacher, states is as random",
     )
-    lr: Positive = 1e-3
+    lr: Positive = Field(1e-3, description="peak learning rate of the filters, in both stages")
     sample_tokens: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
         "auto",
         description="share of a step's tokens that stage I reads, drawn for each pair; auto: all heads cost as much as two bodies",
@@ -53,7 +57,7 @@ class Filters(Section):
 class Schedule(Section):
     """A loss weight over the steps of stage II: from `start` to `end`, and 0 before or after a fraction of the stage or a token."""
 
-    start: NonNegative
+    start: NonNegative = Field(description="the weight at the start of stage II")
     end: NonNegative | None = Field(None, description="constant and rate have none")
     shape: Literal["constant", "linear", "cosine", "rate"] = Field(
         "constant", description="rate: start times the learning rate's share of its peak"
@@ -132,16 +136,18 @@ PRESETS = {
 
 
 class Loss(Section):
-    preset: Literal["paper", "hint", "states_first", "wsd", "let"] | None = None
-    ce: Weight = 1.0
-    kl: Weight = 1.0
-    layer: Weight = 1.0
+    preset: Literal["paper", "hint", "states_first", "wsd", "let"] | None = Field(
+        None, description="fills what this section leaves out; docs/comparing.md"
+    )
+    ce: Weight = Field(1.0, description="weight of the next-token loss: a number, or a table over time")
+    kl: Weight = Field(1.0, description="weight of the logits' loss, which carries temperature squared")
+    layer: Weight = Field(1.0, description="weight of the layer loss, the mean over pairs")
     balance: Literal["fixed", "auto"] = Field(
         "fixed",
         description="auto: layer times mean KL over mean layer loss, of the steps before; equal weights then make both terms "
         "equally large",
     )
-    temperature: Positive = 1.0
+    temperature: Positive = Field(1.0, description="divides the logits of both sides in the logits' loss")
     divergence: Literal["forward", "reverse", "jsd"] = Field(
         "forward", description="the logits' loss: KL(teacher, student), KL(student, teacher), or Jensen-Shannon's"
     )
@@ -151,7 +157,9 @@ class Loss(Section):
     skip_low_entropy: Fraction = Field(
         0.0, description="the share of tokens, those where the teacher is surest, that have no such loss; 0: none"
     )
-    kind: Literal["nmse", "mse", "cosine"] = "nmse"
+    kind: Literal["nmse", "mse", "cosine"] = Field(
+        "nmse", description="the layer loss of a token; nmse: squared distance over the teacher's squared norm"
+    )
     backend: Literal["auto", "triton", "torch", "compiled"] = Field("auto", description="ted_scale/kernels/README.md")
     mode: Literal["chunked", "strict"] = Field(
         "chunked", description="strict: keeps few logits in memory, for 1.6 times the work of the logit losses"
@@ -181,17 +189,21 @@ class Loss(Section):
 class Train(Section):
     steps: PositiveInt = Field(description="optimizer steps of ce, kd, lwd, and of TED's stage II")
     tokens_per_step: PositiveInt = Field(description="over all ranks; gradient accumulation is derived")
-    micro_batch: PositiveInt
-    precision: Literal["bf16", "fp32"] = "bf16"
-    lr: Positive
+    micro_batch: PositiveInt = Field(description="rows of data.seq_len tokens that a rank computes at once")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="of weights and activations in a step; masters, moments and sums are fp32"
+    )
+    lr: Positive = Field(description="peak learning rate of the student")
     min_lr: NonNegative = Field(0.0, description="learning rate at the end of the schedule")
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: Count = 0
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="after the warm-up; wsd: constant, then a linear decay"
+    )
+    warmup_steps: Count = Field(0, description="steps over which the rate rises to lr")
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="wsd: the last part, which decays")
     clip: NonNegative = Field(1.0, description="largest gradient norm; 0: no clipping")
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.1
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="of AdamW")
+    eps: Positive = Field(1e-8, description="of AdamW")
+    weight_decay: NonNegative = Field(0.1, description="of the student's matrices; norms, biases and filters have none")
     reduce_once: bool = Field(
         False,
         description="each rank sums its gradients whole, and they are reduced once a step instead of once a micro-batch",

@@ -105,13 +105,13 @@ class Report(Section):
 
 
 class Wandb(Section):
-    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")] = Field(description="where W&B shows the run")
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto",
         description="auto: online with an API key, else offline; online: the same, but --dry-run warns if there is no key; "
         "disabled: as without this section",
     )
-    entity: str | None = None
-    group: str | None = Field(None, description="default: the run's name")
-    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field([])
-    notes: str | None = None
+    entity: str | None = Field(None, description="user or team; default: that of the key")
+    group: str | None = Field(None, description="runs that W&B shows together; default: the run's name")
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field([], description="to find the run by")
+    notes: str | None = Field(None, description="shown beside the run")

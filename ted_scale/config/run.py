@@ -84,15 +84,21 @@ class Teacher(Model):
 
 
 class Student(Model):
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="activations of a block are computed again in backward: less memory, more time"
+    )
 
 
 class Run(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    method: Method
-    seed: Count = 0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="of the run and its folder"
+    )
+    method: Method = Field(
+        description="ce: next-token loss alone; kd: with the teacher's logits; lwd: with raw states, too; ted: with filtered states"
+    )
+    seed: Count = Field(0, description="of the data's order and of what starts at random")
     runs: str = Field("runs", description="the folder in which the run's folder NAME is made; shared by all nodes")
-    ds_config: str = "ds_configs/zero3.json"
+    ds_config: str = Field("ds_configs/zero3.json", description="how ZeRO-3 keeps and sends weights; docs/zero.md")
     fused_blocks: Literal["auto", "compile", "liger", "off"] = Field(
         "auto",
         description="compiled by torch, or RMSNorm, rotary positions and gated MLP by Liger; auto: on a GPU, compiled where "
@@ -110,7 +116,7 @@ class Run(Section):
     resume: Resume = Resume()
     health: Health = Health()
     limits: Limits = Limits()
-    log_every: PositiveInt = 10
+    log_every: PositiveInt = Field(10, description="steps between two lines of the log and rows of metrics.jsonl")
     samples: Samples = Samples()
     report: Report = Report()
     wandb: Wandb | None = None

@@ -4,6 +4,7 @@ import torch
 
 
 def wants_gradient(operands) -> list[bool]:
+    """Of each operand, under the grad mode of now."""
     return [t is not None and t.requires_grad and torch.is_grad_enabled() for t in operands]
 
 

@@ -132,7 +132,7 @@ def why_not(error: Exception) -> str:
     return f"it could not be reached ({said(error)})"
 
 
-def begun(run: Run, run_id: str, mode: Literal["online", "offline"]):
+def begun(run: Run, run_id: str, mode: Literal["online", "offline"], last_upload: dict = LAST_UPLOAD):
     import wandb
 
     settings = run.wandb
@@ -140,7 +140,7 @@ def begun(run: Run, run_id: str, mode: Literal["online", "offline"]):
         project=settings.project, entity=settings.entity, group=group_of(run), job_type=job_of(run), name=run.name,
         id=run_id, tags=settings.tags, notes=settings.notes, dir=str(run.folder), config=run.model_dump(by_alias=True),
         mode=mode, resume="allow",
-        settings=wandb.Settings(silent=True, console="off", init_timeout=ATTEMPT_S, **LAST_UPLOAD, **git_facts()),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=ATTEMPT_S, **last_upload, **git_facts()),
     )  # fmt: skip
     for axis in ("step", "tokens"):
         wandb_run.define_metric(axis)

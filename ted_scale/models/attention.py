@@ -60,6 +60,7 @@ class Call(NamedTuple):
 
 
 def choose_path(layer: Layer, length: int, packed: bool, dtype: torch.dtype, device: torch.device) -> str:
+    """The fastest code that computes this layer exactly: "sdpa", "varlen", "flex", or "tiled", which runs everywhere."""
     windowed = layer.window is not None and layer.window < length
     plain = layer.softcap is None and not layer.sinks
     if not packed and not windowed and plain:

@@ -60,6 +60,7 @@ def check_device(bits: str | None, device: torch.device) -> None:
 
 
 def takes(module, bits: str) -> bool:
+    """Whether torchao rounds this module: fp8 products want sides that are multiples of MULTIPLE."""
     fits = type(module) is torch.nn.Linear
     return fits and (bits == "int8" or not any(side % MULTIPLE for side in module.weight.shape))
 

@@ -1,0 +1,39 @@
+"""The view that is sent to W&B, as the package serializes it, and the mistakes that a user makes."""
+
+import json
+import re
+import sys
+
+import pytest
+from tiny import make_run
+
+from ted_scale.base.errors import UserError
+from ted_scale.commands.wandb_workspace import main, workspace
+from ted_scale.config.run_file import to_toml
+
+
+def sections_of(run, x: str) -> dict[str, list[dict]]:
+    view = workspace(run, "lab", "view", x)._to_model()
+    spec = json.loads(view.model_dump_json(by_alias=True))["spec"]["section"]["panelBankConfig"]["sections"]
+    return {section["name"]: [panel["config"] for panel in section["panels"]] for section in spec}
+
+
+@pytest.mark.parametrize("x", ["step", "tokens"])
+def test_losses_pairs_and_samples_have_a_section_over_the_axis_that_is_asked_for(tmp_path, x):
+    found = sections_of(make_run(tmp_path, wandb={"project": "p"}), x)
+    assert list(found)[:2] == ["loss", "layers"] and "samples" in found
+    assert {panel["xAxis"] for panel in found["loss"]} == {x}
+    (pairs,) = [panel["metricRegex"] for panel in found["layers"] if panel.get("metricRegex")]
+    assert re.search(pairs, "loss/layer/3") and not re.search(pairs, "loss/layer")
+
+
+def test_a_run_without_a_project_and_a_missing_package_are_one_sentence(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.toml").write_text(to_toml(run))
+    with pytest.raises(UserError, match=r"wandb\.project must be set"):
+        main([str(run.folder)])
+    (run.folder / "run.toml").write_text(to_toml(make_run(tmp_path, wandb={"project": "p"})))
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    with pytest.raises(UserError, match="wandb-workspaces must be installed"):
+        main([str(run.folder)])
