@@ -21,13 +21,14 @@ MANY_EPOCHS = 4
 
 class Reading(NamedTuple):
     """A corpus: tokens to train on, tokens held out, how often each unfinished stage reads the tokens to train on, what tells this
-    text from another one, and where its files are if links lead there."""
+    text from another one, where its files are if links lead there, and what its rows are packed of."""
 
     tokens: int
     held_out: int
     epochs: dict[str, float]
     digest: str
     place: str
+    packed: str = ""
 
 
 def open_feed(run, stage, progress: Progress, vocabulary: int) -> tuple[Stream, Progress, list[str]]:
@@ -64,7 +65,9 @@ def epochs_of(stage, stream: Stream, progress: Progress) -> dict[str, float]:
     """How often each corpus will have been read when the stage is done. An adaptive blend is taken as it is now."""
     end = progress.samples + (stage.last_step - progress.step) * stage.samples_per_step
     cursors = zip(stream.interval.domains, stream.interval.cursors_at(end), strict=True)
-    return {domain.name: cursor.seen / domain.tokens for domain, cursor in cursors if domain.name in stream.parts}
+    packed = {name: packs.counts.packs * packs.seq_len for name, packs in stream.packs.items()}
+    sizes = {domain.name: packed.get(domain.name, domain.tokens) for domain in stream.interval.domains}
+    return {domain.name: cursor.seen / sizes[domain.name] for domain, cursor in cursors if domain.name in stream.parts}
 
 
 def describe(readings: dict[str, Reading]) -> list[str]:
@@ -72,6 +75,7 @@ def describe(readings: dict[str, Reading]) -> list[str]:
     lines = [
         f"corpus {name}: {reading.tokens:,} tokens to train on, {reading.held_out:,} held out, digest {reading.digest}"
         + (f", in {reading.place}" if reading.place else "")
+        + (f"; {reading.packed}" if reading.packed else "")
         for name, reading in readings.items()
     ]
     return lines + [

@@ -201,19 +201,20 @@ def check_shards(run: Run, vocabulary: int, student: Anatomy) -> None:
 def check_corpora(plan: Plan, progress: Progress) -> dict[str, Reading]:
     """What is read of each corpus. Refuses corpora without a window to train on or to validate on, and corpora that must not
     repeat but are too short for the rest of a stage."""
-    training, held_out, epochs = {}, {}, {}
+    training, held_out, packed, epochs = {}, {}, {}, {}
     for stage in plan.stages:
         if progress.step < stage.last_step:
             at = progress if progress.step > stage.first_step else Progress(stage.first_step)
             stream, at, _ = open_feed(plan.run, stage, at, plan.vocabulary)
             refuse_short_corpora(plan.run, stage, stream, at)
             training |= stream.parts
+            packed |= {name: str(packs) for name, packs in stream.packs.items()}
             held_out |= {name: held.parts[name] for name, held in stream.held_out.items()}
             epochs[stage.name] = epochs_of(stage, stream, at)
     return {
         name: reading_of(
             training.get(name), held_out.get(name), {s: of[name] for s, of in epochs.items() if name in of}
-        )
+        )._replace(packed=packed.get(name, ""))
         for name in {**training, **held_out}
     }
 

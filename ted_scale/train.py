@@ -2,7 +2,7 @@
 
 from ted_scale import balance
 from ted_scale.base.errors import Preempted
-from ted_scale.distill.normalization import count_valid, for_engine
+from ted_scale.distill.normalization import count_taught, count_valid, for_engine
 from ted_scale.distill.reading import Reading
 from ted_scale.distill.stages import set_rates
 from ted_scale.models.reduction import reducing
@@ -17,14 +17,14 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
         scale, floor = balance.scale_of(progress, stage), progress.entropy_floor
         each = stage.of_micro_batches(progress.step, len(micro_batches), scale, floor)
         set_rates(student, stage.rate(progress.step), each)
-        denom = count_valid(micro_batches)
+        denom, taught = count_valid(micro_batches), count_taught(stage.run.loss, micro_batches)
 
         reading = Reading(teacher, micro_batches, each)
         with reducing(student, once=stage.run.train.reduce_once):
             for batch, weights in zip(micro_batches, each, strict=True):
                 with metrics.clock.time("teacher_ms"):
                     signal = reading.signal(weights)
-                losses = student(batch, signal, weights, denom)
+                losses = student(batch, signal, weights, denom, taught)
                 del signal  # gigabytes that backward does not need
                 with metrics.clock.time("teacher_ms"):
                     reading.ahead()

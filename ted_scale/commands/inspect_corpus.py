@@ -19,6 +19,7 @@ import numpy
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.base.redact import printable
+from ted_scale.commands import targets
 from ted_scale.commands.length_picture import Lengths, bins, picture, subtitle
 from ted_scale.config.data import Streaming
 from ted_scale.corpora.corpus import manifest_files, prefixes_of, read_shards
@@ -59,6 +60,8 @@ def summary(path: str, indices: list[ShardIndex], manifests: dict[str, dict]) ->
         f"{path}: {len(indices):,} shard(s), {sum(i.documents for i in indices):,} documents, {tokens:,} tokens, "
         f"{size:,} bytes of {'/'.join(sorted({i.dtype.name for i in indices}))}"
     ]
+    if masked := [index for index in indices if index.has_targets]:
+        lines.append(targets.share_of(masked, tokens))
     named = {"tokenizer", "tokenizer_digest", "vocab_size", "eod_id"}
     sidecars = (sidecar_of(index.files) or {} for index in indices)
     if first := next((sidecar for sidecar in sidecars if named <= sidecar.keys()), None):
@@ -122,6 +125,9 @@ def show_documents(indices: list[ShardIndex], tokenizer: Tokenizer, number: int,
         if strange := [i for i in ids[: 4 * SHOWN] if not 0 <= i < len(tokenizer.pieces)]:
             raise out_of_vocabulary(index.prefix, strange[0], len(tokenizer.pieces))
         print(f"\ndocument {document - starts[shard]:,} of {printable(index.prefix)}, {end - begin:,} tokens")
+        if index.has_targets:
+            print(targets.as_text(tokenizer, ids, reading(index, Shard.targets, begin, end), SHOWN))
+            continue
         words = tokenizer.decode([i for i in ids[: 4 * SHOWN] if i != tokenizer.eod])
         for line in (words[:SHOWN] + " …" * (len(words) > SHOWN)).splitlines():
             print(f"    {printable(line)}")
@@ -165,6 +171,7 @@ def check_shard(prefix: str, vocabulary: int | None) -> None:
         chunk = tokens_of(index, begin, min(begin + CHUNK, index.tokens))
         digest.update(chunk.data)
         outside += [t for t in (int(chunk.min()), int(chunk.max())) if vocabulary and not 0 <= t < vocabulary]
+    targets.check(index, sidecar)
     if "bin_sha256" in sidecar:
         check_digest(prefix + ".bin", digest.hexdigest(), sidecar["bin_sha256"])
     if outside:

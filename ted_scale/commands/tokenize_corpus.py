@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ import numpy
 
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
-from ted_scale.corpora import output
+from ted_scale.corpora import examples, output
 from ted_scale.corpora.documents import find_files, read_documents, stop
 from ted_scale.corpora.local import unfinished
 from ted_scale.corpora.tokenizer import Tokenizer, digest, load_tokenizer
@@ -40,14 +41,14 @@ class Batch(NamedTuple):
 _worker: dict = {}
 
 
-def _start_worker(encode, eod: int, dtype: numpy.dtype) -> None:
+def _start_worker(encode) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     if parent:
         # The worker exits with its parent, even after kill -9. The parent handles Ctrl-C.
         threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker.update(encode=encode, eod=eod, dtype=dtype)
+    _worker.update(encode=encode)
 
 
 def _exit_after(parent) -> None:
@@ -56,11 +57,23 @@ def _exit_after(parent) -> None:
 
 
 def _encode(texts: list[str]) -> Encoded:
-    documents = _worker["encode"](texts)
+    return _worker["encode"](texts)
+
+
+def encode_texts(encode, eod: int, dtype: numpy.dtype, texts: list[str]) -> Encoded:
+    documents = encode(texts)
     for ids in documents:
-        ids.append(_worker["eod"])
+        ids.append(eod)
     lengths = numpy.fromiter(map(len, documents), numpy.int64, len(documents))
-    return Encoded(numpy.fromiter(chain.from_iterable(documents), _worker["dtype"], lengths.sum()), lengths)
+    return Encoded(numpy.fromiter(chain.from_iterable(documents), dtype, lengths.sum()), lengths)
+
+
+def encoder_of(reader: examples.Reader | None, tokenizer: Tokenizer):
+    """What a worker does with a batch: `reader` is there where a document is an example with targets."""
+    dtype = dtype_of(len(tokenizer.pieces))
+    if reader:
+        return partial(examples.encode_examples, reader, dtype)
+    return partial(encode_texts, tokenizer.encode, tokenizer.eod, dtype)
 
 
 def batches(documents, counts: collections.Counter):
@@ -81,15 +94,14 @@ def batches(documents, counts: collections.Counter):
         yield Batch(texts, marks, consumed)
 
 
-def encode_all(groups, workers: int, tokenizer: Tokenizer):
+def encode_all(groups, workers: int, encode):
     """(batch, encoded) in the order of the batches, at most a few batches ahead of the writer."""
-    start = (tokenizer.encode, tokenizer.eod, dtype_of(len(tokenizer.pieces)))
     if workers == 1:
-        _start_worker(*start)
+        _start_worker(encode)
         yield from ((group, _encode(group.texts)) for group in groups)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=start)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encode,))
     waiting = collections.deque()
     try:
         for group in groups:
@@ -103,9 +115,16 @@ def encode_all(groups, workers: int, tokenizer: Tokenizer):
         pool.shutdown(cancel_futures=True)
 
 
-def describe_job(args, files: list[Path], tokenizer: Tokenizer) -> dict:
+def describe_job(args, files: list[Path], tokenizer: Tokenizer, reader: examples.Reader | None) -> dict:
     """Everything that decides the output's bytes. Only a command with the same job may continue an unfinished output."""
-    options = ("text_key", "document_per", "parse_special", "on_error", "shard_tokens")
+    options = (
+        *(("targets",) if reader else ()),
+        "text_key",
+        "document_per",
+        "parse_special",
+        "on_error",
+        "shard_tokens",
+    )
     return {
         "tokenizer": str(args.tokenizer),
         "tokenizer_digest": digest(tokenizer),
@@ -115,6 +134,7 @@ def describe_job(args, files: list[Path], tokenizer: Tokenizer) -> dict:
         "options": {name: getattr(args, name) for name in options},
         "sources": describe_sources(files),
         **({"json": "lines"} if any(".json" in path.suffixes for path in files) else {}),  # as one text each, before
+        **(examples.describe(reader) if reader else {}),
     }
 
 
@@ -125,7 +145,7 @@ def describe_sources(files: list[Path]) -> list[dict]:
     ]
 
 
-def tokenize(args, files: list[Path], tokenizer: Tokenizer, job: dict) -> dict:
+def tokenize(args, files: list[Path], encode, job: dict) -> dict:
     """From files to shards and their manifest; shards that are finished already are skipped."""
     about = {key: job[key] for key in ("tokenizer", "tokenizer_digest", "vocab_size", "eod_id")}
     finished = output.begin(args.out, job, args.overwrite)
@@ -139,8 +159,11 @@ def tokenize(args, files: list[Path], tokenizer: Tokenizer, job: dict) -> dict:
         counts["skipped"] += 1
 
     on_error = skip if args.on_error == "skip" else stop
-    documents = read_documents(files, args.text_key, args.document_per, on_error, mark[:2])
-    write(encode_all(batches(documents, counts), args.workers, tokenizer), writer, job["sources"])
+    keys = examples.KEYS[args.targets] if args.targets else args.text_key
+    documents = read_documents(files, keys, args.document_per, on_error, mark[:2])
+    groups, late = encode_all(batches(documents, counts), args.workers, encode), [0]
+    write(examples.accepted(groups, files, args.on_error == "skip", late), writer, job["sources"])
+    counts["skipped"] += late[0]
     if not writer.sidecars:
         raise UserError(
             f"input {' '.join(args.inputs)} must hold a document with text, but holds none "
@@ -198,8 +221,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="replace an output of this name, or an unfinished one of another command",
     )
+    parser.add_argument(
+        "--targets",
+        choices=tuple(examples.KEYS),
+        help='read "messages", whose targets are all turns of the assistant or the last one, or "prompt" and "completion"',
+    )
+    parser.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="for messages; default: the tokenizer's own template"
+    )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text, .jsonl, .parquet, also .gz/.zst; or folders")
     args = parser.parse_args(argv)
+    if args.chat_template and not args.targets:
+        raise UserError(
+            f"--chat-template must be left out without --targets, but is {args.chat_template}; add --targets assistant"
+        )
     for name in ("workers", "shard_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, but is {getattr(args, name)}; leave it out")
@@ -211,10 +246,12 @@ def make(args) -> tuple[dict, int]:
     files = find_files(args.inputs)
     size = sum(path.stat().st_size for path in files)
     args.workers = args.workers or min(len(os.sched_getaffinity(0)), 1 + (size >> 21))
-    tokenizer = load_tokenizer(args.tokenizer, args.parse_special)
+    tokenizer, reader = load_tokenizer(args.tokenizer, args.parse_special), None
+    if args.targets:
+        reader = examples.open_reader(args.tokenizer, args.targets, args.chat_template, args.parse_special)
     lock = output.claim(args.out)
     try:
-        manifest = tokenize(args, files, tokenizer, describe_job(args, files, tokenizer))
+        manifest = tokenize(args, files, encoder_of(reader, tokenizer), describe_job(args, files, tokenizer, reader))
         output.publish(args.out, manifest)
     finally:
         output.leave(args.out)

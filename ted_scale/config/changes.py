@@ -17,7 +17,7 @@ DECISIVE = (
     "method", "seed", "pairs", "teacher.every", "teacher.precision",
     "filters.steps", "filters.head", "filters.width", "filters.mlp",
     "loss.ce", "loss.kl", "loss.layer", "loss.balance", "loss.temperature", "loss.kind", "loss.divergence", "loss.top_k",
-    "loss.skip_low_entropy",
+    "loss.skip_low_entropy", "loss.tokens",
     "train.precision", "train.betas", "train.eps", "train.weight_decay",
     *(f"student.{key}" for key in SHAPE), *(f"teacher.{key}" for key in SHAPE),
 )  # fmt: skip

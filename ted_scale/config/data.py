@@ -73,6 +73,14 @@ class Data(Section):
     attention: Literal["causal", "document"] = Field(
         "causal", description="document: none across the border of a document, and positions restart there"
     )
+    packing: Literal["windows", "examples"] = Field(
+        "windows",
+        description="what a row holds. windows: seq_len consecutive tokens; examples: whole documents, as many as fit",
+    )
+    longer: Literal["cut", "leave_out"] = Field(
+        "cut",
+        description="what packing = examples does with documents above seq_len; cut: into as few rows as hold them",
+    )
     sequence_parallel: PositiveInt = Field(
         1, description="ranks that share each row, a part of its tokens each; they follow each other"
     )
@@ -89,6 +97,14 @@ class Data(Section):
         if workers:
             log.warning(f"data.workers = {workers} has no effect any more: a thread reads; leave it out")
         return {key: value for key, value in values.items() if key != "workers"}
+
+    @model_validator(mode="after")
+    def examples_are_apart(self):
+        if self.packing == "examples" and self.attention != "document":
+            raise ValueError(
+                f"attention must be 'document' where data.packing is 'examples', but is '{self.attention}'; set it to 'document'"
+            )
+        return self
 
     @model_validator(mode="after")
     def rows_divide(self):

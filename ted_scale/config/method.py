@@ -160,6 +160,10 @@ class Loss(Section):
     kind: Literal["nmse", "mse", "cosine"] = Field(
         "nmse", description="the layer loss of a token; nmse: squared distance over the teacher's squared norm"
     )
+    tokens: Literal["targets", "all"] = Field(
+        "targets",
+        description="which tokens kl and layer count where a corpus has targets; all: prompts, too, for a teacher can teach them",
+    )
     backend: Literal["auto", "triton", "torch", "compiled"] = Field("auto", description="ted_scale/kernels/README.md")
     mode: Literal["chunked", "strict"] = Field(
         "chunked", description="strict: keeps few logits in memory, for 1.6 times the work of the logit losses"

@@ -103,6 +103,15 @@ class Part(NamedTuple):
             starts.append(reading(index, Shard.document_starts, low, high) + (base - begin))
         return _joined(starts)
 
+    def targets(self, offset: int, count: int) -> numpy.ndarray | None:
+        """Which of these tokens count; None where all do."""
+        found, some = [], False
+        for index, _, low, high in self._ranges(offset, count):
+            here = reading(index, Shard.targets, low, high)
+            some = some or here is not None
+            found.append(numpy.ones(high - low, bool) if here is None else here)
+        return _joined(found) if some else None
+
     def _fetched(self, index: ShardIndex, low: int, high: int) -> numpy.ndarray:
         """Tokens [low, high) of a shard in object storage."""
         thing, size = index.files.remote_bin, index.dtype.itemsize

@@ -9,6 +9,7 @@ unreadable document goes to `on_error`, which raises it (the default) or counts 
 import contextlib
 import gzip
 import io
+import json
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -79,13 +80,14 @@ def _kind(path: Path) -> str:
 
 def read_documents(
     files: list[Path],
-    text_key: str = "text",
+    text_key: str | tuple[str, ...] = "text",
     document_per: str = "auto",
     on_error: Callable = stop,
     after: tuple[int, int] = (0, 0),
 ) -> Iterator[Document]:
     """Every document after `after`, a (file, line), in order. `document_per` is for plain text, and auto means file. A table or
-    JSON is read as plain text only if `document_per` is not auto."""
+    JSON is read as plain text only if `document_per` is not auto. Where `text_key` is several keys, the first of which must be
+    there, a text is a record as JSON, which examples.py reads."""
     before, readers = 0, [_reader(path, text_key, document_per) for path in files]
     if on_error is stop and _refused in readers:  # at once, not after hours of reading
         next(_refused(files[readers.index(_refused)], 0, stop))
@@ -97,7 +99,7 @@ def read_documents(
         before += path.stat().st_size
 
 
-def _reader(path: Path, text_key: str, document_per: str) -> Callable:
+def _reader(path: Path, text_key: str | tuple[str, ...], document_per: str) -> Callable:
     """The function that yields (line, text, bytes so far) of a file of this kind, after the lines to be skipped."""
     kind = _kind(path)
     if kind == ".parquet":
@@ -142,12 +144,14 @@ def _text(raw: Callable, path: Path, skip: int, on_error: Callable) -> Iterator[
             on_error(_unreadable(path, line, "UTF-8 text", error.reason))
 
 
-def _json_lines(text_key: str, path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, str, int]]:
+def _json_lines(
+    text_key: str | tuple[str, ...], path: Path, skip: int, on_error: Callable
+) -> Iterator[tuple[int, str, int]]:
     for number, line, consumed in _raw_lines(path, skip, on_error):
         if not line.strip():
             continue
         try:
-            text = _checked(parse_json(line)[text_key])
+            text = line.decode() if isinstance(text_key, tuple) else _checked(parse_json(line)[text_key])
         except (ValueError, KeyError, TypeError, IndexError) as error:
             must = f'a JSON object with text in "{text_key}"'
             on_error(_unreadable(path, number, must, f"{type(error).__name__}: {error}"))
@@ -163,28 +167,36 @@ def _checked(text) -> str:
     return text
 
 
-def _parquet(text_key: str, path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, str, int]]:
+def _parquet(
+    text_key: str | tuple[str, ...], path: Path, skip: int, on_error: Callable
+) -> Iterator[tuple[int, str, int]]:
     pyarrow, parquet = _imported("pyarrow", path), _imported("pyarrow.parquet", path)
     size, row = path.stat().st_size, 0
     try:
         file = parquet.ParquetFile(path)
-        if text_key not in file.schema_arrow.names:
+        keys = text_key if isinstance(text_key, tuple) else (text_key,)
+        if keys[0] not in file.schema_arrow.names:
             raise UserError(
-                f"{path} must have a column {text_key}, but has {', '.join(file.schema_arrow.names)}; set --text-key"
+                f"{path} must have a column {keys[0]}, but has {', '.join(file.schema_arrow.names)}; set --text-key"
             )
-        for rows in file.iter_batches(batch_size=1024, columns=[text_key]):
-            texts = rows.column(0).slice(max(skip - row, 0))
+        for rows in file.iter_batches(batch_size=1024, columns=[key for key in keys if key in file.schema_arrow.names]):
+            values = rows.to_struct_array() if isinstance(text_key, tuple) else rows.column(0)
+            texts = values.slice(max(skip - row, 0))
             row += len(rows) - len(texts)
             for value in texts:  # one by one: a text that is not UTF-8 costs its own row, not all that follow
                 row += 1
                 try:
-                    text = _checked(value.as_py())
+                    text = _as_json(value.as_py()) if isinstance(text_key, tuple) else _checked(value.as_py())
                 except (ValueError, TypeError) as error:
                     on_error(_unreadable(path, row, f"a row with text in {text_key}", error))
                 else:
                     yield row, text, size * row // file.metadata.num_rows
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
         on_error(_unreadable(path, None, "a whole parquet file", error))
+
+
+def _as_json(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str)
 
 
 def _raw_file(path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, bytes, int]]:

@@ -82,7 +82,12 @@ def changed(begun: dict, job: dict) -> list[str]:
     wanted = {f"--{key.replace('_', '-')}": value for key, value in job["options"].items()}
     if wanted.get("--on-error") == "skip":
         flags["--on-error"] = "skip"
-    names = {"sources": "the input files", "json": "how .json files are read"}
+    names = {
+        "sources": "the input files",
+        "json": "how .json files are read",
+        "template_sha256": "--chat-template",
+        "day": "the day, which the chat template asks for,",
+    }
     rest = [names.get(key, "--tokenizer") for key in job if key != "options" and begun.get(key) != job[key]]
     return rest + [flag for flag in wanted if flags.get(flag) != wanted[flag]]
 

@@ -86,13 +86,13 @@ class Shard:
     def first_document(self, token: int) -> int:
         """The first document that starts at `token` or later."""
         place = token * self.index.dtype.itemsize
-        first, places = self._block(place)
+        first, places = self._block(place, self.index.documents, self._places)
         return first + int(places.searchsorted(place))
 
     def document_starts(self, low: int, high: int) -> numpy.ndarray:
         """First tokens of the documents that start in [low, high), which ends with the shard at the latest."""
         size = self.index.dtype.itemsize
-        first, places = self._block(low * size)
+        first, places = self._block(low * size, self.index.documents, self._places)
         blocks = [places[places.searchsorted(low * size) :]]
         while places[-1] < high * size:
             first += len(places)
@@ -103,15 +103,31 @@ class Shard:
         found = blocks[0] if len(blocks) == 1 else numpy.concatenate(blocks)
         return found[: found.searchsorted(high * size)] // size
 
-    def _block(self, place: int) -> tuple[int, numpy.ndarray]:
-        """(number of the first document, places) of a block with the first document that begins at `place` or later. Documents are
-        nearly evenly spread, so two guesses are usual; every second one is the middle, so that no corpus needs many."""
-        low, high, begin, end = 0, self.index.documents + 1, 0, self.index.tokens * self.index.dtype.itemsize
+    def targets(self, low: int, high: int) -> numpy.ndarray | None:
+        """Which of the tokens [low, high) count; None where all do."""
+        index, size = self.index, self.index.dtype.itemsize
+        if not index.has_targets:
+            return None
+        found, places = self._block(low * size, index.sequences, lambda first, last: self._pointers(first, last - 1))
+        at = int(places.searchsorted(low * size))
+        first = found + at - int(places[at] > low * size)  # the sequence that holds the token `low`
+        last = min(first + high - low, index.sequences)  # no sequence is empty
+        borders = self._pointers(first, last) // size
+        if first < 0 or borders[0] > low or borders[-1] < high or (borders[1:] < borders[:-1]).any():
+            raise out_of_order(index.prefix + ".idx")
+        modes = self.idx.read(HEADER.size + 12 * index.sequences + 8 * (index.documents + 1) + first, last - first)
+        return numpy.repeat(numpy.frombuffer(modes, numpy.int8) != 0, numpy.diff(borders.clip(low, high)))
+
+    def _block(self, place: int, last: int, read: Callable) -> tuple[int, numpy.ndarray]:
+        """(first number, places) of a block with the first document, or sequence, that begins at `place` or later; `last` is the
+        largest number, and `read` looks places up. They are nearly evenly spread, so two guesses are usual; every second one is
+        the middle, so that no corpus needs many."""
+        low, high, begin, end = 0, last + 1, 0, self.index.tokens * self.index.dtype.itemsize
         halve = False
         while low < high:
             share = 0.5 if halve else (place - begin) / max(end - begin, 1)
             first = max(low, min(low + int((high - low) * share) - BLOCK // 2, high - BLOCK))
-            places = self._places(first, min(first + BLOCK, high))
+            places = read(first, min(first + BLOCK, high))
             if places[-1] < place:
                 low, begin = first + len(places), int(places[-1])
             elif places[0] >= place and first > low:

@@ -25,7 +25,7 @@ TOKEN_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "ui
 OUTPUT_MANIFEST = ".manifest.json"  # ends the name of what describes all shards of an output
 SIDECAR = {"max_token_id": int, "tokens": int}
 SIGNED = {"bin_bytes": int, "bin_sha256": str, "idx_sha256": str, "documents": int, "read": dict} | {
-    "tokenizer": str, "tokenizer_digest": str, "vocab_size": int, "eod_id": int
+    "tokenizer": str, "tokenizer_digest": str, "vocab_size": int, "eod_id": int, "targets": int
 }  # fmt: skip
 LARGEST_SIDECAR = 1 << 20  # bytes; a thousandth is usual
 # Bytes of an index that is hashed at every opening, in 0.1 ms: ten thousand shards open in seconds; inspect_corpus hashes all.
@@ -51,6 +51,7 @@ class ShardIndex(NamedTuple):
     documents: int
     tokens: int
     recorded: Recorded | None
+    has_targets: bool = False  # its sequences have modes: only tokens of a mode that is not 0 count
 
     @property
     def prefix(self) -> str:
@@ -94,7 +95,9 @@ def check(files: Files) -> ShardIndex:
                 f"corpus file {idx} must end its last document at its last sequence, but does not; {TOKENIZE}"
             )
     small = hashlib.sha256(head).hexdigest() if len(head) == size else None
-    return ShardIndex(files, dtype, sequences, borders - 1, tokens, _recorded(files, tokens, small))
+    has_targets = size == HEADER.size + 13 * sequences + 8 * borders
+    recorded = _recorded(files, tokens, small, has_targets)
+    return ShardIndex(files, dtype, sequences, borders - 1, tokens, recorded, has_targets)
 
 
 def _header(idx: str, head: bytes) -> tuple[numpy.dtype, int, int]:
@@ -137,7 +140,7 @@ def _check_bin(files: Files, tokens: int, dtype: numpy.dtype) -> None:
         )
 
 
-def _recorded(files: Files, tokens: int, idx_sha256: str | None) -> Recorded | None:
+def _recorded(files: Files, tokens: int, idx_sha256: str | None, has_targets: bool) -> Recorded | None:
     """What the sidecar records, which must be true; there is no digest of an index that is too large for every opening."""
     sidecar = sidecar_of(files)
     if sidecar is None:
@@ -148,6 +151,11 @@ def _recorded(files: Files, tokens: int, idx_sha256: str | None) -> Recorded | N
             f"{tokens}; delete it or tokenize again"
         )
     check_recorded(files, sidecar, idx_sha256)
+    if "targets" in sidecar and not has_targets:
+        raise UserError(
+            f"corpus file {files.prefix}.idx must say of each sequence whether its tokens count, as {files.prefix}.json does, but "
+            "has another size; copy it again"
+        )
     tokenizer = sidecar.get("tokenizer_digest")
     return Recorded(
         sidecar["max_token_id"],

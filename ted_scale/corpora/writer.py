@@ -24,6 +24,18 @@ class Encoded(NamedTuple):
 
     ids: numpy.ndarray
     lengths: numpy.ndarray
+    targets: numpy.ndarray | None = None  # where only some tokens count: 1 for each that does
+    refused: tuple[
+        tuple[int, str], ...
+    ] = ()  # (number in the batch, the rest of a sentence) of what cannot be learned from
+
+
+class Runs(NamedTuple):
+    """Targets as Megatron's index can hold them: sequences within documents, each of one mode."""
+
+    lengths: numpy.ndarray
+    modes: numpy.ndarray  # 1: its tokens count
+    counts: numpy.ndarray  # of each document
 
 
 class Mark(NamedTuple):
@@ -71,6 +83,7 @@ class Writer:
         self.file: BinaryIO | None = None
         self.sha256, self.mark = hashlib.sha256(), Mark()
         self.lengths: list[numpy.ndarray] = []
+        self.runs: list[Runs] = []
         self.tokens = self.largest = 0
 
     def add(self, encoded: Encoded, marks: list[Mark]) -> None:
@@ -81,7 +94,10 @@ class Writer:
             if not self.tokens:
                 stop = max(stop, first + 1)  # a document above the bound gets a shard of its own
             if stop > first:
-                self._append(encoded.ids[begin : ends[stop - 1]], encoded.lengths[first:stop], marks[stop - 1])
+                some = slice(begin, int(ends[stop - 1]))
+                self._append(encoded.ids[some], encoded.lengths[first:stop], marks[stop - 1])
+                if encoded.targets is not None:
+                    self.runs.append(runs_of(encoded.targets[some], encoded.lengths[first:stop]))
                 first, begin = stop, int(ends[stop - 1])
             if stop < len(ends):
                 self.finish_shard()
@@ -97,7 +113,8 @@ class Writer:
         if not self.tokens:
             return
         number, lengths = len(self.sidecars) + 1, numpy.concatenate(self.lengths).astype(numpy.int32)
-        index = index_bytes(lengths, self.dtype)
+        runs = Runs(*map(numpy.concatenate, zip(*self.runs, strict=True))) if self.runs else None
+        index = index_bytes(lengths, self.dtype, runs)
         self.file.close()
         write_file(part(self.folder, number, ".idx"), [index])
         sync(part(self.folder, number, ".bin"))
@@ -105,6 +122,7 @@ class Writer:
             **self.about,
             "documents": len(lengths),
             "tokens": self.tokens,
+            **({"targets": int(runs.lengths[runs.modes > 0].sum())} if runs else {}),
             "max_token_id": self.largest,
             "bin_bytes": self.tokens * self.dtype.itemsize,
             "bin_sha256": self.sha256.hexdigest(),
@@ -116,12 +134,27 @@ class Writer:
         self._new_shard()
 
 
-def index_bytes(lengths: numpy.ndarray, dtype: numpy.dtype) -> bytes:
-    """The .idx of documents of one sequence each: lengths, where they begin in the .bin, and document borders."""
+def runs_of(targets: numpy.ndarray, lengths: numpy.ndarray) -> Runs:
+    """The stretches of equal targets in each document."""
+    ends = numpy.cumsum(lengths, dtype=numpy.int64)
+    begins = numpy.append(True, targets[1:] != targets[:-1])
+    begins[ends[:-1]] = True
+    at = numpy.flatnonzero(begins)
+    counts = numpy.diff(at.searchsorted(ends), prepend=0)
+    return Runs(numpy.diff(at, append=len(targets)), targets[at].astype(numpy.int8), counts)
+
+
+def index_bytes(lengths: numpy.ndarray, dtype: numpy.dtype, runs: Runs | None = None) -> bytes:
+    """The .idx: lengths of sequences, where they begin in the .bin, document borders. A document is one sequence; with targets it
+    is its runs, and their modes come last, where Megatron has those of its multimodal sequences."""
     code = next(code for code, name in TOKEN_TYPES.items() if name == dtype.name)
-    header = HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1)
-    pointers = (numpy.cumsum(lengths, dtype=numpy.int64) - lengths) * dtype.itemsize
-    return b"".join((header, lengths.data, pointers.data, numpy.arange(len(lengths) + 1, dtype=numpy.int64).data))
+    counts = runs.counts if runs else numpy.ones(len(lengths), numpy.int64)
+    sequences = (runs.lengths if runs else lengths).astype(numpy.int32)
+    borders = numpy.append(0, numpy.cumsum(counts)).astype(numpy.int64)
+    header = HEADER.pack(MAGIC, 1, code, len(sequences), len(borders))
+    pointers = (numpy.cumsum(sequences, dtype=numpy.int64) - sequences) * dtype.itemsize
+    modes = runs.modes.tobytes() if runs else b""
+    return b"".join((header, sequences.data, pointers.data, borders.data, modes))
 
 
 def as_text(content: dict) -> str:

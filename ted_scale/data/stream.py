@@ -17,16 +17,17 @@ from ted_scale.corpora.corpus import Part, open_parts
 from ted_scale.data import blend, order, packing
 from ted_scale.data.blend import Domain, Interval
 from ted_scale.data.packing import Packing, Share, pack
+from ted_scale.data.packs import Packs, open_packs
 from ted_scale.kernels.tokens import IGNORED
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank. Weights are 1 where a label counts; there is a packing if documents are kept apart, and a share
-    if several ranks have these rows."""
+    """One micro-batch of one rank. Weights are 1 where a label is a target; there is a packing if documents are kept apart, and a
+    share if several ranks have these rows."""
 
     tokens_BT: torch.Tensor  # int64
     labels_BT: torch.Tensor  # int64, IGNORED where there is none
-    weights_BT: torch.Tensor  # float32
+    weights_BT: torch.Tensor  # float32; 0 also for a label that only the teacher's terms may count (loss.tokens)
     packing: Packing | None
     share: Share | None = None
 
@@ -57,10 +58,12 @@ def cut(whole: Batch, index: int, of: int) -> Batch:
 
 
 class Window(NamedTuple):
-    """seq_len tokens, the label after each (or IGNORED), where documents and pieces begin, and where documents end."""
+    """seq_len tokens, the label after each (or IGNORED), whether that is a target, where documents and pieces begin, and where
+    documents end."""
 
     tokens: numpy.ndarray
     labels: numpy.ndarray
+    targets: numpy.ndarray
     begins: numpy.ndarray
     ends: numpy.ndarray
 
@@ -76,18 +79,24 @@ class Stream(NamedTuple):
     attention: str
     vocab_size: int
     held_out: dict[str, "Stream"]  # by corpus; a held-out stream has none
+    packs: dict[str, Packs]  # by corpus, where rows are packed of whole examples
 
     def sample(self, position: int) -> Window:
         part, pieces = self._at(position)
         tokens, labels = numpy.zeros(self.seq_len, numpy.int64), numpy.full(self.seq_len, IGNORED, numpy.int64)
-        begins, ends, at = [], [], 0
+        targets, begins, ends, at = numpy.ones(self.seq_len, bool), [], [], 0
         for first, length in pieces:
-            read, starts = part.read(first, length + 1, self.vocab_size)
-            tokens[at : at + length], labels[at : at + length] = read[:-1], read[1:]
+            count = min(length + 1, part.tokens - first)  # after an example at the end of all there is no label
+            read, starts = part.read(first, count, self.vocab_size)
+            tokens[at : at + length], labels[at : at + count - 1] = read[:length], read[1:]
+            if (counts := part.targets(first, count)) is not None:
+                targets[at : at + count - 1] = counts[1:]
             begins += [[at], at + starts[starts < length]]
             ends.append(at + starts[starts > 0] - 1)
             at += length
-        return Window(tokens, labels, numpy.concatenate(begins), numpy.concatenate(ends))
+        if self.packs and at < self.seq_len:
+            begins.append([at])  # padding is no part of the example before it
+        return Window(tokens, labels, targets, numpy.concatenate(begins), numpy.concatenate(ends))
 
     def begins(self, position: int) -> numpy.ndarray:
         """Where documents and pieces begin in a window, from the indices alone."""
@@ -96,6 +105,7 @@ class Stream(NamedTuple):
         for first, length in pieces:
             begins[at], begins[at + part.begins(first, length)] = True, True
             at += length
+        begins[at : at + 1] |= bool(self.packs)
         return begins
 
     def ahead(self, positions: list[int | None]) -> None:
@@ -115,9 +125,13 @@ class Stream(NamedTuple):
     def _at(self, position: int):
         """(part, pieces in it) of a window."""
         if self.interval is None:
-            return next(iter(self.parts.values())), [(position * self.seq_len, self.seq_len)]
-        which, cursor = self.interval.at(position)
-        return self.parts[self.interval.domains[which].name], self.interval.pieces(which, cursor)
+            name, pieces = next(iter(self.parts)), [(position * self.seq_len, self.seq_len)]
+        else:
+            which, cursor = self.interval.at(position)
+            name, pieces = self.interval.domains[which].name, list(self.interval.pieces(which, cursor))
+        if packs := self.packs.get(name):  # a row is a unit of the epoch, and its number that unit's
+            pieces = packs.pieces(pieces[0][0] // self.seq_len)
+        return self.parts[name], pieces
 
 
 def open_stream(
@@ -127,7 +141,9 @@ def open_stream(
     out. It continues at `position` if an earlier blend is given, and uses measured `weights` if there are any."""
     order.shares([c.weight for c in data.corpora])  # refuses weights that mean nothing
     parts, held_out = parts_of(data, vocab_size)
-    domains = [Domain(name, part.tokens, part.content) for name, part in parts.items()]
+    packs = packs_of(data, parts)
+    sources: dict[str, Part | Packs] = {**parts, **packs}
+    domains = [Domain(name, source.tokens, source.content) for name, source in sources.items()]
     written = [(weights or {}).get(c.name, c.weight) for c in data.corpora if c.weight > 0]
     kind, sizes = data.blend, [domain.tokens for domain in domains]
     shares = order.shares(blend.weights_of(kind.kind, kind.temperature, written, sizes))
@@ -136,7 +152,7 @@ def open_stream(
     else:
         interval = blend.follow(before, position, domains, shares, data.seq_len)
     streams = {name: held_out_stream(data, vocab_size, part, name) for name, part in held_out.items()}
-    return Stream(parts, interval, None, data.seq_len, data.attention, vocab_size, streams)
+    return Stream(parts, interval, None, data.seq_len, data.attention, vocab_size, streams, packs)
 
 
 def parts_of(data, vocab_size: int) -> tuple[dict[str, Part], dict[str, Part]]:
@@ -145,7 +161,7 @@ def parts_of(data, vocab_size: int) -> tuple[dict[str, Part], dict[str, Part]]:
     listed = [(corpus, open_parts(i, corpus, vocab_size, data.stream)) for i, corpus in wanted]
     training = {corpus.name: part for corpus, (part, _) in listed if corpus.weight}
     held_out = {corpus.name: part for corpus, (_, part) in listed if corpus.validation}
-    for split, parts in (("train", training), ("validation", held_out)):
+    for split, parts in (("train", training), ("validation", held_out)) if data.packing == "windows" else ():
         for part in parts.values():
             _refuse_short(part, data.seq_len, split)
     return training, held_out
@@ -153,8 +169,16 @@ def parts_of(data, vocab_size: int) -> tuple[dict[str, Part], dict[str, Part]]:
 
 def held_out_stream(data, vocab_size: int, part: Part, name: str) -> Stream:
     """The validation documents of a corpus: a finite stream, in order."""
-    windows = (part.tokens - 1) // data.seq_len
-    return Stream({name: part}, None, windows, data.seq_len, data.attention, vocab_size, {})
+    packs = packs_of(data, {name: part})
+    windows = packs[name].counts.packs if packs else (part.tokens - 1) // data.seq_len
+    return Stream({name: part}, None, windows, data.seq_len, data.attention, vocab_size, {}, packs)
+
+
+def packs_of(data, parts: dict[str, Part]) -> dict[str, Packs]:
+    """The packs of each corpus, where rows are packed of whole examples."""
+    if data.packing == "windows":
+        return {}
+    return {name: open_packs(part, data.seq_len, data.longer) for name, part in parts.items()}
 
 
 def refuse_repetition(data, stream: Stream, samples: int) -> None:
@@ -181,15 +205,15 @@ def batch(stream: Stream, positions: list[int | None]) -> Batch:
     """The windows at some positions as one batch on the CPU; None is padding, whose labels never count."""
     shape = len(positions), stream.seq_len
     tokens, labels = numpy.zeros(shape, numpy.int64), numpy.full(shape, IGNORED, numpy.int64)
-    begins = numpy.zeros(shape, bool)
+    begins, targets = numpy.zeros(shape, bool), numpy.ones(shape, bool)
     for row, position in enumerate(positions):
         if position is None:
             continue
         window = stream.sample(position)
-        tokens[row], labels[row] = window.tokens, window.labels
+        tokens[row], labels[row], targets[row] = window.tokens, window.labels, window.targets
         labels[row, window.ends] = IGNORED  # a document must not predict how the next one begins
         begins[row, window.begins] = True
-    weights = (labels != IGNORED).astype(numpy.float32)
+    weights = ((labels != IGNORED) & targets).astype(numpy.float32)
     tokens, labels, weights = (torch.from_numpy(a) for a in (tokens, labels, weights))
     return Batch(tokens, labels, weights, pack(begins) if stream.attention == "document" else None)
 

@@ -85,7 +85,10 @@ def of_parts(plan, stage, step: int, keys: Keys) -> dict[str, Work]:
     teacher = asked * head_flops(plan.teacher, plan.student.vocab_size) if weights.kl else 0
     body, strict = body_flops(plan.student, keys), plan.run.loss.mode == "strict"
     parts = {"student": Work(3 * body, body if plan.run.student.gradient_checkpointing else 0)}
-    parts["head"] = Work(3 * student + teacher, student + teacher if strict else 0)
+    calls = 2 if plan.run.loss.tokens == "all" and weights.kl else 1  # one for the text and one for the teacher
+    parts["head"] = Work(
+        3 * student + teacher, (calls - 1) * 3 * student + (calls * student + teacher if strict else 0)
+    )
     if plan.teacher and (weights.kl or weights.layer):
         parts["teacher"] = Work(asked * body_flops(plan.teacher, keys))
     if weights.layer:

@@ -2,18 +2,33 @@
 
 One rule holds for all terms. A term is the sum over tokens of token weight times the token's value, divided by `denom`: the
 number of valid tokens of the whole optimizer step, over ranks and accumulation. A token is valid if its weight is > 0 and
-its label is not ignored (kernels/tokens.py). A denom of 0 gives 0. Sums are fp32.
+its label is not ignored (kernels/tokens.py). With `loss.tokens = "all"` the teacher's terms count tokens by their labels
+alone, and are divided by the number of those. A denom of 0 gives 0. Sums are fp32.
 """
 
 import torch
 import torch.distributed as dist
 
-from ted_scale.kernels.tokens import valid_weights
+from ted_scale.kernels.tokens import IGNORED, valid_weights
 
 
 def count_valid(batches) -> torch.Tensor:
     """The step's denominator: valid tokens of all micro-batches on all ranks. Stays on the device."""
-    count = sum((valid_weights(b.labels_BT, b.weights_BT) > 0).sum() for b in batches).to(torch.float32)
+    return added([valid_weights(b.labels_BT, b.weights_BT) for b in batches])
+
+
+def count_taught(loss, batches) -> torch.Tensor | None:
+    """The denominator of the teacher's terms where it is another one."""
+    return added([labelled(b) for b in batches]) if loss.tokens == "all" else None
+
+
+def labelled(batch) -> torch.Tensor:
+    """Weights that are 1 for every token with a label, target or not."""
+    return (batch.labels_BT != IGNORED).float()
+
+
+def added(weights: list[torch.Tensor]) -> torch.Tensor:
+    count = sum((each > 0).sum() for each in weights).to(torch.float32)
     if dist.is_initialized():
         dist.all_reduce(count)
     return count

@@ -12,6 +12,7 @@ from torch import nn
 from ted_scale.config.run import Run
 from ted_scale.distill import entropies
 from ted_scale.distill.filters import OutputHead
+from ted_scale.distill.normalization import labelled
 from ted_scale.distill.sampling import drawn_pairs, drawn_rows, times_of
 from ted_scale.distill.signal import Losses, Signal, Weights
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
@@ -43,12 +44,15 @@ class Student(nn.Module):
         self.recorder = StateRecorder(network, anatomy, self.blocks)
         self.filters_s, self.filters_t = filters_s, filters_t
 
-    def forward(self, batch, signal: Signal | None, weights: Weights | None, denom) -> Losses | torch.Tensor:
-        """The losses. Without weights: the logits."""
+    def forward(
+        self, batch, signal: Signal | None, weights: Weights | None, denom, taught=None
+    ) -> Losses | torch.Tensor:
+        """The losses. Without weights: the logits. `taught` is the denominator of the teacher's terms where it is another one."""
         if weights is None:
             return self.logits(batch)
-        losses = self.filter_losses if self.learns_filters else self.student_losses
-        return losses(batch, signal, weights, denom)
+        if self.learns_filters:
+            return self.filter_losses(batch, signal, weights, denom)
+        return self.student_losses(batch, signal, weights, denom, taught)
 
     def logits(self, batch) -> torch.Tensor:
         """As the family itself computes them, [B, T, V]."""
@@ -61,11 +65,14 @@ class Student(nn.Module):
         logits = soften(self.head(last_ND, raw), own.softcap, own.logit_scale)
         return logits.unflatten(0, batch.tokens_BT.shape)
 
-    def student_losses(self, batch, signal, weights, denom) -> Losses:
+    def student_losses(self, batch, signal, weights, denom, taught) -> Losses:
         last_ND, states = self.run_network(batch, weights.layer != 0)
-        total, kl, ce, *of_teacher = self.logit_losses(batch, last_ND, signal, weights, denom)
-        mask = valid_weights(batch.labels_BT, batch.weights_BT).flatten() if states or of_teacher else None
-        layers = [self.layer_loss(k, states[k], signal, mask, denom) for k in range(len(states))]
+        total, kl, ce, *of_teacher = self.logit_losses(batch, last_ND, signal, weights, denom, taught)
+        mask = None
+        if states or of_teacher:
+            mask = valid_weights(batch.labels_BT, batch.weights_BT if taught is None else labelled(batch)).flatten()
+        of_layers = denom if taught is None else taught
+        layers = [self.layer_loss(k, states[k], signal, mask, of_layers) for k in range(len(states))]
         layers = torch.stack(layers) if layers else total.new_zeros(len(self.blocks))
         layer = layers.mean() if len(layers) else total.new_zeros(())
         if weights.layer:
@@ -82,22 +89,33 @@ class Student(nn.Module):
             last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.packing, batch.share)
         return last.flatten(0, 1), [states[block].flatten(0, 1) for block in self.blocks] if wants_layers else []
 
-    def logit_losses(self, batch, last_ND, signal, weights, denom):
+    def logit_losses(self, batch, last_ND, signal, weights, denom, taught):
         terms, head_t = self.run.loss, self.heads.teacher if weights.kl else None
         settings = self.heads.own.linear_kl_ce_arguments("s")
         settings |= head_t.linear_kl_ce_arguments("t") if head_t else {}
         settings |= {"skip_below": weights.floor} if head_t and terms.skip_low_entropy else {}
 
-        def loss(h_s, w_s):
+        def loss(h_s, w_s, ce=weights.ce, counted_BT=batch.weights_BT, denom=denom):
             return linear_kl_ce(
                 h_s, w_s, signal.last_NE if head_t else None, head_t and head_t.weight,
-                batch.labels_BT.flatten(), batch.weights_BT.flatten(), denom=denom,
-                temperature=terms.temperature, kl_weight=weights.kl, ce_weight=weights.ce, divergence=terms.divergence,
+                batch.labels_BT.flatten(), counted_BT.flatten(), denom=denom,
+                temperature=terms.temperature, kl_weight=weights.kl, ce_weight=ce, divergence=terms.divergence,
                 top_k=terms.top_k, mode=terms.mode, gather=gathered, **settings, **self.backend,
             )  # fmt: skip
 
+        def apart(h_s, w_s):
+            """The kernel counts the same tokens for both terms, so each of them has a call of its own."""
+            own = self.heads.own.linear_kl_ce_arguments("s") | self.backend
+            labels, counted = batch.labels_BT.flatten(), batch.weights_BT.flatten()
+            text, _, ce = linear_kl_ce(
+                h_s, w_s, None, None, labels, counted, denom=denom, kl_weight=0.0, ce_weight=weights.ce, mode=terms.mode,
+                gather=gathered, **own,
+            )  # fmt: skip
+            total, kl, _, *of_teacher = loss(h_s, w_s, 0.0, labelled(batch), taught)
+            return text + total, kl, ce, *of_teacher
+
         with gathered(head_t.projection if head_t else []):
-            return self.head(last_ND, loss)
+            return self.head(last_ND, apart if head_t and taught is not None else loss)
 
     def layer_loss(self, k: int, states_ND, signal, mask, denom):
         # The kernel needs both filters' weights, and ZeRO-3 gathers a filter's weights only while its forward runs.

@@ -10,7 +10,7 @@ from ted_scale.base.errors import UserError, files_at, shortened
 from ted_scale.base.paths import NoFile, refuse_no_file
 
 MODEL = ("*.safetensors", "*.json", "*.model", "*.txt")
-TOKENIZER = ("*.json", "*.model", "*.txt")
+TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja")
 TEXTS = (".json", ".model", ".txt", ".spm", ".tiktoken", ".jinja")  # are read whole, by libraries
 LARGEST_TEXT = 2**28  # bytes; the largest tokenizers have a tenth
 FILES = (".gguf", ".safetensors", ".model", ".json", ".bin", ".pt")

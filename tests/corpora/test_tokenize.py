@@ -392,7 +392,7 @@ def test_idle_workers_end_with_a_killed_run(folder):
     code = f"""
 import multiprocessing, time
 from ted_scale.corpora.tokenizer import load_tokenizer
-from ted_scale.commands.tokenize_corpus import Batch, encode_all
+from ted_scale.commands.tokenize_corpus import Batch, encode_all, encoder_of
 
 def groups():
     for _ in range(20):
@@ -401,7 +401,7 @@ def groups():
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(60)
 
-list(encode_all(groups(), 2, load_tokenizer({str(folder / "tokenizer.model")!r})))
+list(encode_all(groups(), 2, encoder_of(None, load_tokenizer({str(folder / "tokenizer.model")!r}))))
 """
     run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     workers = run.stdout.readline().split()

@@ -29,6 +29,16 @@ def index_of(lengths, dtype=numpy.uint16) -> bytes:
     return header + lengths.tobytes() + pointers.astype(numpy.int64).tobytes() + borders.tobytes()
 
 
+def write_masked(prefix, documents, targets):
+    """The same with targets: 1 for each token that counts, in lists as long as the documents."""
+    from ted_scale.corpora.writer import index_bytes, runs_of
+
+    path, lengths = write_shard(prefix, documents), numpy.array([len(d) for d in documents])
+    runs = runs_of(numpy.array([mark for marks in targets for mark in marks], numpy.int8), lengths)
+    prefix.with_name(prefix.name + ".idx").write_bytes(index_bytes(lengths, numpy.dtype("uint16"), runs))
+    return path
+
+
 def counting_documents(lengths, first=0):
     """Documents of the given lengths whose tokens count upwards, so that a token is its own place in the corpus."""
     ends = numpy.cumsum(lengths) + first

@@ -1,0 +1,215 @@
+"""Conversations and prompts with completions as documents whose tokens are targets or not.
+
+`tools/tokenize_corpus.py --targets` reads them. A record is rendered whole and encoded whole, many at a time, and the offsets of
+the tokens say which of them hold a character of an answer. Note: a token across the border of an answer therefore counts, and
+no text is encoded in pieces, which would give other tokens than the model will see.
+"""
+
+import hashlib
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from datetime import date
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+
+from ted_scale.base.errors import UserError, files_at
+from ted_scale.base.parsing import parse_json
+from ted_scale.corpora.templates import OWN_TEMPLATE, Span, Template, answer, answers, said_in
+from ted_scale.corpora.tokenizer import hugging_face
+from ted_scale.corpora.writer import Encoded
+from ted_scale.storage import hub
+
+KEYS = {
+    "assistant": ("messages", "tools"),
+    "last": ("messages", "tools"),
+    "completion": ("prompt", "completion", "tools"),
+}
+
+
+class Example(NamedTuple):
+    text: str
+    spans: list[Span]  # the targets
+    plain: bool  # no template wrote it: the end-of-document token follows
+
+
+class Reader(NamedTuple):
+    """What a worker needs; it pickles."""
+
+    targets: str
+    template: Template
+    backend: Any  # of the Hugging Face tokenizer, without a post-processor: one may trim offsets
+    eod: tuple[int, str]
+    special: str  # matches the special tokens in a text; "" where they may be spelled out
+
+
+def open_reader(path: str, targets: str, template: Path | None, parse_special: bool) -> Reader:
+    folder = hub.find_folder("--tokenizer", str(path), hub.TOKENIZER)
+    model, _ = hugging_face(folder, f"--tokenizer {path} must be a Hugging Face tokenizer where --targets is given")
+    if not model.is_fast:
+        raise UserError(
+            f"--tokenizer {path} must be a fast one where --targets is given, but is not; save its tokenizer.json"
+        )
+    special = sorted((t.content for t in model.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+    backend = model.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.post_processor = None
+    return Reader(
+        targets, Template(template_text(model, template), model.special_tokens_map), backend,
+        (model.eos_token_id, model.eos_token), "" if parse_special else "|".join(map(re.escape, special)),
+    )  # fmt: skip
+
+
+def template_text(model, file: Path | None) -> str:
+    """The template of the command line, or the tokenizer's own; "" where there is none."""
+    if file:
+        with files_at(file):
+            hub.check_text(f"--chat-template {file} must be a template", file)
+            return file.read_text(encoding="utf-8")
+    own = model.chat_template
+    return (own.get("default", "") if isinstance(own, dict) else own) or ""
+
+
+def describe(reader: Reader) -> dict:
+    """What of the template decides the bytes of an output. One that asks for the day makes others on another day."""
+    day = {"day": str(date.today())} if "strftime_now" in reader.template.text else {}
+    return {"template_sha256": hashlib.sha256(reader.template.text.encode()).hexdigest(), **day}
+
+
+def encode_examples(reader: Reader, dtype: numpy.dtype, records: list[str]) -> Encoded:
+    """The records that can be learned from as documents, and why the others cannot."""
+    examples, refused = {}, {}
+    for number, record in enumerate(records):
+        try:
+            example = example_of(reader, record)
+            example.text.encode()
+            examples[number] = example
+        except UnicodeEncodeError:
+            refused[number] = "must be text, but spells half of a surrogate pair; correct it or pass --on-error skip"
+        except ValueError as error:
+            refused[number] = str(error)
+    documents = encoded(reader, examples)
+    for number in [number for number, (_, marks) in documents.items() if not marks.any()]:
+        del documents[number]
+        refused[number] = "must have an answer of a token or more, but has none; leave it out"
+    kept = [documents[number] for number in sorted(documents)]
+    lengths = numpy.fromiter((len(ids) for ids, _ in kept), numpy.int64, len(kept))
+    ids = numpy.fromiter(chain.from_iterable(ids for ids, _ in kept), dtype, lengths.sum())
+    targets = numpy.concatenate([numpy.zeros(0, numpy.int8), *(marks for _, marks in kept)])
+    return Encoded(ids, lengths, targets, tuple(sorted(refused.items())))
+
+
+def encoded(reader: Reader, examples: dict[int, Example]) -> dict[int, tuple[list[int], numpy.ndarray]]:
+    """(ids, 1 for each that is a target) of each example. What a template writes has special tokens, plain text has none."""
+    found = {}
+    for plain in (True, False):
+        some = {number: example for number, example in examples.items() if example.plain == plain}
+        reader.backend.encode_special_tokens = plain and bool(reader.special)
+        encodings = reader.backend.encode_batch([e.text for e in some.values()], add_special_tokens=False)
+        for (number, example), encoding in zip(some.items(), encodings, strict=True):
+            ids, marks = encoding.ids, marks_of(encoding, example.spans, len(example.text))
+            if plain:
+                ids, marks = [*ids, reader.eod[0]], numpy.append(marks, numpy.int8(1))
+            found[number] = ids, marks
+    return found
+
+
+def marks_of(encoding, spans: list[Span], characters: int) -> numpy.ndarray:
+    """1 for each token that holds a character of a span. The backend is asked for a few tokens, because a list of all offsets
+    costs a tenth of the encoding. It is made where a border is in no token, as behind spaces that were stripped."""
+    marks = numpy.zeros(len(encoding.ids), numpy.int8)
+    for begin, end in spans:
+        first = encoding.char_to_token(begin)
+        stop = len(marks) if end == characters else encoding.char_to_token(end)
+        if first is None or stop is None:
+            first = bisect_right(encoding.offsets, begin, key=lambda offset: offset[1])
+            stop = bisect_left(encoding.offsets, end, key=lambda offset: offset[0])
+        while stop < len(marks) and encoding.token_to_chars(stop)[0] < end:
+            stop += 1
+        marks[first:stop] = 1
+    return marks
+
+
+def example_of(reader: Reader, record: str) -> Example:
+    """What a line or row holds. A ValueError has the rest of a sentence."""
+    try:
+        values = parse_json(record)
+        tools = values.get("tools") if isinstance(values, dict) else None
+    except ValueError as error:
+        raise ValueError(f"must be a JSON object, but is not ({error}); correct it or pass --on-error skip") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"must be a JSON object, but is {type(values).__name__}; correct it or pass --on-error skip")
+    if reader.targets == "completion":
+        return completion_of(reader, values.get("prompt"), values.get("completion"), tools)
+    messages = messages_of(reader, values.get("messages"), '"messages"')
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(
+            f"must be a conversation that ends with a turn of the assistant, but ends with one of {messages[-1]['role']}; leave "
+            "out what follows the last answer, or pass --on-error skip"
+        )
+    text, spans = answers(reader.template, messages, tools, reader.targets == "last")
+    return Example(text, spans, False)
+
+
+def completion_of(reader: Reader, prompt, completion, tools) -> Example:
+    """Of text, which becomes one text, or of messages, which become one conversation."""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        completion = completion.removesuffix(reader.eod[1])
+        if not completion:
+            raise ValueError(
+                "must have a completion with text, but has an empty one; leave it out, or pass --on-error skip"
+            )
+        return Example(prompt + completion, [(len(prompt), len(prompt + completion))], True)
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise ValueError('must have texts or messages in both "prompt" and "completion", but mixes them; correct it')
+    before, after = messages_of(reader, prompt, '"prompt"'), messages_of(reader, completion, '"completion"')
+    if after[0]["role"] != "assistant":
+        raise ValueError(
+            f"must have a completion that begins with a turn of the assistant, but it begins with one of {after[0]['role']}; "
+            "correct it"
+        )
+    text = reader.template.render(before + after, tools)
+    return Example(text, [answer(reader.template, before + after, tools, len(before), text, len(after))], False)
+
+
+def messages_of(reader: Reader, messages, where: str) -> list[dict]:
+    """Messages with a role, without keys that are null, as in Parquet; each of the assistant's says something."""
+    if not reader.template.text:
+        raise ValueError(f"must be read with a chat template, but the tokenizer has none; {OWN_TEMPLATE}")
+    if not (isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)):
+        raise ValueError(f"must have a list of messages in {where}, but has none; correct it or pass --on-error skip")
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"must have a role in every message of {where}, but message {number} has none; correct it")
+        texts = said_in(message)
+        if message["role"] == "assistant" and not any(text.strip() for text in texts) and not message.get("tool_calls"):
+            raise ValueError(
+                f"must have an answer with text in every turn of the assistant, but message {number} of {where} is empty; leave it "
+                "out, or pass --on-error skip"
+            )
+        if reader.special and (found := next(filter(None, (re.search(reader.special, text) for text in texts)), None)):
+            raise ValueError(
+                f"must have special tokens from the chat template alone, but message {number} of {where} spells out {found[0]}; "
+                "correct it, or pass --parse-special to take it as the token"
+            )
+    return messages
+
+
+def accepted(groups: Iterator, files: list[Path], skips: bool, late: list[int]) -> Iterator[tuple]:
+    """(batch, encoded) without what cannot be learned from: an error, unless the user skips such. `late` holds how many there were:
+    a worker finds them after the reader, which reads ahead, has counted what it left out itself."""
+    for group, found in groups:
+        refused, marks = dict(found.refused), []
+        for number, mark in enumerate(group.marks):
+            if number in refused and not skips:
+                raise UserError(f"{files[mark.file]}:{mark.line} {refused[number]}")
+            if number in refused:
+                late[0] += 1
+            else:
+                marks.append(mark._replace(skipped=mark.skipped + late[0]))
+        yield group._replace(marks=marks), found

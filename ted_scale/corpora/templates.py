@@ -1,0 +1,97 @@
+"""A chat template, and where in what it renders the assistant speaks.
+
+The template says so itself by `{% generation %}`, or it is asked for the conversation up to a turn: what it writes before the
+answer and after it must be how the whole conversation begins. Note: a template is a program from somebody else. transformers
+runs it in jinja2's sandbox, which reaches no file, no module and nothing but the messages (docs/security.md).
+"""
+
+import re
+from typing import NamedTuple
+
+OWN_TEMPLATE = "give one that marks the answers with {% generation %} by --chat-template FILE"
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Span = tuple[int, int]  # characters
+
+
+class Template(NamedTuple):
+    text: str
+    values: dict[str, str]  # the special tokens by the names that templates know them by
+
+    @property
+    def marks(self) -> bool:
+        return bool(MARKS.search(self.text))
+
+    def render(self, messages: list[dict], tools: list | None, *, prompt: bool = False) -> str:
+        return self._rendered(messages, tools, add_generation_prompt=prompt)[0][0]
+
+    def marked(self, messages: list[dict], tools: list | None) -> tuple[str, list[Span]]:
+        """(text, what the template itself marks in it)"""
+        texts, spans = self._rendered(messages, tools, return_assistant_tokens_mask=True)
+        return texts[0], [(begin, end) for begin, end in spans[0] if begin < end]
+
+    def _rendered(self, messages: list[dict], tools: list | None, **options) -> tuple[list[str], list[list[Span]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            return render_jinja_template(
+                conversations=[messages], tools=tools, chat_template=self.text, **options, **self.values
+            )
+        except Exception as error:  # whatever the template raises
+            raise ValueError(
+                f"must be a conversation that the chat template takes, but it says: {' '.join(str(error).split())[:300]}; "
+                "correct it"
+            ) from None
+
+
+def answers(template: Template, messages: list[dict], tools: list | None, last: bool) -> tuple[str, list[Span]]:
+    """(text, where the assistant answers in it: each time, or the last time). A ValueError has the rest of a sentence."""
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if template.marks:
+        text, spans = template.marked(messages, tools)
+        if len(spans) < len(turns) or (last and len(spans) > len(turns)):
+            raise ValueError(
+                f"must have {len(turns)} answers that the chat template marks with {{% generation %}}, but it marks {len(spans)}; "
+                "correct the template"
+            )
+    else:
+        text = template.render(messages, tools)
+        spans = [answer(template, messages, tools, turn, text) for turn in (turns[-1:] if last else turns)]
+    refuse_dropped(text, messages)
+    return text, spans[-1:] if last else spans
+
+
+def answer(template: Template, messages: list[dict], tools: list | None, turn: int, text: str, turns: int = 1) -> Span:
+    """Where `text`, which the template made of all messages, has those from `turn` on, which are so many."""
+    before, stop = template.render(messages[:turn], tools, prompt=True), turn + turns
+    after = text if stop == len(messages) else template.render(messages[:stop], tools)
+    if not (text.startswith(after) and after.startswith(before) and len(before) < len(after)):
+        earlier = "" if stop == len(messages) else "take --targets last, or "
+        raise ValueError(
+            f"must be written by a chat template that begins with the same text whatever follows, but turn {turn + 1} is another "
+            f"at the end than within the conversation, or than after the generation prompt; {earlier}{OWN_TEMPLATE}"
+        )
+    return len(before), len(after)
+
+
+def refuse_dropped(text: str, messages: list[dict]) -> None:
+    """All that was said must be in the text, in order. Thoughts before an answer may be left out, as at inference."""
+    at = 0
+    for number, message in enumerate(messages, 1):
+        for said in said_in(message) if message["role"] != "tool" else ():
+            words = said.rpartition("</think>")[2].strip()
+            found = text.find(words, at)
+            if found < 0:
+                raise ValueError(
+                    f"must be shown whole by the chat template, but it drops or changes turn {number} ({message['role']}); "
+                    "give another template by --chat-template FILE"
+                )
+            at = found + len(words)
+
+
+def said_in(message: dict) -> list[str]:
+    """The texts of a message; its content may be a list of parts."""
+    content = message.get("content") or []
+    parts = [content] if isinstance(content, str) else content
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return [text for text in texts if isinstance(text, str)]

@@ -1,0 +1,223 @@
+"""Whole examples packed into rows of seq_len tokens: which documents share a row, made once and kept beside the shards.
+
+Documents go, the longest first, each into the row that it fills best. stream.py reads a row by its number, which is a pure
+function of the position like that of a window. Note: the file's name has a digest of the text and of the settings, so that an
+older file is never taken for this one's, and ranks that make it at the same time write the same bytes.
+"""
+
+import contextlib
+import hashlib
+import os
+import struct
+from bisect import bisect_right
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+
+from ted_scale.base.durable import PART, write_file
+from ted_scale.base.errors import UserError, files_at
+from ted_scale.base.paths import own_folder
+from ted_scale.config.data import Streaming
+from ted_scale.corpora.corpus import Part
+from ted_scale.corpora.local import open_file
+from ted_scale.corpora.reader import Shard, reading
+from ted_scale.corpora.shards import ShardIndex
+from ted_scale.storage.objects import is_remote
+
+MAGIC = b"TEDPACKS1"
+HEADER = struct.Struct("<9sQQQQQQ")
+PIECE = numpy.dtype([("start", "<i8"), ("length", "<i4")])
+LOOKED_AT = 1 << 22  # tokens whose documents are looked up at once
+
+
+class Counts(NamedTuple):
+    """What became of a part's documents."""
+
+    packs: int
+    pieces: int
+    tokens: int  # in packs
+    longer: int  # documents above seq_len: cut, or left out
+    untaught: int  # pieces without a target, left out
+    first: int  # token at which the first longer document begins
+
+
+class Packs(NamedTuple):
+    path: str
+    counts: Counts
+    part: Part
+    seq_len: int
+    longer: str  # data.longer
+
+    @property
+    def tokens(self) -> int:
+        """As many as blend.py finds so many windows in."""
+        return (self.counts.packs + 1) * self.seq_len
+
+    @property
+    def content(self) -> str:
+        """Another one for other text and for other packs of it."""
+        return f"{self.part.content}, packed by {self.seq_len}, longer: {self.longer}"
+
+    def pieces(self, number: int) -> list[tuple[int, int]]:
+        """(first token, tokens) of each document of a pack."""
+        file, counts = opened(self.path), self.counts
+        low, high = numpy.frombuffer(file.read(HEADER.size + 8 * number, 16), "<i8").tolist()
+        if not 0 <= low < high <= counts.pieces:
+            raise damaged(self.path)
+        place = HEADER.size + 8 * (counts.packs + 1) + PIECE.itemsize * low
+        found = numpy.frombuffer(file.read(place, PIECE.itemsize * (high - low)), PIECE)
+        starts, lengths = found["start"], found["length"].astype(numpy.int64)
+        inside = starts.min() >= 0 and lengths.min() > 0 and (starts + lengths).max() <= self.part.tokens
+        if not inside or lengths.sum() > self.seq_len:
+            raise damaged(self.path)
+        return list(zip(starts.tolist(), lengths.tolist(), strict=True))
+
+    def __str__(self) -> str:
+        found = self.counts
+        padding = 1 - found.tokens / (found.packs * self.seq_len)
+        said = f"{found.pieces:,} examples in {found.packs:,} rows of {self.seq_len:,} tokens, {padding:.2%} padding"
+        if found.longer:
+            index, document = document_at(self.part, found.first)
+            does = "are cut" if self.longer == "cut" else "are left out"
+            said += f"; {found.longer:,} longer ones {does}, the first is document {document:,} of {index.prefix}"
+        return said + (f"; {found.untaught:,} pieces without a target are left out" if found.untaught else "")
+
+
+def document_at(part: Part, token: int) -> tuple[ShardIndex, int]:
+    """(shard, number in it) of the document that begins at a token of a part, or holds the part's first one."""
+    shard = bisect_right(part.starts, part.start + token) - 1
+    index, place = part.shards[shard], part.start + token - part.starts[shard]
+    number = reading(index, Shard.first_document, place)
+    return index, number - (reading(index, Shard.document_start, number) > place)
+
+
+@lru_cache(maxsize=64)
+def opened(path: str):
+    return open_file(path)
+
+
+def damaged(path) -> UserError:
+    return UserError(f"{path} must hold the packs of a corpus, but is damaged; delete it to have it made again")
+
+
+def open_packs(part: Part, seq_len: int, longer: str) -> Packs:
+    """The packs of a part, which are made if nobody made them."""
+    path = place_of(part, seq_len, longer)
+    with files_at(path):
+        if not path.exists():
+            write(path, *make(part, seq_len, longer))
+        return Packs(str(path), read_counts(path), part, seq_len, longer)
+
+
+def place_of(part: Part, seq_len: int, longer: str) -> Path:
+    """Beside the shards where this user may write, else with what is kept of object storage."""
+    unsigned = [index.files.stamps for index in part.shards if not index.recorded]
+    text = repr((part.listed, part.start, part.stop, unsigned, seq_len, longer))
+    prefix = part.shards[0].prefix
+    name = f"{prefix.rpartition('/')[2]}.packs-{seq_len}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if not is_remote(prefix):
+        beside = Path(prefix).absolute().parent
+        if (beside / name).exists() or os.access(beside, os.W_OK):
+            return beside / name
+    settings = part.stream or Streaming()
+    if not settings.folder:
+        own_folder(settings.place, "data.stream.folder")
+    (settings.place / "packs").mkdir(parents=True, exist_ok=True)
+    return settings.place / "packs" / name
+
+
+def write(path: Path, counts: Counts, borders: numpy.ndarray, pieces: numpy.ndarray) -> None:
+    """Whole or not at all. Each of several ranks that write it at once has a file of its own until it is whole."""
+    aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}{PART}")
+    try:
+        write_file(aside, [HEADER.pack(MAGIC, *counts), borders.tobytes(), pieces.tobytes()])
+        aside.rename(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            aside.unlink()
+
+
+def read_counts(path: Path) -> Counts:
+    file = open_file(path)
+    magic, *numbers = HEADER.unpack(file.read(0, HEADER.size) if file.size >= HEADER.size else bytes(HEADER.size))
+    counts = Counts(*numbers)
+    size = HEADER.size + 8 * (counts.packs + 1) + PIECE.itemsize * counts.pieces
+    if magic != MAGIC or file.size != size or not counts.packs:
+        raise damaged(path)
+    return counts
+
+
+def make(part: Part, seq_len: int, longer: str) -> tuple[Counts, numpy.ndarray, numpy.ndarray]:
+    """(counts, borders, pieces): the documents of pack p are the pieces from borders[p] to borders[p + 1]."""
+    starts = numpy.append(document_starts(part), part.tokens)
+    pieces, too_long = cut(starts, seq_len, longer == "cut")
+    first = int(starts[:-1][too_long][0]) if too_long.any() else 0
+    taught = with_targets(part, pieces)
+    untaught, pieces = int((~taught).sum()), pieces[taught]
+    if not len(pieces):
+        raise UserError(
+            f"{part.name} must hold an example with a target within data.seq_len ({seq_len}), but holds none; make "
+            "data.seq_len larger"
+        )
+    packs = best_fit(pieces["length"], seq_len)
+    order = numpy.lexsort((numpy.arange(len(pieces)), packs))
+    borders = numpy.append(0, numpy.cumsum(numpy.bincount(packs))).astype("<i8")
+    tokens = int(pieces["length"].sum())
+    return Counts(len(borders) - 1, len(pieces), tokens, int(too_long.sum()), untaught, first), borders, pieces[order]
+
+
+def document_starts(part: Part) -> numpy.ndarray:
+    """Where the documents of a part begin, and the part itself."""
+    found = [numpy.zeros(1, numpy.int64)]
+    for first in range(0, part.tokens, LOOKED_AT):
+        found.append(part.begins(first, min(LOOKED_AT, part.tokens - first)))
+    return numpy.unique(numpy.concatenate(found))
+
+
+def cut(starts: numpy.ndarray, seq_len: int, cuts: bool) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(pieces, which documents are longer than seq_len): those are cut into as few pieces as possible, or left out."""
+    lengths = numpy.diff(starts)
+    longer = lengths > seq_len
+    counts = -(-lengths // seq_len) if cuts else (~longer).astype(numpy.int64)
+    which = numpy.repeat(numpy.arange(len(lengths)), counts)
+    number = numpy.arange(len(which)) - numpy.repeat(numpy.cumsum(counts) - counts, counts)
+    pieces = numpy.zeros(len(which), PIECE)
+    pieces["start"] = starts[which] + number * seq_len
+    pieces["length"] = numpy.minimum(lengths[which] - number * seq_len, seq_len)
+    return pieces, longer
+
+
+def with_targets(part: Part, pieces: numpy.ndarray) -> numpy.ndarray:
+    """Which pieces teach something: the first token of a piece is no label in it."""
+    taught, first = pieces["length"] > 1, 0
+    while first < len(pieces):
+        low = int(pieces["start"][first])
+        last = max(first + 1, int(pieces["start"].searchsorted(low + LOOKED_AT)))
+        some = pieces[first:last]
+        ends = some["start"] + some["length"] - low
+        if (targets := part.targets(low, int(ends[-1]))) is not None:
+            before = numpy.append(0, numpy.cumsum(targets))
+            taught[first:last] &= before[ends] > before[some["start"] + 1 - low]
+        first = last
+    return taught
+
+
+def best_fit(lengths: numpy.ndarray, seq_len: int) -> numpy.ndarray:
+    """The pack of each document: the longest first, each into the fullest pack that has room. A bit says of each room whether a
+    pack has it, so that the fullest one is found in a few operations."""
+    packs, rooms, has = numpy.empty(len(lengths), numpy.int64), [[] for _ in range(seq_len + 1)], 0
+    made = 0
+    for document in numpy.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[document])
+        if fits := has >> length:
+            room = length + (fits & -fits).bit_length() - 1
+            pack = rooms[room].pop()
+            has ^= 0 if rooms[room] else 1 << room
+        else:
+            room, pack, made = seq_len, made, made + 1
+        packs[document] = pack
+        rooms[room - length].append(pack)
+        has |= 1 << (room - length)
+    return packs
