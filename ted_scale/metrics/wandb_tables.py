@@ -14,7 +14,7 @@ from ted_scale.metrics.tracking import said
 
 HEAT_MAP, SAMPLES, REPORT = "layers/heat_map", "samples/text", "report"
 PAIR = "loss/layer/"
-UNIT = 1000  # W&B counts in whole numbers, so a loss is counted in thousandths
+UNIT = 1_000_000  # W&B counts in whole numbers, so a loss is counted in millionths
 COLUMNS = ("step", "prompt", "student", "teacher")
 MOST_SAMPLES = 1000  # each table is sent whole; the file has all rows
 

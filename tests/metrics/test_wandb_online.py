@@ -105,7 +105,7 @@ def test_every_row_of_the_file_comes_with_its_step_and_tokens(online):
 
 def test_the_layer_losses_of_a_row_are_a_picture_s_column_in_the_order_of_the_pairs(online):
     pictures = [row[HEAT_MAP] for row in online[2].rows() if HEAT_MAP in row]
-    assert [picture["values"] for picture in pictures] == 2 * [[1500, 500, 250]]
+    assert [picture["values"] for picture in pictures] == 2 * [[1_500_000, 500_000, 250_000]]
     assert pictures[0]["_type"] == "histogram" and pictures[0]["bins"] == [0, 1, 2, 3]
 
 
