@@ -15,6 +15,7 @@ FLOORS = (  # the lowest first; packages of one floor do not import each other
     ("checkpoints", "distill", "evaluation"),
     ("metrics", "health"),
     ("forecast", "report"),
+    ("doctor",),
     ("",),
     ("commands.comparison", "commands.evaluation", "commands.planning"),
     ("commands.cutting",),

@@ -12,6 +12,8 @@ from ted_scale.base.errors import MEANINGS, UserError, shown
 from ted_scale.base.exits import run_main
 
 COMMANDS = {  # in the order in which a run needs them: the file, and what it does
+    "doctor": ("doctor", "what this machine has, and what is missing"),
+    "init": ("init", "a commented run file for a teacher and a text"),
     "train-tokenizer": ("train_tokenizer", "a tokenizer from texts"),
     "tokenize": ("tokenize_corpus", "text in, shards out"),
     "inspect": ("inspect_corpus", "show and verify a corpus"),
@@ -56,7 +58,8 @@ def help_text() -> str:
     return "\n".join([
         "usage: ted-scale COMMAND ...", "       ted-scale COMMAND --help | --help | --version", "",
         "commands:", *commands, "", "exit codes:", *codes,
-        "  1 is also what plan says of a run that does not fit, and inspect and checkpoints of what is damaged",
+        "  1 is also what plan says of a run that does not fit, doctor of a machine that lacks something, "
+        "and inspect and checkpoints of what is damaged",
     ])  # fmt: skip
 
 

@@ -146,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch  # imports take seconds; a wrong folder should not wait for them
 
+    from ted_scale.commands.model_card import write_card
     from ted_scale.models.model_folder import new_folder, write_shards
     from ted_scale.storage.hub import find_folder
 
@@ -158,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         size = write_shards(part, shards, partial(read, state), arguments.max_shard_gb * 1e9)
         write_config(student, part, dtype)
         copy_tokenizer(run, student, part)
+        write_card(part, folder, checkpoint, run, student, name_of(dtype))
     print(f"{checkpoint.name} of {run.name} -> {out}, {size / 1e6:,.1f} MB in {name_of(dtype)}; load it:")
     print("  from transformers import AutoModelForCausalLM")
     print(f'  model = AutoModelForCausalLM.from_pretrained("{out}", dtype="auto")')

@@ -197,7 +197,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--tokenizer", required=True, help="sentencepiece .model, or Hugging Face tokenizer folder or hub id"
     )
     parser.add_argument("--out", required=True, type=Path, help="prefix of the shards: FOLDER/NAME")
-    parser.add_argument("--text-key", default="text", help="key or column of the text in .jsonl and .parquet")
+    parser.add_argument("--text-key", default="text", help="key or column of the text in .jsonl, .parquet and .arrow")
     parser.add_argument(
         "--shard-tokens", type=int, default=SHARD_TOKENS, help="start NAME-00002 … before a shard exceeds this"
     )
@@ -229,7 +229,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="for messages; default: the tokenizer's own template"
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text, .jsonl, .parquet, also .gz/.zst; or folders")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="text, .jsonl, .parquet, .arrow, also .gz/.zst; or folders"
+    )
     args = parser.parse_args(argv)
     if args.chat_template and not args.targets:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Read documents from plain text, JSON lines and parquet files, also .gz and .zst, in a fixed order. A .json file of JSON
+"""Read documents from plain text, JSON lines, Parquet and Arrow files, also .gz and .zst, in a fixed order. A .json file of JSON
 lines is read as such; other JSON and tables are refused, unless the user asks for them as plain text.
 
 Tools make tokens or a vocabulary of the documents. Texts are not changed: no newline is translated, and only the line end
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import parse_json
+from ted_scale.corpora import saved, tables
 
 # fmt: off
 TEXT = {
@@ -57,7 +58,7 @@ def find_files(inputs: list[str]) -> list[Path]:
             files += sorted(_walk(Path(name))) if Path(name).is_dir() else [Path(name)]
     if not files:
         raise UserError(
-            f"input {' '.join(inputs)} must hold text, .jsonl or .parquet files, but holds none; "
+            f"input {' '.join(inputs)} must hold text, .jsonl, .parquet or .arrow files, but holds none; "
             "name a file itself to read it whatever its ending"
         )
     return files
@@ -66,10 +67,13 @@ def find_files(inputs: list[str]) -> list[Path]:
 def _walk(folder: Path) -> Iterator[Path]:
     places = [folder]  # a list, because folders in folders may be deeper than Python's stack
     for place in places:
+        if (files := saved.files_of(place)) is not None:
+            yield from files
+            continue
         for path in (path for path in place.iterdir() if not path.name.startswith(".")):
             if path.is_dir() and not path.is_symlink():
                 places.append(path)
-            elif path.is_file() and _kind(path) in TEXT | LINES | {".parquet"}:
+            elif path.is_file() and _kind(path) in TEXT | LINES | tables.KINDS and not saved.is_card(path):
                 yield path
 
 
@@ -102,8 +106,8 @@ def read_documents(
 def _reader(path: Path, text_key: str | tuple[str, ...], document_per: str) -> Callable:
     """The function that yields (line, text, bytes so far) of a file of this kind, after the lines to be skipped."""
     kind = _kind(path)
-    if kind == ".parquet":
-        return partial(_parquet, text_key)
+    if kind in tables.KINDS:
+        return partial(_table, text_key)
     if kind in LINES or (kind == ".json" and document_per == "auto" and _begins_with_an_object(path)):
         return partial(_json_lines, text_key)
     if kind in {".json", *TABLES} and document_per == "auto":
@@ -167,19 +171,14 @@ def _checked(text) -> str:
     return text
 
 
-def _parquet(
+def _table(
     text_key: str | tuple[str, ...], path: Path, skip: int, on_error: Callable
 ) -> Iterator[tuple[int, str, int]]:
-    pyarrow, parquet = _imported("pyarrow", path), _imported("pyarrow.parquet", path)
-    size, row = path.stat().st_size, 0
+    pyarrow, row = _imported("pyarrow", path), 0
     try:
-        file = parquet.ParquetFile(path)
-        keys = text_key if isinstance(text_key, tuple) else (text_key,)
-        if keys[0] not in file.schema_arrow.names:
-            raise UserError(
-                f"{path} must have a column {keys[0]}, but has {', '.join(file.schema_arrow.names)}; set --text-key"
-            )
-        for rows in file.iter_batches(batch_size=1024, columns=[key for key in keys if key in file.schema_arrow.names]):
+        table = tables.opened(path, _kind(path))
+        columns = tables.columns_of(path, table.schema, text_key)
+        for rows in table.batches(columns):
             values = rows.to_struct_array() if isinstance(text_key, tuple) else rows.column(0)
             texts = values.slice(max(skip - row, 0))
             row += len(rows) - len(texts)
@@ -190,9 +189,9 @@ def _parquet(
                 except (ValueError, TypeError) as error:
                     on_error(_unreadable(path, row, f"a row with text in {text_key}", error))
                 else:
-                    yield row, text, size * row // file.metadata.num_rows
+                    yield row, text, table.consumed(row)
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
-        on_error(_unreadable(path, None, "a whole parquet file", error))
+        on_error(_unreadable(path, None, f"a whole {_kind(path)} file", error))
 
 
 def _as_json(row: dict) -> str:

@@ -290,5 +290,12 @@ def test_an_existing_folder_is_kept_without_overwrite(world, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_an_export_has_the_card_of_its_run(world, tmp_path):
+    export_here(world / "runs" / "tiny", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: transformers") and "step 4 of 4" in text and "FLOPs | not" not in text
+    assert str(world) not in text
+
+
 if __name__ == "__main__":
     train_and_gather()

@@ -307,7 +307,7 @@ def test_input_that_is_missing_or_holds_nothing_is_refused(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text(" \n")
     assert "nowhere must exist, but is missing" in refused(folder, tmp_path / "c", tmp_path / "nowhere")
-    assert "empty must hold text, .jsonl or .parquet" in refused(folder, tmp_path / "c", tmp_path / "empty")
+    assert "empty must hold text, .jsonl, .parquet or .arrow" in refused(folder, tmp_path / "c", tmp_path / "empty")
     assert "must hold a document with text, but holds none (1 empty" in refused(
         folder, tmp_path / "c", tmp_path / "blank.txt"
     )

@@ -1,0 +1,111 @@
+"""Python, the packages against pyproject.toml's ranges, and the compilers.
+
+Note: ranges come from pyproject.toml where there is one beside the package, because an editable installation keeps those of
+the day when it was installed.
+"""
+
+import importlib.metadata
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from ted_scale.base.parsing import parse_toml
+from ted_scale.doctor.finding import INSTALL, MISSING, NOTE, OK, ROOT, Finding, last_error, run
+
+OLDEST = (3, 11)
+FOR = {  # what a package of an extra is there for
+    "s3": "corpora and copies of checkpoints under s3://", "msc": "corpora under msc://", "liger": "fused blocks on a GPU",
+    "torchao": "a teacher in 8 bits", "compare": "the curves of a comparison", "report": "the page of a run", "eval": "benchmarks",
+}  # fmt: skip
+EXTENSIONS, SHARED = "TORCH_EXTENSIONS_DIR", "deepspeed_shm_comm"
+SOURCE = "#include <Python.h>\nint main() { return 0; }\n"
+COMPILE_S = 60
+
+
+def python() -> list[Finding]:
+    said = f"{sys.version.split()[0]}, {sys.executable}"
+    if sys.version_info < OLDEST:
+        return [Finding("python", MISSING, said, "make PYTHON=python3.11 setup, or any newer one")]
+    return [Finding("python", OK, said)]
+
+
+def packages() -> list[Finding]:
+    """One line for all that fit, and one for each that does not."""
+    from packaging.requirements import Requirement
+
+    asked = [(Requirement(text), extra) for text, extra in asked_for()]
+    needed = [found for each, extra in asked if not extra and (found := unfit(each, ""))]
+    count = sum(not extra for _, extra in asked)
+    fits = f"{count - len(needed)} of {count} are there, as pyproject.toml asks"
+    return [
+        Finding("packages", OK if not needed else MISSING, fits, "" if not needed else INSTALL),
+        *needed,
+        *(unfit(each, extra) or there(each, extra) for each, extra in asked if extra),
+    ]
+
+
+def asked_for() -> list[tuple[str, str]]:
+    """(requirement, its extra or "")"""
+    file = ROOT / "pyproject.toml"
+    if file.is_file():
+        project = parse_toml(file.read_text(encoding="utf-8"))["project"]
+        extras = project.get("optional-dependencies", {})
+        return [(text, "") for text in project["dependencies"]] + [
+            (t, extra) for extra in extras for t in extras[extra]
+        ]
+    split = (text.partition(";") for text in importlib.metadata.requires("ted_scale") or ())
+    return [(text, marker.partition('"')[2].rstrip('" ') if "extra" in marker else "") for text, _, marker in split]
+
+
+def version_of(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def unfit(requirement, extra: str) -> Finding | None:
+    found, must = version_of(requirement.name), f"{requirement.name}{requirement.specifier}"
+    if found is not None and requirement.specifier.contains(found, prereleases=True):
+        return None
+    said = f"{must} is not installed" if found is None else f"{found} is installed, but must be {must}"
+    way = f'pip install "{must}"' if not extra else f'pip install -e ".[{extra}]"{reason(extra)}'
+    return Finding(requirement.name, NOTE if extra else MISSING, said, way)
+
+
+def there(requirement, extra: str) -> Finding:
+    return Finding(requirement.name, OK, f"{version_of(requirement.name)}{reason(extra)}")
+
+
+def reason(extra: str) -> str:
+    return f", for {FOR[extra]}" if extra in FOR else ""
+
+
+def compiler() -> list[Finding]:
+    """DeepSpeed compiles an operation for CPU ranks, and Triton its launchers on a GPU; both include Python.h."""
+    program = shutil.which("c++") or shutil.which("g++")
+    if program is None:
+        return [Finding("compiler", MISSING, "there is no C++ compiler", "apt-get install gcc g++")]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "try.cpp"
+        source.write_text(SOURCE, encoding="utf-8")
+        include = f"-I{sysconfig.get_path('include')}"
+        ended = run([[program, include, str(source), "-o", f"{folder}/try"]], COMPILE_S)
+    if ended.codes != [0]:
+        way = "apt-get install gcc g++ python3-dev, of the same Python"
+        return [
+            Finding("compiler", MISSING, f"{program} does not compile with Python.h: {last_error(ended.said)}", way)
+        ]
+    return [Finding("compiler", OK, f"{program} compiles with Python.h; {compiled()}")]
+
+
+def compiled() -> str:
+    own = f"py{sys.version_info.major}{sys.version_info.minor}_"
+    folder = Path(os.environ.get(EXTENSIONS) or Path.home() / ".cache" / "torch_extensions")
+    built = [*folder.glob(f"{own}*/{SHARED}/{SHARED}.so"), *folder.glob(f"{SHARED}/{SHARED}.so")]
+    if built:
+        return f"DeepSpeed's operation for CPU ranks is compiled ({built[0].parent})"
+    return "DeepSpeed compiles its operation for CPU ranks at the first start, a minute"
