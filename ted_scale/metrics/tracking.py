@@ -36,7 +36,7 @@ KEPT = 10_000  # rows and messages that wait until the W&B run is open
 # Neither the end of a run nor the message of a fault may wait for the network for ever. `wandb sync` uploads the rest.
 LAST_UPLOAD = {"finish_timeout": 30, "finish_timeout_raises": True}
 STOPPING_S = 5  # of a run that a signal asked to stop: `wandb sync` sends the rest
-LOOK_S = 10.0
+LOOK_S = 10.0  # between two looks whether the run stalls
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "numpy", "torchao", "liger-kernel", "wandb")
 CLOSE_S = ATTEMPT_S + LAST_UPLOAD["finish_timeout"] + 10
 
@@ -154,7 +154,7 @@ def group_of(run: Run) -> str:
 
 
 def job_of(run: Run) -> str:
-    """The stages that it trains, in one W&B run: docs/design/0050."""
+    """The stages that it trains, in one W&B run: docs/design/0050-one-wandb-run.md."""
     return "+".join(stage.name for stage in stages_of(run))
 
 

@@ -8,11 +8,13 @@ import math
 from pathlib import Path
 
 from ted_scale.base import redact
+from ted_scale.metrics.console import log_line
 from ted_scale.metrics.rows import rows_in
+from ted_scale.metrics.tracking import said
 
 HEAT_MAP, SAMPLES, REPORT = "layers/heat_map", "samples/text", "report"
 PAIR = "loss/layer/"
-UNIT = 1000  # W&B counts in whole numbers, so a loss is counted in thousandths
+UNIT = 1_000_000  # W&B counts in whole numbers, so a loss is counted in millionths
 COLUMNS = ("step", "prompt", "student", "teacher")
 MOST_SAMPLES = 1000  # each table is sent whole; the file has all rows
 
@@ -42,7 +44,15 @@ def pair_of(key: str) -> int:
 
 
 def add_samples(path: Path, step: int, wandb_run) -> None:
-    """The samples of the file, the newest MOST_SAMPLES."""
+    """The samples of the file, the newest MOST_SAMPLES. A table asks the network first, unlike a row, and its failure must not
+    lose the rows that come after it."""
+    try:
+        log_samples(path, step, wandb_run)
+    except Exception as error:
+        log_line(f"W&B does not get the samples of step {step} ({said(error)}); {path} has them")
+
+
+def log_samples(path: Path, step: int, wandb_run) -> None:
     import wandb
 
     rows = list(rows_in(path))[-MOST_SAMPLES:]

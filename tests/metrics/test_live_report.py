@@ -32,7 +32,7 @@ class Told:
     """W&B's run, as far as Metrics calls it."""
 
     def __init__(self):
-        self.rows, self.closed = [], False
+        self.rows, self.summary, self.closed = [], {}, False
 
     def tell(self, action) -> None:
         assert not self.closed
@@ -40,6 +40,9 @@ class Told:
 
     def log(self, row: dict) -> None:
         self.rows.append(row)
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        pass
 
     def close(self) -> None:
         self.closed = True
