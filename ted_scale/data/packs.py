@@ -26,7 +26,7 @@ from ted_scale.corpora.reader import Shard, reading
 from ted_scale.corpora.shards import ShardIndex
 from ted_scale.storage.objects import is_remote
 
-MAGIC = b"TEDPACKS1"
+MAGIC = b"TEDPACKS2"
 HEADER = struct.Struct("<9sQQQQQQ")
 PIECE = numpy.dtype([("start", "<i8"), ("length", "<i4")])
 LOOKED_AT = 1 << 22  # tokens whose documents are looked up at once
@@ -114,7 +114,7 @@ def open_packs(part: Part, seq_len: int, longer: str) -> Packs:
 def place_of(part: Part, seq_len: int, longer: str) -> Path:
     """Beside the shards where this user may write, else with what is kept of object storage."""
     unsigned = [index.files.stamps for index in part.shards if not index.recorded]
-    text = repr((part.listed, part.start, part.stop, unsigned, seq_len, longer))
+    text = repr((MAGIC, part.listed, part.start, part.stop, unsigned, seq_len, longer))
     prefix = part.shards[0].prefix
     name = f"{prefix.rpartition('/')[2]}.packs-{seq_len}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if not is_remote(prefix):
@@ -172,7 +172,7 @@ def document_starts(part: Part) -> numpy.ndarray:
     """Where the documents of a part begin, and the part itself."""
     found = [numpy.zeros(1, numpy.int64)]
     for first in range(0, part.tokens, LOOKED_AT):
-        found.append(part.begins(first, min(LOOKED_AT, part.tokens - first)))
+        found.append(first + part.begins(first, min(LOOKED_AT, part.tokens - first)))
     return numpy.unique(numpy.concatenate(found))
 
 

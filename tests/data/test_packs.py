@@ -45,7 +45,9 @@ def test_at_most_3_percent_of_rows_is_padding():
     assert 1 - filled.sum() / (2048 * len(filled)) <= 0.03
 
 
-def test_an_epoch_has_every_example_whole_and_once(tmp_path):
+@pytest.mark.parametrize("looked_at", [16, packs.LOOKED_AT])
+def test_an_epoch_has_every_example_whole_and_once(tmp_path, monkeypatch, looked_at):
+    monkeypatch.setattr(packs, "LOOKED_AT", looked_at)
     documents = counting_documents(SHORT, first=1)
     stream = open_stream(section(write_shard(tmp_path / "c", documents)), 1, VOCABULARY)
     for epoch in (0, 1):
@@ -94,7 +96,7 @@ def test_the_order_is_a_function_of_the_position_for_any_ranks(tmp_path):
     assert alone[:count] != alone[count : 2 * count]  # epochs are shuffled apart
 
 
-def test_packs_are_made_once_and_others_for_another_seq_len_or_text(tmp_path, monkeypatch):
+def test_packs_are_made_once_and_others_for_another_seq_len_text_or_format(tmp_path, monkeypatch):
     path = write_shard(tmp_path / "c", counting_documents(SHORT, first=1))
     made, make = [], packs.make
     monkeypatch.setattr(packs, "make", lambda *rest: made.append(rest) or make(*rest))
@@ -106,6 +108,9 @@ def test_packs_are_made_once_and_others_for_another_seq_len_or_text(tmp_path, mo
     write_shard(tmp_path / "c", counting_documents(SHORT[::-1], first=1))
     open_stream(section(path), 1, VOCABULARY)
     assert len(made) == 3
+    monkeypatch.setattr(packs, "MAGIC", b"TEDPACKS0")
+    open_stream(section(path), 1, VOCABULARY)
+    assert len(made) == 4
 
 
 def test_other_packs_are_other_text_to_a_run_that_resumes(tmp_path):
