@@ -2,7 +2,8 @@
 
 Documents go, the longest first, each into the row that it fills best. stream.py reads a row by its number, which is a pure
 function of the position like that of a window. Note: the file's name has a digest of the text and of the settings, so that an
-older file is never taken for this one's, and ranks that make it at the same time write the same bytes.
+older file is never taken for this one's, and ranks that make it at the same time write the same bytes. Its header has a digest of
+the rest, which is checked once when it is opened.
 """
 
 import contextlib
@@ -19,17 +20,21 @@ import numpy
 from ted_scale.base.durable import PART, write_file
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.paths import own_folder
+from ted_scale.base.patience import patiently
 from ted_scale.config.data import Streaming
 from ted_scale.corpora.corpus import Part
-from ted_scale.corpora.local import open_file
+from ted_scale.corpora.local import File, open_file
 from ted_scale.corpora.reader import Shard, reading
 from ted_scale.corpora.shards import ShardIndex
 from ted_scale.storage.objects import is_remote
 
 MAGIC = b"TEDPACKS2"
-HEADER = struct.Struct("<9sQQQQQQ")
+HEADER = struct.Struct("<9s32sQQQQQQ")
+COUNTS = struct.Struct("<QQQQQQ")
+DIGESTED = HEADER.size - COUNTS.size  # from here on
 PIECE = numpy.dtype([("start", "<i8"), ("length", "<i4")])
 LOOKED_AT = 1 << 22  # tokens whose documents are looked up at once
+READ = 1 << 22  # bytes that are digested at once
 
 
 class Counts(NamedTuple):
@@ -45,6 +50,7 @@ class Counts(NamedTuple):
 
 class Packs(NamedTuple):
     path: str
+    digest: bytes
     counts: Counts
     part: Part
     seq_len: int
@@ -62,17 +68,30 @@ class Packs(NamedTuple):
 
     def pieces(self, number: int) -> list[tuple[int, int]]:
         """(first token, tokens) of each document of a pack."""
-        file, counts = opened(self.path), self.counts
-        low, high = numpy.frombuffer(file.read(HEADER.size + 8 * number, 16), "<i8").tolist()
+        counts = self.counts
+        low, high = numpy.frombuffer(self._read(HEADER.size + 8 * number, 16), "<i8").tolist()
         if not 0 <= low < high <= counts.pieces:
             raise damaged(self.path)
         place = HEADER.size + 8 * (counts.packs + 1) + PIECE.itemsize * low
-        found = numpy.frombuffer(file.read(place, PIECE.itemsize * (high - low)), PIECE)
+        found = numpy.frombuffer(self._read(place, PIECE.itemsize * (high - low)), PIECE)
         starts, lengths = found["start"], found["length"].astype(numpy.int64)
         inside = starts.min() >= 0 and lengths.min() > 0 and (starts + lengths).max() <= self.part.tokens
         if not inside or lengths.sum() > self.seq_len:
             raise damaged(self.path)
         return list(zip(starts.tolist(), lengths.tolist(), strict=True))
+
+    def _read(self, start: int, count: int) -> bytes:
+        """If that fails, it is tried again with the file opened anew: a handle may be stale."""
+
+        def anew(_) -> bytes:
+            opened.cache_clear()
+            return opened(self.path, self.digest).read(start, count)
+
+        try:
+            return opened(self.path, self.digest).read(start, count)
+        except OSError:
+            with files_at(self.path):
+                return patiently(anew, Path(self.path), "start the same command again when this file is")
 
     def __str__(self) -> str:
         found = self.counts
@@ -94,8 +113,13 @@ def document_at(part: Part, token: int) -> tuple[ShardIndex, int]:
 
 
 @lru_cache(maxsize=64)
-def opened(path: str):
-    return open_file(path)
+def opened(path: str, digest: bytes) -> File:
+    file, found = open_file(path), hashlib.sha256()
+    for start in range(DIGESTED, file.size, READ):
+        found.update(file.read(start, min(READ, file.size - start)))
+    if found.digest() != digest:
+        raise damaged(path)
+    return file
 
 
 def damaged(path) -> UserError:
@@ -108,7 +132,9 @@ def open_packs(part: Part, seq_len: int, longer: str) -> Packs:
     with files_at(path):
         if not path.exists():
             write(path, *make(part, seq_len, longer))
-        return Packs(str(path), read_counts(path), part, seq_len, longer)
+        digest, counts = read_header(path)
+        opened(str(path), digest)
+        return Packs(str(path), digest, counts, part, seq_len, longer)
 
 
 def place_of(part: Part, seq_len: int, longer: str) -> Path:
@@ -132,21 +158,24 @@ def write(path: Path, counts: Counts, borders: numpy.ndarray, pieces: numpy.ndar
     """Whole or not at all. Each of several ranks that write it at once has a file of its own until it is whole."""
     aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}{PART}")
     try:
-        write_file(aside, [HEADER.pack(MAGIC, *counts), borders.tobytes(), pieces.tobytes()])
+        content = COUNTS.pack(*counts) + borders.tobytes() + pieces.tobytes()
+        write_file(aside, [MAGIC, hashlib.sha256(content).digest(), content])
         aside.rename(path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             aside.unlink()
 
 
-def read_counts(path: Path) -> Counts:
+def read_header(path: Path) -> tuple[bytes, Counts]:
+    """(digest of what follows it, counts)"""
     file = open_file(path)
-    magic, *numbers = HEADER.unpack(file.read(0, HEADER.size) if file.size >= HEADER.size else bytes(HEADER.size))
+    header = file.read(0, HEADER.size) if file.size >= HEADER.size else bytes(HEADER.size)
+    magic, digest, *numbers = HEADER.unpack(header)
     counts = Counts(*numbers)
     size = HEADER.size + 8 * (counts.packs + 1) + PIECE.itemsize * counts.pieces
     if magic != MAGIC or file.size != size or not counts.packs:
         raise damaged(path)
-    return counts
+    return digest, counts
 
 
 def make(part: Part, seq_len: int, longer: str) -> tuple[Counts, numpy.ndarray, numpy.ndarray]:

@@ -1,6 +1,8 @@
 """Whole examples in rows: none is cut or lost, little is padding, and a row is a function of its position."""
 
+import errno
 import itertools
+from functools import partial
 
 import chats
 import numpy
@@ -9,6 +11,7 @@ from corpus import counting_documents, data_section, steps, write_shard
 
 from ted_scale.base.errors import UserError
 from ted_scale.commands import tokenize_corpus
+from ted_scale.corpora.local import File
 from ted_scale.data import blend, packs
 from ted_scale.data.stream import batch, open_stream
 from ted_scale.kernels.tokens import IGNORED
@@ -121,15 +124,49 @@ def test_other_packs_are_other_text_to_a_run_that_resumes(tmp_path):
     assert open_stream(section(path), 1, VOCABULARY, before, 5).interval is before
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-4], lambda b: b"x" + b[1:], lambda b: b[:57] + b"\xff" * 8 + b[65:]])
-def test_damaged_packs_are_refused(tmp_path, damage):
+def flipped(content, at):
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-4], lambda b: b"", *(partial(flipped, at=at) for at in (0, 9, 88, 89, 150, -5))]
+)
+def test_damaged_packs_are_refused_and_made_again_once_they_are_deleted(tmp_path, damage):
     path = write_shard(tmp_path / "c", counting_documents(SHORT, first=1))
     stream = open_stream(section(path), 1, VOCABULARY)
     file = next(tmp_path.glob("c.packs-8-*"))
-    file.write_bytes(damage(file.read_bytes()))
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    packs.opened.cache_clear()
+    with pytest.raises(UserError, match="but is damaged; delete it to have it made again"):
+        open_stream(section(path), 1, VOCABULARY)
+    file.unlink()
+    assert open_stream(section(path), 1, VOCABULARY).packs == stream.packs
+    assert file.read_bytes() == whole
+
+
+def test_a_run_that_opens_packs_anew_checks_them_anew(tmp_path):
+    stream = open_stream(section(write_shard(tmp_path / "c", counting_documents(SHORT, first=1))), 1, VOCABULARY)
+    file = next(tmp_path.glob("c.packs-8-*"))
+    file.write_bytes(flipped(file.read_bytes(), -5))
     packs.opened.cache_clear()
     with pytest.raises(UserError, match="delete it"):
-        rows(open_stream(section(path), 1, VOCABULARY), stream.packs["c"].counts.packs)
+        rows(stream)
+
+
+def test_packs_whose_handle_is_stale_are_opened_anew(tmp_path, monkeypatch):
+    stream = open_stream(section(write_shard(tmp_path / "c", counting_documents(SHORT, first=1))), 1, VOCABULARY)
+    expected = [row.tokens_BT.tolist() for row in rows(stream)]
+    pack, read = stream.packs["c"], File.read
+    stale = packs.opened(pack.path, pack.digest)
+
+    def reads(file, start, count):
+        if file is stale:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(file, start, count)
+
+    monkeypatch.setattr(File, "read", reads)
+    assert [row.tokens_BT.tolist() for row in rows(stream)] == expected
 
 
 def test_examples_without_a_target_in_reach_are_left_out_and_all_of_them_is_a_mistake(tmp_path):
