@@ -13,7 +13,7 @@ from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.checkpoints.progress import Measured, Progress
 from ted_scale.data import blend, ddk, order
 from ted_scale.data.stream import Stream, open_stream, refuse_repetition
-from ted_scale.validate import measure_both, perplexity, tokens_of_each
+from ted_scale.validate import Loss, measure_both, perplexity, tokens_of_each, untaught_of
 
 # Up to here, repeated text is worth nearly as much as new text; later it is worth nothing (Muennighoff et al., NeurIPS 2023).
 MANY_EPOCHS = 4
@@ -115,6 +115,7 @@ def weigh(plan, teacher, metrics, student, stream: Stream, progress: Progress):
         losses = measure_both(plan, student, held_out, teacher, missing)
     if losses is None:
         return stream, progress, True
+    refuse_untaught(plan.run, losses[0])
     of_student, of_teacher = ({name: loss.mean for name, loss in side.items()} for side in losses)
     of_teacher = known | of_teacher
     refuse_no_number(progress.step, {"student": of_student, "teacher": of_teacher})
@@ -130,6 +131,15 @@ def as_row(weights: dict, gaps: dict, of_student: dict, of_teacher: dict) -> dic
     row |= {f"blend/{name}/discrepancy": gap for name, gap in gaps.items()}
     row |= {f"blend/{name}/ppl": perplexity(loss) for name, loss in of_student.items()}
     return row | {f"blend/{name}/teacher_ppl": perplexity(of_teacher[name]) for name in of_student}
+
+
+def refuse_untaught(run, losses: dict[str, Loss]) -> None:
+    """Without a loss there is no weight, and a corpus that was left out would not be trained on."""
+    if untaught := untaught_of(losses):
+        raise UserError(
+            f"corpus {untaught[0]} must hold out text with a target for data.blend.kind = 'adaptive', but the first "
+            f"{tokens_of_each(run):,} tokens have none; raise validation.tokens, or set data.packing = 'examples'"
+        )
 
 
 def refuse_no_number(step: int, losses: dict[str, dict[str, float]]) -> None:

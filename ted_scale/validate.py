@@ -1,8 +1,10 @@
 """A validation: the loss on each corpus that holds text out, by student and teacher, and the student's scores in a suite."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -11,14 +13,16 @@ import torch.distributed as dist
 from ted_scale.data.stream import Stream, validation_batches
 from ted_scale.distill.normalization import count_valid
 from ted_scale.distill.signal import Weights
+from ted_scale.metrics.console import log_line
 from ted_scale.ranks import pulse, signals
 from ted_scale.ranks.agree import anywhere, broadcast
 
 SUITE = "val/suite/"
+UNTAUGHT = "val/tokens"  # 0, in place of a loss: the validation was finished, but no token of it counts
 
 
 class Loss(NamedTuple):
-    """Sums over the valid tokens of a corpus, on all ranks."""
+    """Sums over the valid tokens of a corpus, on all ranks. Without such tokens there is no mean."""
 
     total: float
     tokens: float
@@ -39,7 +43,8 @@ def validate(plan, teacher, metrics, held_out: dict[str, Stream], student, progr
 
 def missing(plan, metrics, stage, step: int) -> bool:
     """On rank 0: whether this step's validation was not finished."""
-    losses = stage.validates(step) and holds_out(plan.run) and not metrics.has_already(step, "val/loss")
+    written = any(metrics.has_already(step, key) for key in ("val/loss", UNTAUGHT))
+    losses = stage.validates(step) and holds_out(plan.run) and not written
     return losses or (stage.asks_suite(step) and not metrics.has_already(step, SUITE))
 
 
@@ -56,7 +61,8 @@ def write_scores(plan, metrics, student, progress) -> bool:
 
 
 def write_losses(plan, teacher, metrics, held_out: dict[str, Stream], student, progress, with_teacher: bool):
-    """val/loss and val/ppl, in all and by corpus; nothing if no text is held out, or if a signal asks to stop."""
+    """val/loss and val/ppl, in all and by corpus, of corpora with tokens that count; nothing if no text is held out, or if a
+    signal asks to stop."""
     if not held_out:
         return progress, False
     with metrics.aside():
@@ -64,10 +70,26 @@ def write_losses(plan, teacher, metrics, held_out: dict[str, Stream], student, p
     if losses is None:
         return progress, True
     of_student, of_teacher = losses
-    row = as_row("", of_student) | (as_row("teacher_", of_teacher) if of_teacher else {})
-    metrics.write(progress.step, progress.tokens, row)
-    loss = row["val/loss"]
+    if (untaught := untaught_of(of_student)) and metrics.writes:
+        say_untaught(untaught, tokens_of_each(plan.run))
+    row = as_row("", of_student) | as_row("teacher_", of_teacher)
+    metrics.write(progress.step, progress.tokens, row or {UNTAUGHT: 0.0})
+    loss = row.get("val/loss", math.nan)
     return replace(progress, validation=loss if math.isfinite(loss) else None), False
+
+
+def untaught_of(losses: dict[str, Loss]) -> tuple[str, ...]:
+    """The corpora without a loss: none of the tokens that were read is a target."""
+    return tuple(name for name, loss in losses.items() if not loss.tokens)
+
+
+@cache  # said once
+def say_untaught(names: tuple[str, ...], tokens: int) -> None:
+    log_line(
+        f"corpus {', '.join(names)} has no val/loss: the first {tokens:,} tokens that it holds out have no target; raise "
+        "validation.tokens, or set data.packing = 'examples'",
+        logging.WARNING,
+    )
 
 
 def holds_out(run) -> bool:
@@ -122,7 +144,8 @@ def as_row(side: str, losses: dict[str, Loss]) -> dict[str, float]:
     of_each = {f"{name}/": loss for name, loss in losses.items()} if len(losses) > 1 else {}
     row = {}
     for name, loss in {"": every, **of_each}.items():
-        row |= {f"val/{name}{side}loss": loss.mean, f"val/{name}{side}ppl": perplexity(loss.mean)}
+        if loss.tokens:
+            row |= {f"val/{name}{side}loss": loss.mean, f"val/{name}{side}ppl": perplexity(loss.mean)}
     return row
 
 

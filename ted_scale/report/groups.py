@@ -102,5 +102,5 @@ GROUPS = (
 )  # fmt: skip
 # Numbers that a table or another chart has.
 UNDRAWN = re.compile(
-    r"checkpoint/\w+|perf/restart_\w+|data/[^/]+/epoch_tokens|val/(.+/)?(teacher_)?ppl|blend/[^/]+/(teacher_)?ppl"
+    r"checkpoint/\w+|perf/restart_\w+|data/[^/]+/epoch_tokens|val/tokens|val/(.+/)?(teacher_)?ppl|blend/[^/]+/(teacher_)?ppl"
 )
