@@ -16,6 +16,7 @@ from transformers import FalconH1Config, Lfm2Config, PreTrainedTokenizerFast, St
 from ted_scale.base.errors import UserError
 from ted_scale.base.sealed import seal
 from ted_scale.checkpoints.progress import Progress, progress_as_bytes
+from ted_scale.commands import pretrain as pretrain_module
 from ted_scale.config.run_file import load_run
 from ted_scale.corpora.tokenizer import digest, load_tokenizer
 from ted_scale.distill import memory
@@ -25,7 +26,7 @@ from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.feed import Reading
 from ted_scale.forecast.summary import uncounted
 from ted_scale.metrics import live_report
-from ted_scale.plan import describe, make_plan, stage_flops
+from ted_scale.plan import describe, make_plan, plan_of_models, stage_flops
 from ted_scale.run import train_run
 
 
@@ -517,6 +518,18 @@ def test_weights_and_biases_online_without_a_key_is_a_line_of_the_dry_run(world,
     for mode, warns in (("online", True), ("auto", False)):
         said = describe(make_plan(make_run(world, wandb={"project": "p", "mode": mode}), 1))
         assert ("W&B will be offline, because there is no API key: set WANDB_API_KEY" in said) is warns
+
+
+def test_a_dry_run_writes_packs_and_says_so_and_ted_scale_plan_writes_none(world, capsys, monkeypatch):
+    run = make_run(world, data={"packing": "examples", "attention": "document"})
+    plan_of_models(run, 1, needs_weights=False)
+    assert not list(world.rglob("*.packs-*"))
+    make_plan(run, 1)
+    assert list(world.rglob("*.packs-*"))
+    monkeypatch.setattr(pretrain_module.signals, "listen", lambda: None)  # this process keeps its handlers
+    with pytest.raises(SystemExit):
+        pretrain_module.main(["--help"])
+    assert "packs of examples that are not there are made" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_report_that_nothing_can_draw_is_a_line_of_the_dry_run(world, monkeypatch):

@@ -22,7 +22,9 @@ def main(argv: list[str] | None = None) -> None:
         "--set", action="append", default=[], metavar="section.key=value", help="overrides the run file"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved run and its arithmetic, and start nothing"
+        "--dry-run",
+        action="store_true",
+        help="print the resolved run and its arithmetic, and start nothing; packs of examples that are not there are made",
     )
     parser.add_argument("--ranks", type=int, help="ranks to assume in a dry run; default: the launcher's, or 1")
     parser.add_argument(
