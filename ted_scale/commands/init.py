@@ -209,7 +209,7 @@ def chosen(places: Places, shape: str, teacher, tokens: int, rank, arguments) ->
 def commands(places: Places, out: Path, tokens: int, ranks: int) -> list[str]:
     """From here to a model."""
     pretrain = ["ted-scale", "pretrain"]
-    several = ["deepspeed", "--num_gpus", str(ranks), "launch/pretrain.py"]
+    several = ["deepspeed", "--num_gpus", str(ranks), "--module", "ted_scale.commands.pretrain"]
     todo = [["ted-scale", "tokenize", *tokenize_words(places)]] if places.text else []
     todo += [["ted-scale", "cut-student", *cut_words(places, tokens)]] if places.layers else []
     todo += [

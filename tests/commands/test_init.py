@@ -100,7 +100,7 @@ def test_shards_and_a_student_that_are_there_are_taken_as_they_are(here, capsys)
     init.main(["--teacher", "teacher", "--text", "shards", "--student", "small", "--ranks", "2"])
     run = load_run("run.toml")
     assert (run.data.corpora[0].path, run.student.path) == ("shards", "small")
-    assert "deepspeed --num_gpus 2 launch/pretrain.py --config run.toml" in capsys.readouterr().out
+    assert "deepspeed --num_gpus 2 --module ted_scale.commands.pretrain --config run.toml" in capsys.readouterr().out
     with pytest.raises(UserError, match="--out must be a new file"):
         init.main(["--teacher", "teacher", "--text", "shards", "--student", "small"])
 
