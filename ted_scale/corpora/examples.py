@@ -47,6 +47,11 @@ class Reader(NamedTuple):
 
 
 def open_reader(path: str, targets: str, template: Path | None, parse_special: bool) -> Reader:
+    if str(path).endswith(".model"):
+        raise UserError(
+            f"--tokenizer {path} must be a fast Hugging Face tokenizer where --targets is given, but is a sentencepiece model; "
+            "name a folder with a tokenizer.json"
+        )
     folder = hub.find_folder("--tokenizer", str(path), hub.TOKENIZER)
     model, _ = hugging_face(folder, f"--tokenizer {path} must be a Hugging Face tokenizer where --targets is given")
     if not model.is_fast:
@@ -59,7 +64,7 @@ def open_reader(path: str, targets: str, template: Path | None, parse_special: b
     backend.no_padding()
     backend.post_processor = None
     return Reader(
-        targets, Template(template_text(model, template), model.special_tokens_map), backend,
+        targets, Template(template_text(model, template), model.special_tokens_map, date.today()), backend,
         (model.eos_token_id, model.eos_token), "" if parse_special else "|".join(map(re.escape, special)),
     )  # fmt: skip
 
@@ -76,7 +81,7 @@ def template_text(model, file: Path | None) -> str:
 
 def describe(reader: Reader) -> dict:
     """What of the template decides the bytes of an output. One that asks for the day makes others on another day."""
-    day = {"day": str(date.today())} if "strftime_now" in reader.template.text else {}
+    day = {"day": str(reader.template.day)} if reader.template.asks_for_day else {}
     return {"template_sha256": hashlib.sha256(reader.template.text.encode()).hexdigest(), **day}
 
 
