@@ -8,7 +8,7 @@ no text is encoded in pieces, which would give other tokens than the model will 
 import hashlib
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from itertools import chain
 from pathlib import Path
@@ -205,15 +205,14 @@ def messages_of(reader: Reader, messages, where: str) -> list[dict]:
     return messages
 
 
-def accepted(groups: Iterator, files: list[Path], skips: bool, late: list[int]) -> Iterator[tuple]:
-    """(batch, encoded) without what cannot be learned from: an error, unless the user skips such. `late` holds how many there were:
-    a worker finds them after the reader, which reads ahead, has counted what it left out itself."""
+def accepted(groups: Iterator, files: list[Path], on_error: Callable, late: list[int]) -> Iterator[tuple]:
+    """(batch, encoded) without what cannot be learned from, which goes to `on_error`. `late` holds how many there were: a worker
+    finds them after the reader, which reads ahead, has counted what it left out itself."""
     for group, found in groups:
         refused, marks = dict(found.refused), []
         for number, mark in enumerate(group.marks):
-            if number in refused and not skips:
-                raise UserError(f"{files[mark.file]}:{mark.line} {refused[number]}")
             if number in refused:
+                on_error(UserError(f"{files[mark.file]}:{mark.line} {refused[number]}"))
                 late[0] += 1
             else:
                 marks.append(mark._replace(skipped=mark.skipped + late[0]))

@@ -229,6 +229,15 @@ def test_a_template_that_asks_for_the_day_gets_the_one_of_the_job(folder):
     assert describe(reader._replace(template=template))["day"] == "2020-02-03"
 
 
+def test_where_all_records_are_refused_the_first_reason_is_said(tmp_path, folder):
+    records = [{"messages": "first"}, {"messages": [{"role": "user", "content": "hi"}]}]
+    path = chats.write_records(tmp_path / "a.jsonl", records)
+    with pytest.raises(
+        UserError, match=r"2 skipped\); check the files and --targets; .*a\.jsonl:1 must have a list of mes"
+    ):
+        tokenize(folder, tmp_path / "c", path, "--targets", "assistant", "--on-error", "skip")
+
+
 def test_an_empty_completion_is_refused(tmp_path, folder):
     path = chats.write_records(tmp_path / "a.jsonl", [{"prompt": "hi", "completion": ""}])
     with pytest.raises(UserError, match=r"a\.jsonl:1 must have a completion with text"):
