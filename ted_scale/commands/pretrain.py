@@ -1,6 +1,6 @@
-"""Train the run of a run file: `deepspeed launch/pretrain.py --config launch/runs/NAME.toml [--set section.key=value]`.
+"""Train the run of a run file: `ted-scale pretrain --config RUN.toml`, or with a process a rank by `deepspeed --num_gpus N launch/pretrain.py ...`.
 
-The launcher starts one process a rank and passes --local_rank; the environment has the same number.
+From a wheel, `deepspeed --num_gpus N --module ted_scale.commands.pretrain --config RUN.toml`. The launcher starts one process a rank and passes --local_rank; the environment has the same number.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from ted_scale.ranks import signals
 def main(argv: list[str] | None = None) -> None:
     signals.listen()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="the run file, TOML")
+    parser.add_argument("--config", required=True, help="the run file, TOML; its paths count from the current folder")
     parser.add_argument(
         "--set", action="append", default=[], metavar="section.key=value", help="overrides the run file"
     )

@@ -54,8 +54,9 @@ class Teller:
             self.on_the_bar(values, left)
 
     def on_the_bar(self, values: dict[str, float], left: Left | None) -> None:
-        said = [f"loss {values['loss/total']:.4g}", f"{duration(values['perf/step_ms'] / 1e3)} a step"]
-        self.bar.set_postfix_str(", ".join(filter(None, [*said, time_left(left, self.stage)])), refresh=False)
+        pace = f"{duration(values['perf/step_ms'] / 1e3)} a step" if "perf/step_ms" in values else ""
+        said = [f"loss {values['loss/total']:.4g}", pace, time_left(left, self.stage)]
+        self.bar.set_postfix_str(", ".join(filter(None, said)), refresh=False)
 
     def close(self) -> None:
         self.bar.close()

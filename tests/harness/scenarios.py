@@ -214,8 +214,8 @@ def stopped_by(folder: Path, device, name: str, poison):
     original, engines, steps = Student.student_losses, [], [4]
     calls = 256 // 32 // TWO["micro_batch"] // dist.get_world_size()
 
-    def losses(self, batch, signal, weights, denom):
-        result = original(self, batch, signal, weights, denom)
+    def losses(self, *given):
+        result = original(self, *given)
         if not torch.is_grad_enabled():
             return result
         steps.append(steps[-1] + 1 / calls)
