@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ted_scale.base.durable import write_durably
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
+from ted_scale.corpora.output import manifest_path, read_manifest
 from ted_scale.storage.objects import is_remote
 
 SAMPLE = 2_000_000  # characters of the text that are tokenized for an estimate
@@ -75,8 +76,40 @@ def places_of(arguments, model) -> Places:
     student = arguments.student or f"models/{name_of(teacher)}_{cut}_blocks"
     if not 0 < cut <= layers:
         raise UserError(f"--layers must be from 1 to the teacher's blocks ({layers}), but is {cut}; correct it")
+    if not arguments.student and (Path(student) / "config.json").exists():
+        refuse_another_teacher(teacher, model, student)
     is_there = (Path(student) / "config.json").exists() or (arguments.student and not looks_new(student))
     return Places(teacher, student, corpus, None if is_corpus else text, None if is_there else cut, model.max_length)
+
+
+def refuse_another_teacher(teacher: str, model, student: str) -> None:
+    """A student that is found by its name alone may be of a teacher of the same name elsewhere."""
+    from ted_scale.distill.pairs import CUT, read_cut, shape_of
+    from ted_scale.models.inspection import inspect
+
+    cut = read_cut(inspect("--student", student, needs_weights=False))
+    if cut and cut["teacher"] != shape_of(model):
+        raise UserError(
+            f"--teacher {teacher} must be the one that {student} was cut from, but its {CUT} is of another; name another folder "
+            "by --student"
+        )
+
+
+def refuse_another_text(text: str, corpus: str) -> None:
+    """A corpus that is found by its name alone may be of a folder of the same name elsewhere, or of what was there before."""
+    from ted_scale.commands.tokenize_corpus import describe_sources
+    from ted_scale.corpora.documents import find_files
+
+    manifest = manifest_path(corpus)
+    if resolved(read_manifest(manifest)["sources"]) != resolved(describe_sources(find_files([text]))):
+        raise UserError(
+            f"--text {text} must be what {corpus} was made of, but {manifest} lists other files, or they changed; rename the "
+            f"folder of the text, remove {corpus}.*, or pass --text {corpus}"
+        )
+
+
+def resolved(sources: list[dict]) -> list[dict]:
+    return [{**source, "path": str(Path(source["path"]).resolve())} for source in sources]
 
 
 def looks_new(student: str) -> bool:
@@ -86,7 +119,9 @@ def looks_new(student: str) -> bool:
 
 
 def has_shards(path: str) -> bool:
-    return Path(f"{path}.idx").exists() or (Path(path).is_dir() and any(Path(path).glob("*.idx")))
+    """A manifest is there for several shards, too, which are NAME-00001.idx and so on."""
+    is_output = Path(f"{path}.idx").exists() or manifest_path(path).exists()
+    return is_output or (Path(path).is_dir() and any(Path(path).glob("*.idx")))
 
 
 def name_of(path: str) -> str:
@@ -123,7 +158,9 @@ def prepared(places: Places, tokens: int) -> tuple[Places, int]:
     from ted_scale.commands import cut_student, tokenize_corpus
 
     if places.text is not None:
-        if not Path(f"{places.corpus}.idx").exists():
+        if manifest_path(places.corpus).exists():
+            refuse_another_text(places.text, places.corpus)
+        else:
             tokenize_corpus.main(tokenize_words(places))
         places, tokens = places._replace(text=None), count(places.corpus)
     if places.layers is not None:
@@ -209,7 +246,7 @@ def chosen(places: Places, shape: str, teacher, tokens: int, rank, arguments) ->
 def commands(places: Places, out: Path, tokens: int, ranks: int) -> list[str]:
     """From here to a model."""
     pretrain = ["ted-scale", "pretrain"]
-    several = ["deepspeed", "--num_gpus", str(ranks), "launch/pretrain.py"]
+    several = ["deepspeed", "--num_gpus", str(ranks), "--module", "ted_scale.commands.pretrain"]
     todo = [["ted-scale", "tokenize", *tokenize_words(places)]] if places.text else []
     todo += [["ted-scale", "cut-student", *cut_words(places, tokens)]] if places.layers else []
     todo += [

@@ -154,20 +154,26 @@ def tokenize(args, files: list[Path], encode, job: dict) -> dict:
     writer = Writer(unfinished(args.out), about, args.shard_tokens, finished)
     mark = Mark(**finished[-1]["read"]) if finished else Mark()
     counts = collections.Counter(empty=mark.empty, skipped=mark.skipped)
+    first: list[UserError] = []  # of those that were skipped
 
-    def skip(_error: UserError) -> None:
+    def keep(error: UserError) -> None:
+        first[:] = first or [error]
+
+    def skip(error: UserError) -> None:
         counts["skipped"] += 1
+        keep(error)
 
-    on_error = skip if args.on_error == "skip" else stop
+    on_error, on_late = (skip, keep) if args.on_error == "skip" else (stop, stop)
     keys = examples.KEYS[args.targets] if args.targets else args.text_key
     documents = read_documents(files, keys, args.document_per, on_error, mark[:2])
     groups, late = encode_all(batches(documents, counts), args.workers, encode), [0]
-    write(examples.accepted(groups, files, args.on_error == "skip", late), writer, job["sources"])
+    write(examples.accepted(groups, files, on_late, late), writer, job["sources"])
     counts["skipped"] += late[0]
     if not writer.sidecars:
         raise UserError(
             f"input {' '.join(args.inputs)} must hold a document with text, but holds none "
-            f"({counts['empty']} empty, {counts['skipped']} skipped); check the files and --text-key"
+            f"({counts['empty']} empty, {counts['skipped']} skipped); check the files and "
+            f"{'--targets' if args.targets else '--text-key'}{f'; the first that was skipped: {first[0]}' if first else ''}"
         )
     if describe_sources(files) != job["sources"]:
         raise UserError(

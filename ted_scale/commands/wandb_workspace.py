@@ -57,9 +57,11 @@ def checked(folder: Path) -> Run:
     try:
         import wandb_workspaces  # noqa: F401
     except ImportError:
-        raise UserError(
-            "wandb-workspaces must be installed, but is not; pip install -e '.[wandb-workspaces]' installs it"
-        ) from None
+        from ted_scale.doctor.finding import install
+        from ted_scale.doctor.software import requirement_of
+
+        way = install(requirement_of("wandb-workspaces"), extra="wandb-workspaces")
+        raise UserError(f"wandb-workspaces must be installed, but is not; {way} installs it") from None
     return run
 
 

@@ -8,7 +8,7 @@ no text is encoded in pieces, which would give other tokens than the model will 
 import hashlib
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from itertools import chain
 from pathlib import Path
@@ -47,6 +47,11 @@ class Reader(NamedTuple):
 
 
 def open_reader(path: str, targets: str, template: Path | None, parse_special: bool) -> Reader:
+    if str(path).endswith(".model"):
+        raise UserError(
+            f"--tokenizer {path} must be a fast Hugging Face tokenizer where --targets is given, but is a sentencepiece model; "
+            "name a folder with a tokenizer.json"
+        )
     folder = hub.find_folder("--tokenizer", str(path), hub.TOKENIZER)
     model, _ = hugging_face(folder, f"--tokenizer {path} must be a Hugging Face tokenizer where --targets is given")
     if not model.is_fast:
@@ -59,7 +64,7 @@ def open_reader(path: str, targets: str, template: Path | None, parse_special: b
     backend.no_padding()
     backend.post_processor = None
     return Reader(
-        targets, Template(template_text(model, template), model.special_tokens_map), backend,
+        targets, Template(template_text(model, template), model.special_tokens_map, date.today()), backend,
         (model.eos_token_id, model.eos_token), "" if parse_special else "|".join(map(re.escape, special)),
     )  # fmt: skip
 
@@ -76,7 +81,7 @@ def template_text(model, file: Path | None) -> str:
 
 def describe(reader: Reader) -> dict:
     """What of the template decides the bytes of an output. One that asks for the day makes others on another day."""
-    day = {"day": str(date.today())} if "strftime_now" in reader.template.text else {}
+    day = {"day": str(reader.template.day)} if reader.template.asks_for_day else {}
     return {"template_sha256": hashlib.sha256(reader.template.text.encode()).hexdigest(), **day}
 
 
@@ -200,15 +205,14 @@ def messages_of(reader: Reader, messages, where: str) -> list[dict]:
     return messages
 
 
-def accepted(groups: Iterator, files: list[Path], skips: bool, late: list[int]) -> Iterator[tuple]:
-    """(batch, encoded) without what cannot be learned from: an error, unless the user skips such. `late` holds how many there were:
-    a worker finds them after the reader, which reads ahead, has counted what it left out itself."""
+def accepted(groups: Iterator, files: list[Path], on_error: Callable, late: list[int]) -> Iterator[tuple]:
+    """(batch, encoded) without what cannot be learned from, which goes to `on_error`. `late` holds how many there were: a worker
+    finds them after the reader, which reads ahead, has counted what it left out itself."""
     for group, found in groups:
         refused, marks = dict(found.refused), []
         for number, mark in enumerate(group.marks):
-            if number in refused and not skips:
-                raise UserError(f"{files[mark.file]}:{mark.line} {refused[number]}")
             if number in refused:
+                on_error(UserError(f"{files[mark.file]}:{mark.line} {refused[number]}"))
                 late[0] += 1
             else:
                 marks.append(mark._replace(skipped=mark.skipped + late[0]))

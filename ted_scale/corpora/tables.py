@@ -59,10 +59,14 @@ def columns_of(path: Path, schema, key: str | tuple[str, ...]) -> list[str]:
     """The columns to read. One must be there and hold text; of several, which together are an example, the first must be there."""
     first, *_ = keys = key if isinstance(key, tuple) else (key,)
     if first not in schema.names:
-        raise UserError(f"{path} must have a column {first}, but has {', '.join(schema.names)}; set --text-key")
+        way = f"rename one: --targets reads {', '.join(keys)}" if isinstance(key, tuple) else "set --text-key"
+        raise UserError(f"{path} must have a column {first}, but has {', '.join(schema.names)}; {way}")
+    found = [name for name in keys if name in schema.names]
+    if twice := next((name for name in found if schema.names.count(name) > 1), None):
+        raise UserError(f"{path} must have one column {twice}, but has {schema.names.count(twice)}; rename the others")
     if isinstance(key, str):
         refuse_other_than_text(path, schema, key)
-    return [name for name in keys if name in schema.names]
+    return found
 
 
 def refuse_other_than_text(path: Path, schema, key: str) -> None:

@@ -6,6 +6,7 @@ runs it in jinja2's sandbox, which reaches no file, no module and nothing but th
 """
 
 import re
+from datetime import date
 from typing import NamedTuple
 
 OWN_TEMPLATE = "give one that marks the answers with {% generation %} by --chat-template FILE"
@@ -17,10 +18,15 @@ Span = tuple[int, int]  # characters
 class Template(NamedTuple):
     text: str
     values: dict[str, str]  # the special tokens by the names that templates know them by
+    day: date  # what a template that asks for the time is told, whenever and wherever it is rendered
 
     @property
     def marks(self) -> bool:
         return bool(MARKS.search(self.text))
+
+    @property
+    def asks_for_day(self) -> bool:
+        return "strftime_now" in self.text
 
     def render(self, messages: list[dict], tools: list | None, *, prompt: bool = False) -> str:
         return self._rendered(messages, tools, add_generation_prompt=prompt)[0][0]
@@ -31,9 +37,11 @@ class Template(NamedTuple):
         return texts[0], [(begin, end) for begin, end in spans[0] if begin < end]
 
     def _rendered(self, messages: list[dict], tools: list | None, **options) -> tuple[list[str], list[list[Span]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
         try:
+            if self.asks_for_day:  # the compiled template is cached; as a value, a function would not pass
+                _compile_jinja_template(self.text).globals["strftime_now"] = self.day.strftime
             return render_jinja_template(
                 conversations=[messages], tools=tools, chat_template=self.text, **options, **self.values
             )
@@ -90,8 +98,14 @@ def refuse_dropped(text: str, messages: list[dict]) -> None:
 
 
 def said_in(message: dict) -> list[str]:
-    """The texts of a message; its content may be a list of parts."""
-    content = message.get("content") or []
+    """The texts of a message; its content may be a list of parts. A ValueError has the rest of a sentence."""
+    content = message.get("content")
+    if not isinstance(content, str | list | None):
+        raise ValueError(
+            f'must have text, a list or null as the "content" of every message, but one has {type(content).__name__}; '
+            "correct it or pass --on-error skip"
+        )
+    content = content or []
     parts = [content] if isinstance(content, str) else content
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     return [text for text in texts if isinstance(text, str)]

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 OK, NOTE, MISSING = "ok", "note", "missing"  # what is missing is needed; a note is not
 POLL_S, KILLED_S = 0.05, 1
-INSTALL = "make setup, or pip install -e ."
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -45,7 +44,8 @@ def bounded(what: str, check: Callable[[], list[Finding]], seconds: float) -> li
         try:
             found.extend(check())
         except Exception as error:
-            way = INSTALL if isinstance(error, ImportError) else "put that right, or report it with this line"
+            module = (error.name or "") if isinstance(error, ImportError) else ""
+            way = install(module.partition(".")[0]) if module else "put that right, or report it with this line"
             found.append(Finding(what, MISSING, f"the check failed: {type(error).__name__}: {error}", way))
 
     thread = threading.Thread(target=work, daemon=True)
@@ -61,6 +61,13 @@ def bounded(what: str, check: Callable[[], list[Finding]], seconds: float) -> li
             )
         ]
     return found
+
+
+def install(*requirements: str, extra: str = "") -> str:
+    """The way to packages. A checkout has its own; whoever installed a wheel has no folder for `-e`."""
+    if not (ROOT / "pyproject.toml").is_file():
+        return " ".join(["pip install", *(f'"{requirement}"' for requirement in requirements)])
+    return f'pip install -e ".[{extra}]"' if extra else "make setup, or pip install -e ."
 
 
 def run(commands: list[list[str]], seconds: float, environments: list[dict[str, str]] | None = None) -> Ended:

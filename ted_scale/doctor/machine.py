@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from ted_scale.base.parsing import parse_json
-from ted_scale.doctor.finding import INSTALL, MISSING, NOTE, OK, ROOT, Ended, Finding, last_error, run, size
+from ted_scale.doctor.finding import MISSING, NOTE, OK, ROOT, Ended, Finding, install, last_error, run, size
+from ted_scale.doctor.software import requirement_of
 
 PROBE_S = 240  # torch, transformers and DeepSpeed are imported, from a file server too
 SHARED, LEAST_SHARED = Path("/dev/shm"), 2**30  # Docker's own 64 MiB end NCCL and DeepSpeed's ranks with a bus error
@@ -41,7 +42,7 @@ def parts_of(ended: Ended) -> Probed:
 
 def torch(probed: Probed) -> list[Finding]:
     if "torch" not in probed:
-        return [Finding("torch", MISSING, f"it does not load: {probed.why}", INSTALL)]
+        return [Finding("torch", MISSING, f"it does not load: {probed.why}", install(requirement_of("torch")))]
     found, driver = probed["torch"], probed.get("driver", {}).get("driver")
     build = f"CUDA {found['cuda']}" if found["cuda"] else f"ROCm {found['hip']}" if found["hip"] else "CPU"
     said = f"{found['version']}, built for {build}" + (f"; the driver runs CUDA {driver}" if driver else "")
@@ -84,7 +85,7 @@ def triton(probed: Probed) -> Finding:
     if "triton" in probed:
         return Finding("triton", OK, probed["triton"]["version"])
     needed = MISSING if probed["torch"]["devices"] else NOTE  # without a GPU no kernel of it runs
-    return Finding("triton", needed, f"it does not load: {probed.why}", INSTALL)
+    return Finding("triton", needed, f"it does not load: {probed.why}", install(requirement_of("triton")))
 
 
 def host() -> list[Finding]:

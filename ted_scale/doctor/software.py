@@ -13,12 +13,13 @@ import tempfile
 from pathlib import Path
 
 from ted_scale.base.parsing import parse_toml
-from ted_scale.doctor.finding import INSTALL, MISSING, NOTE, OK, ROOT, Finding, last_error, run
+from ted_scale.doctor.finding import MISSING, NOTE, OK, ROOT, Finding, install, last_error, run
 
 OLDEST = (3, 11)
 FOR = {  # what a package of an extra is there for
     "s3": "corpora and copies of checkpoints under s3://", "msc": "corpora under msc://", "liger": "fused blocks on a GPU",
     "torchao": "a teacher in 8 bits", "compare": "the curves of a comparison", "report": "the page of a run", "eval": "benchmarks",
+    "wandb-workspaces": "panels laid out in W&B",
 }  # fmt: skip
 EXTENSIONS, SHARED = "TORCH_EXTENSIONS_DIR", "deepspeed_shm_comm"
 SOURCE = "#include <Python.h>\nint main() { return 0; }\n"
@@ -36,12 +37,13 @@ def packages() -> list[Finding]:
     """One line for all that fit, and one for each that does not."""
     from packaging.requirements import Requirement
 
-    asked = [(Requirement(text), extra) for text, extra in asked_for()]
-    needed = [found for each, extra in asked if not extra and (found := unfit(each, ""))]
+    asked = [(Requirement(text), extra) for text, extra in asked_for() if extra != "docs"]  # for those who write them
+    lacking = [each for each, extra in asked if not extra and unfit(each, "")]
+    needed = [unfit(each, "") for each in lacking]
     count = sum(not extra for _, extra in asked)
     fits = f"{count - len(needed)} of {count} are there, as pyproject.toml asks"
     return [
-        Finding("packages", OK if not needed else MISSING, fits, "" if not needed else INSTALL),
+        Finding("packages", OK if not needed else MISSING, fits, install(*map(str, lacking)) if lacking else ""),
         *needed,
         *(unfit(each, extra) or there(each, extra) for each, extra in asked if extra),
     ]
@@ -60,6 +62,13 @@ def asked_for() -> list[tuple[str, str]]:
     return [(text, marker.partition('"')[2].rstrip('" ') if "extra" in marker else "") for text, _, marker in split]
 
 
+def requirement_of(name: str) -> str:
+    """As it is asked for, such as torch>=2.11."""
+    from packaging.requirements import Requirement
+
+    return next((text for text, _ in asked_for() if Requirement(text).name == name), name)
+
+
 def version_of(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -72,7 +81,7 @@ def unfit(requirement, extra: str) -> Finding | None:
     if found is not None and requirement.specifier.contains(found, prereleases=True):
         return None
     said = f"{must} is not installed" if found is None else f"{found} is installed, but must be {must}"
-    way = f'pip install "{must}"' if not extra else f'pip install -e ".[{extra}]"{reason(extra)}'
+    way = f"{install(str(requirement), extra=extra)}{reason(extra)}" if extra else f'pip install "{requirement}"'
     return Finding(requirement.name, NOTE if extra else MISSING, said, way)
 
 

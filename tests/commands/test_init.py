@@ -1,5 +1,6 @@
 """`init`: the run file that it writes is read, planned and started; its defaults are the config's; each value fits."""
 
+import json
 import re
 
 import pytest
@@ -7,11 +8,13 @@ from places import ROOT
 from tiny import make_corpus, make_model, pretrain
 
 from ted_scale.base.errors import UserError
-from ted_scale.commands import first_run, init, run_text, train_tokenizer
+from ted_scale.commands import first_run, init, run_text, tokenize_corpus, train_tokenizer
 from ted_scale.commands.first_run import Choice, Given
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import keys_of, load_run, section_in
+from ted_scale.distill.pairs import shape_of
 from ted_scale.forecast.placement import Rank
+from ted_scale.models.inspection import inspect
 from ted_scale.plan import make_plan
 
 CPU, GPU = Rank("cpu", 16 * 2**30, 1), Rank("cuda", 80e9, 8)
@@ -81,6 +84,31 @@ def test_with_prepare_one_more_command_trains_the_own_text(here, capsys):
     assert "runs/own is at step 2" in done.stderr
 
 
+def test_with_prepare_a_corpus_of_another_text_is_refused_and_one_of_several_shards_is_taken(here):
+    tokenize_corpus.main(
+        ["--tokenizer", "teacher", "--out", "corpora/my_text", "--shard-tokens", "50000", str(here / "my text")]
+    )
+    assert not (here / "corpora/my_text.idx").exists() and init.has_shards("corpora/my_text")
+    places = init.Places("teacher", "student", "corpora/my_text", "my text", None, 128)
+    assert init.prepared(places, 0) == (places._replace(text=None), init.count("corpora/my_text"))
+    (here / "elsewhere" / "my text").mkdir(parents=True)
+    (here / "elsewhere" / "my text" / "a.txt").write_text("another text")
+    with pytest.raises(UserError, match=r"--text elsewhere/my text must be what corpora/my_text was made of"):
+        init.main(["--teacher", "teacher", "--text", "elsewhere/my text", "--prepare", "--ranks", "1"])
+    assert not (here / "models").exists()
+
+
+def test_a_student_that_was_cut_from_another_teacher_is_refused(here):
+    make_model(here / "models/teacher_2_blocks", "llama", num_hidden_layers=2, vocab_size=400)
+    shape = {**shape_of(inspect("t", "teacher", needs_weights=False)), "width": 1}
+    (here / "models/teacher_2_blocks/cut.json").write_text(json.dumps({"blocks": [0, 3], "teacher": shape}))
+    with pytest.raises(UserError, match=r"must be the one that models/teacher_2_blocks was cut from"):
+        init.main(["--teacher", "teacher", "--text", "my text", "--ranks", "1"])
+    shape["width"] = inspect("t", "teacher", needs_weights=False).width
+    (here / "models/teacher_2_blocks/cut.json").write_text(json.dumps({"blocks": [0, 3], "teacher": shape}))
+    init.main(["--teacher", "teacher", "--text", "my text", "--ranks", "1"])
+
+
 def test_without_prepare_nothing_is_made_and_the_commands_lead_there(here, capsys):
     init.main(["--teacher", "teacher", "--text", "my text", "--ranks", "1"])
     said = capsys.readouterr().out
@@ -100,7 +128,7 @@ def test_shards_and_a_student_that_are_there_are_taken_as_they_are(here, capsys)
     init.main(["--teacher", "teacher", "--text", "shards", "--student", "small", "--ranks", "2"])
     run = load_run("run.toml")
     assert (run.data.corpora[0].path, run.student.path) == ("shards", "small")
-    assert "deepspeed --num_gpus 2 launch/pretrain.py --config run.toml" in capsys.readouterr().out
+    assert "deepspeed --num_gpus 2 --module ted_scale.commands.pretrain --config run.toml" in capsys.readouterr().out
     with pytest.raises(UserError, match="--out must be a new file"):
         init.main(["--teacher", "teacher", "--text", "shards", "--student", "small"])
 

@@ -12,6 +12,7 @@ from wandb_server import serving
 from ted_scale.base.errors import UserError
 from ted_scale.commands.wandb_workspace import main, workspace
 from ted_scale.config.run_file import to_toml
+from ted_scale.doctor import finding
 
 
 def sections_of(run, x: str) -> dict[str, list[dict]]:
@@ -39,6 +40,9 @@ def test_a_run_without_a_project_and_a_missing_package_are_one_sentence(tmp_path
     (run.folder / "run.toml").write_text(to_toml(make_run(tmp_path, wandb={"project": "p"})))
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     with pytest.raises(UserError, match="wandb-workspaces must be installed"):
+        main([str(run.folder)])
+    monkeypatch.setattr(finding, "ROOT", tmp_path)
+    with pytest.raises(UserError, match='is not; pip install "wandb-workspaces>='):
         main([str(run.folder)])
 
 

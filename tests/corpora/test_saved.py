@@ -104,6 +104,24 @@ def test_a_column_without_text_is_refused_with_those_that_have_some(tmp_path, co
             texts_in(tmp_path / place, text_key=column, on_error=lambda _: None)
 
 
+@pytest.mark.parametrize("name", ["a.arrow", "a.parquet"])
+def test_two_columns_of_one_name_are_refused(tmp_path, name):
+    table = pyarrow.table([["a"], ["b"], [1], [2]], names=["text", "text", "other", "other"])
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_file(tmp_path / name, table.schema) as out:
+            out.write_table(table)
+    with pytest.raises(UserError, match=r"must have one column text, but has 2; rename the others"):
+        texts_in(tmp_path / name)
+
+
+def test_a_table_without_an_example_is_told_the_columns_of_one(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"column messages, but has text; rename one: --targets reads messages, tools"):
+        texts_in(tmp_path / "a.parquet", text_key=("messages", "tools"))
+
+
 def test_words_that_are_numbered_are_text(tmp_path):
     words = pyarrow.array(["a", "b", "a"]).dictionary_encode()
     pyarrow.parquet.write_table(pyarrow.table({"text": words}), tmp_path / "a.parquet")

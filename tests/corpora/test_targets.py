@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from datetime import date
 
 import chats
 import numpy
@@ -12,6 +13,7 @@ from places import ROOT
 
 from ted_scale.base.errors import UserError
 from ted_scale.commands import tokenize_corpus
+from ted_scale.corpora.examples import describe, open_reader
 from ted_scale.corpora.local import expand
 from ted_scale.corpora.reader import Shard
 from ted_scale.corpora.shards import document_borders, read_index, sidecar_of
@@ -186,6 +188,10 @@ REFUSED = {
     "user": ({"messages": [{"role": "user", "content": "hi"}]}, "ends with a turn of the assistant"),
     "empty": ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]}, "message 2"),
     "no role": ({"messages": [{"content": "hi"}, {"role": "assistant", "content": "yes"}]}, "role in every message"),
+    "content": (
+        {"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": "yes"}]},
+        'text, a list or null as the "content"',
+    ),
     "no list": ({"messages": "hi"}, "list of messages"),
     "special": (
         {"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "yes"}]},
@@ -209,6 +215,27 @@ def test_a_record_that_teaches_nothing_is_refused_with_its_line_or_left_out(tmp_
     assert f"{path}:4 must" in str(refusal.value)
     out = tokenize(folder, tmp_path / "c", path, "--targets", "assistant", "--on-error", "skip")
     assert len(documents_of(out)) == 6 and json.loads((tmp_path / "c.manifest.json").read_text())["skipped"] == 1
+
+
+def test_a_sentencepiece_model_is_refused_with_what_targets_need():
+    with pytest.raises(UserError, match=r"must be a fast Hugging Face tokenizer .* is a sentencepiece model"):
+        open_reader("a.model", "assistant", None, False)
+
+
+def test_a_template_that_asks_for_the_day_gets_the_one_of_the_job(folder):
+    reader = open_reader(str(folder), "assistant", None, False)
+    template = reader.template._replace(text="{{ strftime_now('%d %b %Y') }}", day=date(2020, 2, 3))
+    assert template.render([], None) == "03 Feb 2020"
+    assert describe(reader._replace(template=template))["day"] == "2020-02-03"
+
+
+def test_where_all_records_are_refused_the_first_reason_is_said(tmp_path, folder):
+    records = [{"messages": "first"}, {"messages": [{"role": "user", "content": "hi"}]}]
+    path = chats.write_records(tmp_path / "a.jsonl", records)
+    with pytest.raises(
+        UserError, match=r"2 skipped\); check the files and --targets; .*a\.jsonl:1 must have a list of mes"
+    ):
+        tokenize(folder, tmp_path / "c", path, "--targets", "assistant", "--on-error", "skip")
 
 
 def test_an_empty_completion_is_refused(tmp_path, folder):
