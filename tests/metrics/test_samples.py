@@ -1,6 +1,8 @@
 """Samples of text in training: what is refused before a start, and what a step writes. Two ranks: test_distributed.py."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,3 +193,27 @@ def test_a_full_disk_loses_samples_and_the_run_goes_on(tmp_path, monkeypatch):
     assert said == [
         f"{tmp_path / SAMPLES} must be writable, but is not (No space left on device): samples of step 3 are lost"
     ]
+
+
+def test_a_file_that_cannot_be_read_is_as_good_as_none(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(samples, "log_line", said.append)
+    path = tmp_path / SAMPLES
+    path.mkdir()
+    assert samples.known(path, 3) == (set(), {})
+
+    def broken(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(samples, "rows_in", broken)
+    assert samples.known(path, 3) == (set(), {})
+    assert said[1] == f"{path} must be readable, but is not (Input/output error): samples of step 3 are written anew"
+
+
+def test_a_file_with_a_second_name_gets_no_samples_and_the_run_goes_on(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(samples, "log_line", said.append)
+    (tmp_path / "other").write_text("")
+    os.link(tmp_path / "other", tmp_path / SAMPLES)
+    samples.keep(tmp_path / SAMPLES, [{"step": 3, "prompt": "w5", "student": "w6"}])
+    assert "hard links" in said[0] and (tmp_path / "other").read_text() == ""
