@@ -201,9 +201,6 @@ def version_of(name: str) -> str | None:
 
 
 def commit() -> str:
-    """Of a checkout alone: an installed package may lie in a repository of its user."""
-    if not (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file():
-        return UNKNOWN
     from ted_scale.metrics.tracking import git_facts
 
     return git_facts().get("git_commit", UNKNOWN)

@@ -201,10 +201,14 @@ def has_key() -> bool:
 
 
 def git_facts() -> dict[str, str]:
-    """Commit and remote of the code. W&B itself would keep the user name in the remote's URL, which may be a token of GitHub."""
+    """Commit and remote of the code, from a checkout alone: an installed package may lie in a repository of its user. W&B itself
+    would find that one, and would keep the user name in the remote's URL, which may be a token of GitHub."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / "pyproject.toml").is_file():
+        return {"disable_git": True}
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+        command = ["git", "-C", str(checkout), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     facts = {}
