@@ -54,7 +54,7 @@ def known(path: Path, step: int) -> tuple[set[str], dict[str, str]]:
 def of_student(plan, student, asked: list[prompts.Prompt]) -> dict[str, str]:
     student.eval()
     try:
-        return texts_of(plan, lambda batch: student(batch, None, None, None), asked, student.device)
+        return texts_of(plan, lambda batch, at: student(batch, None, None, None, at=at), asked, student.device)
     finally:
         student.train()
 
