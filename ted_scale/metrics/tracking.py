@@ -132,13 +132,13 @@ def why_not(error: Exception) -> str:
     return f"it could not be reached ({said(error)})"
 
 
-def begun(run: Run, run_id: str, mode: Literal["online", "offline"], last_upload: dict = LAST_UPLOAD):
+def begun(run: Run, run_id: str, mode: Literal["online", "offline"], last_upload: dict = LAST_UPLOAD, folder: Path | None = None):
     import wandb
 
     settings = run.wandb
     wandb_run = wandb.init(
         project=settings.project, entity=settings.entity, group=group_of(run), job_type=job_of(run), name=run.name,
-        id=run_id, tags=settings.tags, notes=settings.notes, dir=str(run.folder), config=run.model_dump(by_alias=True),
+        id=run_id, tags=settings.tags, notes=settings.notes, dir=str(folder or run.folder), config=run.model_dump(by_alias=True),
         mode=mode, resume="allow",
         settings=wandb.Settings(silent=True, console="off", init_timeout=ATTEMPT_S, **last_upload, **git_facts()),
     )  # fmt: skip
