@@ -132,7 +132,13 @@ def why_not(error: Exception) -> str:
     return f"it could not be reached ({said(error)})"
 
 
-def begun(run: Run, run_id: str, mode: Literal["online", "offline"], last_upload: dict = LAST_UPLOAD, folder: Path | None = None):
+def begun(
+    run: Run,
+    run_id: str,
+    mode: Literal["online", "offline"],
+    last_upload: dict = LAST_UPLOAD,
+    folder: Path | None = None,
+):
     import wandb
 
     settings = run.wandb

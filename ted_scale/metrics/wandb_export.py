@@ -35,7 +35,9 @@ def add(run: Run, progress: Progress, folder: Path, export: Path) -> str:
     )
     artifact.add_dir(str(export))
     try:
-        wandb_run = begun(run, progress.wandb_id, "online" if offline is None else "offline", last_upload={}, folder=folder)
+        wandb_run = begun(
+            run, progress.wandb_id, "online" if offline is None else "offline", last_upload={}, folder=folder
+        )
         wandb_run.log_artifact(artifact, aliases=[f"step-{progress.step}"])
         wandb_run.finish()
     except Exception as error:  # W&B's own errors have no common class; the export itself is whole
@@ -43,8 +45,6 @@ def add(run: Run, progress: Progress, folder: Path, export: Path) -> str:
             f"W&B must take the export, but does not ({said(error)}); {export} is whole, try again"
         ) from error
     later = (
-        ""
-        if offline is None
-        else f"; W&B is offline{offline}; `wandb sync {folder}/wandb/offline-run-*` uploads it"
+        "" if offline is None else f"; W&B is offline{offline}; `wandb sync {folder}/wandb/offline-run-*` uploads it"
     )
     return f"the artifact {artifact.name} is in the W&B run {progress.wandb_id}{later}"
