@@ -1,6 +1,7 @@
-"""Train the run of a run file: `ted-scale pretrain --config RUN.toml`, or with a process a rank by `deepspeed --num_gpus N launch/pretrain.py ...`.
+"""Train the run of a run file: `ted-scale pretrain --config RUN.toml`, or `deepspeed launch/pretrain.py --config RUN.toml`.
 
-From a wheel, `deepspeed --num_gpus N --module ted_scale.commands.pretrain --config RUN.toml`. The launcher starts one process a rank and passes --local_rank; the environment has the same number.
+From a wheel it is `deepspeed --num_gpus N --module ted_scale.commands.pretrain --config RUN.toml`. The launcher starts one
+process a rank and passes --local_rank; the environment has the same number.
 """
 
 import argparse
