@@ -256,6 +256,7 @@ def test_a_whole_run_writes_no_secret_anywhere(tmp_path):
         name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"
     }  # another test's W&B process
     env |= {**inherited, **PLANTED, "SLURM_JOB_ID": "jobnumber77", "PYTHONPATH": str(checkout)}
+    (checkout / "pyproject.toml").touch()  # as a checkout has it
 
     def start(script, *arguments):
         command = [sys.executable, script, "--config", str(config), *arguments]
