@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ted_scale.checkpoints.progress import Progress, read_progress
 from ted_scale.config.run import Run
 from ted_scale.distill.pairs import CUT
+from ted_scale.distill.stages import stages_of
 from ted_scale.report.folder import RunSeen, read_run, text_of
 from ted_scale.storage.hub import is_path
 from ted_scale.storage.objects import is_remote
@@ -70,7 +71,10 @@ def gather(folder: Path, checkpoint: Path, run: Run, student: Path) -> Facts:
     return Facts(
         run=run, progress=progress, teacher=side("teacher", run.teacher.path, log) if run.teacher and run.method != "ce" else None,
         student=side("student", run.student.path, log), was_cut=(student / CUT).is_file(),
-        held={name: held(seen, name, progress.step) for name in ("", *(corpus.name for corpus in run.data.corpora))},
+        held={
+            name: held(seen, name, stages_of(run)[-1].first_step, progress.step)
+            for name in ("", *(corpus.name for corpus in run.data.corpora))
+        },
         texts=[text(seen, log, corpus, progress.step) for corpus in run.data.corpora],
         flops={name: found["flops"] for name, found in stages.items()}, planned=seen.total_steps,
         ranks=last(RANKS, log).get("ranks"), device=last(DEVICE, log).get("device"),
@@ -97,10 +101,11 @@ def last_part(path: str) -> str:
     return path
 
 
-def held(seen: RunSeen, corpus: str, step: int) -> Held:
+def held(seen: RunSeen, corpus: str, start: int, step: int) -> Held:
+    """A run validates its student first where stage II starts."""
     of = f"val/{corpus}/" if corpus else "val/"
     first = seen.series.get(f"{of}loss")
-    before = first.values[0] if first and first.steps[0] == 0 and math.isfinite(first.values[0]) else None
+    before = first.values[0] if first and first.steps[0] == start and math.isfinite(first.values[0]) else None
     return Held(before, until(seen, f"{of}loss", step), until(seen, f"{of}teacher_loss", step))
 
 

@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.wandb_artifact:
         from ted_scale.metrics import wandb_export
 
-        wandb_export.check(run, read_progress(checkpoint))
+        wandb_export.check(run, read_progress(checkpoint), folder)
 
     import torch  # imports take seconds; a wrong folder should not wait for them
 
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     print("  from transformers import AutoModelForCausalLM")
     print(f'  model = AutoModelForCausalLM.from_pretrained("{out}", dtype="auto")')
     if arguments.wandb_artifact:
-        print(wandb_export.add(run, read_progress(checkpoint), out))
+        print(wandb_export.add(run, read_progress(checkpoint), folder, out))
 
 
 if __name__ == "__main__":

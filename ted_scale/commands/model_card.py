@@ -115,7 +115,7 @@ def texts(facts: Facts) -> str:
             f"{text.weight:g}",
             text.tokens or UNKNOWN,
             text.held_out or UNKNOWN,
-            read(text),
+            read(text, counts_epochs=facts.run.data.packing == "windows"),
             text.digest or UNKNOWN,
         ]
         for text in facts.texts
@@ -123,11 +123,12 @@ def texts(facts: Facts) -> str:
     return table(["corpus", "weight", "tokens to train on", "held out", "read, and epochs", "digest"], rows)
 
 
-def read(text) -> str:
+def read(text, *, counts_epochs: bool) -> str:
+    """Rows of whole examples are padded, and the padding is among the tokens read: no epochs follow from them."""
     if text.read is None:
         return UNKNOWN
     whole = int(text.tokens.replace(",", "")) if text.tokens else 0
-    return f"{text.read:,}" + (f", {text.read / whole:.3g} epochs" if whole else "")
+    return f"{text.read:,}" + (f", {text.read / whole:.3g} epochs" if whole and counts_epochs else "")
 
 
 def training(facts: Facts) -> list[list[str]]:
@@ -201,9 +202,6 @@ def version_of(name: str) -> str | None:
 
 
 def commit() -> str:
-    """Of a checkout alone: an installed package may lie in a repository of its user."""
-    if not (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file():
-        return UNKNOWN
     from ted_scale.metrics.tracking import git_facts
 
     return git_facts().get("git_commit", UNKNOWN)

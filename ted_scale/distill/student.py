@@ -14,7 +14,7 @@ from ted_scale.distill import entropies
 from ted_scale.distill.filters import OutputHead
 from ted_scale.distill.normalization import labelled
 from ted_scale.distill.sampling import drawn_pairs, drawn_rows, times_of
-from ted_scale.distill.signal import Losses, Signal, Weights
+from ted_scale.distill.signal import Losses, Signal, Weights, by_row
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
 from ted_scale.kernels.formulas.logits import soften
 from ted_scale.kernels.tokens import valid_weights
@@ -47,25 +47,25 @@ class Student(nn.Module):
         self.vitals = Vitals(run, len(pairs), learns_filters=learns_filters)
 
     def forward(
-        self, batch, signal: Signal | None, weights: Weights | None, denom, taught=None
+        self, batch, signal: Signal | None, weights: Weights | None, denom, taught=None, at=None
     ) -> Losses | torch.Tensor:
-        """The losses. Without weights: the logits. `taught` is the denominator of the teacher's terms where it is another one."""
+        """The losses. Without weights: the logits, or those `at` one position. `taught` is the denominator of the teacher's
+        terms where it is another one."""
         if weights is None:
-            return self.logits(batch)
+            return self.logits(batch, at)
         if self.learns_filters:
             return self.filter_losses(batch, signal, weights, denom)
         return self.student_losses(batch, signal, weights, denom, taught)
 
-    def logits(self, batch) -> torch.Tensor:
-        """As the family itself computes them, [B, T, V]."""
+    def logits(self, batch, at: int | None) -> torch.Tensor:
+        """As the family itself computes them, [B, T, V]; of one position, [B, V]."""
         last_ND, _ = self.run_network(batch, wants_layers=False)
-        own = self.heads.own
+        last, own = by_row(last_ND, batch, at), self.heads.own
 
-        def raw(states_ND, weight):
-            return torch.nn.functional.linear(states_ND, weight, own.bias)
+        def raw(states, weight):
+            return torch.nn.functional.linear(states, weight, own.bias)
 
-        logits = soften(self.head(last_ND, raw), own.softcap, own.logit_scale)
-        return logits.unflatten(0, batch.tokens_BT.shape)
+        return soften(self.head(last, raw), own.softcap, own.logit_scale)
 
     def student_losses(self, batch, signal, weights, denom, taught) -> Losses:
         self.vitals.open(batch, weights)

@@ -3,7 +3,7 @@
 import torch
 
 from ted_scale.data.stream import joined
-from ted_scale.distill.signal import Signal, Weights, parts
+from ted_scale.distill.signal import Signal, Weights, by_row, parts
 from ted_scale.kernels import filtered_states, linear_kl_ce
 from ted_scale.kernels.formulas.logits import soften
 from ted_scale.models.anatomy import Anatomy, StateRecorder, head_of, run_body
@@ -79,12 +79,12 @@ class Teacher:
         return self.engine(batch, wants_layers)
 
     @torch.no_grad()
-    def logits(self, batch) -> torch.Tensor:
-        """As the family itself computes them, [B, T, V]."""
-        last, head = self.run(batch, False, True).last_NE, self.head
+    def logits(self, batch, at: int) -> torch.Tensor:
+        """As the family itself computes them, of one position, [B, V]."""
+        last, head = by_row(self.run(batch, False, True).last_NE, batch, at), self.head
         with gathered(self.projection):
             raw = torch.nn.functional.linear(last, head.weight, head.bias)
-        return soften(raw, head.softcap, head.logit_scale).unflatten(0, batch.tokens_BT.shape)
+        return soften(raw, head.softcap, head.logit_scale)
 
     @torch.no_grad()
     def ce(self, batch, denom) -> torch.Tensor:

@@ -8,13 +8,18 @@ from collections.abc import Callable
 
 import torch
 
+from ted_scale.base.errors import Preempted
 from ted_scale.data.stream import Batch
 from ted_scale.evaluation import turns
+from ted_scale.ranks import agree, pulse, signals
+
+WHAT = "a turn of samples"
+LOOK_TOKENS = 8  # between two looks whether a signal asks to stop, for which the host waits
 
 
 def written(logits: Callable, prompts: list[list[int]], tokens: int, vocabulary: int, device) -> list[list[int]]:
-    """So many tokens after each prompt, on all ranks. `logits` takes a Batch to [B, T, V]. A rank has one prompt at a time.
-    Raises Preempted on all ranks if a signal asks to stop."""
+    """So many tokens after each prompt, on all ranks. `logits` takes a Batch and a position in it to [B, V]. A rank has one prompt
+    at a time. Raises Preempted on all ranks if a signal asks to stop."""
     length = max(map(len, prompts)) + tokens
 
     def answer(numbers: list[int]) -> list[list[int]]:
@@ -22,17 +27,21 @@ def written(logits: Callable, prompts: list[list[int]], tokens: int, vocabulary:
         return [goes_on(logits, prompts[number], tokens, length, vocabulary, device)]
 
     each = [[number] for number in range(len(prompts))]
-    return turns.answered(each, answer, device, "a turn of samples")
+    return turns.answered(each, answer, device, WHAT)
 
 
 @torch.no_grad()
 def goes_on(logits: Callable, prompt: list[int], tokens: int, length: int, vocabulary: int, device) -> list[int]:
-    """What stands right of a token cannot change it, so a row is filled up with zeros."""
+    """What stands right of a token cannot change it, so a row is filled up with zeros. Each token has its own time limit: a turn
+    may be as many forwards of a slow teacher, and a healthy run would end as one that hangs."""
     row_1T = torch.zeros(1, length, dtype=torch.long)
     row_1T[0, : len(prompt)] = torch.tensor(prompt)
     row_1T = row_1T.to(device)
     for at in range(len(prompt), len(prompt) + tokens):
-        row_1T[0, at] = logits(Batch(row_1T, None, None, None))[0, at - 1, :vocabulary].argmax()
+        pulse.doing(WHAT)
+        if (at - len(prompt)) % LOOK_TOKENS == LOOK_TOKENS - 1 and agree.anywhere(signals.asked.is_set(), device):
+            raise Preempted
+        row_1T[0, at] = logits(Batch(row_1T, None, None, None), at - 1)[0, :vocabulary].argmax()
     return row_1T[0, len(prompt) : len(prompt) + tokens].tolist()
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ted_scale.base.beneath import append_to
-from ted_scale.base.errors import Preempted
+from ted_scale.base.errors import Preempted, UserError
 from ted_scale.base.parsing import fits
 from ted_scale.evaluation import greedy, prompts
 from ted_scale.metrics.console import log_line
@@ -41,8 +41,12 @@ def write(plan, teacher, metrics, held_out, student, progress) -> bool:
 
 
 def known(path: Path, step: int) -> tuple[set[str], dict[str, str]]:
-    """(the prompts of this step, the teacher's text for each prompt) in the file."""
-    rows = [row for row in rows_in(path) if fits(row, {"prompt": str})] if path.exists() else []
+    """(the prompts of this step, the teacher's text for each prompt) in the file. A file that cannot be read never stops a run."""
+    try:
+        rows = [row for row in rows_in(path) if fits(row, {"prompt": str})] if path.exists() else []
+    except (OSError, UserError) as error:
+        log_line(f"{path} must be readable, but is not ({why(error)}): samples of step {step} are written anew")
+        rows = []
     there = {row["prompt"] for row in rows if row["step"] == step}
     return there, {row["prompt"]: row["teacher"] for row in rows if isinstance(row.get("teacher"), str)}
 
@@ -50,7 +54,7 @@ def known(path: Path, step: int) -> tuple[set[str], dict[str, str]]:
 def of_student(plan, student, asked: list[prompts.Prompt]) -> dict[str, str]:
     student.eval()
     try:
-        return texts_of(plan, lambda batch: student(batch, None, None, None), asked, student.device)
+        return texts_of(plan, lambda batch, at: student(batch, None, None, None, at=at), asked, student.device)
     finally:
         student.train()
 
@@ -67,10 +71,14 @@ def texts_of(plan, logits, asked: list[prompts.Prompt], device) -> dict[str, str
 
 
 def keep(path: Path, rows: list[dict]) -> None:
-    """A full disk loses them, and never stops a run."""
+    """A full disk or a strange file loses them, and never stops a run: this rank alone would end, and the others wait."""
     try:
         with append_to(path) as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
         log_line(f"{len(rows)} samples of step {rows[0]['step']} are in {path}")
-    except OSError as error:
-        log_line(f"{path} must be writable, but is not ({error.strerror}): samples of step {rows[0]['step']} are lost")
+    except (OSError, UserError) as error:
+        log_line(f"{path} must be writable, but is not ({why(error)}): samples of step {rows[0]['step']} are lost")
+
+
+def why(error: OSError | UserError) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -132,13 +132,19 @@ def why_not(error: Exception) -> str:
     return f"it could not be reached ({said(error)})"
 
 
-def begun(run: Run, run_id: str, mode: Literal["online", "offline"], last_upload: dict = LAST_UPLOAD):
+def begun(
+    run: Run,
+    run_id: str,
+    mode: Literal["online", "offline"],
+    last_upload: dict = LAST_UPLOAD,
+    folder: Path | None = None,
+):
     import wandb
 
     settings = run.wandb
     wandb_run = wandb.init(
         project=settings.project, entity=settings.entity, group=group_of(run), job_type=job_of(run), name=run.name,
-        id=run_id, tags=settings.tags, notes=settings.notes, dir=str(run.folder), config=run.model_dump(by_alias=True),
+        id=run_id, tags=settings.tags, notes=settings.notes, dir=str(folder or run.folder), config=run.model_dump(by_alias=True),
         mode=mode, resume="allow",
         settings=wandb.Settings(silent=True, console="off", init_timeout=ATTEMPT_S, **last_upload, **git_facts()),
     )  # fmt: skip
@@ -201,10 +207,14 @@ def has_key() -> bool:
 
 
 def git_facts() -> dict[str, str]:
-    """Commit and remote of the code. W&B itself would keep the user name in the remote's URL, which may be a token of GitHub."""
+    """Commit and remote of the code, from a checkout alone: an installed package may lie in a repository of its user. W&B itself
+    would find that one, and would keep the user name in the remote's URL, which may be a token of GitHub."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / "pyproject.toml").is_file():
+        return {"disable_git": True}
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+        command = ["git", "-C", str(checkout), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     facts = {}

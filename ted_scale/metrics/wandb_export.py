@@ -5,20 +5,27 @@ Note: there is no time limit on the upload, unlike at a run's end: nothing waits
 
 from pathlib import Path
 
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import Gone, UserError
+from ted_scale.checkpoints import holder
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.config.run import Run
 from ted_scale.metrics.tracking import begun, said, start_service, why_offline
 
 
-def check(run: Run, progress: Progress) -> None:
-    """Before minutes of export."""
+def check(run: Run, progress: Progress, folder: Path) -> None:
+    """Before minutes of export. A run that still trains has its W&B run open, and the export would finish it."""
     if run.wandb is None or run.wandb.mode == "disabled" or progress.wandb_id is None:
         raise UserError("--wandb-artifact must have a run that W&B knows, but this one has no W&B run; leave it out")
+    try:
+        holder.when_free(folder, holder.look(folder))
+    except Gone:
+        raise UserError(
+            f"--wandb-artifact must have a run that no process uses, but one uses {folder}; wait for its end, or leave it out"
+        ) from None
 
 
-def add(run: Run, progress: Progress, folder: Path) -> str:
-    """Returns what was done, as a line."""
+def add(run: Run, progress: Progress, folder: Path, export: Path) -> str:
+    """Returns what was done, as a line. `folder` is the run's as it was found: run.toml may name it from another current folder."""
     import wandb
 
     start_service()
@@ -26,18 +33,18 @@ def add(run: Run, progress: Progress, folder: Path) -> str:
     artifact = wandb.Artifact(
         f"{run.name}-export", type="model", metadata={"step": progress.step, "tokens": progress.tokens}
     )
-    artifact.add_dir(str(folder))
+    artifact.add_dir(str(export))
     try:
-        wandb_run = begun(run, progress.wandb_id, "online" if offline is None else "offline", last_upload={})
+        wandb_run = begun(
+            run, progress.wandb_id, "online" if offline is None else "offline", last_upload={}, folder=folder
+        )
         wandb_run.log_artifact(artifact, aliases=[f"step-{progress.step}"])
         wandb_run.finish()
     except Exception as error:  # W&B's own errors have no common class; the export itself is whole
         raise UserError(
-            f"W&B must take the export, but does not ({said(error)}); {folder} is whole, try again"
+            f"W&B must take the export, but does not ({said(error)}); {export} is whole, try again"
         ) from error
     later = (
-        ""
-        if offline is None
-        else f"; W&B is offline{offline}; `wandb sync {run.folder}/wandb/offline-run-*` uploads it"
+        "" if offline is None else f"; W&B is offline{offline}; `wandb sync {folder}/wandb/offline-run-*` uploads it"
     )
     return f"the artifact {artifact.name} is in the W&B run {progress.wandb_id}{later}"

@@ -191,12 +191,20 @@ def make_repository(folder: Path, remote: str) -> None:
 
 def test_the_git_remote_is_reported_without_its_credentials(tmp_path, monkeypatch):
     repository = tmp_path / "repository"
-    (repository / "ted_scale").mkdir(parents=True)
+    repository.mkdir()
     make_repository(repository, f"https://{GIT}:x-oauth-basic@github.com/a/b.git")
-    monkeypatch.setattr(tracking, "__file__", str(repository / "ted_scale" / "metrics.py"))
+    (repository / "pyproject.toml").touch()
+    monkeypatch.setattr(tracking, "__file__", str(repository / "ted_scale" / "metrics" / "tracking.py"))
     facts = tracking.git_facts()
     assert facts["git_remote_url"] == "https://***@github.com/a/b.git" and len(facts["git_commit"]) == 40
-    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "metrics.py"))
+
+
+def test_a_package_that_is_installed_in_a_users_repository_reports_nothing_of_it(tmp_path, monkeypatch):
+    make_repository(tmp_path, "https://github.com/user/private.git")
+    (tmp_path / "pyproject.toml").touch()
+    installed = tmp_path / ".venv" / "site-packages" / "ted_scale" / "metrics" / "tracking.py"
+    monkeypatch.setattr(tracking, "__file__", str(installed))
+    installed.parent.mkdir(parents=True)
     assert tracking.git_facts() == {"disable_git": True}
 
 
@@ -248,6 +256,7 @@ def test_a_whole_run_writes_no_secret_anywhere(tmp_path):
         name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"
     }  # another test's W&B process
     env |= {**inherited, **PLANTED, "SLURM_JOB_ID": "jobnumber77", "PYTHONPATH": str(checkout)}
+    (checkout / "pyproject.toml").touch()  # as a checkout has it
 
     def start(script, *arguments):
         command = [sys.executable, script, "--config", str(config), *arguments]

@@ -21,8 +21,7 @@ stage student: 6 steps, 1,536 tokens, 0.1 epochs, 1.54e+12 FLOPs
 10:00:01 losses: triton kernels on NVIDIA H100 80GB HBM3 (sm_90) (auto)
 """
 ROWS = [
-    {"step": 0, "tokens": 0, "val/loss": 6.0, "val/teacher_loss": 3.25},
-    {"step": 4, "tokens": 1024, "val/loss": 5.5, "data/web/tokens": 1024},
+    {"step": 4, "tokens": 1024, "val/loss": 5.5, "val/teacher_loss": 3.25, "data/web/tokens": 1024},
     {"step": 10, "tokens": 2560, "val/loss": 4.5, "data/web/tokens": 2560, "val/suite/arc_easy": 0.25},
 ]
 
@@ -52,7 +51,7 @@ def card_of(tmp_path: Path, **more) -> str:
 def test_the_card_says_what_the_runs_files_say(tmp_path):
     text = card_of(tmp_path)
     for said in (
-        "| teacher | teacher: llama, 4 blocks", "27b57e21016a", "| all | 6 | 4.5 | 3.25 |",
+        "| teacher | teacher: llama, 4 blocks", "27b57e21016a", "| all | 5.5 | 4.5 | 3.25 |",
         "| web | 1 | 152,075 | 5,939 | 2,560, 0.0168 epochs",
         "2e+09 in stage filters, 1.54e+12 in stage student", "NVIDIA H100 80GB HBM3 (sm\\_90)",
         "| ranks of the last start | 8 |",
@@ -60,6 +59,12 @@ def test_the_card_says_what_the_runs_files_say(tmp_path):
         "ce 1, kl 1, layer 1", "10, 2,560, of 256 a step", "step 10 of 10", "arc\\_easy | 0.25", "arxiv.org/abs/2210.01351",
     ):  # fmt: skip
         assert said in text, said
+
+
+def test_rows_of_whole_examples_have_padding_and_so_no_epochs(tmp_path):
+    corpora = [{"path": str(tmp_path / "web"), "validation": 0.1}]
+    text = card_of(tmp_path, data={"corpora": corpora, "packing": "examples", "attention": "document"})
+    assert "5,939 | 2,560 |" in text
 
 
 def test_its_head_is_the_hubs_and_names_only_models_that_are_there(tmp_path):
@@ -73,7 +78,7 @@ def test_its_head_is_the_hubs_and_names_only_models_that_are_there(tmp_path):
 
 def test_a_checkpoint_before_the_end_knows_nothing_of_what_came_later(tmp_path):
     text = card_of(tmp_path, step=4)
-    assert "| all | 6 | 5.5 | 3.25 |" in text and "4.5 |" not in text.replace("5.5 |", "")
+    assert "| all | 5.5 | 5.5 | 3.25 |" in text and "4.5 |" not in text.replace("5.5 |", "")
     assert "arc" not in text.partition("## Limits")[2].partition("## Use")[0]
     assert "with all steps of the run" in text and "step 4 of 10" in text
 

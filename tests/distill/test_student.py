@@ -288,7 +288,9 @@ def test_logits_are_the_family_s_own_to_the_last_bit(tmp_path, family):
     with torch.no_grad():
         ours = parts.student(batch, None, None, None)
         theirs = own_model(tmp_path / "student", attn_implementation=attention.NAME)(batch.tokens_BT).logits
+        one = parts.student(batch, None, None, None, at=3)
     assert torch.equal(ours, theirs)
+    torch.testing.assert_close(one, theirs[:, 3])
 
 
 @pytest.mark.parametrize("stage", ["filters", "student"])

@@ -1,6 +1,8 @@
 """Samples of text in training: what is refused before a start, and what a step writes. Two ranks: test_distributed.py."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ from sample_scenarios import make_speaker
 from tiny import make_corpus, make_model, make_run
 from tokenizers import Tokenizer
 
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import Preempted, UserError
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.data.stream import open_stream
 from ted_scale.distill.stages import Stage
@@ -20,6 +22,7 @@ from ted_scale.metrics import samples
 from ted_scale.metrics.metrics import Metrics
 from ted_scale.metrics.rows import SAMPLES
 from ted_scale.plan import make_plan
+from ted_scale.ranks import pulse
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +115,10 @@ def test_beginnings_of_held_out_text_are_taken_from_the_corpora_in_turn(root):
 def test_each_token_is_the_likeliest_after_those_before_and_among_those_that_both_models_know():
     """The stand-in's likeliest token is the sum of the last two, and one beyond the vocabulary likelier still."""
 
-    def logits(batch):
+    def logits(batch, at):
         tokens = batch.tokens_BT
         sums = (tokens + torch.roll(tokens, 1)) % 16
-        return torch.nn.functional.one_hot(sums, 20).float() + 2.0 * (torch.arange(20) >= 16)
+        return torch.nn.functional.one_hot(sums, 20).float()[:, at] + 2.0 * (torch.arange(20) >= 16)
 
     assert greedy.written(logits, [[1, 2], [1, 2, 3, 5]], 4, 16, torch.device("cpu")) == [[3, 5, 8, 13], [8, 13, 5, 2]]
     assert greedy.until([3, 5, 8, 5], 8) == [3, 5] and greedy.until([3, 5], 8) == [3, 5]
@@ -135,10 +138,26 @@ class Counter:
     def train(self):
         self.training = True
 
-    def __call__(self, batch, *_):
+    def __call__(self, batch, *_, at):
         assert not self.training
         self.calls += 1
-        return torch.nn.functional.one_hot((batch.tokens_BT + 1) % 128, 128).float()
+        return torch.nn.functional.one_hot((batch.tokens_BT + 1) % 128, 128).float()[:, at]
+
+
+def test_each_token_has_its_own_time_limit_and_a_signal_waits_for_no_whole_turn(monkeypatch):
+    began, calls = [], 0
+
+    def logits(batch, at):
+        nonlocal calls
+        calls += 1
+        began.append(pulse.now)
+        if calls == 3:
+            monkeypatch.setattr(turns.agree, "anywhere", lambda flag, device: True)
+        return torch.zeros(1, 4)
+
+    with pytest.raises(Preempted):
+        greedy.written(logits, [[1]], 100, 4, torch.device("cpu"))
+    assert len({id(one) for one in began}) == calls == greedy.LOOK_TOKENS - 1
 
 
 def test_a_step_writes_its_rows_once_and_their_time_is_no_step_s(root, tmp_path):
@@ -191,3 +210,27 @@ def test_a_full_disk_loses_samples_and_the_run_goes_on(tmp_path, monkeypatch):
     assert said == [
         f"{tmp_path / SAMPLES} must be writable, but is not (No space left on device): samples of step 3 are lost"
     ]
+
+
+def test_a_file_that_cannot_be_read_is_as_good_as_none(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(samples, "log_line", said.append)
+    path = tmp_path / SAMPLES
+    path.mkdir()
+    assert samples.known(path, 3) == (set(), {})
+
+    def broken(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(samples, "rows_in", broken)
+    assert samples.known(path, 3) == (set(), {})
+    assert said[1] == f"{path} must be readable, but is not (Input/output error): samples of step 3 are written anew"
+
+
+def test_a_file_with_a_second_name_gets_no_samples_and_the_run_goes_on(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(samples, "log_line", said.append)
+    (tmp_path / "other").write_text("")
+    os.link(tmp_path / "other", tmp_path / SAMPLES)
+    samples.keep(tmp_path / SAMPLES, [{"step": 3, "prompt": "w5", "student": "w6"}])
+    assert "hard links" in said[0] and (tmp_path / "other").read_text() == ""
