@@ -251,8 +251,8 @@ def stage_flops(plan: Plan, stage: Stage) -> float:
 
 def describe(plan: Plan) -> str:
     """The run's arithmetic, for --dry-run and for the log."""
-    run, train = plan.run, plan.run.train
-    lines = [f"run {run.name}: method {run.method}, {train.precision}, {plan.world} ranks, folder {run.folder}"]
+    run, train, ranks = plan.run, plan.run.train, f"{plan.world} rank{'s' if plan.world > 1 else ''}"
+    lines = [f"run {run.name}: method {run.method}, {train.precision}, {ranks}, folder {run.folder}"]
     for side, anatomy in (("teacher", plan.teacher), ("student", plan.student)):
         if anatomy:
             a = anatomy
@@ -270,7 +270,7 @@ def describe(plan: Plan) -> str:
         lines.append(filter_sizes.describe(plan))
     lines.append(
         f"step: {train.tokens_per_step:,} tokens = {plan.accumulation} accumulation * {train.micro_batch} micro-batch * "
-        + (f"{plan.world} ranks" if plan.readers == plan.world else f"{plan.readers} groups of ranks")
+        + (ranks if plan.readers == plan.world else f"{plan.readers} groups of ranks")
         + f" * {run.data.seq_len} tokens"
     )
     lines += feed.describe(plan.readings)

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     from ted_scale.storage.hub import TOKENIZER, find_folder
 
     folder = find_folder("--teacher", arguments.teacher, TOKENIZER)
-    teacher = inspect("--teacher", str(folder), needs_weights=False, is_frozen=True)
+    teacher = inspect("--teacher", str(folder), needs_weights=Path(arguments.teacher).is_dir(), is_frozen=True)
     places = places_of(arguments, teacher)
     tokens = tokens_of(places, folder)
     if arguments.prepare:
@@ -161,9 +161,11 @@ def prepared(places: Places, tokens: int) -> tuple[Places, int]:
         if manifest_path(places.corpus).exists():
             refuse_another_text(places.text, places.corpus)
         else:
+            print(f"tokenizing {places.text} ...", flush=True)
             tokenize_corpus.main(tokenize_words(places))
         places, tokens = places._replace(text=None), count(places.corpus)
     if places.layers is not None:
+        print(f"cutting {places.student}, and fitting it to its teacher: minutes for 100 M parameters ...", flush=True)
         cut_student.main(cut_words(places, tokens))
         places = places._replace(layers=None)
     return places, tokens
