@@ -18,7 +18,7 @@ import numpy
 
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import parse_json
-from ted_scale.corpora.templates import OWN_TEMPLATE, Span, Template, answer, answers, said_in
+from ted_scale.corpora.templates import Span, Template, answer, answers, said_in
 from ted_scale.corpora.tokenizer import hugging_face
 from ted_scale.corpora.writer import Encoded
 from ted_scale.storage import hub
@@ -184,7 +184,7 @@ def completion_of(reader: Reader, prompt, completion, tools) -> Example:
 def messages_of(reader: Reader, messages, where: str) -> list[dict]:
     """Messages with a role, without keys that are null, as in Parquet; each of the assistant's says something."""
     if not reader.template.text:
-        raise ValueError(f"must be read with a chat template, but the tokenizer has none; {OWN_TEMPLATE}")
+        raise ValueError(f"must be read with a chat template, but the tokenizer has none; give one by --chat-template FILE")
     if not (isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)):
         raise ValueError(f"must have a list of messages in {where}, but has none; correct it or pass --on-error skip")
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
