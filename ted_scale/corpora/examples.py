@@ -184,7 +184,9 @@ def completion_of(reader: Reader, prompt, completion, tools) -> Example:
 def messages_of(reader: Reader, messages, where: str) -> list[dict]:
     """Messages with a role, without keys that are null, as in Parquet; each of the assistant's says something."""
     if not reader.template.text:
-        raise ValueError(f"must be read with a chat template, but the tokenizer has none; give one by --chat-template FILE")
+        raise ValueError(
+            "must be read with a chat template, but the tokenizer has none; give one by --chat-template FILE"
+        )
     if not (isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)):
         raise ValueError(f"must have a list of messages in {where}, but has none; correct it or pass --on-error skip")
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
