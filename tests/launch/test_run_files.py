@@ -43,7 +43,7 @@ def dry_run(root: Path, file: Path, ranks: int) -> Plan:
     make_inputs(root, run)
     plan = make_plan(run, ranks)
     check_engine_config(plan)
-    assert f"{ranks} ranks" in describe(plan)
+    assert f"{ranks} rank" in describe(plan)
     return plan
 
 
