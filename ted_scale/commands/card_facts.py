@@ -21,7 +21,7 @@ SHAPE = r"[\w.-]+, \d+ blocks, width \d+, vocabulary \d+, [\d,.]+ M parameters"
 MODEL = rf"^{{side}}: (?P<shape>{SHAPE}), from .*, fingerprint (?P<print>\w+)$"
 CORPUS = r"^corpus {name}: (?P<tokens>[\d,]+) tokens to train on, (?P<held>[\d,]+) held out, digest (?P<digest>\w+)"
 STAGE = r"^stage (?P<name>\w+): (?P<steps>[\d,]+) steps, .*, (?P<flops>[\d.e+]+) FLOPs$"
-RANKS = r"^(?:\S+ )?run \S+: method \w+, \w+, (?P<ranks>\d+) ranks,"
+RANKS = r"^(?:\S+ )?run \S+: method \w+, \w+, (?P<ranks>\d+) ranks?,"
 DEVICE = r"losses: \w+ kernels on (?P<device>[\w ().+-]+?)(?: \(auto\)|,|$)"
 
 

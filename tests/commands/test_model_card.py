@@ -1,6 +1,7 @@
 """The model card of an export: only what the run's files say, valid for the hub, and without paths, secrets or markup of others."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tiny import run_values, write_run
 
 from ted_scale.checkpoints.life import Spent
 from ted_scale.checkpoints.progress import Progress, progress_as_bytes
+from ted_scale.commands import card_facts
 from ted_scale.commands.model_card import UNKNOWN, write_card
 from ted_scale.config.run import Run
 
@@ -120,3 +122,7 @@ def test_no_path_of_this_disk_no_secret_and_no_markup_of_others(tmp_path, monkey
 @pytest.mark.parametrize("log", ["\xff\xfe" * 100, "teacher: " * 10_000, "losses: a kernels on " + "x" * 100_000])
 def test_a_log_of_a_stranger_is_no_trouble(tmp_path, log):
     assert UNKNOWN in card_of(tmp_path, log=log)
+
+
+def test_a_run_of_one_rank_has_its_number_of_ranks():
+    assert re.match(card_facts.RANKS, "10:00:00 run tiny: method ted, fp32, 1 rank, folder runs/tiny")["ranks"] == "1"
