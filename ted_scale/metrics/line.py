@@ -55,11 +55,10 @@ def speed(values: dict[str, float]) -> list[str]:
 
 
 def shown(key: str) -> bool:
-    """Whether a line shows it: not the numbers of single pairs, and of a single corpus only its weight in a blend."""
+    """Whether a line shows this loss or score: not those of single pairs, and of a single corpus only its weight in a blend."""
     if key.startswith("blend/"):
         return key.endswith("/weight")
-    whole = key.startswith(("loss/", "val/", "optim/")) and key.count("/") == 1
-    return whole or key.startswith("val/suite/") or key in ("perf/tokens_per_s", "perf/step_ms")
+    return key.startswith("val/suite/") or (key.startswith(("loss/", "val/")) and key.count("/") == 1)
 
 
 def time_left(left: Left | None, stage: str) -> str:

@@ -18,10 +18,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in a worker
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder is on the path, its parent is not
 
 import numpy
-from tokenizers import Tokenizer
 
 from ted_scale.base.exits import run_main
 from ted_scale.corpora.examples import encode_examples, example_of, open_reader
+from tools.bench.tokenization import alone_seconds
 
 BATCH = 256
 
@@ -44,14 +44,6 @@ def ours(reader, records: list[str]) -> tuple[float, int]:
     return time.process_time() - began, tokens
 
 
-def alone(tokenizer: str, texts: list[str]) -> float:
-    """With a new tokenizer each time, because a used one has its words in a cache."""
-    backend = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
-    began = time.process_time()
-    backend.encode_batch_fast(texts, add_special_tokens=False)
-    return time.process_time() - began
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="The rate of templates and masks beside the tokenizer's own.")
     parser.add_argument("--tokenizer", required=True, help="folder with a tokenizer.json")
@@ -69,7 +61,7 @@ def main() -> None:
         reader = open_reader(arguments.tokenizer, arguments.targets, arguments.template, True)
         spent, tokens = ours(reader, records)
         texts = [example_of(reader, record).text for record in records]
-        times.append((spent, alone(arguments.tokenizer, texts)))
+        times.append((spent, alone_seconds(arguments.tokenizer, texts, time.process_time)))
         print(f"templates and masks {tokens / spent:,.0f} tokens/s, alone {tokens / times[-1][1]:,.0f}", flush=True)
     ratio = statistics.median(other / own for own, other in times)
     print(f"{len(records):,} conversations, {tokens:,} tokens; rate of templates and masks / alone: {ratio:.2f}")
