@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def read_records(path: Path) -> Iterator[Record]:
         if kind in (FULL, LAST):
             yield Record.FromString(pieces)
             pieces = b""
+
+
+def finished(path: Path, patience_s: float = 20) -> list[Record]:
+    """The records of a run that was finished: on a busy machine W&B's process writes them after `finish` has returned."""
+    until = time.monotonic() + patience_s
+    while "exit" not in {record.WhichOneof("record_type") for record in read_records(path)}:
+        assert time.monotonic() < until, f"{path} has no end"
+        time.sleep(0.1)
+    return list(read_records(path))
 
 
 def read_rows(records: list[Record]) -> list[dict]:

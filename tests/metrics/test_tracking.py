@@ -10,7 +10,7 @@ import pytest
 import wandb
 from test_metrics import metrics, rows_of, take_steps
 from tiny import make_run
-from wandb_file import read_config, read_records, read_rows
+from wandb_file import finished, read_config, read_records, read_rows
 
 from ted_scale.metrics import tracking
 from ted_scale.metrics.tracking import WandbRun, has_key, open_wandb
@@ -37,7 +37,7 @@ def offline(tmp_path_factory):
             numbers.close()
             time.sleep(1.1)  # W&B names its folders by the second
     files = sorted((run.folder / "wandb").glob("offline-run-*/*.wandb"))
-    return run, ids, [list(read_records(file)) for file in files]
+    return run, ids, [finished(file) for file in files]
 
 
 def test_a_resumed_run_keeps_its_wandb_id(offline):

@@ -2,7 +2,7 @@
 
 import pytest
 from tiny import make_run
-from wandb_file import read_records
+from wandb_file import finished
 
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints import holder
@@ -18,8 +18,9 @@ def test_an_export_is_an_artifact_of_the_run_s_own_wandb_run(tmp_path):
     (export / "config.json").write_text("{}")
     assert "`wandb sync" in add(run, Progress(step=6, tokens=1536, wandb_id="our-id"), folder, export)
     (file,) = (folder / "wandb").glob("offline-run-*-our-id/*.wandb")
-    kept = [r.request.log_artifact.artifact for r in read_records(file) if r.WhichOneof("record_type") == "request"]
-    kept += [r.artifact for r in read_records(file) if r.WhichOneof("record_type") == "artifact"]
+    records = finished(file)
+    kept = [r.request.log_artifact.artifact for r in records if r.WhichOneof("record_type") == "request"]
+    kept += [r.artifact for r in records if r.WhichOneof("record_type") == "artifact"]
     found = {artifact.name: artifact for artifact in kept if artifact.type == "model"}
     assert [entry.path for entry in found["tiny-export"].manifest.contents] == ["config.json"]
     assert "step-6" in found["tiny-export"].aliases and '"tokens":1536' in found["tiny-export"].metadata.replace(

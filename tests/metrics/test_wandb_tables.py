@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tiny import make_run
-from wandb_file import read_records, read_rows
+from wandb_file import finished, read_rows
 
 from ted_scale.metrics.tracking import open_wandb
 from ted_scale.metrics.wandb_tables import add_samples
@@ -26,7 +26,7 @@ def kept(tmp_path_factory):
     wandb_run.tell(lambda opened: add_samples(samples, 10, opened))
     wandb_run.close()
     (file,) = (run.folder / "wandb").glob("offline-run-*/*.wandb")
-    return read_rows(list(read_records(file))), file.parent / "files"
+    return read_rows(finished(file)), file.parent / "files"
 
 
 def test_the_samples_of_all_steps_so_far_are_one_table(kept):
