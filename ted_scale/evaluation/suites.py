@@ -1,8 +1,8 @@
 """Named suites, and where lm-eval finds their tasks: its own definitions with data from the hub, or local files.
 
-With a FOLDER of local files nothing comes from the hub: a task is a YAML file below FOLDER or one of the tasks folder here, and the
-data files that it names are in FOLDER. What is missing is found from the YAML files alone, before a model is loaded. Note:
-such a YAML may call Python functions beside it, so FOLDER must come from somebody you trust.
+With a FOLDER of local files nothing comes from the hub: a task is a YAML file below FOLDER or one of the tasks folder here, and
+the data files that it names are beside it or in FOLDER. What is missing is found from the YAML files alone, before a model is
+loaded. Note: such a YAML may call Python functions, so FOLDER must come from somebody you trust.
 """
 
 import contextlib
@@ -159,13 +159,23 @@ def named_in(members) -> list[str]:
 
 
 def refuse_missing_files(name: str, asked_by: str, known: dict, folder: Path) -> None:
+    place = place_of(name, known, folder)
     for leaf in leaves(name, known):
         for file in local_files(known[leaf].cfg):
-            if not (folder / file).exists():
+            if not (place / file).exists():
                 raise UserError(
-                    f"{asked_by} must find the data of task {leaf}, but {folder / file} is not there; docs/evaluating.md says "
+                    f"{asked_by} must find the data of task {leaf}, but {place / file} is not there; docs/evaluating.md says "
                     "how to make it"
                 )
+
+
+def place_of(name: str, known: dict, folder: Path) -> Path:
+    """Where the paths in its YAML start: the YAML's own folder if all data of the task or group are there, else FOLDER."""
+    members = [known[leaf] for leaf in leaves(name, known)]
+    beside = {member.yaml_path.parent for member in members}
+    files = [file for member in members for file in local_files(member.cfg)]
+    is_beside = len(beside) == 1 and files and all((path / file).exists() for path in beside for file in files)
+    return beside.pop() if is_beside else folder
 
 
 def refuse_generation(name: str, task: dict) -> None:
@@ -200,9 +210,9 @@ def refuse_missing_metric(name: str, folder: Path) -> None:
 
 
 def built(name: str, index, folder: Path | None, keys: Keys) -> list:
-    """Data files are named from FOLDER, as for lm-eval's own command line when it is started there."""
+    """Data files are named from a folder, as for lm-eval's own command line when it is started there."""
     try:
-        with contextlib.chdir(folder) if folder else contextlib.nullcontext():
+        with contextlib.chdir(place_of(name, index.task_index, folder)) if folder else contextlib.nullcontext():
             found = index.load([name])
     except Exception as error:  # datasets and the hub's client raise many kinds
         reason = shortened(clean(": ".join([type(error).__name__, *str(error).split("\n")[:1]])), 300)

@@ -36,7 +36,7 @@ def root(tmp_path_factory):
 
 
 def entry(name="TASK", tags=(), **cfg):
-    return SimpleNamespace(kind=SimpleNamespace(name=name), cfg=cfg, tags=set(tags))
+    return SimpleNamespace(kind=SimpleNamespace(name=name), cfg=cfg, tags=set(tags), yaml_path=Path("tasks/task.yaml"))
 
 
 class Index:
