@@ -70,8 +70,13 @@ def refuse(error: UserError) -> None:
 def item_at(task: Task, place: str, record: str) -> Item:
     try:
         row = parse_json(record)
-        if not isinstance(row, dict):
-            raise ValueError(f"must be a JSON object, but is {type(row).__name__}")
+    except ValueError as error:
+        raise UserError(f"{place} must be a JSON object, but is not ({error}); correct it") from None
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{place} must be a JSON object, but is {type(row).__name__}; name JSON lines, Parquet or Arrow"
+        )
+    try:
         return item_of(task, row)
     except ValueError as error:
         raise UserError(f"{place} {error}") from None

@@ -228,7 +228,7 @@ class Validation(Section):
     tokens: PositiveInt = Field(65536, description="over all corpora that hold some out, as many of each")
     suite: list[str] = Field(
         [],
-        description="log-likelihood tasks of lm-eval, by a suite's name or their own, asked of the student as it stands",
+        description="tasks of lm-eval, by a suite's name or their own, asked of the student as it stands",
     )
     suite_every: PositiveInt = Field(1, description="validations; the first and the last always count")
     suite_files: str | None = Field(None, description="a folder of task files and their data, instead of the hub")

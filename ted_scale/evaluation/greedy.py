@@ -1,9 +1,10 @@
 """Text that a model writes in training, the likeliest token each time, by forwards of whole rows without a cache.
 
 Note: a forward under ZeRO-3 is a collective, so every rank makes as many: a text that ends early is written on, and cut afterwards.
-All forwards of a process have one shape, so that compiled blocks are compiled for it once.
+All forwards of samples have one shape, so that compiled blocks are compiled for it once; those of answers end with the last answer.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,7 @@ from ted_scale.data.stream import Batch
 from ted_scale.evaluation import turns
 from ted_scale.ranks import agree, pulse, signals
 
-WHAT = "a turn of samples"
+WHAT, OF_SUITE = "a turn of samples", "an answer of validation.suite"
 LOOK_TOKENS = 8  # between two looks whether a signal asks to stop, for which the host waits
 
 
@@ -43,6 +44,29 @@ def goes_on(logits: Callable, prompt: list[int], tokens: int, length: int, vocab
             raise Preempted
         row_1T[0, at] = logits(Batch(row_1T, None, None, None), at - 1)[0, :vocabulary].argmax()
     return row_1T[0, len(prompt) : len(prompt) + tokens].tolist()
+
+
+@torch.no_grad()
+def answers(logits: Callable, prompts: list[list[int]], tokens: int, ended: Callable, device) -> list[list[int]]:
+    """At most so many tokens after each of a rank's prompts, in one row each. Every LOOK_TOKENS tokens the ranks look whether
+    one of them has a text that has not `ended`. Raises Preempted on all ranks if a signal asks to stop."""
+    starts_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    rows_BT = torch.zeros(len(prompts), int(starts_B.max()) + tokens, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        rows_BT[row, : len(prompt)] = torch.tensor(prompt)
+    rows_BT, each = rows_BT.to(device), torch.arange(len(prompts), device=device)
+    for count in itertools.count():
+        pulse.doing(OF_SUITE)
+        if count % LOOK_TOKENS == 0:
+            most = min(count, tokens)
+            found = [row[len(prompt) :][:most].tolist() for row, prompt in zip(rows_BT, prompts, strict=True)]
+            if agree.anywhere(signals.asked.is_set(), device):
+                raise Preempted
+            if not agree.anywhere(most < tokens and not all(map(ended, found)), device):
+                return found
+        next_B = logits(Batch(rows_BT, None, None, None), starts_B + min(count, tokens) - 1).argmax(-1)
+        if count < tokens:  # else another rank writes on
+            rows_BT[each, starts_B + count] = next_B
 
 
 def until(ids: list[int], end: int) -> list[int]:

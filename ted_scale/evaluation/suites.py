@@ -14,6 +14,7 @@ from ted_scale.base.errors import UserError, clean, shortened
 
 OURS = Path(__file__).with_name("tasks")
 LIKELIHOODS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")  # lm-eval's kinds of tasks
+WRITES = "generate_until"
 METRIC = "code_eval/code_eval.py"  # what HumanEval and MBPP judge with; a script of the hub and in no package
 
 
@@ -64,15 +65,15 @@ def load(wanted: list[str], folder: Path | None, run_code: bool) -> tuple[Any, A
     return index, Asked(specs, [name for name in code if name not in kept])
 
 
-def load_for_training(wanted: list[str], folder: Path | None) -> dict:
-    """What lm-eval's `evaluate` takes, with all data read. Refuses tasks that need more than log-likelihoods."""
+def load_for_training(wanted: list[str], folder: Path | None, limit: int | None) -> dict:
+    """What lm-eval's `evaluate` takes, with all data read. Refuses tasks that have no bound, or run code."""
     index, asked_by = find(wanted, folder, SETTINGS)
     for name in asked_by:
         for leaf in leaves(name, index.task_index):
-            refuse_generation(leaf, index.task_index[leaf].cfg)
+            refuse_unbounded(leaf, index.task_index[leaf].cfg, limit)
     loaded = index.load(read(index, asked_by, folder, SETTINGS))
     for name, task in loaded["tasks"].items():  # also what a group defines inside itself, which the index does not name
-        refuse_generation(name, {"output_type": task.OUTPUT_TYPE})
+        refuse_unbounded(name, task.dump_config() | {"output_type": task.OUTPUT_TYPE}, limit)
     return loaded
 
 
@@ -178,15 +179,27 @@ def place_of(name: str, known: dict, folder: Path) -> Path:
     return beside.pop() if is_beside else folder
 
 
-def refuse_generation(name: str, task: dict) -> None:
-    kind = task.get("output_type")
+def refuse_unbounded(name: str, task: dict, limit: int | None) -> None:
+    """A validation must take a time that can be known. What writes, writes the likeliest tokens, so many at most."""
+    kind, way = task.get("output_type"), task.get("generation_kwargs") or {}
     if kind in LIKELIHOODS and not task.get("unsafe_code"):
         return
-    does = "runs code that the model writes" if task.get("unsafe_code") else "lets the model write text"
-    raise UserError(
-        f"validation.suite must name tasks that compare log-likelihoods, but {name} {does}; ask it of an export, with "
-        "ted-scale evaluate"
-    )
+    if kind != WRITES or task.get("unsafe_code"):
+        does = "runs code that the model writes" if task.get("unsafe_code") else "is of another kind"
+        raise UserError(
+            f"validation.suite must name tasks that compare log-likelihoods or have the model write, but {name} {does}; ask it "
+            "of an export, with ted-scale evaluate"
+        )
+    if way.get("do_sample") or way.get("temperature") or not way.get("max_gen_toks"):
+        raise UserError(
+            f"validation.suite must name tasks that write the likeliest tokens and say how many, but {name} does not; set "
+            "max_gen_toks and do_sample: false in its generation_kwargs, or ask it of an export, with ted-scale evaluate"
+        )
+    if not limit:
+        raise UserError(
+            f"validation.suite_limit must be set where the model writes its answers, as for {name}, but is not; set how many "
+            "questions a validation asks"
+        )
 
 
 def local_files(task: dict) -> list[str]:
