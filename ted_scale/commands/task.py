@@ -143,6 +143,10 @@ def main(argv: list[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         file = written_to(args.out, args.name, not args.held_out, train, held_out)
     print(f"{len(train):,} items of {args.name} to train on, {len(held_out):,} held out -> {args.out}; judge: {file}")
+    if twice := len({item.prompt for item in train} & {item.prompt for item in held_out}):
+        print(
+            f"{twice:,} prompts are on both sides: take other items for --held-out, or the judge asks what was learned"
+        )
     if not args.held_out:
         print(f"{file.stem} is {OWN_SPLIT}")
 

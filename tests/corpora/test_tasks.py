@@ -1,6 +1,7 @@
 """ted-scale task: rows of known data sets become pairs and a judge; a side of the split; what is refused."""
 
 import json
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -11,6 +12,7 @@ from ted_scale.commands import task
 from ted_scale.corpora import sides
 from ted_scale.corpora.tasks import TASKS, item_of
 
+ROOT = Path(__file__).resolve().parents[2]
 LABELLED = {"label": 1, "idx": 0}
 ROWS = {
     "boolq": {"passage": "P.", "question": "is it", "answer": True},
@@ -47,6 +49,12 @@ def test_each_task_has_its_template_and_its_answer_begins_with_a_space(name):
     item = item_of(TASKS[name], ROWS[name])
     assert (item.prompt, item.completion) == PAIRS[name]
     assert all(answer[0] == " " != answer[1:2] for answer in item.answers)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_document_has_each_template(name):
+    template = TASKS[name].template.replace("\n", "\\n")
+    assert f"| `{name}` | `{template}` |" in (ROOT / "docs/tasks.md").read_text()
 
 
 def test_what_a_model_may_write_is_each_accepted_answer_once_or_that_there_is_none():
@@ -87,7 +95,8 @@ def test_a_file_becomes_pairs_and_what_the_judge_asks_and_a_split_of_its_own_has
     files = [write(tmp_path / f"{name}.jsonl", rows[:n]) for name, n in (("train", 5), ("dev", 3))]
     task.main(["sst2", "--data", files[0], "--held-out", files[1], "--out", str(tmp_path / "given")])
     assert [len(lines(tmp_path / f"given/{name}.jsonl")) for name in ("train", "held_out")] == [5, 3]
-    assert (tmp_path / "given/sst2_held_out.yaml").exists() and "never" not in capsys.readouterr().out
+    assert (tmp_path / "given/sst2_held_out.yaml").exists() and "never" not in (said := capsys.readouterr().out)
+    assert "3 prompts are on both sides" in said
 
 
 @pytest.mark.parametrize(

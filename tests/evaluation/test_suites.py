@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from judged import VOCABULARY, make_judged, make_tasks
+from judged import VOCABULARY, make_judged, make_tasks, make_written
 from launching import run_ranks
 from tiny import PRETRAIN, make_model, make_run, write_run
 
@@ -331,15 +331,20 @@ def test_training_needs_a_limit_for_a_task_that_only_its_group_makes_one_that_wr
 def test_scores_in_training_are_those_of_the_export_to_the_last_bit(root, tmp_path, precision):
     """On two ranks, which share 98 questions, after some steps; and a resume asks what a kill cut off."""
     settings = {"suite": "small", "suite_files": str(make_tasks(tmp_path / "tasks")), "every": 2}
+    if precision == "fp32":  # in bf16 two tokens may be equally likely with a cache alone
+        make_written(tmp_path / "tasks")
+        settings |= {"suite": ["small", "squad_held_out"], "suite_limit": 40}
     run = run_file(root, tmp_path / "runs", precision, **settings)
     file = write_run(tmp_path / "run.toml", run)
     run_ranks(2, PRETRAIN, "--config", str(file))
     first, last = scores_in(run.folder, 0), scores_in(run.folder, 4)
-    assert first.keys() == last.keys() == scores_in(run.folder, 2).keys() and len(last) == 6
+    assert first.keys() == last.keys() == scores_in(run.folder, 2).keys() and len(last) == (
+        8 if precision == "fp32" else 6
+    )
     assert first["val/suite/lambada_openai/perplexity"] > last["val/suite/lambada_openai/perplexity"]
 
     export_hf.main([str(run.folder)])
-    words = ["--suite", "small", "--tasks", settings["suite_files"], "--device", "cpu"]
+    words = ["--suite", *run.validation.suite, "--tasks", settings["suite_files"], "--device", "cpu"]
     evaluate.main([str(run.folder / "export"), *words, "--json", str(tmp_path / "scores.json")])
     (model,) = json.loads((tmp_path / "scores.json").read_text())["models"]
     assert {f"val/suite/{s['what']}/{s['metric']}": s["value"] for s in model["scores"]} == last
