@@ -4,7 +4,6 @@ Note: a forward under ZeRO-3 is a collective, so every rank makes as many: a tex
 All forwards of samples have one shape, so that compiled blocks are compiled for it once; those of answers end with the last answer.
 """
 
-import itertools
 from collections.abc import Callable
 
 import torch
@@ -48,25 +47,31 @@ def goes_on(logits: Callable, prompt: list[int], tokens: int, length: int, vocab
 
 @torch.no_grad()
 def answers(logits: Callable, prompts: list[list[int]], tokens: int, ended: Callable, device) -> list[list[int]]:
-    """At most so many tokens after each of a rank's prompts, in one row each. Every LOOK_TOKENS tokens the ranks look whether
-    one of them has a text that has not `ended`. Raises Preempted on all ranks if a signal asks to stop."""
-    starts_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    rows_BT = torch.zeros(len(prompts), int(starts_B.max()) + tokens, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        rows_BT[row, : len(prompt)] = torch.tensor(prompt)
+    """At most so many tokens after each of a rank's prompts, in one row each. `logits` takes a Batch and a position in each row to
+    [B, V]. Raises Preempted on all ranks if a signal asks to stop."""
+    rows_BT = torch.zeros(len(prompts), max(map(len, prompts)) + tokens, dtype=torch.long)
+    for row_T, prompt in zip(rows_BT, prompts, strict=True):
+        row_T[: len(prompt)] = torch.tensor(prompt)
     rows_BT, each = rows_BT.to(device), torch.arange(len(prompts), device=device)
-    for count in itertools.count():
+    starts_B, count = torch.tensor([len(prompt) for prompt in prompts], device=device), 0
+
+    def so_far() -> list[list[int]]:
+        most = min(count, tokens)
+        return [row_T[len(prompt) :][:most].tolist() for row_T, prompt in zip(rows_BT, prompts, strict=True)]
+
+    while count % LOOK_TOKENS or anyone_writes(count < tokens and not all(map(ended, so_far())), device):
         pulse.doing(OF_SUITE)
-        if count % LOOK_TOKENS == 0:
-            most = min(count, tokens)
-            found = [row[len(prompt) :][:most].tolist() for row, prompt in zip(rows_BT, prompts, strict=True)]
-            if agree.anywhere(signals.asked.is_set(), device):
-                raise Preempted
-            if not agree.anywhere(most < tokens and not all(map(ended, found)), device):
-                return found
         next_B = logits(Batch(rows_BT, None, None, None), starts_B + min(count, tokens) - 1).argmax(-1)
         if count < tokens:  # else another rank writes on
             rows_BT[each, starts_B + count] = next_B
+        count += 1
+    return so_far()
+
+
+def anyone_writes(this_rank: bool, device) -> bool:
+    if agree.anywhere(signals.asked.is_set(), device):
+        raise Preempted
+    return agree.anywhere(this_rank, device)
 
 
 def until(ids: list[int], end: int) -> list[int]:

@@ -36,7 +36,7 @@ def test_each_row_goes_on_from_its_own_end_until_all_have_ended():
 
 def test_a_rank_that_has_ended_makes_as_many_forwards_as_the_one_that_writes_longest(monkeypatch):
     calls, other_rank = [], iter([False, True] * 3 + [False, False])  # at each look: asked to stop, still writing
-    monkeypatch.setattr(greedy.agree, "anywhere", lambda flag, device: flag or next(other_rank))
+    monkeypatch.setattr(greedy.agree, "anywhere", lambda flag, device: next(other_rank) or flag)
     assert greedy.answers(sums(calls), [[1, 2]], 3, lambda ids: False, CPU)[0] == [3, 5, 8]
     assert len(calls) == 3 * greedy.LOOK_TOKENS
 
