@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from ted_scale.base.parsing import parse_json
 from ted_scale.base.packages import install, requirement_of
+from ted_scale.base.parsing import parse_json
 from ted_scale.doctor.finding import MISSING, NOTE, OK, ROOT, Ended, Finding, last_error, run, size
 
 PROBE_S = 240  # torch, transformers and DeepSpeed are imported, from a file server too

@@ -11,9 +11,9 @@ import time
 import pytest
 from places import ROOT
 
+from ted_scale.base import packages, shipped
 from ted_scale.base.errors import UserError
 from ted_scale.commands import doctor
-from ted_scale.base import packages, shipped
 from ted_scale.doctor import disk, machine, outside, ranks, software
 from ted_scale.doctor.finding import MISSING, NOTE, OK, Ended, Finding, bounded, run
 from ted_scale.storage import objects
