@@ -20,6 +20,7 @@ from ted_scale.commands import tokenize_corpus, train_tokenizer
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import load_run
 
+EXAMPLE = "launch/runs/llama3_8b_to_1b.toml"
 ONLY_PARSED = {  # the beginning of a command, and why no test runs it
     "make": "installs packages, or is the suite",
     "pip": "installs packages",
@@ -38,6 +39,7 @@ ONLY_PARSED = {  # the beginning of a command, and why no test runs it
     **dict.fromkeys((".", "cat", "cd", "cp", "export", "mkdir", "rm", "tar", "unzip"), "is the shell's"),
     "cc": "is the compiler; tests/test_faulty_files.py",
 }
+RUN_ELSEWHERE = {"goodput": "tests/commands/test_goodput.py"}  # as the document has it, with what it prints
 READS: dict[str, dict[str, str]] = {  # by command: which of its arguments name what
     "doctor": {"folder": "any_folder", "hostfile": "hosts"},
     "init": {"teacher": "model", "text": "texts"},
@@ -52,7 +54,6 @@ READS: dict[str, dict[str, str]] = {  # by command: which of its arguments name 
     "compare": {"plan": "plan"},
     "export": {"source": "run"},
     "evaluate": {"models": "model", "corpora": "corpus"},
-    "goodput": {},
     "wandb-workspace": {"run": "run"},
     "completion": {},
 }
@@ -95,14 +96,14 @@ class Place:
         folder.mkdir()
         shutil.copytree(ROOT / "launch", folder / "launch")
         (folder / "ds_configs").symlink_to(ROOT / "ds_configs")
+        (folder / "FILE").symlink_to(ROOT / "ds_configs/zero3.json")
 
     def model(self, path: Path) -> None:
         self._linked(self.world / "teacher", path)
 
     def corpus(self, path: Path) -> None:
-        for end in (".bin", ".idx", ".json", ".manifest.json"):
-            if (source := self.world / f"corpus{end}").exists():
-                self._linked(source, Path(f"{path}{end}"))
+        for end in (".bin", ".idx", ".json"):
+            self._linked(self.world / f"corpus{end}", Path(f"{path}{end}"))
 
     def run(self, path: Path) -> None:
         """Of one of its checkpoints, too: a copy, because a run's files are no links."""
@@ -111,11 +112,10 @@ class Place:
             shutil.copytree(self.world / "runs/tiny", path)
 
     def run_file(self, path: Path) -> None:
-        """With hollow models and corpora, if it is one of launch/."""
+        """One of launch/, with hollow models and corpora; another name stands for one of them."""
         if not path.exists():
-            shutil.copy(self.world / "run.toml", path)
-        elif path.parts[:2] == ("launch", "runs"):
-            self.hollow(load_run(path))
+            shutil.copy(ROOT / EXAMPLE, path)
+        self.hollow(load_run(path))
 
     def hollow(self, run: Run) -> None:
         """A student that only commands make is as large as one of a run file."""
@@ -125,11 +125,8 @@ class Place:
         make_inputs(self.folder, run)
 
     def plan(self, path: Path) -> None:
-        self.run_file(Path("RUN.toml"))
         if not path.exists():
-            path.write_text(
-                'run = "RUN.toml"\nfolder = "compared"\n[budget]\ntokens = 64\n[arms]\nce = ["method=ce"]\n'
-            )
+            shutil.copy(ROOT / "launch/plans/smollm2_third.toml", path)
 
     def texts(self, path: Path) -> None:
         """A folder, or a file of the kind that its name says."""
