@@ -27,7 +27,7 @@ from ted_scale.doctor.machine import Probed
 from ted_scale.evaluation.suites import Asked
 from ted_scale.forecast import machine
 
-DRY = ("pretrain", "compare")  # what they start is stopped, or never begun
+DRY = ("pretrain", "plan", "compare")  # with hollow models; what they start is stopped, or never begun
 PRETRAIN = ("launch/pretrain.py", "ted_scale.commands.pretrain")
 RANKS = re.compile(r"--num_gpus[ =](\d+)|--nproc_per_node[ =](\d+)")
 
@@ -67,10 +67,9 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory, world) -> Place:
+def checkout(tmp_path_factory) -> Place:
     """Where plans and dry runs share their hollow models, on a machine that was calibrated."""
-    place = Place(tmp_path_factory.mktemp("hollow") / "checkout", world)
-    (place.folder / "runs").mkdir()
+    place = Place(tmp_path_factory.mktemp("hollow") / "checkout")
     machine.write(place.folder / "runs" / machine.FILE, machine.named("h100", "bf16"))
     return place
 
@@ -88,10 +87,17 @@ def alone(monkeypatch):
 
 
 @pytest.mark.parametrize("words", [w for w in OWN if w[0] in READS], ids=" ".join)
-def test_a_command_runs(words, world, checkout, tmp_path, alone, monkeypatch):
-    place = checkout if words[0] == "plan" else Place(tmp_path / "place", world)
+def test_a_command_runs(words, world, tmp_path, alone, monkeypatch):
+    place = Place(tmp_path / "place", world)
     monkeypatch.chdir(place.folder)
     start(words, place, monkeypatch)
+
+
+@pytest.mark.parametrize("words", [w for w in OWN if w[0] == "plan"], ids=" ".join)
+def test_a_run_is_forecast(words, checkout, alone, monkeypatch):
+    monkeypatch.chdir(checkout.folder)
+    checkout.run_file(Path(words[1]))
+    start(words, checkout, monkeypatch)
 
 
 @pytest.mark.parametrize("words", [w for w in OWN if w[0] == "pretrain"], ids=" ".join)

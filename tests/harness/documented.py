@@ -48,10 +48,8 @@ READS: dict[str, dict[str, str]] = {  # by command: which of its arguments name 
     "inspect": {"path": "corpus"},
     "new-model": {"tokenizer": "model"},
     "cut-student": {"teacher": "model", "text": "corpus"},
-    "plan": {"run": "run_file"},
     "checkpoints": {"run": "run"},
     "report": {"runs": "run"},
-    "compare": {"plan": "plan"},
     "export": {"source": "run"},
     "evaluate": {"models": "model", "corpora": "corpus"},
     "wandb-workspace": {"run": "run"},
@@ -91,7 +89,7 @@ def make_world(root: Path) -> Path:
 class Place:
     """A fresh folder in which one command finds what it names."""
 
-    def __init__(self, folder: Path, world: Path):
+    def __init__(self, folder: Path, world: Path | None = None):
         self.folder, self.world = folder, world
         folder.mkdir()
         shutil.copytree(ROOT / "launch", folder / "launch")
