@@ -55,9 +55,8 @@ READS: dict[str, dict[str, str]] = {  # by command: which of its arguments name 
     "wandb-workspace": {"run": "run"},
     "completion": {},
 }
-STANDS_FOR = {  # hollow models of run files, for those that a plan or a --set names beside them
-    "models/few_teacher_untrained": "models/few_teacher",
-}
+# Models that no run file names; all others stand for a cut SmolLM2.
+STANDS_FOR = {"models/few_teacher_untrained": "models/few_teacher"}
 TINY = {  # instead of sizes that only a real model or machine has
     "cut-student": {"layers": 2, "keep": "0,3", "hidden": 16, "ffn": 32, "heads": 2, "kv_heads": 1, "tokens": 256,
                     "seq_len": 32, "device": "cpu"},
@@ -119,7 +118,9 @@ class Place:
         """A student that only commands make is as large as one of a run file."""
         for model in filter(None, (run.student, run.teacher)):
             if model.path not in MODELS | CUTS:
-                self._linked(make_hollow_model(self.folder, STANDS_FOR[model.path]), Path(model.path))
+                self._linked(
+                    make_hollow_model(self.folder, STANDS_FOR.get(model.path, "models/smollm2_third")), Path(model.path)
+                )
         make_inputs(self.folder, run)
 
     def plan(self, path: Path) -> None:
