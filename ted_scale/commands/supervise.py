@@ -32,7 +32,11 @@ from ted_scale.ranks import hosts
 from ted_scale.ranks.signals import descendants_of, ranks_below
 
 PR_SET_CHILD_SUBREAPER = 36
-FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1, signal.SIGINT: signal.SIGTERM}
+FORWARDED: dict[int, int] = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGINT: signal.SIGTERM,
+}
 POLL_S = 0.3
 KILLED_S = 60  # a process that waits for a device or a file system does not react to SIGKILL
 received: list[int] = []
