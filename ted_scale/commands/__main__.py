@@ -22,6 +22,7 @@ COMMANDS = {  # in the order in which a run needs them: the file, and what it do
     "cut-student": ("cut_student", "a student cut from a teacher"),
     "plan": ("plan", "what a run needs, how fast it is and which way is best, without a GPU"),
     "pretrain": ("pretrain", "train the run of a run file on one rank; DeepSpeed's launcher starts several"),
+    "supervise": ("supervise", "start a run again after failures, and give its ranks time to save"),
     "checkpoints": ("checkpoints", "list, verify or prune a run's checkpoints"),
     "report": ("report", "a page of a run or of several"),
     "compare": ("compare", "methods under equal conditions"),

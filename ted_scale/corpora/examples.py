@@ -1,6 +1,6 @@
 """Conversations and prompts with completions as documents whose tokens are targets or not.
 
-`tools/tokenize_corpus.py --targets` reads them. A record is rendered whole and encoded whole, many at a time, and the offsets of
+`ted-scale tokenize --targets` reads them. A record is rendered whole and encoded whole, many at a time, and the offsets of
 the tokens say which of them hold a character of an answer. Note: a token across the border of an answer therefore counts, and
 no text is encoded in pieces, which would give other tokens than the model will see.
 """

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ted_scale.base.errors import UserError, clean, shortened
+from ted_scale.base.packages import install_extra
 
 OURS = Path(__file__).with_name("tasks")
 LIKELIHOODS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")  # lm-eval's kinds of tasks
@@ -98,7 +99,7 @@ def index_of(folder: Path | None, keys: Keys):
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError(
-            f"lm-eval must be installed for {keys.suite}, but is not; `pip install -e '.[eval]'` installs it"
+            f"lm-eval must be installed for {keys.suite}, but is not; {install_extra('eval')} installs it"
         ) from None
     if folder is None:
         return TaskManager()
