@@ -8,6 +8,7 @@ from plain import build, make_batch, make_world
 from tiny import make_run
 
 from ted_scale.distill import memory
+from ted_scale.distill.normalization import count_taught
 from ted_scale.models import quantized
 from ted_scale.models.anatomy import run_body
 from ted_scale.models.engine_config import KEPT_WHOLE, setting, teacher_config
@@ -180,19 +181,35 @@ def test_activations_are_what_a_forward_s_graph_keeps(world, side):
     assert memory.kept_a_token(anatomy, torch.float32) == pytest.approx(real, rel=0.02)
 
 
-@pytest.mark.parametrize("method", ["ce", "kd", "ted"])
-def test_the_most_that_a_forward_has_is_the_moment_of_its_loss(world, method):
+@pytest.mark.parametrize(
+    ("method", "tokens"), [("ce", "targets"), ("kd", "targets"), ("ted", "targets"), ("kd", "all"), ("ted", "all")]
+)
+def test_the_most_that_a_forward_has_is_the_moment_of_its_loss(world, method, tokens):
     """Counted tensors of student, teacher and losses without DeepSpeed, beside what the plan says of that moment."""
-    parts = build(world, method=method, train={"micro_batch": 32, "tokens_per_step": 1024})
+    parts = build(world, method=method, loss={"tokens": tokens}, train={"micro_batch": 32, "tokens_per_step": 1024})
     weights, batch = parts.stage.weights(parts.stage.first_step), make_batch(32, 32)
+    taught = count_taught(parts.plan.run.loss, [batch])
 
     def forward():
         signal = parts.teacher(batch, weights) if parts.teacher else None
-        return parts.student(batch, signal, weights, torch.tensor(1024.0)).total
+        return parts.student(batch, signal, weights, torch.tensor(1024.0), taught).total
 
     forward()
     moment = memory.moments(parts.plan, parts.stage, "cpu")[1]
     assert sum(moment.values()) == pytest.approx(peak_bytes(forward), rel=0.05)
+
+
+def test_a_text_with_a_pass_of_its_own_keeps_a_second_gradient_of_the_head_until_the_backward(world):
+    def moments(**sections):
+        plan = of(world, **sections)[0]
+        return plan, memory.moments(plan, plan.stages[-1], "cpu")
+
+    plan, targets = moments(method="kd")
+    _, both = moments(method="kd", loss={"tokens": "all"})
+    more = [b.get("loss gradients", 0) - t.get("loss gradients", 0) for b, t in zip(both, targets, strict=True)]
+    second = 4 * plan.student.head_width * (plan.student.vocab_size + 32)
+    assert more == [0, second, second, 0, 0]
+    assert moments(method="ce", loss={"tokens": "all"})[1] == moments(method="ce")[1]
 
 
 def test_terms_are_what_rests_and_the_moment_that_needs_most(world):

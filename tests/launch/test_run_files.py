@@ -23,7 +23,8 @@ RUNS = sorted((ROOT / "launch/runs").glob("*.toml"))
 PLANS = sorted((ROOT / "launch/plans").glob("*.toml"))
 LAUNCHED = re.compile(r"^#   .*--num_gpus (\d+) .*launch/pretrain.py", re.M)
 HEADER = re.compile(
-    r"^# Dry run with --ranks (\d+) on a (CPU|GPU): ([\d.]+) GiB a rank(?: in stage I, ([\d.]+) in stage II)?; (\S+?)(?: and (\S+))? FLOPs",
+    r"^# Dry run with --ranks (\d+) on a (CPU|GPU): ([\d.]+) GiB a rank(?: in stage I, ([\d.]+) in stage II)?; "
+    r"(\S+?)(?: and (\S+))? FLOPs",
     re.M,
 )
 GPU_GIB = 70  # of the 80 GB = 74.5 GiB of a GPU; the rest is the process and what the allocator keeps
