@@ -273,8 +273,9 @@ def loss_gradients(plan, stage: Stage) -> float:
 
 
 def of_logits(plan) -> float:
-    """Of the head's weight and of its input, once for each pass over the logits."""
-    a, passes = plan.student, logit_passes(plan.run.loss, plan.run.terms.get("kl"))
+    """Of the head's weight and of its input, once for each pass over the logits; strict mode forms them one after the other."""
+    a, strict = plan.student, plan.run.loss.mode == "strict"
+    passes = 1 if strict else logit_passes(plan.run.loss, plan.run.terms.get("kl"))
     return passes * a.head_width * (4 * a.vocab_size + bytes_of(plan) * tokens_of(plan))
 
 
