@@ -34,7 +34,7 @@ import torch
 
 from ted_scale.distill.filter_sizes import filter_parameters
 from ted_scale.distill.filters import keeps_filtered
-from ted_scale.distill.normalization import logit_passes
+from ted_scale.distill.normalization import gradient_passes
 from ted_scale.distill.stages import Stage
 from ted_scale.kernels.formulas.divergences import scratch
 from ted_scale.kernels.products import rows_per_chunk
@@ -120,8 +120,7 @@ def resting(plan, stage: Stage, device: str) -> dict[str, float]:
 
 
 def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
-    """What lives for a part of a step: in frozen forwards, while a loss is formed, at the head's backward, at a block's, in the
-    update."""
+    """What lives for a part of a step: in frozen forwards, while a loss forms, at the head's backward, a block's, in the update."""
     b, trained = bytes_of(plan), trained_parameters(plan, stage)
     stays = b * plan.student.parameters if keeps_student_whole(plan, device) else 0
     once = plan.run.train.reduce_once and plan.world > 1
@@ -174,11 +173,8 @@ def reduction(plan, trained: float, b: int, device: str) -> float:
     bucket, contiguous = (setting(plan, key, device) for key in ("reduce_bucket_size", "contiguous_gradients"))
     used, largest = min(bucket, trained), min(trained, plan.student.vocab_size * plan.student.head_width)
     buffer = (used if device == "cpu" else bucket) if contiguous else 0
-    return (
-        4 * buffer
-        + b * (largest if contiguous else max(used, largest))
-        + (4 * max(used, largest) if plan.world > 1 else 0)
-    )
+    whole = largest if contiguous else max(used, largest)
+    return 4 * buffer + b * whole + (4 * max(used, largest) if plan.world > 1 else 0)
 
 
 def keeps_student_whole(plan, device: str) -> bool:
@@ -273,10 +269,9 @@ def loss_gradients(plan, stage: Stage) -> float:
 
 
 def of_logits(plan) -> float:
-    """Of the head's weight and of its input, once for each pass over the logits; strict mode forms them one after the other."""
-    a, strict = plan.student, plan.run.loss.mode == "strict"
-    passes = 1 if strict else logit_passes(plan.run.loss, plan.run.terms.get("kl"))
-    return passes * a.head_width * (4 * a.vocab_size + bytes_of(plan) * tokens_of(plan))
+    """Of the head's weight and of its input, once for each pass over the logits that keeps them."""
+    matrix_and_input = plan.student.head_width * (4 * plan.student.vocab_size + bytes_of(plan) * tokens_of(plan))
+    return gradient_passes(plan.run.loss, plan.run.terms.get("kl")) * matrix_and_input
 
 
 def chunk(plan, stage: Stage, device: str) -> float:
