@@ -12,6 +12,7 @@ import recorded_losses
 import sample_scenarios
 import torch
 from corpus import steps
+from data_scenarios import make_examples
 from launching import run_ranks
 from number_scenarios import FAR
 from places import HARNESS, ROOT
@@ -42,7 +43,7 @@ TWO_RANKS = (
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
     "blocks_compiled", "asked_seldom", "teacher_moves", "readings", "shipped_configs", "int8_gathers", "mixtures",
-    "rows_shared", "families_shared", "deepspeed_attention", "samples_written", "vitals",
+    "rows_shared", "families_shared", "deepspeed_attention", "samples_written", "vitals", "every_token",
 )  # fmt: skip
 
 SKIPS = ("skips", "skips_offloaded", "skips_once")
@@ -69,9 +70,14 @@ def world(tmp_path_factory):
     one_head = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 2}
     make_model(folder / "far", "llama", max_position_embeddings=FAR, **one_head)
     sample_scenarios.make_speaker(folder / "speaker")
+    make_examples(folder)
     launch(folder, 2, TWO_RANKS)
     launch(folder, 4, ("placements", "rows_shared", "deepspeed_attention"))
-    launch(folder, 1, ("ten_steps", "all_methods", "kinds_of_filters", "alone", "asked_seldom", "rows_shared"))
+    launch(
+        folder,
+        1,
+        ("ten_steps", "all_methods", "kinds_of_filters", "alone", "asked_seldom", "rows_shared", "every_token"),
+    )
     return folder
 
 
@@ -232,6 +238,15 @@ def test_every_method_has_the_same_losses_on_one_and_two_ranks(world, method):
     two, one = losses(world, f"{method}_2"), losses(world, f"{method}_1")
     assert len(two) == 6
     assert max(abs(a - b) for a, b in zip(two, one, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "number", ["loss/ce", "loss/kl", "loss/layer", "optim/grad_norm_student", "optim/grad_norm_filters"]
+)
+def test_a_teacher_of_all_tokens_has_the_losses_and_gradients_of_one_rank(world, number):
+    two, one = ([row[number] for row in rows(world, f"every_token_{n}") if number in row][-3:] for n in (2, 1))
+    assert len(two) == 3 and min(two) > 0
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_no_step_waits_for_its_data(world):

@@ -4,8 +4,11 @@ data settings."""
 import shutil
 from pathlib import Path
 
+import numpy
 import torch.distributed as dist
+from corpus import write_masked
 from scenarios import put_back, start
+from tiny import VOCABULARY
 
 from ted_scale.base.errors import UserError
 
@@ -19,6 +22,20 @@ ADAPTIVE = {
 def corpora(folder: Path, **weights) -> list[dict]:
     weight = {name: weights.get(name, 1.0) for name in DOMAINS}
     return [{"path": str(folder / name), "validation": 0.2, "weight": weight[name]} for name in DOMAINS]
+
+
+def make_examples(folder: Path) -> None:
+    """60 examples, of which a random half of the tokens are targets."""
+    rng = numpy.random.default_rng(0)
+    documents = [rng.integers(3, VOCABULARY, rng.integers(8, 30)).tolist() for _ in range(60)]
+    write_masked(folder / "examples", documents, [rng.integers(0, 2, len(each)).tolist() for each in documents])
+
+
+def every_token(folder: Path, device):
+    """TED on packed examples whose prompts the teacher teaches, too: ranks count unlike numbers of targets and of tokens."""
+    data = {"corpora": [{"path": str(folder / "examples")}], "packing": "examples", "attention": "document"}
+    name = f"every_token_{dist.get_world_size()}"
+    start(folder, device, name=name, data=data, loss={"tokens": "all"}, filters={"steps": 1}, train={"steps": 3})
 
 
 def again_from(folder: Path, name: str, step: int, copy: str) -> None:
