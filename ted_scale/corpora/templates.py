@@ -5,11 +5,14 @@ answer and after it must be how the whole conversation begins. Note: a template 
 runs it in jinja2's sandbox, which reaches no file, no module and nothing but the messages (docs/security.md).
 """
 
+import contextlib
 import re
 from datetime import date
+from functools import cache
 from typing import NamedTuple
 
 OWN_TEMPLATE = "give one that marks the answers with {% generation %} by --chat-template FILE"
+PLAIN = frozenset({"role", "content"})
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Span = tuple[int, int]  # characters
@@ -29,6 +32,12 @@ class Template(NamedTuple):
         return "strftime_now" in self.text
 
     def render(self, messages: list[dict], tools: list | None, *, prompt: bool = False) -> str:
+        """Messages that are roles and contents alone go to the template itself: transformers copies any others, and gives them
+        more names, which takes as long as many a template."""
+        if tools is None and all(map(PLAIN.issuperset, messages)):
+            given = {"tools": None, "documents": None, "add_generation_prompt": prompt, **self.values}
+            with refusals():
+                return self.compiled().render(messages=messages, **given)
         return self._rendered(messages, tools, add_generation_prompt=prompt)[0][0]
 
     def marked(self, messages: list[dict], tools: list | None) -> tuple[str, list[Span]]:
@@ -36,20 +45,38 @@ class Template(NamedTuple):
         texts, spans = self._rendered(messages, tools, return_assistant_tokens_mask=True)
         return texts[0], [(begin, end) for begin, end in spans[0] if begin < end]
 
-    def _rendered(self, messages: list[dict], tools: list | None, **options) -> tuple[list[str], list[list[Span]]]:
-        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+    def compiled(self):
+        made = compile_once(self.text)
+        if self.asks_for_day:  # the compiled template is cached; as a value, a function would not pass
+            made.globals["strftime_now"] = self.day.strftime
+        return made
 
-        try:
-            if self.asks_for_day:  # the compiled template is cached; as a value, a function would not pass
-                _compile_jinja_template(self.text).globals["strftime_now"] = self.day.strftime
+    def _rendered(self, messages: list[dict], tools: list | None, **options) -> tuple[list[str], list[list[Span]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with refusals():
+            self.compiled()
             return render_jinja_template(
                 conversations=[messages], tools=tools, chat_template=self.text, **options, **self.values
             )
-        except Exception as error:  # whatever the template raises
-            raise ValueError(
-                f"must be a conversation that the chat template takes, but it says: {' '.join(str(error).split())[:300]}; "
-                "correct it"
-            ) from None
+
+
+@cache
+def compile_once(text: str):
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(text)  # by a cache of its own, which render_jinja_template uses, too
+
+
+@contextlib.contextmanager
+def refusals():
+    try:
+        yield
+    except Exception as error:  # whatever the template raises
+        raise ValueError(
+            f"must be a conversation that the chat template takes, but it says: {' '.join(str(error).split())[:300]}; "
+            "correct it"
+        ) from None
 
 
 def answers(template: Template, messages: list[dict], tools: list | None, last: bool) -> tuple[str, list[Span]]:
