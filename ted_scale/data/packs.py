@@ -7,7 +7,6 @@ the same time write the same bytes. Its header has a digest of the rest, which i
 """
 
 import contextlib
-import glob
 import hashlib
 import logging
 import os
@@ -179,10 +178,7 @@ def own_place(part: Part) -> Path:
 
 def write(path: Path, counts: Counts, borders: numpy.ndarray, pieces: numpy.ndarray) -> None:
     """Whole or not at all. Each of several nodes that write it at once has a file of its own until it is whole."""
-    begins = f".{path.name}.{os.uname().nodename}."
-    for left in path.parent.glob(f"{glob.escape(begins)}*{PART}"):  # of a process that was killed: we hold the lock
-        left.unlink(missing_ok=True)
-    aside = path.with_name(f"{begins}{os.getpid()}{PART}")
+    aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}{PART}")
     try:
         content = COUNTS.pack(*counts) + borders.tobytes() + pieces.tobytes()
         write_file(aside, [MAGIC, hashlib.sha256(content).digest(), content])
