@@ -49,13 +49,10 @@ def last_splitter(splitter: Any) -> dict:
 
 def encode_marked(backend: Any, sizes: Sizes | None, texts: list[str], spans: list[list[Span]]) -> list[Marked]:
     """(ids, marks) of each text."""
-    found = by_sizes(backend, sizes, texts, spans) if sizes and texts else [None] * len(texts)
-    rest = [number for number, one in enumerate(found) if one is None]
-    encodings = backend.encode_batch([texts[number] for number in rest], add_special_tokens=False)
-    for number, encoding in zip(rest, encodings, strict=True):
-        ids = numpy.array(encoding.ids, numpy.int64)
-        found[number] = ids, marks_of(encoding, spans[number], len(texts[number]))
-    return found
+    summed = by_sizes(backend, sizes, texts, spans) if sizes and texts else [None] * len(texts)
+    rest = [number for number, one in enumerate(summed) if one is None]
+    encodings = iter(backend.encode_batch([texts[number] for number in rest], add_special_tokens=False))
+    return [one or by_offsets(next(encodings), *given) for one, *given in zip(summed, texts, spans, strict=True)]
 
 
 def by_sizes(backend: Any, sizes: Sizes, texts: list[str], spans: list[list[Span]]) -> list[Marked | None]:
@@ -81,17 +78,17 @@ def by_sizes(backend: Any, sizes: Sizes, texts: list[str], spans: list[list[Span
     return found
 
 
-def marks_of(encoding: Any, spans: list[Span], characters: int) -> numpy.ndarray:
-    """1 for each token that holds a character of a span. The backend is asked for a few tokens, because a list of all offsets
-    costs a tenth of the encoding. It is made where a border is in no token, as behind spaces that were stripped."""
+def by_offsets(encoding: Any, text: str, spans: list[Span]) -> Marked:
+    """The backend is asked for a few tokens, because a list of all offsets costs a tenth of the encoding. It is made where a border
+    is in no token, as behind spaces that were stripped."""
     marks = numpy.zeros(len(encoding.ids), numpy.int8)
     for begin, end in spans:
         first = encoding.char_to_token(begin)
-        stop = len(marks) if end == characters else encoding.char_to_token(end)
+        stop = len(marks) if end == len(text) else encoding.char_to_token(end)
         if first is None or stop is None:
             first = bisect_right(encoding.offsets, begin, key=lambda offset: offset[1])
             stop = bisect_left(encoding.offsets, end, key=lambda offset: offset[0])
         while stop < len(marks) and encoding.token_to_chars(stop)[0] < end:
             stop += 1
         marks[first:stop] = 1
-    return marks
+    return numpy.array(encoding.ids, numpy.int64), marks

@@ -54,7 +54,7 @@ def test_a_template_is_rendered_as_transformers_renders_it(folder):
     parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": "yes"}]
     thought = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "reasoning": "so"}]
     text = "{{ messages }} {{ tools }} {{ eos_token }} {{ add_generation_prompt }} {{ documents is defined }}"
-    for template in (chats.TURNS, chats.FORGETS, text):
+    for template in (chats.TURNS, text):
         for messages in (parts, thought, *(record["messages"] for record in chats.conversations(5))):
             for prompt in (False, True):
                 options = {"chat_template": template, "tokenize": False, "add_generation_prompt": prompt}
