@@ -5,7 +5,6 @@ answer and after it must be how the whole conversation begins. Note: a template 
 runs it in jinja2's sandbox, which reaches no file, no module and nothing but the messages (docs/security.md).
 """
 
-import contextlib
 import re
 from datetime import date
 from functools import cache
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 OWN_TEMPLATE = "give one that marks the answers with {% generation %} by --chat-template FILE"
 PLAIN = frozenset({"role", "content"})
-MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARKS, DAY = re.compile(r"\{%-?\s*generation\s*-?%\}"), re.compile("strftime_now")
 
 Span = tuple[int, int]  # characters
 
@@ -25,19 +24,21 @@ class Template(NamedTuple):
 
     @property
     def marks(self) -> bool:
-        return bool(MARKS.search(self.text))
+        return holds(self.text, MARKS)
 
     @property
     def asks_for_day(self) -> bool:
-        return "strftime_now" in self.text
+        return holds(self.text, DAY)
 
     def render(self, messages: list[dict], tools: list | None, *, prompt: bool = False) -> str:
         """Messages that are roles and contents alone go to the template itself: transformers copies any others, and gives them
         more names, which takes as long as many a template."""
         if tools is None and all(map(PLAIN.issuperset, messages)):
             given = {"tools": None, "documents": None, "add_generation_prompt": prompt, **self.values}
-            with refusals():
+            try:
                 return self.compiled().render(messages=messages, **given)
+            except Exception as error:  # whatever the template raises
+                raise refusal(error) from None
         return self._rendered(messages, tools, add_generation_prompt=prompt)[0][0]
 
     def marked(self, messages: list[dict], tools: list | None) -> tuple[str, list[Span]]:
@@ -54,11 +55,13 @@ class Template(NamedTuple):
     def _rendered(self, messages: list[dict], tools: list | None, **options) -> tuple[list[str], list[list[Span]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        with refusals():
+        try:
             self.compiled()
             return render_jinja_template(
                 conversations=[messages], tools=tools, chat_template=self.text, **options, **self.values
             )
+        except Exception as error:  # whatever the template raises
+            raise refusal(error) from None
 
 
 @cache
@@ -68,15 +71,16 @@ def compile_once(text: str):
     return _compile_jinja_template(text)  # by a cache of its own, which render_jinja_template uses, too
 
 
-@contextlib.contextmanager
-def refusals():
-    try:
-        yield
-    except Exception as error:  # whatever the template raises
-        raise ValueError(
-            f"must be a conversation that the chat template takes, but it says: {' '.join(str(error).split())[:300]}; "
-            "correct it"
-        ) from None
+@cache
+def holds(text: str, pattern: re.Pattern) -> bool:
+    """A template may be long, and is asked with every conversation."""
+    return bool(pattern.search(text))
+
+
+def refusal(error: Exception) -> ValueError:
+    return ValueError(
+        f"must be a conversation that the chat template takes, but it says: {' '.join(str(error).split())[:300]}; correct it"
+    )
 
 
 def answers(template: Template, messages: list[dict], tools: list | None, last: bool) -> tuple[str, list[Span]]:
