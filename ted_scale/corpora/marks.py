@@ -52,7 +52,8 @@ def encode_marked(backend: Any, sizes: Sizes | None, texts: list[str], spans: li
     summed = by_sizes(backend, sizes, texts, spans) if sizes and texts else [None] * len(texts)
     rest = [number for number, one in enumerate(summed) if one is None]
     encodings = iter(backend.encode_batch([texts[number] for number in rest], add_special_tokens=False))
-    return [one or by_offsets(next(encodings), *given) for one, *given in zip(summed, texts, spans, strict=True)]
+    each = zip(summed, texts, spans, strict=True)
+    return [one or by_offsets(next(encodings), text, some) for one, text, some in each]
 
 
 def by_sizes(backend: Any, sizes: Sizes, texts: list[str], spans: list[list[Span]]) -> list[Marked | None]:
