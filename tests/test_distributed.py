@@ -43,7 +43,7 @@ TWO_RANKS = (
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
     "blocks_compiled", "asked_seldom", "teacher_moves", "readings", "shipped_configs", "int8_gathers", "mixtures",
-    "rows_shared", "families_shared", "deepspeed_attention", "samples_written", "vitals", "every_token",
+    "rows_shared", "families_shared", "deepspeed_attention", "samples_written", "vitals", "every_token", "packed_resumes",
 )  # fmt: skip
 
 SKIPS = ("skips", "skips_offloaded", "skips_once")
@@ -76,7 +76,16 @@ def world(tmp_path_factory):
     launch(
         folder,
         1,
-        ("ten_steps", "all_methods", "kinds_of_filters", "alone", "asked_seldom", "rows_shared", "every_token"),
+        (
+            "ten_steps",
+            "all_methods",
+            "kinds_of_filters",
+            "alone",
+            "asked_seldom",
+            "rows_shared",
+            "every_token",
+            "packed_resumes",
+        ),  # fmt: skip
     )
     return folder
 
@@ -275,6 +284,15 @@ def test_a_resumed_run_has_the_losses_of_a_straight_one_to_the_last_bit(world, s
     straight, resumed = ([r.get("loss/layer_weight") for r in rows(world, run)] for run in ("straight", f"from_{step}"))
     assert len(set(straight)) == 13  # None, and stage II's twelve
     assert [weight for weight in resumed if weight] == [weight for weight in straight if weight]
+
+
+def test_a_resumed_run_over_packed_examples_has_the_losses_of_a_straight_one(world):
+    """To the last bit on as many ranks, and but for rounding on another number."""
+    result(world, "packed_resumes")
+    straight, resumed, alone = (losses(world, name) for name in ("packed", "packed_from_3_on_2", "packed_from_3_on_1"))
+    assert len(straight) == 6 and len(set(straight)) == 6
+    assert resumed == straight
+    assert alone[:3] == straight[:3] and alone == pytest.approx(straight, abs=1e-5)
 
 
 @pytest.mark.parametrize(
