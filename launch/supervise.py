@@ -175,7 +175,10 @@ def is_done(run) -> bool:
     """`deepspeed` also exits with 0 if its launcher was killed."""
     from ted_scale.distill.stages import stages_of  # imports torch: seconds and memory that are not needed earlier
 
-    return step_of(run) >= stages_of(run)[-1].last_step
+    with contextlib.suppress(UserError):
+        known = run if run.train.steps else load_run(run.folder / "run.toml")  # which has the steps of train.epochs
+        return step_of(run) >= stages_of(known)[-1].last_step
+    return False
 
 
 def run_once(command: list[str], patience_s: float) -> int:

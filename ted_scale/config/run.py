@@ -180,6 +180,25 @@ class Run(Section):
         return self
 
     @model_validator(mode="after")
+    def epochs_are_of_one_corpus(self):
+        train, names = self.train, [corpus.name for corpus in self.data.corpora if corpus.weight]
+        if train.epochs and self.adapts:
+            raise ValueError(
+                f"train.epochs must be left out where data.blend.kind is 'adaptive', but is {train.epochs:g}: what is read of a "
+                "corpus follows from measurements; set train.steps"
+            )
+        if train.epochs_of and train.epochs_of not in names:
+            raise ValueError(
+                f"train.epochs_of must be a corpus with a weight above 0 ({', '.join(names)}), but is '{train.epochs_of}'"
+            )
+        if train.epochs and not train.epochs_of and len(names) > 1:
+            raise ValueError(
+                f"train.epochs_of must be set where several corpora are read, but is missing; name that of {', '.join(names)} "
+                "whose epochs count, or set train.steps"
+            )
+        return self
+
+    @model_validator(mode="after")
     def samples_have_text(self):
         samples, most = self.samples, self.data.seq_len - 1
         if samples.every and samples.tokens > most:
@@ -194,6 +213,8 @@ class Run(Section):
     @model_validator(mode="after")
     def schedules_fit_stage_two(self):
         tokens = self.train.tokens
+        if not tokens:
+            return self  # data/epochs.py asks again when it has counted the steps
         for name, weight in self.terms.items():
             if not isinstance(weight, Schedule):
                 continue
@@ -220,7 +241,7 @@ class Run(Section):
                 "states of both models have one type"
             )
         terms, tokens = self.terms.values(), self.train.tokens
-        for fraction in changes_of(terms, tokens):
+        for fraction in changes_of(terms, tokens) if tokens else ():
             if not any(is_on(weight, fraction, tokens) for weight in terms):
                 raise ValueError(
                     f"a term of method = '{self.method}' must be on in every step, but from {fraction:.0%} of stage II on loss.ce, "
@@ -235,7 +256,7 @@ class Run(Section):
             raise ValueError(
                 "loss.balance must be 'fixed' where loss.kl is 0, but is 'auto': there is no KL to balance the layer loss with"
             )
-        if self.train.warmup_steps >= self.train.steps:
+        if 0 < self.train.steps <= self.train.warmup_steps:
             limit = self.train.steps
             raise ValueError(
                 f"train.warmup_steps must be below train.steps ({limit}), but is {self.train.warmup_steps}"
