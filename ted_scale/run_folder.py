@@ -85,6 +85,10 @@ def where_it_stands(folder: Path, total_steps: int, begins: str) -> str:
     return f"{what}, {begins}{stands}"
 
 
+def to_export(run) -> str:
+    return f"ted-scale export {run.folder}" + (" --checkpoint best" if run.checkpoint.best else "")
+
+
 def on_other_ranks(checkpoint: Path) -> str:
     ranks = read_manifest(checkpoint).get("ranks")
     return "" if ranks == dist.get_world_size() else f", which {ranks} ranks wrote and {dist.get_world_size()} read"

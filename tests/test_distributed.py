@@ -42,7 +42,7 @@ TWO_RANKS = (
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
     "blocks_compiled", "asked_seldom", "teacher_moves", "readings", "shipped_configs", "int8_gathers", "mixtures",
-    "rows_shared", "families_shared", "deepspeed_attention", "samples_written", "vitals",
+    "rows_shared", "families_shared", "deepspeed_attention", "samples_written", "vitals", "best_is_kept",
 )  # fmt: skip
 
 SKIPS = ("skips", "skips_offloaded", "skips_once")
@@ -532,6 +532,13 @@ def test_a_run_that_was_stopped_five_times_has_every_number_of_one_that_was_not(
     straight, stopped = (without_clocks(world, name) for name in ("unsignalled", "signalled"))
     assert len(straight) > 10
     assert stopped == straight
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_that_ends_between_a_validation_and_its_save_keeps_the_same_best_checkpoint(world, rank):
+    found = result(world, "best_is_kept", rank)
+    assert found["ends"] == ["RunStopped", "Preempted", "RunStopped"]
+    assert found["straight"] == found["ended"] == [[found["at"], 8], found["at"]] and found["at"] < 8
 
 
 def test_filters_stand_still_when_the_layer_loss_ends(world):

@@ -150,6 +150,13 @@ class Run(Section):
         return self.loss.balance == "auto" and self.matches_layers
 
     @property
+    def held_out_numbers(self) -> list[str]:
+        """The student's numbers of held-out text in metrics.jsonl."""
+        names = [corpus.name for corpus in self.data.corpora if corpus.validation]
+        each = ["", *(f"{name}/" for name in names if len(names) > 1)] if names else []
+        return [f"val/{name}{kind}" for name in each for kind in ("loss", "ppl")]
+
+    @property
     def adapts(self) -> bool:
         return self.data.blend.kind == "adaptive"
 
@@ -195,6 +202,30 @@ class Run(Section):
             raise ValueError(
                 f"train.epochs_of must be set where several corpora are read, but is missing; name that of {', '.join(names)} "
                 "whose epochs count, or set train.steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def the_best_is_saved(self):
+        best, validation = self.checkpoint.best, self.validation
+        if not best:
+            return self
+        of_suite = best.startswith("val/suite/")
+        if best not in self.held_out_numbers and not (of_suite and validation.suite):
+            losses = ", ".join(self.held_out_numbers[:6]) or "no corpus holds text out"
+            raise ValueError(
+                f"checkpoint.best must be what a validation measures ({losses}; val/suite/TASK/METRIC with validation.suite), "
+                f"but is '{best}'"
+            )
+        measured = validation.every * (validation.suite_every if of_suite else 1)
+        if not measured:
+            raise ValueError(
+                f"validation.every must be above 0 where checkpoint.best is '{best}', but is 0: only the end would be measured"
+            )
+        if measured % self.checkpoint.every:
+            raise ValueError(
+                f"checkpoint.every must divide the steps between two values of checkpoint.best ({measured}), but is "
+                f"{self.checkpoint.every}: what is measured at a step that is not saved cannot be kept"
             )
         return self
 
