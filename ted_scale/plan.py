@@ -33,7 +33,7 @@ from ted_scale.forecast.placement import Placement, of_this_machine, place
 from ted_scale.metrics.live_report import why_never
 from ted_scale.metrics.rows import last_row
 from ted_scale.metrics.tracking import why_offline
-from ted_scale.models import fused, quantized, ulysses
+from ted_scale.models import fused, lora, quantized, ulysses
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
@@ -85,8 +85,12 @@ class Plan:
     def identity(self) -> dict:
         """What decides the result. A run must have the identity of the checkpoint that it resumes from, except for the keys in
         resume.allow."""
-        sides = {"student": self.student, "teacher": self.teacher}
-        run, train, loss = self.run, self.run.train, self.run.loss
+        run, train, loss, sides = (
+            self.run,
+            self.run.train,
+            self.run.loss,
+            {"student": self.student, "teacher": self.teacher},
+        )
         filters = {"filters.steps": 0} if run.method == "ted" else {}
         if len(self.stages) > 1:
             filters = {"filters.steps": run.filters.steps, "filters.head": run.filters.head}
@@ -98,6 +102,7 @@ class Plan:
             **{f"loss.{k}": changes.plain(getattr(loss, k)) for k in OF_LOSSES},
             **{f"train.{k}": changes.plain(getattr(train, k)) for k in ("precision", "betas", "eps", "weight_decay")},
             **{f"{s}.{k}": getattr(a, k) for s, a in sides.items() if a for k in changes.SHAPE},
+            **lora.identity(run.student.lora, self.student),
             **self.filters_identity(),
             **filters,
         }
@@ -145,6 +150,7 @@ def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
     fused.check(run.fused_blocks, {"student": student, "teacher": teacher}, run.data.attention)
     ulysses.check(run, {"student": student, "teacher": teacher})
     quantized.check_model(run.teacher_bits, teacher)
+    lora.check(run.student.lora, student)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)
     return Plan(
@@ -253,13 +259,13 @@ def describe(plan: Plan) -> str:
     """The run's arithmetic, for --dry-run and for the log."""
     run, train, ranks = plan.run, plan.run.train, f"{plan.world} rank{'s' if plan.world > 1 else ''}"
     lines = [f"run {run.name}: method {run.method}, {train.precision}, {ranks}, folder {run.folder}"]
-    for side, anatomy in (("teacher", plan.teacher), ("student", plan.student)):
-        if anatomy:
-            a = anatomy
+    for side, a in (("teacher", plan.teacher), ("student", plan.student)):
+        if a:
             shape = (
                 f"{a.layers} blocks, width {a.width}, vocabulary {a.vocab_size}, {a.parameters / 1e6:,.2f} M parameters"
             )
             lines.append(f"{side}: {a.family}, {shape}, from {a.folder}, fingerprint {fingerprint(a.folder)}")
+    lines += lora.describe(run.student.lora, plan.student)
     if plan.placement:
         lines.append(str(plan.placement))
     if run.teacher_bits:

@@ -31,7 +31,7 @@ from tiny import FAMILIES, MORE, make_model, make_run
 
 from ted_scale.checkpoints.folder import newest_checkpoint
 from ted_scale.config.run_file import load_run
-from ted_scale.distill import memory
+from ted_scale.distill.trained import trained_parameters
 from ted_scale.forecast import traffic
 from ted_scale.forecast.placement import Rank, place
 from ted_scale.plan import make_plan, plan_of_models
@@ -357,7 +357,7 @@ def test_a_plan_knows_the_bytes_that_ranks_send(world):
         stage = plan.stages[-1]
         sent = [traffic.teacher_gathers(plan, 4), traffic.student_gathers(plan, stage, 4, "cpu")]
         assert sum(counted[-1]["gathered"]) == plan.accumulation * sum(each.bytes for each in sent)
-        trained = memory.trained_parameters(plan, stage)
+        trained = trained_parameters(plan, stage)
         assert sum(counted[-1]["reduced"]) == plan.accumulation * traffic.reduction(plan, stage, trained, "cpu").bytes
 
 
@@ -598,7 +598,7 @@ def test_a_student_that_stays_whole_is_sent_once_a_step_and_its_gradients_too_wh
         assert 2 * sum(once["gathered"]) == sum(each["gathered"])
     plan = plan_of_models(load_run(world / "runs/traffic_once/run.toml"), 2)
     stage = plan.stages[-1]
-    trained = memory.trained_parameters(plan, stage)
+    trained = trained_parameters(plan, stage)
     assert sum(once["gathered"]) == 2 * traffic.student_gathers(plan, stage, 4, "cpu").bytes
     assert sum(once["reduced"]) == 2 * traffic.reduction(plan, stage, trained, "cpu").bytes
     assert losses(world, "traffic_once") == pytest.approx(losses(world, "traffic_4"), abs=1e-5)

@@ -63,8 +63,9 @@ def open_state(checkpoint: Path):
     return State(checkpoint, sealed.read_manifest(checkpoint))
 
 
-def recipes(state, student: Path, dtype) -> list:
-    """The network's tensors under their family's names, and nothing else of the trained module."""
+def recipes(state, student: Path, dtype, is_whole: bool = True) -> list:
+    """The network's tensors under their family's names, and nothing else of the trained module. A checkpoint that is not whole has
+    adapters beside the student's own."""
     import torch
 
     from ted_scale.models.inspection import empty_model, read_config
@@ -75,7 +76,7 @@ def recipes(state, student: Path, dtype) -> list:
     found = []
     for name, target in saved_tensors(model).items():
         theirs, shape = state.shapes.get(NETWORK + name), tuple(target.shape)
-        if theirs is None or tuple(theirs) != shape:
+        if is_whole and (theirs is None or tuple(theirs) != shape):
             has = "does not have it" if theirs is None else f"has {tuple(theirs)}"
             raise UserError(
                 f"{state.checkpoint} must hold {name} of shape {shape}, as {student} says, but {has}; name the "
@@ -146,17 +147,20 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch  # imports take seconds; a wrong folder should not wait for them
 
+    from ted_scale.commands import merged
     from ted_scale.commands.model_card import write_card
     from ted_scale.models.model_folder import new_folder, write_shards
     from ted_scale.storage.hub import find_folder
 
     student = find_folder("student.path", arguments.student or run.student.path)
+    lora = run.student.lora
+    fill = partial(merged.read, merged.open_base(checkpoint, student, lora)) if lora else read
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype or run.train.precision]
     out = arguments.out or folder / "export"
     with new_folder(out, overwrite=arguments.overwrite, sources=(student, folder)) as part:
         state = open_state(checkpoint)
-        shards = recipes(state, student, dtype)
-        size = write_shards(part, shards, partial(read, state), arguments.max_shard_gb * 1e9)
+        shards = recipes(state, student, dtype, is_whole=lora is None)
+        size = write_shards(part, shards, partial(fill, state), arguments.max_shard_gb * 1e9)
         write_config(student, part, dtype)
         copy_tokenizer(run, student, part)
         write_card(part, folder, checkpoint, run, student, name_of(dtype))

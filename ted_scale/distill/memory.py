@@ -35,9 +35,10 @@ import torch
 from ted_scale.distill.filter_sizes import filter_parameters
 from ted_scale.distill.filters import keeps_filtered
 from ted_scale.distill.stages import Stage
+from ted_scale.distill.trained import adapters, head_gradient, own_heads, trained_parameters
 from ted_scale.kernels.formulas.divergences import scratch
 from ted_scale.kernels.products import rows_per_chunk
-from ted_scale.models import quantized
+from ted_scale.models import lora, quantized
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.engine_config import KEPT_WHOLE, setting
 from ted_scale.models.trial import hollow, least_tokens, run_hollow
@@ -88,13 +89,6 @@ def tokens_of(plan) -> int:
     return plan.run.train.micro_batch * plan.run.data.seq_len // plan.run.data.sequence_parallel
 
 
-def trained_parameters(plan, stage: Stage) -> int:
-    counts = filter_parameters(plan)
-    return (
-        sum(counts.values()) + own_heads(plan) if stage.learns_filters else plan.student.parameters + counts["student"]
-    )
-
-
 def filters_by_place(plan, stage: Stage) -> tuple[int, int]:
     """Parameters of filters that (ranks share, every rank has whole). Stage I alone has lifts."""
     counts = filter_parameters(plan)
@@ -107,7 +101,7 @@ def resting(plan, stage: Stage, device: str) -> dict[str, float]:
     b, trained = bytes_of(plan), trained_parameters(plan, stage) / plan.world
     shared, whole = filters_by_place(plan, stage)
     return {
-        "weights": b * plan.student.parameters / plan.world,
+        "weights": b * (plan.student.parameters + adapters(plan, stage)) / plan.world,
         "filters": b * (shared / plan.world + whole),
         "teacher": of_teacher(plan, b, device),
         "masters": 4 * trained,
@@ -127,7 +121,7 @@ def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
     whole = {"gathered": b * gathered(plan, stage, device), "whole gradients": 4 * trained if once else 0}
     kept, block, frozen = activations(plan, stage)
     signal, ahead = {"states": states(plan, stage)}, beside_backward(plan, stage, frozen)
-    matrix = 0 if stage.learns_filters else plan.student.vocab_size * plan.student.head_width
+    matrix = head_gradient(plan, stage)
     early = loss_gradients(plan, stage)
     rounded = matrix * b if b == 2 else 0  # a gradient in the weight's type; in fp32 it is the same memory
     reduced = {"reduction": reduction(plan, trained, b, device)}
@@ -161,12 +155,6 @@ def teacher_here(a: Anatomy, placement, device: str) -> float:
     if not streams(placement):
         return a.parameters / placement.ranks
     return a.parameters + 2 * a.block_parameters - (a.in_blocks if device != "cpu" else 0)
-
-
-def own_heads(plan) -> int:
-    """Parameters of the filters' own heads, with `filters.head = "per_layer"`."""
-    vocabularies = [a.vocab_size for a in (plan.student, plan.teacher) if a]
-    return len(plan.pairs) * (plan.width + 1) * sum(vocabularies) if plan.run.filters.head == "per_layer" else 0
 
 
 def reduction(plan, trained: float, b: int, device: str) -> float:
@@ -204,6 +192,8 @@ def activations(plan, stage: Stage) -> tuple[float, float, float]:
     b, tokens = bytes_of(plan), tokens_of(plan)
     dtype = torch.bfloat16 if b == 2 else torch.float32
     kept = {a: tokens * kept_a_token(a, dtype) for a in (plan.student, plan.teacher) if a}
+    if adapters(plan, stage):
+        kept[plan.student] = tokens * kept_a_token(plan.student, dtype, plan.run.student.lora)
     theirs = together(plan) * kept[plan.teacher] / plan.teacher.layers if plan.teacher else 0.0
     frozen = max(theirs, kept[plan.student] / plan.student.layers if stage.learns_filters else 0.0)
     if stage.learns_filters:
@@ -214,9 +204,12 @@ def activations(plan, stage: Stage) -> tuple[float, float, float]:
 
 
 @cache  # for all stages: a trial of a deep model takes half a second
-def kept_a_token(anatomy: Anatomy, dtype) -> float:
+def kept_a_token(anatomy: Anatomy, dtype, low_rank=None) -> float:
     """Bytes a token that autograd keeps of a forward of the body, without weights."""
     network = hollow(anatomy, dtype)
+    if low_rank:
+        with torch.device("meta"):
+            lora.adapt(network, anatomy, low_rank)
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
     kept, tokens = {}, least_tokens(anatomy)
 
@@ -266,7 +259,7 @@ def loss_gradients(plan, stage: Stage) -> float:
     if stage.learns_filters:
         return 4 * (sum(filters.values()) + own_heads(plan))
     of_states = bytes_of(plan) * tokens_of(plan) * (len(plan.pairs) * a.width + a.head_width)
-    return 4 * (a.vocab_size * a.head_width + filters["student"]) + of_states
+    return 4 * (head_gradient(plan, stage) + filters["student"]) + of_states
 
 
 def chunk(plan, stage: Stage, device: str) -> float:

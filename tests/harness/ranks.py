@@ -20,6 +20,7 @@ def main() -> None:
     folder, names = Path(sys.argv[-2]), sys.argv[-1].split(",")
     import data_scenarios
     import health_scenarios
+    import lora_scenarios
     import number_scenarios
     import recorded_losses
     import sample_scenarios
@@ -34,7 +35,7 @@ def main() -> None:
 
     plan.inspect = functools.cache(plan.inspect)
     homes = (
-        scenarios, data_scenarios, health_scenarios, number_scenarios, recorded_losses, sample_scenarios, sequence_scenarios,
+        scenarios, data_scenarios, health_scenarios, lora_scenarios, number_scenarios, recorded_losses, sample_scenarios, sequence_scenarios,
         stop_scenarios, traffic_scenarios, vitals_scenarios,
     )  # fmt: skip
     device, rank = start_ranks(), os.environ["RANK"]
