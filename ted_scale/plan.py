@@ -85,12 +85,8 @@ class Plan:
     def identity(self) -> dict:
         """What decides the result. A run must have the identity of the checkpoint that it resumes from, except for the keys in
         resume.allow."""
-        run, train, loss, sides = (
-            self.run,
-            self.run.train,
-            self.run.loss,
-            {"student": self.student, "teacher": self.teacher},
-        )
+        sides = {"student": self.student, "teacher": self.teacher}
+        run, train, loss = self.run, self.run.train, self.run.loss
         filters = {"filters.steps": 0} if run.method == "ted" else {}
         if len(self.stages) > 1:
             filters = {"filters.steps": run.filters.steps, "filters.head": run.filters.head}
@@ -268,8 +264,7 @@ def describe(plan: Plan) -> str:
     lines += lora.describe(run.student.lora, plan.student)
     if plan.placement:
         lines.append(str(plan.placement))
-    if run.teacher_bits:
-        lines.append(quantized.describe(plan.teacher, run.teacher_bits))
+    lines += [quantized.describe(plan.teacher, run.teacher_bits)] if run.teacher_bits else []
     if plan.pairs:
         pairs = " ".join(f"({s},{t})" for s, t in plan.pairs)
         lines.append(f"pairs (student block, teacher block), {plan.pairs_origin}: {pairs}")

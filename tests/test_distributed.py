@@ -42,7 +42,7 @@ TWO_RANKS = (
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
     "blocks_compiled", "asked_seldom", "teacher_moves", "readings", "shipped_configs", "int8_gathers", "mixtures",
-    "rows_shared", "families_shared", "deepspeed_attention", "samples_written", "vitals",
+    "rows_shared", "families_shared", "deepspeed_attention", "samples_written", "vitals", "adapters",
 )  # fmt: skip
 
 SKIPS = ("skips", "skips_offloaded", "skips_once")
@@ -71,7 +71,8 @@ def world(tmp_path_factory):
     sample_scenarios.make_speaker(folder / "speaker")
     launch(folder, 2, TWO_RANKS)
     launch(folder, 4, ("placements", "rows_shared", "deepspeed_attention"))
-    launch(folder, 1, ("ten_steps", "all_methods", "kinds_of_filters", "alone", "asked_seldom", "rows_shared"))
+    alone = ("ten_steps", "all_methods", "kinds_of_filters", "alone", "asked_seldom", "rows_shared")
+    launch(folder, 1, (*alone, "adapters", "adapters_on_others", "merged"))
     return folder
 
 
@@ -137,6 +138,37 @@ def plain_losses(folder: Path, **sections) -> list[float]:
             values.append(sum(t.item() for t in totals))
         learnt = [f.state_dict() for f in (filters_s, filters_t)] if stage.learns_filters else None
     return values
+
+
+def test_adapters_are_all_that_is_trained_and_ranks_agree(world):
+    result(world, "adapters")
+    for name in ("lora_1", "lora_2"):
+        before, *later = json.loads((world / f"digests_{name}.json").read_text())
+        assert before and len(later) == 3 and all(digests == before for digests in later)
+    ours, alone = losses(world, "lora_2"), losses(world, "lora_1")
+    assert len(ours) == 4 and ours[-1] < ours[0]
+    assert max(abs(a - b) for a, b in zip(ours, alone, strict=True)) < 1e-5
+
+
+def test_adapters_go_on_from_a_checkpoint_to_the_bit_and_on_other_ranks(world):
+    whole = final_state(world, "lora_2")
+    assert {name for name in whole if "filters_s" not in name and "lora_" not in name} == set()
+    again = final_state(world, "lora_2_again")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert losses(world, "lora_2_on_1") == pytest.approx(losses(world, "lora_2"), abs=1e-5)
+
+
+def test_an_export_of_adapters_has_the_losses_of_its_run(world):
+    last = [row["val/loss"] for row in rows(world, "lora_2") if "val/loss" in row][-1]
+    first = next(row["val/loss"] for row in rows(world, "from_merged") if "val/loss" in row)
+    assert first == pytest.approx(last, rel=1e-5)
+
+
+def final_state(folder: Path, name: str) -> dict:
+    """Tensors of the newest checkpoint, by rank and name."""
+    checkpoint = newest_checkpoint(folder / "runs" / name)
+    files = sorted(checkpoint.glob("rank_*.safetensors"))
+    return {f"{file.stem}/{key}": tensor for file in files for key, tensor in load_file(file).items()}
 
 
 def test_every_buffer_of_a_sharded_model_is_the_one_that_transformers_builds(world):

@@ -73,7 +73,10 @@ SETTINGS = {
     "strict": ({"loss": {"mode": "strict"}}, "student"),
     "checkpointing": ({"student": {"gradient_checkpointing": True}}, "student"),
     "adapters": ({"student": {"lora": {"rank": 3}}}, "student"),
-    "adapters, checkpointing": ({"student": {"lora": {"targets": ["c_attn"]}, "gradient_checkpointing": True}}, "student"),
+    "adapters, checkpointing": (
+        {"student": {"lora": {"targets": ["c_attn"]}, "gradient_checkpointing": True}},
+        "student",
+    ),
     "stage I": ({}, "filters"),
     "stage I, mlp": ({"filters": {"mlp": 24}}, "filters"),
     "stage I, own heads": ({"filters": {"head": "per_layer"}}, "filters"),

@@ -1,5 +1,6 @@
 """Scenarios of students with adapters, run by ranks.py: each on every rank, with the folder of models and corpus."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def frozen_digests(engine, device) -> list[int]:
     """Of what is frozen in the network, whole."""
     frozen = {name: p for name, p in engine.module.network.named_parameters() if not p.requires_grad}
     with gathered(frozen.values()):
-        return replicas.digests(list(frozen.items()), device).tolist()
+        return replicas.digests(frozen, device).tolist()
 
 
 def adapters(folder: Path, device):
@@ -41,21 +42,31 @@ def adapters(folder: Path, device):
     make, build.build_student, build.end_stage = build.build_student, built, end
     try:
         start(folder, device, name=name, **LORA)
+        go_on(folder, device, name, f"{name}_again")
     finally:
         build.build_student, build.end_stage = make, ended
+    if dist.get_rank() == 0:  # of each number of ranks, for the file of a scenario is of its last launch
+        (folder / f"digests_{name}.json").write_text(json.dumps(seen))
+
+
+def go_on(folder: Path, device, name: str, again: str) -> None:
+    """A copy of the run goes on from its second step."""
     if dist.get_rank() == 0:
-        shutil.copytree(folder / "runs" / name, folder / "runs" / f"{name}_again")
-        put_back(folder / "runs" / f"{name}_again", 2)
+        shutil.copytree(folder / "runs" / name, folder / "runs" / again)
+        put_back(folder / "runs" / again, 2)
     dist.barrier()
-    start(folder, device, name=f"{name}_again", **LORA)
-    return seen
+    start(folder, device, name=again, **LORA)
 
 
 def adapters_on_others(folder: Path, device):
-    """The run of two ranks goes on, on another number of ranks, from its second step."""
-    name = f"lora_2_on_{dist.get_world_size()}"
-    if dist.get_rank() == 0:
-        shutil.copytree(folder / "runs" / "lora_2", folder / "runs" / name)
-        put_back(folder / "runs" / name, 2)
-    dist.barrier()
-    start(folder, device, name=name, **LORA)
+    """The run of two ranks, on another number of ranks."""
+    go_on(folder, device, "lora_2", f"lora_2_on_{dist.get_world_size()}")
+
+
+def merged(folder: Path, device):
+    """A run that begins with what the export makes of the run of two ranks, and validates it first."""
+    from ted_scale.commands.export_hf import main
+
+    main([str(folder / "runs" / "lora_2"), str(folder / "merged")])
+    student = {"student": {"path": str(folder / "merged")}}
+    start(folder, device, name="from_merged", method="ce", **student, train={"steps": 1, **TWO})

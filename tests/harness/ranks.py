@@ -35,8 +35,8 @@ def main() -> None:
 
     plan.inspect = functools.cache(plan.inspect)
     homes = (
-        scenarios, data_scenarios, health_scenarios, lora_scenarios, number_scenarios, recorded_losses, sample_scenarios, sequence_scenarios,
-        stop_scenarios, traffic_scenarios, vitals_scenarios,
+        scenarios, data_scenarios, health_scenarios, lora_scenarios, number_scenarios, recorded_losses, sample_scenarios,
+        sequence_scenarios, stop_scenarios, traffic_scenarios, vitals_scenarios,
     )  # fmt: skip
     device, rank = start_ranks(), os.environ["RANK"]
     for name in names:

@@ -91,7 +91,7 @@ def test_targets_that_name_no_matrix_of_a_block_are_refused(world):
 
 def test_a_run_without_peft_is_refused_in_a_sentence(world, monkeypatch):
     monkeypatch.setattr(lora.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="student.lora must be left out where peft is not installed"):
+    with pytest.raises(UserError, match="must be left out where peft is not installed"):
         plan_of_models(make_run(world, student={"lora": LORA}), 1)
 
 
