@@ -164,6 +164,19 @@ def test_an_export_of_adapters_has_the_losses_of_its_run(world):
     assert first == pytest.approx(last, rel=1e-5)
 
 
+def test_exported_adapters_are_the_merged_model_in_plain_peft(world):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    def logits(model):
+        return model.eval()(torch.arange(3, 43).reshape(2, 20)).logits
+
+    base, merged = (AutoModelForCausalLM.from_pretrained(world / name) for name in ("student", "merged"))
+    own, expected = logits(base), logits(merged)
+    assert (own - expected).abs().max() > 1e-2
+    assert torch.allclose(logits(PeftModel.from_pretrained(base, world / "merged" / "adapters")), expected, atol=1e-5)
+
+
 def final_state(folder: Path, name: str) -> dict:
     """Tensors of the newest checkpoint, by rank and name."""
     checkpoint = newest_checkpoint(folder / "runs" / name)

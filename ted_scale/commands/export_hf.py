@@ -127,6 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: the run's train.precision")
     parser.add_argument("--max-shard-gb", type=float, default=5, help="largest file, in GB")
     parser.add_argument("--student", help="the folder the run started from; default: the run's student.path")
+    parser.add_argument("--adapters", action="store_true", help="also write OUT/adapters, as peft reads them")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument("--wandb-artifact", action="store_true", help="add OUT to the run's own W&B run")
     arguments = parser.parse_args(argv)
@@ -140,6 +141,10 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint, folder = find_checkpoint(arguments.source)
     run = load_run(folder / "run.toml")
     check_trained(run, checkpoint)
+    if arguments.adapters and run.student.lora is None:
+        raise UserError(
+            "--adapters must be left out for a run without student.lora, but is set; its export is the model itself"
+        )
     if arguments.wandb_artifact:
         from ted_scale.metrics import wandb_export
 
@@ -153,14 +158,16 @@ def main(argv: list[str] | None = None) -> None:
     from ted_scale.storage.hub import find_folder
 
     student = find_folder("student.path", arguments.student or run.student.path)
-    lora = run.student.lora
-    fill = partial(merged.read, merged.open_base(checkpoint, student, lora)) if lora else read
+    base = merged.open_base(checkpoint, student, run.student.lora) if run.student.lora else None
+    fill = partial(merged.read, base) if base else read
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype or run.train.precision]
     out = arguments.out or folder / "export"
     with new_folder(out, overwrite=arguments.overwrite, sources=(student, folder)) as part:
         state = open_state(checkpoint)
-        shards = recipes(state, student, dtype, is_whole=lora is None)
+        shards = recipes(state, student, dtype, is_whole=base is None)
         size = write_shards(part, shards, partial(fill, state), arguments.max_shard_gb * 1e9)
+        if arguments.adapters:
+            merged.write_adapters(part / "adapters", state, base)
         write_config(student, part, dtype)
         copy_tokenizer(run, student, part)
         write_card(part, folder, checkpoint, run, student, name_of(dtype))

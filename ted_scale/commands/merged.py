@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save_file
 
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints.progress import read_progress
@@ -69,3 +70,14 @@ def adapter(state: State, base: Base, name: str) -> list[torch.Tensor]:
     names = [f"{NETWORK}{name}.{own}" for own in lora.NAMES]
     state.fill([Part("fp32", key, 0, tensor.view(-1)) for key, tensor in zip(names, both, strict=True)])
     return list(both)
+
+
+def write_adapters(folder: Path, state: State, base: Base) -> None:
+    """Beside the merged model, in fp32: PeftModel.from_pretrained(STUDENT, FOLDER)."""
+    tensors = {}
+    for name in lora.matrices(base.anatomy, base.settings.targets):
+        for side, tensor in zip("AB", adapter(state, base, name), strict=True):
+            tensors[f"base_model.model.{name}.lora_{side}.weight"] = tensor
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    lora.settings(base.anatomy, base.settings).save_pretrained(folder)

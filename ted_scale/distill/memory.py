@@ -1,10 +1,10 @@
 """The memory of a rank in each stage, in bytes by term: an estimate from shapes, before anything starts.
 
-    weights          b · student / R                                b: 2 bytes in bf16, else 4; R ranks
+    weights          b · student / R                                b: 2 bytes in bf16, else 4; R ranks; adapters, too
     filters          b · filters / R; those of the teacher that read its states as they appear (filters.py) are whole
     teacher          b · teacher / ranks that share it (placement.py); streamed from the host: two blocks and what is outside them.
                      With teacher.precision a byte for each element of its blocks' matrices, and their rows' scales
-    masters          4 · trained / R                                the weights in fp32
+    masters          4 · trained / R                                the weights in fp32; of a student with adapters theirs alone
     moments          8 · trained / R                                Adam's two
     gradients        4 · trained / R                                summed in fp32
     communication    1 GiB on several GPUs                          assumed

@@ -104,7 +104,7 @@ def settings(anatomy: Anatomy, lora: Lora):
     from peft import LoraConfig
 
     names = list(matrices(anatomy, lora.targets))
-    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=names, lora_dropout=0.0)
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
 
 
 def adapt(network, anatomy: Anatomy, lora: Lora, seed: int = 0) -> None:

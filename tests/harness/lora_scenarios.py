@@ -67,6 +67,6 @@ def merged(folder: Path, device):
     """A run that begins with what the export makes of the run of two ranks, and validates it first."""
     from ted_scale.commands.export_hf import main
 
-    main([str(folder / "runs" / "lora_2"), str(folder / "merged")])
+    main([str(folder / "runs" / "lora_2"), str(folder / "merged"), "--adapters"])
     student = {"student": {"path": str(folder / "merged")}}
     start(folder, device, name="from_merged", method="ce", **student, train={"steps": 1, **TWO})
