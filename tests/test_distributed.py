@@ -43,6 +43,7 @@ TWO_RANKS = (
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
     "blocks_compiled", "asked_seldom", "teacher_moves", "readings", "shipped_configs", "int8_gathers", "mixtures",
     "rows_shared", "families_shared", "deepspeed_attention", "samples_written", "vitals", "adapters",
+    "adapters_beside_a_whole_student",
 )  # fmt: skip
 
 SKIPS = ("skips", "skips_offloaded", "skips_once")
@@ -148,6 +149,8 @@ def test_adapters_are_all_that_is_trained_and_ranks_agree(world):
     ours, alone = losses(world, "lora_2"), losses(world, "lora_1")
     assert len(ours) == 4 and ours[-1] < ours[0]
     assert max(abs(a - b) for a, b in zip(ours, alone, strict=True)) < 1e-5
+    result(world, "adapters_beside_a_whole_student", 1)
+    assert losses(world, "lora_whole") == pytest.approx(ours, abs=1e-5)
 
 
 def test_adapters_go_on_from_a_checkpoint_to_the_bit_and_on_other_ranks(world):

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch.distributed as dist
+from places import ROOT
 from scenarios import TWO, put_back, start
 
 from ted_scale import run as build
@@ -61,6 +62,18 @@ def go_on(folder: Path, device, name: str, again: str) -> None:
 def adapters_on_others(folder: Path, device):
     """The run of two ranks, on another number of ranks."""
     go_on(folder, device, "lora_2", f"lora_2_on_{dist.get_world_size()}")
+
+
+def adapters_beside_a_whole_student(folder: Path, device):
+    """The same run where every rank keeps all weights, and gradients are reduced once a step."""
+    ds_config = str(ROOT / "ds_configs" / "zero3_whole_student.json")
+    start(
+        folder,
+        device,
+        name="lora_whole",
+        ds_config=ds_config,
+        **LORA | {"train": {**LORA["train"], "reduce_once": True}},
+    )
 
 
 def merged(folder: Path, device):
