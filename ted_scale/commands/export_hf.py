@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     from ted_scale.storage.hub import find_folder
 
     student = find_folder("student.path", arguments.student or run.student.path)
-    base = merged.open_base(checkpoint, student, run.student.lora) if run.student.lora else None
+    base = merged.open_base(checkpoint, student, run.student.lora, NETWORK) if run.student.lora else None
     fill = partial(merged.read, base) if base else read
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype or run.train.precision]
     out = arguments.out or folder / "export"

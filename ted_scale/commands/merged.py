@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints.progress import read_progress
 from ted_scale.checkpoints.state import Part, State
-from ted_scale.commands.export_hf import NETWORK
 from ted_scale.config.run import Lora
 from ted_scale.models import fingerprint, lora
 from ted_scale.models.anatomy import Anatomy
@@ -26,16 +25,17 @@ class Base(NamedTuple):
 
     anatomy: Anatomy
     settings: Lora
+    inside: str  # what a checkpoint puts before the network's names
 
 
-def open_base(checkpoint: Path, student: Path, settings: Lora) -> Base:
+def open_base(checkpoint: Path, student: Path, settings: Lora, inside: str) -> Base:
     theirs, ours = read_progress(checkpoint).identity.get("student.base"), fingerprint.sampled(student)
     if theirs != ours:
         raise UserError(
             f"--student must be the folder whose weights {checkpoint.name} has adapters for ({theirs}), but {student} has others "
             f"({ours}); name that folder"
         )
-    return Base(inspect("student.path", str(student)), settings)
+    return Base(inspect("student.path", str(student)), settings, inside)
 
 
 def read(base: Base, state: State, tensors: dict) -> None:
@@ -67,7 +67,7 @@ def adapter(state: State, base: Base, name: str) -> list[torch.Tensor]:
     """A and B of a module, in fp32."""
     matrix, rank = lora.matrices(base.anatomy, base.settings.targets)[name], base.settings.rank
     both = torch.empty(rank, matrix.inputs), torch.empty(matrix.outputs, rank)
-    names = [f"{NETWORK}{name}.{own}" for own in lora.NAMES]
+    names = [f"{base.inside}{name}.{own}" for own in lora.NAMES]
     state.fill([Part("fp32", key, 0, tensor.view(-1)) for key, tensor in zip(names, both, strict=True)])
     return list(both)
 
