@@ -82,7 +82,8 @@ def value_of(annotation, metadata=()) -> str:
     if typing.get_origin(annotation) in (typing.Union, UnionType):
         return " or ".join(value_of(part, metadata) for part in parts if part is not NoneType)
     if typing.get_origin(annotation) in (list, tuple):
-        return f"[{', '.join(map(value_of, parts))}{', …' if typing.get_origin(annotation) is list else ''}]"
+        is_open = typing.get_origin(annotation) is list or ... in parts
+        return f"[{', '.join(value_of(part) for part in parts if part is not ...)}{', …' if is_open else ''}]"
     if section_in(annotation):
         return "a table as in [loss.WEIGHT]"
     return NAMES[annotation] + bounds(metadata)

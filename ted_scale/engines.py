@@ -17,7 +17,7 @@ from ted_scale.distill.stages import Stage
 from ted_scale.distill.student import Student
 from ted_scale.distill.teacher import Teacher, TeacherBody
 from ted_scale.health import replicas
-from ted_scale.models import attention, fused, quantized, zero_hooks
+from ted_scale.models import attention, fused, lora, quantized, zero_hooks
 from ted_scale.models.engine_config import check_int8_gathers, engine_config, teacher_config, zero_settings
 from ted_scale.models.quantized import build_quantized
 from ted_scale.models.reduction import sum_in_fp32
@@ -169,6 +169,8 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
     network = build_network(plan.student, ds_config=config, dtype=dtype, init=run.student.init, seed=run.seed)
     blocks = prepare_blocks(plan, "student", network)
     network.requires_grad_(not stage.learns_filters)
+    if run.student.lora and not stage.learns_filters:  # adapters that start at 0 change nothing in stage I
+        lora.adapt(network, plan.student, run.student.lora, run.seed)
     if run.student.gradient_checkpointing and not stage.learns_filters:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     with sharded_construction(config):

@@ -28,13 +28,13 @@ from ted_scale.distill.flops import keys_of, step_flops
 from ted_scale.distill.pairs import Matched, match_layers
 from ted_scale.distill.stages import Stage, stages_of
 from ted_scale.evaluation import prompts
-from ted_scale.evaluation.suites import load_for_training
+from ted_scale.evaluation.suites import suite_in_training
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.forecast.placement import Placement, of_this_machine, place
 from ted_scale.metrics.live_report import why_never
 from ted_scale.metrics.rows import last_row
 from ted_scale.metrics.tracking import why_offline
-from ted_scale.models import fused, quantized, ulysses
+from ted_scale.models import fused, lora, quantized, ulysses
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
@@ -99,6 +99,7 @@ class Plan:
             **{f"loss.{k}": changes.plain(getattr(loss, k)) for k in OF_LOSSES},
             **{f"train.{k}": changes.plain(getattr(train, k)) for k in ("precision", "betas", "eps", "weight_decay")},
             **{f"{s}.{k}": getattr(a, k) for s, a in sides.items() if a for k in changes.SHAPE},
+            **lora.identity(run.student.lora, self.student),
             **self.filters_identity(),
             **filters,
         }
@@ -119,7 +120,7 @@ def make_plan(run: Run, world: int) -> Plan:
     plan = dataclasses.replace(plan, placement=place(plan, of_this_machine(world)))
     prompts.check(plan)
     if run.validation.suite:
-        tokenizer, suite = tokenizer_folder(plan.student, plan.teacher), load_for_training(*suite_of(run))
+        tokenizer, suite = tokenizer_folder(plan.student, plan.teacher), suite_in_training(run.validation)
         plan = dataclasses.replace(plan, suite=suite, tokenizer=tokenizer)
     where, progress = resume.find(run, plan.identity())
     readings = check_corpora(plan, progress)
@@ -146,6 +147,7 @@ def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
     fused.check(run.fused_blocks, {"student": student, "teacher": teacher}, run.data.attention)
     ulysses.check(run, {"student": student, "teacher": teacher})
     quantized.check_model(run.teacher_bits, teacher)
+    lora.check(run.student.lora, student)
     check_length(run, student, teacher)
     check_documents(run, student, teacher)
     return Plan(
@@ -238,11 +240,6 @@ def keys_of_windows(lengths, *models: Anatomy | None) -> dict[int | None, float]
     return {window: keys(window) for anatomy in models if anatomy for _, window in anatomy.scores}
 
 
-def suite_of(run: Run) -> tuple[list[str], Path | None, int | None]:
-    files = run.validation.suite_files
-    return run.validation.suite, Path(files) if files else None, run.validation.suite_limit
-
-
 def stage_flops(plan: Plan, stage: Stage) -> float:
     """Model FLOPs of all tokens of the stage. A thousand of its steps are sampled, because loss weights change."""
     steps = range(stage.first_step, stage.last_step, max(1, stage.steps // 1000))
@@ -254,17 +251,16 @@ def describe(plan: Plan) -> str:
     """The run's arithmetic, for --dry-run and for the log."""
     run, train, ranks = plan.run, plan.run.train, f"{plan.world} rank{'s' if plan.world > 1 else ''}"
     lines = [f"run {run.name}: method {run.method}, {train.precision}, {ranks}, folder {run.folder}"]
-    for side, anatomy in (("teacher", plan.teacher), ("student", plan.student)):
-        if anatomy:
-            a = anatomy
+    for side, a in (("teacher", plan.teacher), ("student", plan.student)):
+        if a:
             shape = (
                 f"{a.layers} blocks, width {a.width}, vocabulary {a.vocab_size}, {a.parameters / 1e6:,.2f} M parameters"
             )
             lines.append(f"{side}: {a.family}, {shape}, from {a.folder}, fingerprint {fingerprint(a.folder)}")
+    lines += lora.describe(run.student.lora, plan.student)
     if plan.placement:
         lines.append(str(plan.placement))
-    if run.teacher_bits:
-        lines.append(quantized.describe(plan.teacher, run.teacher_bits))
+    lines += [quantized.describe(plan.teacher, run.teacher_bits)] if run.teacher_bits else []
     if plan.pairs:
         pairs = " ".join(f"({s},{t})" for s, t in plan.pairs)
         lines.append(f"pairs (student block, teacher block), {plan.pairs_origin}: {pairs}")

@@ -32,7 +32,7 @@ from tiny import FAMILIES, MORE, make_model, make_run
 
 from ted_scale.checkpoints.folder import newest_checkpoint
 from ted_scale.config.run_file import load_run
-from ted_scale.distill import memory
+from ted_scale.distill.trained import trained_parameters
 from ted_scale.forecast import traffic
 from ted_scale.forecast.placement import Rank, place
 from ted_scale.plan import make_plan, plan_of_models
@@ -44,11 +44,12 @@ TWO_RANKS = (
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
     "blocks_compiled", "asked_seldom", "teacher_moves", "readings", "shipped_configs", "int8_gathers", "mixtures",
     "rows_shared", "families_shared", "deepspeed_attention", "samples_written", "vitals", "every_token", "packed_resumes",
-    "best_is_kept",
+    "best_is_kept", "adapters", "adapters_beside_a_whole_student",
 )  # fmt: skip
 
 ONE_RANK = (
     "ten_steps", "all_methods", "kinds_of_filters", "alone", "asked_seldom", "rows_shared", "every_token", "packed_resumes",
+    "adapters", "adapters_on_others", "merged",
 )  # fmt: skip
 
 SKIPS = ("skips", "skips_offloaded", "skips_once")
@@ -78,11 +79,7 @@ def world(tmp_path_factory):
     make_examples(folder)
     launch(folder, 2, TWO_RANKS)
     launch(folder, 4, ("placements", "rows_shared", "deepspeed_attention"))
-    launch(
-        folder,
-        1,
-        ONE_RANK,
-    )
+    launch(folder, 1, ONE_RANK)
     return folder
 
 
@@ -148,6 +145,52 @@ def plain_losses(folder: Path, **sections) -> list[float]:
             values.append(sum(t.item() for t in totals))
         learnt = [f.state_dict() for f in (filters_s, filters_t)] if stage.learns_filters else None
     return values
+
+
+def test_adapters_are_all_that_is_trained_and_ranks_agree(world):
+    result(world, "adapters")
+    for name in ("lora_1", "lora_2"):
+        before, *later = json.loads((world / f"digests_{name}.json").read_text())
+        assert before and len(later) == 3 and all(digests == before for digests in later)
+    ours, alone = losses(world, "lora_2"), losses(world, "lora_1")
+    assert len(ours) == 4 and ours[-1] < ours[0]
+    assert max(abs(a - b) for a, b in zip(ours, alone, strict=True)) < 1e-5
+    result(world, "adapters_beside_a_whole_student", 1)
+    assert losses(world, "lora_whole") == pytest.approx(ours, abs=1e-5)
+
+
+def test_adapters_go_on_from_a_checkpoint_to_the_bit_and_on_other_ranks(world):
+    whole = final_state(world, "lora_2")
+    assert {name for name in whole if "filters_s" not in name and "lora_" not in name} == set()
+    again = final_state(world, "lora_2_again")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert losses(world, "lora_2_on_1") == pytest.approx(losses(world, "lora_2"), abs=1e-5)
+
+
+def test_an_export_of_adapters_has_the_losses_of_its_run(world):
+    last = [row["val/loss"] for row in rows(world, "lora_2") if "val/loss" in row][-1]
+    first = next(row["val/loss"] for row in rows(world, "from_merged") if "val/loss" in row)
+    assert first == pytest.approx(last, rel=1e-5)
+
+
+def test_exported_adapters_are_the_merged_model_in_plain_peft(world):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    def logits(model):
+        return model.eval()(torch.arange(3, 43).reshape(2, 20)).logits
+
+    base, merged = (AutoModelForCausalLM.from_pretrained(world / name) for name in ("student", "merged"))
+    own, expected = logits(base), logits(merged)
+    assert (own - expected).abs().max() > 1e-2
+    assert torch.allclose(logits(PeftModel.from_pretrained(base, world / "merged" / "adapters")), expected, atol=1e-5)
+
+
+def final_state(folder: Path, name: str) -> dict:
+    """Tensors of the newest checkpoint, by rank and name."""
+    checkpoint = newest_checkpoint(folder / "runs" / name)
+    files = sorted(checkpoint.glob("rank_*.safetensors"))
+    return {f"{file.stem}/{key}": tensor for file in files for key, tensor in load_file(file).items()}
 
 
 def test_every_buffer_of_a_sharded_model_is_the_one_that_transformers_builds(world):
@@ -386,7 +429,7 @@ def test_a_plan_knows_the_bytes_that_ranks_send(world):
         stage = plan.stages[-1]
         sent = [traffic.teacher_gathers(plan, 4), traffic.student_gathers(plan, stage, 4, "cpu")]
         assert sum(counted[-1]["gathered"]) == plan.accumulation * sum(each.bytes for each in sent)
-        trained = memory.trained_parameters(plan, stage)
+        trained = trained_parameters(plan, stage)
         assert sum(counted[-1]["reduced"]) == plan.accumulation * traffic.reduction(plan, stage, trained, "cpu").bytes
 
 
@@ -634,7 +677,7 @@ def test_a_student_that_stays_whole_is_sent_once_a_step_and_its_gradients_too_wh
         assert 2 * sum(once["gathered"]) == sum(each["gathered"])
     plan = plan_of_models(load_run(world / "runs/traffic_once/run.toml"), 2)
     stage = plan.stages[-1]
-    trained = memory.trained_parameters(plan, stage)
+    trained = trained_parameters(plan, stage)
     assert sum(once["gathered"]) == 2 * traffic.student_gathers(plan, stage, 4, "cpu").bytes
     assert sum(once["reduced"]) == 2 * traffic.reduction(plan, stage, trained, "cpu").bytes
     assert losses(world, "traffic_once") == pytest.approx(losses(world, "traffic_4"), abs=1e-5)

@@ -100,8 +100,9 @@ def open_state(checkpoint: Path):
     return State(checkpoint, sealed.read_manifest(checkpoint))
 
 
-def recipes(state, student: Path, dtype) -> list:
-    """The network's tensors under their family's names, and nothing else of the trained module."""
+def recipes(state, student: Path, dtype, is_whole: bool = True) -> list:
+    """The network's tensors under their family's names, and nothing else of the trained module. A checkpoint that is not whole has
+    adapters beside the student's own."""
     import torch
 
     from ted_scale.models.inspection import empty_model, read_config
@@ -112,7 +113,7 @@ def recipes(state, student: Path, dtype) -> list:
     found = []
     for name, target in saved_tensors(model).items():
         theirs, shape = state.shapes.get(NETWORK + name), tuple(target.shape)
-        if theirs is None or tuple(theirs) != shape:
+        if is_whole and (theirs is None or tuple(theirs) != shape):
             has = "does not have it" if theirs is None else f"has {tuple(theirs)}"
             raise UserError(
                 f"{state.checkpoint} must hold {name} of shape {shape}, as {student} says, but {has}; name the "
@@ -167,6 +168,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: the run's train.precision")
     parser.add_argument("--max-shard-gb", type=float, default=5, help="largest file, in GB")
     parser.add_argument("--student", help="the folder the run started from; default: the run's student.path")
+    parser.add_argument("--adapters", action="store_true", help="also write OUT/adapters, as peft reads them")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument("--wandb-artifact", action="store_true", help="add OUT to the run's own W&B run")
     arguments = parser.parse_args(argv)
@@ -182,6 +184,10 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint, folder = find_checkpoint(arguments.source, arguments.checkpoint)
     run = load_run(folder / "run.toml")
     check_trained(run, checkpoint)
+    if arguments.adapters and run.student.lora is None:
+        raise UserError(
+            "--adapters must be left out for a run without student.lora, but is set; its export is the model itself"
+        )
     if arguments.wandb_artifact:
         from ted_scale.metrics import wandb_export
 
@@ -189,17 +195,22 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch  # imports take seconds; a wrong folder should not wait for them
 
+    from ted_scale.commands import merged
     from ted_scale.commands.model_card import write_card
     from ted_scale.models.model_folder import new_folder, write_shards
     from ted_scale.storage.hub import find_folder
 
     student = find_folder("student.path", arguments.student or named_by_run(run.student.path, run, folder))
+    base = merged.open_base(checkpoint, student, run.student.lora, NETWORK) if run.student.lora else None
+    fill = partial(merged.read, base) if base else read
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype or run.train.precision]
     out = arguments.out or folder / "export"
     with new_folder(out, overwrite=arguments.overwrite, sources=(student, folder)) as part:
         state = open_state(checkpoint)
-        shards = recipes(state, student, dtype)
-        size = write_shards(part, shards, partial(read, state), arguments.max_shard_gb * 1e9)
+        shards = recipes(state, student, dtype, is_whole=base is None)
+        size = write_shards(part, shards, partial(fill, state), arguments.max_shard_gb * 1e9)
+        if arguments.adapters:
+            merged.write_adapters(part / "adapters", state, base)
         write_config(student, part, dtype)
         copy_tokenizer(run, folder, student, part)
         write_card(part, folder, checkpoint, run, student, name_of(dtype))

@@ -19,13 +19,17 @@ DECISIVE = (
     "loss.ce", "loss.kl", "loss.layer", "loss.balance", "loss.temperature", "loss.kind", "loss.divergence", "loss.top_k",
     "loss.skip_low_entropy", "loss.tokens",
     "train.precision", "train.betas", "train.eps", "train.weight_decay",
+    "student.lora.rank", "student.lora.alpha", "student.lora.targets", "student.base",
     *(f"student.{key}" for key in SHAPE), *(f"teacher.{key}" for key in SHAPE),
 )  # fmt: skip
 
 DROPPED = ("data.workers",)  # keys of earlier versions that never changed a result
 
-NEVER = ("filters.width", "filters.mlp")
-IMPLIED = {"teacher.precision": "16 bits or more"}  # by a checkpoint from before there was the key
+NEVER = ("filters.width", "filters.mlp", "student.lora.rank", "student.lora.alpha", "student.lora.targets")
+IMPLIED = {
+    "teacher.precision": "16 bits or more",
+    "student.lora.rank": 0,
+}  # by a checkpoint from before there was the key
 
 
 def unknown_name(name: str) -> str | None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ted_scale.base import redact
 from ted_scale.config.data import Data
@@ -20,7 +20,7 @@ from ted_scale.config.method import (
     on_between,
 )
 from ted_scale.config.operation import Checkpoint, Health, Limits, Report, Resume, Samples, Vitals, Wandb
-from ted_scale.config.types import Count, PositiveInt, Section
+from ted_scale.config.types import Count, Positive, PositiveInt, Section
 
 Method = Literal["ce", "kd", "lwd", "ted"]
 
@@ -83,10 +83,39 @@ class Teacher(Model):
         return self
 
 
+class Lora(Section):
+    """Adapters of low rank beside the student's frozen matrices (LoRA), by peft; stage II trains them instead of the student."""
+
+    rank: PositiveInt = Field(16, description="of each adapter's product B·A")
+    alpha: Positive = Field(32.0, description="the product counts alpha / rank times")
+    targets: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear",
+        description="the last parts of names of linear maps in the blocks, such as q_proj; all-linear: all of them. The head and "
+        "embeddings stay frozen",
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def list_is_tuple(cls, value):
+        return tuple(value) if isinstance(value, list) else value
+
+
 class Student(Model):
     gradient_checkpointing: bool = Field(
         False, description="activations of a block are computed again in backward: less memory, more time"
     )
+    lora: Lora | None = None
+
+    @model_validator(mode="after")
+    def adapters_have_a_start(self):
+        if self.lora and self.init == "random":
+            raise ValueError(
+                "init must be 'weights' where student.lora is set, but is 'random': adapters beside weights that never train learn "
+                "nothing; leave one of them out"
+            )
+        if self.lora and not self.lora.targets:
+            raise ValueError("lora.targets must name a linear map, but is []; leave it out for all of them")
+        return self
 
 
 class Run(Section):

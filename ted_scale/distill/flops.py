@@ -14,6 +14,7 @@ import numpy
 
 from ted_scale.distill.filters import has_lift
 from ted_scale.distill.normalization import logit_passes
+from ted_scale.models import lora
 from ted_scale.models.anatomy import Anatomy
 
 Keys = Callable[[int | None], float]  # a layer's window → the average number of keys that a query sees
@@ -60,6 +61,18 @@ def head_flops(anatomy: Anatomy, vocabulary: int | None = None) -> float:
     return 2 * anatomy.head_width * min(anatomy.vocab_size, vocabulary or anatomy.vocab_size)
 
 
+def adapter_flops(plan) -> float:
+    """Forward of the student's adapters."""
+    return 2 * lora.parameters(plan.student, plan.run.student.lora)
+
+
+def student_flops(plan, keys: Keys) -> tuple[float, float]:
+    """(forward, backward) of its body where it is trained. A frozen matrix has the gradient of its input alone."""
+    forward, scores, adapters = body_flops(plan.student, keys), attention_flops(plan.student, keys), adapter_flops(plan)
+    backward = forward + scores if plan.run.student.lora else 2 * forward
+    return forward + adapters, backward + 2 * adapters
+
+
 def filter_flops(width_in: int, width_out: int) -> float:
     """Forward of one filter's linear map."""
     return 2 * width_in * width_out
@@ -84,11 +97,12 @@ def of_parts(plan, stage, step: int, keys: Keys) -> dict[str, Work]:
         return {**bodies, "filters": Work(stage_one_flops(plan, *sampled(plan)))}
     student, asked = head_flops(plan.student) if weights.ce or weights.kl else 0, 1 / stage.asks_every
     teacher = asked * head_flops(plan.teacher, plan.student.vocab_size) if weights.kl else 0
-    body, strict = body_flops(plan.student, keys), plan.run.loss.mode == "strict"
-    parts = {"student": Work(3 * body, body if plan.run.student.gradient_checkpointing else 0)}
+    body, strict = student_flops(plan, keys), plan.run.loss.mode == "strict"
+    parts = {"student": Work(sum(body), body[0] if plan.run.student.gradient_checkpointing else 0)}
+    head = 2 if plan.run.student.lora else 3  # a frozen one has no gradient of its own
     calls = logit_passes(plan.run.loss, weights.kl)
     parts["head"] = Work(
-        3 * student + teacher, (calls - 1) * 3 * student + (calls * student + teacher if strict else 0)
+        head * student + teacher, (calls - 1) * head * student + (calls * student + teacher if strict else 0)
     )
     if plan.teacher and (weights.kl or weights.layer):
         parts["teacher"] = Work(asked * body_flops(plan.teacher, keys))

@@ -1,10 +1,10 @@
 """The memory of a rank in each stage, in bytes by term: an estimate from shapes, before anything starts.
 
-    weights          b · student / R                                b: 2 bytes in bf16, else 4; R ranks
+    weights          b · student / R                                b: 2 bytes in bf16, else 4; R ranks; adapters, too
     filters          b · filters / R; those of the teacher that read its states as they appear (filters.py) are whole
     teacher          b · teacher / ranks that share it (placement.py); streamed from the host: two blocks and what is outside them.
                      With teacher.precision a byte for each element of its blocks' matrices, and their rows' scales
-    masters          4 · trained / R                                the weights in fp32
+    masters          4 · trained / R                                the weights in fp32; of a student with adapters theirs alone
     moments          8 · trained / R                                Adam's two
     gradients        4 · trained / R                                summed in fp32
     communication    1 GiB on several GPUs                          assumed
@@ -36,9 +36,10 @@ from ted_scale.distill.filter_sizes import filter_parameters
 from ted_scale.distill.filters import keeps_filtered
 from ted_scale.distill.normalization import gradient_passes
 from ted_scale.distill.stages import Stage
+from ted_scale.distill.trained import adapters, head_gradient, own_heads, trained_parameters
 from ted_scale.kernels.formulas.divergences import scratch
 from ted_scale.kernels.products import rows_per_chunk
-from ted_scale.models import quantized
+from ted_scale.models import lora, quantized
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.engine_config import KEPT_WHOLE, setting
 from ted_scale.models.trial import hollow, least_tokens, run_hollow
@@ -89,13 +90,6 @@ def tokens_of(plan) -> int:
     return plan.run.train.micro_batch * plan.run.data.seq_len // plan.run.data.sequence_parallel
 
 
-def trained_parameters(plan, stage: Stage) -> int:
-    counts = filter_parameters(plan)
-    return (
-        sum(counts.values()) + own_heads(plan) if stage.learns_filters else plan.student.parameters + counts["student"]
-    )
-
-
 def filters_by_place(plan, stage: Stage) -> tuple[int, int]:
     """Parameters of filters that (ranks share, every rank has whole). Stage I alone has lifts."""
     counts = filter_parameters(plan)
@@ -108,7 +102,7 @@ def resting(plan, stage: Stage, device: str) -> dict[str, float]:
     b, trained = bytes_of(plan), trained_parameters(plan, stage) / plan.world
     shared, whole = filters_by_place(plan, stage)
     return {
-        "weights": b * plan.student.parameters / plan.world,
+        "weights": b * (plan.student.parameters + adapters(plan, stage)) / plan.world,
         "filters": b * (shared / plan.world + whole),
         "teacher": of_teacher(plan, b, device),
         "masters": 4 * trained,
@@ -127,14 +121,14 @@ def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
     whole = {"gathered": b * gathered(plan, stage, device), "whole gradients": 4 * trained if once else 0}
     kept, block, frozen = activations(plan, stage)
     signal, ahead = {"states": states(plan, stage)}, beside_backward(plan, stage, frozen)
-    matrix = 0 if stage.learns_filters else plan.student.vocab_size * plan.student.head_width
+    matrix = head_gradient(plan, stage)
     early, reduced = loss_gradients(plan, stage), {"reduction": reduction(plan, trained, b, device)}
     rounded = matrix * b if b == 2 else 0  # a gradient in the weight's type; in fp32 it is the same memory
     return [
         {"activations": frozen, **signal, **whole},
         {
             "activations": kept, "chunk": chunk(plan, stage, device), **signal, **whole,
-            "loss gradients": early if stage.learns_filters else of_logits(plan),
+            "loss gradients": early if stage.learns_filters else of_logits(plan, stage),
         },
         {"activations": kept, "loss gradients": early + rounded, "read ahead": ahead, **reduced, **whole},
         {"activations": kept + block, "loss gradients": b * matrix, "read ahead": ahead, **reduced, **whole},
@@ -160,12 +154,6 @@ def teacher_here(a: Anatomy, placement, device: str) -> float:
     if not streams(placement):
         return a.parameters / placement.ranks
     return a.parameters + 2 * a.block_parameters - (a.in_blocks if device != "cpu" else 0)
-
-
-def own_heads(plan) -> int:
-    """Parameters of the filters' own heads, with `filters.head = "per_layer"`."""
-    vocabularies = [a.vocab_size for a in (plan.student, plan.teacher) if a]
-    return len(plan.pairs) * (plan.width + 1) * sum(vocabularies) if plan.run.filters.head == "per_layer" else 0
 
 
 def reduction(plan, trained: float, b: int, device: str) -> float:
@@ -203,6 +191,8 @@ def activations(plan, stage: Stage) -> tuple[float, float, float]:
     b, tokens = bytes_of(plan), tokens_of(plan)
     dtype = torch.bfloat16 if b == 2 else torch.float32
     kept = {a: tokens * kept_a_token(a, dtype) for a in (plan.student, plan.teacher) if a}
+    if adapters(plan, stage):
+        kept[plan.student] = tokens * kept_a_token(plan.student, dtype, plan.run.student.lora)
     theirs = together(plan) * kept[plan.teacher] / plan.teacher.layers if plan.teacher else 0.0
     frozen = max(theirs, kept[plan.student] / plan.student.layers if stage.learns_filters else 0.0)
     if stage.learns_filters:
@@ -213,9 +203,12 @@ def activations(plan, stage: Stage) -> tuple[float, float, float]:
 
 
 @cache  # for all stages: a trial of a deep model takes half a second
-def kept_a_token(anatomy: Anatomy, dtype) -> float:
+def kept_a_token(anatomy: Anatomy, dtype, low_rank=None) -> float:
     """Bytes a token that autograd keeps of a forward of the body, without weights."""
     network = hollow(anatomy, dtype)
+    if low_rank:
+        with torch.device("meta"):
+            lora.adapt(network, anatomy, low_rank)
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
     kept, tokens = {}, least_tokens(anatomy)
 
@@ -265,12 +258,12 @@ def loss_gradients(plan, stage: Stage) -> float:
     if stage.learns_filters:
         return 4 * (sum(filters.values()) + own_heads(plan))
     of_states = bytes_of(plan) * tokens_of(plan) * len(plan.pairs) * plan.student.width
-    return of_logits(plan) + 4 * filters["student"] + of_states
+    return of_logits(plan, stage) + 4 * filters["student"] + of_states
 
 
-def of_logits(plan) -> float:
-    """Of the head's weight and of its input, once for each pass over the logits that keeps them."""
-    matrix_and_input = plan.student.head_width * (4 * plan.student.vocab_size + bytes_of(plan) * tokens_of(plan))
+def of_logits(plan, stage: Stage) -> float:
+    """Of the head's weight, if it is trained, and of its input, once for each pass over the logits that keeps them."""
+    matrix_and_input = 4 * head_gradient(plan, stage) + plan.student.head_width * bytes_of(plan) * tokens_of(plan)
     return gradient_passes(plan.run.loss, plan.run.terms.get("kl")) * matrix_and_input
 
 

@@ -17,7 +17,8 @@ import math
 import torch
 
 from ted_scale.distill import flops
-from ted_scale.distill.memory import bytes_of, streams, together, tokens_of, trained_parameters
+from ted_scale.distill.memory import bytes_of, streams, together, tokens_of
+from ted_scale.distill.trained import trained_parameters
 from ted_scale.forecast import traffic
 from ted_scale.forecast.machine import Machine
 from ted_scale.forecast.work import passes
@@ -100,11 +101,14 @@ def body_pass(plan, side: str, tokens: int, machine: Machine, calls: float = 1.0
     is_fused = fuses(plan, side, machine.device)
     scores = flops.attention_flops(a, plan.attended.__getitem__)
     products = flops.body_flops(a, plan.attended.__getitem__) - scores
+    adapters = flops.adapter_flops(plan) if side == "student" else 0
+    frozen = side == "student" and plan.run.student.lora is not None
     found = []
     for times, one in zip((1, 2), passes(a, dtype), strict=True):
+        whole = products if frozen else times * products  # of a frozen matrix no gradient
         moved = one.fused if is_fused else one.eager
         work = tokens * (
-            times * products / machine.products + times * scores / machine.attention + moved / machine.copies
+            (whole + times * adapters) / machine.products + times * scores / machine.attention + moved / machine.copies
         )
         found.append(max(work, calls * one.calls * machine.call * (FUSED_CALLS if is_fused else 1)))
     return found[0], found[1]

@@ -73,6 +73,8 @@ def uncounted(plan) -> list[str]:
     missing = []
     if bits := plan.run.teacher_bits:
         missing.append(f"the teacher's time is that of bf16: products in {bits} have no rate of their own here")
+    if plan.run.student.lora:
+        missing.append("the thin products of student.lora are timed at the rate of whole ones")
     if (ranks := plan.run.data.sequence_parallel) > 1:
         missing.append(f"what the {ranks} ranks of a row send each other around each attention is in no time here")
     zero = plan.ds_config["zero_optimization"]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from ted_scale.base.errors import UserError
+from ted_scale.models import lora
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.trial import hollow
 from ted_scale.models.zero_single import is_whole
@@ -64,6 +65,8 @@ def gathered_weights(plan) -> Iterator[tuple[str, int, int]]:
     for side, model, ranks in models:
         for name, weight in hollow(model, torch.bfloat16).named_parameters():
             yield f"{name} of the {side}", weight.numel(), ranks
+    for name, (rows, columns) in lora.shapes(plan.student, plan.run.student.lora) if plan.run.student.lora else ():
+        yield f"{name} of the student", rows * columns, plan.world
     if plan.pairs:  # a filter's matrix has so many rows
         yield "a filter's bias", plan.width, plan.world
 

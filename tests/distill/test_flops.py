@@ -72,6 +72,11 @@ SETTINGS = {
     "states first": ({"loss": {"ce": {"start": 1.0, "on_after": 0.5}, "kl": 0.0}}, "student"),
     "strict": ({"loss": {"mode": "strict"}}, "student"),
     "checkpointing": ({"student": {"gradient_checkpointing": True}}, "student"),
+    "adapters": ({"student": {"lora": {"rank": 3}}}, "student"),
+    "adapters, checkpointing": (
+        {"student": {"lora": {"targets": ["c_attn"]}, "gradient_checkpointing": True}},
+        "student",
+    ),
     "stage I": ({}, "filters"),
     "stage I, mlp": ({"filters": {"mlp": 24}}, "filters"),
     "stage I, own heads": ({"filters": {"head": "per_layer"}}, "filters"),
@@ -101,7 +106,8 @@ def test_a_step_is_what_torch_counts(world, monkeypatch, sections, name):
     with set_checkpoint_early_stop(False):  # else torch spares the last product of each block
         products, _ = counted(run)
     assert products == pytest.approx(sum(work) * 2 * LENGTH, rel=1e-12)
-    assert (work.again > 0) == (sections.get("loss", {}).get("mode") == "strict" or "student" in sections)
+    run = parts.plan.run
+    assert (work.again > 0) == (run.loss.mode == "strict" or run.student.gradient_checkpointing)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])

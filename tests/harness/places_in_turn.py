@@ -20,7 +20,8 @@ import torch.distributed as dist
 from ted_scale.commands.planning.calibrate import machine_from
 from ted_scale.commands.planning.probes import probes
 from ted_scale.config.run_file import load_run
-from ted_scale.distill.memory import bytes_of, trained_parameters
+from ted_scale.distill.memory import bytes_of
+from ted_scale.distill.trained import trained_parameters
 from ted_scale.engines import build_student, build_teacher
 from ted_scale.forecast import step, traffic
 from ted_scale.plan import make_plan

@@ -17,6 +17,7 @@ from ted_scale.distill.student import Student
 from ted_scale.distill.teacher import Teacher, TeacherBody
 from ted_scale.engines import build_filters
 from ted_scale.kernels.tokens import IGNORED
+from ted_scale.models import lora
 from ted_scale.models.inspection import inspect
 from ted_scale.models.weights import build_network
 from ted_scale.plan import Plan, make_plan
@@ -53,6 +54,8 @@ def build(root: Path, stage: str = "student", seed: int = 0, **sections) -> Part
     stage = next(s for s in plan.stages if s.name == stage)
     filters_s, filters_t = build_filters(plan, stage)
     network = build_network(plan.student, ds_config=None, dtype=torch.float32).requires_grad_(not stage.learns_filters)
+    if plan.run.student.lora and not stage.learns_filters:
+        lora.adapt(network, plan.student, plan.run.student.lora)
     teacher = make_teacher(plan) if plan.teacher else None
     torch.manual_seed(seed)
     for filters in (filters_s, filters_t):

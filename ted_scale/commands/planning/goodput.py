@@ -69,9 +69,9 @@ def best(costs: Costs) -> tuple[int, Shares]:
     return every, scores[every]
 
 
-def costs_of(params: float, gpus: int, flags) -> Costs:
-    """For `params` of the student."""
-    state, read = STATE * params, WEIGHTS * params * (1 + flags.teacher)
+def costs_of(params: float, gpus: int, flags, trained: float | None = None) -> Costs:
+    """For `params` of the student, of which a checkpoint has those that are trained: all by default."""
+    state, read = STATE * (trained or params), WEIGHTS * params * (1 + flags.teacher)
     write = rate(flags.disk_gbps, gpus, flags.store_gbps)
     load = rate(flags.load_gbps, gpus, flags.store_gbps)
     return Costs(

@@ -15,6 +15,7 @@ from ted_scale.commands.planning.options import (
     micro_batches,
 )
 from ted_scale.config.run import Run
+from ted_scale.distill.trained import trained_parameters
 from ted_scale.forecast.machine import Machine
 from ted_scale.forecast.placement import FASTEST_FIRST
 
@@ -69,4 +70,5 @@ def failures(one: Option, cluster: Cluster) -> goodput.Costs:
     flags = goodput.parse([])
     flags.step_s = sum(one.main.seconds.values())
     flags.teacher = plan.teacher.parameters / plan.student.parameters if plan.teacher else 0.0
-    return goodput.costs_of(plan.student.parameters, cluster.gpus, flags)
+    trained = trained_parameters(plan, plan.stages[-1]) if plan.run.student.lora else None
+    return goodput.costs_of(plan.student.parameters, cluster.gpus, flags, trained)
