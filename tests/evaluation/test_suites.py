@@ -323,6 +323,7 @@ def test_training_refuses_a_task_that_only_its_group_makes_one_that_writes(tmp_p
         suites.load_for_training(["both"], folder)
 
 
+@pytest.mark.long
 @needs_lm_eval
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_scores_in_training_are_those_of_the_export_to_the_last_bit(root, tmp_path, precision):
