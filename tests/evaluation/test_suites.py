@@ -327,6 +327,7 @@ def test_training_needs_a_limit_for_a_task_that_only_its_group_makes_one_that_wr
         suites.load_for_training(["both"], folder, None)
 
 
+@pytest.mark.long
 @needs_lm_eval
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_scores_in_training_are_those_of_the_export_to_the_last_bit(root, tmp_path, precision):
