@@ -15,6 +15,7 @@ COMMANDS = {  # in the order in which a run needs them: the file, and what it do
     "doctor": ("doctor", "what this machine has, and what is missing"),
     "init": ("init", "a commented run file for a teacher and a text"),
     "train-tokenizer": ("train_tokenizer", "a tokenizer from texts"),
+    "task": ("task", "pairs to train on and a judge, from a task's data"),
     "tokenize": ("tokenize_corpus", "text in, shards out"),
     "inspect": ("inspect_corpus", "show and verify a corpus"),
     "new-model": ("new_model", "a model folder without weights"),
