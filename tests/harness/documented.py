@@ -131,7 +131,7 @@ class Place:
         """A folder, or a file of the kind that its name says."""
         rows = [{"text": page.read_text(encoding="utf-8")} for page in (self.world / "texts").iterdir()]
         chat = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This one."}]
-        lines = "".join(json.dumps({"messages": chat} if "chat" in path.name else row) + "\n" for row in rows)
+        lines = "".join(json.dumps({"messages": chat} if "chat" in str(path) else row) + "\n" for row in rows)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".parquet":
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
