@@ -239,9 +239,9 @@ def keys_of_windows(lengths, *models: Anatomy | None) -> dict[int | None, float]
     return {window: keys(window) for anatomy in models if anatomy for _, window in anatomy.scores}
 
 
-def suite_of(run: Run) -> tuple[list[str], Path | None]:
+def suite_of(run: Run) -> tuple[list[str], Path | None, int | None]:
     files = run.validation.suite_files
-    return run.validation.suite, Path(files) if files else None
+    return run.validation.suite, Path(files) if files else None, run.validation.suite_limit
 
 
 def stage_flops(plan: Plan, stage: Stage) -> float:

@@ -109,7 +109,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         parts.metrics.close(done=sys.exc_info()[0] is None)
         if dist.get_rank() == 0 and not parts.saver.is_writing():
             holder.leave(folder)
-    parts.metrics.leave_word("it was done")
+    parts.metrics.leave_word(life.DONE)
     parts.metrics.tell_end(f"done: {folder} is at step {progress.step}; next: ted-scale export {folder}")
     return progress
 

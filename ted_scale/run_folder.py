@@ -58,6 +58,11 @@ def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
             trim_all(folder, progress.step)
             write_durably(folder / "run.toml", to_toml(plan.run))
         log.info("\n".join([describe(plan), *memory.describe(plan), *summary.describe(plan)]))
+        if progress.step > plan.total_steps:
+            log.warning(
+                f"train.steps ends the run at step {plan.total_steps:,}, but {newest.name} is beyond it: nothing is trained; raise "
+                "train.steps to go on"
+            )
         if newest:
             log.info(f"resuming from {newest}{on_other_ranks(newest)}")
     return progress, newest

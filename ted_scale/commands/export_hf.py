@@ -41,6 +41,13 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
     return checkpoint, folder
 
 
+def named_by_run(path: str, run: Run, folder: Path) -> str:
+    """A path of the run file, which counts from where the run was started: the folder in which RUN is runs/NAME."""
+    parts, here = run.folder.parts, folder.resolve()
+    started_in = here.parents[len(parts) - 1] if here.parts[-len(parts) :] == parts else None
+    return str(started_in / path) if started_in and (started_in / path).is_dir() else path
+
+
 def check_trained(run: Run, checkpoint: Path) -> None:
     from ted_scale.distill.stages import stages_of
 
@@ -108,7 +115,7 @@ def name_of(dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def copy_tokenizer(run: Run, student: Path, target: Path) -> None:
+def copy_tokenizer(run: Run, folder: Path, student: Path, target: Path) -> None:
     """The student's tokenizer, or the teacher's, which is the same, if the student has none. Also the record of the cut, for
     runs that start from the export."""
     from ted_scale.distill.pairs import CUT
@@ -117,7 +124,8 @@ def copy_tokenizer(run: Run, student: Path, target: Path) -> None:
 
     copy_files(student, target, ["generation_config.json", CUT])
     if not copy_files(student, target, TOKENIZER_FILES) and run.teacher:
-        copy_files(find_folder("teacher.path", run.teacher.path), target, TOKENIZER_FILES)
+        teacher = find_folder("teacher.path", named_by_run(run.teacher.path, run, folder))
+        copy_files(teacher, target, TOKENIZER_FILES)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -157,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     from ted_scale.models.model_folder import new_folder, write_shards
     from ted_scale.storage.hub import find_folder
 
-    student = find_folder("student.path", arguments.student or run.student.path)
+    student = find_folder("student.path", arguments.student or named_by_run(run.student.path, run, folder))
     base = merged.open_base(checkpoint, student, run.student.lora, NETWORK) if run.student.lora else None
     fill = partial(merged.read, base) if base else read
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype or run.train.precision]
@@ -169,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.adapters:
             merged.write_adapters(part / "adapters", state, base)
         write_config(student, part, dtype)
-        copy_tokenizer(run, student, part)
+        copy_tokenizer(run, folder, student, part)
         write_card(part, folder, checkpoint, run, student, name_of(dtype))
     print(f"{checkpoint.name} of {run.name} -> {out}, {size / 1e6:,.1f} MB in {name_of(dtype)}; load it:")
     print("  from transformers import AutoModelForCausalLM")

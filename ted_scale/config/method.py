@@ -45,13 +45,24 @@ class Filters(Section):
         description="principal directions of the teacher's states; random: the identity where it fits, else random; noise: random "
         "also where the identity fits. For lwd, which has no filters of the teacher, states is as random",
     )
-    lr: Positive = Field(1e-3, description="peak learning rate of the filters, in both stages")
+    lr: NonNegative = Field(
+        1e-3,
+        description="peak learning rate of the filters, in both stages; 0: they keep their start, without a stage I",
+    )
     sample_tokens: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
         "auto",
         description="share of a step's tokens that stage I reads, drawn for each pair; auto: all heads cost as much as two bodies",
     )
     sample_pairs: PositiveInt | None = Field(None, description="pairs that stage I reads in a step; default: all")
     from_run: str | None = Field(None, alias="from", description="reuse stage I of this run folder")
+
+    @model_validator(mode="after")
+    def stage_one_trains(self):
+        if self.steps and not self.lr:
+            raise ValueError(
+                f"steps must be 0 where filters.lr is 0, but is {self.steps}: such a stage I would train nothing"
+            )
+        return self
 
 
 class Schedule(Section):
@@ -228,7 +239,7 @@ class Validation(Section):
     tokens: PositiveInt = Field(65536, description="over all corpora that hold some out, as many of each")
     suite: list[str] = Field(
         [],
-        description="log-likelihood tasks of lm-eval, by a suite's name or their own, asked of the student as it stands",
+        description="tasks of lm-eval, by a suite's name or their own, asked of the student as it stands",
     )
     suite_every: PositiveInt = Field(1, description="validations; the first and the last always count")
     suite_files: str | None = Field(None, description="a folder of task files and their data, instead of the hub")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy
 
 from ted_scale.distill.filters import has_lift
+from ted_scale.distill.normalization import logit_passes
 from ted_scale.models import lora
 from ted_scale.models.anatomy import Anatomy
 
@@ -99,7 +100,7 @@ def of_parts(plan, stage, step: int, keys: Keys) -> dict[str, Work]:
     body, strict = student_flops(plan, keys), plan.run.loss.mode == "strict"
     parts = {"student": Work(sum(body), body[0] if plan.run.student.gradient_checkpointing else 0)}
     head = 2 if plan.run.student.lora else 3  # a frozen one has no gradient of its own
-    calls = 2 if plan.run.loss.tokens == "all" and weights.kl else 1  # one for the text and one for the teacher
+    calls = logit_passes(plan.run.loss, weights.kl)
     parts["head"] = Work(
         head * student + teacher, (calls - 1) * head * student + (calls * student + teacher if strict else 0)
     )

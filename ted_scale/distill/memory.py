@@ -20,7 +20,7 @@ and of these the moment of a step that needs most: frozen forwards, a loss, the 
     states           of a call of the teacher b · N · (pairs · width + head's width), or, filtered as they appear, 4 · N · pairs ·
                      filters.width; in stage I also of the student
     read ahead       beside the backward: a block and the states of an early teacher's next call
-    loss gradients   4 · head's and filters' weights, b · N · width a pair: formed in the forward, kept until the backward
+    loss gradients   4 · head's (twice with loss.tokens = "all") and filters' weights, b · N · width a pair: kept until the backward
     chunk            one chunk's logits; on a CPU in bf16 the heads in fp32, too
     update           4 · sub-group                                  its gradients a second time
 
@@ -34,6 +34,7 @@ import torch
 
 from ted_scale.distill.filter_sizes import filter_parameters
 from ted_scale.distill.filters import keeps_filtered
+from ted_scale.distill.normalization import gradient_passes
 from ted_scale.distill.stages import Stage
 from ted_scale.distill.trained import adapters, head_gradient, own_heads, trained_parameters
 from ted_scale.kernels.formulas.divergences import scratch
@@ -113,23 +114,21 @@ def resting(plan, stage: Stage, device: str) -> dict[str, float]:
 
 
 def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
-    """What lives for a part of a step: in frozen forwards, while a loss is formed, at the head's backward, at a block's, in the
-    update."""
-    b, tokens, trained = bytes_of(plan), tokens_of(plan), trained_parameters(plan, stage)
+    """What lives for a part of a step: in frozen forwards, while a loss forms, at the head's backward, a block's, in the update."""
+    b, trained = bytes_of(plan), trained_parameters(plan, stage)
     stays = b * plan.student.parameters if keeps_student_whole(plan, device) else 0
     once = plan.run.train.reduce_once and plan.world > 1
     whole = {"gathered": b * gathered(plan, stage, device), "whole gradients": 4 * trained if once else 0}
     kept, block, frozen = activations(plan, stage)
     signal, ahead = {"states": states(plan, stage)}, beside_backward(plan, stage, frozen)
     matrix = head_gradient(plan, stage)
-    early = loss_gradients(plan, stage)
+    early, reduced = loss_gradients(plan, stage), {"reduction": reduction(plan, trained, b, device)}
     rounded = matrix * b if b == 2 else 0  # a gradient in the weight's type; in fp32 it is the same memory
-    reduced = {"reduction": reduction(plan, trained, b, device)}
     return [
         {"activations": frozen, **signal, **whole},
         {
             "activations": kept, "chunk": chunk(plan, stage, device), **signal, **whole,
-            "loss gradients": early if stage.learns_filters else 4 * matrix + b * tokens * plan.student.head_width,
+            "loss gradients": early if stage.learns_filters else of_logits(plan, stage),
         },
         {"activations": kept, "loss gradients": early + rounded, "read ahead": ahead, **reduced, **whole},
         {"activations": kept + block, "loss gradients": b * matrix, "read ahead": ahead, **reduced, **whole},
@@ -255,11 +254,17 @@ def beside_backward(plan, stage: Stage, frozen: float) -> float:
 
 def loss_gradients(plan, stage: Stage) -> float:
     """They are computed in the forward and kept until the backward: of the head's weight, of filters, of states."""
-    a, filters = plan.student, filter_parameters(plan)
+    filters = filter_parameters(plan)
     if stage.learns_filters:
         return 4 * (sum(filters.values()) + own_heads(plan))
-    of_states = bytes_of(plan) * tokens_of(plan) * (len(plan.pairs) * a.width + a.head_width)
-    return 4 * (head_gradient(plan, stage) + filters["student"]) + of_states
+    of_states = bytes_of(plan) * tokens_of(plan) * len(plan.pairs) * plan.student.width
+    return of_logits(plan, stage) + 4 * filters["student"] + of_states
+
+
+def of_logits(plan, stage: Stage) -> float:
+    """Of the head's weight and of its input, once for each pass over the logits that keeps them."""
+    of_input = bytes_of(plan) * tokens_of(plan) * plan.student.head_width
+    return gradient_passes(plan.run.loss, plan.run.terms.get("kl")) * (4 * head_gradient(plan, stage) + of_input)
 
 
 def chunk(plan, stage: Stage, device: str) -> float:

@@ -53,6 +53,13 @@ UNKNOWN = {
 }
 
 
+def test_filters_that_do_not_train_have_no_stage_one(tmp_path):
+    assert refusal(tmp_path, "filters.lr=0").startswith(
+        "filters.steps must be 0 where filters.lr is 0, but is 4: such a stage I"
+    )
+    assert load(tmp_path, "filters.lr=0", "filters.steps=0").filters.lr == 0
+
+
 @pytest.mark.parametrize("override", UNKNOWN)
 def test_an_unknown_key_is_named_with_its_section_and_the_key_that_was_meant(tmp_path, override):
     assert refusal(tmp_path, override) == UNKNOWN[override]
