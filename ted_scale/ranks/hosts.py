@@ -141,7 +141,7 @@ def refuse_other_programs(command: list[str]) -> None:
     if Path(command[0]).name != "deepspeed":
         raise UserError(
             f"the command must begin with deepspeed with --lost-hosts leave, but begins with {command[0]}; put that before "
-            "supervise.py, and variables for other hosts into .deepspeed_env"
+            "ted-scale, and variables for other hosts into .deepspeed_env"
         )
 
 

@@ -86,7 +86,7 @@ def of_output(history: History, uniform: float) -> Iterator[tuple[str, str]]:
         yield (
             "the teacher's text",
             f"the teacher does not know this text: its cross-entropy is {teacher:.3g}, the student's {student:.3g}. It was trained "
-            "on other text, or the corpus is tokenized for another model (tools/inspect_corpus.py); lower loss.kl, change the "
+            "on other text, or the corpus is tokenized for another model (ted-scale inspect); lower loss.kl, change the "
             "text, or train the teacher on it first",
         )
 

@@ -1,5 +1,5 @@
-"""Scenarios of ranks.py about what a run reads: an adaptive blend over three kinds of text, and a run that goes on with other
-data settings."""
+"""Scenarios of ranks.py about what a run reads: an adaptive blend over three kinds of text, a run that goes on with other data
+settings, and rows of whole examples."""
 
 import shutil
 from pathlib import Path
@@ -75,3 +75,21 @@ def runs_out(folder: Path, device):
         start(folder, device, name="runs_out", method="kd", data=data, train={"steps": 9})
     except UserError as error:
         return str(error)
+
+
+def packed_resumes(folder: Path, device):
+    """Six steps over packed examples with targets, straight on two ranks; then from the checkpoint of step 3 on two, and on one."""
+    ranks, path = dist.get_world_size(), folder / "examples"
+    settings = {
+        "method": "ce", "data": {"packing": "examples", "attention": "document", "corpora": [{"path": str(path)}]},
+        "checkpoint": {"every": 3, "keep": 100},
+    }  # fmt: skip
+    if ranks == 2:
+        if dist.get_rank() == 0:
+            lengths = numpy.random.default_rng(0).integers(3, 40, 60).tolist()
+            documents = [[1 + (7 * d + i) % 127 for i in range(n)] for d, n in enumerate(lengths)]
+            write_masked(path, documents, [[int(3 * i > n) for i in range(n)] for n in lengths])
+        dist.barrier()
+        start(folder, device, name="packed", **settings)
+    again_from(folder, "packed", 3, f"packed_from_3_on_{ranks}")
+    start(folder, device, name=f"packed_from_3_on_{ranks}", **settings)
