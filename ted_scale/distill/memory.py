@@ -22,6 +22,7 @@ and of these the moment of a step that needs most: frozen forwards, a loss, the 
     read ahead       beside the backward: a block and the states of an early teacher's next call
     loss gradients   4 · head's and filters' weights, b · N · width a pair: formed in the forward, kept until the backward
     chunk            one chunk's logits; on a CPU in bf16 the heads in fp32, too
+    vitals           of the sample that is measured before a loss (vitals/memory.py)
     update           4 · sub-group                                  its gradients a second time
 
 The process itself (0.53 GiB on a CPU) and memory that the allocator keeps are not included. docs/planning.md has estimates beside
@@ -41,6 +42,7 @@ from ted_scale.models import quantized
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.engine_config import KEPT_WHOLE, setting
 from ted_scale.models.trial import hollow, least_tokens, run_hollow
+from ted_scale.vitals.memory import moments as vitals_moments
 
 COMMUNICATION = 2**30  # what NCCL keeps for itself on several GPUs: assumed
 
@@ -129,6 +131,7 @@ def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
     signal, ahead = {"states": states(plan, stage)}, beside_backward(plan, stage, frozen)
     matrix = 0 if stage.learns_filters else plan.student.vocab_size * plan.student.head_width
     early = loss_gradients(plan, stage)
+    measured = [] if stage.learns_filters else vitals_moments(plan, b, device, early)
     rounded = matrix * b if b == 2 else 0  # a gradient in the weight's type; in fp32 it is the same memory
     reduced = {"reduction": reduction(plan, trained, b, device)}
     return [
@@ -139,6 +142,7 @@ def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
         },
         {"activations": kept, "loss gradients": early + rounded, "read ahead": ahead, **reduced, **whole},
         {"activations": kept + block, "loss gradients": b * matrix, "read ahead": ahead, **reduced, **whole},
+        *({"activations": kept, **signal, **whole, **sample} for sample in measured),
         {"update": 4 * min(trained / plan.world, setting(plan, "sub_group_size", device)), "gathered": stays},
     ]  # fmt: skip
 
