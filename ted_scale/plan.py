@@ -111,6 +111,7 @@ class Plan:
 
 
 def make_plan(run: Run, world: int) -> Plan:
+    """All that is decided and refused before a process group exists."""
     plan = plan_of_models(run, world)
     quantized.check(run.teacher_bits, plan.teacher)
     check_shards(plan.run, plan.vocabulary, plan.student)
@@ -134,8 +135,7 @@ def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
     as one document, and the teacher has no place yet."""
     ds_config = load_ds_config(run.ds_config)
     accumulation = derive_accumulation(run, world)
-    asks = run.teacher and run.method != "ce"
-    teacher = look_at("teacher", run.teacher, needs_weights) if asks else None
+    teacher = look_at("teacher", run.teacher, needs_weights) if run.teacher and run.method != "ce" else None
     student = look_at("student", run.student, needs_weights)
     if teacher:
         check_same_tokenizer(student, teacher)
@@ -160,6 +160,7 @@ def look_at(side: str, model: Model, needs_weights: bool) -> Anatomy:
 
 
 def derive_accumulation(run: Run, world: int) -> int:
+    """Micro-batches of a step on each rank."""
     train, seq_len, readers = run.train, run.data.seq_len, ulysses.groups_of(run, world)
     micro_step = train.micro_batch * seq_len * readers
     if train.tokens_per_step % micro_step:

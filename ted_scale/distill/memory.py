@@ -91,6 +91,7 @@ def tokens_of(plan) -> int:
 
 
 def trained_parameters(plan, stage: Stage) -> int:
+    """By all ranks together: filters alone in stage I, network and student's filters in stage II."""
     counts = filter_parameters(plan)
     return (
         sum(counts.values()) + own_heads(plan) if stage.learns_filters else plan.student.parameters + counts["student"]

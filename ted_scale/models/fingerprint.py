@@ -13,6 +13,7 @@ READ = ("config.json", "model.safetensors.index.json")
 
 
 def fingerprint(folder: Path) -> str:
+    """Of the texts that decide what the model is, and of the names and sizes of its weights, which are not read."""
     digest = hashlib.sha256()
     with files_at(folder):
         for path in sorted(folder.iterdir()):

@@ -46,6 +46,7 @@ def hosts_of(command: list[str]) -> Hosts:
 
 
 def names_in(hostfile: str) -> list[str]:
+    """In the order of the file; a name that ssh would take for an option is refused."""
     try:
         with files_at(hostfile):
             names = LINE.findall(Path(hostfile).read_text(encoding="utf-8"))
