@@ -21,7 +21,7 @@ FUNCTIONS = {
     for node in tree.body
     if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
 }
-FILLERS = set(["a", "an", "and", "are", "as", "by", "for", "from", "in", "is", "it", "its", "of", "on", "or", "the", "this", "to", "with"])
+FILLERS = {*"a an and are as by for from in is it its of on or the this to with".split()}
 
 
 def package_of(module: str) -> str:
