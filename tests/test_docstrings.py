@@ -21,7 +21,26 @@ FUNCTIONS = {
     for node in tree.body
     if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
 }
-FILLERS = {*"a an and are as by for from in is it its of on or the this to with".split()}
+FILLERS = {
+    "a",
+    "an",
+    "and",
+    "are",
+    "as",
+    "by",
+    "for",
+    "from",
+    "in",
+    "is",
+    "it",
+    "its",
+    "of",
+    "on",
+    "or",
+    "the",
+    "to",
+    "with",
+}
 
 
 def package_of(module: str) -> str:
