@@ -83,7 +83,8 @@ def of_output(history: History, uniform: float) -> Iterator[tuple[str, str]]:
         if (share := recent(history, f"vitals/saturated_{side[0]}")) > SATURATED:
             what = f"the {side}'s logits are saturated: {share:.0%} of tokens have one sure next token"
             yield f"logits of the {side}", f"{what}. {way}"
-    if found := of_teacher(*(recent(history, f"vitals/{side}_ce") for side in ("teacher", "student")), uniform):
+    teacher, student = (recent(history, f"vitals/{side}_ce") for side in ("teacher", "student"))
+    if found := of_teacher(teacher, student, uniform):
         yield found
 
 

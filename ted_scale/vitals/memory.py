@@ -14,7 +14,8 @@ GRAMS = 6  # of a pair: three, and together once more
 
 def moments(plan, b: int, device: str, early: float) -> list[dict[str, float]]:
     """Of the output, before its loss, and of a pair, after it; `early` are the gradients that losses have formed by then."""
-    every = [{"vitals": of_output(plan, b, device)}, {"vitals": of_pair(plan, b, device), "loss gradients": early}]
+    output, pair = of_output(plan, b, device), of_pair(plan, b, device)
+    every: list[dict[str, float]] = [{"vitals": output}, {"vitals": pair, "loss gradients": early}]
     return [moment for moment in every if moment["vitals"]]
 
 
