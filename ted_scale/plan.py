@@ -21,6 +21,7 @@ from ted_scale.config.ds_config import load_ds_config
 from ted_scale.config.run import Model, Run
 from ted_scale.corpora.corpus import Part, read_corpus
 from ted_scale.corpora.shards import check_vocabulary
+from ted_scale.data import epochs
 from ted_scale.data.stream import open_stream, text_lengths
 from ted_scale.distill import filter_sizes
 from ted_scale.distill.flops import keys_of, step_flops
@@ -112,7 +113,7 @@ class Plan:
 
 def make_plan(run: Run, world: int) -> Plan:
     """All that is decided and refused before a process group exists."""
-    plan = plan_of_models(run, world)
+    plan = plan_of_models(epochs.resolved(run, resume.written_before(run)), world)
     quantized.check(run.teacher_bits, plan.teacher)
     check_shards(plan.run, plan.vocabulary, plan.student)
     plan = dataclasses.replace(plan, attended=attended(plan.run, plan.vocabulary, plan.student, plan.teacher))
@@ -122,18 +123,17 @@ def make_plan(run: Run, world: int) -> Plan:
         tokenizer, suite = tokenizer_folder(plan.student, plan.teacher), load_for_training(*suite_of(run))
         plan = dataclasses.replace(plan, suite=suite, tokenizer=tokenizer)
     where, progress = resume.find(run, plan.identity())
-    readings = check_corpora(plan, progress)
+    plan = dataclasses.replace(plan, readings=check_corpora(plan, progress))
     resumes = resume.describe(run, where, progress, plan.total_steps, last_row(run.folder / "metrics.jsonl"))
-    plan = dataclasses.replace(plan, readings=readings, resumes=resumes)
     if run.filters.from_run and run.method == "ted":
         check_filters(plan.filters_file, plan.filters_identity())
-    return plan
+    return dataclasses.replace(plan, resumes=resumes + epochs.describe(plan.run))
 
 
 def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
-    """What follows from the run file and the configs of the models: no data is read, and no machine is looked at. Every row counts
-    as one document, and the teacher has no place yet."""
-    ds_config = load_ds_config(run.ds_config)
+    """What follows from the run file and the configs of the models: no data is read, but the corpora's sizes for train.epochs, and
+    no machine is looked at. Every row counts as one document, and the teacher has no place yet."""
+    ds_config, run = load_ds_config(run.ds_config), epochs.resolved(run)
     accumulation = derive_accumulation(run, world)
     teacher = look_at("teacher", run.teacher, needs_weights) if run.teacher and run.method != "ce" else None
     student = look_at("student", run.student, needs_weights)
@@ -155,8 +155,8 @@ def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
 
 
 def look_at(side: str, model: Model, needs_weights: bool) -> Anatomy:
-    reads = needs_weights and model.init == "weights"
-    return inspect(f"{side}.path", model.path, needs_weights=reads, is_frozen=side == "teacher")
+    needs_weights = needs_weights and model.init == "weights"
+    return inspect(f"{side}.path", model.path, needs_weights=needs_weights, is_frozen=side == "teacher")
 
 
 def derive_accumulation(run: Run, world: int) -> int:
@@ -238,9 +238,9 @@ def keys_of_windows(lengths, *models: Anatomy | None) -> dict[int | None, float]
     return {window: keys(window) for anatomy in models if anatomy for _, window in anatomy.scores}
 
 
-def suite_of(run: Run) -> tuple[list[str], Path | None]:
+def suite_of(run: Run) -> tuple[list[str], Path | None, int | None]:
     files = run.validation.suite_files
-    return run.validation.suite, Path(files) if files else None
+    return run.validation.suite, Path(files) if files else None, run.validation.suite_limit
 
 
 def stage_flops(plan: Plan, stage: Stage) -> float:

@@ -12,6 +12,7 @@ import recorded_losses
 import sample_scenarios
 import torch
 from corpus import steps
+from data_scenarios import make_examples
 from launching import run_ranks
 from number_scenarios import FAR
 from places import HARNESS, ROOT
@@ -42,7 +43,12 @@ TWO_RANKS = (
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
     "blocks_compiled", "asked_seldom", "teacher_moves", "readings", "shipped_configs", "int8_gathers", "mixtures",
-    "rows_shared", "families_shared", "deepspeed_attention", "samples_written", "vitals",
+    "rows_shared", "families_shared", "deepspeed_attention", "samples_written", "vitals", "every_token", "packed_resumes",
+    "best_is_kept",
+)  # fmt: skip
+
+ONE_RANK = (
+    "ten_steps", "all_methods", "kinds_of_filters", "alone", "asked_seldom", "rows_shared", "every_token", "packed_resumes",
 )  # fmt: skip
 
 SKIPS = ("skips", "skips_offloaded", "skips_once")
@@ -69,9 +75,14 @@ def world(tmp_path_factory):
     one_head = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 2}
     make_model(folder / "far", "llama", max_position_embeddings=FAR, **one_head)
     sample_scenarios.make_speaker(folder / "speaker")
+    make_examples(folder)
     launch(folder, 2, TWO_RANKS)
     launch(folder, 4, ("placements", "rows_shared", "deepspeed_attention"))
-    launch(folder, 1, ("ten_steps", "all_methods", "kinds_of_filters", "alone", "asked_seldom", "rows_shared"))
+    launch(
+        folder,
+        1,
+        ONE_RANK,
+    )
     return folder
 
 
@@ -234,6 +245,15 @@ def test_every_method_has_the_same_losses_on_one_and_two_ranks(world, method):
     assert max(abs(a - b) for a, b in zip(two, one, strict=True)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "number", ["loss/ce", "loss/kl", "loss/layer", "optim/grad_norm_student", "optim/grad_norm_filters"]
+)
+def test_a_teacher_of_all_tokens_has_the_losses_and_gradients_of_one_rank(world, number):
+    two, one = ([row[number] for row in rows(world, f"every_token_{n}") if number in row][-3:] for n in (2, 1))
+    assert len(two) == 3 and min(two) > 0
+    assert two == pytest.approx(one, rel=1e-4)
+
+
 def test_no_step_waits_for_its_data(world):
     waits = [r["perf/data_wait_ms"] / r["perf/step_ms"] for r in rows(world, "straight") if "loss/total" in r]
     assert statistics.median(waits) < 0.01
@@ -260,6 +280,15 @@ def test_a_resumed_run_has_the_losses_of_a_straight_one_to_the_last_bit(world, s
     straight, resumed = ([r.get("loss/layer_weight") for r in rows(world, run)] for run in ("straight", f"from_{step}"))
     assert len(set(straight)) == 13  # None, and stage II's twelve
     assert [weight for weight in resumed if weight] == [weight for weight in straight if weight]
+
+
+def test_a_resumed_run_over_packed_examples_has_the_losses_of_a_straight_one(world):
+    """To the last bit on as many ranks, and but for rounding on another number."""
+    result(world, "packed_resumes")
+    straight, resumed, alone = (losses(world, name) for name in ("packed", "packed_from_3_on_2", "packed_from_3_on_1"))
+    assert len(straight) == 6 and len(set(straight)) == 6
+    assert resumed == straight
+    assert alone[:3] == straight[:3] and alone == pytest.approx(straight, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -532,6 +561,13 @@ def test_a_run_that_was_stopped_five_times_has_every_number_of_one_that_was_not(
     straight, stopped = (without_clocks(world, name) for name in ("unsignalled", "signalled"))
     assert len(straight) > 10
     assert stopped == straight
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_that_ends_between_a_validation_and_its_save_keeps_the_same_best_checkpoint(world, rank):
+    found = result(world, "best_is_kept", rank)
+    assert found["ends"] == ["RunStopped", "Preempted", "RunStopped"]
+    assert found["straight"] == found["ended"] == [[found["at"], 8], found["at"]] and found["at"] < 8
 
 
 def test_filters_stand_still_when_the_layer_loss_ends(world):

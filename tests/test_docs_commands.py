@@ -1,5 +1,5 @@
 """Every command in README, docs and the headers of run files is one that its program takes. Each is read by the program's own
-parser and goes no further; a run's --set words are put on its run file. What needs nothing but this repository is run.
+parser and goes no further; a run's --set words are put on its run file. test_docs_run.py runs those of ted-scale.
 
 A command is a line of an ```sh block, or code in a sentence that begins with the name of a program and has an option. Of programs
 that are not this project's only the name is checked.
@@ -9,7 +9,6 @@ import argparse
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 import tomllib
 from itertools import pairwise
@@ -94,7 +93,7 @@ def check(words: list[str], monkeypatch) -> None:
         from deepspeed.launcher.runner import parse_args
 
         known = parse_args(arguments)
-        check_python([known.user_script, *known.user_args], monkeypatch)
+        check_python([*(["-m"] if known.module else []), known.user_script, *known.user_args], monkeypatch)
     elif program == "torchrun":
         from torch.distributed.run import get_args_parser
 
@@ -186,16 +185,9 @@ def test_every_command_in_a_document_is_taken_by_its_program(document, monkeypat
     assert not refused
 
 
-@pytest.mark.parametrize("words", [["tools/goodput.py"], ["tools/goodput.py", "--mtbf-hours", "8090"]], ids=" ".join)
-def test_a_command_that_needs_nothing_else_runs(words):
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
-
-
 def test_commands_are_found_in_blocks_sentences_and_headers():
     assert ["make", "demo"] in commands(ROOT / "README.md")
-    assert ["python", "tools/goodput.py", "--mtbf-hours", "8090"] in commands(ROOT / "docs/goodput.md")
+    assert ["ted-scale", "goodput", "--mtbf-hours", "8090"] in commands(ROOT / "docs/goodput.md")
     loop = "for d in a b; do\n  X=1 deepspeed launch/pretrain.py \\\n --config NAME.toml > log # why\ndone"
     assert split(loop) == [["deepspeed", "launch/pretrain.py", "--config", "NAME.toml"]]
     assert all(commands(header) for header in HEADERS)

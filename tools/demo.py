@@ -38,6 +38,7 @@ TEACHER, TED = Path("launch/runs/demo_teacher.toml"), Path("launch/runs/demo_ted
 TEXT, TOKENIZER, SHARDS = DEMO / "text.jsonl", DEMO / "tokenizer", DEMO / "shards"
 UNTRAINED, TEACHER_HF, CUT, STUDENT_HF = (DEMO / n for n in ("untrained", "teacher_hf", "student_cut", "student_hf"))
 SAMPLE, REPORT, TABLE, LOCK = DEMO / "sample.txt", DEMO / "report.html", DEMO / "table.txt", DEMO / ".lock"
+TED_SCALE = (sys.executable, "-m", "ted_scale.commands")  # `ted-scale`, installed or not
 RANKS = 2
 TEXT_BYTES = 8_000_000
 # Not text to learn from, or not installed everywhere. Encodings are copies of each other and would leak into validation.
@@ -63,23 +64,23 @@ def phase(title: str, result: Path, run: Callable[[], None], done: Callable[[], 
 def phases() -> list[Phase]:
     return [
         phase("text of the Python standard library", TEXT, collect_text),
-        phase("sentencepiece tokenizer", TOKENIZER, tool("train_tokenizer", "--vocab-size", 4096, "--out", TOKENIZER, TEXT)),
-        phase("token shards", SHARDS, tool("tokenize_corpus", "--tokenizer", TOKENIZER, "--out", SHARDS / "python", TEXT),
+        phase("sentencepiece tokenizer", TOKENIZER, tool("train-tokenizer", "--vocab-size", 4096, "--out", TOKENIZER, TEXT)),
+        phase("token shards", SHARDS, tool("tokenize", "--tokenizer", TOKENIZER, "--out", SHARDS / "python", TEXT),
               (SHARDS / "python.idx").exists),
-        phase("untrained teacher", UNTRAINED, tool("new_model", "--family", "llama", "--tokenizer", TOKENIZER,
+        phase("untrained teacher", UNTRAINED, tool("new-model", "--family", "llama", "--tokenizer", TOKENIZER,
               "--out", UNTRAINED, "--set", *SHAPE)),
         phase("teacher, pre-trained from scratch", DEMO / "teacher", trainer(TEACHER), lambda: trained(TEACHER)),
-        phase("teacher as a Hugging Face folder", TEACHER_HF, tool("export_hf", DEMO / "teacher", TEACHER_HF)),
-        phase("student cut from the teacher", CUT, tool("cut_student", TEACHER_HF, CUT, "--layers", STUDENT_BLOCKS)),
+        phase("teacher as a Hugging Face folder", TEACHER_HF, tool("export", DEMO / "teacher", TEACHER_HF)),
+        phase("student cut from the teacher", CUT, tool("cut-student", TEACHER_HF, CUT, "--layers", STUDENT_BLOCKS)),
         phase("TED: stage I learns filters, stage II distils", DEMO / "ted", trainer(TED), lambda: trained(TED)),
-        phase("student as a Hugging Face folder", STUDENT_HF, tool("export_hf", DEMO / "ted", STUDENT_HF)),
+        phase("student as a Hugging Face folder", STUDENT_HF, tool("export", DEMO / "ted", STUDENT_HF)),
         phase("text written by the student", SAMPLE, write_sample),
         phase("the report, one page", REPORT, tool("report", DEMO / "ted", "--out", REPORT)),
     ]  # fmt: skip
 
 
 def tool(name: str, *arguments) -> Callable[[], None]:
-    return lambda: start(sys.executable, f"tools/{name}.py", *arguments)
+    return lambda: start(*TED_SCALE, name, *arguments)
 
 
 def trainer(config: Path) -> Callable[[], None]:
@@ -89,7 +90,8 @@ def trainer(config: Path) -> Callable[[], None]:
 def start(*command) -> None:
     """Run one command in the foreground, shown as a user would type it."""
     words = [str(word) for word in command]
-    print("$ " + " ".join("python" if w == sys.executable else w for w in words), flush=True)
+    typed = ["ted-scale", *words[3:]] if command[:3] == TED_SCALE else words
+    print("$ " + " ".join(typed), flush=True)
     process = subprocess.Popen(
         words, env=environment(), pass_fds=[lock.fileno() for lock in held], start_new_session=True
     )
@@ -99,7 +101,7 @@ def start(*command) -> None:
         end_session(process)
         raise RunStopped("the demo was interrupted; `make demo` continues from here") from None
     if code:
-        raise RunStopped(f"the demo needs every phase, but {words[1]} exited with code {code}; see above")
+        raise RunStopped(f"the demo needs every phase, but {' '.join(typed[:2])} exited with code {code}; see above")
 
 
 def environment() -> dict[str, str]:

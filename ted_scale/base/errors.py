@@ -18,7 +18,7 @@ CORRECTABLE = {
 }
 LONGEST_VALUE, LONGEST_SENTENCE = 200, 4000  # characters
 
-# The one list of what a run's exit code means; docs/operations.md shows it, launch/supervise.py acts on it.
+# The one list of what a run's exit code means; docs/operations.md shows it, ted_scale/commands/supervise.py acts on it.
 DONE, FAULT, MISTAKE, NUMBERS, HUNG, GONE, MEMORY, RESUME = 0, 1, 2, 3, 4, 5, 6, 75
 MEANINGS = {
     DONE: "done",

@@ -4,6 +4,7 @@ package, in a wheel inside it (setup.py)."""
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
+PROJECT = PACKAGE.parent / "pyproject.toml"  # of a checkout
 HOME = PACKAGE if (PACKAGE / "ds_configs").is_dir() else PACKAGE.parent
 
 

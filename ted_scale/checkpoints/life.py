@@ -49,6 +49,9 @@ class Spent:
 PARTS = ("steps", "start", "validation", "checkpoints", "repeated", "down", "samples")
 
 
+DONE = "it was done"  # the last words of a run that has taken all of its steps
+
+
 @dataclass(frozen=True)
 class Life:
     """The last sign of life: the step, the time spent by then, and the last words, if the process could write them."""
@@ -91,6 +94,8 @@ def add_up(step: int, saved: Spent | None, last: Life | None, began: float) -> t
     """What a start at `step` finds spent, by its checkpoint (`saved`) and by the life before it, and what that life lost."""
     if last is None and saved is None:  # the first start, or the first that counts
         return Spent(at=began), None
+    if last and last.words == DONE and last.step == step:  # nothing was lost, and nobody waited for the run
+        return dataclasses.replace(last.spent, at=max(began, last.spent.at)), None
     saved = saved or Spent()
     if last is None or last.spent.total < saved.total:  # the folder was lost, and a copy of the checkpoint was not
         last = Life(step, saved)

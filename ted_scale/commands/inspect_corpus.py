@@ -21,6 +21,7 @@ from ted_scale.base.exits import run_main
 from ted_scale.base.redact import printable
 from ted_scale.commands import targets
 from ted_scale.commands.length_picture import Lengths, bins, picture, subtitle
+from ted_scale.commands.origin import origin
 from ted_scale.config.data import Streaming
 from ted_scale.corpora.corpus import manifest_files, prefixes_of, read_shards
 from ted_scale.corpora.local import SHARD_NUMBER
@@ -39,6 +40,7 @@ from ted_scale.corpora.tokenizer import Tokenizer, digest, load_tokenizer
 from ted_scale.storage import objects
 
 SHOWN = 400  # characters of a document
+LONGEST = 1000  # characters of a token
 BAR = 50
 CHUNK = 1 << 24  # tokens in memory at once
 STREAM = Streaming()  # says where indices of a remote corpus are kept
@@ -92,9 +94,10 @@ def choose_tokenizer(arguments, indices: list[ShardIndex]) -> Tokenizer | None:
     written = tokenizer_of(f"corpus {arguments.path}", indices)
     sidecars = (sidecar_of(index.files) or {} for index in indices)
     named = next((sidecar["tokenizer"] for sidecar in sidecars if "tokenizer" in sidecar), None)
-    path = arguments.tokenizer or (named if arguments.documents else None)
+    shows = arguments.documents or arguments.document is not None
+    path = arguments.tokenizer or (named if shows else None)
     if path is None:
-        if arguments.documents:
+        if shows:
             raise UserError(
                 f"corpus {arguments.path} must name its tokenizer to be shown as text, but does not; pass --tokenizer, or "
                 "--documents 0"
@@ -115,21 +118,36 @@ def choose_tokenizer(arguments, indices: list[ShardIndex]) -> Tokenizer | None:
     return tokenizer
 
 
-def show_documents(indices: list[ShardIndex], tokenizer: Tokenizer, number: int, seed: int) -> None:
+def chosen(arguments, documents: int) -> list[int]:
+    """The numbers of the documents to show, of all shards one after another."""
+    if arguments.document is None:
+        return sorted(random.Random(arguments.seed).sample(range(documents), min(arguments.documents, documents)))
+    if arguments.document >= documents:
+        raise UserError(
+            f"--document must be below the {documents:,} documents of {arguments.path}, but is {arguments.document}; the first "
+            "has number 0"
+        )
+    return [arguments.document]
+
+
+def show_documents(indices: list[ShardIndex], tokenizer: Tokenizer, arguments) -> None:
+    """Their beginnings, or all of the one that was asked for."""
     starts = list(accumulate((i.documents for i in indices), initial=0))
-    for document in sorted(random.Random(seed).sample(range(starts[-1]), min(number, starts[-1]))):
+    for document in chosen(arguments, starts[-1]):
         shard = bisect_right(starts, document) - 1
-        index = indices[shard]
-        begin, end = document_borders(index)[document - starts[shard] :][:2].tolist()
+        index, number = indices[shard], document - starts[shard]
+        begin, end = document_borders(index)[number:][:2].tolist()
         ids = tokens_of(index, begin, end).tolist()
-        if strange := [i for i in ids[: 4 * SHOWN] if not 0 <= i < len(tokenizer.pieces)]:
+        most = SHOWN if arguments.document is None else LONGEST * len(ids)
+        if strange := [i for i in ids[: 4 * most] if not 0 <= i < len(tokenizer.pieces)]:
             raise out_of_vocabulary(index.prefix, strange[0], len(tokenizer.pieces))
-        print(f"\ndocument {document - starts[shard]:,} of {printable(index.prefix)}, {end - begin:,} tokens")
+        head = f"document {number:,} of {index.prefix}, {end - begin:,} tokens{origin(index, number)}"
+        print(f"\n{printable(head)}")
         if index.has_targets:
-            print(targets.as_text(tokenizer, ids, reading(index, Shard.targets, begin, end), SHOWN))
+            print(targets.as_text(tokenizer, ids, reading(index, Shard.targets, begin, end), most))
             continue
-        words = tokenizer.decode([i for i in ids[: 4 * SHOWN] if i != tokenizer.eod])
-        for line in (words[:SHOWN] + " …" * (len(words) > SHOWN)).splitlines():
+        words = tokenizer.decode([i for i in ids[: 4 * most] if i != tokenizer.eod])
+        for line in (words[:most] + " …" * (len(words) > most)).splitlines():
             print(f"    {printable(line)}")
 
 
@@ -218,12 +236,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("path", metavar="PATH", help="prefix of shards, one shard, or a folder")
     parser.add_argument("--tokenizer", help="for decoding; default: the one that the corpus names")
     parser.add_argument("--documents", type=int, default=3, help="random documents to print as text")
+    parser.add_argument(
+        "--document", type=int, metavar="N", help="print the whole of document N, the first of which is 0"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of documents")
     parser.add_argument("--verify", action="store_true", help="check digests, sizes and ids; exit code 1 for damage")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the distribution of document lengths")
     arguments = parser.parse_args(argv)
-    if arguments.documents < 0:
-        raise UserError(f"--documents must be 0 or more, but is {arguments.documents}; leave it out")
+    for name in ("documents", "document"):
+        if (given := getattr(arguments, name) or 0) < 0:
+            raise UserError(f"--{name} must be 0 or more, but is {given}; leave it out")
     if arguments.picture and (arguments.picture.suffix != ".svg" or not arguments.picture.parent.is_dir()):
         raise UserError(
             f"--picture must be an .svg file in a folder that exists, but is {arguments.picture}; rename it"
@@ -259,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.picture:
         arguments.picture.write_text(picture(f"Document lengths of {arguments.path}", lengths), encoding="utf-8")
     if tokenizer:
-        show_documents(indices, tokenizer, arguments.documents, arguments.seed)
+        show_documents(indices, tokenizer, arguments)
 
 
 if __name__ == "__main__":

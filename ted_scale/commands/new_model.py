@@ -116,6 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     size = f"{model.layers} blocks, width {model.width}, vocabulary {model.vocab_size:,}"
     print(f"{model.family}: {size}, {model.parameters / 1e6:,.2f} M parameters -> {arguments.out}, without weights")
     print(f'in a run file:\n  [student]\n  path = {json.dumps(str(arguments.out))}\n  init = "random"')
+    print(
+        'a teacher of your own: train it with method = "ce" as launch/runs/demo_teacher.toml does, then ted-scale export'
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ted_scale.base.errors import UserError, shown
 from ted_scale.base.exits import run_main
+from ted_scale.base.packages import install_extra
 
 MOST = 8  # runs, which is how many colours there are
 
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         from ted_scale.report.page import write
     except ModuleNotFoundError as error:
         raise UserError(
-            f"the report must be drawn by Bokeh, but {error.name} is not installed; pip install -e '.[report]'"
+            f"the report must be drawn by Bokeh, but {error.name} is not installed; {install_extra('report')}"
         ) from None
     path = write(arguments.runs, arguments.out)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
+from ted_scale.base.packages import install_extra
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import load_run
 from ted_scale.metrics.wandb_tables import HEAT_MAP, SAMPLES
@@ -57,10 +58,7 @@ def checked(folder: Path) -> Run:
     try:
         import wandb_workspaces  # noqa: F401
     except ImportError:
-        from ted_scale.doctor.finding import install
-        from ted_scale.doctor.software import requirement_of
-
-        way = install(requirement_of("wandb-workspaces"), extra="wandb-workspaces")
+        way = install_extra("wandb-workspaces")
         raise UserError(f"wandb-workspaces must be installed, but is not; {way} installs it") from None
     return run
 

@@ -45,13 +45,24 @@ class Filters(Section):
         description="principal directions of the teacher's states; random: the identity where it fits, else random; noise: random "
         "also where the identity fits. For lwd, which has no filters of the teacher, states is as random",
     )
-    lr: Positive = Field(1e-3, description="peak learning rate of the filters, in both stages")
+    lr: NonNegative = Field(
+        1e-3,
+        description="peak learning rate of the filters, in both stages; 0: they keep their start, without a stage I",
+    )
     sample_tokens: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
         "auto",
         description="share of a step's tokens that stage I reads, drawn for each pair; auto: all heads cost as much as two bodies",
     )
     sample_pairs: PositiveInt | None = Field(None, description="pairs that stage I reads in a step; default: all")
     from_run: str | None = Field(None, alias="from", description="reuse stage I of this run folder")
+
+    @model_validator(mode="after")
+    def stage_one_trains(self):
+        if self.steps and not self.lr:
+            raise ValueError(
+                f"steps must be 0 where filters.lr is 0, but is {self.steps}: such a stage I would train nothing"
+            )
+        return self
 
 
 class Schedule(Section):
@@ -191,7 +202,15 @@ class Loss(Section):
 
 
 class Train(Section):
-    steps: PositiveInt = Field(description="optimizer steps of ce, kd, lwd, and of TED's stage II")
+    steps: PositiveInt = Field(
+        0,  # where epochs are given, until data/epochs.py has counted
+        description="optimizer steps of ce, kd, lwd, and of TED's stage II; or epochs",
+    )
+    epochs: Positive | None = Field(
+        None,
+        description="in place of steps: how often the corpus is read, its rows rounded up to whole steps; docs/fine_tuning.md",
+    )
+    epochs_of: str | None = Field(None, description="the corpus, by its name, that epochs are of; needed with several")
     tokens_per_step: PositiveInt = Field(description="over all ranks; gradient accumulation is derived")
     micro_batch: PositiveInt = Field(description="rows of data.seq_len tokens that a rank computes at once")
     precision: Literal["bf16", "fp32"] = Field(
@@ -215,7 +234,20 @@ class Train(Section):
 
     @property
     def tokens(self) -> int:
+        """Of the stage; 0 while only its epochs are known."""
         return self.steps * self.tokens_per_step
+
+    @model_validator(mode="after")
+    def steps_or_epochs(self):
+        if not (self.steps or self.epochs):
+            raise ValueError("steps must be set, but is missing; or set train.epochs")
+        if self.steps and self.epochs:
+            raise ValueError(
+                f"steps must be left out where epochs are given ({self.epochs:g}), but is {self.steps}; keep one"
+            )
+        if self.epochs_of and not self.epochs:
+            raise ValueError(f"epochs_of must be left out without epochs, but is '{self.epochs_of}'; set epochs, too")
+        return self
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -228,7 +260,7 @@ class Validation(Section):
     tokens: PositiveInt = Field(65536, description="over all corpora that hold some out, as many of each")
     suite: list[str] = Field(
         [],
-        description="log-likelihood tasks of lm-eval, by a suite's name or their own, asked of the student as it stands",
+        description="tasks of lm-eval, by a suite's name or their own, asked of the student as it stands",
     )
     suite_every: PositiveInt = Field(1, description="validations; the first and the last always count")
     suite_files: str | None = Field(None, description="a folder of task files and their data, instead of the hub")

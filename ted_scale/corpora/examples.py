@@ -1,16 +1,14 @@
 """Conversations and prompts with completions as documents whose tokens are targets or not.
 
-`tools/tokenize_corpus.py --targets` reads them. A record is rendered whole and encoded whole, many at a time, and the offsets of
+`ted-scale tokenize --targets` reads them. A record is rendered whole and encoded whole, many at a time, and the offsets of
 the tokens say which of them hold a character of an answer. Note: a token across the border of an answer therefore counts, and
 no text is encoded in pieces, which would give other tokens than the model will see.
 """
 
 import hashlib
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from datetime import date
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ import numpy
 
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import parse_json
+from ted_scale.corpora.marks import Marked, Sizes, encode_marked, sizes_of
 from ted_scale.corpora.templates import Span, Template, answer, answers, said_in
 from ted_scale.corpora.tokenizer import hugging_face
 from ted_scale.corpora.writer import Encoded
@@ -44,6 +43,7 @@ class Reader(NamedTuple):
     backend: Any  # of the Hugging Face tokenizer, without a post-processor: one may trim offsets
     eod: tuple[int, str]
     special: str  # matches the special tokens in a text; "" where they may be spelled out
+    sizes: Sizes | None  # of its tokens
 
 
 def open_reader(path: str, targets: str, template: Path | None, parse_special: bool) -> Reader:
@@ -66,7 +66,7 @@ def open_reader(path: str, targets: str, template: Path | None, parse_special: b
     backend.post_processor = None
     return Reader(
         targets, Template(template_text(model, template), model.special_tokens_map, date.today()), backend,
-        (model.eos_token_id, model.eos_token), "" if parse_special else "|".join(map(re.escape, special)),
+        (model.eos_token_id, model.eos_token), "" if parse_special else "|".join(map(re.escape, special)), sizes_of(backend),
     )  # fmt: skip
 
 
@@ -99,45 +99,26 @@ def encode_examples(reader: Reader, dtype: numpy.dtype, records: list[str]) -> E
         except ValueError as error:
             refused[number] = str(error)
     documents = encoded(reader, examples)
-    for number in [number for number, (_, marks) in documents.items() if not marks.any()]:
+    for number in [number for number, (_, marks) in documents.items() if b"\1" not in marks.tobytes()]:
         del documents[number]
         refused[number] = "must have an answer of a token or more, but has none; leave it out"
     kept = [documents[number] for number in sorted(documents)]
     lengths = numpy.fromiter((len(ids) for ids, _ in kept), numpy.int64, len(kept))
-    ids = numpy.fromiter(chain.from_iterable(ids for ids, _ in kept), dtype, lengths.sum())
+    ids = numpy.concatenate([numpy.zeros(0, dtype), *(ids for ids, _ in kept)], dtype=dtype, casting="unsafe")
     targets = numpy.concatenate([numpy.zeros(0, numpy.int8), *(marks for _, marks in kept)])
     return Encoded(ids, lengths, targets, tuple(sorted(refused.items())))
 
 
-def encoded(reader: Reader, examples: dict[int, Example]) -> dict[int, tuple[list[int], numpy.ndarray]]:
+def encoded(reader: Reader, examples: dict[int, Example]) -> dict[int, Marked]:
     """(ids, 1 for each that is a target) of each example. What a template writes has special tokens, plain text has none."""
     found = {}
     for plain in (True, False):
         some = {number: example for number, example in examples.items() if example.plain == plain}
         reader.backend.encode_special_tokens = plain and bool(reader.special)
-        encodings = reader.backend.encode_batch([e.text for e in some.values()], add_special_tokens=False)
-        for (number, example), encoding in zip(some.items(), encodings, strict=True):
-            ids, marks = encoding.ids, marks_of(encoding, example.spans, len(example.text))
-            if plain:
-                ids, marks = [*ids, reader.eod[0]], numpy.append(marks, numpy.int8(1))
-            found[number] = ids, marks
+        texts, spans = [e.text for e in some.values()], [e.spans for e in some.values()]
+        for number, one in zip(some, encode_marked(reader.backend, reader.sizes, texts, spans), strict=True):
+            found[number] = (numpy.append(one[0], reader.eod[0]), numpy.append(one[1], numpy.int8(1))) if plain else one
     return found
-
-
-def marks_of(encoding, spans: list[Span], characters: int) -> numpy.ndarray:
-    """1 for each token that holds a character of a span. The backend is asked for a few tokens, because a list of all offsets
-    costs a tenth of the encoding. It is made where a border is in no token, as behind spaces that were stripped."""
-    marks = numpy.zeros(len(encoding.ids), numpy.int8)
-    for begin, end in spans:
-        first = encoding.char_to_token(begin)
-        stop = len(marks) if end == characters else encoding.char_to_token(end)
-        if first is None or stop is None:
-            first = bisect_right(encoding.offsets, begin, key=lambda offset: offset[1])
-            stop = bisect_left(encoding.offsets, end, key=lambda offset: offset[0])
-        while stop < len(marks) and encoding.token_to_chars(stop)[0] < end:
-            stop += 1
-        marks[first:stop] = 1
-    return marks
 
 
 def example_of(reader: Reader, record: str) -> Example:

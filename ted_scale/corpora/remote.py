@@ -125,7 +125,7 @@ def fetched(wanted: dict[str, Wanted], path: str, settings) -> dict[str, Path]:
         if not settings.folder:
             own_folder(settings.place, "data.stream.folder")
         if absent():
-            with locked(settings.place / "indices"):
+            with locked(settings.place / "indices" / "lock"):
                 fetch([(wanted[key], paths[key]) for key in absent()], path, opening_patience_s(settings))
     except OSError as error:
         raise UserError(
@@ -143,9 +143,10 @@ def is_whole(copy: Path, size: int) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path):
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+def locked(path: Path):
+    """One process at a time is in here; the others wait. A lock ends with its process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -96,6 +96,11 @@ def check(files: Files) -> ShardIndex:
             )
     small = hashlib.sha256(head).hexdigest() if len(head) == size else None
     has_targets = size == HEADER.size + 13 * sequences + 8 * borders
+    if not has_targets and (more := size - HEADER.size - 12 * sequences - 8 * borders):
+        raise UserError(
+            f"corpus file {idx} must end with its borders, or with a byte for each of its {sequences} sequences that says whether "
+            f"its tokens count, but ends with {more} bytes; copy it again"
+        )
     recorded = _recorded(files, tokens, small, has_targets)
     return ShardIndex(files, dtype, sequences, borders - 1, tokens, recorded, has_targets)
 

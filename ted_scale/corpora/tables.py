@@ -59,7 +59,7 @@ def columns_of(path: Path, schema, key: str | tuple[str, ...]) -> list[str]:
     """The columns to read. One must be there and hold text; of several, which together are an example, the first must be there."""
     first, *_ = keys = key if isinstance(key, tuple) else (key,)
     if first not in schema.names:
-        way = f"rename one: --targets reads {', '.join(keys)}" if isinstance(key, tuple) else "set --text-key"
+        way = f"rename one: {', '.join(keys)} are read" if isinstance(key, tuple) else "set --text-key"
         raise UserError(f"{path} must have a column {first}, but has {', '.join(schema.names)}; {way}")
     found = [name for name in keys if name in schema.names]
     if twice := next((name for name in found if schema.names.count(name) > 1), None):

@@ -7,10 +7,12 @@ runs it in jinja2's sandbox, which reaches no file, no module and nothing but th
 
 import re
 from datetime import date
+from functools import cache
 from typing import NamedTuple
 
 OWN_TEMPLATE = "give one that marks the answers with {% generation %} by --chat-template FILE"
-MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PLAIN = frozenset({"role", "content"})
+MARKS, DAY = re.compile(r"\{%-?\s*generation\s*-?%\}"), re.compile("strftime_now")
 
 Span = tuple[int, int]  # characters
 
@@ -22,13 +24,21 @@ class Template(NamedTuple):
 
     @property
     def marks(self) -> bool:
-        return bool(MARKS.search(self.text))
+        return holds(self.text, MARKS)
 
     @property
     def asks_for_day(self) -> bool:
-        return "strftime_now" in self.text
+        return holds(self.text, DAY)
 
     def render(self, messages: list[dict], tools: list | None, *, prompt: bool = False) -> str:
+        """Messages that are roles and contents alone go to the template itself: transformers copies any others, and gives them
+        more names, which takes as long as many a template."""
+        if tools is None and all(map(PLAIN.issuperset, messages)):
+            given = {"tools": None, "documents": None, "add_generation_prompt": prompt, **self.values}
+            try:
+                return self.compiled().render(messages=messages, **given)
+            except Exception as error:  # whatever the template raises
+                raise refusal(error) from None
         return self._rendered(messages, tools, add_generation_prompt=prompt)[0][0]
 
     def marked(self, messages: list[dict], tools: list | None) -> tuple[str, list[Span]]:
@@ -36,20 +46,41 @@ class Template(NamedTuple):
         texts, spans = self._rendered(messages, tools, return_assistant_tokens_mask=True)
         return texts[0], [(begin, end) for begin, end in spans[0] if begin < end]
 
+    def compiled(self):
+        made = compile_once(self.text)
+        if self.asks_for_day:  # the compiled template is cached; as a value, a function would not pass
+            made.globals["strftime_now"] = self.day.strftime
+        return made
+
     def _rendered(self, messages: list[dict], tools: list | None, **options) -> tuple[list[str], list[list[Span]]]:
-        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+        from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            if self.asks_for_day:  # the compiled template is cached; as a value, a function would not pass
-                _compile_jinja_template(self.text).globals["strftime_now"] = self.day.strftime
+            self.compiled()
             return render_jinja_template(
                 conversations=[messages], tools=tools, chat_template=self.text, **options, **self.values
             )
         except Exception as error:  # whatever the template raises
-            raise ValueError(
-                f"must be a conversation that the chat template takes, but it says: {' '.join(str(error).split())[:300]}; "
-                "correct it"
-            ) from None
+            raise refusal(error) from None
+
+
+@cache
+def compile_once(text: str):
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(text)  # by a cache of its own, which render_jinja_template uses, too
+
+
+@cache
+def holds(text: str, pattern: re.Pattern) -> bool:
+    """A template may be long, and is asked with every conversation."""
+    return bool(pattern.search(text))
+
+
+def refusal(error: Exception) -> ValueError:
+    return ValueError(
+        f"must be a conversation that the chat template takes, but it says: {' '.join(str(error).split())[:300]}; correct it"
+    )
 
 
 def answers(template: Template, messages: list[dict], tools: list | None, last: bool) -> tuple[str, list[Span]]:

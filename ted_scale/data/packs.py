@@ -1,13 +1,14 @@
 """Whole examples packed into rows of seq_len tokens: which documents share a row, made once and kept beside the shards.
 
 Documents go, the longest first, each into the row that it fills best. stream.py reads a row by its number, which is a pure
-function of the position like that of a window. Note: the file's name has a digest of the text and of the settings, so that an
-older file is never taken for this one's, and ranks that make it at the same time write the same bytes. Its header has a digest of
-the rest, which is checked once when it is opened.
+function of the position like that of a window. One process of a node makes them, and the others wait for it. Note: the file's
+name has a digest of the text and of the settings, so that an older file is never taken for this one's, and nodes that make it at
+the same time write the same bytes. Its header has a digest of the rest, which is checked once when it is opened.
 """
 
 import contextlib
 import hashlib
+import logging
 import os
 import struct
 from bisect import bisect_right
@@ -25,12 +26,15 @@ from ted_scale.config.data import Streaming
 from ted_scale.corpora.corpus import Part
 from ted_scale.corpora.local import File, open_file
 from ted_scale.corpora.reader import Shard, reading
+from ted_scale.corpora.remote import locked
 from ted_scale.corpora.shards import ShardIndex
 from ted_scale.storage.objects import is_remote
 
-MAGIC = b"TEDPACKS2"
-HEADER = struct.Struct("<9s32sQQQQQQ")
-COUNTS = struct.Struct("<QQQQQQ")
+log = logging.getLogger("ted_scale")
+
+MAGIC = b"TEDPACKS3"
+HEADER = struct.Struct("<9s32sQQQQQQQ")
+COUNTS = struct.Struct("<QQQQQQQ")
 DIGESTED = HEADER.size - COUNTS.size  # from here on
 PIECE = numpy.dtype([("start", "<i8"), ("length", "<i4")])
 LOOKED_AT = 1 << 22  # tokens whose documents are looked up at once
@@ -46,6 +50,7 @@ class Counts(NamedTuple):
     longer: int  # documents above seq_len: cut, or left out
     untaught: int  # pieces without a target, left out
     first: int  # token at which the first longer document begins
+    first_untaught: int  # token at which the first piece without a target begins
 
 
 class Packs(NamedTuple):
@@ -98,10 +103,18 @@ class Packs(NamedTuple):
         padding = 1 - found.tokens / (found.packs * self.seq_len)
         said = f"{found.pieces:,} examples in {found.packs:,} rows of {self.seq_len:,} tokens, {padding:.2%} padding"
         if found.longer:
-            index, document = document_at(self.part, found.first)
             does = "are cut" if self.longer == "cut" else "are left out"
-            said += f"; {found.longer:,} longer ones {does}, the first is document {document:,} of {index.prefix}"
-        return said + (f"; {found.untaught:,} pieces without a target are left out" if found.untaught else "")
+            said += f"; {found.longer:,} longer ones {does}, the first is {place_in(self.part, found.first)}"
+        if found.untaught:
+            first = place_in(self.part, found.first_untaught)
+            said += f"; {found.untaught:,} pieces without a target are left out, the first begins in {first}"
+        return said
+
+
+def place_in(part: Part, token: int) -> str:
+    """The document that holds this token, and how to look at it."""
+    index, document = document_at(part, token)
+    return f"document {document:,} of {index.prefix} (ted-scale inspect {index.prefix} --document {document})"
 
 
 def document_at(part: Part, token: int) -> tuple[ShardIndex, int]:
@@ -127,11 +140,15 @@ def damaged(path) -> UserError:
 
 
 def open_packs(part: Part, seq_len: int, longer: str) -> Packs:
-    """The packs of a part, which are made if nobody made them."""
+    """The packs of a part. The first process of a node makes them if nobody made them. What it refuses, each of the others then
+    finds itself; if it is killed, the next one makes them."""
     path = place_of(part, seq_len, longer)
     with files_at(path):
         if not path.exists():
-            write(path, *make(part, seq_len, longer))
+            with locked(own_place(part) / f"{path.name}.lock"):
+                if not path.exists():
+                    log.info(f"corpus {part.name}: packing its documents into rows of {seq_len:,} tokens")
+                    write(path, *make(part, seq_len, longer))
         digest, counts = read_header(path)
         opened(str(path), digest)
         return Packs(str(path), digest, counts, part, seq_len, longer)
@@ -147,15 +164,20 @@ def place_of(part: Part, seq_len: int, longer: str) -> Path:
         beside = Path(prefix).absolute().parent
         if (beside / name).exists() or os.access(beside, os.W_OK):
             return beside / name
+    return own_place(part) / name
+
+
+def own_place(part: Part) -> Path:
+    """Of this user on this node."""
     settings = part.stream or Streaming()
     if not settings.folder:
         own_folder(settings.place, "data.stream.folder")
     (settings.place / "packs").mkdir(parents=True, exist_ok=True)
-    return settings.place / "packs" / name
+    return settings.place / "packs"
 
 
 def write(path: Path, counts: Counts, borders: numpy.ndarray, pieces: numpy.ndarray) -> None:
-    """Whole or not at all. Each of several ranks that write it at once has a file of its own until it is whole."""
+    """Whole or not at all. Each of several nodes that write it at once has a file of its own until it is whole."""
     aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}{PART}")
     try:
         content = COUNTS.pack(*counts) + borders.tobytes() + pieces.tobytes()
@@ -182,19 +204,36 @@ def make(part: Part, seq_len: int, longer: str) -> tuple[Counts, numpy.ndarray, 
     """(counts, borders, pieces): the documents of pack p are the pieces from borders[p] to borders[p + 1]."""
     starts = numpy.append(document_starts(part), part.tokens)
     pieces, too_long = cut(starts, seq_len, longer == "cut")
-    first = int(starts[:-1][too_long][0]) if too_long.any() else 0
     taught = with_targets(part, pieces)
-    untaught, pieces = int((~taught).sum()), pieces[taught]
+    untaught, first = int((~taught).sum()), first_of(starts[:-1], too_long)
+    first_untaught, pieces = first_of(pieces["start"], ~taught), pieces[taught]
     if not len(pieces):
-        raise UserError(
-            f"{part.name} must hold an example with a target within data.seq_len ({seq_len}), but holds none; make "
-            "data.seq_len larger"
-        )
+        raise nothing_to_learn(part, seq_len, untaught, first_untaught, int(too_long.sum()), first)
     packs = best_fit(pieces["length"], seq_len)
     order = numpy.lexsort((numpy.arange(len(pieces)), packs))
     borders = numpy.append(0, numpy.cumsum(numpy.bincount(packs))).astype("<i8")
     tokens = int(pieces["length"].sum())
-    return Counts(len(borders) - 1, len(pieces), tokens, int(too_long.sum()), untaught, first), borders, pieces[order]
+    counts = Counts(len(borders) - 1, len(pieces), tokens, int(too_long.sum()), untaught, first, first_untaught)
+    return counts, borders, pieces[order]
+
+
+def first_of(places: numpy.ndarray, which: numpy.ndarray) -> int:
+    """The first of these places; 0 where there is none."""
+    return int(places[which.argmax()]) if which.any() else 0
+
+
+def nothing_to_learn(
+    part: Part, seq_len: int, untaught: int, first_untaught: int, longer: int, first: int
+) -> UserError:
+    """Where the first reason is, and how to look at it."""
+    if untaught:
+        found = f"{untaught:,} pieces without one, the first in {place_in(part, first_untaught)}"
+    else:
+        found = f"{longer:,} longer documents, the first is {place_in(part, first)}"
+    return UserError(
+        f"{part.name} must hold an example with a target within data.seq_len ({seq_len}), but holds none: {found}; make "
+        "data.seq_len larger"
+    )
 
 
 def document_starts(part: Part) -> numpy.ndarray:

@@ -64,13 +64,19 @@ def attempt(open_stage: Callable[[], tuple]) -> tuple:
 
 def what_is_read(stream: Stream) -> dict[str, Listed]:
     held_out = {name: held.parts[name] for name, held in stream.held_out.items()}
-    return {name: listed(stream.parts.get(name), held_out.get(name)) for name in {**stream.parts, **held_out}}
+    names = {**stream.parts, **held_out}
+    return {name: listed(stream.parts.get(name), held_out.get(name), packs_of(stream, name)) for name in names}
 
 
-def listed(training: Part | None, held_out: Part | None) -> Listed:
+def packs_of(stream: Stream, name: str) -> list[str]:
+    """The digests of a corpus's packs, where there are any."""
+    return [of.packs[name].digest.hex()[:16] for of in (stream, *stream.held_out.values()) if name in of.packs]
+
+
+def listed(training: Part | None, held_out: Part | None, packed: list[str]) -> Listed:
     part = training or held_out  # both are of the same shards, and begin and end where the other one ends and begins
     tokens, kept = (each.tokens if each else 0 for each in (training, held_out))
-    return Listed(len(part.shards), tokens, kept, part.listed)
+    return Listed(len(part.shards), tokens, kept, " ".join([part.listed, *packed]))
 
 
 def unlike(readings: list) -> UserError | Gone:

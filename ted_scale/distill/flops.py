@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy
 
 from ted_scale.distill.filters import has_lift
+from ted_scale.distill.normalization import logit_passes
 from ted_scale.models.anatomy import Anatomy
 
 Keys = Callable[[int | None], float]  # a layer's window → the average number of keys that a query sees
@@ -85,7 +86,7 @@ def of_parts(plan, stage, step: int, keys: Keys) -> dict[str, Work]:
     teacher = asked * head_flops(plan.teacher, plan.student.vocab_size) if weights.kl else 0
     body, strict = body_flops(plan.student, keys), plan.run.loss.mode == "strict"
     parts = {"student": Work(3 * body, body if plan.run.student.gradient_checkpointing else 0)}
-    calls = 2 if plan.run.loss.tokens == "all" and weights.kl else 1  # one for the text and one for the teacher
+    calls = logit_passes(plan.run.loss, weights.kl)
     parts["head"] = Work(
         3 * student + teacher, (calls - 1) * 3 * student + (calls * student + teacher if strict else 0)
     )

@@ -20,9 +20,8 @@ and of these the moment of a step that needs most: frozen forwards, a loss, the 
     states           of a call of the teacher b · N · (pairs · width + head's width), or, filtered as they appear, 4 · N · pairs ·
                      filters.width; in stage I also of the student
     read ahead       beside the backward: a block and the states of an early teacher's next call
-    loss gradients   4 · head's and filters' weights, b · N · width a pair: formed in the forward, kept until the backward
-    chunk            one chunk's logits; on a CPU in bf16 the heads in fp32, too
-    vitals           of the sample that is measured before a loss (vitals/memory.py)
+    loss gradients   4 · head's (twice with loss.tokens = "all") and filters' weights, b · N · width a pair: kept until the backward
+    chunk            one chunk's logits; on a CPU in bf16 the heads in fp32, too. Before it `vitals` (vitals/memory.py)
     update           4 · sub-group                                  its gradients a second time
 
 The process itself (0.53 GiB on a CPU) and memory that the allocator keeps are not included. docs/planning.md has estimates beside
@@ -35,6 +34,7 @@ import torch
 
 from ted_scale.distill.filter_sizes import filter_parameters
 from ted_scale.distill.filters import keeps_filtered
+from ted_scale.distill.normalization import gradient_passes
 from ted_scale.distill.stages import Stage
 from ted_scale.kernels.formulas.divergences import scratch
 from ted_scale.kernels.products import rows_per_chunk
@@ -76,8 +76,7 @@ def terms(plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
     if "filters" in gone and device != "cpu":
         stays = bytes_of(plan) * filters_by_place(plan, stage)[1]  # of the teacher, no part of an engine
         found["filters"], away = stays, away - stays
-    streamed = streams(plan.placement) and device != "cpu"
-    away += bytes_of(plan) * plan.teacher.in_blocks if streamed else 0
+    away += bytes_of(plan) * plan.teacher.in_blocks if streams(plan.placement) and device != "cpu" else 0
     return found | max(moments(plan, stage, device), key=lambda moment: sum(moment.values())), away
 
 
@@ -92,10 +91,8 @@ def tokens_of(plan) -> int:
 
 def trained_parameters(plan, stage: Stage) -> int:
     """By all ranks together: filters alone in stage I, network and student's filters in stage II."""
-    counts = filter_parameters(plan)
-    return (
-        sum(counts.values()) + own_heads(plan) if stage.learns_filters else plan.student.parameters + counts["student"]
-    )
+    of = filter_parameters(plan)
+    return sum(of.values()) + own_heads(plan) if stage.learns_filters else plan.student.parameters + of["student"]
 
 
 def filters_by_place(plan, stage: Stage) -> tuple[int, int]:
@@ -122,24 +119,22 @@ def resting(plan, stage: Stage, device: str) -> dict[str, float]:
 
 
 def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
-    """What lives for a part of a step: in frozen forwards, while a loss is formed, at the head's backward, at a block's, in the
-    update."""
-    b, tokens, trained = bytes_of(plan), tokens_of(plan), trained_parameters(plan, stage)
+    """What lives for a part of a step: in frozen forwards, while a loss forms, at the head's backward, a block's, in the update."""
+    b, trained = bytes_of(plan), trained_parameters(plan, stage)
     stays = b * plan.student.parameters if keeps_student_whole(plan, device) else 0
     once = plan.run.train.reduce_once and plan.world > 1
     whole = {"gathered": b * gathered(plan, stage, device), "whole gradients": 4 * trained if once else 0}
     kept, block, frozen = activations(plan, stage)
     signal, ahead = {"states": states(plan, stage)}, beside_backward(plan, stage, frozen)
     matrix = 0 if stage.learns_filters else plan.student.vocab_size * plan.student.head_width
-    early = loss_gradients(plan, stage)
+    early, reduced = loss_gradients(plan, stage), {"reduction": reduction(plan, trained, b, device)}
     measured = [] if stage.learns_filters else vitals_moments(plan, b, device, early)
     rounded = matrix * b if b == 2 else 0  # a gradient in the weight's type; in fp32 it is the same memory
-    reduced = {"reduction": reduction(plan, trained, b, device)}
     return [
         {"activations": frozen, **signal, **whole},
         {
             "activations": kept, "chunk": chunk(plan, stage, device), **signal, **whole,
-            "loss gradients": early if stage.learns_filters else 4 * matrix + b * tokens * plan.student.head_width,
+            "loss gradients": early if stage.learns_filters else of_logits(plan),
         },
         {"activations": kept, "loss gradients": early + rounded, "read ahead": ahead, **reduced, **whole},
         {"activations": kept + block, "loss gradients": b * matrix, "read ahead": ahead, **reduced, **whole},
@@ -185,8 +180,7 @@ def reduction(plan, trained: float, b: int, device: str) -> float:
 
 def keeps_student_whole(plan, device: str) -> bool:
     """On several ranks: no weight is larger than what a ds_config lets every rank keep."""
-    a = plan.student
-    most = setting(plan, KEPT_WHOLE, device)
+    a, most = plan.student, setting(plan, KEPT_WHOLE, device)
     return plan.world > 1 and most >= max(a.vocab_size * a.width, a.block_parameters)
 
 
@@ -267,11 +261,17 @@ def beside_backward(plan, stage: Stage, frozen: float) -> float:
 
 def loss_gradients(plan, stage: Stage) -> float:
     """They are computed in the forward and kept until the backward: of the head's weight, of filters, of states."""
-    a, filters = plan.student, filter_parameters(plan)
+    filters = filter_parameters(plan)
     if stage.learns_filters:
         return 4 * (sum(filters.values()) + own_heads(plan))
-    of_states = bytes_of(plan) * tokens_of(plan) * (len(plan.pairs) * a.width + a.head_width)
-    return 4 * (a.vocab_size * a.head_width + filters["student"]) + of_states
+    of_states = bytes_of(plan) * tokens_of(plan) * len(plan.pairs) * plan.student.width
+    return of_logits(plan) + 4 * filters["student"] + of_states
+
+
+def of_logits(plan) -> float:
+    """Of the head's weight and of its input, once for each pass over the logits that keeps them."""
+    matrix_and_input = plan.student.head_width * (4 * plan.student.vocab_size + bytes_of(plan) * tokens_of(plan))
+    return gradient_passes(plan.run.loss, plan.run.terms.get("kl")) * matrix_and_input
 
 
 def chunk(plan, stage: Stage, device: str) -> float:

@@ -22,6 +22,16 @@ def count_taught(loss, batches) -> torch.Tensor | None:
     return added([labelled(b) for b in batches]) if loss.tokens == "all" else None
 
 
+def logit_passes(loss, kl) -> int:
+    """Passes of a micro-batch over the student's logits: the text has one of its own where the teacher counts other tokens."""
+    return 2 if kl and loss.tokens == "all" else 1
+
+
+def gradient_passes(loss, kl) -> int:
+    """Of these, those whose gradients wait for the backward together. Strict mode forms them there, one after the other."""
+    return 1 if loss.mode == "strict" else logit_passes(loss, kl)
+
+
 def labelled(batch) -> torch.Tensor:
     """Weights that are 1 for every token with a label, target or not."""
     return (batch.labels_BT != IGNORED).float()

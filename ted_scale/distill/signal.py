@@ -19,10 +19,10 @@ def parts(signal: Signal, tokens: list[int]) -> list[Signal]:
     return [Signal(tuple(states), last) for states, last in zip(each, signal.last_NE.split(tokens), strict=True)]
 
 
-def by_row(states_ND: torch.Tensor, batch, at: int | None) -> torch.Tensor:
-    """[B, T, D]; of one position, [B, D], so that the head need not read the others."""
+def by_row(states_ND: torch.Tensor, batch, at: int | torch.Tensor | None) -> torch.Tensor:
+    """[B, T, D]; of one position, or of one in each row, [B, D], so that the head need not read the others."""
     states_BTD = states_ND.unflatten(0, batch.tokens_BT.shape)
-    return states_BTD if at is None else states_BTD[:, at]
+    return states_BTD if at is None else states_BTD[torch.arange(len(states_BTD), device=states_BTD.device), at]
 
 
 class Weights(NamedTuple):

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from ted_scale.base.packages import install
+
 OK, NOTE, MISSING = "ok", "note", "missing"  # what is missing is needed; a note is not
 POLL_S, KILLED_S = 0.05, 1
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,13 +63,6 @@ def bounded(what: str, check: Callable[[], list[Finding]], seconds: float) -> li
             )
         ]
     return found
-
-
-def install(*requirements: str, extra: str = "") -> str:
-    """The way to packages. A checkout has its own; whoever installed a wheel has no folder for `-e`."""
-    if not (ROOT / "pyproject.toml").is_file():
-        return " ".join(["pip install", *(f'"{requirement}"' for requirement in requirements)])
-    return f'pip install -e ".[{extra}]"' if extra else "make setup, or pip install -e ."
 
 
 def run(commands: list[list[str]], seconds: float, environments: list[dict[str, str]] | None = None) -> Ended:

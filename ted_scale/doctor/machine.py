@@ -4,9 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+from ted_scale.base.packages import install, requirement_of
 from ted_scale.base.parsing import parse_json
-from ted_scale.doctor.finding import MISSING, NOTE, OK, ROOT, Ended, Finding, install, last_error, run, size
-from ted_scale.doctor.software import requirement_of
+from ted_scale.doctor.finding import MISSING, NOTE, OK, ROOT, Ended, Finding, last_error, run, size
 
 PROBE_S = 240  # torch, transformers and DeepSpeed are imported, from a file server too
 SHARED, LEAST_SHARED = Path("/dev/shm"), 2**30  # Docker's own 64 MiB end NCCL and DeepSpeed's ranks with a bus error

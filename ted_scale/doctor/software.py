@@ -1,8 +1,4 @@
-"""Python, the packages against pyproject.toml's ranges, and the compilers.
-
-Note: ranges come from pyproject.toml where there is one beside the package, because an editable installation keeps those of
-the day when it was installed.
-"""
+"""Python, the packages against pyproject.toml's ranges, and the compilers."""
 
 import importlib.metadata
 import os
@@ -12,8 +8,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from ted_scale.base.parsing import parse_toml
-from ted_scale.doctor.finding import MISSING, NOTE, OK, ROOT, Finding, install, last_error, run
+from ted_scale.base.packages import asked_for, install
+from ted_scale.doctor.finding import MISSING, NOTE, OK, Finding, last_error, run
 
 OLDEST = (3, 11)
 FOR = {  # what a package of an extra is there for
@@ -48,26 +44,6 @@ def packages() -> list[Finding]:
         *needed,
         *(unfit(each, extra) or there(each, extra) for each, extra in asked if extra),
     ]
-
-
-def asked_for() -> list[tuple[str, str]]:
-    """(requirement, its extra or "")"""
-    file = ROOT / "pyproject.toml"
-    if file.is_file():
-        project = parse_toml(file.read_text(encoding="utf-8"))["project"]
-        extras = project.get("optional-dependencies", {})
-        return [(text, "") for text in project["dependencies"]] + [
-            (t, extra) for extra in extras for t in extras[extra]
-        ]
-    split = (text.partition(";") for text in importlib.metadata.requires("ted_scale") or ())
-    return [(text, marker.partition('"')[2].rstrip('" ') if "extra" in marker else "") for text, _, marker in split]
-
-
-def requirement_of(name: str) -> str:
-    """As it is asked for, such as torch>=2.11."""
-    from packaging.requirements import Requirement
-
-    return next((text for text, _ in asked_for() if Requirement(text).name == name), name)
 
 
 def version_of(name: str) -> str | None:

@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from ted_scale.base.errors import Preempted
 from ted_scale.config.method import Validation
 from ted_scale.data.stream import Batch
-from ted_scale.evaluation import turns
+from ted_scale.evaluation import greedy, turns
 from ted_scale.evaluation.scores import Score, scores
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import empty_model, read_config
@@ -51,6 +51,33 @@ class Live(HFLM):
             lambda numbers: of_one_forward([requests[number] for number in numbers], disable_tqdm=True),
             self.device,
         )
+
+    def generate_until(self, requests, disable_tqdm=True):
+        of_one_batch = super().generate_until
+        asked = [(repr(request.args[1]), len(self.tok_encode(request.args[0]))) for request in requests]
+        return turns.answered(
+            turns.batches_of_prompts(asked, self.rows),
+            lambda numbers: of_one_batch([requests[number] for number in numbers], disable_tqdm=True),
+            self.device,
+            greedy.OF_SUITE,
+        )
+
+    def _model_generate(self, context, max_length, stop, attention_mask, **_):
+        """What `generate` returns: the prompts as they came, filled up from the left, and the answers, filled up to the right."""
+        tokens = max_length - context.shape[1]
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(context, attention_mask, strict=True)]
+
+        def ended(ids: list[int]) -> bool:
+            text = self.tok_decode(ids, skip_special_tokens=False)
+            return self.eot_token_id in ids or any(word in text for word in stop)
+
+        found = greedy.answers(self.logits_at, prompts, tokens, ended, self.device)
+        ids = [greedy.until(answer, self.eot_token_id) for answer in found]
+        filled = [answer + [self.tokenizer.pad_token_id] * (tokens - len(answer)) for answer in ids]
+        return torch.cat([context, torch.tensor(filled, device=self.device)], dim=1)
+
+    def logits_at(self, batch: Batch, at: torch.Tensor) -> torch.Tensor:
+        return self.student(batch, None, None, None, at=at)
 
     @torch.no_grad()
     def _model_call(self, inps, attn_mask=None, labels=None):

@@ -1,8 +1,8 @@
 """Named suites, and where lm-eval finds their tasks: its own definitions with data from the hub, or local files.
 
-With a FOLDER of local files nothing comes from the hub: a task is a YAML file below FOLDER or one of the tasks folder here, and the
-data files that it names are in FOLDER. What is missing is found from the YAML files alone, before a model is loaded. Note:
-such a YAML may call Python functions beside it, so FOLDER must come from somebody you trust.
+With a FOLDER of local files nothing comes from the hub: a task is a YAML file below FOLDER or one of the tasks folder here, and
+the data files that it names are beside it or in FOLDER. What is missing is found from the YAML files alone, before a model is
+loaded. Note: such a YAML may call Python functions, so FOLDER must come from somebody you trust.
 """
 
 import contextlib
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ted_scale.base.errors import UserError, clean, shortened
+from ted_scale.base.packages import install_extra
 
 OURS = Path(__file__).with_name("tasks")
 LIKELIHOODS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")  # lm-eval's kinds of tasks
+WRITES = "generate_until"
 METRIC = "code_eval/code_eval.py"  # what HumanEval and MBPP judge with; a script of the hub and in no package
 
 
@@ -64,15 +66,15 @@ def load(wanted: list[str], folder: Path | None, run_code: bool) -> tuple[Any, A
     return index, Asked(specs, [name for name in code if name not in kept])
 
 
-def load_for_training(wanted: list[str], folder: Path | None) -> dict:
-    """What lm-eval's `evaluate` takes, with all data read. Refuses tasks that need more than log-likelihoods."""
+def load_for_training(wanted: list[str], folder: Path | None, limit: int | None) -> dict:
+    """What lm-eval's `evaluate` takes, with all data read. Refuses tasks that have no bound, or run code."""
     index, asked_by = find(wanted, folder, SETTINGS)
     for name in asked_by:
         for leaf in leaves(name, index.task_index):
-            refuse_generation(leaf, index.task_index[leaf].cfg)
+            refuse_unbounded(leaf, index.task_index[leaf].cfg, limit)
     loaded = index.load(read(index, asked_by, folder, SETTINGS))
     for name, task in loaded["tasks"].items():  # also what a group defines inside itself, which the index does not name
-        refuse_generation(name, {"output_type": task.OUTPUT_TYPE})
+        refuse_unbounded(name, task.dump_config() | {"output_type": task.OUTPUT_TYPE}, limit)
     return loaded
 
 
@@ -97,7 +99,7 @@ def index_of(folder: Path | None, keys: Keys):
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError(
-            f"lm-eval must be installed for {keys.suite}, but is not; `pip install -e '.[eval]'` installs it"
+            f"lm-eval must be installed for {keys.suite}, but is not; {install_extra('eval')} installs it"
         ) from None
     if folder is None:
         return TaskManager()
@@ -159,24 +161,46 @@ def named_in(members) -> list[str]:
 
 
 def refuse_missing_files(name: str, asked_by: str, known: dict, folder: Path) -> None:
+    place = place_of(name, known, folder)
     for leaf in leaves(name, known):
         for file in local_files(known[leaf].cfg):
-            if not (folder / file).exists():
+            if not (place / file).exists():
                 raise UserError(
-                    f"{asked_by} must find the data of task {leaf}, but {folder / file} is not there; docs/evaluating.md says "
+                    f"{asked_by} must find the data of task {leaf}, but {place / file} is not there; docs/evaluating.md says "
                     "how to make it"
                 )
 
 
-def refuse_generation(name: str, task: dict) -> None:
-    kind = task.get("output_type")
+def place_of(name: str, known: dict, folder: Path) -> Path:
+    """Where the paths in its YAML start: the YAML's own folder if all data of the task or group are there, else FOLDER."""
+    members = [known[leaf] for leaf in leaves(name, known)]
+    beside = {member.yaml_path.parent for member in members}
+    files = [file for member in members for file in local_files(member.cfg)]
+    is_beside = len(beside) == 1 and files and all((path / file).exists() for path in beside for file in files)
+    return beside.pop() if is_beside else folder
+
+
+def refuse_unbounded(name: str, task: dict, limit: int | None) -> None:
+    """A validation must take a time that can be known. What writes, writes the likeliest tokens, so many at most."""
+    kind, way = task.get("output_type"), task.get("generation_kwargs") or {}
     if kind in LIKELIHOODS and not task.get("unsafe_code"):
         return
-    does = "runs code that the model writes" if task.get("unsafe_code") else "lets the model write text"
-    raise UserError(
-        f"validation.suite must name tasks that compare log-likelihoods, but {name} {does}; ask it of an export, with "
-        "ted-scale evaluate"
-    )
+    if kind != WRITES or task.get("unsafe_code"):
+        does = "runs code that the model writes" if task.get("unsafe_code") else "is of another kind"
+        raise UserError(
+            f"validation.suite must name tasks that compare log-likelihoods or have the model write, but {name} {does}; ask it "
+            "of an export, with ted-scale evaluate"
+        )
+    if way.get("do_sample") or way.get("temperature") or not way.get("max_gen_toks"):
+        raise UserError(
+            f"validation.suite must name tasks that write the likeliest tokens and say how many, but {name} does not; set "
+            "max_gen_toks and do_sample: false in its generation_kwargs, or ask it of an export, with ted-scale evaluate"
+        )
+    if not limit:
+        raise UserError(
+            f"validation.suite_limit must be set where the model writes its answers, as for {name}, but is not; set how many "
+            "questions a validation asks"
+        )
 
 
 def local_files(task: dict) -> list[str]:
@@ -200,9 +224,9 @@ def refuse_missing_metric(name: str, folder: Path) -> None:
 
 
 def built(name: str, index, folder: Path | None, keys: Keys) -> list:
-    """Data files are named from FOLDER, as for lm-eval's own command line when it is started there."""
+    """Data files are named from a folder, as for lm-eval's own command line when it is started there."""
     try:
-        with contextlib.chdir(folder) if folder else contextlib.nullcontext():
+        with contextlib.chdir(place_of(name, index.task_index, folder)) if folder else contextlib.nullcontext():
             found = index.load([name])
     except Exception as error:  # datasets and the hub's client raise many kinds
         reason = shortened(clean(": ".join([type(error).__name__, *str(error).split("\n")[:1]])), 300)

@@ -4,6 +4,7 @@ A batch is the one that lm-eval makes in a single process, so that its scores do
 forward under ZeRO-3 is a collective. A rank without a batch in the last turn does that of another rank once more.
 """
 
+import itertools
 from collections.abc import Callable
 
 from ted_scale.base.errors import Preempted
@@ -21,6 +22,13 @@ def batches_of(requests: list[tuple], rows: int) -> list[list[int]]:
         [number for text in texts[first : first + rows] for number in sharing[text]]
         for first in range(0, len(texts), rows)
     ]
+
+
+def batches_of_prompts(prompts: list[tuple[str, int]], rows: int) -> list[list[int]]:
+    """The same for (how it is answered, length) of each prompt: a batch is answered in one way."""
+    numbers = sorted(range(len(prompts)), key=lambda number: (prompts[number][0], -prompts[number][1]))
+    ways = [list(some) for _, some in itertools.groupby(numbers, lambda number: prompts[number][0])]
+    return [some[first : first + rows] for some in ways for first in range(0, len(some), rows)]
 
 
 def answered(batches: list[list[int]], answer: Callable, device, what: str = "a batch of validation.suite") -> list:

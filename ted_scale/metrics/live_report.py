@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ted_scale.base.errors import clean, shortened
+from ted_scale.base.packages import install_extra
 from ted_scale.metrics.console import log_line
 from ted_scale.ranks import signals
 
@@ -80,7 +81,7 @@ def why_never(every_minutes: float) -> str | None:
     if not every_minutes or find_spec("bokeh"):
         return None
     asked = f"report.every_minutes = {every_minutes:g}"
-    return f"warning: {asked} writes no page, because Bokeh is not installed: pip install -e '.[report]'"
+    return f"warning: {asked} writes no page, because Bokeh is not installed: {install_extra('report')}"
 
 
 def command(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ import types
 import torch
 
 from ted_scale.base.errors import UserError
+from ted_scale.base.packages import install_extra
 from ted_scale.kernels.triton.device import device_name, interprets, runs_triton
 from ted_scale.models import attention
 
@@ -37,8 +38,8 @@ def check(wish: str, models: dict, mode: str) -> None:
         return
     if not installed():
         raise UserError(
-            "fused_blocks must be auto, compile or off where liger-kernel is not installed, but is 'liger'; pip install -e "
-            ".[liger], or leave it out"
+            "fused_blocks must be auto, compile or off where liger-kernel is not installed, but is 'liger'; "
+            f"{install_extra('liger')}, or leave it out"
         )
     for side, anatomy in models.items():
         if anatomy and anatomy.family not in FAMILIES:

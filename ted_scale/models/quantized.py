@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ted_scale.base.errors import UserError
+from ted_scale.base.packages import install_extra
 from ted_scale.kernels.triton.device import device_name
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import empty_model, read_config
@@ -36,7 +37,8 @@ def check(bits: str | None, anatomy: Anatomy) -> None:
     """Refuses what the installation or the model does not allow, before any rank starts."""
     if bits and importlib.util.find_spec("torchao") is None:
         raise UserError(
-            f"teacher.precision must be left out where torchao is not installed, but is '{bits}'; pip install -e .[torchao]"
+            f"teacher.precision must be left out where torchao is not installed, but is '{bits}'; "
+            f"{install_extra('torchao')}"
         )
     check_model(bits, anatomy)
 

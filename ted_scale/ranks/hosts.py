@@ -121,6 +121,7 @@ def answer(probe: Probe) -> str | None:
 
 
 def refuse_unreached(lost: dict[str, str]) -> None:
+    """A UserError that names the hosts which ssh does not reach."""
     if lost:
         raise UserError(
             f"--hostfile must name machines that ssh reaches, but {spell(lost)}; correct it, or set up ssh there without a password"
@@ -142,7 +143,7 @@ def refuse_other_programs(command: list[str]) -> None:
     if Path(command[0]).name != "deepspeed":
         raise UserError(
             f"the command must begin with deepspeed with --lost-hosts leave, but begins with {command[0]}; put that before "
-            "supervise.py, and variables for other hosts into .deepspeed_env"
+            "ted-scale, and variables for other hosts into .deepspeed_env"
         )
 
 

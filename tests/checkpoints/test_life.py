@@ -34,6 +34,11 @@ def test_a_start_after_a_stop_with_a_save_repeats_nothing_and_knows_why():
     assert (spent.steps, spent.repeated, spent.down) == (600.0, 20.0, 90.0)
 
 
+def test_a_start_of_a_run_that_was_done_loses_nothing_and_was_not_down():
+    spent, lost = add_up(137, SAVED, dataclasses.replace(DIED, words=life.DONE), began=9000.0)
+    assert lost is None and spent == dataclasses.replace(DIED.spent, at=9000.0)
+
+
 def test_the_first_start_and_one_from_a_checkpoint_of_an_early_version_begin_to_count():
     assert add_up(0, None, None, began=5.0) == (Spent(at=5.0), None)
 

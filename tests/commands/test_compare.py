@@ -72,6 +72,10 @@ def write(root, tmp_path):
         ),
         (["data.blend.kind=temperature"], r"data.blend.kind of arms.ce"),
         (["train.tokens_per_step=768"], r"train.tokens_per_step of arms.ce"),
+        (
+            ["teacher.path=elsewhere"],
+            r"have the teacher.path of arms.kd \('.*teacher'\), but has 'elsewhere'; if that is",
+        ),
         (["seed=3"], r"arms.other must not set seed, because the comparison does"),
         (["train.steps=3"], r"must not set train.steps"),
         (["method=cee"], r"^arms.other: --set method: method must be"),
@@ -86,6 +90,44 @@ def test_what_a_plan_names_in_differ_may_differ(write):
     arms = {**ARMS, "long": ["data.seq_len=64"]}
     assert "long" in plans.load(write(arms=arms, differ=["data.seq_len"])).arms
     assert "long" in plans.load(write(arms=arms, differ=["data"])).arms
+
+
+def test_an_arm_that_asks_no_teacher_may_name_another(write):
+    assert "other" in plans.load(write(arms={**ARMS, "other": ["method=ce", "teacher.path=elsewhere"]})).arms
+
+
+def test_the_table_names_the_arm_that_starts_from_a_trained_student_as_the_official_code_s_ted_does(write):
+    """There kd and lwd start from a raw student, and ted from one that was fine-tuned on the task."""
+    arms = {"kd": ["method=kd"], "ted": ["method=ted", "student.path=fine_tuned"]}
+    with pytest.raises(UserError, match=r"arms.ted must have the student.path of arms.kd"):
+        plans.load(write(arms=arms))
+    plan = plans.load(write(arms=arms, differ=["student.path"]))
+    kd, ted = results.table(plan, [begun_at("kd", 9.0), begun_at("ted", 4.0)]).splitlines()[2:]
+    assert kd.endswith("| - |  |")
+    assert ted.endswith("| one seed; student.path = 'fine_tuned'; began at 4.0000, not 9.0000 |")
+
+
+def test_runs_of_one_path_that_began_with_other_losses_are_named_by_their_seed_s(write):
+    plan = plans.load(write(seeds=[0, 1]))
+    found = [begun_at("ce", 9.0), begun_at("ce", 8.0, seed=1), begun_at("kd", 9.0005), begun_at("ted", 8.1, seed=1)]
+    ce, kd, ted = results.table(plan, found).splitlines()[2:]
+    assert "began" not in ce + kd and "began at 8.1000, not 8.0000" in ted
+
+
+def test_tokens_that_made_an_arm_s_filters_before_it_began_are_in_the_table(write, tmp_path):
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before/run.toml").write_text("filters.steps = 3\ntrain.tokens_per_step = 512\n")
+    arms = {"ted": [], "borrowed": [f"filters.from={tmp_path / 'before'}"], "gone": ["filters.from=nowhere"]}
+    plan = plans.load(write(arms=arms))
+    ted, borrowed, gone = results.table(plan, [begun_at(arm, 9.0) for arm in arms]).splitlines()[2:]
+    assert "filters" not in ted and f"filters of {tmp_path}/before, which read 1,536 tokens before" in borrowed
+    assert "filters of nowhere |" in gone
+
+
+def begun_at(arm: str, loss: float, seed: int = 0) -> results.Result:
+    """A run whose held-out loss was this before it trained."""
+    points = [results.Point(0, 0, None, loss), results.Point(1, 384, None, 3.0)]
+    return results.Result(arm, seed, 1, "done", 1.0, "c0ffee", points)
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,20 @@ def refused(*arguments) -> str:
     return str(caught.value)
 
 
+def test_a_run_is_exported_from_any_folder_for_its_paths_count_from_where_it_was_started(tmp_path, monkeypatch):
+    from ted_scale.commands.export_hf import named_by_run
+
+    run = make_run(Path(), runs="runs/small")
+    (tmp_path / "home/runs/small/tiny").mkdir(parents=True)
+    (tmp_path / "home/student").mkdir()
+    (tmp_path / "elsewhere/student").mkdir(parents=True)  # another one
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = named_by_run("student", run, Path("../home/runs/small/tiny"))
+    assert Path(found).samefile(tmp_path / "home/student")
+    assert named_by_run("owner/name", run, Path("../home/runs/small/tiny")) == "owner/name"
+    assert named_by_run("student", run, tmp_path / "elsewhere") == "student"  # it was moved: the current folder counts
+
+
 def test_a_folder_that_is_not_a_run_is_refused_with_code_2(tmp_path):
     done = export(tmp_path / "none")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -15,6 +15,7 @@ from ted_scale.commands.completion import SHELLS, options_of, script
 
 CALLERS = [
     ROOT / "launch/pretrain.py",
+    ROOT / "launch/supervise.py",
     *(p for p in (ROOT / "tools").glob("*.py") if "import main" in p.read_text()),
 ]
 

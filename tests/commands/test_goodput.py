@@ -1,4 +1,4 @@
-"""tools/goodput.py beside closed forms, and the tables of docs/goodput.md beside what the tool prints."""
+"""ted-scale goodput beside closed forms, and the tables of docs/goodput.md beside what the tool prints."""
 
 import math
 import re
@@ -61,7 +61,7 @@ def test_more_failures_lose_more_and_are_met_by_more_checkpoints():
 
 def test_the_tables_of_the_docs_are_what_the_tool_prints():
     text = (ROOT / "docs" / "goodput.md").read_text()
-    found = re.findall(r"```sh\npython tools/goodput.py ?(.*)\n```\n\n((?:\|.*\n)+)", text)
+    found = re.findall(r"```sh\nted-scale goodput ?(.*)\n```\n\n((?:\|.*\n)+)", text)
     assert len(found) == 2
     for flags, printed in found:
         assert printed.strip() == table(parse(flags.split()))

@@ -9,10 +9,10 @@ import wandb
 from tiny import make_run
 from wandb_server import serving
 
+from ted_scale.base import shipped
 from ted_scale.base.errors import UserError
 from ted_scale.commands.wandb_workspace import main, workspace
 from ted_scale.config.run_file import to_toml
-from ted_scale.doctor import finding
 
 
 def sections_of(run, x: str) -> dict[str, list[dict]]:
@@ -41,7 +41,7 @@ def test_a_run_without_a_project_and_a_missing_package_are_one_sentence(tmp_path
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     with pytest.raises(UserError, match="wandb-workspaces must be installed"):
         main([str(run.folder)])
-    monkeypatch.setattr(finding, "ROOT", tmp_path)
+    monkeypatch.setattr(shipped, "PROJECT", tmp_path / "pyproject.toml")
     with pytest.raises(UserError, match='is not; pip install "wandb-workspaces>='):
         main([str(run.folder)])
 

@@ -118,7 +118,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path, name):
 
 def test_a_table_without_an_example_is_told_the_columns_of_one(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"column messages, but has text; rename one: --targets reads messages, tools"):
+    with pytest.raises(UserError, match=r"column messages, but has text; rename one: messages, tools are read"):
         texts_in(tmp_path / "a.parquet", text_key=("messages", "tools"))
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-import random
+import re
 from datetime import date
 
 import chats
@@ -273,9 +273,40 @@ def test_an_index_that_lost_its_targets_is_refused(tmp_path, folder):
     idx = out.with_suffix(".idx")
     whole = idx.read_bytes()
     assert len(whole) > 1 << 16  # else its digest is looked at first
-    idx.write_bytes(whole[: -read_index(out).sequences])
+    sequences = read_index(out).sequences
+    idx.write_bytes(whole[:-sequences])
     with pytest.raises(UserError, match="whether its tokens count"):
         read_index(out)
+    (tmp_path / "c.json").unlink()
+    idx.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=rf"a byte for each of its .* but ends with {sequences - 1} bytes"):
+        read_index(out)
+
+
+def test_inspect_shows_a_document_whole_and_where_it_came_from(tmp_path, folder, capsys):
+    """The line, unless one was left out before the end of the shard."""
+    from ted_scale.commands import inspect_corpus
+
+    records = chats.conversations(40)
+    answer = {
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the cat " * 100 + "so"}]
+    }
+    records[30:31] = [answer]
+    first = chats.write_records(tmp_path / "a.jsonl", records)
+    second = chats.write_records(tmp_path / "b.jsonl", [{"messages": []}, *records])
+    options = ("--targets", "assistant", "--on-error", "skip", "--shard-tokens", 900)
+    out = tokenize(folder, tmp_path / "c", first, second, *options)
+    shards = [read_index(prefix) for prefix in expand(out)]
+    assert len(shards) > 2
+    inspect_corpus.main([str(out), "--document", "30"])
+    said = capsys.readouterr().out
+    assert f"tokens, from {first}:31\n" in said and "the cat so<|im_end|>" in said and " …" not in said
+    inspect_corpus.main([shards[0].prefix, "--document", "1"])
+    assert f"document 1 of {shards[0].prefix}" in (said := capsys.readouterr().out) and f"from {first}:2\n" in said
+    inspect_corpus.main([str(out), "--document", "40"])
+    assert re.search(rf"from between {first}:\d+ and {second}:\d+\n", capsys.readouterr().out)
+    with pytest.raises(UserError, match="--document must be below the 80 documents"):
+        inspect_corpus.main([str(out), "--document", "80"])
 
 
 def test_inspect_shows_targets_and_their_share_and_finds_other_ones(tmp_path, folder, capsys, monkeypatch):
@@ -299,18 +330,3 @@ def test_inspect_shows_targets_and_their_share_and_finds_other_ones(tmp_path, fo
     with pytest.raises(SystemExit):
         inspect_corpus.main([str(out), "--verify"])
     assert "targets that its .json counts" in capsys.readouterr().err
-
-
-def test_a_token_counts_if_it_holds_a_character_of_a_span_wherever_that_begins_and_ends(folder):
-    from tokenizers import Tokenizer
-
-    from ted_scale.corpora.examples import marks_of
-
-    rng, backend = random.Random(0), Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.post_processor = None
-    for _ in range(200):
-        text = chats.said(rng)
-        begin, end = sorted(rng.sample(range(len(text) + 1), 2))
-        encoding = backend.encode(text)
-        expected = [int(low < end and high > begin) for low, high in encoding.offsets]
-        assert marks_of(encoding, [(begin, end)], len(text)).tolist() == expected

@@ -1,7 +1,6 @@
 """The loader: one order for any number of ranks, nothing read too far ahead, and no thread left behind."""
 
 import gc
-import hashlib
 import statistics
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import threading
 from contextlib import closing
 
 import pytest
-from corpus import counting_documents, data_section, steps, write_shard
+from corpus import counting_documents, data_section, digest, of_all_ranks, write_shard
 from launching import run_ranks
 from scenarios import rows
 from tiny import PRETRAIN, make_corpus, make_model, make_run, write_run
@@ -40,23 +39,6 @@ def loader(**settings) -> Loader:
     return Loader(**{"prefetch": 2, "micro_batch": 1, "rank": 0, "world": 1, "device": "cpu"} | settings)
 
 
-def digest(micros) -> str:
-    """Of everything that a model is given, in order."""
-    found = hashlib.sha256()
-    for micro in micros:
-        micro.moved(lambda tensor: found.update(tensor.numpy().tobytes()))
-    return found.hexdigest()
-
-
-def all_ranks(stream, world: int, start: int, stop: int) -> list:
-    """The samples of all ranks in the order of their positions: micro-step first, then rank."""
-    ranks = [
-        steps(stream, start=start, stop=stop, samples_per_step=8, micro_batch=1, rank=r, world=world)
-        for r in range(world)
-    ]
-    return [micro for step in zip(*ranks, strict=True) for micros in zip(*step, strict=True) for micro in micros]
-
-
 @pytest.fixture
 def asked(monkeypatch):
     """The first position of every step that is read."""
@@ -72,7 +54,7 @@ def test_the_order_is_the_same_for_any_number_of_ranks_also_when_it_changes_on_r
     kept = blend.from_record(blend.as_record(stream.interval))
     data = data_section(*corpora, seq_len=16, attention="document", weights=[3, 1])
     resumed = open_stream(data, 1, VOCAB, kept, 37)
-    halves = all_ranks(stream, first, 13, 37) + all_ranks(resumed, then, 37, 77)
+    halves = of_all_ranks(stream, first, 13, 37) + of_all_ranks(resumed, then, 37, 77)
     assert digest(halves) == straight
 
 

@@ -8,6 +8,7 @@ from plain import build, make_batch, make_world
 from tiny import make_run
 
 from ted_scale.distill import memory
+from ted_scale.distill.normalization import count_taught
 from ted_scale.distill.signal import Weights
 from ted_scale.models import quantized
 from ted_scale.models.anatomy import run_body
@@ -185,16 +186,39 @@ def test_activations_are_what_a_forward_s_graph_keeps(world, side):
 @pytest.mark.parametrize("method", ["ce", "kd", "ted"])
 def test_the_most_that_a_forward_has_is_the_moment_of_its_loss(world, method):
     """Counted tensors of student, teacher and losses without DeepSpeed, beside what the plan says of that moment."""
-    parts = build(world, method=method, train={"micro_batch": 32, "tokens_per_step": 1024})
+    moment, counted = moment_and_count(world, method=method)
+    assert moment == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("mode", ["chunked", "strict"])
+def test_a_text_with_a_pass_of_its_own_keeps_a_second_gradient_of_the_head_until_the_backward(world, mode):
+    """Strict mode forms none in the forward."""
+    targets, both = (
+        moment_and_count(world, method="kd", loss={"mode": mode, "tokens": tokens}) for tokens in ("targets", "all")
+    )
+    planned, counted = both[0] - targets[0], both[1] - targets[1]
+    assert planned == (4 * 32 * (128 + 1024) if mode == "chunked" else 0)  # its width, vocabulary and tokens
+    assert counted == pytest.approx(planned, abs=0.15 * 4 * 32 * (128 + 1024))
+
+
+def test_a_run_without_a_teacher_has_one_pass_whatever_its_teacher_would_count(world):
+    plans = [of(world, method="ce", loss={"tokens": tokens})[0] for tokens in ("all", "targets")]
+    assert memory.of_logits(plans[0]) == memory.of_logits(plans[1])
+
+
+def moment_and_count(world, **sections) -> tuple[float, int]:
+    """(what the plan says of the moment of a loss, the most bytes that a forward had); half of the tokens are prompts."""
+    parts = build(world, train={"micro_batch": 32, "tokens_per_step": 1024}, **sections)
     weights, batch = parts.stage.weights(parts.stage.first_step), make_batch(32, 32)
+    batch = batch._replace(weights_BT=batch.weights_BT * (torch.arange(32) % 2))
+    taught = count_taught(parts.plan.run.loss, [batch])
 
     def forward():
         signal = parts.teacher(batch, weights) if parts.teacher else None
-        return parts.student(batch, signal, weights, torch.tensor(1024.0)).total
+        return parts.student(batch, signal, weights, torch.tensor(1024.0), taught).total
 
     forward()
-    moment = memory.moments(parts.plan, parts.stage, "cpu")[1]
-    assert sum(moment.values()) == pytest.approx(peak_bytes(forward), rel=0.05)
+    return sum(memory.moments(parts.plan, parts.stage, "cpu")[1].values()), peak_bytes(forward)
 
 
 @pytest.mark.parametrize("every", [1, 100])

@@ -51,6 +51,8 @@ def test_packed_examples_lose_what_each_loses_alone_in_plain_transformers(tmp_pa
     losses, ours = run_step(parts, rows)
     loss, theirs = alone(own_model(tmp_path / "student"), documents, targets)
     assert sum(each.ce.item() for each in losses) == pytest.approx(loss, abs=1e-5)
+    assert ours.keys() == {f"network.{name}" for name in theirs}
+    assert max(gradient.abs().max() for gradient in theirs.values()) > 1e-2  # 1e-6 is little of it
     for name, gradient in theirs.items():
         assert (ours[f"network.{name}"] - gradient).abs().max() <= 1e-6, name
 

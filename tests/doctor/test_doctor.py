@@ -11,9 +11,10 @@ import time
 import pytest
 from places import ROOT
 
+from ted_scale.base import packages, shipped
 from ted_scale.base.errors import UserError
 from ted_scale.commands import doctor
-from ted_scale.doctor import disk, finding, machine, outside, ranks, software
+from ted_scale.doctor import disk, machine, outside, ranks, software
 from ted_scale.doctor.finding import MISSING, NOTE, OK, Ended, Finding, bounded, run
 from ted_scale.storage import objects
 from tools.bench.object_server import serving
@@ -109,26 +110,26 @@ def test_a_package_out_of_its_range_is_named_and_one_of_an_extra_is_a_note(monke
 
 
 def test_ranges_without_a_checkout_are_those_of_the_installed_package(monkeypatch, tmp_path):
-    monkeypatch.setattr(software, "ROOT", tmp_path)
-    monkeypatch.setattr(software.importlib.metadata, "requires", lambda _: ["torch>=2", 'bokeh>=3; extra == "report"'])
-    assert software.asked_for() == [("torch>=2", ""), ("bokeh>=3", "report")]
+    monkeypatch.setattr(shipped, "PROJECT", tmp_path / "pyproject.toml")
+    monkeypatch.setattr(packages.importlib.metadata, "requires", lambda _: ["torch>=2", 'bokeh>=3; extra == "report"'])
+    assert packages.asked_for() == [("torch>=2", ""), ("bokeh>=3", "report")]
 
 
 def test_without_a_checkout_the_way_to_a_package_is_pip_with_its_name(monkeypatch, tmp_path):
     asked = ["nobody-has-this>=1", 'nor[this]>=1; extra == "report"', 'nor-that; extra == "docs"']
-    monkeypatch.setattr(software.importlib.metadata, "requires", lambda _: asked)
-    for module in (finding, software):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(packages.importlib.metadata, "requires", lambda _: asked)
+    monkeypatch.setattr(shipped, "PROJECT", tmp_path / "pyproject.toml")
     found = {each.what: each.way for each in software.packages()}
     nobody = 'pip install "nobody-has-this>=1"'
     assert found == {
         "packages": nobody, "nobody-has-this": nobody, "nor": 'pip install "nor[this]>=1", for the page of a run'
     }  # fmt: skip
     assert machine.torch(probed())[0].way == 'pip install "torch"'
+    assert packages.install_extra("report") == 'pip install "nor[this]>=1"'
 
 
 def test_every_extra_of_a_user_says_what_it_is_for():
-    assert {extra for _, extra in software.asked_for()} - {"", "docs"} == set(software.FOR)
+    assert {extra for _, extra in packages.asked_for()} - {"", "docs"} == set(software.FOR)
 
 
 def test_a_compiler_without_python_h_is_missing(monkeypatch, tmp_path):

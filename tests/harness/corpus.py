@@ -1,5 +1,6 @@
 """A tiny corpus on disk, written by hand so that no test pays the import of megatron for having one."""
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -62,6 +63,23 @@ def steps(
     place = {"rank": rank, "world": world, "sequence_parallel": sequence_parallel}
     loader = Loader(prefetch=prefetch, micro_batch=micro_batch, **place, device="cpu")
     return loader.steps(stream, start=start, stop=stop, samples_per_step=samples_per_step)
+
+
+def digest(micros) -> str:
+    """Of everything that a model is given, in order."""
+    found = hashlib.sha256()
+    for micro in micros:
+        micro.moved(lambda tensor: found.update(tensor.numpy().tobytes()))
+    return found.hexdigest()
+
+
+def of_all_ranks(stream, world: int, start: int, stop: int) -> list:
+    """The samples of all ranks in the order of their positions: micro-step first, then rank."""
+    ranks = [
+        steps(stream, start=start, stop=stop, samples_per_step=8, micro_batch=1, rank=r, world=world)
+        for r in range(world)
+    ]
+    return [micro for step in zip(*ranks, strict=True) for micros in zip(*step, strict=True) for micro in micros]
 
 
 def read_all(path: Path, vocabulary: int = 128) -> None:

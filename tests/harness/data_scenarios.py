@@ -1,11 +1,14 @@
-"""Scenarios of ranks.py about what a run reads: an adaptive blend over three kinds of text, and a run that goes on with other
-data settings."""
+"""Scenarios of ranks.py about what a run reads: an adaptive blend over three kinds of text, a run that goes on with other data
+settings, and rows of whole examples."""
 
 import shutil
 from pathlib import Path
 
+import numpy
 import torch.distributed as dist
+from corpus import write_masked
 from scenarios import put_back, start
+from tiny import VOCABULARY
 
 from ted_scale.base.errors import UserError
 
@@ -19,6 +22,20 @@ ADAPTIVE = {
 def corpora(folder: Path, **weights) -> list[dict]:
     weight = {name: weights.get(name, 1.0) for name in DOMAINS}
     return [{"path": str(folder / name), "validation": 0.2, "weight": weight[name]} for name in DOMAINS]
+
+
+def make_examples(folder: Path) -> None:
+    """60 examples, of which a random half of the tokens are targets."""
+    rng = numpy.random.default_rng(0)
+    documents = [rng.integers(3, VOCABULARY, rng.integers(8, 30)).tolist() for _ in range(60)]
+    write_masked(folder / "examples", documents, [rng.integers(0, 2, len(each)).tolist() for each in documents])
+
+
+def every_token(folder: Path, device):
+    """TED on packed examples whose prompts the teacher teaches, too: ranks count unlike numbers of targets and of tokens."""
+    data = {"corpora": [{"path": str(folder / "examples")}], "packing": "examples", "attention": "document"}
+    name = f"every_token_{dist.get_world_size()}"
+    start(folder, device, name=name, data=data, loss={"tokens": "all"}, filters={"steps": 1}, train={"steps": 3})
 
 
 def again_from(folder: Path, name: str, step: int, copy: str) -> None:
@@ -58,3 +75,21 @@ def runs_out(folder: Path, device):
         start(folder, device, name="runs_out", method="kd", data=data, train={"steps": 9})
     except UserError as error:
         return str(error)
+
+
+def packed_resumes(folder: Path, device):
+    """Six steps over packed examples with targets, straight on two ranks; then from the checkpoint of step 3 on two, and on one."""
+    ranks, path = dist.get_world_size(), folder / "examples"
+    settings = {
+        "method": "ce", "data": {"packing": "examples", "attention": "document", "corpora": [{"path": str(path)}]},
+        "checkpoint": {"every": 3, "keep": 100},
+    }  # fmt: skip
+    if ranks == 2:
+        if dist.get_rank() == 0:
+            lengths = numpy.random.default_rng(0).integers(3, 40, 60).tolist()
+            documents = [[1 + (7 * d + i) % 127 for i in range(n)] for d, n in enumerate(lengths)]
+            write_masked(path, documents, [[int(3 * i > n) for i in range(n)] for n in lengths])
+        dist.barrier()
+        start(folder, device, name="packed", **settings)
+    again_from(folder, "packed", 3, f"packed_from_3_on_{ranks}")
+    start(folder, device, name=f"packed_from_3_on_{ranks}", **settings)

@@ -23,6 +23,7 @@ from ted_scale.models.inspection import empty_model, inspect, read_config
 from ted_scale.models.model_folder import saved_tensors
 
 DOCUMENTS, LENGTH = 512, 2**24  # of every corpus: 8.6e9 tokens
+EXAMPLES, SHORT = 50_000, 25  # of one whose examples are packed: as a task has them
 
 SMOLLM2 = {
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -51,6 +52,7 @@ DEMO = {  # SHAPE of tools/demo.py, and its tokenizer's vocabulary
 
 MODELS = {  # by the path in a run file
     "models/smollm2": SMOLLM2,
+    "runs/task_teacher/export": SMOLLM2,
     "openai-community/gpt2": {"model_type": "gpt2"},  # GPT2Config's defaults are this model
     "Qwen/Qwen1.5-14B": {
         **QWEN_1_5, "vocab_size": 152064, "hidden_size": 5120, "intermediate_size": 13696, "num_hidden_layers": 40,
@@ -102,6 +104,7 @@ MODELS = {  # by the path in a run file
 
 CUTS = {  # a student: its teacher, the key of its depth, and its blocks
     "models/smollm2_half": ("models/smollm2", "num_hidden_layers", 15),
+    "runs/task_student/export": ("models/smollm2", "num_hidden_layers", 15),
     "models/smollm2_third": ("models/smollm2", "num_hidden_layers", 10),
     "models/gpt2_half": ("openai-community/gpt2", "n_layer", 6),
     "runs/demo/student_cut": ("runs/demo/teacher_hf", "num_hidden_layers", 3),
@@ -127,7 +130,8 @@ def make_inputs(root: Path, run: Run) -> None:
     for path in [model.path for model in (run.teacher, run.student) if model]:
         make_hollow_model(root, path)
     for corpus in run.data.corpora:
-        make_hollow_corpus(root / corpus.path / "hollow", root / run.student.path)
+        shape = (EXAMPLES, SHORT) if run.data.packing == "examples" else (DOCUMENTS, LENGTH)
+        make_hollow_corpus(root / corpus.path / "hollow", root / run.student.path, *shape)
 
 
 def make_hollow_model(root: Path, path: str) -> Path:
@@ -166,12 +170,12 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def make_hollow_corpus(prefix: Path, student: Path) -> None:
+def make_hollow_corpus(prefix: Path, student: Path, documents: int, length: int) -> None:
     """Documents of zeros, signed with the student's tokenizer."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    prefix.with_suffix(".idx").write_bytes(index_of([LENGTH] * DOCUMENTS))
+    prefix.with_suffix(".idx").write_bytes(index_of([length] * documents))
     prefix.with_suffix(".bin").touch()
-    os.truncate(prefix.with_suffix(".bin"), 2 * DOCUMENTS * LENGTH)
-    signed = {"max_token_id": 0, "tokens": DOCUMENTS * LENGTH}
+    os.truncate(prefix.with_suffix(".bin"), 2 * documents * length)
+    signed = {"max_token_id": 0, "tokens": documents * length}
     signed["tokenizer_digest"] = digest(load_tokenizer(str(student)))
     prefix.with_suffix(".json").write_text(json.dumps(signed))

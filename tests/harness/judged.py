@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tiny import make_model
 
-from ted_scale.commands import tokenize_corpus, train_tokenizer
+from ted_scale.commands import task, tokenize_corpus, train_tokenizer
 
 VOCABULARY = 380
 TEXTS = [
@@ -39,3 +39,12 @@ def make_tasks(folder: Path) -> Path:
     for name, lines in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def make_written(folder: Path) -> None:
+    """The task squad_held_out below `folder`: 11 questions of many lengths, each with many answers, so that a model hits some."""
+    answers = {"text": [*"abcdefghijklmnopqrstuvwxyz0123456789€", "cat", "cat sat on"]}
+    rows = [{"context": text[: 8 + n], "question": "What?", "answers": answers} for n, text in enumerate(TEXTS[:11])]
+    file = folder / "squad.json"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task.main(["squad", "--data", str(file), "--held-out", str(file), "--out", str(folder / "squad")])

@@ -1,4 +1,4 @@
-"""launch/supervise.py over a launcher that only looks like one: what it does each time it is started stands in a file.
+"""`ted-scale supervise` over a launcher that only looks like one: what it does each time it is started stands in a file.
 
 `python tests/harness/supervised.py FOLDER RUNFILE SUPERVISE-OPTION…` supervises `… supervised.py launch FOLDER …`. Every line of
 FOLDER/lives is a life of the run: the exit code it ends with, and the newest checkpoint's step by then; `wait` stands for
@@ -7,7 +7,6 @@ is killed above ranks that work on.
 """
 
 import contextlib
-import importlib.util
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from places import ROOT
+from ted_scale.commands import supervise
 
 
 def launch(folder: Path) -> int:
@@ -60,9 +59,6 @@ def main() -> None:
     if sys.argv[1] in ("launch", "rank"):
         sys.exit(launch(Path(sys.argv[2])) if sys.argv[1] == "launch" else rank(Path(sys.argv[2]), sys.argv[3]))
     folder, config = Path(sys.argv[1]), sys.argv[2]
-    spec = importlib.util.spec_from_file_location("supervise", ROOT / "launch" / "supervise.py")
-    supervise = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(supervise)
     supervise.step_of = lambda run: int((folder / "step").read_text())
     supervise.is_done = lambda run: supervise.step_of(run) == 9
     command = [sys.executable, __file__, "launch", str(folder), "--config", config]

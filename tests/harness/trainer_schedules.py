@@ -1,6 +1,6 @@
 """A schedule of faults in the real trainer: two ranks on a file system that fails, some with copies in a store that fails, too.
 
-launch/supervise.py's own rules restart the run; only its launcher is left out. When it gives up, or the user must correct
+The supervisor's own rules restart the run; only its launcher is left out. When it gives up, or the user must correct
 something, the faults end and the same command is started once more. `Schedule.run` returns the first property that did not
 hold: after each life every checkpoint that was published and is to be kept is there and whole; a life resumes from the newest
 one; it ends done or with a sentence; and the run ends with the weights of an undisturbed one.
@@ -37,7 +37,7 @@ ALONE_S = 30  # for ranks that another one has left, before they watched each ot
 
 
 def load_supervise():
-    spec = importlib.util.spec_from_file_location("supervise", ROOT / "launch" / "supervise.py")
+    spec = importlib.util.spec_from_file_location("supervise", ROOT / "ted_scale/commands/supervise.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

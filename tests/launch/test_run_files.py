@@ -23,7 +23,8 @@ RUNS = sorted((ROOT / "launch/runs").glob("*.toml"))
 PLANS = sorted((ROOT / "launch/plans").glob("*.toml"))
 LAUNCHED = re.compile(r"^#   .*--num_gpus (\d+) .*launch/pretrain.py", re.M)
 HEADER = re.compile(
-    r"^# Dry run with --ranks (\d+) on a (CPU|GPU): ([\d.]+) GiB a rank in stage I, ([\d.]+) in stage II; (\S+) and (\S+) FLOPs",
+    r"^# Dry run with --ranks (\d+) on a (CPU|GPU): ([\d.]+) GiB a rank(?: in stage I, ([\d.]+) in stage II)?; "
+    r"(\S+?)(?: and (\S+))? FLOPs",
     re.M,
 )
 GPU_GIB = 70  # of the 80 GB = 74.5 GiB of a GPU; the rest is the process and what the allocator keeps
@@ -61,7 +62,7 @@ def test_a_run_file_dry_runs_and_its_header_has_the_numbers(root, file, monkeypa
         return
     found = [sum(memory.terms(plan, stage, device)[0].values()) / 2**30 for stage in plan.stages]
     found += [stage_flops(plan, stage) for stage in plan.stages]
-    assert [float(number) for number in quoted.groups()[2:]] == pytest.approx(found, rel=0.05)
+    assert [float(number) for number in quoted.groups()[2:] if number] == pytest.approx(found, rel=0.05)
     assert max(found[: len(plan.stages)]) < GPU_GIB
 
 

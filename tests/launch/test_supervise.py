@@ -1,4 +1,4 @@
-"""launch/supervise.py: what it restarts, when, how often, to whom it forwards signals, and that no process is left."""
+"""ted-scale supervise: what it restarts, when, how often, to whom it forwards signals, and that no process is left."""
 
 import argparse
 import os
@@ -12,9 +12,9 @@ import pytest
 from places import HARNESS, ROOT
 from tiny import make_run, write_run
 
-from launch import supervise
-from launch.supervise import Exits, pause_after, run_file_of
 from ted_scale.base.errors import MEANINGS, UserError
+from ted_scale.commands import supervise
+from ted_scale.commands.supervise import Exits, pause_after, run_file_of
 
 SCRIPT = HARNESS / "supervised.py"
 SETTINGS = argparse.Namespace(attempts=5, pause_s=10.0, longest_pause_s=600.0)
@@ -150,7 +150,7 @@ def test_a_signal_while_ssh_is_asked_again_ends_the_supervisor(tmp_path, monkeyp
 
 SIGNALLED_AT_ONCE = """
 import os, signal
-from launch import supervise
+from ted_scale.commands import supervise
 
 def spawn(command):
     supervise.received.append(signal.SIGTERM)

@@ -127,7 +127,7 @@ def test_what_does_not_work_is_refused(models, monkeypatch):
         fused.check("compile", sides, "document")
     monkeypatch.setattr(fused, "installed", lambda: False)
     with pytest.raises(
-        UserError, match=r"where liger-kernel is not installed, but is 'liger'; pip install -e .\[liger\]"
+        UserError, match=r"where liger-kernel is not installed, but is 'liger'; pip install -e \".\[liger\]\""
     ):
         fused.check("liger", sides, "causal")
 

@@ -163,7 +163,7 @@ def test_without_torchao_the_sentence_says_how_to_install_it(monkeypatch):
     with pytest.raises(UserError) as caught:
         quantized.check("fp8", None)
     assert str(caught.value) == (
-        "teacher.precision must be left out where torchao is not installed, but is 'fp8'; pip install -e .[torchao]"
+        "teacher.precision must be left out where torchao is not installed, but is 'fp8'; pip install -e \".[torchao]\""
     )
     quantized.check(None, None)
 

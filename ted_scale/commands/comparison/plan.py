@@ -1,7 +1,7 @@
 """What is compared: arms, seeds and a budget, from one TOML file. An arm is a run file plus the words that `--set` takes.
 
-Note: arms must start from the same student and read the same data. What is meant to differ all the same, as the student does
-when cuts are compared, is named in `differ`.
+Note: arms must start from the same student, ask the same teacher and read the same data (conditions.py). What is meant to differ
+all the same, as the student does when cuts are compared, is named in `differ`.
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from ted_scale.base.errors import UserError, shown
 from ted_scale.base.parsing import parse_toml
 from ted_scale.base.shipped import found
+from ted_scale.commands.comparison import conditions
 from ted_scale.config.method import IN_TOKENS
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import load_run, sentence
@@ -19,7 +20,6 @@ from ted_scale.config.types import Count, NonNegative, Positive, PositiveInt, Se
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
 OURS = ("name", "runs", "seed", "train.steps", "validation.every", "log_every", "resume.allow")
-EQUAL = ("student", "data", "train.tokens_per_step", "validation")
 MOST_SEEDS = 10
 
 
@@ -78,7 +78,7 @@ class Comparison(Section):
     )
     baseline: str = Field("", description="the arm that others are compared with; default: the first")
     set: list[str] = Field([], description="section.key=value words for every arm")
-    differ: list[str] = Field([], description="keys of the student and the data that arms may set differently")
+    differ: list[str] = Field([], description="keys of models and data that arms may set differently")
     ranks: PositiveInt = Field(1, description="of each run")
     at_once: PositiveInt = Field(1, description="runs at the same time; on GPUs each has devices of its own")
     validations: PositiveInt = Field(4, description="in a run, besides the one at its start")
@@ -139,18 +139,10 @@ def refuse_unequal(plan: Comparison) -> None:
     for arm, words in plan.arms.items():
         for word in (*plan.set, *words):
             key = word.partition("=")[0].strip()
-            if any(key == ours or key.startswith(f"{ours}.") for ours in OURS):
+            if conditions.named(key, OURS):
                 raise UserError(f"arms.{arm} must not set {key}, because the comparison does; take it out of the plan")
         refuse_schedule_in_tokens(plan, arm)
-    runs = {arm: equal_values(of_arm(plan, arm)) for arm in plan.arms}
-    base = plan.compared_with
-    for arm, values in runs.items():
-        for key in sorted({*values, *runs[base]}):
-            if values.get(key) != runs[base].get(key) and not named(key, plan.differ):
-                raise UserError(
-                    f"arms.{arm} must have the {key} of arms.{base} ({shown(runs[base].get(key))}), but has "
-                    f"{shown(values.get(key))}; if that is what is compared, put {key} into differ"
-                )
+    conditions.refuse_unequal(runs_of(plan), plan.compared_with, plan.differ, OURS)
 
 
 def refuse_schedule_in_tokens(plan: Comparison, arm: str) -> None:
@@ -173,21 +165,8 @@ def of_arm(plan: Comparison, arm: str, *more: str) -> Run:
         raise UserError(f"arms.{arm}: {error}") from None
 
 
-def equal_values(run: Run) -> dict:
-    flat = flattened("", run.model_dump(by_alias=True))
-    return {key: value for key, value in flat.items() if named(key, EQUAL) and not named(key, OURS)}
-
-
-def flattened(prefix: str, value) -> dict:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        key: v for name, inner in value.items() for key, v in flattened(f"{prefix}.{name}".lstrip("."), inner).items()
-    }
-
-
-def named(key: str, names) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
+def runs_of(plan: Comparison) -> dict[str, Run]:
+    return {arm: of_arm(plan, arm) for arm in plan.arms}
 
 
 def job_of(plan: Comparison, arm: str, seed: int, steps: int) -> Job:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale.base.durable import write_durably
+from ted_scale.commands.comparison import conditions
+from ted_scale.commands.comparison import plan as plans
 from ted_scale.commands.comparison.plan import Comparison
 from ted_scale.report.paired import as_words, paired
 
@@ -63,9 +65,20 @@ def by_seed(plan: Comparison, results: list[Result], arm: str) -> dict[int, floa
     return {seed: loss for seed, loss in losses.items() if loss is not None}
 
 
+def unequal_starts(plan: Comparison, results: list[Result]) -> dict[str, list[str]]:
+    """Of each arm, by what the plan says and by what its runs measured before they trained."""
+    said, firsts = conditions.starts_of(plans.runs_of(plan), plan.compared_with), {arm: {} for arm in plan.arms}
+    for result in results:
+        firsts[result.arm] |= {result.seed: result.points[0].loss} if result.points else {}
+    for arm, losses in firsts.items():
+        if began := conditions.began_elsewhere(losses, firsts[plan.compared_with]):
+            said[arm].append(began)
+    return said
+
+
 def table(plan: Comparison, results: list[Result]) -> str:
     """Markdown, in the plan's order. `seconds` are those that the runs took themselves."""
-    base, rows = plan.compared_with, []
+    base, rows, starts = plan.compared_with, [], unequal_starts(plan, results)
     for arm in plan.arms:
         losses, mine = by_seed(plan, results, arm), [r for r in results if r.arm == arm]
         if not mine:
@@ -77,7 +90,7 @@ def table(plan: Comparison, results: list[Result]) -> str:
             arm, str(len(losses)), f"{mine[0].steps:,}", f"{statistics.mean(r.seconds for r in mine):,.0f}",
             f"{statistics.mean(losses.values()):.4f}" if losses else "-",
             f"{statistics.stdev(losses.values()):.4f}" if len(losses) > 1 else "-",
-            as_words(difference), "; ".join([*([difference.verdict] if difference else []), *ends]),
+            as_words(difference), "; ".join([*([difference.verdict] if difference else []), *starts[arm], *ends]),
         ])  # fmt: skip
     loss = "val/loss" if plan.judged_by == "last" else "least val/loss"
     head = ["arm", "seeds", "steps", "seconds", loss, "spread", f"less {base}", ""]

@@ -127,7 +127,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--load-gbps", type=float, default=1.0, help="GB/s of a rank from disk, with digests")
     say("--store-gbps", type=float, default=50.0, help="GB/s of all ranks together")
     say("--detect-s", type=float, default=30.0, help="from a failure to the exit of all ranks")
-    say("--pause-s", type=float, default=10.0, help="of launch/supervise.py")
+    say("--pause-s", type=float, default=10.0, help="of ted-scale supervise")
     say(
         "--start-s",
         type=float,
