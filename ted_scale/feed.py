@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from ted_scale.base.errors import RunStopped, UserError
+from ted_scale.base.errors import NOT_FINITE, RunStopped, UserError
 from ted_scale.checkpoints.progress import Measured, Progress
 from ted_scale.data import blend, ddk, order
 from ted_scale.data.stream import Stream, open_stream, refuse_repetition
@@ -148,7 +148,8 @@ def refuse_no_number(step: int, losses: dict[str, dict[str, float]]) -> None:
             if not math.isfinite(loss):
                 raise RunStopped(
                     f"step {step}: the {side}'s loss on what corpus {name} holds out must be finite, but is {loss}; the last "
-                    "checkpoint is intact"
+                    "checkpoint is intact",
+                    NOT_FINITE,
                 )
 
 

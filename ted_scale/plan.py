@@ -113,6 +113,7 @@ class Plan:
 
 
 def make_plan(run: Run, world: int) -> Plan:
+    """All that is decided and refused before a process group exists."""
     plan = plan_of_models(epochs.resolved(run, resume.written_before(run)), world)
     quantized.check(run.teacher_bits, plan.teacher)
     check_shards(plan.run, plan.vocabulary, plan.student)
@@ -123,12 +124,11 @@ def make_plan(run: Run, world: int) -> Plan:
         tokenizer, suite = tokenizer_folder(plan.student, plan.teacher), suite_in_training(run.validation)
         plan = dataclasses.replace(plan, suite=suite, tokenizer=tokenizer)
     where, progress = resume.find(run, plan.identity())
-    readings = check_corpora(plan, progress)
+    plan = dataclasses.replace(plan, readings=check_corpora(plan, progress))
     resumes = resume.describe(run, where, progress, plan.total_steps, last_row(run.folder / "metrics.jsonl"))
-    plan = dataclasses.replace(plan, readings=readings, resumes=resumes + epochs.describe(plan.run))
     if run.filters.from_run and run.method == "ted":
         check_filters(plan.filters_file, plan.filters_identity())
-    return plan
+    return dataclasses.replace(plan, resumes=resumes + epochs.describe(plan.run))
 
 
 def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
@@ -136,8 +136,7 @@ def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
     no machine is looked at. Every row counts as one document, and the teacher has no place yet."""
     ds_config, run = load_ds_config(run.ds_config), epochs.resolved(run)
     accumulation = derive_accumulation(run, world)
-    asks = run.teacher and run.method != "ce"
-    teacher = look_at("teacher", run.teacher, needs_weights) if asks else None
+    teacher = look_at("teacher", run.teacher, needs_weights) if run.teacher and run.method != "ce" else None
     student = look_at("student", run.student, needs_weights)
     if teacher:
         check_same_tokenizer(student, teacher)
@@ -158,11 +157,12 @@ def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
 
 
 def look_at(side: str, model: Model, needs_weights: bool) -> Anatomy:
-    reads = needs_weights and model.init == "weights"
-    return inspect(f"{side}.path", model.path, needs_weights=reads, is_frozen=side == "teacher")
+    needs_weights = needs_weights and model.init == "weights"
+    return inspect(f"{side}.path", model.path, needs_weights=needs_weights, is_frozen=side == "teacher")
 
 
 def derive_accumulation(run: Run, world: int) -> int:
+    """Micro-batches of a step on each rank."""
     train, seq_len, readers = run.train, run.data.seq_len, ulysses.groups_of(run, world)
     micro_step = train.micro_batch * seq_len * readers
     if train.tokens_per_step % micro_step:

@@ -18,6 +18,7 @@ from ted_scale.distill.signal import Weights
 from ted_scale.metrics.console import log_line
 from ted_scale.ranks import pulse, signals
 from ted_scale.ranks.agree import anywhere, broadcast
+from ted_scale.vitals import alarms
 
 SUITE = "val/suite/"
 UNTAUGHT = "val/tokens"  # 0, in place of a loss: the validation was finished, but no token of it counts
@@ -104,8 +105,17 @@ def write_losses(plan, teacher, metrics, held_out: dict[str, Stream], student, p
         say_untaught(untaught, tokens_of_each(plan.run))
     row = as_row("", of_student) | as_row("teacher_", of_teacher)
     metrics.write(progress.step, progress.tokens, row or {UNTAUGHT: 0.0})
+    if "val/teacher_loss" in row:
+        judge_teacher(metrics, progress.step, row, math.log(plan.teacher.vocab_size))
     loss, progress = row.get("val/loss", math.nan), judged(plan.run, progress, row)
     return replace(progress, validation=loss if math.isfinite(loss) else None), False
+
+
+def judge_teacher(metrics, step: int, row: dict[str, float], uniform: float) -> None:
+    """Before the first step of stage II, so that nobody distils for days from a teacher that has nothing to teach."""
+    if found := alarms.of_teacher(row["val/teacher_loss"], row["val/loss"], uniform):
+        cause, sentence = found
+        metrics.alert(f"validation: {cause}", f"step {step}: {sentence}")
 
 
 def untaught_of(losses: dict[str, Loss]) -> tuple[str, ...]:

@@ -21,10 +21,13 @@ class Rows:
     writes = True
 
     def __init__(self):
-        self.rows, self.aside = [], contextlib.nullcontext
+        self.rows, self.alerts, self.aside = [], [], contextlib.nullcontext
 
     def write(self, step, tokens, values):
         self.rows.append(values)
+
+    def alert(self, title, text):
+        self.alerts.append((title, text))
 
     def has_already(self, step, prefix):
         return any(key.startswith(prefix) for row in self.rows for key in row)
@@ -33,7 +36,8 @@ class Rows:
 @pytest.fixture
 def plan(tmp_path):
     corpora = [{"path": name, "validation": 0.1} for name in ("chat", "web")]
-    return SimpleNamespace(run=make_run(tmp_path, method="kd", data={"corpora": corpora}), teacher=None)
+    run = make_run(tmp_path, method="kd", data={"corpora": corpora})
+    return SimpleNamespace(run=run, teacher=SimpleNamespace(vocab_size=1000))
 
 
 @pytest.fixture
@@ -73,6 +77,24 @@ def test_without_any_target_no_checkpoint_is_the_best_and_a_resume_does_not_meas
     assert write(plan, metrics).validation is None
     assert metrics.rows == [{"val/tokens": 0.0}] and len(said) == 1
     assert not validation.missing(plan, metrics, stage, Progress())
+
+
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher", "said"),
+    [
+        (6.9, 2.0, None),
+        (3.0, 3.1, "validation: the teacher's text"),
+        (6.9, 6.8, "validation: a teacher at chance"),
+        (6.9, None, None),
+    ],
+    ids=["knows it", "worse than the student", "at chance", "not asked"],
+)
+def test_a_teacher_with_nothing_to_teach_is_named_before_stage_ii(monkeypatch, plan, of_student, of_teacher, said):
+    """ln 1000, a guess among all tokens, is 6.9."""
+    measured(monkeypatch, {"web": Loss(of_student, 1.0)}, of_teacher and {"web": Loss(of_teacher, 1.0)})
+    write(plan, metrics := Rows())
+    assert [title for title, _ in metrics.alerts] == ([said] if said else [])
+    assert all(text.startswith("step 0: the teacher ") for _, text in metrics.alerts)
 
 
 def test_an_adaptive_blend_refuses_a_corpus_without_targets(monkeypatch, plan):

@@ -104,6 +104,7 @@ def discard(path: Path) -> None:
 
 @contextlib.contextmanager
 def as_sentence(path: Path):
+    """What is no plain file becomes a UserError, and an OSError names the path: the system names the last part alone."""
     try:
         yield
     except NoFile as error:

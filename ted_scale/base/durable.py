@@ -61,6 +61,7 @@ def sync(path: Path) -> None:
 
 
 def read_pieces(path: Path):
+    """The bytes of a file, a PIECE at a time, so that gigabytes need no memory."""
     with path.open("rb", buffering=0) as file:
         while piece := file.read(PIECE):
             yield piece

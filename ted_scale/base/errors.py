@@ -32,6 +32,9 @@ MEANINGS = {
 }
 
 
+NOT_FINITE = "a number is not finite"
+
+
 class UserError(Exception):
     """One sentence: what (its dotted name) must be what, but is what; how out."""
 
@@ -42,12 +45,14 @@ class UserError(Exception):
 
 
 class RunStopped(Exception):
-    """One sentence on why a running run stopped itself: the step, the rank, the term."""
+    """One sentence on why a running run stopped itself: the step, the rank, the term. `over` is the reason in three words, for an
+    alert's title."""
 
     exit_code = NUMBERS
 
-    def __init__(self, sentence: str):
+    def __init__(self, sentence: str, over: str = ""):
         super().__init__(clean(sentence))
+        self.over = over
 
 
 class Gone(Exception):

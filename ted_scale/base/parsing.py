@@ -20,6 +20,7 @@ def parse_toml(text: str) -> dict:
 
 
 def parsed(parse: Callable, text):
+    """A text from outside; what is nested too deeply for the parser is a ValueError, as any other fault of it."""
     try:
         return parse(text)
     except RecursionError:

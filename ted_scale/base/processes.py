@@ -16,6 +16,7 @@ class Process(NamedTuple):
 
 
 def this_process() -> Process:
+    """Its start is 0 where the system does not say it."""
     began = 0
     with contextlib.suppress(OSError):
         _, began = state_of(os.getpid())

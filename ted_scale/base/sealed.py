@@ -30,6 +30,7 @@ class Damaged(Exception):
 
 
 def digest_of(path: Path) -> Entry:
+    """Reads the whole file, and tells progress of each piece."""
     digest, size = hashlib.sha256(), 0
     with progress.reading(path), os.fdopen(open_file(path), "rb", buffering=0) as file:
         while piece := file.read(PIECE):
@@ -64,6 +65,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def read_text(path: Path) -> str:
+    """Of a small file; one above LARGEST_TEXT is Damaged."""
     with os.fdopen(open_file(path), "rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size > LARGEST_TEXT:
             raise Damaged(f"{path.name} has more than {LARGEST_TEXT} bytes")
@@ -81,6 +83,7 @@ def read(folder: Path, name: str, action):
 
 
 def parse_manifest(text: str) -> dict:
+    """Its content. Damaged if the digest is wrong, if it is of another format, or if it names what is no file of the folder."""
     try:
         outer = parse_json(text)
         content, digest = outer["content"], outer["sha256"]

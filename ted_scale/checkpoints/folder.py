@@ -149,6 +149,7 @@ def renamed(folder: Path) -> list[str]:
 
 
 def none_is_whole(folder: Path, damaged: list[tuple[Path, str]]) -> UserError:
+    """The sentence, not raised; three faults are named."""
     faults = "; ".join(f"{path.name}: {fault}" for path, fault in damaged[:3])
     return UserError(
         f"{checkpoints_of(folder)} must hold a whole checkpoint, but none of {len(damaged)} is ({faults}); copy one back, or "

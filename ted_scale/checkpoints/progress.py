@@ -97,6 +97,7 @@ ALWAYS_WRITTEN = {"step", "tokens", "samples", "blend", "adaptive", "wandb_id", 
 
 
 def read_progress(checkpoint: Path) -> Progress:
+    """A UserError where it is damaged, or is none."""
     path = checkpoint / PROGRESS
     try:
         text = sealed.read(checkpoint, PROGRESS, sealed.read_text)

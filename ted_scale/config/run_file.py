@@ -145,11 +145,13 @@ def keys_of(section: type[BaseModel]) -> dict:
 
 
 def section_in(annotation) -> type[BaseModel] | None:
+    """The section that a key's type holds, alone, in a list or beside None."""
     found = (p for p in annotation_parts(annotation) if isinstance(p, type) and issubclass(p, BaseModel))
     return next(found, None)
 
 
 def annotation_parts(annotation) -> list:
+    """A type and all that it is made of."""
     nested = [p for arg in getattr(annotation, "__args__", ()) for p in annotation_parts(arg)]
     return [annotation, *nested]
 

@@ -47,6 +47,7 @@ class Reader(NamedTuple):
 
 
 def open_reader(path: str, targets: str, template: Path | None, parse_special: bool) -> Reader:
+    """A fast tokenizer with its chat template, for `targets` as --targets has them. A UserError where it is neither."""
     if str(path).endswith(".model"):
         raise UserError(
             f"--tokenizer {path} must be a fast Hugging Face tokenizer where --targets is given, but is a sentencepiece model; "

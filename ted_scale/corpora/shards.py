@@ -203,6 +203,7 @@ def check_recorded(files: Files, sidecar: dict, idx_sha256: str | None) -> None:
 
 
 def check_digest(path: str, found: str, recorded: str) -> None:
+    """A UserError where the bytes are not those that were written."""
     if found != recorded:
         raise UserError(
             f"corpus file {path} must have the digest that its .json records ({recorded[:12]}…), but has {found[:12]}…; "

@@ -213,6 +213,7 @@ def check_record(record: BlendRecord, samples: int) -> None:
 
 
 def as_record(interval: Interval) -> BlendRecord:
+    """For progress.json; `from_record` is the way back."""
     rows = zip(interval.domains, interval.shares, interval.cursors, strict=True)
     domains: dict = {
         d.name: {"tokens": d.tokens, "content": d.content, "share": share, **cursor._asdict()}
@@ -222,6 +223,7 @@ def as_record(interval: Interval) -> BlendRecord:
 
 
 def from_record(record: BlendRecord) -> Interval:
+    """The interval that `as_record` wrote."""
     rows = record["domains"]
     domains = tuple(Domain(name, row["tokens"], row["content"]) for name, row in rows.items())
     shares = tuple(row["share"] for row in rows.values())

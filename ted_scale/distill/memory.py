@@ -21,7 +21,7 @@ and of these the moment of a step that needs most: frozen forwards, a loss, the 
                      filters.width; in stage I also of the student
     read ahead       beside the backward: a block and the states of an early teacher's next call
     loss gradients   4 · head's (twice with loss.tokens = "all") and filters' weights, b · N · width a pair: kept until the backward
-    chunk            one chunk's logits; on a CPU in bf16 the heads in fp32, too
+    chunk            one chunk's logits; on a CPU in bf16 the heads in fp32, too. Before it `vitals` (vitals/memory.py)
     update           4 · sub-group                                  its gradients a second time
 
 The process itself (0.53 GiB on a CPU) and memory that the allocator keeps are not included. docs/planning.md has estimates beside
@@ -43,6 +43,7 @@ from ted_scale.models import lora, quantized
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.engine_config import KEPT_WHOLE, setting
 from ted_scale.models.trial import hollow, least_tokens, run_hollow
+from ted_scale.vitals.memory import moments as vitals_moments
 
 COMMUNICATION = 2**30  # what NCCL keeps for itself on several GPUs: assumed
 
@@ -76,8 +77,7 @@ def terms(plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
     if "filters" in gone and device != "cpu":
         stays = bytes_of(plan) * filters_by_place(plan, stage)[1]  # of the teacher, no part of an engine
         found["filters"], away = stays, away - stays
-    streamed = streams(plan.placement) and device != "cpu"
-    away += bytes_of(plan) * plan.teacher.in_blocks if streamed else 0
+    away += bytes_of(plan) * plan.teacher.in_blocks if streams(plan.placement) and device != "cpu" else 0
     return found | max(moments(plan, stage, device), key=lambda moment: sum(moment.values())), away
 
 
@@ -123,6 +123,7 @@ def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
     signal, ahead = {"states": states(plan, stage)}, beside_backward(plan, stage, frozen)
     matrix = head_gradient(plan, stage)
     early, reduced = loss_gradients(plan, stage), {"reduction": reduction(plan, trained, b, device)}
+    measured = [] if stage.learns_filters else vitals_moments(plan, b, device, early)
     rounded = matrix * b if b == 2 else 0  # a gradient in the weight's type; in fp32 it is the same memory
     return [
         {"activations": frozen, **signal, **whole},
@@ -132,6 +133,7 @@ def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
         },
         {"activations": kept, "loss gradients": early + rounded, "read ahead": ahead, **reduced, **whole},
         {"activations": kept + block, "loss gradients": b * matrix, "read ahead": ahead, **reduced, **whole},
+        *({"activations": kept, **signal, **whole, **sample} for sample in measured),
         {"update": 4 * min(trained / plan.world, setting(plan, "sub_group_size", device)), "gathered": stays},
     ]  # fmt: skip
 
@@ -167,8 +169,7 @@ def reduction(plan, trained: float, b: int, device: str) -> float:
 
 def keeps_student_whole(plan, device: str) -> bool:
     """On several ranks: no weight is larger than what a ds_config lets every rank keep."""
-    a = plan.student
-    most = setting(plan, KEPT_WHOLE, device)
+    a, most = plan.student, setting(plan, KEPT_WHOLE, device)
     return plan.world > 1 and most >= max(a.vocab_size * a.width, a.block_parameters)
 
 

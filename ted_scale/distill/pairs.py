@@ -24,6 +24,7 @@ class Matched(NamedTuple):
 
 
 def match_layers(pairs: Pairs, student: Anatomy, teacher: Anatomy) -> Matched:
+    """From the keys of [pairs], without the last `skip_last`. A UserError where a block does not exist or no pair is left."""
     matched, origin = choose(pairs, student, teacher)
     for k, pair in enumerate(matched):
         for side, block, layers in zip(("student", "teacher"), pair, (student.layers, teacher.layers), strict=True):
@@ -76,6 +77,7 @@ def cut_map(teacher: Anatomy, blocks: list[int]) -> dict:
 
 
 def read_cut(student: Anatomy) -> dict | None:
+    """What cut-student wrote of the teacher's blocks into the student's folder; None if the student was not cut."""
     path = Path(student.folder) / CUT
     if not path.is_file():
         return None

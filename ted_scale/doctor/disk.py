@@ -19,6 +19,7 @@ LEAST_FREE = 20 * 2**30
 
 
 def check(folder: Path) -> list[Finding]:
+    """Room for a checkpoint, and how fast files are written and read there: it writes one for some seconds."""
     usage = shutil.disk_usage(folder)
     said = f"{folder} has {size(usage.free)} free of {size(usage.total)}"
     way = "a checkpoint has 12 bytes a trained weight, and checkpoint.keep + 1 of them are there at a time"

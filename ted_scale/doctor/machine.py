@@ -20,6 +20,7 @@ class Probed(dict):
 
 
 def probe() -> Probed:
+    """What torch and Triton say, asked in a process of its own: an import that crashes or hangs ends that one alone."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -41,6 +42,7 @@ def parts_of(ended: Ended) -> Probed:
 
 
 def torch(probed: Probed) -> list[Finding]:
+    """Whether it loads, for what it is built, and whether it uses the GPUs that the driver knows."""
     if "torch" not in probed:
         return [Finding("torch", MISSING, f"it does not load: {probed.why}", install(requirement_of("torch")))]
     found, driver = probed["torch"], probed.get("driver", {}).get("driver")
@@ -89,6 +91,7 @@ def triton(probed: Probed) -> Finding:
 
 
 def host() -> list[Finding]:
+    """Cores that this process may use, memory, and the shared memory that NCCL and data loaders need."""
     cores = len(os.sched_getaffinity(0))
     found = [Finding("cpu", OK, f"{cores} cores for this process of {os.cpu_count()}"), memory()]
     if not SHARED.is_dir():

@@ -29,6 +29,7 @@ def refuse_too_many(ranks: int, gpus: int) -> None:
 
 
 def here(ranks: int) -> list[Finding]:
+    """Starts so many processes of this machine, which reduce a tensor together."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
     environments = [

@@ -23,6 +23,7 @@ COMPILE_S = 60
 
 
 def python() -> list[Finding]:
+    """Its version, and which of those of this machine it is."""
     said = f"{sys.version.split()[0]}, {sys.executable}"
     if sys.version_info < OLDEST:
         return [Finding("python", MISSING, said, "make PYTHON=python3.11 setup, or any newer one")]

@@ -27,6 +27,7 @@ def check(plan) -> None:
 
 
 def tokenizer_of(plan) -> Tokenizer:
+    """Of the student's folder, or else of the teacher's."""
     return loaded(tokenizer_folder(plan.student, plan.teacher, "samples"))
 
 

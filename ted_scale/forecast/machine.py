@@ -109,6 +109,7 @@ def write(path: Path, machine: Machine) -> None:
 
 
 def read(path: Path) -> Machine:
+    """As `write` left it; a UserError where a value is missing or makes no sense."""
     with files_at(path):
         text = path.read_text(encoding="utf-8")
     try:

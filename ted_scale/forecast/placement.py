@@ -64,6 +64,7 @@ def place(plan, rank: Rank) -> Placement | None:
 
 
 def ranks_of_a_node(teacher, world: int, local: int) -> int:
+    """As many as share the teacher with the way 'node': teacher.node_ranks, or those that the launcher started here."""
     if not teacher.node_ranks:
         return min(local, world)
     if world % teacher.node_ranks:
@@ -75,6 +76,7 @@ def ranks_of_a_node(teacher, world: int, local: int) -> int:
 
 
 def placed(plan, way: str, node: int) -> Placement:
+    """The way as numbers: how many ranks share the teacher, and whether it is bare, which is without an engine of DeepSpeed."""
     ranks = {"node": node, "sharded": plan.world}.get(way, 1)
     is_engine = way in ("node", "sharded") and (ranks > 1 or offloads_weights(plan.ds_config))
     return Placement(way, ranks, not is_engine)

@@ -47,6 +47,7 @@ def known_machine(run, world: int) -> Machine | None:
 
 
 def of_stage(plan, stage, machine: Machine, local: int) -> Forecast:
+    """Memory, a step's time by terms, tokens a second, MFU, and the days of the stage."""
     terms = step.of_stage(plan, stage, machine, local)
     whole, tokens = sum(terms.values()), plan.run.train.tokens_per_step
     work = [step_flops(plan, stage, at, plan.attended.__getitem__).model for at in step.sampled(stage)]

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from ted_scale.base.errors import RunStopped
+from ted_scale.base.errors import NOT_FINITE, RunStopped
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.distill import entropies
 from ted_scale.distill.signal import Losses, Weights
@@ -165,7 +165,8 @@ class Guard:
 
     def stopped(self, way_out: str) -> RunStopped:
         kept = "" if self.finite else "no weight was updated and "
-        return RunStopped(f"{self.fault}; {kept}the last checkpoint is intact: {way_out}")
+        over = "loss spikes" if self.finite else NOT_FINITE
+        return RunStopped(f"{self.fault}; {kept}the last checkpoint is intact: {way_out}", over)
 
     def read(self) -> dict[str, float]:
         """The numbers of the step, already on the host. Those of a dropped step would spoil every mean, so it has none."""

@@ -75,6 +75,7 @@ def copies_of(module) -> dict[str, torch.Tensor]:
 
 
 def digests(tensors: dict[str, torch.Tensor], device) -> torch.Tensor:
+    """One number a tensor, of all its bits."""
     found = [digest(tensor).to(device) for tensor in tensors.values()]
     return torch.stack(found) if found else torch.zeros(0, dtype=torch.int64, device=device)
 

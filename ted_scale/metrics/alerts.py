@@ -12,6 +12,7 @@ from ted_scale.ranks.pulse import Pulse
 
 SHARE = 0.5  # of the time limit: whoever gets the alert can still look at the run before the limit ends it
 LONGEST = 1000  # characters
+STOPPED = "the run stopped"
 
 
 class Alert(NamedTuple):
@@ -30,12 +31,14 @@ def ended(error: BaseException | None, step: int) -> Alert | None:
         return Alert("the run is finished", f"it is at step {step}", "INFO")
     if isinstance(error, Preempted):
         return None
-    return Alert("the run stopped", shortened(f"step {step}: {str(error) or type(error).__name__}", LONGEST), "ERROR")
+    over = getattr(error, "over", "")
+    title = f"{STOPPED}: {over}" if over else STOPPED
+    return Alert(title, shortened(f"step {step}: {str(error) or type(error).__name__}", LONGEST), "ERROR")
 
 
 def broke_off(words: str) -> Alert | None:
     """A hang, or the death of another rank: the process is about to exit, so that this one may come too late."""
-    return None if signals.asked.is_set() else Alert("the run stopped", words, "ERROR")
+    return None if signals.asked.is_set() else Alert(STOPPED, words, "ERROR")
 
 
 def stalled(now: Pulse, at: float, step_s: float) -> Alert | None:

@@ -60,7 +60,7 @@ def of_student(plan, student, asked: list[prompts.Prompt]) -> dict[str, str]:
 
 
 def texts_of(plan, logits, asked: list[prompts.Prompt], device) -> dict[str, str]:
-    """By prompt."""
+    """What a model writes after each prompt."""
     tokenizer = prompts.tokenizer_of(plan)
     vocabulary, starts = min(plan.vocabulary, len(tokenizer.pieces)), [prompt.ids for prompt in asked]
     found = greedy.written(logits, starts, plan.run.samples.tokens, vocabulary, device)

@@ -195,6 +195,7 @@ def why_offline(settings: Wandb) -> str | None:
 
 
 def has_key() -> bool:
+    """In the environment or in .netrc, for W&B's own hosts or for WANDB_BASE_URL."""
     import netrc
 
     if os.environ.get("WANDB_API_KEY"):

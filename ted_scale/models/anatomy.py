@@ -88,6 +88,7 @@ class Head:
 
 
 def head_of(network, anatomy: Anatomy) -> Head:
+    """The output head of a network, with the norm before it, and what the family does to logits."""
     output = network.get_output_embeddings()
     tail = tuple(network.get_submodule(name) for name in anatomy.tail)
     return Head(tail, output.weight, output.bias, anatomy.softcap, anatomy.logit_scale)

@@ -16,6 +16,7 @@ PLACES, PIECE = 16, 2**16  # of each file of weights, bytes of each
 
 
 def fingerprint(folder: Path) -> str:
+    """Of the texts that decide what the model is, and of the names and sizes of its weights, which are not read."""
     digest = hashlib.sha256()
     with files_at(folder):
         for path in sorted(folder.iterdir()):

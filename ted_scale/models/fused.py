@@ -50,6 +50,7 @@ def check(wish: str, models: dict, mode: str) -> None:
 
 
 def check_device(wish: str, device: torch.device) -> None:
+    """A UserError where fused_blocks asks for what the device cannot run."""
     if wish == "compile" and not runs_triton(device):
         raise UserError(
             f"fused_blocks must be auto or off on {device_name(device)}, but is 'compile', which needs ROCm or CUDA sm_80; leave "

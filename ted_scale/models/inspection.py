@@ -30,6 +30,7 @@ PROBE_LOGITS = torch.tensor([-40.0, -3.0, -0.5, 0.0, 1.0, 7.0, 55.0])
 
 
 def read_config(key: str, folder: Path):
+    """transformers' config of a folder; `key` names the folder in sentences. Code that comes with a model is never run."""
     check_texts(f"{key} must hold the config.json of a known model family", folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

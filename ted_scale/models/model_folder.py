@@ -69,6 +69,7 @@ def new_folder(out: Path, *, overwrite: bool, sources: Iterable[Path] = ()):
 
 
 def check_out(out: Path, overwrite: bool, sources: Iterable[Path]) -> None:
+    """Before hours of work: a UserError where OUT would be lost, or one of the `sources` with it."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir() or not overwrite:

@@ -53,6 +53,7 @@ def check_model(bits: str | None, anatomy: Anatomy) -> None:
 
 
 def check_device(bits: str | None, device: torch.device) -> None:
+    """A UserError where the teacher's 8 bits need another device."""
     hopper = device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
     if bits == "fp8" and not hopper:
         raise UserError(
@@ -69,6 +70,7 @@ def takes(module, bits: str) -> bool:
 
 @cache  # for the plan, its memory and its description
 def counts(anatomy: Anatomy, bits: str) -> Counts:
+    """What would be rounded to 8 bits, by kind of module, and the bytes of the teacher then. Nothing is loaded."""
     with torch.device("meta"):
         network = empty_model(read_config("teacher", anatomy.folder), torch.bfloat16)
     found, others, elements, rows = Counter(), Counter(), 0, 0

@@ -43,6 +43,7 @@ def check_corpus_tokenizer(indices: list[ShardIndex], student: Anatomy) -> None:
 
 
 def student_tokenizer(folder: Path):
+    """transformers' tokenizer; its sentences name student.path."""
     try:
         return load_tokenizer(str(folder))
     except UserError as error:

@@ -46,6 +46,7 @@ def hosts_of(command: list[str]) -> Hosts:
 
 
 def names_in(hostfile: str) -> list[str]:
+    """In the order of the file; a name that ssh would take for an option is refused."""
     try:
         with files_at(hostfile):
             names = LINE.findall(Path(hostfile).read_text(encoding="utf-8"))
@@ -120,6 +121,7 @@ def answer(probe: Probe) -> str | None:
 
 
 def refuse_unreached(lost: dict[str, str]) -> None:
+    """A UserError that names the hosts which ssh does not reach."""
     if lost:
         raise UserError(
             f"--hostfile must name machines that ssh reaches, but {spell(lost)}; correct it, or set up ssh there without a password"

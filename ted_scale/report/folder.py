@@ -76,6 +76,7 @@ class RunSeen(NamedTuple):
 
 
 def read_run(folder: Path) -> RunSeen:
+    """What is missing or cannot be read becomes a sentence of the result, never an error."""
     missing: list[str] = []
     series, times = read_rows(folder / "metrics.jsonl", missing)
     toml = text_of(folder / "run.toml", missing)

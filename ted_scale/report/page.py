@@ -30,6 +30,7 @@ SECTIONS = {
 
 
 def write(folders: list[Path], out: Path) -> Path:
+    """One page for all folders; it replaces `out` when it is whole."""
     with files_at(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_durably(out, render([read_run(folder) for folder in folders]))

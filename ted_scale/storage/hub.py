@@ -43,6 +43,7 @@ def check_texts(must: str, folder: Path) -> None:
 
 
 def check_text(must: str, path: Path) -> None:
+    """A UserError, which begins with `must`, where a text is no plain file or too large to be one."""
     try:
         size = refuse_no_file(path.stat()).st_size
     except NoFile as error:

@@ -40,6 +40,7 @@ def is_remote(path) -> bool:
 
 
 def check_package(path: str, what: str = "corpus") -> None:
+    """A UserError where the path holds credentials, or where its scheme needs a package that is not installed."""
     if holds_secret(path):
         raise UserError(
             f"{what} {path} must hold no credentials, but does; they belong into the environment (AWS_ACCESS_KEY_ID and "

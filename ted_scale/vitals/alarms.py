@@ -23,6 +23,8 @@ LARGE = 0.5
 SATURATED = 0.5
 # Of ln V, what a teacher that knows nothing has. A teacher that knows its text is below a half of it.
 UNKNOWN = 0.75
+# Of ln V: so much an untrained model has. Who knows no more than how often each token comes is well below it.
+CHANCE = 0.95
 # Gradients without a relation have a cosine of about 0.01 over so many entries; -0.1 is a direction.
 AGAINST = -0.1
 # Of the rest's norm, below which it does not matter where the layer loss pulls.
@@ -82,13 +84,27 @@ def of_output(history: History, uniform: float) -> Iterator[tuple[str, str]]:
             what = f"the {side}'s logits are saturated: {share:.0%} of tokens have one sure next token"
             yield f"logits of the {side}", f"{what}. {way}"
     teacher, student = (recent(history, f"vitals/{side}_ce") for side in ("teacher", "student"))
+    if found := of_teacher(teacher, student, uniform):
+        yield found
+
+
+def of_teacher(teacher: float, student: float, uniform: float) -> tuple[str, str] | None:
+    """(cause, sentence) where these losses say that there is little to learn from the teacher."""
+    if teacher > CHANCE * uniform:
+        return (
+            "a teacher at chance",
+            f"the teacher knows nothing of this text: its cross-entropy is {teacher:.3g}, a guess among all tokens has "
+            f"{uniform:.3g}. Its weights are untrained, or the corpus is tokenized for another model (ted-scale inspect); its KL "
+            "and its states teach noise. Look at teacher.path and at the corpus, or take method = 'ce'",
+        )
     if teacher > min(student, UNKNOWN * uniform):
-        yield (
+        return (
             "the teacher's text",
             f"the teacher does not know this text: its cross-entropy is {teacher:.3g}, the student's {student:.3g}. It was trained "
-            "on other text, or the corpus is tokenized for another model (ted-scale inspect); lower loss.kl, change the "
-            "text, or train the teacher on it first",
+            "on other text, or the corpus is tokenized for another model (ted-scale inspect); lower loss.kl, change the text, or "
+            "train the teacher on it first",
         )
+    return None
 
 
 def recent(history: History, key: str) -> float:

@@ -1,7 +1,8 @@
 """Numbers of the output, from the logits of a sample of tokens: how teacher and student agree, what the teacher knows of the
 text, and KL's gradient against CE's at the head's input.
 
-The gradients are by the formulas of the losses themselves, on the sampled rows alone and without autograd.
+The gradients are by the formulas of the losses themselves, on the sampled rows alone and without autograd. Note: sums of samples of
+several steps may be added; the numbers are theirs.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import torch
 from ted_scale.kernels.formulas.logits import LogitLoss, label_logit, soften, whole_rows
 from ted_scale.kernels.products import chunks, matmul, operand, project, rows_per_chunk
 
-COPIES = 5  # of a chunk's logits, at most at a time
+COPIES = 6  # of a chunk's logits, at most at a time: 3.5 for KL, 5.5 were counted for a divergence and a softcap
 SURE = 0.99  # the probability of one token from which on it is a saturated one
 
 
@@ -25,24 +26,33 @@ class Side(NamedTuple):
     scale: float
 
 
-def numbers(student: Side, teacher: Side, labels, counted, f: LogitLoss, floor=None) -> dict[str, torch.Tensor]:
-    """Means over the tokens that count. `f` has the temperature and the divergence, and the weights of both terms: `kl_to_ce` is
-    the ratio of the weighted gradients' norms, and not there where CE has no weight."""
+def sums(student: Side, teacher: Side, labels, counted, f: LogitLoss, floor=None) -> torch.Tensor:
+    """Over the tokens that count, in the order of `numbers`. `f` has the temperature and the divergence."""
     student, teacher = (side._replace(weight=operand(side.weight, "torch")) for side in (student, teacher))
-    each = 4 * COPIES * (len(student.weight) + len(teacher.weight))
+    each = bytes_a_row(len(student.weight) + len(teacher.weight))
     parts = []
     for at in chunks(len(labels), rows_per_chunk(len(labels), each, labels.device, None)):
         ours, theirs = (side._replace(states=side.states[at]) for side in (student, teacher))
         parts.append(of_rows(ours, theirs, labels[at], counted[at].float(), f, floor))
-    sums = torch.stack(parts).sum(0)
-    tokens = counted.sum()
-    agree, kl, ce_s, ce_t, known, sure_s, sure_t, squares_ce, squares_kl, product = sums.unbind()
+    return torch.stack(parts).sum(0)
+
+
+def bytes_a_row(vocabularies: int) -> int:
+    """Of scratch, for the columns of both sides together."""
+    return 4 * COPIES * vocabularies
+
+
+def numbers(sums, f: LogitLoss) -> dict[str, float]:
+    """Means over tokens. `kl_to_ce` is the ratio of the gradients' norms with the weights of both terms that `f` has, and not there
+    where CE has none."""
+    tokens, agree, kl, ce_s, ce_t, known, sure_s, sure_t, squares_ce, squares_kl, product = sums.unbind()
     norm_ce, norm_kl = squares_ce.sqrt(), squares_kl.sqrt()
     found = {
         "agreement": agree / tokens, "kl_1": kl / tokens, "student_ce": ce_s / tokens, "teacher_ce": ce_t / known,
         "saturated_s": sure_s / tokens, "saturated_t": sure_t / tokens, "kl_ce_cosine": product / (norm_ce * norm_kl),
     }  # fmt: skip
-    return found | ({"kl_to_ce": f.kl_weight * norm_kl / (f.ce_weight * norm_ce)} if f.ce_weight else {})
+    found |= {"kl_to_ce": f.kl_weight * norm_kl / (f.ce_weight * norm_ce)} if f.ce_weight else {}
+    return {key: float(value) for key, value in found.items()}
 
 
 def of_rows(student: Side, teacher: Side, labels, weight, f: LogitLoss, floor) -> torch.Tensor:
@@ -53,6 +63,7 @@ def of_rows(student: Side, teacher: Side, labels, weight, f: LogitLoss, floor) -
     log_q, log_p = y_s[:, :shared].log_softmax(1), y_t[:, :shared].log_softmax(1)
     known = weight * (labels < z_t.shape[1])  # tokens that the teacher's vocabulary has
     sums = [
+        weight,
         weight * (y_s[:, :shared].argmax(1) == y_t[:, :shared].argmax(1)),
         weight * (log_p.exp() * (log_p - log_q)).sum(1),
         weight * surprise(y_s, labels),

@@ -1,4 +1,5 @@
-"""Measures a sample of tokens of a step, on rank 0: one pair or the output at a time, so that `vitals.every` steps share the cost.
+"""Measures a sample of tokens of a step, on rank 0: one pair or a part of the output at a time, so that `vitals.every` steps share
+the cost. The head is the larger part of a small model, so the tokens of the output are those of PARTS steps.
 
 The student's forward gives it what is whole there anyway, and hooks in the ordinary backward the gradients. So it asks no other
 rank, and changes no number of the run. Note: results go to the host without a wait. The guard's read of the step, which comes
@@ -19,8 +20,9 @@ from ted_scale.kernels.products import project
 from ted_scale.kernels.tokens import valid_weights
 from ted_scale.vitals import alarms, head, pairs
 
-OUTPUT = -1  # the item beside the numbers of the pairs
-TOKENS_OF_OUTPUT, TOKENS_OF_PAIR = 512, 256
+PARTS, TOKENS_OF_PART = 16, 32  # of the output
+OUTPUT = range(-PARTS, 0)  # the items beside the pairs
+TOKENS_OF_PAIR = 256
 RANKS = ("rank_states", "rank_filter_s", "rank_filter_t")
 
 
@@ -31,6 +33,10 @@ class Sample(NamedTuple):
     rows: torch.Tensor
     counted: torch.Tensor
     labels: torch.Tensor
+
+    @property
+    def parts(self) -> list[int]:
+        return [item for item in self.items if item in OUTPUT]
 
     def of(self, states, tokens: int) -> torch.Tensor:
         """0 where a token does not count, so that not even a NaN in it reaches a number."""
@@ -43,31 +49,36 @@ class Vitals:
     def __init__(self, run: Run, count: int, *, learns_filters: bool):
         first = not dist.is_initialized() or dist.get_rank() == 0
         on = first and run.vitals.every and run.method != "ce" and not learns_filters
-        self.run, self.items = run, [OUTPUT, *range(count)] if on else []
+        self.run, self.items = run, [*OUTPUT, *range(count)] if on else []
         self.waiting: list[int] = []
         self.now: Sample | None = None
+        self.taken: list[int] = []  # in this step
         self.found: dict[str, torch.Tensor] = {}
+        self.sums: torch.Tensor | None = None
         self.grams: dict[int, torch.Tensor] = {}
+        self.parts: dict[int, torch.Tensor] = {}  # sums of the output's parts in this interval, on the host
         self.history: dict[str, list[float]] = {}
         self.uniform, self.raised, self.seed = math.inf, set[str](), 0
 
     def begin(self, step: int) -> None:
-        """What is due at this step, and what could not be measured when it was: the teacher was not asked, or a term was off."""
+        """What is due at this step, and what could not be measured when it was: the teacher was not asked, a term was off, or the
+        update was dropped."""
         due = due_at(step, self.run.vitals.every, self.items)
         self.waiting = list(dict.fromkeys([*self.waiting, *due]))
-        self.seed, self.found, self.grams, self.now = mix(self.run.seed, step), {}, {}, None
+        self.seed, self.taken, self.now = mix(self.run.seed, step), [], None
+        self.found, self.sums, self.grams = {}, None, {}
 
     def open(self, batch, weights) -> None:
         """Before the forward of a micro-batch. The first of a step that has the terms is the one that is measured."""
         self.now = None
-        able = [item for item in self.waiting if (weights.kl if item == OUTPUT else weights.layer)]
-        if not able or self.found or not torch.is_grad_enabled():
+        able = [item for item in self.waiting if (weights.kl if item in OUTPUT else weights.layer)]
+        if not able or self.taken or not torch.is_grad_enabled():
             return
-        items = able[: -(-len(self.items) // self.run.vitals.every)]
-        self.waiting = [item for item in self.waiting if item not in items]
+        self.taken = able[: a_step(len(self.items), self.run.vitals.every)]
+        self.waiting = [item for item in self.waiting if item not in self.taken]
         labels, valid = batch.labels_BT.flatten(), valid_weights(batch.labels_BT, batch.weights_BT).flatten() > 0
-        rows = drawn(valid, TOKENS_OF_OUTPUT, self.seed)
-        self.now = Sample(items, rows, valid[rows], labels[rows])
+        rows = drawn(valid, PARTS * TOKENS_OF_PART, self.seed)
+        self.now = Sample(self.taken, rows, valid[rows], labels[rows])
 
     # In the student's forward
 
@@ -75,7 +86,7 @@ class Vitals:
         """`flat` are what the layer losses read of the matched `states`, and nothing else reads: what arrives at them is the layer
         loss's own gradient."""
         for k in self.now.items if self.now else ():
-            if k != OUTPUT and flat[k].requires_grad:
+            if k not in OUTPUT and flat[k].requires_grad:
                 self.hook(k, self.now, states[k], flat[k])
 
     def hook(self, k: int, sample: Sample, state, flat) -> None:
@@ -107,19 +118,21 @@ class Vitals:
     @torch.no_grad()
     def output(self, h_s, w_s, h_t, w_t, settings: dict, weights) -> None:
         """With both heads whole; `settings` are those of linear_kl_ce."""
-        if not self.now or OUTPUT not in self.now.items:
+        if not self.now or not self.now.parts:
             return
-        names = ("head_bias", "softcap", "logit_scale")
+        names, tokens = ("head_bias", "softcap", "logit_scale"), TOKENS_OF_PART * len(self.now.parts)
         student, teacher = (
-            head.Side(self.now.of(h, TOKENS_OF_OUTPUT), w, *(settings[f"{name}_{side}"] for name in names))
+            head.Side(self.now.of(h, tokens), w, *(settings[f"{name}_{side}"] for name in names))
             for h, w, side in ((h_s, w_s, "s"), (h_t, w_t, "t"))
         )
         loss, self.uniform = self.run.loss, math.log(len(w_t))
         caps, scales = (student.softcap or 0.0, teacher.softcap or 0.0), (student.scale, teacher.scale)
         covers = len(w_t) >= len(w_s)
-        f = LogitLoss(loss.temperature, weights.kl, weights.ce, *caps, *scales, covers, loss.divergence, loss.top_k)
+        self.f = LogitLoss(
+            loss.temperature, weights.kl, weights.ce, *caps, *scales, covers, loss.divergence, loss.top_k
+        )
         floor = weights.floor if loss.skip_low_entropy else None
-        self.keep(head.numbers(student, teacher, self.now.labels, self.now.counted, f, floor))
+        self.sums = head.sums(student, teacher, self.now.labels[:tokens], self.now.counted[:tokens], self.f, floor)
 
     def keep(self, numbers: dict[str, torch.Tensor], end: str = "") -> None:
         self.found |= {f"vitals/{key}{end}": value for key, value in numbers.items()}
@@ -132,19 +145,39 @@ class Vitals:
         if self.found:
             self.sent = torch.stack(list(self.found.values())).to("cpu", non_blocking=True)
             self.grams = {k: grams.to("cpu", non_blocking=True) for k, grams in self.grams.items()}
+        if self.sums is not None:
+            self.sums = self.sums.to("cpu", non_blocking=True)
 
     def read(self, step: int, finite: bool, alert: Callable[[str, str], None]) -> dict[str, float]:
-        """The numbers of the step that was done, once the host has waited for something later. A dropped step has none."""
-        if not self.found or not finite:
+        """The numbers of the step that was done, once the host has waited for something later. A dropped step has none; what it
+        measured is measured again."""
+        if not finite:
+            self.waiting = [*self.taken, *self.waiting]
             return {}
+        numbers = (self.of_pairs() if self.found else {}) | (self.of_output() if self.sums is not None else {})
+        numbers = {key: value for key, value in numbers.items() if math.isfinite(value)}
+        if numbers:
+            self.judge(step, numbers, alert)
+        return numbers
+
+    def of_pairs(self) -> dict[str, float]:
         numbers = dict(zip(self.found, self.sent.tolist(), strict=True))
         for k, (states, s, t) in self.grams.items():
             numbers[f"vitals/cka/{k}"] = pairs.cka(s, t)
             ranks = zip(RANKS, (states, s, t), strict=True)
             numbers |= {f"vitals/{name}/{k}": pairs.effective_rank(gram) for name, gram in ranks}
-        numbers = {key: value for key, value in numbers.items() if math.isfinite(value)}
-        self.judge(step, numbers, alert)
         return numbers
+
+    def of_output(self) -> dict[str, float]:
+        """Once all parts of an interval are there. A process that starts within one waits for the next."""
+        parts = [item for item in self.taken if item in OUTPUT]
+        if OUTPUT[0] in parts:
+            self.parts = {}
+        self.parts |= dict.fromkeys(parts, self.sums.double() / len(parts))
+        if len(self.parts) < PARTS:
+            return {}
+        found = head.numbers(torch.stack(list(self.parts.values())).sum(0), self.f)
+        return {f"vitals/{key}": value for key, value in found.items()}
 
     def judge(self, step: int, numbers: dict[str, float], alert: Callable[[str, str], None]) -> None:
         """Alerts of each cause once, until it is gone."""
@@ -154,6 +187,11 @@ class Vitals:
         for cause in found.keys() - self.raised:
             alert(f"vitals: {cause}", f"step {step}: {found[cause]}")
         self.raised = {*found}
+
+
+def a_step(items: int, every: int) -> int:
+    """How many of them a step measures at most."""
+    return -(-items // every)
 
 
 def due_at(step: int, every: int, items: list[int]) -> list[int]:

@@ -9,6 +9,7 @@ from tiny import make_run
 
 from ted_scale.distill import memory
 from ted_scale.distill.normalization import count_taught
+from ted_scale.distill.signal import Weights
 from ted_scale.models import quantized
 from ted_scale.models.anatomy import run_body
 from ted_scale.models.engine_config import KEPT_WHOLE, setting, teacher_config
@@ -16,6 +17,7 @@ from ted_scale.models.weights import build_network
 from ted_scale.plan import make_plan
 from tools.bench.memory import peak_bytes
 
+NAMES = ("head_bias", "softcap", "logit_scale")
 WHOLE = {"stage": 3, "stage3_param_persistence_threshold": 10**15}
 
 
@@ -217,6 +219,36 @@ def moment_and_count(world, **sections) -> tuple[float, int]:
 
     forward()
     return sum(memory.moments(parts.plan, parts.stage, "cpu")[1].values()), peak_bytes(forward)
+
+
+@pytest.mark.parametrize("every", [1, 100])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_vitals_take_is_what_a_measurement_takes(world, every, precision):
+    """Counted tensors of a part of the output and of a pair. A softcap or a divergence would take half as much again."""
+    train = {"micro_batch": 32, "tokens_per_step": 1024, "precision": precision}
+    parts = build(world, vitals={"every": every}, train=train, filters={"steps": 0})
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    plan, vitals, weights, batch = parts.plan, parts.student.vitals, Weights(1.0, 1.0, 1.0), make_batch(32, 32)
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=dtype)
+
+    h_s, h_t = random(1024, plan.student.head_width), random(1024, plan.teacher.head_width)
+    w_s, w_t = random(128, plan.student.head_width), random(128, plan.teacher.head_width)
+    settings = {f"{name}_{side}": 1.0 if name == "logit_scale" else None for name in NAMES for side in "st"}
+    student, teacher = ((h, random(plan.width, h.shape[1]), None) for h in (h_s, h_t))
+    taken = {}
+    for name, item, call in (
+        ("output", -1, lambda: vitals.output(h_s, w_s, h_t, w_t, settings, weights)),
+        ("pair", 0, lambda: vitals.pair(0, h_s, student, teacher)),
+    ):
+        vitals.begin(0)
+        vitals.waiting = [item] if every == 100 else vitals.items
+        vitals.open(batch, weights)
+        call()
+        taken[name] = peak_bytes(call)
+    found = [moment["vitals"] for moment in memory.moments(plan, parts.stage, "cpu") if "vitals" in moment]
+    assert len(found) == 2 and found[0] / 2 < taken["output"] <= found[0] and 0.8 * found[1] < taken["pair"] <= found[1]
 
 
 def test_terms_are_what_rests_and_the_moment_that_needs_most(world):

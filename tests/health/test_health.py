@@ -11,7 +11,7 @@ from tiny import make_run
 
 from ted_scale import run as build
 from ted_scale.base import durable, sealed
-from ted_scale.base.errors import RunStopped
+from ted_scale.base.errors import NOT_FINITE, RunStopped
 from ted_scale.checkpoints.progress import PROGRESS, Progress, parse_progress, progress_as_bytes
 from ted_scale.config.method import Schedule
 from ted_scale.distill import entropies
@@ -120,6 +120,7 @@ def test_a_run_stops_at_a_nonfinite_number_unless_it_may_skip(world, numbers, wh
     assert at.zero.updated == []
     assert str(caught.value).startswith(f"step {at.stage.first_step + 2}: {what}")
     assert "report: there; no weight was updated and the last checkpoint is intact: lower train.lr" in str(caught.value)
+    assert caught.value.over == NOT_FINITE
 
 
 def test_at_most_max_skipped_steps_in_a_row_are_dropped(world):

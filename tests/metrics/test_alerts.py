@@ -6,7 +6,7 @@ import pytest
 from test_metrics import metrics, take_steps
 from tiny import make_run
 
-from ted_scale.base.errors import Preempted, RunStopped
+from ted_scale.base.errors import NOT_FINITE, Preempted, RunStopped
 from ted_scale.checkpoints.life import Lost
 from ted_scale.metrics import alerts, tracking
 from ted_scale.metrics.tracking import WandbRun
@@ -40,11 +40,15 @@ FAULT = "step 3: loss/ce of rank 0 must be finite, but is nan"
     ("error", "said"),
     [
         (None, [("the run is finished", "it is at step 2", "INFO")]),
-        (RunStopped(FAULT), [("the run stopped", f"step 2: {FAULT}", "ERROR")]),
+        (
+            RunStopped(FAULT, NOT_FINITE),
+            [("the run stopped: a number is not finite", f"step 2: {FAULT}", "ERROR")],
+        ),
+        (RunStopped("all are damaged"), [("the run stopped", "step 2: all are damaged", "ERROR")]),
         (MemoryError(), [("the run stopped", "step 2: MemoryError", "ERROR")]),
         (Preempted(), []),
     ],
-    ids=["done", "not finite", "no words", "a signal"],
+    ids=["done", "not finite", "another reason", "no words", "a signal"],
 )
 def test_the_end_of_a_run_is_an_alert_but_not_that_of_a_start_that_is_to_go_on(tmp_path, error, said):
     numbers = metrics(make_run(tmp_path), wandb_run=opened(told := Told()))

@@ -37,6 +37,10 @@ SIDES = {
 }
 
 
+def measured(student, teacher, labels, counted, f: LogitLoss, floor=None) -> dict[str, float]:
+    return head.numbers(head.sums(student, teacher, labels, counted, f, floor), f)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", SIDES)
 def test_numbers_are_those_of_torch_and_autograd(name, temperature, monkeypatch):
@@ -46,7 +50,7 @@ def test_numbers_are_those_of_torch_and_autograd(name, temperature, monkeypatch)
     labels, counted = drawn(vocabulary)
     kl, ce = 0.7, 0.3
     caps = (student.softcap or 0.0, teacher.softcap or 0.0, student.scale, teacher.scale)
-    found = head.numbers(student, teacher, labels, counted, LogitLoss(temperature, kl, ce, *caps, known >= vocabulary))
+    found = measured(student, teacher, labels, counted, LogitLoss(temperature, kl, ce, *caps, known >= vocabulary))
 
     h, shared = student.states.clone().requires_grad_(), min(vocabulary, known)
     y_s, y_t = logits(student, h), logits(teacher)
@@ -73,11 +77,11 @@ def test_numbers_are_those_of_torch_and_autograd(name, temperature, monkeypatch)
 
 def test_without_a_weight_for_ce_there_is_no_ratio():
     student, teacher = SIDES["equal"]
-    found = head.numbers(student, teacher, *drawn(30), LogitLoss(1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, True))
+    found = measured(student, teacher, *drawn(30), LogitLoss(1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, True))
     assert "kl_to_ce" not in found and "kl_ce_cosine" in found
 
 
 def test_tokens_below_the_floor_of_entropy_have_no_gradient_of_kl():
     student, teacher = SIDES["equal"]
     f = LogitLoss(1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, True)
-    assert float(head.numbers(student, teacher, *drawn(30), f, floor=torch.tensor(99.0))["kl_to_ce"]) == 0
+    assert measured(student, teacher, *drawn(30), f, floor=torch.tensor(99.0))["kl_to_ce"] == 0

@@ -8,7 +8,7 @@ from ted_scale.distill.filters import keeps_filtered
 from ted_scale.distill.normalization import count_valid
 from ted_scale.distill.signal import Weights
 from ted_scale.vitals import vitals
-from ted_scale.vitals.vitals import OUTPUT, Vitals, drawn, due_at
+from ted_scale.vitals.vitals import OUTPUT, PARTS, Vitals, drawn, due_at
 
 ON = Weights(ce=0.5, kl=2.0, layer=3.0)
 
@@ -106,7 +106,7 @@ def test_where_it_is_off_nothing_is_run(world, monkeypatch, method, stage, every
 
 def test_only_the_first_rank_measures(world, monkeypatch):
     run = build(world).plan.run
-    assert Vitals(run, 2, learns_filters=False).items == [OUTPUT, 0, 1]
+    assert Vitals(run, 2, learns_filters=False).items == [*OUTPUT, 0, 1]
     monkeypatch.setattr(vitals.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(vitals.dist, "get_rank", lambda: 1)
     assert Vitals(run, 2, learns_filters=False).items == []
@@ -117,7 +117,7 @@ def test_a_step_that_is_validated_or_has_no_teacher_puts_off_what_is_due(world):
     assert everything(parts, [batch], Weights(1.0, 0.0, 0.0)) == {}
     with torch.no_grad():
         parts.student(batch, parts.teacher(batch, ON), ON, count_valid([batch]))
-    assert len(parts.student.vitals.waiting) == 3
+    assert len(parts.student.vitals.waiting) == PARTS + 2
     assert {"vitals/error/0", "vitals/error/1", "vitals/kl_1"} <= everything(parts, [batch]).keys()
 
 
@@ -147,18 +147,40 @@ def test_a_token_that_does_not_count_reaches_no_number(world):
     assert len(numbers[0]) == 8 + 2 * 8 and numbers[0] == numbers[1]
 
 
-def test_a_dropped_step_has_no_numbers(world):
-    parts = build(world, vitals={"every": 1})
+def test_a_dropped_step_has_no_numbers_and_is_measured_again(world):
+    parts = build(world, vitals={"every": 1000})
     watch = parts.student.vitals
-    watch.begin(0)
+    watch.begin(999)
     run_step(parts, [make_batch()], ON)
     watch.send()
-    assert watch.read(0, False, lambda *_: None) == {} and not watch.history
+    assert watch.read(999, False, lambda *_: None) == {} and not watch.history
+    assert "vitals/error/1" in step_of(parts, [make_batch()], step=1000)[2]
+
+
+def test_the_output_s_numbers_are_means_over_its_parts_in_the_row_of_the_last(world, monkeypatch):
+    """Each part reads all tokens of its step here, and no weight changes."""
+    monkeypatch.setattr(vitals, "TOKENS_OF_PART", 64)
+    parts, batches = build(world, vitals={"every": PARTS + 2}), [make_batch(seed=seed) for seed in (0, 1)]
+    rows = [step_of(parts, [batches[step % 2]], step=step)[2] for step in range(2 * (PARTS + 2))]
+    assert [step for step, row in enumerate(rows) if "vitals/kl_1" in row] == [PARTS - 1, 2 * PARTS + 1]
+    assert not any(rows[: PARTS - 1])
+    one, other = (everything(build(world, vitals={"every": 1}), [batch]) for batch in batches)
+    for key in ("agreement", "kl_1", "student_ce", "teacher_ce"):
+        key = f"vitals/{key}"
+        assert one[key] != other[key]
+        assert rows[PARTS - 1][key] == pytest.approx((one[key] + other[key]) / 2, rel=1e-5)
+    assert min(one[k := "vitals/kl_to_ce"], other[k]) < rows[PARTS - 1][k] < max(one[k], other[k])
+
+
+def test_a_start_within_an_interval_waits_for_a_whole_one(world):
+    parts, batch = build(world, vitals={"every": PARTS + 2}), make_batch()
+    rows = {step: step_of(parts, [batch], step=step)[2] for step in range(5, 2 * (PARTS + 2))}
+    assert [step for step, row in rows.items() if "vitals/kl_1" in row] == [2 * PARTS + 1]
 
 
 @pytest.mark.parametrize("every", [1, 3, 7, 100])
 def test_each_is_due_once_in_so_many_steps_and_evenly(every):
-    items = [OUTPUT, *range(6)]
+    items = [-1, *range(6)]
     found = [due_at(step, every, items) for step in range(2 * every)]
     assert [item for due in found for item in due] == items * 2
     assert max(map(len, found)) == -(-len(items) // every)

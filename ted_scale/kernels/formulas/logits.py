@@ -108,6 +108,7 @@ def exponents(y):
 
 
 def label_logit(y, labels, first: int):
+    """[N]; 0 where the label is outside the slice that begins at column `first`."""
     at, found = label_column(y, labels, first)
     return torch.where(found, y.gather(1, at)[:, 0], 0.0)
 
