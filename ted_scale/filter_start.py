@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ted_scale.checkpoints.filters_file import filter_tensors, save_filters
 from ted_scale.checkpoints.progress import Progress
-from ted_scale.config.run import Teacher
+from ted_scale.config.models import Teacher
 from ted_scale.data.loader import first_batches
 from ted_scale.data.stream import Stream
 from ted_scale.distill.filter_init import TOKENS_A_WIDTH, Moments, Start, add_moments, over_ranks, start_of

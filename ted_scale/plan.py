@@ -18,7 +18,8 @@ from ted_scale.checkpoints.filters_file import check_filters
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.config import changes
 from ted_scale.config.ds_config import load_ds_config
-from ted_scale.config.run import Model, Run
+from ted_scale.config.models import Model
+from ted_scale.config.run import Run
 from ted_scale.corpora.corpus import Part, read_corpus
 from ted_scale.corpora.shards import check_vocabulary
 from ted_scale.data import epochs

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints.progress import read_progress
 from ted_scale.checkpoints.state import Part, State
-from ted_scale.config.run import Lora
+from ted_scale.config.models import Lora
 from ted_scale.models import fingerprint, lora
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import inspect

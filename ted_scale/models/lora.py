@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ted_scale.base.errors import UserError, shown
 from ted_scale.config.changes import plain
-from ted_scale.config.run import Lora
+from ted_scale.config.models import Lora
 from ted_scale.models import fingerprint
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.trial import hollow
