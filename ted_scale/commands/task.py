@@ -82,22 +82,33 @@ def item_at(task: Task, place: str, record: str) -> Item:
         raise UserError(f"{place} {error}") from None
 
 
-def written_to(folder: Path, name: str, own_split: bool, train: list[Item], held_out: list[Item]) -> Path:
+def written_to(folder: Path, args: argparse.Namespace, train: list[Item], held_out: list[Item]) -> Path:
     """The judge's file, which is written last."""
+    name, own_split = args.name, not args.held_out
     task = f"{name}_split" if own_split else f"{name}_held_out"
     chooses = held_out[0].right is not None
     judge, what = CHOICES if chooses else WRITES, OWN_SPLIT if own_split else GIVEN
-    write_lines(folder / "train.jsonl", ({"prompt": item.prompt, "completion": item.completion} for item in train))
+    write_lines(folder / "train.jsonl", map(conversation if args.conversations else pair, train))
     write_lines(folder / "held_out.jsonl", map(asked, held_out))
     file = folder / f"{task}.yaml"
     write_durably(file, YAML.format(name=name, task=task, what=what, judge=judge))
     return file
 
 
+def pair(item: Item) -> dict:
+    return {"prompt": item.prompt, "completion": item.completion}
+
+
+def conversation(item: Item) -> dict:
+    """For a model with a chat template, which writes the space between turns itself."""
+    turns = (("user", item.prompt), ("assistant", item.completion.strip()))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
 def asked(item: Item) -> dict:
-    if item.right is None:
-        return {"prompt": item.prompt, "answers": item.answers}
-    return {"prompt": item.prompt, "choices": item.answers, "answer": item.right}
+    """A pair, too, so that its loss can be measured beside the judge's scores."""
+    answers = {"answers": item.answers} if item.right is None else {"choices": item.answers, "answer": item.right}
+    return {**pair(item), **answers}
 
 
 def write_lines(path: Path, rows: Iterable[dict]) -> None:
@@ -110,6 +121,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     files = "folders of Hugging Face datasets, .jsonl, .parquet or .arrow"
     parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help=files)
     parser.add_argument("--held-out", nargs="+", metavar="PATH", help="the held-out items; default: a fifth of --data")
+    parser.add_argument("--conversations", action="store_true", help="train.jsonl has messages of user and assistant")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER")
     return parser.parse_args(argv)
 
@@ -141,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse_other_task(args.out, args.name)
         train, held_out = two_sides(args)
         args.out.mkdir(parents=True, exist_ok=True)
-        file = written_to(args.out, args.name, not args.held_out, train, held_out)
+        file = written_to(args.out, args, train, held_out)
     print(f"{len(train):,} items of {args.name} to train on, {len(held_out):,} held out -> {args.out}; judge: {file}")
     if twice := len({item.prompt for item in train} & {item.prompt for item in held_out}):
         print(

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ted_scale.base.errors import shown
-from ted_scale.config.types import Fraction, NonNegative, Positive, PositiveInt, Section
+from ted_scale.config.types import NonNegative, Positive, PositiveInt, Section
 
 log = logging.getLogger("ted_scale")
 
@@ -21,7 +21,17 @@ class Corpus(Section):
     name: str = Field("", description="what logs and metrics call it; default: the path's last part")
     weight: NonNegative = Field(1.0, description="its share of the samples, over the sum of all weights")
     repeat: bool = Field(True, description="false: refuse a run that reads it more than once")
-    validation: Fraction = Field(0.0, description="share of the corpus's tokens, at its end, held out")
+    validation: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the corpus's tokens, at its end, held out; 1, with weight 0: all of them"
+    )
+
+    @model_validator(mode="after")
+    def all_held_out_is_not_trained_on(self):
+        if self.validation == 1 and self.weight:
+            raise ValueError(
+                f"weight must be 0 where validation is 1, but is {self.weight:g}: nothing is left to train on; set weight = 0"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -196,8 +196,8 @@ def _border(indices: list[ShardIndex], starts: tuple[int, ...], fraction: float)
     """Where the held-out tokens begin: at the document start nearest to their share. Where whole documents would take more
     than twice that share, a document is cut at exactly the share."""
     total = starts[-1]
-    if not fraction:
-        return total
+    if fraction in (0, 1):
+        return total if fraction == 0 else 0
     target = round(total * (1 - fraction))
     s = min(bisect_right(starts, target), len(indices)) - 1
     near = reading(indices[s], _starts_near, target - starts[s])

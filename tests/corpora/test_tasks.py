@@ -99,6 +99,14 @@ def test_a_file_becomes_pairs_and_what_the_judge_asks_and_a_split_of_its_own_has
     assert "3 prompts are on both sides" in said
 
 
+def test_a_held_out_item_is_a_pair_too_and_the_items_to_train_on_may_be_conversations(tmp_path):
+    rows = write(tmp_path / "rows.jsonl", [ROWS["sciq"]])
+    task.main(["sciq", "--data", rows, "--held-out", rows, "--conversations", "--out", str(tmp_path / "chat")])
+    (held_out,), (train,) = lines(tmp_path / "chat/held_out.jsonl"), lines(tmp_path / "chat/train.jsonl")
+    assert (held_out["prompt"], held_out["completion"]) == PAIRS["sciq"]
+    assert train == {"messages": [{"role": "user", "content": PAIRS["sciq"][0]}, {"role": "assistant", "content": "y"}]}
+
+
 @pytest.mark.parametrize(
     ("name", "change", "sentence"),
     [

@@ -8,8 +8,10 @@ import numpy
 import pytest
 import torch
 from corpus import counting_documents, data_section, steps, write_shard
+from pydantic import ValidationError
 
 from ted_scale.base.errors import UserError
+from ted_scale.config.data import Data
 from ted_scale.data import order
 from ted_scale.data.blend import cut_of, units
 from ted_scale.data.stream import batch, joined, open_stream, validation_batches
@@ -172,6 +174,16 @@ def test_a_document_is_cut_where_whole_ones_would_take_more_than_twice_the_share
     assert streams[1].sample(0).tokens.tolist() == list(range(1000 - held_out, 1008 - held_out))
     read = [streams[0].sample(p).labels.max() for p in range(units(train.tokens, 8))]
     assert max(read) < 1000 - held_out
+
+
+def test_a_corpus_may_be_held_out_as_a_whole(big_and_small):
+    big, small = big_and_small
+    corpora = [{"path": big}, {"path": small, "weight": 0, "validation": 1}]
+    stream = open_stream(Data(corpora=corpora, seq_len=8), 1, VOCAB)
+    (held,) = stream.held_out["small"].parts.values()
+    assert ({*stream.parts}, held.start, held.tokens) == ({"big"}, 0, 200)
+    with pytest.raises(ValidationError, match=r"weight must be 0 where validation is 1, but is 0\.5"):
+        Data(corpora=[corpora[1] | {"weight": 0.5}], seq_len=8)
 
 
 def test_a_part_shorter_than_a_window_is_refused_by_name(two_shards):
