@@ -24,7 +24,7 @@ LONG = (
     "test_plan", "test_supervise", "test_refit", "test_secrets", "test_tokenize", "test_run_files", "test_planning",
     "test_attention", "test_loss_precision", "test_hostile", "test_streaming", "test_saver", "test_placement", "test_copies",
     "test_doctor", "test_report_page", "test_copier", "test_resume", "test_fused", "test_cut_student", "test_sampling",
-    "test_cut_by_text", "test_targets_resume", "test_wheel",
+    "test_cut_by_text", "test_targets_resume", "test_wheel", "test_docs_run",
 )  # fmt: skip
 ONCE = (
     "test_docs", "test_docs_commands", "test_tower", "test_faulty_files", "test_durable", "test_errors", "test_paths",

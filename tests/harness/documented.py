@@ -16,9 +16,11 @@ from hollow import CUTS, MODELS, make_hollow_model, make_inputs
 from places import ROOT
 from tiny import make_model, make_run, pretrain, write_run
 
+from ted_scale.checkpoints.filters_file import write_filters
 from ted_scale.commands import tokenize_corpus, train_tokenizer
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import load_run
+from ted_scale.plan import plan_of_models
 
 EXAMPLE = "launch/runs/llama3_8b_to_1b.toml"
 ONLY_PARSED = {  # the beginning of a command, and why no test runs it
@@ -27,7 +29,7 @@ ONLY_PARSED = {  # the beginning of a command, and why no test runs it
     "pytest": "is a part of this suite",
     "python -m pytest": "is a part of this suite",
     "python -m lm_eval": "is another program",
-    "python -": "its program is compiled; it reads what the line before it downloads",
+    "python - ": "its program is compiled; it reads what the line before it downloads",
     "python tools/smollm2.py": "downloads a model; tests/tools/test_smollm2.py",
     "python tools/evaluation/olmes.py": "reads a package that pip downloads; tests/commands/test_evaluate.py",
     "python tools/bench/": "measures for minutes",
@@ -69,7 +71,8 @@ TINY = {  # instead of sizes that only a real model or machine has
 
 
 def make_world(root: Path) -> Path:
-    """One tokenizer, model, corpus and run of two steps, of which all commands get copies."""
+    """One tokenizer, model, corpus and run of two steps, of which all commands get copies. The run trains adapters and keeps a best
+    checkpoint, because an export may ask for either."""
     (root / "texts").mkdir(parents=True)
     for page in sorted((ROOT / "docs").glob("*.md")):
         shutil.copy(page, root / "texts")
@@ -79,9 +82,11 @@ def make_world(root: Path) -> Path:
     config = root / "teacher/tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": MARKED}))
     (root / "student").symlink_to(root / "teacher")
-    steps = {"train": {"steps": 2, "tokens_per_step": 32}, "filters": {"steps": 0}, "checkpoint": {"every": 1}}
-    wandb = {"project": "documents", "mode": "offline"}
-    done = pretrain("--config", write_run(root / "run.toml", make_run(root, wandb=wandb, **steps)))
+    sections = {
+        "train": {"steps": 2, "tokens_per_step": 32}, "filters": {"steps": 0}, "checkpoint": {"every": 1, "keep_best": True},
+        "student": {"lora": {"rank": 2}}, "wandb": {"project": "documents", "mode": "offline"},
+    }  # fmt: skip
+    done = pretrain("--config", write_run(root / "run.toml", make_run(root, **sections)))
     assert done.returncode == 0, done.stderr[-2000:]
     return root
 
@@ -123,6 +128,14 @@ class Place:
                     make_hollow_model(self.folder, STANDS_FOR.get(model.path, "models/smollm2_third")), Path(model.path)
                 )
         make_inputs(self.folder, run)
+        if run.filters.from_run:
+            self.hollow_filters(run)
+
+    def hollow_filters(self, run: Run) -> None:
+        """As the other run's stage I names them, without a tensor."""
+        plan = plan_of_models(run, world=1)
+        plan.filters_file.parent.mkdir(parents=True, exist_ok=True)
+        write_filters(plan.filters_file, {}, plan.filters_identity())
 
     def plan(self, path: Path) -> None:
         if not path.exists():

@@ -172,6 +172,8 @@ def write_tokenizer(folder: Path) -> None:
 
 def make_hollow_corpus(prefix: Path, student: Path, documents: int, length: int) -> None:
     """Documents of zeros, signed with the student's tokenizer."""
+    if prefix.with_suffix(".json").exists():
+        return
     prefix.parent.mkdir(parents=True, exist_ok=True)
     prefix.with_suffix(".idx").write_bytes(index_of([length] * documents))
     prefix.with_suffix(".bin").touch()
