@@ -15,7 +15,7 @@ from typing import Annotated
 import psutil
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from ted_scale.base import beneath
+from ted_scale.base import beneath, exits
 from ted_scale.base.durable import PART
 from ted_scale.base.errors import clean, shortened
 from ted_scale.base.paths import NoFile, open_file
@@ -87,6 +87,7 @@ def take_up(folder: Path, step: int, saved: Spent | None) -> tuple[Spent, Lost |
     last, began = read(folder), psutil.Process().create_time()
     spent, lost = add_up(step, saved, last, began)
     write(folder, Life(step, spent))
+    exits.at_end = lambda words: write(folder, Life(step, spent, ending(words)))  # until metrics.py counts the time
     return spent, lost
 
 

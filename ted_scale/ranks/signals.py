@@ -16,9 +16,11 @@ import psutil
 
 from ted_scale.base.errors import RESUME, Preempted
 from ted_scale.base.exits import leave, say_where_it_stands, speak
+from ted_scale.ranks import pulse
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 IN_TIME = "which is finished and saved first; a second Ctrl-C ends the run at once, as DeepSpeed's launcher does after 30 s: then "
+AT_ONCE = "which ends at once: "
 asked = threading.Event()
 launchers: tuple[psutil.Process, ...] = ()  # the processes above this one when `listen` was called, nearest first
 watched = threading.Event()  # from here on watch.py decides when the run exits
@@ -55,7 +57,7 @@ def read_signals(readable: int) -> None:
             if not watched.is_set():
                 exit_alone()
             if number[0] == signal.SIGINT and not again:
-                say_where_it_stands(IN_TIME)
+                say_where_it_stands(IN_TIME if pulse.now.unsaved else AT_ONCE)
 
 
 def exit_alone() -> None:

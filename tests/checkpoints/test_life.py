@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from ted_scale.base import exits
 from ted_scale.checkpoints import life
 from ted_scale.checkpoints.life import PARTS, Life, Spent, add_up, read, write
 from ted_scale.metrics.goodput import Ledger
@@ -60,6 +61,13 @@ def test_what_a_failed_start_repeated_is_counted_once(tmp_path):
     second, again = life.take_up(tmp_path, 100, SAVED)  # the first failed before its first step
     assert (lost.steps, lost.seconds, again.steps, again.seconds) == (37, 480.0, 0, 0.0)
     assert second.repeated == first.repeated == 500.0
+
+
+def test_a_start_that_is_stopped_before_its_metrics_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(exits, "at_end", None)
+    life.take_up(tmp_path, 0, None)
+    exits.write_last_words("stopped: asked by a signal", 75)
+    assert life.take_up(tmp_path, 0, None)[1].words == "stopped: asked by a signal (exit code 75)"
 
 
 def test_what_is_written_is_read_back_and_the_last_words_are_one_line(tmp_path):

@@ -2,14 +2,17 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from ted_scale.ranks import signals
+from ted_scale.base import exits
+from ted_scale.ranks import pulse, signals
 
 
 class Unreadable(psutil.Process):
@@ -61,3 +64,16 @@ def test_descendants_are_found_beside_processes_that_cannot_be_read(monkeypatch)
     monkeypatch.setattr(psutil, "process_iter", lambda: seen)
     assert child.pid in [process.pid for process in signals.descendants_of(os.getpid())]
     child.communicate(b"\n")
+
+
+@pytest.mark.parametrize(("unsaved", "said"), [(True, signals.IN_TIME), (False, signals.AT_ONCE)])
+def test_ctrl_c_promises_a_save_only_where_something_is_unsaved(monkeypatch, capsys, unsaved, said):
+    monkeypatch.setattr(signals, "asked", threading.Event())
+    monkeypatch.setattr(signals.watched, "is_set", lambda: True)
+    monkeypatch.setattr(exits, "where_it_stands", lambda begins: begins)
+    monkeypatch.setattr(pulse, "now", pulse.now._replace(unsaved=unsaved))
+    readable, writable = os.pipe()
+    os.write(writable, bytes([signal.SIGINT]))
+    os.close(writable)
+    signals.read_signals(readable)
+    assert said in capsys.readouterr().err
