@@ -14,6 +14,7 @@ from ted_scale.config.method import PRESETS, Schedule
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import keys_of, section_in
 
+INSTEAD = {"train.steps": "**must be set**, or `epochs`"}  # a default that only the code sees
 PAGE = Path(__file__).with_name("keys.md")
 OPENING = """# Every key of the run file
 
@@ -54,7 +55,7 @@ def sections(section, prefix: str) -> list[str]:
 
 
 def row(name: str, field) -> str:
-    default = "**must be set**" if field.is_required() else shown(field.default)
+    default = "**must be set**" if field.is_required() else INSTEAD.get(name, shown(field.default))
     cells = (f"`{name}`", value_of(field.annotation, field.metadata), default, on_resume(name), field.description or "")
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 

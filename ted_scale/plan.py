@@ -21,13 +21,14 @@ from ted_scale.config.ds_config import load_ds_config
 from ted_scale.config.run import Model, Run
 from ted_scale.corpora.corpus import Part, read_corpus
 from ted_scale.corpora.shards import check_vocabulary
+from ted_scale.data import epochs
 from ted_scale.data.stream import open_stream, text_lengths
 from ted_scale.distill import filter_sizes
 from ted_scale.distill.flops import keys_of, step_flops
 from ted_scale.distill.pairs import Matched, match_layers
 from ted_scale.distill.stages import Stage, stages_of
 from ted_scale.evaluation import prompts
-from ted_scale.evaluation.suites import load_for_training
+from ted_scale.evaluation.suites import suite_in_training
 from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.forecast.placement import Placement, of_this_machine, place
 from ted_scale.metrics.live_report import why_never
@@ -112,28 +113,28 @@ class Plan:
 
 
 def make_plan(run: Run, world: int) -> Plan:
-    plan = plan_of_models(run, world)
+    plan = plan_of_models(epochs.resolved(run, resume.written_before(run)), world)
     quantized.check(run.teacher_bits, plan.teacher)
     check_shards(plan.run, plan.vocabulary, plan.student)
     plan = dataclasses.replace(plan, attended=attended(plan.run, plan.vocabulary, plan.student, plan.teacher))
     plan = dataclasses.replace(plan, placement=place(plan, of_this_machine(world)))
     prompts.check(plan)
     if run.validation.suite:
-        tokenizer, suite = tokenizer_folder(plan.student, plan.teacher), load_for_training(*suite_of(run))
+        tokenizer, suite = tokenizer_folder(plan.student, plan.teacher), suite_in_training(run.validation)
         plan = dataclasses.replace(plan, suite=suite, tokenizer=tokenizer)
     where, progress = resume.find(run, plan.identity())
     readings = check_corpora(plan, progress)
     resumes = resume.describe(run, where, progress, plan.total_steps, last_row(run.folder / "metrics.jsonl"))
-    plan = dataclasses.replace(plan, readings=readings, resumes=resumes)
+    plan = dataclasses.replace(plan, readings=readings, resumes=resumes + epochs.describe(plan.run))
     if run.filters.from_run and run.method == "ted":
         check_filters(plan.filters_file, plan.filters_identity())
     return plan
 
 
 def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
-    """What follows from the run file and the configs of the models: no data is read, and no machine is looked at. Every row counts
-    as one document, and the teacher has no place yet."""
-    ds_config = load_ds_config(run.ds_config)
+    """What follows from the run file and the configs of the models: no data is read, but the corpora's sizes for train.epochs, and
+    no machine is looked at. Every row counts as one document, and the teacher has no place yet."""
+    ds_config, run = load_ds_config(run.ds_config), epochs.resolved(run)
     accumulation = derive_accumulation(run, world)
     asks = run.teacher and run.method != "ce"
     teacher = look_at("teacher", run.teacher, needs_weights) if asks else None
@@ -237,11 +238,6 @@ def attended(run: Run, vocabulary: int, *models: Anatomy | None) -> dict[int | N
 def keys_of_windows(lengths, *models: Anatomy | None) -> dict[int | None, float]:
     keys = keys_of(lengths)
     return {window: keys(window) for anatomy in models if anatomy for _, window in anatomy.scores}
-
-
-def suite_of(run: Run) -> tuple[list[str], Path | None, int | None]:
-    files = run.validation.suite_files
-    return run.validation.suite, Path(files) if files else None, run.validation.suite_limit
 
 
 def stage_flops(plan: Plan, stage: Stage) -> float:

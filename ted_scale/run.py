@@ -110,7 +110,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         if dist.get_rank() == 0 and not parts.saver.is_writing():
             holder.leave(folder)
     parts.metrics.leave_word(life.DONE)
-    parts.metrics.tell_end(f"done: {folder} is at step {progress.step}; next: ted-scale export {folder}")
+    parts.metrics.tell_end(f"done: {folder} is at step {progress.step}; next: {run_folder.to_export(plan.run)}")
     return progress
 
 
@@ -163,7 +163,7 @@ def train_stage(parts: Parts, stage: Stage, progress: Progress, resumed: Path | 
     student = build_stage(parts, stage, stream, progress, resumed)
     guard = Guard(student, stage, parts.metrics.alert, parts.saver.wait)
     parts.metrics.expect(partial(summary.ahead, parts.plan, stage, progress.step, parts.loader.device.type))
-    progress = validate_before_training(parts, stage, student, stream, progress, resumed)
+    progress = validate_first(parts, stage, student, stream, progress, resumed)
     parts.metrics.resume_from(progress.tokens)
     while progress.step < stage.last_step:
         stream, progress = next_stretch(parts, stage, student, stream, progress)
@@ -194,14 +194,15 @@ def open_data(parts: Parts, stage: Stage, progress: Progress) -> tuple[Stream, P
     return stream, progress
 
 
-def validate_before_training(
-    parts: Parts, stage: Stage, student, stream: Stream, progress: Progress, resumed
-) -> Progress:
+def validate_first(parts: Parts, stage: Stage, student, stream: Stream, progress: Progress, resumed) -> Progress:
     """Validate student and teacher before stage II's first step. On a resume, repeat what a signal cut short."""
     fresh, stopping = progress.step == stage.first_step and not stage.learns_filters, False
     measured = (*parts[:3], stream.held_out, student)
     if fresh or (resumed and validation_is_missing(parts, stage, progress)):
         progress, stopping = validation.validate(*measured, progress, with_teacher=fresh)
+        if resumed and progress.scores and not stopping:  # its checkpoint was written without them
+            parts.saver.copier.finish()
+            save_checkpoint(parts.plan, stage, parts.metrics, parts.saver, student, progress)
     if stopping or (stage.shows(progress.step) and samples.write(*measured, progress)):
         raise Preempted  # no step was taken; the next start validates
     return progress
@@ -209,7 +210,7 @@ def validate_before_training(
 
 def validation_is_missing(parts: Parts, stage: Stage, progress: Progress) -> bool:
     """Whether a signal cut short the validation of the step that the run resumes from. Only rank 0 has the rows."""
-    return broadcast(validation.missing(parts.plan, parts.metrics, stage, progress.step))
+    return broadcast(validation.missing(parts.plan, parts.metrics, stage, progress))
 
 
 def next_stretch(parts: Parts, stage: Stage, student, stream: Stream, progress: Progress) -> tuple[Stream, Progress]:

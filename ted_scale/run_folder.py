@@ -29,7 +29,7 @@ from ted_scale.metrics.console import open_log
 from ted_scale.metrics.rows import trim_all
 from ted_scale.plan import Plan, describe
 from ted_scale.ranks import pulse
-from ted_scale.ranks.agree import broadcast, of_rank_0, share, verdict
+from ted_scale.ranks.agree import broadcast, gather, of_rank_0, share, verdict
 
 log = logging.getLogger("ted_scale")
 held: dict[Path, int] = {}  # the locks of run folders, until this process exits
@@ -38,6 +38,7 @@ held: dict[Path, int] = {}  # the locks of run folders, until this process exits
 def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
     """(progress, the checkpoint to resume from). The folder is locked, clean and shared by all ranks after it."""
     folder, writes = plan.run.folder, dist.get_rank() == 0
+    check_steps(plan)
     # Make the folder and lock it; remove what an earlier process left half-written; own the copies.
     keep_inside(folder)
     check_shared(folder, writes)
@@ -68,6 +69,16 @@ def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
     return progress, newest
 
 
+def check_steps(plan: Plan) -> None:
+    """train.epochs are counted by each rank, perhaps while a corpus grows."""
+    counts = gather(plan.total_steps)
+    if len(set(counts)) > 1:
+        raise Gone(
+            f"train.epochs must be as many steps on all ranks, but are {min(counts)} on some and {max(counts)} on others; start "
+            "the same command again when no file of a corpus changes any more"
+        )
+
+
 def where_it_stands(folder: Path, total_steps: int, begins: str) -> str:
     """What Ctrl-C prints about the run, at once: it waits for no file server."""
     stands, place = "there is no checkpoint yet", files.checkpoints_of(folder)
@@ -77,6 +88,10 @@ def where_it_stands(folder: Path, total_steps: int, begins: str) -> str:
             stands = f"the newest checkpoint is {place / max(names, key=files.key_of)}"
     what = pulse.now.what + (f" of {total_steps:,}" if pulse.now.what.startswith("step ") else "")
     return f"{what}, {begins}{stands}"
+
+
+def to_export(run) -> str:
+    return f"ted-scale export {run.folder}" + (" --checkpoint best" if run.checkpoint.best else "")
 
 
 def on_other_ranks(checkpoint: Path) -> str:

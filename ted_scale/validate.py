@@ -1,5 +1,6 @@
 """A validation: the loss on each corpus that holds text out, by student and teacher, and the student's scores in a suite."""
 
+import difflib
 import logging
 import math
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from ted_scale.base.errors import UserError
 from ted_scale.data.stream import Stream, validation_batches
 from ted_scale.distill.normalization import count_valid
 from ted_scale.distill.signal import Weights
@@ -37,27 +39,55 @@ def validate(plan, teacher, metrics, held_out: dict[str, Stream], student, progr
     whether a signal asks to stop). If it does, the resumed run measures what is missing."""
     progress, stopping = write_losses(plan, teacher, metrics, held_out, student, progress, with_teacher)
     if not stopping and plan.stages[-1].asks_suite(progress.step):
-        stopping = write_scores(plan, metrics, student, progress)
+        progress, stopping = write_scores(plan, metrics, student, progress)
     return progress, stopping
 
 
-def missing(plan, metrics, stage, step: int) -> bool:
-    """On rank 0: whether this step's validation was not finished."""
+def missing(plan, metrics, stage, progress) -> bool:
+    """On rank 0: whether this step's validation was not finished, or the number that its checkpoint is compared by is not in it."""
+    step = progress.step
     written = any(metrics.has_already(step, key) for key in ("val/loss", UNTAUGHT))
     losses = stage.validates(step) and holds_out(plan.run) and not written
-    return losses or (stage.asks_suite(step) and not metrics.has_already(step, SUITE))
+    unjudged = lacks_best(plan.run, stage, progress) and not metrics.has_already(step, UNTAUGHT)
+    return losses or unjudged or (stage.asks_suite(step) and not metrics.has_already(step, SUITE))
 
 
-def write_scores(plan, metrics, student, progress) -> bool:
-    """val/suite/TASK/METRIC; nothing if an earlier process wrote them. Returns whether a signal asks to stop."""
-    if broadcast(metrics.has_already(progress.step, SUITE)):
-        return False
+def lacks_best(run, stage, progress) -> bool:
+    """Whether checkpoint.best is measured at this step and is not known: a stop came first, or the key is new."""
+    best, step = run.checkpoint.best, progress.step
+    due = stage.asks_suite(step) if best.startswith(SUITE) else stage.validates(step)
+    return bool(best) and due and step > stage.first_step and best not in progress.scores
+
+
+def judged(run, progress, row: dict[str, float]):
+    """The progress with the number of checkpoint.best, if the row has it."""
+    number = row.get(run.checkpoint.best, math.nan)
+    return replace(progress, scores={run.checkpoint.best: number}) if math.isfinite(number) else progress
+
+
+def write_scores(plan, metrics, student, progress):
+    """val/suite/TASK/METRIC; nothing if an earlier process wrote them. Returns (progress, whether a signal asks to stop)."""
+    needed = lacks_best(plan.run, plan.stages[-1], progress) and plan.run.checkpoint.best.startswith(SUITE)
+    if not needed and broadcast(metrics.has_already(progress.step, SUITE)):
+        return progress, False
     from ted_scale.evaluation import live  # lm-eval is an extra
 
     with metrics.aside():
         scores = live.ask(plan.suite, student, plan.student, plan.tokenizer, plan.run.validation)
-    metrics.write(progress.step, progress.tokens, {f"{SUITE}{score.key}": score.value for score in scores or ()})
-    return scores is None
+    row = {f"{SUITE}{score.key}": score.value for score in scores or ()}
+    metrics.write(progress.step, progress.tokens, row)
+    if scores is not None:
+        refuse_unknown(plan.run.checkpoint.best, row)
+    return judged(plan.run, progress, row), scores is None
+
+
+def refuse_unknown(best: str, row: dict[str, float]) -> None:
+    """Only the suite's own answers say which numbers it has; the first are there before the first step."""
+    if best.startswith(SUITE) and best not in row:
+        close = difflib.get_close_matches(best, row, n=4, cutoff=0.0)
+        raise UserError(
+            f"checkpoint.best must be a number of validation.suite, but is '{best}'; the nearest are {', '.join(close) or 'none'}"
+        )
 
 
 def write_losses(plan, teacher, metrics, held_out: dict[str, Stream], student, progress, with_teacher: bool):
@@ -74,7 +104,7 @@ def write_losses(plan, teacher, metrics, held_out: dict[str, Stream], student, p
         say_untaught(untaught, tokens_of_each(plan.run))
     row = as_row("", of_student) | as_row("teacher_", of_teacher)
     metrics.write(progress.step, progress.tokens, row or {UNTAUGHT: 0.0})
-    loss = row.get("val/loss", math.nan)
+    loss, progress = row.get("val/loss", math.nan), judged(plan.run, progress, row)
     return replace(progress, validation=loss if math.isfinite(loss) else None), False
 
 

@@ -3,10 +3,11 @@ Note: OpenMP reads its variable when torch is imported, so that it must be set b
 
 Without a GPU Triton's kernels are interpreted; Triton reads that when a kernel is imported. The files of LONG run first, in
 that order: pytest-xdist's workers take whole files, and at the end no worker should wait long for the other. `make check`
-leaves them out. The files of ONCE ask nothing of Python itself or of a package that is another one in the second set: its
-leg leaves them out (.ci/run).
+leaves them out: most start ranks or programs, or have models of more than a few blocks. The files of ONCE ask nothing of
+Python itself or of a package that is another one in the second set: its leg leaves them out (.ci/run).
 """
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,10 +20,11 @@ if not torch.cuda.is_available():
 
 LONG = (
     "test_distributed", "test_faults", "test_compile", "test_launch", "test_export", "test_kernel_peers", "test_loader",
-    "test_kernels", "test_gpu_bench", "test_tokenize_resume", "test_adaptive", "test_watch", "test_fuzz", "test_plan",
-    "test_supervise", "test_secrets", "test_tokenize", "test_attention", "test_loss_precision", "test_streaming",
-    "test_saver", "test_copies", "test_copier", "test_resume", "test_fused", "test_cut_student", "test_sampling",
-    "test_cut_by_text", "test_wheel",
+    "test_kernels", "test_gpu_bench", "test_tokenize_resume", "test_schedules", "test_adaptive", "test_watch", "test_fuzz",
+    "test_plan", "test_supervise", "test_refit", "test_secrets", "test_tokenize", "test_run_files", "test_planning",
+    "test_attention", "test_loss_precision", "test_hostile", "test_streaming", "test_saver", "test_placement", "test_copies",
+    "test_doctor", "test_report_page", "test_copier", "test_resume", "test_fused", "test_cut_student", "test_sampling",
+    "test_cut_by_text", "test_targets_resume", "test_wheel",
 )  # fmt: skip
 ONCE = (
     "test_docs", "test_docs_commands", "test_tower", "test_faulty_files", "test_durable", "test_errors", "test_paths",
@@ -38,6 +40,11 @@ def files_that_are_missing_stay_missing(monkeypatch) -> None:
     monkeypatch.setattr(patience, "MISSING_S", 0.0)
 
 
+def pytest_ignore_collect(collection_path, config) -> bool | None:
+    """`make check` does not even import the files that it leaves out."""
+    return True if "not long" in config.option.markexpr and collection_path.stem in LONG else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
@@ -46,3 +53,8 @@ def pytest_collection_modifyitems(items) -> None:
             item.add_marker("long")
         if item.path.stem in ONCE:
             item.add_marker("once")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is no garbage, and every full collection would look through all of it."""
+    gc.freeze()

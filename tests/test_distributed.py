@@ -44,7 +44,12 @@ TWO_RANKS = (
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
     "blocks_compiled", "asked_seldom", "teacher_moves", "readings", "shipped_configs", "int8_gathers", "mixtures",
     "rows_shared", "families_shared", "deepspeed_attention", "samples_written", "vitals", "every_token", "packed_resumes",
-    "adapters", "adapters_beside_a_whole_student",
+    "best_is_kept", "adapters", "adapters_beside_a_whole_student",
+)  # fmt: skip
+
+ONE_RANK = (
+    "ten_steps", "all_methods", "kinds_of_filters", "alone", "asked_seldom", "rows_shared", "every_token", "packed_resumes",
+    "adapters", "adapters_on_others", "merged",
 )  # fmt: skip
 
 SKIPS = ("skips", "skips_offloaded", "skips_once")
@@ -74,8 +79,7 @@ def world(tmp_path_factory):
     make_examples(folder)
     launch(folder, 2, TWO_RANKS)
     launch(folder, 4, ("placements", "rows_shared", "deepspeed_attention"))
-    alone = ("ten_steps", "all_methods", "kinds_of_filters", "alone", "asked_seldom", "rows_shared", "every_token")
-    launch(folder, 1, (*alone, "packed_resumes", "adapters", "adapters_on_others", "merged"))
+    launch(folder, 1, ONE_RANK)
     return folder
 
 
@@ -600,6 +604,13 @@ def test_a_run_that_was_stopped_five_times_has_every_number_of_one_that_was_not(
     straight, stopped = (without_clocks(world, name) for name in ("unsignalled", "signalled"))
     assert len(straight) > 10
     assert stopped == straight
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_that_ends_between_a_validation_and_its_save_keeps_the_same_best_checkpoint(world, rank):
+    found = result(world, "best_is_kept", rank)
+    assert found["ends"] == ["RunStopped", "Preempted", "RunStopped"]
+    assert found["straight"] == found["ended"] == [[found["at"], 8], found["at"]] and found["at"] < 8
 
 
 def test_filters_stand_still_when_the_layer_loss_ends(world):

@@ -59,6 +59,7 @@ def test_the_reference_of_keys_is_what_the_code_says_and_no_key_is_without_a_mea
     assert not re.findall(r"^\| `(.*?)` .*\|  \|$", page, re.M)
 
 
+@pytest.mark.long
 def test_the_site_builds_without_a_warning_and_its_pages_load_nothing_from_elsewhere(tmp_path):
     pytest.importorskip("sphinx")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "docs", str(tmp_path)]

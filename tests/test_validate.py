@@ -69,10 +69,10 @@ def test_a_corpus_without_targets_is_left_out_of_the_row_and_named_once(monkeypa
 def test_without_any_target_no_checkpoint_is_the_best_and_a_resume_does_not_measure_again(monkeypatch, plan, said):
     measured(monkeypatch, {"chat": UNTAUGHT})
     metrics, stage = Rows(), SimpleNamespace(validates=lambda _: True, asks_suite=lambda _: False)
-    assert validation.missing(plan, metrics, stage, 0)
+    assert validation.missing(plan, metrics, stage, Progress())
     assert write(plan, metrics).validation is None
     assert metrics.rows == [{"val/tokens": 0.0}] and len(said) == 1
-    assert not validation.missing(plan, metrics, stage, 0)
+    assert not validation.missing(plan, metrics, stage, Progress())
 
 
 def test_an_adaptive_blend_refuses_a_corpus_without_targets(monkeypatch, plan):

@@ -98,9 +98,11 @@ def look_at(checkpoint: Path, check=sealed.check) -> Published:
 
 def checked(manifest: dict, name: str) -> dict:
     """The manifest, if it is that of the checkpoint with this name; otherwise Damaged."""
-    (line, step), forks, loss = key_of(name), manifest.get("forks"), manifest.get("validation")
+    (line, step), forks, scores = key_of(name), manifest.get("forks"), manifest.get("scores", {})
     lines = isinstance(forks, list) and len(forks) == line and all(map(is_count, forks))
-    if not (lines and manifest.get("step") == step and (loss is None or isinstance(loss, float))):
+    numbers = [manifest.get("validation"), *scores.values()] if isinstance(scores, dict) else [scores]
+    measured = all(number is None or isinstance(number, float) for number in numbers)
+    if not (lines and manifest.get("step") == step and measured):
         raise Damaged(f"its {sealed.MANIFEST} is not of {name}")
     return manifest
 
@@ -173,9 +175,22 @@ def kept(whole: dict[str, dict], settings) -> set[str]:
     steps = {name: key_of(name)[1] for name in names}
     stays = set(names[: settings.keep])
     stays |= {name for name in names if settings.keep_every and steps[name] % settings.keep_every == 0}
-    measured = [(whole[name].get("validation"), steps[name], name) for name in names]
-    measured = [row for row in measured if row[0] is not None and math.isfinite(row[0])]
-    return stays | ({min(measured)[2]} if settings.keep_best and measured else set())
+    return stays | ({best} if (best := best_of(whole, settings)) else set())
+
+
+def best_of(whole: dict[str, dict], settings) -> str | None:
+    """The name of the best checkpoint of the newest one's history, of equals the earliest. None if none is measured, or the run
+    file does not say by what."""
+    sign = 1 if settings.lowest_is_best else -1
+    numbers = {name: number_of(whole[name], settings.judged_by) for name in history(whole)}
+    measured = {name: sign * number for name, number in numbers.items() if number is not None and math.isfinite(number)}
+    return min(measured, key=lambda name: (measured[name], key_of(name)[1]), default=None)
+
+
+def number_of(manifest: dict, name: str) -> float | None:
+    """What was measured at the checkpoint's own step."""
+    usual = manifest.get("validation") if name == "val/loss" else None  # also of earlier versions
+    return manifest.get("scores", {}).get(name, usual)
 
 
 def prune(folder: Path, settings, spared: Set[str] = frozenset()) -> None:

@@ -81,13 +81,14 @@ class Progress:
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # plan.identity
     run: dict[str, Any] | None = None  # the whole run file, resolved; earlier versions wrote none
     validation: Finite | None = None  # the student's loss, where it was measured at this very step
+    scores: dict[str, Finite] = dataclasses.field(default_factory=dict)  # the number of checkpoint.best, the same
     spent: Spent | None = None  # the run's time until this step
     forks: tuple[Count, ...] = ()  # for each line of the run after the first: the step after which it began
 
     def advanced(self, samples: int, seq_len: int) -> "Progress":
         tokens = self.tokens + samples * seq_len
         return dataclasses.replace(
-            self, step=self.step + 1, tokens=tokens, samples=self.samples + samples, validation=None
+            self, step=self.step + 1, tokens=tokens, samples=self.samples + samples, validation=None, scores={}
         )
 
 

@@ -28,6 +28,14 @@ def find(run, identity: dict) -> tuple[str, Progress]:
     return where, progress
 
 
+def written_before(run) -> dict | None:
+    """The run file of the checkpoint that the run resumes from, where the number of steps may follow from it."""
+    if not run.train.epochs:
+        return None
+    strangers.refuse(run.folder)
+    return newest_progress(run)[1].run
+
+
 def nearest_writable(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there. os.access says no to every error, also to one that passes, so it is
     asked again."""

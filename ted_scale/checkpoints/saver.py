@@ -211,6 +211,7 @@ def seal_and_publish(part: Path, of_ranks: list[dict[str, Entry]], save: Save) -
     """On rank 0. May be repeated after any error: a folder that has its name already is not sealed again."""
     progress = save.progress
     about = {"step": progress.step, "forks": list(progress.forks), "validation": progress.validation}
+    about |= {"scores": progress.scores} if progress.scores else {}
     if part.exists():  # after an error of the last sync, it is renamed already
         entries = {name: entry for entries in of_ranks for name, entry in entries.items()}
         sealed.seal(part, entries, {**about, **save.snapshot.about})

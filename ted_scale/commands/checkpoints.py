@@ -56,13 +56,15 @@ def say(line: str) -> None:
     print(printable(line), flush=True)
 
 
-def describe(checkpoint: Published, what_it_is: str) -> str:
+def describe(checkpoint: Published, what_it_is: str, best: str | None, by: str) -> str:
     manifest = checkpoint.manifest or {"files": {}}
     size = sum(entry.bytes for entry in manifest["files"].values())
     loss, ranks = manifest.get("validation"), manifest.get("ranks", "?")
     when = datetime.datetime.fromtimestamp(checkpoint.path.lstat().st_mtime).strftime("%Y-%m-%d %H:%M")
     held = f"{size / 1e6:>12,.1f} MB  {ranks:>5} ranks  {f'val {loss:.4f}' if loss is not None else '':<12}"
-    return f"{checkpoint.path.name}  {when}  {held}  {what_it_is}"
+    number = files.number_of(manifest, by) if by != "val/loss" else None  # that is shown above
+    scored = "" if number is None else f"{by} {number:.4f}  "
+    return f"{checkpoint.path.name}  {when}  {held}  {scored}{'best, ' * (checkpoint.path.name == best)}{what_it_is}"
 
 
 def settings_of(arguments) -> Checkpoint:
@@ -90,6 +92,16 @@ def to_remove(folder: Path, settings: Checkpoint) -> list[Path]:
         p for p in files.checkpoints_of(folder).glob(f"*{durable.PART}") if not p.name.endswith(durable.ASIDE)
     )
     return [c.path for c in checkpoints if c.path.name not in stays] + parts
+
+
+def best_here(arguments) -> tuple[str, str | None]:
+    """(the number that checkpoints are compared by, the best one's name). None while a checkpoint or the run file cannot be read:
+    nobody knows."""
+    try:
+        settings, found = settings_of(arguments), files.published(arguments.run)
+    except (Gone, UserError):
+        return "", None
+    return settings.judged_by, files.best_of({c.path.name: c.manifest for c in found if c.fault is None}, settings)
 
 
 def prune(arguments) -> None:
@@ -125,11 +137,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def show(arguments) -> None:
-    others = 0
+    others, (by, best) = 0, best_here(arguments)
     for path in files.listed(arguments.run):
         checkpoint, what_it_is = judge(path, arguments.action == "verify")
         try:
-            say(describe(checkpoint, what_it_is))
+            say(describe(checkpoint, what_it_is, best, by))
             others += what_it_is != "whole"
         except FileNotFoundError:  # a run that trains keeps the newest ones only
             say(f"{path.name}  removed meanwhile")

@@ -14,6 +14,7 @@ from pathlib import Path
 from ted_scale.base import sealed
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
+from ted_scale.checkpoints import copies
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import read_progress
 from ted_scale.config.run import Run
@@ -22,11 +23,13 @@ from ted_scale.config.run_file import load_run
 NETWORK = "network."  # the student's name inside the trained module, which also has filters and the loss's head
 
 
-def find_checkpoint(source: Path) -> tuple[Path, Path]:
+def find_checkpoint(source: Path, which: str = "newest") -> tuple[Path, Path]:
     """(checkpoint, run folder) of a run folder or of one of its checkpoints."""
     source = source.resolve()
     checkpoint, folder = source, source.parent.parent
-    if (source / "run.toml").is_file():
+    if (source / "run.toml").is_file() and which == "best":
+        checkpoint, folder = best_checkpoint(source), source
+    elif (source / "run.toml").is_file():
         checkpoint, folder = files.newest_checkpoint(source), source
         for damaged in files.first_whole(source)[1]:
             print(files.skipped(damaged.path, damaged.fault), file=sys.stderr)
@@ -46,6 +49,33 @@ def named_by_run(path: str, run: Run, folder: Path) -> str:
     parts, here = run.folder.parts, folder.resolve()
     started_in = here.parents[len(parts) - 1] if here.parts[-len(parts) :] == parts else None
     return str(started_in / path) if started_in and (started_in / path).is_dir() else path
+
+
+def best_checkpoint(folder: Path) -> Path:
+    """By the number that the run file names. Copies in object storage count, too: a run that lost its folder has only the newest
+    checkpoints in the new one."""
+    run = load_run(folder / "run.toml")
+    if not run.checkpoint.judged_by:
+        raise UserError(
+            f"checkpoint.best must be set for --checkpoint best, but is not in {folder}/run.toml; leave --checkpoint out"
+        )
+    whole = {c.path.name: c.manifest for c in files.published(folder) if c.fault is None}
+    copied = copies.all_copies(place) if (place := copies.place_of(run)) else {}
+    name = files.best_of(
+        {name: copy.manifest for name, copy in copied.items() if copy.is_whole} | whole, run.checkpoint
+    )
+    if name is None:
+        raise UserError(
+            f"RUN must have a checkpoint with {run.checkpoint.judged_by} for --checkpoint best, but {folder} has none; leave "
+            "--checkpoint out"
+        )
+    if name not in whole:
+        here = files.checkpoints_of(folder) / name
+        raise UserError(
+            f"the best checkpoint must be in {here.parent}, but is only its copy {place}/{name}; fetch it first: aws s3 cp "
+            f"--recursive {place}/{name} {here}"
+        )
+    return files.checkpoints_of(folder) / name
 
 
 def check_trained(run: Run, checkpoint: Path) -> None:
@@ -131,6 +161,9 @@ def copy_tokenizer(run: Run, folder: Path, student: Path, target: Path) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run folder, or a checkpoint in one")
+    parser.add_argument(
+        "--checkpoint", choices=("newest", "best"), default="newest", help="of a run folder; best: by checkpoint.best"
+    )
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="default: export in the run folder")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: the run's train.precision")
     parser.add_argument("--max-shard-gb", type=float, default=5, help="largest file, in GB")
@@ -139,6 +172,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument("--wandb-artifact", action="store_true", help="add OUT to the run's own W&B run")
     arguments = parser.parse_args(argv)
+    if arguments.checkpoint == "best" and not (arguments.source / "run.toml").is_file():
+        raise UserError(f"--checkpoint best must come with a run folder, but {arguments.source} is none; leave it out")
     if arguments.max_shard_gb <= 0:
         raise UserError(f"--max-shard-gb must be above 0, but is {arguments.max_shard_gb}")
     return arguments
@@ -146,7 +181,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    checkpoint, folder = find_checkpoint(arguments.source)
+    checkpoint, folder = find_checkpoint(arguments.source, arguments.checkpoint)
     run = load_run(folder / "run.toml")
     check_trained(run, checkpoint)
     if arguments.adapters and run.student.lora is None:

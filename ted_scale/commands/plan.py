@@ -1,7 +1,7 @@
 """What a run needs, how fast it is and which way is best, without a GPU: ted-scale plan RUN.toml --gpus 64 --gpu h100
 
-Only the run file and both configs are read: no weights, no data. Without --gpu the machine is the one that --calibrate measured
-(RUNS/machine.json). Exits with 1 if the run as written does not fit.
+Only the run file and both configs are read: no weights, and of the data the corpora's sizes, for train.epochs. Without --gpu the
+machine is the one that --calibrate measured (RUNS/machine.json). Exits with 1 if the run as written does not fit.
 """
 
 import argparse

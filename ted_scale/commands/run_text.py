@@ -28,11 +28,11 @@ KEYS = {  # "" is the top; of each section the keys that most users change
     "filters": ("steps", "width", "start", "from"),
     "loss": ("preset", "ce", "kl", "layer", "temperature"),
     "train": (
-        "steps", "tokens_per_step", "micro_batch", "precision", "lr", "min_lr", "schedule", "warmup_steps", "clip",
+        "steps", "epochs", "tokens_per_step", "micro_batch", "precision", "lr", "min_lr", "schedule", "warmup_steps", "clip",
         "weight_decay", "reduce_once",
     ),
     "validation": ("every", "tokens", "suite"),
-    "checkpoint": ("every", "keep", "keep_best", "copy_to"),
+    "checkpoint": ("every", "keep", "best", "copy_to"),
     "resume": ("allow",),
     "health": ("on_nonfinite", "on_spike"),
     "limits": ("step_s", "start_s"),

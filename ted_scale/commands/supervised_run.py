@@ -10,6 +10,7 @@ from ted_scale.base.errors import Gone, UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import life
 from ted_scale.checkpoints.progress import read_progress
+from ted_scale.config.run_file import load_run
 
 
 def run_file_of(command: list[str]) -> tuple[str, list[str]]:
@@ -42,4 +43,7 @@ def is_done(run) -> bool:
     """`deepspeed` also exits with 0 if its launcher was killed."""
     from ted_scale.distill.stages import stages_of  # imports torch: seconds and memory that are not needed earlier
 
-    return step_of(run) >= stages_of(run)[-1].last_step
+    with contextlib.suppress(UserError):
+        known = run if run.train.steps else load_run(run.folder / "run.toml")  # which has the steps of train.epochs
+        return step_of(run) >= stages_of(known)[-1].last_step
+    return False

@@ -202,7 +202,15 @@ class Loss(Section):
 
 
 class Train(Section):
-    steps: PositiveInt = Field(description="optimizer steps of ce, kd, lwd, and of TED's stage II")
+    steps: PositiveInt = Field(
+        0,  # where epochs are given, until data/epochs.py has counted
+        description="optimizer steps of ce, kd, lwd, and of TED's stage II; or epochs",
+    )
+    epochs: Positive | None = Field(
+        None,
+        description="in place of steps: how often the corpus is read, its rows rounded up to whole steps; docs/fine_tuning.md",
+    )
+    epochs_of: str | None = Field(None, description="the corpus, by its name, that epochs are of; needed with several")
     tokens_per_step: PositiveInt = Field(description="over all ranks; gradient accumulation is derived")
     micro_batch: PositiveInt = Field(description="rows of data.seq_len tokens that a rank computes at once")
     precision: Literal["bf16", "fp32"] = Field(
@@ -226,7 +234,20 @@ class Train(Section):
 
     @property
     def tokens(self) -> int:
+        """Of the stage; 0 while only its epochs are known."""
         return self.steps * self.tokens_per_step
+
+    @model_validator(mode="after")
+    def steps_or_epochs(self):
+        if not (self.steps or self.epochs):
+            raise ValueError("steps must be set, but is missing; or set train.epochs")
+        if self.steps and self.epochs:
+            raise ValueError(
+                f"steps must be left out where epochs are given ({self.epochs:g}), but is {self.steps}; keep one"
+            )
+        if self.epochs_of and not self.epochs:
+            raise ValueError(f"epochs_of must be left out without epochs, but is '{self.epochs_of}'; set epochs, too")
+        return self
 
     @field_validator("betas", mode="before")
     @classmethod

@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from ted_scale.config import changes
 from ted_scale.config.types import Count, PositiveInt, Seconds, Section
 
+FALLING = ("loss", "ppl", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score")
+RISING = ("acc", "exact_match", "em", "f1", "mcc", "bleu", "rouge1", "rouge2", "rougeL")
+
 
 class Checkpoint(Section):
     every: PositiveInt = Field(1000, description="steps")
@@ -15,12 +18,57 @@ class Checkpoint(Section):
         0, description="checkpoints whose step is a multiple of this stay for ever; 0: none"
     )
     keep_best: bool = Field(False, description="the one with the lowest validation loss of its step stays")
+    best: Annotated[str, Field(pattern=r"^(val/\S+)?$")] = Field(
+        "",
+        description="the one that is best by this number of metrics.jsonl, as val/loss or val/suite/boolq/acc, stays, and "
+        "ted-scale export finds it; docs/checkpoints.md",
+    )
+    best_is: Literal["lowest", "highest"] | None = Field(
+        None, description="which value of it is best; default: as known of losses, perplexities and the usual scores"
+    )
     background: bool = Field(True, description="false: a step waits until its checkpoint is on disk")
     max_failed: PositiveInt = Field(3, description="saves in a row that may fail; the next one ends the run")
     copy_to: Annotated[str, Field(pattern=r"^(s3://[^/]+.*)?$")] = Field(
         "",
         description="s3://BUCKET/PREFIX for a copy of every checkpoint; a run that has lost its folder continues from it",
     )
+
+    @property
+    def judged_by(self) -> str:
+        """The number that checkpoints are compared by; "" if none is."""
+        return self.best or ("val/loss" if self.keep_best else "")
+
+    @property
+    def lowest_is_best(self) -> bool:
+        return (self.best_is or known_best(self.judged_by)) == "lowest"
+
+    @model_validator(mode="after")
+    def best_is_known(self):
+        if self.best and not (self.best_is or known_best(self.best)):
+            raise ValueError(
+                f"best_is must be set where it is not known which value of checkpoint.best is best, but is missing for "
+                f"'{self.best}'; set 'lowest' or 'highest'"
+            )
+        if self.best_is and not self.best:
+            raise ValueError(
+                f"best_is must be left out without checkpoint.best, but is '{self.best_is}'; set best, too"
+            )
+        if self.keep_best and self.best not in ("", "val/loss"):
+            raise ValueError(
+                f"keep_best must be left out where checkpoint.best is another number than val/loss, but is true and best is "
+                f"'{self.best}'; one checkpoint is the best"
+            )
+        return self
+
+
+def known_best(number: str) -> str | None:
+    """By the last part of its name, which lm-eval may end with the name of a filter: exact_match_strict-match."""
+    metric = number.rpartition("/")[2]
+    of = {"lowest": FALLING, "highest": RISING}
+    known = [
+        best for best, names in of.items() if any(metric == name or metric.startswith(f"{name}_") for name in names)
+    ]
+    return known[0] if known else None
 
 
 class Resume(Section):

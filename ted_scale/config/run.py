@@ -179,6 +179,13 @@ class Run(Section):
         return self.loss.balance == "auto" and self.matches_layers
 
     @property
+    def held_out_numbers(self) -> list[str]:
+        """The student's numbers of held-out text in metrics.jsonl."""
+        names = [corpus.name for corpus in self.data.corpora if corpus.validation]
+        each = ["", *(f"{name}/" for name in names if len(names) > 1)] if names else []
+        return [f"val/{name}{kind}" for name in each for kind in ("loss", "ppl")]
+
+    @property
     def adapts(self) -> bool:
         return self.data.blend.kind == "adaptive"
 
@@ -209,6 +216,49 @@ class Run(Section):
         return self
 
     @model_validator(mode="after")
+    def epochs_are_of_one_corpus(self):
+        train, names = self.train, [corpus.name for corpus in self.data.corpora if corpus.weight]
+        if train.epochs and self.adapts:
+            raise ValueError(
+                f"train.epochs must be left out where data.blend.kind is 'adaptive', but is {train.epochs:g}: what is read of a "
+                "corpus follows from measurements; set train.steps"
+            )
+        if train.epochs_of and train.epochs_of not in names:
+            raise ValueError(
+                f"train.epochs_of must be a corpus with a weight above 0 ({', '.join(names)}), but is '{train.epochs_of}'"
+            )
+        if train.epochs and not train.epochs_of and len(names) > 1:
+            raise ValueError(
+                f"train.epochs_of must be set where several corpora are read, but is missing; name that of {', '.join(names)} "
+                "whose epochs count, or set train.steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def the_best_is_saved(self):
+        best, validation = self.checkpoint.best, self.validation
+        if not best:
+            return self
+        of_suite = best.startswith("val/suite/")
+        if best not in self.held_out_numbers and not (of_suite and validation.suite):
+            losses = ", ".join(self.held_out_numbers[:6]) or "no corpus holds text out"
+            raise ValueError(
+                f"checkpoint.best must be what a validation measures ({losses}; val/suite/TASK/METRIC with validation.suite), "
+                f"but is '{best}'"
+            )
+        measured = validation.every * (validation.suite_every if of_suite else 1)
+        if not measured:
+            raise ValueError(
+                f"validation.every must be above 0 where checkpoint.best is '{best}', but is 0: only the end would be measured"
+            )
+        if measured % self.checkpoint.every:
+            raise ValueError(
+                f"checkpoint.every must divide the steps between two values of checkpoint.best ({measured}), but is "
+                f"{self.checkpoint.every}: what is measured at a step that is not saved cannot be kept"
+            )
+        return self
+
+    @model_validator(mode="after")
     def samples_have_text(self):
         samples, most = self.samples, self.data.seq_len - 1
         if samples.every and samples.tokens > most:
@@ -223,6 +273,8 @@ class Run(Section):
     @model_validator(mode="after")
     def schedules_fit_stage_two(self):
         tokens = self.train.tokens
+        if not tokens:
+            return self  # data/epochs.py asks again when it has counted the steps
         for name, weight in self.terms.items():
             if not isinstance(weight, Schedule):
                 continue
@@ -249,7 +301,7 @@ class Run(Section):
                 "states of both models have one type"
             )
         terms, tokens = self.terms.values(), self.train.tokens
-        for fraction in changes_of(terms, tokens):
+        for fraction in changes_of(terms, tokens) if tokens else ():
             if not any(is_on(weight, fraction, tokens) for weight in terms):
                 raise ValueError(
                     f"a term of method = '{self.method}' must be on in every step, but from {fraction:.0%} of stage II on loss.ce, "
@@ -264,7 +316,7 @@ class Run(Section):
             raise ValueError(
                 "loss.balance must be 'fixed' where loss.kl is 0, but is 'auto': there is no KL to balance the layer loss with"
             )
-        if self.train.warmup_steps >= self.train.steps:
+        if 0 < self.train.steps <= self.train.warmup_steps:
             limit = self.train.steps
             raise ValueError(
                 f"train.warmup_steps must be below train.steps ({limit}), but is {self.train.warmup_steps}"

@@ -14,9 +14,14 @@ from ted_scale.config.run import Run
 
 LARGEST = 2**24  # bytes
 REPLACED = {"data.mask_documents": "data.attention = 'document'"}
+INSTEAD = {
+    "train.steps": ("epochs", "epochs_of"),
+    "train.epochs": ("steps",),
+}  # what else of the section a --set replaces
 # What other trainers call a key.
 CALLED = {
     "learning_rate": "train.lr", "max_lr": "train.lr", "min_learning_rate": "train.min_lr", "max_steps": "train.steps",
+    "num_train_epochs": "train.epochs", "num_epochs": "train.epochs",
     "batch_size": "train.micro_batch", "micro_batch_size": "train.micro_batch",
     "per_device_train_batch_size": "train.micro_batch", "global_batch_size": "train.tokens_per_step",
     "gradient_accumulation_steps": "train.tokens_per_step", "gradient_accumulation": "train.tokens_per_step",
@@ -69,7 +74,8 @@ def one_line(error: Exception) -> str:
 
 
 def put(values: dict, override: str) -> None:
-    """Set one `section.key=value`; the value is TOML, and a bare word is a string."""
+    """Set one `section.key=value`; the value is TOML, and a bare word is a string. Of two keys that exclude each other, the one
+    that is set replaces the other."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"--set must look like section.key=value, but is {shown(override)}")
@@ -82,6 +88,8 @@ def put(values: dict, override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"--set must name a key of a section, but {section} in {shown(override)} is not a section")
+    for replaced in INSTEAD.get(dotted.strip(), ()):
+        values.pop(replaced, None)
     values[key] = value
 
 
@@ -147,5 +155,10 @@ def annotation_parts(annotation) -> list:
 
 
 def to_toml(run: Run) -> str:
-    """The resolved run as TOML, readable by `load_run`. None is left out, because TOML has no null."""
-    return tomli_w.dumps(run.model_dump(by_alias=True, exclude_none=True))
+    """The resolved run as TOML, readable by `load_run`: with steps, as soon as they are known, and not with epochs, too. None is
+    left out, because TOML has no null."""
+    return tomli_w.dumps(run.model_dump(by_alias=True, exclude_none=True, exclude={"train": not_written(run)}))
+
+
+def not_written(run: Run) -> set[str]:
+    return {"epochs", "epochs_of"} if run.train.steps else {"steps"}

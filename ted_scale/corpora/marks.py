@@ -1,7 +1,7 @@
 """Which tokens of a text hold a character of an answer.
 
 A token of a byte-level vocabulary stands for a known number of bytes, so the sums of these numbers are the borders of tokens. Note:
-the backend's own offsets say the same, but cost a fifth of the encoding; they are asked where the sums are not those of the text.
+the backend's own offsets say the same, but slow the encoding; they are asked where the sums are not those of the text.
 """
 
 import json

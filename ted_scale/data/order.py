@@ -7,6 +7,7 @@ within every block of 1000 samples, so a share below 1/1000 becomes 1/1000.
 
 import hashlib
 from functools import lru_cache
+from itertools import islice
 
 from ted_scale.base.errors import UserError
 
@@ -85,6 +86,13 @@ def taken(position: int, counts: tuple[int, ...], seed: int) -> list[int]:
     block, slot = divmod(position, BLOCK)
     dealt = deal(counts, mix(seed, -1, block))[:slot] if slot else ()
     return [block * n + dealt.count(corpus) for corpus, n in enumerate(counts)]
+
+
+def until(samples: int, corpus: int, counts: tuple[int, ...], seed: int) -> int:
+    """The first position of the blend before which a corpus has given so many samples, at least one."""
+    block, more = divmod(samples - 1, counts[corpus])
+    slots = (slot for slot, dealt in enumerate(deal(counts, mix(seed, -1, block))) if dealt == corpus)
+    return block * BLOCK + next(islice(slots, more, None)) + 1
 
 
 @lru_cache(maxsize=4)

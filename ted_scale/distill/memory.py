@@ -262,9 +262,9 @@ def loss_gradients(plan, stage: Stage) -> float:
 
 
 def of_logits(plan, stage: Stage) -> float:
-    """Of the head's weight and of its input, once for each pass over the logits that keeps them."""
-    of_input = bytes_of(plan) * tokens_of(plan) * plan.student.head_width
-    return gradient_passes(plan.run.loss, plan.run.terms.get("kl")) * (4 * head_gradient(plan, stage) + of_input)
+    """Of the head's weight, if it is trained, and of its input, once for each pass over the logits that keeps them."""
+    matrix_and_input = 4 * head_gradient(plan, stage) + plan.student.head_width * bytes_of(plan) * tokens_of(plan)
+    return gradient_passes(plan.run.loss, plan.run.terms.get("kl")) * matrix_and_input
 
 
 def chunk(plan, stage: Stage, device: str) -> float:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ted_scale.base.errors import UserError, clean, shortened
 from ted_scale.base.packages import install_extra
+from ted_scale.config.method import Validation
 
 OURS = Path(__file__).with_name("tasks")
 LIKELIHOODS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")  # lm-eval's kinds of tasks
@@ -64,6 +65,11 @@ def load(wanted: list[str], folder: Path | None, run_code: bool) -> tuple[Any, A
             refuse_missing_metric(name, folder)
     specs = read(index, {name: asked_by[name] for name in kept}, folder, OPTIONS)
     return index, Asked(specs, [name for name in code if name not in kept])
+
+
+def suite_in_training(validation: Validation) -> dict:
+    files = validation.suite_files
+    return load_for_training(validation.suite, Path(files) if files else None, validation.suite_limit)
 
 
 def load_for_training(wanted: list[str], folder: Path | None, limit: int | None) -> dict:

@@ -16,6 +16,7 @@ from ted_scale.base import durable, patience, sealed
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes
+from ted_scale.config.operation import Checkpoint
 
 
 def leave(run: Path, step: int, validation: float | None = None, forks: tuple[int, ...] = ()) -> Path:
@@ -74,23 +75,16 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_in_one_sentence(orig
 
 
 def test_pruning_keeps_the_last_the_periodic_and_the_best_checkpoints(tmp_path):
-    class Settings:
-        keep, keep_every, keep_best = 2, 6, True
-
     for step, loss in ((2, 5.0), (4, 3.0), (6, None), (8, 4.0), (10, 3.5), (12, 3.1), (14, 9.0)):
         leave(tmp_path, step, loss)
     (files.checkpoints_of(tmp_path) / "step_00000008" / sealed.MANIFEST).unlink()
-    files.prune(tmp_path, Settings)
+    files.prune(tmp_path, Checkpoint(keep=2, keep_every=6, keep_best=True))
     left = sorted(p.name for p in files.checkpoints_of(tmp_path).iterdir())
     assert left == [files.checkpoint_name(step) for step in (4, 6, 8, 12, 14)]  # 8 is damaged: not ours to remove
 
 
 def test_after_a_rewind_the_new_line_is_kept_and_resumed_from(tmp_path):
     """From 8 back to 6, and on with 7: the newest is 7, its history 6 and 4, and 8 belongs to nobody."""
-
-    class Settings:
-        keep, keep_every, keep_best = 2, 4, True
-
     for step in (2, 4, 6, 8):
         leave(tmp_path, step, 1.0 / step)
     leave(tmp_path, 7, 0.9, forks=(6,))
@@ -98,7 +92,7 @@ def test_after_a_rewind_the_new_line_is_kept_and_resumed_from(tmp_path):
     assert newest_whole(tmp_path).name == "step_00000007_1"
     whole = {s.path.name: s.manifest for s in files.published(tmp_path)}
     assert [files.key_of(name) for name in files.history(whole)] == [(1, 7), (0, 6), (0, 4), (0, 2)]
-    files.prune(tmp_path, Settings)
+    files.prune(tmp_path, Checkpoint(keep=2, keep_every=4, keep_best=True))
     assert sorted(p.name[5:] for p in files.checkpoints_of(tmp_path).iterdir()) == [
         "00000004",
         "00000006",
@@ -164,7 +158,15 @@ def test_the_tool_continues_when_a_running_run_removes_a_checkpoint(original, tm
 
 
 @pytest.mark.parametrize(
-    "forged", [{"forks": "abc"}, {"forks": [None]}, {"forks": [3]}, {"validation": "x"}, {"step": 13}]
+    "forged",
+    [
+        {"forks": "abc"},
+        {"forks": [None]},
+        {"forks": [3]},
+        {"validation": "x"},
+        {"step": 13},
+        {"scores": {"val/ppl": "x"}},
+    ],
 )
 def test_a_manifest_of_another_folder_is_damage_although_its_digest_is_right(original, tmp_path, forged):
     run = shutil.copytree(original, tmp_path / "run")
@@ -214,10 +216,7 @@ def test_an_error_that_stays_is_gone_and_never_damage_and_nothing_older_is_used_
     run = shutil.copytree(original, tmp_path / "run")
     answering(monkeypatch, "open", code, float("inf"))
 
-    class Settings:
-        keep, keep_every, keep_best = 1, 0, False
-
-    for look in (files.newest_checkpoint, files.published, lambda run: files.prune(run, Settings)):
+    for look in (files.newest_checkpoint, files.published, lambda run: files.prune(run, Checkpoint(keep=1))):
         with pytest.raises(
             Gone, match=rf"step_00000012/manifest.json must be readable.*{os.strerror(code)}.*move them"
         ):

@@ -15,7 +15,7 @@ FULL = Progress(
     step=4, tokens=256, samples=32, blend=BLEND, wandb_id="abc", identity={"seed": 0}, run={"name": "r"}, validation=2.5,
     adaptive={"step": 2, "weights": {"a": 1.0}, "teacher": {"a": 2.5}, "text": {"a": "text"}},
     health=Health(in_a_row=1, ground="g", losses=[1.5, 1.25]), forks=(2,), spent=Spent(at=9.0, steps=4.5),
-    entropy_floor=0.1,
+    entropy_floor=0.1, scores={"val/ppl": 12.5},
 )  # fmt: skip
 FIRST_VERSION = ("step", "tokens", "samples", "blend", "adaptive", "wandb_id", "identity")
 
@@ -36,6 +36,7 @@ def test_the_file_of_the_first_version_is_read():
         "forks": (),
         "spent": None,
         "entropy_floor": 0.0,
+        "scores": {},
     }
     assert parse_progress(json.dumps(earlier), "p") == dataclasses.replace(FULL, **later)
 

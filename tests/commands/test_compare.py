@@ -419,7 +419,7 @@ def test_two_comparisons_may_go_on_beside_each_other(write, monkeypatch, ranks):
 
 def test_a_run_that_begins_while_the_comparison_ends_is_ended_too(write, monkeypatch):
     """The next run begins as soon as one has ended; if that one failed, nobody waits for the next."""
-    begins, ended = threading.Event(), threading.Event()
+    asked, begins, ended = threading.Event(), threading.Event(), threading.Event()
 
     class Going:
         def wait(self) -> int:
@@ -428,6 +428,7 @@ def test_a_run_that_begins_while_the_comparison_ends_is_ended_too(write, monkeyp
     def popen(command, **of):
         if "name=ce_seed0" in command:
             return Ended()
+        asked.set()
         begins.wait(3)
         return Going()
 
@@ -436,6 +437,7 @@ def test_a_run_that_begins_while_the_comparison_ends_is_ended_too(write, monkeyp
     plan = plans.load(write())
     runs = starts.run_all(plan, [plans.job_of(plan, arm, 0, 3) for arm in ("ce", "kd")])
     next(runs)
+    assert asked.wait(30)  # one that has not begun is not begun any more
     threading.Timer(0.2, begins.set).start()
     runs.close()
     assert ended.is_set()

@@ -71,6 +71,7 @@ def test_every_section_of_a_run_file_is_there_also_a_new_one(known, monkeypatch)
     assert ("#silence_s" in text) == ("limits" not in known)
 
 
+@pytest.mark.long
 def test_with_prepare_one_more_command_trains_the_own_text(here, capsys):
     init.main(["--teacher", "teacher", "--text", "my text", "--out", "own.toml", "--prepare", "--ranks", "1"])
     said = capsys.readouterr().out

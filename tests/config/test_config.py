@@ -70,6 +70,19 @@ WRONG = {
     "train.steps='5'": "train.steps must be a valid integer, but is '5'",
     "train.steps=true": "train.steps must be a valid integer, but is True",
     "train.steps=0": "train.steps must be greater than 0, but is 0",
+    "train={tokens_per_step=256, micro_batch=1, lr=1e-3}": "train.steps must be set, but is missing; or set train.epochs",
+    "train={steps=6, epochs=3, tokens_per_step=256, micro_batch=1, lr=1e-3}": "train.steps must be left out where epochs are "
+    "given (3), but is 6; keep one",
+    "train.epochs=0": "train.epochs must be greater than 0, but is 0",
+    "train={epochs=1, epochs_of='x', tokens_per_step=256, micro_batch=1, lr=1e-3}": "train.epochs_of must be a corpus with a "
+    "weight above 0 (corpus), but is 'x'",
+    "checkpoint.best='val/suite/x/acc'": "checkpoint.best must be what a validation measures (val/loss, val/ppl; "
+    "val/suite/TASK/METRIC with validation.suite), but is 'val/suite/x/acc'",
+    "checkpoint.best='val/suite/x/other'": "checkpoint.best_is must be set where it is not known which value of checkpoint.best is "
+    "best, but is missing for 'val/suite/x/other'; set 'lowest' or 'highest'",
+    "checkpoint={best='val/ppl', every=2}": "validation.every must be above 0 where checkpoint.best is 'val/ppl', but is 0: only "
+    "the end would be measured",
+    "checkpoint.best_is='lowest'": "checkpoint.best_is must be left out without checkpoint.best, but is 'lowest'; set best, too",
     "train.lr=inf": "train.lr must be a finite number, but is inf",
     "train.lr=nan": "train.lr must be a finite number, but is nan",
     "train.precision='fp16'": "train.precision must be 'bf16' or 'fp32', but is 'fp16'",

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain import make_world
+from plain import make_shard, make_world
 from safetensors.torch import save_file
-from tiny import make_model, make_run
+from tiny import make_model, make_run, run_values
 
 from ted_scale.base import durable, sealed
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes, read_progress
 from ted_scale.config import changes
+from ted_scale.config.run import Run
 from ted_scale.distill.stages import stages_of
 from ted_scale.feed import open_feed
 from ted_scale.plan import make_plan
@@ -51,10 +52,10 @@ def blend_of(run) -> dict:
     return open_feed(run, stages_of(run)[0], Progress(), 128)[1].blend
 
 
-def leave_checkpoint(run, identity: dict, step: int = 4) -> Path:
+def leave_checkpoint(run, identity: dict, step: int = 4, written: dict | None = None) -> Path:
     part = files.checkpoints_of(run.folder) / (files.checkpoint_name(step) + files.PART)
     part.mkdir(parents=True)
-    at = Progress(step, step * 256, blend=blend_of(run), wandb_id="wandb-id", identity=identity)
+    at = Progress(step, step * 256, blend=blend_of(run), wandb_id="wandb-id", identity=identity, run=written)
     entry = durable.write_file(part / PROGRESS, [progress_as_bytes(at)])
     sealed.seal(part, {PROGRESS: entry}, {"step": step, "forks": []})
     return durable.publish(part)
@@ -66,6 +67,20 @@ def test_the_run_s_own_checkpoint_is_accepted(world):
     assert make_plan(run, 1)
     assert files.newest_checkpoint(run.folder) == checkpoint
     assert read_progress(checkpoint).wandb_id == "wandb-id"
+
+
+def test_a_run_of_epochs_keeps_the_steps_of_its_start_until_its_epochs_change(world):
+    def plan_of(epochs):
+        values = run_values(world)
+        del values["train"]["steps"]
+        return make_plan(Run.model_validate(values | {"train": {**values["train"], "epochs": epochs}}), 1)
+
+    first = plan_of(3)
+    leave_checkpoint(first.run, first.identity(), written=changes.as_written(first.run))
+    make_shard(world / "corpus", documents=40)
+    again, other = plan_of(3), plan_of(4)
+    assert again.run.train.steps == first.run.train.steps < plan_of(3.5).run.train.steps < other.run.train.steps
+    assert "the run keeps the" in again.resumes[-1] and "the run keeps the" not in other.resumes[-1]
 
 
 def test_a_change_that_does_not_decide_the_result_is_accepted(world):

@@ -19,6 +19,7 @@ from tiny import PRETRAIN, make_model, make_run, write_run
 
 from ted_scale import validate as validation
 from ted_scale.base.errors import Preempted, UserError
+from ted_scale.checkpoints.progress import Progress
 from ted_scale.commands import evaluate, export_hf
 from ted_scale.distill.stages import Stage
 from ted_scale.evaluation import suites, turns
@@ -279,7 +280,7 @@ def test_a_resume_asks_a_suite_that_was_cut_short_and_repeats_none(root, tmp_pat
         (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         metrics = Metrics(run, writes=True, total_steps=4, step=step, device=torch.device("cpu"), wandb_run=None)
         metrics.close()
-        return validation.missing(plan, metrics, stage, step)
+        return validation.missing(plan, metrics, stage, Progress(step))
 
     assert missing(4) and missing(4, "val/loss") and missing(4, "val/suite/piqa/acc")
     assert not missing(4, "val/loss", "val/suite/piqa/acc") and not missing(3)
@@ -326,6 +327,7 @@ def test_training_needs_a_limit_for_a_task_that_only_its_group_makes_one_that_wr
         suites.load_for_training(["both"], folder, None)
 
 
+@pytest.mark.long
 @needs_lm_eval
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_scores_in_training_are_those_of_the_export_to_the_last_bit(root, tmp_path, precision):

@@ -44,6 +44,7 @@ READS: dict[str, dict[str, str]] = {  # by command: which of its arguments name 
     "doctor": {"folder": "any_folder", "hostfile": "hosts"},
     "init": {"teacher": "model", "text": "texts"},
     "train-tokenizer": {"inputs": "texts"},
+    "task": {"data": "reviews", "held_out": "reviews"},
     "tokenize": {"tokenizer": "model", "inputs": "texts"},
     "inspect": {"path": "corpus"},
     "new-model": {"tokenizer": "model"},
@@ -131,7 +132,9 @@ class Place:
         """A folder, or a file of the kind that its name says."""
         rows = [{"text": page.read_text(encoding="utf-8")} for page in (self.world / "texts").iterdir()]
         chat = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This one."}]
-        lines = "".join(json.dumps({"messages": chat} if "chat" in path.name else row) + "\n" for row in rows)
+        pair = {"prompt": "Which?", "completion": " This one."}  # of ted-scale task
+        made = {"messages": chat} if "chat" in str(path) else pair if path.name == "train.jsonl" else {}
+        lines = "".join(json.dumps(made or row) + "\n" for row in rows)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".parquet":
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -141,6 +144,11 @@ class Place:
             path.write_text(lines)
         else:
             self._linked(self.world / "texts", path)
+
+    def reviews(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        rows = [json.dumps({"sentence": f"film {n}", "label": n % 2}) + "\n" for n in range(40)]
+        (path / "rows.jsonl").write_text("".join(rows))
 
     def any_folder(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)

@@ -40,12 +40,12 @@ def make_world(root: Path) -> Path:
     return root
 
 
-def make_shard(prefix: Path, largest: int = VOCABULARY - 1) -> None:
-    """20 documents of 40 to 60 tokens, with the sidecar that names the largest id."""
-    documents = [[1 + (7 * d + i) % largest for i in range(40 + d)] for d in range(20)]
-    documents[3][5] = largest
-    tokens = sum(map(len, documents))
-    write_shard(prefix, documents, sidecar={"max_token_id": largest, "tokens": tokens})
+def make_shard(prefix: Path, largest: int = VOCABULARY - 1, documents: int = 20) -> None:
+    """So many documents of 40 tokens and more, with the sidecar that names the largest id."""
+    written = [[1 + (7 * d + i) % largest for i in range(40 + d)] for d in range(documents)]
+    written[3][5] = largest
+    tokens = sum(map(len, written))
+    write_shard(prefix, written, sidecar={"max_token_id": largest, "tokens": tokens})
 
 
 def build(root: Path, stage: str = "student", seed: int = 0, **sections) -> Parts:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def main() -> None:
     folder, names = Path(sys.argv[-2]), sys.argv[-1].split(",")
+    import best_scenarios
     import data_scenarios
     import health_scenarios
     import lora_scenarios
@@ -35,8 +36,8 @@ def main() -> None:
 
     plan.inspect = functools.cache(plan.inspect)
     homes = (
-        scenarios, data_scenarios, health_scenarios, lora_scenarios, number_scenarios, recorded_losses, sample_scenarios,
-        sequence_scenarios, stop_scenarios, traffic_scenarios, vitals_scenarios,
+        scenarios, best_scenarios, data_scenarios, health_scenarios, lora_scenarios, number_scenarios, recorded_losses,
+        sample_scenarios, sequence_scenarios, stop_scenarios, traffic_scenarios, vitals_scenarios,
     )  # fmt: skip
     device, rank = start_ranks(), os.environ["RANK"]
     for name in names:

@@ -1,0 +1,66 @@
+"""How many steps train.epochs come to, from the rows that the corpus has.
+
+A row is a window of data.seq_len tokens, or what is packed into one; what a corpus holds out has none. The rows are rounded up
+to whole steps, so the last step may begin the next epoch. With several corpora the steps end with the one in which train.epochs_of
+has been read so often, while the others are read by their shares. Note: a run that is resumed keeps the steps of its start.
+"""
+
+import math
+from fractions import Fraction
+
+from pydantic import ValidationError
+
+from ted_scale.base.errors import UserError
+from ted_scale.config.run import Run
+from ted_scale.config.run_file import sentence
+from ted_scale.data import blend, order
+from ted_scale.data.stream import open_stream
+
+ANY = 1 << 31  # vocabulary, because no token is read
+
+
+def resolved(run: Run, before: dict | None = None) -> Run:
+    """The run with its steps. `before` is the run file of the checkpoint that it resumes from, with the steps of its start."""
+    if run.train.steps:
+        return run
+    return with_steps(run, steps_before(run, before or {}) or counted(run))
+
+
+def steps_before(run: Run, before: dict) -> int:
+    """0 if that run had no epochs, or others."""
+    train, keys = before.get("train", {}), ("epochs", "epochs_of")
+    return train["steps"] if all(train.get(key) == getattr(run.train, key) for key in keys) else 0
+
+
+def counted(run: Run) -> int:
+    """From the corpora as they are now."""
+    stream = open_stream(run.data, run.seed, ANY)
+    names = [domain.name for domain in stream.interval.domains]
+    which = names.index(run.train.epochs_of or names[0])
+    rows = blend.units(stream.interval.domains[which].tokens, run.data.seq_len)
+    # As the number is written: 0.1 is a little more than a tenth.
+    samples = math.ceil(Fraction(repr(run.train.epochs)) * rows)
+    end = order.until(samples, which, stream.interval.shares, stream.interval.key)
+    return -(-end * run.data.seq_len // run.train.tokens_per_step)
+
+
+def with_steps(run: Run, steps: int) -> Run:
+    """All rules of the run file are asked again: warm-up and schedules must fit the steps."""
+    values = run.model_dump(by_alias=True, exclude_none=True)
+    kept = {key: values["train"].pop(key) for key in ("epochs", "epochs_of") if key in values["train"]}
+    values["train"]["steps"] = steps
+    try:
+        known = Run.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"train.epochs = {run.train.epochs:g} are {steps} steps: {sentence(error)}") from None
+    return known.model_copy(update={"train": known.train.model_copy(update=kept)})
+
+
+def describe(run: Run) -> list[str]:
+    """Says so if the corpora have come to hold other epochs than when the run began."""
+    if not run.train.epochs or (now := counted(run)) == run.train.steps:
+        return []
+    return [
+        f"train.epochs = {run.train.epochs:g} would be {now:,} steps of what the corpora hold now: the run keeps the "
+        f"{run.train.steps:,} of its start; set train.steps = {now} for the others"
+    ]

@@ -1,0 +1,85 @@
+"""The best checkpoint: the one that stays, that the tools show, and that an export takes."""
+
+import pytest
+
+from ted_scale.base import durable, sealed
+from ted_scale.base.errors import UserError
+from ted_scale.checkpoints import folder as files
+from ted_scale.commands import checkpoints, export_hf
+from ted_scale.config.operation import Checkpoint
+
+ACCURACY = "val/suite/boolq/acc"
+
+
+def leave(run, step, of=None, forks=()):
+    part = files.checkpoints_of(run) / (files.checkpoint_name(step, len(forks)) + durable.PART)
+    part.mkdir(parents=True)
+    entries = {"progress.json": durable.write_file(part / "progress.json", [b"{}"])}
+    sealed.seal(part, entries, {"step": step, "forks": list(forks)} | ({"scores": of} if of else {}))
+    return durable.publish(part)
+
+
+def best(run, settings):
+    name = files.best_of({c.path.name: c.manifest for c in files.published(run) if c.fault is None}, settings)
+    return name and files.key_of(name)[1]
+
+
+def test_the_best_by_its_own_direction_stays_and_of_equals_the_first(tmp_path):
+    for step, accuracy in ((2, 0.5), (4, 0.75), (6, 0.75), (8, 0.6)):
+        leave(tmp_path, step, {ACCURACY: accuracy})
+    leave(tmp_path, 9)  # a stop: nothing was measured
+    highest, lowest = (Checkpoint(keep=1, best=ACCURACY, best_is=best_is) for best_is in (None, "lowest"))
+    assert (best(tmp_path, highest), best(tmp_path, lowest)) == (4, 2)
+    assert best(tmp_path, Checkpoint(best="val/ppl")) is None  # values of another number do not count
+    files.prune(tmp_path, highest)
+    assert [path.name[-1] for path in files.listed(tmp_path)] == ["9", "4"]
+
+
+def test_the_best_so_far_stays_until_a_better_one_is_whole(tmp_path):
+    settings = Checkpoint(keep=1, best=ACCURACY)
+    leave(tmp_path, 2, {ACCURACY: 0.5})
+    damaged = leave(tmp_path, 4, {ACCURACY: 0.9})
+    (damaged / "progress.json").unlink()
+    leave(tmp_path, 6, {ACCURACY: 0.4})
+    files.prune(tmp_path, settings)
+    assert best(tmp_path, settings) == 2
+
+
+def test_a_value_of_a_step_that_was_undone_is_forgotten(tmp_path):
+    settings = Checkpoint(best=ACCURACY)
+    for step, accuracy in ((2, 0.5), (4, 0.6), (6, 0.9)):
+        leave(tmp_path, step, {ACCURACY: accuracy})
+    leave(tmp_path, 5, {ACCURACY: 0.55}, forks=(4,))
+    assert best(tmp_path, settings) == 4
+
+
+def test_the_tools_find_it(tmp_path, capsys):
+    run = tmp_path / "run"
+    for step, accuracy in ((2, 0.75), (4, 0.5)):
+        leave(run, step, {ACCURACY: accuracy})
+    (run / "run.toml").write_text(RUN_FILE)
+    checkpoints.main([str(run), "list"])
+    assert [("best" in line, "acc 0." in line) for line in capsys.readouterr().out.splitlines()] == [
+        (False, True),
+        (True, True),
+    ]
+    assert export_hf.find_checkpoint(run)[0].name == "step_00000004"
+    assert export_hf.find_checkpoint(run, "best")[0].name == "step_00000002"
+    (run / "run.toml").write_text(RUN_FILE.partition("[checkpoint]")[0])
+    with pytest.raises(
+        UserError, match=r"checkpoint\.best must be set for --checkpoint best, but is not in .*run\.toml"
+    ):
+        export_hf.find_checkpoint(run, "best")
+
+
+RUN_FILE = f"""
+name = "run"
+method = "ce"
+student.path = "student"
+data = {{ seq_len = 8, corpora = [{{ path = "corpus", validation = 0.1 }}] }}
+train = {{ steps = 4, tokens_per_step = 8, micro_batch = 1, lr = 1e-3 }}
+validation = {{ every = 2, suite = "boolq" }}
+[checkpoint]
+every = 2
+best = "{ACCURACY}"
+"""
