@@ -47,7 +47,8 @@ def find_checkpoint(source: Path, which: str = "newest") -> tuple[Path, Path]:
 def named_by_run(path: str, run: Run, folder: Path) -> str:
     """A path of the run file, which counts from where the run was started: the folder in which RUN is runs/NAME."""
     parts, here = run.folder.parts, folder.resolve()
-    started_in = here.parents[len(parts) - 1] if here.parts[-len(parts) :] == parts else None
+    is_below = not run.folder.is_absolute() and here.parts[-len(parts) :] == parts
+    started_in = here.parents[len(parts) - 1] if is_below else None
     return str(started_in / path) if started_in and (started_in / path).is_dir() else path
 
 

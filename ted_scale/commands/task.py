@@ -7,14 +7,14 @@ NAME_split, because such scores are no scores of the public task.
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ted_scale.base.durable import write_durably
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
 from ted_scale.base.parsing import parse_json
-from ted_scale.corpora import sides
+from ted_scale.corpora import sides, task_files
 from ted_scale.corpora.documents import find_files, read_documents
 from ted_scale.corpora.tasks import TASKS, Item, Task, item_of
 
@@ -53,9 +53,7 @@ GIVEN = "the held-out items that were given."
 
 def items_in(name: str, inputs: list[str]) -> list[Item]:
     """All of the files, in their order."""
-    task, files = TASKS[name], find_files(inputs)
-    documents = read_documents(files, (*task.asks, *task.columns), on_error=refuse)
-    items = [item_at(task, f"{files[document.file]}:{document.line}", document.text) for document in documents]
+    items = [item_at(TASKS[name], place, row) for place, row in rows_in(name, inputs)]
     if not items:
         raise UserError(
             f"{' '.join(inputs)} must hold rows of {name}, but holds none; name its train or validation split"
@@ -63,11 +61,23 @@ def items_in(name: str, inputs: list[str]) -> list[Item]:
     return items
 
 
+def rows_in(name: str, inputs: list[str]) -> Iterator[tuple[str, dict]]:
+    """(where it is, row); the data sets' own files are read only where they are named."""
+    for path in find_files(inputs):
+        yield from task_files.rows_of(path, name) if task_files.is_own(path, name) else records(path, TASKS[name])
+
+
+def records(path: Path, task: Task) -> Iterator[tuple[str, dict]]:
+    for document in read_documents([path], (*task.asks, *task.columns), on_error=refuse):
+        place = f"{path}:{document.line}"
+        yield place, row_of(place, document.text)
+
+
 def refuse(error: UserError) -> None:
     raise UserError(str(error).replace(" or pass --on-error skip", ""))
 
 
-def item_at(task: Task, place: str, record: str) -> Item:
+def row_of(place: str, record: str) -> dict:
     try:
         row = parse_json(record)
     except ValueError as error:
@@ -76,6 +86,10 @@ def item_at(task: Task, place: str, record: str) -> Item:
         raise UserError(
             f"{place} must be a JSON object, but is {type(row).__name__}; name JSON lines, Parquet or Arrow"
         )
+    return row
+
+
+def item_at(task: Task, place: str, row: dict) -> Item:
     try:
         return item_of(task, row)
     except ValueError as error:
@@ -118,7 +132,7 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=TASKS, metavar="NAME", help=", ".join(TASKS))
-    files = "folders of Hugging Face datasets, .jsonl, .parquet or .arrow"
+    files = "folders of Hugging Face datasets, .jsonl, .parquet, .arrow; GLUE's own .tsv, SQuAD's .json"
     parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help=files)
     parser.add_argument("--held-out", nargs="+", metavar="PATH", help="the held-out items; default: a fifth of --data")
     parser.add_argument("--conversations", action="store_true", help="train.jsonl has messages of user and assistant")

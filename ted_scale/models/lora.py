@@ -14,6 +14,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from ted_scale.base.errors import UserError, shown
+from ted_scale.base.packages import install_extra
 from ted_scale.config.changes import plain
 from ted_scale.config.models import Lora
 from ted_scale.models import fingerprint
@@ -38,7 +39,7 @@ def check(lora: Lora | None, anatomy: Anatomy) -> None:
         return
     if importlib.util.find_spec("peft") is None:
         raise UserError(
-            "student.lora must be left out where peft is not installed, but is set; pip install -e .[lora], or leave it out"
+            f"student.lora must be left out where peft is not installed, but is set; {install_extra('lora')}"
         )
     every = matrices(anatomy, ALL)
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in every}))

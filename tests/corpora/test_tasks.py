@@ -43,6 +43,8 @@ PAIRS = {
     "wnli": ("Premise: P\nHypothesis: H\nEntailment:", " yes"),
 }
 
+QUESTION = {"question": "Q?", "id": "1", "answers": [{"text": "y", "answer_start": 0}]}
+
 
 @pytest.mark.parametrize("name", TASKS)
 def test_each_task_has_its_template_and_its_answer_begins_with_a_space(name):
@@ -97,6 +99,35 @@ def test_a_file_becomes_pairs_and_what_the_judge_asks_and_a_split_of_its_own_has
     assert [len(lines(tmp_path / f"given/{name}.jsonl")) for name in ("train", "held_out")] == [5, 3]
     assert (tmp_path / "given/sst2_held_out.yaml").exists() and "never" not in (said := capsys.readouterr().out)
     assert "3 prompts are on both sides" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sst2", 'sentence\tlabel\nS \t1\n'),
+        ("cola", "gj04\t1\t\tS\n"),
+        ("mrpc", "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tP\tH\n"),
+        ("qqp", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tP?\tQ?\t1\n4\tcut short\n"),
+        ("rte", "index\tsentence1\tsentence2\tlabel\n0\tP\tH\tnot_entailment\n"),
+        ("mnli", "index\tsentence1\tsentence2\tgold_label\n0\tP\tH\tneutral\n"),
+        ("squad", json.dumps({"data": [{"paragraphs": [{"context": "C.", "qas": [QUESTION]}]}]})),
+    ],
+)  # fmt: skip
+def test_the_authors_own_files_give_the_items_of_the_tables_on_the_hub(tmp_path, name, text):
+    (path := tmp_path / ("dev.json" if name == "squad" else "dev.tsv")).write_text(text)
+    (item,) = task.items_in(name, [str(path)])
+    assert (item.prompt, item.completion) == PAIRS[name]
+
+
+def test_an_own_file_in_another_form_is_refused_with_the_way_out(tmp_path):
+    (path := tmp_path / "dev.json").write_text('{"version": "1.1"}')
+    with pytest.raises(
+        UserError, match=r"dev.json must be as squad's authors wrote it, .*KeyError: 'data'.*JSON lines"
+    ):
+        task.items_in("squad", [str(path)])
+    (path := tmp_path / "dev.tsv").write_text('sentence\tlabel\na "b\t-1\n')
+    with pytest.raises(UserError, match=r"dev.tsv:2 must have a label of 0 to 1, but has -1, as a test split"):
+        task.items_in("sst2", [str(path)])
 
 
 def test_a_held_out_item_is_a_pair_too_and_the_items_to_train_on_may_be_conversations(tmp_path):

@@ -79,7 +79,7 @@ def runs_out(folder: Path, device):
 
 def packed_resumes(folder: Path, device):
     """Six steps over packed examples with targets, straight on two ranks; then from the checkpoint of step 3 on two, and on one."""
-    ranks, path = dist.get_world_size(), folder / "examples"
+    ranks, path = dist.get_world_size(), folder / "packed_examples"
     settings = {
         "method": "ce", "data": {"packing": "examples", "attention": "document", "corpora": [{"path": str(path)}]},
         "checkpoint": {"every": 3, "keep": 100},
