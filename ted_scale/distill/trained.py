@@ -9,6 +9,7 @@ from ted_scale.models import lora
 
 
 def trained_parameters(plan, stage: Stage) -> int:
+    """The filters, and in stage II the student, or of it the adapters alone."""
     counts = filter_parameters(plan)
     if stage.learns_filters:
         return sum(counts.values()) + own_heads(plan)
