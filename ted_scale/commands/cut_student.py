@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale.base.errors import UserError
-from ted_scale.base.exits import run_main
+from ted_scale.base.exits import run_main, speak
 from ted_scale.commands.cutting.axes import find_heads
 from ted_scale.commands.cutting.blocks import check_count, choose_blocks, influences, most_influential
 from ted_scale.commands.cutting.channels import Cutter, choose_channels
@@ -152,10 +152,12 @@ class Cut(NamedTuple):
 
 def cut_of(arguments: argparse.Namespace, teacher: Anatomy, sizes: Sizes | None, text: Text | None, model) -> Cut:
     if arguments.rank == "influence":
-        blocks = most_influential(
-            lambda kept: influences(model.body.network, teacher, text.batches(), kept),
-            teacher.layers, arguments.layers, ends=not arguments.free_ends,
-        )  # fmt: skip
+
+        def influence(kept: list[int]) -> dict[int, float]:
+            speak(f"looking for the block that does least: {len(kept)} are left, {arguments.layers} stay")
+            return influences(model.body.network, teacher, text.batches(), kept)
+
+        blocks = most_influential(influence, teacher.layers, arguments.layers, ends=not arguments.free_ends)
     elif sizes and arguments.layers is None and arguments.keep is None:
         blocks = list(range(teacher.layers))
     else:
@@ -165,6 +167,7 @@ def cut_of(arguments: argparse.Namespace, teacher: Anatomy, sizes: Sizes | None,
 
 def cutter_of(teacher: Anatomy, sizes: Sizes, text: Text, network, blocks: list[int]) -> Cutter:
     own = teacher_sizes(teacher)
+    speak(f"measuring channels and heads of {len(blocks)} blocks")
     heads = find_heads(network, teacher, own.heads)
     importance = measure(network, teacher, text.batches(), heads, own, blocks)
     by_name = {found.name: (number, found) for number, found in enumerate(heads)}
@@ -213,6 +216,8 @@ def main(argv: list[str] | None = None) -> None:
     cut = cut_of(arguments, teacher, sizes, text, model)
     write(arguments, teacher, cut, text, model)
     student = inspect("OUT", str(arguments.out))
+    if text:
+        speak("measuring the loss of teacher and student on held-out text")
     losses = [text.loss(model), text.loss(text.model(student))] if text else [None, None]
     print(f"blocks {', '.join(map(str, cut.blocks))} of {teacher.layers} of {teacher.folder} -> {arguments.out}")
     print(table({"teacher": (teacher, losses[0]), "student": (student, losses[1])}))

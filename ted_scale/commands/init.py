@@ -40,15 +40,16 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable(logging.WARNING)  # DeepSpeed logs to stdout
     if out.exists() and not arguments.overwrite:
         raise UserError(f"--out must be a new file, but {out} is there; name another one, or pass --overwrite")
+    print(f"reading {arguments.teacher} ...", flush=True)
     from ted_scale.models.inspection import inspect
     from ted_scale.storage.hub import TOKENIZER, find_folder
 
     folder = find_folder("--teacher", arguments.teacher, TOKENIZER)
     teacher = inspect("--teacher", str(folder), needs_weights=Path(arguments.teacher).is_dir(), is_frozen=True)
     places = places_of(arguments, teacher)
-    tokens = tokens_of(places, folder)
     if arguments.prepare:
-        places, tokens = prepared(places, tokens)
+        places = prepared(places)
+    tokens = tokens_of(places, folder)
     text = written(places, teacher, tokens, arguments)
     with files_at(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -153,8 +154,8 @@ def count(corpus: str) -> int:
     return sum(index.tokens for index in read_corpus(corpus, Streaming()))
 
 
-def prepared(places: Places, tokens: int) -> tuple[Places, int]:
-    """What is not there yet is made by the commands that a user would type."""
+def prepared(places: Places) -> Places:
+    """What is not there yet is made by the commands that a user would type. They say themselves how far they are."""
     from ted_scale.commands import cut_student, tokenize_corpus
 
     if places.text is not None:
@@ -163,12 +164,12 @@ def prepared(places: Places, tokens: int) -> tuple[Places, int]:
         else:
             print(f"tokenizing {places.text} ...", flush=True)
             tokenize_corpus.main(tokenize_words(places))
-        places, tokens = places._replace(text=None), count(places.corpus)
+        places = places._replace(text=None)
     if places.layers is not None:
         print(f"cutting {places.student}, and fitting it to its teacher: minutes for 100 M parameters ...", flush=True)
-        cut_student.main(cut_words(places, tokens))
+        cut_student.main(cut_words(places, count(places.corpus)))
         places = places._replace(layers=None)
-    return places, tokens
+    return places
 
 
 def tokenize_words(places: Places) -> list[str]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ted_scale.base.errors import UserError
+from ted_scale.base.exits import speak
 from ted_scale.commands.cutting.axes import input_dim, is_matrix
 from ted_scale.commands.cutting.blocks import first, state
 from ted_scale.commands.cutting.channels import Cutter
@@ -77,6 +78,7 @@ def refit(teacher: Walk, student: Walk, blocks: list[int], cutter: Cutter | None
     """The fitted tensors, by name and in fp32. `blocks` are the student's, by their numbers in the teacher."""
     fitted = {}
     for number, origin in enumerate(blocks):
+        speak(f"fitting block {number + 1} of {len(blocks)} to the teacher")
         teacher.go(origin)
         groups = matrices_of(student)
         seen = watch(teacher, groups).gives
