@@ -23,6 +23,7 @@ from ted_scale.commands import compare
 from ted_scale.commands.comparison import plan as plans
 from ted_scale.commands.comparison import prices, results, starts
 from ted_scale.commands.comparison.prices import Price
+from ted_scale.config.run_file import load_run
 from ted_scale.report.paired import Difference
 
 ARMS = {"ce": ["method=ce"], "kd": ["method=kd"], "ted": ["method=ted", "filters.steps=4"]}
@@ -379,6 +380,29 @@ def test_a_run_that_fails_otherwise_ends_the_comparison_with_its_output_named(wr
 def test_a_mistake_that_only_a_plan_of_a_run_shows_is_found_before_any_run(write, started, root):
     with pytest.raises(UserError, match=r"^arms.kd: teacher.path must "):
         compare.main([write(arms={"ce": ["method=ce"], "kd": ["method=kd", f"teacher.path={root / 'nowhere'}"]})])
+    assert not started[0]
+
+
+@pytest.mark.parametrize("budget", [{"tokens": 7680}, {"seconds": 12.0}], ids=["tokens", "seconds"])
+def test_a_run_file_that_keeps_its_best_checkpoint_can_be_compared(write, started, root, budget):
+    """Its validations are those of the comparison, which need not be steps that are saved."""
+    best = {"every": 4, "best": "val/loss", "best_is": "lowest"}
+    train = {"steps": 9, "tokens_per_step": 384, "precision": "fp32", "lr": 1e-3}
+    write_run(root / "best.toml", make_run(root, train=train, validation={"every": 4}, checkpoint=best))
+    path = write(run=str(root / "best.toml"), budget=budget, seeds=[0])
+    plan = plans.load(path)
+    compare.main([path])
+    assert "ted_seed0" in started[0]
+    for job in (plans.job_of(plan, "ted", 0, 9), plans.measuring_job(plan, "ted", 0)):
+        run = load_run(plan.run, job.words)
+        assert (run.checkpoint.best, run.checkpoint.best_is, run.checkpoint.every) == ("", None, 4)
+
+
+@pytest.mark.parametrize("budget", [{"tokens": 7680}, {"seconds": 12.0}], ids=["tokens", "seconds"])
+def test_words_of_the_comparison_that_no_run_takes_are_refused_before_any_run(write, started, monkeypatch, budget):
+    monkeypatch.setattr(plans, "without_best", lambda run: ["checkpoint.every=0"])
+    with pytest.raises(UserError, match=r"^arms.ce: --set checkpoint.every: "):
+        compare.main([write(budget=budget)])
     assert not started[0]
 
 

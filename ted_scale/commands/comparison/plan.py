@@ -4,6 +4,7 @@ Note: arms must start from the same student, ask the same teacher and read the s
 all the same, as the student does when cuts are compared, is named in `differ`.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -185,8 +186,17 @@ def measuring_job(plan: Comparison, arm: str, turn: int) -> Job:
 
 def job_with(plan: Comparison, arm: str, name: str, own: list[str]) -> Job:
     """The comparison's own words come last, so that nothing replaces them."""
-    words = (*plan.set, *plan.arms[arm], f"name={name}", f"runs={plan.place / 'runs'}", *own)
+    own = [*without_best(of_arm(plan, arm)), f"name={name}", f"runs={plan.place / 'runs'}", *own]
+    words = (*plan.set, *plan.arms[arm], *own)
     return Job(name, words, plan.programs.get(arm, ""))
+
+
+def without_best(run: Run) -> list[str]:
+    """The comparison says when a run validates, and what is best must be of a saved step. One word has all of the section, because
+    none takes `best_is` out of it."""
+    kept = run.checkpoint.model_dump(exclude={"best", "best_is"})
+    inside = ", ".join(f"{key}={json.dumps(value)}" for key, value in kept.items())
+    return [f"checkpoint={{{inside}}}"] if run.checkpoint.best else []
 
 
 def stage_i_steps(run: Run) -> int:
