@@ -79,6 +79,7 @@ def write(root, tmp_path):
         ),
         (["seed=3"], r"arms.other must not set seed, because the comparison does"),
         (["train.steps=3"], r"must not set train.steps"),
+        (["train.epochs=7"], r"must not set train.epochs, because the comparison does"),
         (["method=cee"], r"^arms.other: --set method: method must be"),
     ],
 )

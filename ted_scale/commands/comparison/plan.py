@@ -20,7 +20,8 @@ from ted_scale.config.run_file import load_run, sentence
 from ted_scale.config.types import Count, NonNegative, Positive, PositiveInt, Section
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
-OURS = ("name", "runs", "seed", "train.steps", "validation.every", "log_every", "resume.allow")
+STEPS = ("train.steps", "train.epochs", "train.epochs_of")
+OURS = ("name", "runs", "seed", *STEPS, "validation.every", "log_every", "resume.allow")
 MOST_SEEDS = 10
 
 
