@@ -94,6 +94,14 @@ def test_what_a_plan_names_in_differ_may_differ(write):
     assert "long" in plans.load(write(arms=arms, differ=["data"])).arms
 
 
+def test_a_section_that_one_side_has_none_of_is_named_as_a_whole(write):
+    """student.lora alone is what differ needs; its keys came one by one."""
+    arms = {"whole": [], "lora": ["student.lora={rank=4}"]}
+    with pytest.raises(UserError, match=r"^arms.lora must have the student.lora of arms.whole \(None\), but has .*rank"):
+        plans.load(write(arms=arms))
+    assert "lora" in plans.load(write(arms=arms, differ=["student.lora"])).arms
+
+
 def test_an_arm_that_asks_no_teacher_may_name_another(write):
     assert "other" in plans.load(write(arms={**ARMS, "other": ["method=ce", "teacher.path=elsewhere"]})).arms
 
