@@ -97,7 +97,9 @@ def test_what_a_plan_names_in_differ_may_differ(write):
 def test_a_section_that_one_side_has_none_of_is_named_as_a_whole(write):
     """student.lora alone is what differ needs; its keys came one by one."""
     arms = {"whole": [], "lora": ["student.lora={rank=4}"]}
-    with pytest.raises(UserError, match=r"^arms.lora must have the student.lora of arms.whole \(None\), but has .*rank"):
+    with pytest.raises(
+        UserError, match=r"^arms.lora must have the student.lora of arms.whole \(None\), but has .*rank"
+    ):
         plans.load(write(arms=arms))
     assert "lora" in plans.load(write(arms=arms, differ=["student.lora"])).arms
 
@@ -124,6 +126,11 @@ def test_runs_of_one_path_that_began_with_other_losses_are_named_by_their_seed_s
     assert "began" not in ce + kd and "began at 8.1000, not 8.0000" in ted
 
 
+def test_a_program_that_validates_only_later_is_not_said_to_have_begun_elsewhere(write):
+    later = begun_at("kd", 7.0)._replace(points=[results.Point(1, 384, None, 7.0)])
+    assert "began" not in results.table(plans.load(write()), [begun_at("ce", 9.0), later])
+
+
 def test_tokens_that_made_an_arm_s_filters_before_it_began_are_in_the_table(write, tmp_path):
     (tmp_path / "before").mkdir()
     (tmp_path / "before/run.toml").write_text("filters.steps = 3\ntrain.tokens_per_step = 512\n")
@@ -135,8 +142,9 @@ def test_tokens_that_made_an_arm_s_filters_before_it_began_are_in_the_table(writ
 
 
 def begun_at(arm: str, loss: float, seed: int = 0) -> results.Result:
-    """A run whose held-out loss was this before it trained."""
-    points = [results.Point(0, 0, None, loss), results.Point(1, 384, None, 3.0)]
+    """A run whose held-out loss was this before stage II, which comes after the 4 steps of stage I in `ted`."""
+    step = 4 if arm == "ted" else 0
+    points = [results.Point(step, 0, None, loss), results.Point(step + 1, 384, None, 3.0)]
     return results.Result(arm, seed, 1, "done", 1.0, "c0ffee", points)
 
 
