@@ -10,7 +10,7 @@ from ted_scale.base.errors import UserError
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import load_run, to_toml
 from ted_scale.data import epochs, order
-from ted_scale.data.stream import open_stream
+from ted_scale.data.stream import open_stream, refuse_repetition
 
 SEVERAL = {"epochs_of": "b"}
 
@@ -46,6 +46,18 @@ def test_epochs_are_the_fewest_steps_that_read_so_many_rows_of_the_corpus(tmp_pa
         for n in (run.train.steps - 1, run.train.steps)
     ]
     assert read[0] < Fraction(str(count)) * rows <= read[1]
+
+
+@pytest.mark.parametrize("data", [{}, PACKED], ids=["windows", "examples"])
+@pytest.mark.parametrize("rows", [2, 3, 5])
+def test_an_epoch_of_a_corpus_that_must_not_repeat_is_as_many_whole_steps_as_it_has(tmp_path, data, rows):
+    asked = run_of(tmp_path, {"epochs": 1, "tokens_per_step": 16 * rows}, **data)
+    once = [corpus.model_copy(update={"repeat": False}) for corpus in asked.data.corpora]
+    run = epochs.resolved(asked.model_copy(update={"data": asked.data.model_copy(update={"corpora": once})}))
+    stream = open_stream(run.data, run.seed, 1 << 16)
+    refuse_repetition(run.data, stream, rows * run.train.steps)
+    with pytest.raises(UserError, match=r"data.corpora\[0\].repeat must be true"):
+        refuse_repetition(run.data, stream, rows * (run.train.steps + 1))
 
 
 def test_the_run_file_of_the_folder_has_the_steps_and_can_be_started(tmp_path):
