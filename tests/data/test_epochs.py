@@ -7,6 +7,9 @@ from corpus import counting_documents, write_shard
 from tiny import make_run, run_values
 
 from ted_scale.base.errors import UserError
+from ted_scale.checkpoints.progress import Progress
+from ted_scale.commands import supervised_run
+from ted_scale.config import changes
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import load_run, to_toml
 from ted_scale.data import epochs, order
@@ -68,6 +71,18 @@ def test_the_run_file_of_the_folder_has_the_steps_and_can_be_started(tmp_path):
     (tmp_path / "asked.toml").write_text(to_toml(asked))
     assert load_run(tmp_path / "asked.toml") == asked
     assert load_run(tmp_path / "asked.toml", ["train.steps=7"]).train.steps == 7
+
+
+def test_a_supervised_run_is_done_by_the_epochs_that_are_asked_for_now(tmp_path, monkeypatch):
+    """The run file in its folder has the steps of the epochs before."""
+    one, two = (run_of(tmp_path, {"epochs": count}).model_copy(update={"runs": str(tmp_path)}) for count in (1, 2))
+    once = epochs.resolved(one)
+    once.folder.mkdir()
+    (once.folder / "run.toml").write_text(to_toml(once))
+    whole = Progress(once.filters.steps + once.train.steps, run=changes.as_written(once))
+    monkeypatch.setattr(supervised_run.files, "newest_checkpoint", lambda folder: folder)
+    monkeypatch.setattr(supervised_run, "read_progress", lambda checkpoint: whole)
+    assert supervised_run.is_done(one) and not supervised_run.is_done(two)
 
 
 def test_what_the_steps_do_not_fit_is_refused_once_they_are_known(tmp_path):
