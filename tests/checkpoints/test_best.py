@@ -51,6 +51,14 @@ def test_the_best_so_far_stays_until_a_better_one_is_whole(tmp_path):
     assert best(tmp_path, settings) == 2
 
 
+@pytest.mark.parametrize("scores", [None, 0.5, [0.5], {ACCURACY: None}, {ACCURACY: "0.5"}], ids=str)
+def test_scores_that_are_not_numbers_by_name_are_damage(scores):
+    manifest = {"step": 2, "forks": [], "scores": {ACCURACY: 0.5}}
+    assert files.checked(manifest, "step_00000002") is manifest
+    with pytest.raises(sealed.Damaged, match="is not of step_00000002"):
+        files.checked(manifest | {"scores": scores}, "step_00000002")
+
+
 def test_a_value_of_a_step_that_was_undone_is_forgotten(tmp_path):
     settings = Checkpoint(best=ACCURACY)
     for step, accuracy in ((2, 0.5), (4, 0.6), (6, 0.9)):
