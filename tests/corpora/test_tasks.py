@@ -149,6 +149,10 @@ def test_a_held_out_item_is_a_pair_too_and_the_items_to_train_on_may_be_conversa
         ("boolq", {"answer": "yes"}, r"a.jsonl:2 must have true or false in answer, but has 'yes'"),
         ("piqa", {"sol2": " "}, r"a.jsonl:2 must have a text in each answer, but 1 of 2 are empty"),
         ("sciq", {"question": None}, r"a.jsonl:2 must have text in question, but has None"),
+        ("sst2", {"sentence": " "}, r"a.jsonl:2 must have a text in sentence, but has none"),
+        ("qqp", {"question1": "", "question2": " "}, r"a.jsonl:2 must have a text in question1 or question2, but has none"),
+        ("sst2", {"sentence": "\ud800"}, r"a.jsonl:2 must have text in sentence, but spells half of a surrogate pair"),
+        ("piqa", {"sol2": "\ud800"}, r"a.jsonl:2 must have text in answer, but spells half of a surrogate pair"),
         ("squad", {"context": ...}, r"a.jsonl:2 must have the column context, but has question, answers"),
     ],
 )  # fmt: skip
