@@ -101,6 +101,13 @@ def test_a_file_becomes_pairs_and_what_the_judge_asks_and_a_split_of_its_own_has
     assert "3 prompts are on both sides" in said
 
 
+def test_a_folder_that_is_written_again_has_only_the_judge_of_its_held_out_items(tmp_path):
+    data = write(tmp_path / "a.jsonl", [{"sentence": f"film {n}", "label": n % 2} for n in range(50)])
+    for more, judge in (([], "split"), (["--held-out", data], "held_out"), ([], "split")):
+        task.main(["sst2", "--data", data, *more, "--out", str(tmp_path / "out")])
+        assert [file.name for file in (tmp_path / "out").glob("*.yaml")] == [f"sst2_{judge}.yaml"]
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
