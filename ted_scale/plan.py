@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ted_scale import feed
+from ted_scale import feed, validate
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import resume
@@ -123,6 +123,7 @@ def make_plan(run: Run, world: int) -> Plan:
     prompts.check(plan)
     if run.validation.suite:
         tokenizer, suite = tokenizer_folder(plan.student, plan.teacher), suite_in_training(run.validation)
+        validate.refuse_unpromised(run.checkpoint.best, suite)
         plan = dataclasses.replace(plan, suite=suite, tokenizer=tokenizer)
     where, progress = resume.find(run, plan.identity())
     plan = dataclasses.replace(plan, readings=check_corpora(plan, progress))

@@ -71,8 +71,8 @@ def unequal_starts(plan: Comparison, results: list[Result]) -> dict[str, list[st
     said, firsts = conditions.starts_of(runs, plan.compared_with), {arm: {} for arm in plan.arms}
     before = {arm: plans.stage_i_steps(run) for arm, run in runs.items()}
     for result in results:  # the first row of an arm's own program may be of a later step
-        begun = [point.loss for point in result.points[:1] if point.step == before[result.arm]]
-        firsts[result.arm] |= {result.seed: loss for loss in begun}
+        if result.points and result.points[0].step == before[result.arm]:
+            firsts[result.arm][result.seed] = result.points[0].loss
     for arm, losses in firsts.items():
         if began := conditions.began_elsewhere(losses, firsts[plan.compared_with]):
             said[arm].append(began)
