@@ -228,6 +228,7 @@ def chosen(places: Places, shape: str, teacher, tokens: int, rank, arguments) ->
     }  # fmt: skip
     choices |= of_model(given)
     smallest["train"]["precision"] = choices["train.precision"].value
+    given = given._replace(tokens=round((1 - validation.value) * tokens))  # the others are held out
     choices |= of_memory(plan_to_size(smallest, arguments.ranks), given)
     choices |= of_budget(given, seq_len, choices["train.micro_batch"].value)
     return choices | {

@@ -1,7 +1,7 @@
 """How many steps train.epochs come to, from the rows that the corpus has.
 
-A row is a window of data.seq_len tokens, or what is packed into one; what a corpus holds out has none. The rows are rounded up to
-whole steps, so the last step may begin the next epoch; those of a corpus that must not repeat are rounded down. With several
+A row is a window of data.seq_len tokens, or what is packed into one; what a corpus holds out has none. The rows are rounded up
+to whole steps, so the last step may begin the next epoch; those of a corpus that must not repeat are rounded down. With several
 corpora the steps end with the one in which train.epochs_of has been read so often, while the others are read by their shares.
 Note: a run that is resumed keeps the steps of its start.
 """

@@ -14,7 +14,8 @@ from ted_scale.doctor.finding import MISSING, NOTE, OK, Finding, last_error, run
 OLDEST = (3, 11)
 FOR = {  # what a package of an extra is there for
     "s3": "corpora and copies of checkpoints under s3://", "msc": "corpora under msc://", "liger": "fused blocks on a GPU",
-    "torchao": "a teacher in 8 bits", "lora": "a student of adapters", "compare": "the curves of a comparison", "report": "the page of a run", "eval": "benchmarks",
+    "torchao": "a teacher in 8 bits", "lora": "a student of adapters",
+    "compare": "the curves of a comparison", "report": "the page of a run", "eval": "benchmarks",
     "wandb-workspaces": "panels laid out in W&B",
 }  # fmt: skip
 EXTENSIONS, SHARED = "TORCH_EXTENSIONS_DIR", "deepspeed_shm_comm"

@@ -124,6 +124,15 @@ def test_without_prepare_nothing_is_made_and_the_commands_lead_there(here, capsy
     assert "--dry-run" in commands[2] and commands[3] == "ted-scale pretrain --config run.toml"
 
 
+def test_steps_are_of_the_text_that_is_not_held_out(here, monkeypatch):
+    """It warned of its own run file: more than 4 epochs."""
+    monkeypatch.setattr(first_run, "STEPS", 10**6)  # as many as pay
+    make_corpus(here / "shards" / "a", vocabulary=400)
+    make_model(here / "small", "llama", num_hidden_layers=2, vocab_size=400)
+    init.main(["--teacher", "teacher", "--text", "shards", "--student", "small", "--ranks", "1"])
+    assert 3.5 < make_plan(load_run("run.toml"), 1).readings["shards"].epochs["student"] <= first_run.EPOCHS
+
+
 def test_shards_and_a_student_that_are_there_are_taken_as_they_are(here, capsys):
     make_corpus(here / "shards" / "a", vocabulary=400)
     make_model(here / "small", "llama", num_hidden_layers=2, vocab_size=400)

@@ -71,8 +71,9 @@ def unequal_starts(plan: Comparison, results: list[Result]) -> dict[str, list[st
     said, firsts = conditions.starts_of(runs, plan.compared_with), {arm: {} for arm in plan.arms}
     before = {arm: plans.stage_i_steps(run) for arm, run in runs.items()}
     for result in results:  # the first row of an arm's own program may be of a later step
-        if result.points and result.points[0].step == before[result.arm]:
-            firsts[result.arm][result.seed] = result.points[0].loss
+        first = result.points[0] if result.points else None
+        if first and first.step == before[result.arm]:
+            firsts[result.arm][result.seed] = first.loss
     for arm, losses in firsts.items():
         if began := conditions.began_elsewhere(losses, firsts[plan.compared_with]):
             said[arm].append(began)
