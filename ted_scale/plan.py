@@ -168,10 +168,11 @@ def derive_accumulation(run: Run, world: int) -> int:
     train, seq_len, readers = run.train, run.data.seq_len, ulysses.groups_of(run, world)
     micro_step = train.micro_batch * seq_len * readers
     if train.tokens_per_step % micro_step:
+        nearest = micro_step * max(1, round(train.tokens_per_step / micro_step))
         ranks = "ranks" if readers == world else "ranks / data.sequence_parallel"
         raise UserError(
             f"train.tokens_per_step must be a multiple of micro_batch * seq_len * {ranks} "
-            f"({train.micro_batch} * {seq_len} * {readers} = {micro_step}), but is {train.tokens_per_step}"
+            f"({train.micro_batch} * {seq_len} * {readers} = {micro_step}), but is {train.tokens_per_step}; set {nearest}"
         )
     return train.tokens_per_step // micro_step
 

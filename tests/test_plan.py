@@ -209,7 +209,7 @@ def test_a_plan_without_layer_loss_has_no_pairs_and_no_filters(original):
 WRONG_RUNS = {
     "tokens_per_step": (
         {"train": {"tokens_per_step": 200}},
-        "train.tokens_per_step must be a multiple of micro_batch * seq_len * ranks (1 * 32 * 1 = 32), but is 200",
+        "train.tokens_per_step must be a multiple of micro_batch * seq_len * ranks (1 * 32 * 1 = 32), but is 200; set 192",
     ),
     "ranks of a row": (
         {"data": {"sequence_parallel": 2}},
@@ -334,9 +334,9 @@ def test_ranks_that_share_rows_count_once_for_a_step_and_divide_what_a_rank_keep
 
 def test_tokens_per_step_depends_on_the_ranks(original):
     assert make_plan(make_run(original), 8).accumulation == 1
-    assert refusal(original, ranks=3).endswith("(1 * 32 * 3 = 96), but is 256")
+    assert refusal(original, ranks=3).endswith("(1 * 32 * 3 = 96), but is 256; set 288")
     said = refusal(original, ranks=6, data={"sequence_parallel": 2})
-    assert said.endswith("seq_len * ranks / data.sequence_parallel (1 * 32 * 3 = 96), but is 256")
+    assert said.endswith("seq_len * ranks / data.sequence_parallel (1 * 32 * 3 = 96), but is 256; set 288")
 
 
 def test_a_hub_id_that_cannot_be_reached_is_refused(original, monkeypatch):
@@ -376,7 +376,8 @@ def test_a_model_without_safetensors_is_refused_unless_it_starts_random(world):
     said = refusal(world)
     assert (
         said
-        == "student.path must hold *.safetensors weights, but ROOT/student has none; save the model with save_pretrained"
+        == "student.path must hold *.safetensors weights, but ROOT/student has none; save the model with save_pretrained, or, if "
+        'it is new, set student.init = "random"'
     )
     assert make_plan(make_run(world, student={"init": "random"}), 1)
 

@@ -218,6 +218,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{checkpoint.name} of {run.name} -> {out}, {size / 1e6:,.1f} MB in {name_of(dtype)}; load it:")
     print("  from transformers import AutoModelForCausalLM")
     print(f'  model = AutoModelForCausalLM.from_pretrained("{out}", dtype="auto")')
+    if run.checkpoint.best and arguments.checkpoint != "best":
+        print(
+            f"it is the checkpoint that was named, or the newest; --checkpoint best takes the best by {run.checkpoint.judged_by}"
+        )
     if arguments.wandb_artifact:
         print(wandb_export.add(run, read_progress(checkpoint), folder, out))
 

@@ -157,7 +157,13 @@ def judges_of(folder: Path, name: str) -> list[Path]:
 def two_sides(args: argparse.Namespace) -> tuple[list[Item], list[Item]]:
     items = items_in(args.name, args.data)
     if args.held_out:
-        return items, items_in(args.name, args.held_out)
+        held_out = items_in(args.name, args.held_out)
+        if prompts_of(held_out) <= prompts_of(items):
+            raise UserError(
+                "--held-out must have items that --data has not, but has none; name another split, or leave it out for a fifth "
+                "of --data"
+            )
+        return items, held_out
     marks = sides.is_held_out([item.texts for item in items])
     train, held_out = ([i for i, mark in zip(items, marks, strict=True) if mark is side] for side in (False, True))
     if not train or not held_out:
@@ -168,6 +174,10 @@ def two_sides(args: argparse.Namespace) -> tuple[list[Item], list[Item]]:
     return train, held_out
 
 
+def prompts_of(items: list[Item]) -> set[str]:
+    return {item.prompt for item in items}
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     with files_at(args.out):
@@ -176,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         file = written_to(args.out, args, train, held_out)
     print(f"{len(train):,} items of {args.name} to train on, {len(held_out):,} held out -> {args.out}; judge: {file}")
-    if twice := len({item.prompt for item in train} & {item.prompt for item in held_out}):
+    if twice := len(prompts_of(train) & prompts_of(held_out)):
         print(
             f"{twice:,} prompts are on both sides: take other items for --held-out, or the judge asks what was learned"
         )

@@ -151,8 +151,14 @@ def completion_of(reader: Reader, prompt, completion, tools) -> Example:
                 "must have a completion with text, but has an empty one; leave it out, or pass --on-error skip"
             )
         return Example(prompt + completion, [(len(prompt), len(prompt + completion))], True)
+    if absent := [key for key, value in (("prompt", prompt), ("completion", completion)) if value is None]:
+        raise ValueError(
+            f"must have a prompt and a completion, but has no {absent[0]}; add it, or pass --on-error skip"
+        )
     if isinstance(prompt, str) or isinstance(completion, str):
-        raise ValueError('must have texts or messages in both "prompt" and "completion", but mixes them; correct it')
+        raise ValueError(
+            'must have texts or messages in both "prompt" and "completion", but mixes them; correct it, or pass --on-error skip'
+        )
     before, after = messages_of(reader, prompt, '"prompt"'), messages_of(reader, completion, '"completion"')
     if after[0]["role"] != "assistant":
         raise ValueError(

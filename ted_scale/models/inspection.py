@@ -86,14 +86,23 @@ def quiet_transformers():
         logger.setLevel(level)
 
 
+def way_to_weights(key: str, folder) -> str:
+    if any(folder.glob("*.gguf")):
+        return "choose the model from which the GGUF was made"
+    if (folder / "run.toml").is_file():
+        return f"it is the folder of a run: ted-scale export {folder} OUT, and name OUT"
+    by_training = (
+        'set student.init = "random"' if key == "student.path" else 'train it first, as a student by method "ce"'
+    )
+    return f"save the model with save_pretrained, or, if it is new, {by_training}"
+
+
 def inspect(key: str, path: str, *, needs_weights: bool = True, is_frozen: bool = False) -> Anatomy:
     """The anatomy of a model; error messages name it by `key`, its key in the run file. One that is frozen may be what is not
     trained here: a mixture of experts, attention with sinks, a recurrence without attention."""
     folder = find_folder(key, path).resolve()  # once: a link that is set to another model later changes nothing
     if needs_weights and not any(folder.glob("*.safetensors")):
-        quantized = any(folder.glob("*.gguf"))
-        out = "choose the model from which the GGUF was made" if quantized else "save the model with save_pretrained"
-        raise UserError(f"{key} must hold *.safetensors weights, but {folder} has none; {out}")
+        raise UserError(f"{key} must hold *.safetensors weights, but {folder} has none; {way_to_weights(key, folder)}")
     config = read_config(key, folder)
     if not is_frozen:
         check_dense(key, folder, config)

@@ -94,11 +94,13 @@ def test_a_file_becomes_pairs_and_what_the_judge_asks_and_a_split_of_its_own_has
     assert "task: sst2_split\n" in (tmp_path / "own/sst2_split.yaml").read_text()
     assert "never stand beside those of the public task" in capsys.readouterr().out
 
-    files = [write(tmp_path / f"{name}.jsonl", rows[:n]) for name, n in (("train", 5), ("dev", 3))]
+    files = [write(tmp_path / f"{name}.jsonl", rows[:n]) for name, n in (("train", 5), ("dev", 6))]
     task.main(["sst2", "--data", files[0], "--held-out", files[1], "--out", str(tmp_path / "given")])
-    assert [len(lines(tmp_path / f"given/{name}.jsonl")) for name in ("train", "held_out")] == [5, 3]
+    assert [len(lines(tmp_path / f"given/{name}.jsonl")) for name in ("train", "held_out")] == [5, 6]
     assert (tmp_path / "given/sst2_held_out.yaml").exists() and "never" not in (said := capsys.readouterr().out)
-    assert "3 prompts are on both sides" in said
+    assert "5 prompts are on both sides" in said
+    with pytest.raises(UserError, match="--held-out must have items that --data has not, but has none"):
+        task.main(["sst2", "--data", files[1], "--held-out", files[0], "--out", str(tmp_path / "same")])
 
 
 def test_a_folder_that_is_written_again_has_only_the_judge_of_its_held_out_items(tmp_path):
@@ -138,10 +140,10 @@ def test_an_own_file_in_another_form_is_refused_with_the_way_out(tmp_path):
 
 
 def test_a_held_out_item_is_a_pair_too_and_the_items_to_train_on_may_be_conversations(tmp_path):
-    rows = write(tmp_path / "rows.jsonl", [ROWS["sciq"]])
-    task.main(["sciq", "--data", rows, "--held-out", rows, "--conversations", "--out", str(tmp_path / "chat")])
+    rows, others = (write(tmp_path / f"{q}.jsonl", [ROWS["sciq"] | {"question": q}]) for q in ("Q?", "R?"))
+    task.main(["sciq", "--data", rows, "--held-out", others, "--conversations", "--out", str(tmp_path / "chat")])
     (held_out,), (train,) = lines(tmp_path / "chat/held_out.jsonl"), lines(tmp_path / "chat/train.jsonl")
-    assert (held_out["prompt"], held_out["completion"]) == PAIRS["sciq"]
+    assert (held_out["prompt"].replace("R?", "Q?"), held_out["completion"]) == PAIRS["sciq"]
     assert train == {"messages": [{"role": "user", "content": PAIRS["sciq"][0]}, {"role": "assistant", "content": "y"}]}
 
 
