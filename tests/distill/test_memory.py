@@ -1,5 +1,6 @@
 """The estimate of a rank's memory: its terms against real models, its activations against those of a forward."""
 
+import gc
 import json
 
 import pytest
@@ -218,6 +219,7 @@ def moment_and_count(world, **sections) -> tuple[float, int]:
         return parts.student(batch, signal, weights, torch.tensor(1024.0), taught).total
 
     forward()
+    gc.collect()  # else what an earlier test left may be freed in between
     return sum(memory.moments(parts.plan, parts.stage, "cpu")[1].values()), peak_bytes(forward)
 
 

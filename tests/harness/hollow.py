@@ -52,7 +52,7 @@ DEMO = {  # SHAPE of tools/demo.py, and its tokenizer's vocabulary
 
 MODELS = {  # by the path in a run file
     "models/smollm2": SMOLLM2,
-    "runs/task_teacher/export": SMOLLM2,
+    "models/teacher_sst2": SMOLLM2,
     "openai-community/gpt2": {"model_type": "gpt2"},  # GPT2Config's defaults are this model
     "Qwen/Qwen1.5-14B": {
         **QWEN_1_5, "vocab_size": 152064, "hidden_size": 5120, "intermediate_size": 13696, "num_hidden_layers": 40,
@@ -104,7 +104,8 @@ MODELS = {  # by the path in a run file
 
 CUTS = {  # a student: its teacher, the key of its depth, and its blocks
     "models/smollm2_half": ("models/smollm2", "num_hidden_layers", 15),
-    "runs/task_student/export": ("models/smollm2", "num_hidden_layers", 15),
+    "models/smollm2_half_healed": ("models/smollm2", "num_hidden_layers", 15),
+    "models/student_sst2": ("models/smollm2", "num_hidden_layers", 15),
     "models/smollm2_third": ("models/smollm2", "num_hidden_layers", 10),
     "models/gpt2_half": ("openai-community/gpt2", "n_layer", 6),
     "runs/demo/student_cut": ("runs/demo/teacher_hf", "num_hidden_layers", 3),
