@@ -122,8 +122,8 @@ def make_plan(run: Run, world: int) -> Plan:
     plan = dataclasses.replace(plan, placement=place(plan, of_this_machine(world)))
     prompts.check(plan)
     if run.validation.suite:
-        tokenizer, suite = tokenizer_folder(plan.student, plan.teacher), suite_in_training(run.validation)
-        plan = dataclasses.replace(plan, suite=suite, tokenizer=tokenizer)
+        plan = dataclasses.replace(plan, tokenizer=tokenizer_folder(plan.student, plan.teacher))
+        plan = dataclasses.replace(plan, suite=suite_in_training(run.validation, plan.student.max_length))
     where, progress = resume.find(run, plan.identity())
     plan = dataclasses.replace(plan, readings=check_corpora(plan, progress))
     resumes = resume.describe(run, where, progress, plan.total_steps, last_row(run.folder / "metrics.jsonl"))

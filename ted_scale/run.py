@@ -197,10 +197,11 @@ def open_data(parts: Parts, stage: Stage, progress: Progress) -> tuple[Stream, P
 def validate_first(parts: Parts, stage: Stage, student, stream: Stream, progress: Progress, resumed) -> Progress:
     """Validate student and teacher before stage II's first step. On a resume, repeat what a signal cut short."""
     fresh, stopping = progress.step == stage.first_step and not stage.learns_filters, False
+    lacked = resumed and validation.lacks_best(parts.plan.run, stage, progress)
     measured = (*parts[:3], stream.held_out, student)
     if fresh or (resumed and validation_is_missing(parts, stage, progress)):
         progress, stopping = validation.validate(*measured, progress, with_teacher=fresh)
-        if resumed and progress.scores and not stopping:  # its checkpoint was written without them
+        if lacked and progress.scores and not stopping:  # its checkpoint was written without them
             parts.saver.copier.finish()
             save_checkpoint(parts.plan, stage, parts.metrics, parts.saver, student, progress)
     if stopping or (stage.shows(progress.step) and samples.write(*measured, progress)):

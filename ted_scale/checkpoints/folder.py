@@ -100,8 +100,9 @@ def checked(manifest: dict, name: str) -> dict:
     """The manifest, if it is that of the checkpoint with this name; otherwise Damaged."""
     (line, step), forks, scores = key_of(name), manifest.get("forks"), manifest.get("scores", {})
     lines = isinstance(forks, list) and len(forks) == line and all(map(is_count, forks))
-    numbers = [manifest.get("validation"), *scores.values()] if isinstance(scores, dict) else [scores]
-    measured = all(number is None or isinstance(number, float) for number in numbers)
+    loss = manifest.get("validation")
+    measured = isinstance(scores, dict) and all(isinstance(number, float) for number in scores.values())
+    measured = measured and (loss is None or isinstance(loss, float))
     if not (lines and manifest.get("step") == step and measured):
         raise Damaged(f"its {sealed.MANIFEST} is not of {name}")
     return manifest

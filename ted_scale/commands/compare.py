@@ -66,9 +66,11 @@ def refuse_mistakes(plan: Comparison) -> None:
                 "correct its path"
             )
     for arm in plan.arms:
-        steps = [f"train.steps={prices.steps_within(plan, arm, {})}"] if plan.budget.tokens else []
+        steps = prices.steps_within(plan, arm, {}) if plan.budget.tokens else 0
+        job = plans.job_of(plan, arm, plan.seeds[0], steps) if steps else plans.measuring_job(plan, arm, 0)
+        plans.of_arm(plan, arm, *job.words)
         try:
-            make_plan(plans.of_arm(plan, arm, *steps), world=plan.ranks)
+            make_plan(plans.of_arm(plan, arm, *([f"train.steps={steps}"] if steps else [])), world=plan.ranks)
         except UserError as error:
             raise UserError(f"arms.{arm}: {error}") from None
 

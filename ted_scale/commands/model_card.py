@@ -10,6 +10,7 @@ from pathlib import Path
 from ted_scale.base.redact import printable, redact
 from ted_scale.commands.card_facts import Facts, Side, gather
 from ted_scale.config.method import Schedule
+from ted_scale.config.models import Lora
 from ted_scale.config.run import Run
 
 UNKNOWN = "not recorded"
@@ -82,9 +83,11 @@ def introduction(facts: Facts) -> str:
 def made_of(facts: Facts, dtype: str) -> list[list[str]]:
     start = ", cut from a teacher" if facts.was_cut else ""
     rows = [["teacher", model(facts.teacher)]] if facts.teacher else []
+    adapters = [["adapters", trained_by(facts.run.student.lora)]] if facts.run.student.lora else []
     return [
         *rows,
         ["student's start", model(facts.student) + start],
+        *adapters,
         ["method", METHODS[facts.run.method]],
         ["checkpoint", f"step {facts.progress.step:,}" + (f" of {facts.planned:,}" if facts.planned else "")],
         ["weights", dtype],
@@ -94,6 +97,12 @@ def made_of(facts: Facts, dtype: str) -> list[list[str]]:
 def model(side: Side) -> str:
     shape = side.shape or f"shape {UNKNOWN}"
     return f"{safe(side.name)}: {safe(shape)}; fingerprint {side.fingerprint or UNKNOWN}"
+
+
+def trained_by(lora: Lora) -> str:
+    targets = [lora.targets] if isinstance(lora.targets, str) else lora.targets
+    named = ", ".join(map(safe, targets))
+    return f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {named}; merged here, all other weights are the start's"
 
 
 def losses(facts: Facts) -> str:

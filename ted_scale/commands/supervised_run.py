@@ -9,8 +9,7 @@ import contextlib
 from ted_scale.base.errors import Gone, UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import life
-from ted_scale.checkpoints.progress import read_progress
-from ted_scale.config.run_file import load_run
+from ted_scale.checkpoints.progress import Progress, read_progress
 
 
 def run_file_of(command: list[str]) -> tuple[str, list[str]]:
@@ -41,9 +40,14 @@ def not_saved(run, step: int) -> str:
 
 def is_done(run) -> bool:
     """`deepspeed` also exits with 0 if its launcher was killed."""
-    from ted_scale.distill.stages import stages_of  # imports torch: seconds and memory that are not needed earlier
+    from ted_scale.data import epochs  # imports torch: seconds and memory that are not needed earlier
+    from ted_scale.distill.stages import stages_of
 
-    with contextlib.suppress(UserError):
-        known = run if run.train.steps else load_run(run.folder / "run.toml")  # which has the steps of train.epochs
-        return step_of(run) >= stages_of(known)[-1].last_step
+    with contextlib.suppress(UserError, Gone):
+        newest = files.newest_checkpoint(run.folder)
+        progress = read_progress(newest) if newest else Progress()
+        known = epochs.resolved(
+            run, progress.run
+        )  # as the next start has them: other epochs than before are counted anew
+        return progress.step >= stages_of(known)[-1].last_step
     return False

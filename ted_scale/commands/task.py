@@ -102,6 +102,8 @@ def written_to(folder: Path, args: argparse.Namespace, train: list[Item], held_o
     task = f"{name}_split" if own_split else f"{name}_held_out"
     chooses = held_out[0].right is not None
     judge, what = CHOICES if chooses else WRITES, OWN_SPLIT if own_split else GIVEN
+    for old in judges_of(folder, name):
+        old.unlink(missing_ok=True)  # it would ask these items by the name of others
     write_lines(folder / "train.jsonl", map(conversation if args.conversations else pair, train))
     write_lines(folder / "held_out.jsonl", map(asked, held_out))
     file = folder / f"{task}.yaml"
@@ -142,9 +144,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def refuse_other_task(folder: Path, name: str) -> None:
     """Two tasks in one folder would have one train.jsonl."""
-    mine = {f"{name}_split.yaml", f"{name}_held_out.yaml"}
-    if others := [file.name for file in folder.glob("*.yaml") if file.name not in mine]:
+    mine = judges_of(folder, name)
+    if others := [file.name for file in folder.glob("*.yaml") if file not in mine]:
         raise UserError(f"--out must be a folder of {name} alone, but {folder} has {others[0]}; name another folder")
+
+
+def judges_of(folder: Path, name: str) -> list[Path]:
+    """Of a split of its own, and of items that were given."""
+    return [folder / f"{name}_{kind}.yaml" for kind in ("split", "held_out")]
 
 
 def two_sides(args: argparse.Namespace) -> tuple[list[Item], list[Item]]:

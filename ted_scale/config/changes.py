@@ -2,8 +2,8 @@
 
 A key that decides the result (model, filters, loss, optimizer) must not change, unless resume.allow names it. Everything
 else may change and is logged. The deciding keys come from Plan.identity, and a checkpoint keeps them. Note: a few keys
-cannot be allowed, because the checkpoint's tensors would not fit. Which ones depends on the step: for example, the length
-of stage I may change only during stage I.
+cannot be allowed, because the checkpoint's tensors would not fit, or mean something else. Which ones depends on the step: for
+example, the length of stage I may change only during stage I.
 """
 
 import difflib
@@ -25,7 +25,8 @@ DECISIVE = (
 
 DROPPED = ("data.workers",)  # keys of earlier versions that never changed a result
 
-NEVER = ("filters.width", "filters.mlp", "student.lora.rank", "student.lora.alpha", "student.lora.targets")
+NEVER = ("filters.width", "filters.mlp")
+ADAPTED = ("student.lora.alpha", "student.base")  # what adapters are added to, and how much
 IMPLIED = {
     "teacher.precision": "16 bits or more",
     "student.lora.rank": 0,
@@ -63,9 +64,17 @@ def refuse_another_run(where, theirs: dict, ours: dict, allowed: list[str], step
     )
     if allow := [key for key in refused if key not in never]:
         out += f", or accept it by resume.allow = {json.dumps([*allowed, *allow])}"
-    if never:
-        out += f"; {' and '.join(never)} cannot be allowed, because the tensors of the checkpoint would not fit"
-    raise UserError(out)
+    raise UserError(out + why_never(never))
+
+
+def why_never(keys: list[str]) -> str:
+    reasons = {
+        "the tensors of the checkpoint would not fit": [key for key in keys if key not in ADAPTED],
+        "the adapters of the checkpoint were trained with what it was": [key for key in keys if key in ADAPTED],
+    }
+    return "".join(
+        f"; {' and '.join(keys)} cannot be allowed, because {reason}" for reason, keys in reasons.items() if keys
+    )
 
 
 def refuse_other_filters(path, theirs: dict, ours: dict) -> None:

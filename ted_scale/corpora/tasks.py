@@ -39,6 +39,8 @@ def item_of(task: Task, row: dict) -> Item:
     if missing := next((name for name in (*task.asks, *task.columns) if name not in row), None):
         raise ValueError(f"must have the column {missing}, but has {', '.join(row)}")
     asked = {name: text_of(name, row[name]) for name in task.asks}
+    if not any(asked.values()):
+        raise ValueError(f"must have a text in {' or '.join(asked)}, but has none")
     answers, right = task.answers(row)
     answers = [" " + text_of("answer", answer) for answer in answers]
     if empty := [answer for answer in answers if answer == " "]:
@@ -49,6 +51,10 @@ def item_of(task: Task, row: dict) -> Item:
 def text_of(name: str, value) -> str:
     if not isinstance(value, str):
         raise ValueError(f"must have text in {name}, but has {shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"must have text in {name}, but spells half of a surrogate pair") from None
     return value.strip()
 
 

@@ -1,8 +1,9 @@
 """How many steps train.epochs come to, from the rows that the corpus has.
 
 A row is a window of data.seq_len tokens, or what is packed into one; what a corpus holds out has none. The rows are rounded up
-to whole steps, so the last step may begin the next epoch. With several corpora the steps end with the one in which train.epochs_of
-has been read so often, while the others are read by their shares. Note: a run that is resumed keeps the steps of its start.
+to whole steps, so the last step may begin the next epoch; those of a corpus that must not repeat are rounded down. With several
+corpora the steps end with the one in which train.epochs_of has been read so often, while the others are read by their shares.
+Note: a run that is resumed keeps the steps of its start.
 """
 
 import math
@@ -41,7 +42,9 @@ def counted(run: Run) -> int:
     # As the number is written: 0.1 is a little more than a tenth.
     samples = math.ceil(Fraction(repr(run.train.epochs)) * rows)
     end = order.until(samples, which, stream.interval.shares, stream.interval.key)
-    return -(-end * run.data.seq_len // run.train.tokens_per_step)
+    steps = Fraction(end * run.data.seq_len, run.train.tokens_per_step)
+    may_repeat = next(corpus.repeat for corpus in run.data.corpora if corpus.name == names[which])
+    return math.ceil(steps) if may_repeat else max(1, math.floor(steps))
 
 
 def with_steps(run: Run, steps: int) -> Run:

@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ted_scale.base.errors import UserError, clean, shortened
+from ted_scale.base.errors import UserError, clean, shortened, shown
 from ted_scale.base.packages import install_extra
+from ted_scale.base.parsing import is_count
 from ted_scale.config.method import Validation
 
 OURS = Path(__file__).with_name("tasks")
 LIKELIHOODS = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")  # lm-eval's kinds of tasks
 WRITES = "generate_until"
+BOUNDS = ("until", "max_gen_toks")  # of what is written
+LIKELIEST = {"do_sample": False, "temperature": 0, "num_beams": 1}  # the one way of writing that training has
 METRIC = "code_eval/code_eval.py"  # what HumanEval and MBPP judge with; a script of the hub and in no package
 
 
@@ -67,20 +70,21 @@ def load(wanted: list[str], folder: Path | None, run_code: bool) -> tuple[Any, A
     return index, Asked(specs, [name for name in code if name not in kept])
 
 
-def suite_in_training(validation: Validation) -> dict:
+def suite_in_training(validation: Validation, longest: int | None) -> dict:
+    """Of a student whose texts have `longest` tokens at most, if it says so."""
     files = validation.suite_files
-    return load_for_training(validation.suite, Path(files) if files else None, validation.suite_limit)
+    return load_for_training(validation.suite, Path(files) if files else None, validation.suite_limit, longest)
 
 
-def load_for_training(wanted: list[str], folder: Path | None, limit: int | None) -> dict:
+def load_for_training(wanted: list[str], folder: Path | None, limit: int | None, longest: int | None) -> dict:
     """What lm-eval's `evaluate` takes, with all data read. Refuses tasks that have no bound, or run code."""
     index, asked_by = find(wanted, folder, SETTINGS)
     for name in asked_by:
         for leaf in leaves(name, index.task_index):
-            refuse_unbounded(leaf, index.task_index[leaf].cfg, limit)
+            refuse_unbounded(leaf, index.task_index[leaf].cfg, limit, longest)
     loaded = index.load(read(index, asked_by, folder, SETTINGS))
     for name, task in loaded["tasks"].items():  # also what a group defines inside itself, which the index does not name
-        refuse_unbounded(name, task.dump_config() | {"output_type": task.OUTPUT_TYPE}, limit)
+        refuse_unbounded(name, task.dump_config() | {"output_type": task.OUTPUT_TYPE}, limit, longest)
     return loaded
 
 
@@ -186,9 +190,9 @@ def place_of(name: str, known: dict, folder: Path) -> Path:
     return beside.pop() if is_beside else folder
 
 
-def refuse_unbounded(name: str, task: dict, limit: int | None) -> None:
+def refuse_unbounded(name: str, task: dict, limit: int | None, longest: int | None) -> None:
     """A validation must take a time that can be known. What writes, writes the likeliest tokens, so many at most."""
-    kind, way = task.get("output_type"), task.get("generation_kwargs") or {}
+    kind = task.get("output_type")
     if kind in LIKELIHOODS and not task.get("unsafe_code"):
         return
     if kind != WRITES or task.get("unsafe_code"):
@@ -197,15 +201,38 @@ def refuse_unbounded(name: str, task: dict, limit: int | None) -> None:
             f"validation.suite must name tasks that compare log-likelihoods or have the model write, but {name} {does}; ask it "
             "of an export, with ted-scale evaluate"
         )
-    if way.get("do_sample") or way.get("temperature") or not way.get("max_gen_toks"):
-        raise UserError(
-            f"validation.suite must name tasks that write the likeliest tokens and say how many, but {name} does not; set "
-            "max_gen_toks and do_sample: false in its generation_kwargs, or ask it of an export, with ted-scale evaluate"
-        )
+    refuse_other_ways(name, task.get("generation_kwargs") or {})
+    refuse_long(name, task["generation_kwargs"]["max_gen_toks"], longest)
     if not limit:
         raise UserError(
             f"validation.suite_limit must be set where the model writes its answers, as for {name}, but is not; set how many "
             "questions a validation asks"
+        )
+
+
+def refuse_other_ways(name: str, way: dict) -> None:
+    """Training would not apply them, so its scores would not be those of the export."""
+    others = [
+        f"{key} = {shown(value)}" for key, value in way.items() if key not in BOUNDS and not is_likeliest(key, value)
+    ]
+    if others or not (is_count(way.get("max_gen_toks")) and way["max_gen_toks"]):
+        raise UserError(
+            "validation.suite must name tasks that write the likeliest tokens and say how many, but "
+            f"{name} has {', '.join(others) or 'no max_gen_toks above 0'}; give its generation_kwargs max_gen_toks, until and "
+            "do_sample: false alone, or ask it of an export, with ted-scale evaluate"
+        )
+
+
+def is_likeliest(key: str, value) -> bool:
+    return key in LIKELIEST and value == LIKELIEST[key]
+
+
+def refuse_long(name: str, tokens: int, longest: int | None) -> None:
+    """A text has the prompt, too."""
+    if longest and tokens >= longest:
+        raise UserError(
+            f"max_gen_toks of task {name} must be below the {longest:,} tokens that the student reads, but is {tokens:,}; lower it "
+            "in its generation_kwargs"
         )
 
 

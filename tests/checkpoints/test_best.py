@@ -1,12 +1,18 @@
 """The best checkpoint: the one that stays, that the tools show, and that an export takes."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from ted_scale import run
 from ted_scale.base import durable, sealed
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints import folder as files
+from ted_scale.checkpoints.progress import Progress
 from ted_scale.commands import checkpoints, export_hf
 from ted_scale.config.operation import Checkpoint
+from ted_scale.config.run_file import load_run
+from ted_scale.distill.stages import Stage
 
 ACCURACY = "val/suite/boolq/acc"
 
@@ -45,12 +51,36 @@ def test_the_best_so_far_stays_until_a_better_one_is_whole(tmp_path):
     assert best(tmp_path, settings) == 2
 
 
+@pytest.mark.parametrize("scores", [None, 0.5, [0.5], {ACCURACY: None}, {ACCURACY: "0.5"}], ids=str)
+def test_scores_that_are_not_numbers_by_name_are_damage(scores):
+    manifest = {"step": 2, "forks": [], "scores": {ACCURACY: 0.5}}
+    assert files.checked(manifest, "step_00000002") is manifest
+    with pytest.raises(sealed.Damaged, match="is not of step_00000002"):
+        files.checked(manifest | {"scores": scores}, "step_00000002")
+
+
 def test_a_value_of_a_step_that_was_undone_is_forgotten(tmp_path):
     settings = Checkpoint(best=ACCURACY)
     for step, accuracy in ((2, 0.5), (4, 0.6), (6, 0.9)):
         leave(tmp_path, step, {ACCURACY: accuracy})
     leave(tmp_path, 5, {ACCURACY: 0.55}, forks=(4,))
     assert best(tmp_path, settings) == 4
+
+
+@pytest.mark.parametrize(("known", "saves"), [({}, 1), ({ACCURACY: 0.5}, 0)], ids=["lacks", "has"])
+def test_a_resume_saves_its_step_again_only_where_the_checkpoint_lacks_the_number(tmp_path, monkeypatch, known, saves):
+    """What else a signal cut short, as the rest of a suite, is measured without a save: that would first remove a good copy."""
+    (tmp_path / "run.toml").write_text(RUN_FILE)
+    settings, saved = load_run(tmp_path / "run.toml"), []
+    saver = SimpleNamespace(copier=SimpleNamespace(finish=lambda: None))
+    parts = run.Parts(SimpleNamespace(run=settings), None, None, None, saver)
+    monkeypatch.setattr(run, "validation_is_missing", lambda *_: True)
+    monkeypatch.setattr(run, "save_checkpoint", lambda *arguments: saved.append(arguments[-1].step))
+    found = Progress(2, scores={ACCURACY: 0.5})
+    monkeypatch.setattr(run.validation, "validate", lambda *_, **named: (found, False))
+    stage, stream = Stage("student", 0, 4, settings), SimpleNamespace(held_out={})
+    assert run.validate_first(parts, stage, None, stream, Progress(2, scores=known), tmp_path) is found
+    assert saved == [2] * saves
 
 
 def test_the_tools_find_it(tmp_path, capsys):

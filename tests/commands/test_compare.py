@@ -23,6 +23,7 @@ from ted_scale.commands import compare
 from ted_scale.commands.comparison import plan as plans
 from ted_scale.commands.comparison import prices, results, starts
 from ted_scale.commands.comparison.prices import Price
+from ted_scale.config.run_file import load_run
 from ted_scale.report.paired import Difference
 
 ARMS = {"ce": ["method=ce"], "kd": ["method=kd"], "ted": ["method=ted", "filters.steps=4"]}
@@ -78,6 +79,7 @@ def write(root, tmp_path):
         ),
         (["seed=3"], r"arms.other must not set seed, because the comparison does"),
         (["train.steps=3"], r"must not set train.steps"),
+        (["train.epochs=7"], r"must not set train.epochs, because the comparison does"),
         (["method=cee"], r"^arms.other: --set method: method must be"),
     ],
 )
@@ -90,6 +92,16 @@ def test_what_a_plan_names_in_differ_may_differ(write):
     arms = {**ARMS, "long": ["data.seq_len=64"]}
     assert "long" in plans.load(write(arms=arms, differ=["data.seq_len"])).arms
     assert "long" in plans.load(write(arms=arms, differ=["data"])).arms
+
+
+def test_a_section_that_one_side_has_none_of_is_named_as_a_whole(write):
+    """student.lora alone is what differ needs; its keys came one by one."""
+    arms = {"whole": [], "lora": ["student.lora={rank=4}"]}
+    with pytest.raises(
+        UserError, match=r"^arms.lora must have the student.lora of arms.whole \(None\), but has .*rank"
+    ):
+        plans.load(write(arms=arms))
+    assert "lora" in plans.load(write(arms=arms, differ=["student.lora"])).arms
 
 
 def test_an_arm_that_asks_no_teacher_may_name_another(write):
@@ -114,6 +126,11 @@ def test_runs_of_one_path_that_began_with_other_losses_are_named_by_their_seed_s
     assert "began" not in ce + kd and "began at 8.1000, not 8.0000" in ted
 
 
+def test_a_program_that_validates_only_later_is_not_said_to_have_begun_elsewhere(write):
+    later = begun_at("kd", 7.0)._replace(points=[results.Point(1, 384, None, 7.0)])
+    assert "began" not in results.table(plans.load(write()), [begun_at("ce", 9.0), later])
+
+
 def test_tokens_that_made_an_arm_s_filters_before_it_began_are_in_the_table(write, tmp_path):
     (tmp_path / "before").mkdir()
     (tmp_path / "before/run.toml").write_text("filters.steps = 3\ntrain.tokens_per_step = 512\n")
@@ -125,8 +142,9 @@ def test_tokens_that_made_an_arm_s_filters_before_it_began_are_in_the_table(writ
 
 
 def begun_at(arm: str, loss: float, seed: int = 0) -> results.Result:
-    """A run whose held-out loss was this before it trained."""
-    points = [results.Point(0, 0, None, loss), results.Point(1, 384, None, 3.0)]
+    """A run whose held-out loss was this before stage II, which comes after the 4 steps of stage I in `ted`."""
+    step = 4 if arm == "ted" else 0
+    points = [results.Point(step, 0, None, loss), results.Point(step + 1, 384, None, 3.0)]
     return results.Result(arm, seed, 1, "done", 1.0, "c0ffee", points)
 
 
@@ -379,6 +397,29 @@ def test_a_run_that_fails_otherwise_ends_the_comparison_with_its_output_named(wr
 def test_a_mistake_that_only_a_plan_of_a_run_shows_is_found_before_any_run(write, started, root):
     with pytest.raises(UserError, match=r"^arms.kd: teacher.path must "):
         compare.main([write(arms={"ce": ["method=ce"], "kd": ["method=kd", f"teacher.path={root / 'nowhere'}"]})])
+    assert not started[0]
+
+
+@pytest.mark.parametrize("budget", [{"tokens": 7680}, {"seconds": 12.0}], ids=["tokens", "seconds"])
+def test_a_run_file_that_keeps_its_best_checkpoint_can_be_compared(write, started, root, budget):
+    """Its validations are those of the comparison, which need not be steps that are saved."""
+    best = {"every": 4, "best": "val/loss", "best_is": "lowest"}
+    train = {"steps": 9, "tokens_per_step": 384, "precision": "fp32", "lr": 1e-3}
+    write_run(root / "best.toml", make_run(root, train=train, validation={"every": 4}, checkpoint=best))
+    path = write(run=str(root / "best.toml"), budget=budget, seeds=[0])
+    plan = plans.load(path)
+    compare.main([path])
+    assert "ted_seed0" in started[0]
+    for job in (plans.job_of(plan, "ted", 0, 9), plans.measuring_job(plan, "ted", 0)):
+        run = load_run(plan.run, job.words)
+        assert (run.checkpoint.best, run.checkpoint.best_is, run.checkpoint.every) == ("", None, 4)
+
+
+@pytest.mark.parametrize("budget", [{"tokens": 7680}, {"seconds": 12.0}], ids=["tokens", "seconds"])
+def test_words_of_the_comparison_that_no_run_takes_are_refused_before_any_run(write, started, monkeypatch, budget):
+    monkeypatch.setattr(plans, "without_best", lambda run: ["checkpoint.every=0"])
+    with pytest.raises(UserError, match=r"^arms.ce: --set checkpoint.every: "):
+        compare.main([write(budget=budget)])
     assert not started[0]
 
 

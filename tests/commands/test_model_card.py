@@ -63,6 +63,16 @@ def test_the_card_says_what_the_runs_files_say(tmp_path):
         assert said in text, said
 
 
+def test_adapters_are_named_with_rank_alpha_and_targets(tmp_path):
+    student = {"path": str(tmp_path / "student")}
+    assert "LoRA" not in card_of(tmp_path / "whole", student=student)
+    text = card_of(
+        tmp_path / "few", student=student | {"lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]}}
+    )
+    assert "| adapters | LoRA of rank 4, alpha 8, on q\\_proj, v\\_proj; merged" in text
+    assert "on all-linear; merged" in card_of(tmp_path / "all", student=student | {"lora": {}})
+
+
 def test_rows_of_whole_examples_have_padding_and_so_no_epochs(tmp_path):
     corpora = [{"path": str(tmp_path / "web"), "validation": 0.1}]
     text = card_of(tmp_path, data={"corpora": corpora, "packing": "examples", "attention": "document"})

@@ -163,6 +163,17 @@ def test_a_checkpoint_of_other_shapes_is_refused_and_one_of_other_ranks_is_not(w
     assert "student.width and student.parameters cannot be allowed" in said and "resume.allow" not in said
 
 
+def test_adapters_take_no_other_base_alpha_or_rank_and_the_reasons_are_true():
+    theirs = {"student.base": "a", "student.lora.alpha": 1.0, "student.lora.rank": 4}
+    ours = {"student.base": "b", "student.lora.alpha": 2.0, "student.lora.rank": 8}
+    with pytest.raises(UserError) as refused:
+        changes.refuse_another_run("step 4", theirs, ours, [*theirs], 4)
+    assert str(refused.value).endswith(
+        "; student.lora.rank cannot be allowed, because the tensors of the checkpoint would not fit; student.base and "
+        "student.lora.alpha cannot be allowed, because the adapters of the checkpoint were trained with what it was"
+    )
+
+
 def test_every_key_of_an_identity_can_be_allowed_by_name(world):
     for sections in ({}, {"method": "kd"}, {"method": "ce"}, {"method": "lwd"}):
         assert make_plan(make_run(world, **sections), 1).identity().keys() <= set(changes.DECISIVE)

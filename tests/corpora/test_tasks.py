@@ -101,6 +101,13 @@ def test_a_file_becomes_pairs_and_what_the_judge_asks_and_a_split_of_its_own_has
     assert "3 prompts are on both sides" in said
 
 
+def test_a_folder_that_is_written_again_has_only_the_judge_of_its_held_out_items(tmp_path):
+    data = write(tmp_path / "a.jsonl", [{"sentence": f"film {n}", "label": n % 2} for n in range(50)])
+    for more, judge in (([], "split"), (["--held-out", data], "held_out"), ([], "split")):
+        task.main(["sst2", "--data", data, *more, "--out", str(tmp_path / "out")])
+        assert [file.name for file in (tmp_path / "out").glob("*.yaml")] == [f"sst2_{judge}.yaml"]
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -149,6 +156,10 @@ def test_a_held_out_item_is_a_pair_too_and_the_items_to_train_on_may_be_conversa
         ("boolq", {"answer": "yes"}, r"a.jsonl:2 must have true or false in answer, but has 'yes'"),
         ("piqa", {"sol2": " "}, r"a.jsonl:2 must have a text in each answer, but 1 of 2 are empty"),
         ("sciq", {"question": None}, r"a.jsonl:2 must have text in question, but has None"),
+        ("sst2", {"sentence": " "}, r"a.jsonl:2 must have a text in sentence, but has none"),
+        ("qqp", {"question1": "", "question2": " "}, r"a.jsonl:2 must have a text in question1 or question2, but has none"),
+        ("sst2", {"sentence": "\ud800"}, r"a.jsonl:2 must have text in sentence, but spells half of a surrogate pair"),
+        ("piqa", {"sol2": "\ud800"}, r"a.jsonl:2 must have text in answer, but spells half of a surrogate pair"),
         ("squad", {"context": ...}, r"a.jsonl:2 must have the column context, but has question, answers"),
     ],
 )  # fmt: skip

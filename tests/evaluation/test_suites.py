@@ -186,9 +186,12 @@ def test_answers_of_one_token_to_one_text_share_a_row():
     ("task", "reason"),
     [
         (writes(max_gen_toks=8), r"validation.suite_limit must be set .* as for gsm8k, but is not"),
-        (writes(until=["."]), r"say how many, but gsm8k does not; set max_gen_toks"),
-        (writes(max_gen_toks=8, do_sample=True), r"write the likeliest tokens .* but gsm8k does not"),
-        (writes(max_gen_toks=8, temperature=0.7), r"write the likeliest tokens .* but gsm8k does not"),
+        (writes(until=["."]), r"say how many, but gsm8k has no max_gen_toks above 0; give"),
+        (writes(max_gen_toks=8, do_sample=True), r"write the likeliest tokens .* but gsm8k has do_sample = True;"),
+        (writes(max_gen_toks=8, temperature=0.7), r"write the likeliest tokens .* but gsm8k has temperature = 0.7;"),
+        (writes(max_gen_toks=8, num_beams=1, repetition_penalty=1.2), r" but gsm8k has repetition_penalty = 1.2;"),
+        (writes(max_gen_toks=8, max_length=9, num_beams=4), r" but gsm8k has max_length = 9, num_beams = 4;"),
+        (writes(max_gen_toks=128), r"max_gen_toks of task gsm8k must be below the 128 tokens .*, but is 128; lower"),
         (entry(output_type="generate_until", unsafe_code=True), "but gsm8k runs code that the model writes; ask"),
         (entry(name="PY_TASK"), "but gsm8k is of another kind; ask"),
     ],
@@ -198,7 +201,7 @@ def test_training_refuses_tasks_that_have_no_bound_or_run_code(monkeypatch, tmp_
     monkeypatch.setattr(suites, "index_of", lambda folder, keys: Index(**tasks))
     for asked in ("gsm8k", "both"):
         with pytest.raises(UserError, match=reason):
-            suites.load_for_training([asked], tmp_path, None)
+            suites.load_for_training([asked], tmp_path, None, 128)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +219,7 @@ def test_training_is_refused_by_the_names_of_its_settings(monkeypatch, tmp_path,
     for name in ("lambada_openai", "arc_easy"):
         (tmp_path / f"{name}.jsonl").touch()
     with pytest.raises(UserError, match=sentence):
-        suites.load_for_training([wanted], files and tmp_path, None)
+        suites.load_for_training([wanted], files and tmp_path, None, None)
 
 
 def test_a_relative_folder_is_whole_before_lm_eval_changes_directory(monkeypatch, tmp_path):
@@ -224,7 +227,7 @@ def test_a_relative_folder_is_whole_before_lm_eval_changes_directory(monkeypatch
     monkeypatch.setattr(suites, "index_of", lambda folder, keys: seen.append(folder) or Index())
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="must find the task own"):
-        suites.load_for_training(["own"], Path("tasks"), None)
+        suites.load_for_training(["own"], Path("tasks"), None, None)
     assert seen == [tmp_path.resolve() / "tasks"]
 
 
@@ -324,7 +327,7 @@ def test_training_needs_a_limit_for_a_task_that_only_its_group_makes_one_that_wr
     folder = make_tasks(tmp_path / "tasks")
     (folder / "both.yaml").write_text(json.dumps({"group": "both", "task": ["arc_easy", member]}))
     with pytest.raises(UserError, match=rf"validation.suite_limit must be set .*, as for {name}, but is not"):
-        suites.load_for_training(["both"], folder, None)
+        suites.load_for_training(["both"], folder, None, None)
 
 
 @pytest.mark.long

@@ -97,7 +97,7 @@ def test_the_judge_in_training_is_lm_eval_s_own_on_the_export(tmp_path):
     written = []
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        tasks = suites.load_for_training(names, root / "tasks", 50)
+        tasks = suites.load_for_training(names, root / "tasks", 50, 128)
         judge = tasks["tasks"]["squad_held_out"].config
         score, judge.process_results = (
             judge.process_results,

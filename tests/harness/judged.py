@@ -45,6 +45,6 @@ def make_written(folder: Path) -> None:
     """The task squad_held_out below `folder`: 11 questions of many lengths, each with many answers, so that a model hits some."""
     answers = {"text": [*"abcdefghijklmnopqrstuvwxyz0123456789€", "cat", "cat sat on"]}
     rows = [{"context": text[: 8 + n], "question": "What?", "answers": answers} for n, text in enumerate(TEXTS[:11])]
-    file = folder / "squad.json"
+    file = folder / "squad.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task.main(["squad", "--data", str(file), "--held-out", str(file), "--out", str(folder / "squad")])

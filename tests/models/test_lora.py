@@ -1,5 +1,8 @@
 """A student with adapters against plain peft and transformers, its losses with those of the merged weights, and what is refused."""
 
+import json
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -114,3 +117,11 @@ def test_a_checkpoint_of_adapters_names_its_base_by_the_bytes_of_its_weights(wor
     other = make_model(tmp_path / "other", plan.student.family, num_hidden_layers=2, seed=2)
     assert fingerprint.fingerprint(other) == fingerprint.fingerprint(world / "student")
     assert fingerprint.sampled(other) != fingerprint.sampled(world / "student")
+
+
+def test_a_base_is_the_same_when_another_version_of_transformers_wrote_its_config(world, tmp_path):
+    other = shutil.copytree(world / "student", tmp_path / "other")
+    values = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(values | {"transformers_version": "0"}))
+    assert fingerprint.fingerprint(other) != fingerprint.fingerprint(world / "student")
+    assert fingerprint.sampled(other) == fingerprint.sampled(world / "student")

@@ -29,10 +29,16 @@ def differences(runs: dict[str, Run], base: str):
     flat = {arm: flattened("", run.model_dump(by_alias=True)) for arm, run in runs.items()}
     for arm, values in flat.items():
         for key in sorted({*values, *flat[base]}):
-            others = flat[base_of(runs, base, key)].get(key)
+            mine, others = part(values, key), part(flat[base_of(runs, base, key)], key)
             asked = not key.startswith("teacher.") or runs[arm].method != "ce"
-            if named(key, EQUAL) and asked and values.get(key) != others:
-                yield arm, key, values.get(key), others
+            if named(key, EQUAL) and asked and mine != others:
+                yield arm, key, mine, others
+
+
+def part(flat: dict, key: str):
+    """The value of a key, or the section of this name as a dict: one side may have none of it, and its key then has no value."""
+    inside = {name.removeprefix(f"{key}."): value for name, value in flat.items() if name.startswith(f"{key}.")}
+    return inside or flat.get(key)
 
 
 def base_of(runs: dict[str, Run], base: str, key: str) -> str:

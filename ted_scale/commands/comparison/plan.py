@@ -4,6 +4,7 @@ Note: arms must start from the same student, ask the same teacher and read the s
 all the same, as the student does when cuts are compared, is named in `differ`.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -19,7 +20,8 @@ from ted_scale.config.run_file import load_run, sentence
 from ted_scale.config.types import Count, NonNegative, Positive, PositiveInt, Section
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
-OURS = ("name", "runs", "seed", "train.steps", "validation.every", "log_every", "resume.allow")
+STEPS = ("train.steps", "train.epochs", "train.epochs_of")
+OURS = ("name", "runs", "seed", *STEPS, "validation.every", "log_every", "resume.allow")
 MOST_SEEDS = 10
 
 
@@ -185,8 +187,17 @@ def measuring_job(plan: Comparison, arm: str, turn: int) -> Job:
 
 def job_with(plan: Comparison, arm: str, name: str, own: list[str]) -> Job:
     """The comparison's own words come last, so that nothing replaces them."""
-    words = (*plan.set, *plan.arms[arm], f"name={name}", f"runs={plan.place / 'runs'}", *own)
+    own = [*without_best(of_arm(plan, arm)), f"name={name}", f"runs={plan.place / 'runs'}", *own]
+    words = (*plan.set, *plan.arms[arm], *own)
     return Job(name, words, plan.programs.get(arm, ""))
+
+
+def without_best(run: Run) -> list[str]:
+    """The comparison says when a run validates, and what is best must be of a saved step. One word has all of the section, because
+    none takes `best_is` out of it."""
+    kept = run.checkpoint.model_dump(exclude={"best", "best_is"})
+    inside = ", ".join(f"{key}={json.dumps(value)}" for key, value in kept.items())
+    return [f"checkpoint={{{inside}}}"] if run.checkpoint.best else []
 
 
 def stage_i_steps(run: Run) -> int:

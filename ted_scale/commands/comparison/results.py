@@ -67,9 +67,13 @@ def by_seed(plan: Comparison, results: list[Result], arm: str) -> dict[int, floa
 
 def unequal_starts(plan: Comparison, results: list[Result]) -> dict[str, list[str]]:
     """Of each arm, by what the plan says and by what its runs measured before they trained."""
-    said, firsts = conditions.starts_of(plans.runs_of(plan), plan.compared_with), {arm: {} for arm in plan.arms}
-    for result in results:
-        firsts[result.arm] |= {result.seed: result.points[0].loss} if result.points else {}
+    runs = plans.runs_of(plan)
+    said, firsts = conditions.starts_of(runs, plan.compared_with), {arm: {} for arm in plan.arms}
+    before = {arm: plans.stage_i_steps(run) for arm, run in runs.items()}
+    for result in results:  # the first row of an arm's own program may be of a later step
+        first = result.points[0] if result.points else None
+        if first and first.step == before[result.arm]:
+            firsts[result.arm][result.seed] = first.loss
     for arm, losses in firsts.items():
         if began := conditions.began_elsewhere(losses, firsts[plan.compared_with]):
             said[arm].append(began)
