@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ted_scale import feed
+from ted_scale import feed, validate
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import resume
@@ -124,6 +124,7 @@ def make_plan(run: Run, world: int) -> Plan:
     if run.validation.suite:
         plan = dataclasses.replace(plan, tokenizer=tokenizer_folder(plan.student, plan.teacher))
         plan = dataclasses.replace(plan, suite=suite_in_training(run.validation, plan.student.max_length))
+        validate.refuse_unpromised(run.checkpoint.best, plan.suite)
     where, progress = resume.find(run, plan.identity())
     plan = dataclasses.replace(plan, readings=check_corpora(plan, progress))
     resumes = resume.describe(run, where, progress, plan.total_steps, last_row(run.folder / "metrics.jsonl"))

@@ -3,7 +3,7 @@
 import difflib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from ted_scale.base.errors import UserError
 from ted_scale.data.stream import Stream, validation_batches
 from ted_scale.distill.normalization import count_valid
 from ted_scale.distill.signal import Weights
+from ted_scale.evaluation.scores import promised
 from ted_scale.metrics.console import log_line
 from ted_scale.ranks import pulse, signals
 from ted_scale.ranks.agree import anywhere, broadcast
@@ -82,8 +83,15 @@ def write_scores(plan, metrics, student, progress):
     return judged(plan.run, progress, row), scores is None
 
 
-def refuse_unknown(best: str, row: dict[str, float]) -> None:
-    """Only the suite's own answers say which numbers it has; the first are there before the first step."""
+def refuse_unpromised(best: str, suite: dict) -> None:
+    """Before anything starts, where the task says which numbers it has. Else the first answers do, before stage II."""
+    tasks, name = suite["tasks"], best.removeprefix(SUITE).partition("/")[0]
+    if name in suite.get("groups", {}) or (name in tasks and not promised(name, tasks[name])):
+        return
+    refuse_unknown(best, [f"{SUITE}{key}" for task in tasks for key in promised(task, tasks[task])])
+
+
+def refuse_unknown(best: str, row: Collection[str]) -> None:
     if best.startswith(SUITE) and best not in row:
         close = difflib.get_close_matches(best, row, n=4, cutoff=0.0)
         raise UserError(

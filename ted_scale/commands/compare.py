@@ -70,7 +70,8 @@ def refuse_mistakes(plan: Comparison) -> None:
         job = plans.job_of(plan, arm, plan.seeds[0], steps) if steps else plans.measuring_job(plan, arm, 0)
         plans.of_arm(plan, arm, *job.words)
         try:
-            make_plan(plans.of_arm(plan, arm, *([f"train.steps={steps}"] if steps else [])), world=plan.ranks)
+            place = plans.place_of(plan, plans.name_of(arm, plan.seeds[0]))
+            make_plan(plans.of_arm(plan, arm, *place, *([f"train.steps={steps}"] if steps else [])), world=plan.ranks)
         except UserError as error:
             raise UserError(f"arms.{arm}: {error}") from None
 

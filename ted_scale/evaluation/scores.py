@@ -23,6 +23,21 @@ class Score(NamedTuple):
         return f"{self.what}/{self.metric.replace(' ', '_')}"
 
 
+def promised(name: str, task) -> list[str]:
+    """The keys that a task of lm-eval will have. None where a function of its own makes the scores, or a metric of written answers
+    that may make several, as rouge does: only the answers name those."""
+    settings = task.dump_config()
+    writes = settings.get("output_type") == "generate_until"
+    if settings.get("process_results") or (writes and {*task.aggregation()} != {"exact_match"}):
+        return []
+    filters = [each["name"] for each in settings.get("filter_list") or [{"name": "none"}]]
+    return [Score(name, called(metric, how), 0.0).key for how in filters for metric in task.aggregation()]
+
+
+def called(metric: str, how: str) -> str:
+    return metric if how == "none" else f"{metric} {how}"
+
+
 def scores(found: dict) -> list[Score]:
     """Of tasks and groups, without the members of a group: the group's own score has them."""
     members = {name for children in found.get("group_subtasks", {}).values() for name in children}
@@ -39,6 +54,5 @@ def scores_of(name: str, values: dict) -> list[Score]:
         if not how or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = values.get(f"{metric}_stderr,{how}")
-        called = metric if how == "none" else f"{metric} {how}"
-        found.append(Score(name, called, float(value), error if isinstance(error, float) else None))
+        found.append(Score(name, called(metric, how), float(value), error if isinstance(error, float) else None))
     return found

@@ -400,6 +400,16 @@ def test_a_mistake_that_only_a_plan_of_a_run_shows_is_found_before_any_run(write
     assert not started[0]
 
 
+def test_arms_are_checked_in_folders_of_their_own(write, started, tmp_path, monkeypatch):
+    """The run file's own folder may hold a finished run of another method, which none of them resumes."""
+    from ted_scale import plan as of_runs
+
+    folders, make_plan = [], of_runs.make_plan
+    monkeypatch.setattr(of_runs, "make_plan", lambda run, world: folders.append(run.folder) or make_plan(run, world))
+    compare.main([write(seeds=[3])])
+    assert folders == [tmp_path / "out" / "runs" / f"{arm}_seed3" for arm in ARMS]
+
+
 @pytest.mark.parametrize("budget", [{"tokens": 7680}, {"seconds": 12.0}], ids=["tokens", "seconds"])
 def test_a_run_file_that_keeps_its_best_checkpoint_can_be_compared(write, started, root, budget):
     """Its validations are those of the comparison, which need not be steps that are saved."""

@@ -17,6 +17,7 @@ from judged import VOCABULARY, make_judged, make_tasks, make_written
 from launching import run_ranks
 from tiny import PRETRAIN, make_model, make_run, write_run
 
+from ted_scale import plan as planning
 from ted_scale import validate as validation
 from ted_scale.base.errors import Preempted, UserError
 from ted_scale.checkpoints.progress import Progress
@@ -287,6 +288,40 @@ def test_a_resume_asks_a_suite_that_was_cut_short_and_repeats_none(root, tmp_pat
 
     assert missing(4) and missing(4, "val/loss") and missing(4, "val/suite/piqa/acc")
     assert not missing(4, "val/loss", "val/suite/piqa/acc") and not missing(3)
+
+
+@pytest.mark.parametrize(
+    ("best", "nearest"),
+    [
+        ("val/suite/piqa/ac", "val/suite/piqa/acc"),
+        ("val/suite/pika/acc", "val/suite/piqa/acc"),
+        ("val/suite/gsm8k/exact_match", "val/suite/gsm8k/exact_match_strict-match"),
+    ],
+)
+def test_a_number_that_no_task_has_is_refused_before_anything_starts(root, monkeypatch, best, nearest):
+    """Of a group, a task with a function of its own and a metric that makes several, only the answers say which there are."""
+
+    def task(*metrics, **settings):
+        return SimpleNamespace(aggregation=lambda: dict.fromkeys(metrics), dump_config=lambda: settings, eval_docs=[])
+
+    strict = {"output_type": "generate_until", "filter_list": [{"name": "strict-match"}]}
+    tasks = {
+        "piqa": task("acc", "acc_norm"),
+        "gsm8k": task("exact_match", **strict),
+        "own": task(process_results="f"),
+        "rouge": task("rouge", output_type="generate_until"),
+    }
+    monkeypatch.setattr(planning, "suite_in_training", lambda *_: {"tasks": tasks, "groups": {"mmlu": None}})
+    run = run_file(root, suite="small", every=2)
+    with pytest.raises(UserError, match=rf"^checkpoint.best must be a number of validation.suite, .* {nearest}\b"):
+        make_plan(keeps(run, best), 1)
+    for known in (nearest, "val/suite/mmlu/acc", "val/suite/own/any", "val/suite/rouge/rouge1", "val/loss", ""):
+        assert make_plan(keeps(run, known), 1).suite
+
+
+def keeps(run, best: str):
+    """The run with this checkpoint.best."""
+    return run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"best": best})})
 
 
 def test_the_console_shows_the_scores():

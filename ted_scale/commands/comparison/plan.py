@@ -175,7 +175,11 @@ def job_of(plan: Comparison, arm: str, seed: int, steps: int) -> Job:
     stage_i = stage_i_steps(of_arm(plan, arm))
     every = max(1, (steps + stage_i) // plan.validations)
     own = [f"seed={seed}", f"train.steps={steps}", f"validation.every={every}", f"log_every={max(1, steps // 20)}"]
-    return job_with(plan, arm, f"{arm}_seed{seed}", own)
+    return job_with(plan, arm, name_of(arm, seed), own)
+
+
+def name_of(arm: str, seed: int) -> str:
+    return f"{arm}_seed{seed}"
 
 
 def measuring_job(plan: Comparison, arm: str, turn: int) -> Job:
@@ -187,9 +191,14 @@ def measuring_job(plan: Comparison, arm: str, turn: int) -> Job:
 
 def job_with(plan: Comparison, arm: str, name: str, own: list[str]) -> Job:
     """The comparison's own words come last, so that nothing replaces them."""
-    own = [*without_best(of_arm(plan, arm)), f"name={name}", f"runs={plan.place / 'runs'}", *own]
+    own = [*without_best(of_arm(plan, arm)), *place_of(plan, name), *own]
     words = (*plan.set, *plan.arms[arm], *own)
     return Job(name, words, plan.programs.get(arm, ""))
+
+
+def place_of(plan: Comparison, name: str) -> list[str]:
+    """A folder of the comparison's own: the run file's may hold checkpoints of another method."""
+    return [f"name={name}", f"runs={plan.place / 'runs'}"]
 
 
 def without_best(run: Run) -> list[str]:
