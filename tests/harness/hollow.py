@@ -173,12 +173,12 @@ def write_tokenizer(folder: Path) -> None:
 
 def make_hollow_corpus(prefix: Path, student: Path, documents: int, length: int) -> None:
     """Documents of zeros, signed with the student's tokenizer."""
-    if prefix.with_suffix(".json").exists():
+    signed = {"max_token_id": 0, "tokens": documents * length}
+    signed["tokenizer_digest"] = digest(load_tokenizer(str(student)))
+    if (card := prefix.with_suffix(".json")).exists() and card.read_text() == json.dumps(signed):
         return
     prefix.parent.mkdir(parents=True, exist_ok=True)
     prefix.with_suffix(".idx").write_bytes(index_of([length] * documents))
     prefix.with_suffix(".bin").touch()
     os.truncate(prefix.with_suffix(".bin"), 2 * documents * length)
-    signed = {"max_token_id": 0, "tokens": documents * length}
-    signed["tokenizer_digest"] = digest(load_tokenizer(str(student)))
-    prefix.with_suffix(".json").write_text(json.dumps(signed))
+    card.write_text(json.dumps(signed))
