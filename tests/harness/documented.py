@@ -160,7 +160,7 @@ class Place:
 
     def reviews(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        rows = [json.dumps({"sentence": f"film {n}", "label": n % 2}) + "\n" for n in range(40)]
+        rows = [json.dumps({"sentence": f"film {n} of {path}", "label": n % 2}) + "\n" for n in range(40)]
         (path / "rows.jsonl").write_text("".join(rows))
 
     def any_folder(self, path: Path) -> None:
