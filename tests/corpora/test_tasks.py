@@ -105,7 +105,8 @@ def test_a_file_becomes_pairs_and_what_the_judge_asks_and_a_split_of_its_own_has
 
 def test_a_folder_that_is_written_again_has_only_the_judge_of_its_held_out_items(tmp_path):
     data = write(tmp_path / "a.jsonl", [{"sentence": f"film {n}", "label": n % 2} for n in range(50)])
-    for more, judge in (([], "split"), (["--held-out", data], "held_out"), ([], "split")):
+    others = write(tmp_path / "b.jsonl", [{"sentence": "another film", "label": 0}])
+    for more, judge in (([], "split"), (["--held-out", others], "held_out"), ([], "split")):
         task.main(["sst2", "--data", data, *more, "--out", str(tmp_path / "out")])
         assert [file.name for file in (tmp_path / "out").glob("*.yaml")] == [f"sst2_{judge}.yaml"]
 
@@ -190,5 +191,6 @@ def test_data_without_items_and_a_folder_of_another_task_are_refused(tmp_path):
     refused(r"b.jsonl:1 must be a JSON object, but is not \(.*\); correct it", data=tmp_path / "b.jsonl")
     one = write(tmp_path / "c.jsonl", [ROWS["sst2"]] * 3)
     refused(r"--data must have items that are unlike enough .*all 3 fall on one side", data=one)
-    task.main(["sst2", "--data", one, "--held-out", one, "--out", str(tmp_path / "out")])
+    other = write(tmp_path / "d.jsonl", [{"sentence": "T", "label": 0}])
+    task.main(["sst2", "--data", one, "--held-out", other, "--out", str(tmp_path / "out")])
     refused(r"--out must be a folder of rte alone, but .* has sst2_held_out.yaml", name="rte", data=one)
