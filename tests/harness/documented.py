@@ -146,7 +146,7 @@ class Place:
         rows = [{"text": page.read_text(encoding="utf-8")} for page in (self.world / "texts").iterdir()]
         chat = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This one."}]
         pair = {"prompt": "Which?", "completion": " This one."}  # of ted-scale task
-        made = {"messages": chat} if "chat" in str(path) else pair if path.name == "train.jsonl" else {}
+        made = {"messages": chat} if "chat" in str(path) else pair if path.name in ("train.jsonl", "all.jsonl") else {}
         lines = "".join(json.dumps(made or row) + "\n" for row in rows)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".parquet":
