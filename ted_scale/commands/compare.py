@@ -68,7 +68,7 @@ def refuse_mistakes(plan: Comparison) -> None:
     for arm in plan.arms:
         steps = prices.steps_within(plan, arm, {}) if plan.budget.tokens else 0
         job = plans.job_of(plan, arm, plan.seeds[0], steps) if steps else plans.measuring_job(plan, arm, 0)
-        plans.of_arm(plan, arm, *job.words)
+        plans.of_arm(plan, arm, *job.words)  # the comparison's own words, too, must be what a run takes
         try:
             place = plans.place_of(plan, plans.name_of(arm, plan.seeds[0]))
             make_plan(plans.of_arm(plan, arm, *place, *([f"train.steps={steps}"] if steps else [])), world=plan.ranks)
