@@ -18,7 +18,11 @@ def asked_for() -> list[tuple[str, str]]:
         return [(text, "") for text in project["dependencies"]] + [
             (t, extra) for extra in extras for t in extras[extra]
         ]
-    split = (text.partition(";") for text in importlib.metadata.requires("ted_scale") or ())
+    try:
+        asked = importlib.metadata.requires("ted_scale") or ()
+    except importlib.metadata.PackageNotFoundError:  # a copy of the package's folder alone, on PYTHONPATH
+        asked = ()
+    split = (text.partition(";") for text in asked)
     return [(text, marker.partition('"')[2].rstrip('" ') if "extra" in marker else "") for text, _, marker in split]
 
 
@@ -38,4 +42,5 @@ def install(*requirements: str, extra: str = "") -> str:
 
 def install_extra(extra: str) -> str:
     """The way to all that an extra brings."""
-    return install(*(text for text, of in asked_for() if of == extra), extra=extra)
+    brought = [text for text, of in asked_for() if of == extra]
+    return install(*brought, extra=extra) if brought else f"install what ted_scale's pyproject.toml lists under {extra}"

@@ -59,7 +59,7 @@ def checked(folder: Path) -> Run:
         import wandb_workspaces  # noqa: F401
     except ImportError:
         way = install_extra("wandb-workspaces")
-        raise UserError(f"wandb-workspaces must be installed, but is not; {way} installs it") from None
+        raise UserError(f"wandb-workspaces must be installed, but is not; {way}") from None
     return run
 
 

@@ -109,7 +109,7 @@ def index_of(folder: Path | None, keys: Keys):
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError(
-            f"lm-eval must be installed for {keys.suite}, but is not; {install_extra('eval')} installs it"
+            f"lm-eval must be installed for {keys.suite}, but is not; {install_extra('eval')}"
         ) from None
     if folder is None:
         return TaskManager()

@@ -1,5 +1,6 @@
 """The view that is sent to W&B, as the package serializes it, and the mistakes that a user makes."""
 
+import importlib.metadata
 import json
 import re
 import sys
@@ -42,6 +43,8 @@ def test_a_run_without_a_project_and_a_missing_package_are_one_sentence(tmp_path
     with pytest.raises(UserError, match="wandb-workspaces must be installed"):
         main([str(run.folder)])
     monkeypatch.setattr(shipped, "PROJECT", tmp_path / "pyproject.toml")
+    asked = ['wandb-workspaces>=0.4; extra == "wandb-workspaces"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: asked)
     with pytest.raises(UserError, match='is not; pip install "wandb-workspaces>='):
         main([str(run.folder)])
 

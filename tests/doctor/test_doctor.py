@@ -128,6 +128,16 @@ def test_without_a_checkout_the_way_to_a_package_is_pip_with_its_name(monkeypatc
     assert packages.install_extra("report") == 'pip install "nor[this]>=1"'
 
 
+def test_a_bare_copy_of_the_package_knows_no_ranges_and_still_says_a_way(monkeypatch, tmp_path):
+    def unknown(name):
+        raise packages.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(packages.importlib.metadata, "requires", unknown)
+    monkeypatch.setattr(shipped, "PROJECT", tmp_path / "pyproject.toml")
+    assert packages.asked_for() == [] and packages.requirement_of("torch") == "torch"
+    assert packages.install_extra("report").endswith("pyproject.toml lists under report")
+
+
 def test_every_extra_of_a_user_says_what_it_is_for():
     assert {extra for _, extra in packages.asked_for()} - {"", "docs"} == set(software.FOR)
 
