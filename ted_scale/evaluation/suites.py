@@ -108,9 +108,7 @@ def index_of(folder: Path | None, keys: Keys):
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError(
-            f"lm-eval must be installed for {keys.suite}, but is not; {install_extra('eval')}"
-        ) from None
+        raise UserError(f"lm-eval must be installed for {keys.suite}, but is not; {install_extra('eval')}") from None
     if folder is None:
         return TaskManager()
     if not folder.is_dir():
