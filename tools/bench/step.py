@@ -11,6 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def parse():
     )
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--no-plain", action="store_true", help="without plain torch and the parts alone")
+    parser.add_argument("--cpu-time", action="store_true", help="of this process, where others share the cores")
     parser.add_argument("--memory", choices=["default", "kept", "both", "as it is"], default="both")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -63,7 +65,8 @@ def measure(run, arguments) -> None:
     arms = trainer_arms(run, arguments, device)
     if not arguments.no_plain and dist.get_world_size() == 1:
         arms |= plain_arms(run, device)
-    seconds, parts = in_turn(arms, arguments.steps, run, device)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    seconds, parts = in_turn(arms, arguments.steps, run, device, clock)
     if dist.get_rank() == 0:
         print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}")
         print("\n".join(table(seconds, parts, run.train.tokens_per_step)), flush=True)
@@ -174,18 +177,18 @@ def plain_arms(run, device) -> dict:
     return {"plain torch": plain, "parts alone": Alone(plain)}
 
 
-def in_turn(arms: dict, steps: int, run, device):
+def in_turn(arms: dict, steps: int, run, device, clock=time.perf_counter):
     """(seconds of plain steps, seconds by part of watched steps) by arm: one of each a round, after one that does not count."""
     from tools.bench.step_parts import Stopwatch
 
     seconds, parts = defaultdict(list), defaultdict(list)
     data = batches(run, device)
     for number in range(2 * steps + 1):
-        waited = Stopwatch(device)
+        waited = Stopwatch(device, clock=clock)
         with waited.part("data"):
             micro_batches = next(data)
         for name, arm in arms.items():
-            watch = Stopwatch(device, detailed=number % 2 == 0)
+            watch = Stopwatch(device, detailed=number % 2 == 0, clock=clock)
             start = watch.now()
             arm.step(micro_batches, watch)
             took = watch.now() - start
