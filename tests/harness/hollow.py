@@ -122,7 +122,7 @@ PUBLISHED = {  # parameters, as the hub counts them; a head that is tied to the 
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "Qwen/Qwen3-8B-Base": 8_190_735_360,
     "Qwen/Qwen3-1.7B-Base": 1_720_574_976,
-    "Qwen/Qwen3-30B-A3B-Base": 30_532_122_624,
+    "Qwen/Qwen3-30B-A3B-Base": 30_532_122_624,  # its index: total_size 61,064,245,248 bytes of bf16
 }
 
 

@@ -105,16 +105,20 @@ class TrainerArm:
 
 
 class TeacherAlone:
-    """Its forward for every micro-batch of a step, as `kd` asks for it."""
+    """Its forward for every micro-batch of a step, as `kd` asks for it, or as a model has it that ends with logits."""
 
-    def __init__(self, arm: TrainerArm):
-        self.teacher = arm.teacher
+    def __init__(self, arm: TrainerArm, logits: bool):
+        self.teacher, self.logits = arm.teacher, logits
 
     def step(self, micro_batches, watch) -> None:
         from ted_scale.distill.signal import Weights
+        from ted_scale.models.zero import gathered
 
         for batch in micro_batches:
-            self.teacher(batch, Weights(ce=1.0, kl=1.0, layer=0.0))
+            states = self.teacher(batch, Weights(ce=1.0, kl=1.0, layer=0.0)).last_NE
+            if self.logits:
+                with gathered(self.teacher.projection):
+                    states @ self.teacher.head.weight.t()
 
 
 def count_traffic(arms: dict, run, device) -> None:
@@ -148,7 +152,8 @@ def trainer_arms(run, arguments, device) -> dict:
         lend(teacher, None)
         engine = build_student(plan, plan.stages[-1], teacher, plan.filters_file)
         arms[arm] = TrainerArm(plan, plan.stages[-1], engine, teacher, device)
-    return arms | ({"teacher alone": TeacherAlone(arms[asked])} if plans[asked].teacher else {})
+    alone = {"teacher alone": False, "teacher and its logits": True} if plans[asked].teacher else {}
+    return arms | {name: TeacherAlone(arms[asked], logits) for name, logits in alone.items()}
 
 
 def lend(teacher, filters) -> None:
@@ -231,9 +236,10 @@ def ratios(seconds: dict) -> list[str]:
     """Of each arm's time to that of `kd` within a round; of plain torch's, it is the trainer's speed beside it."""
     others = [name for name in seconds if name != "kd"] if "kd" in seconds else []
     of_rounds = {f"{name} / kd": [x / y for x, y in zip(seconds[name], seconds["kd"], strict=True)] for name in others}
-    if {"kd", "ce", "teacher alone"} <= seconds.keys():
-        each = zip(*(seconds[name] for name in ("kd", "ce", "teacher alone")), strict=True)
-        of_rounds["kd / (teacher alone + ce)"] = [kd / (ce + alone) for kd, ce, alone in each]
+    for teacher in ("teacher alone", "teacher and its logits"):
+        if {"kd", "ce", teacher} <= seconds.keys():
+            each = zip(*(seconds[name] for name in ("kd", "ce", teacher)), strict=True)
+            of_rounds[f"kd / ({teacher} + ce)"] = [kd / (ce + alone) for kd, ce, alone in each]
     return [
         f"{name} {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
         for name, values in of_rounds.items()
