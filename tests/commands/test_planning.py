@@ -1,6 +1,7 @@
 """ted-scale plan: what fits, what is recommended, what is refused, without weights and data."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -89,6 +90,21 @@ def test_a_teacher_that_must_be_whole_has_one_place_and_a_page_where_it_does_not
         capsys, run_file, "--gpus", 8, "--gpu", "h100", "--set", f"teacher.{asked}", "--set", "train.micro_batch=64"
     )
     assert code == 1 and "placement replicated, checkpointing off): does not fit" in out
+
+
+def test_the_page_says_what_a_teacher_of_8_bits_would_need(run_file, capsys):
+    """As the same run needs that asks for one. The teacher is in bf16 half as large again, and more."""
+    needs = {}
+    for precision in ("bf16", "int8"):
+        _, out = said(capsys, run_file, "--gpus", 16, "--gpu", "h100", "--set", f"teacher.precision={precision}",
+                      "--set", "teacher.placement=replicated")  # fmt: skip
+        needs[precision] = out
+    line = next(line for line in needs["bf16"].splitlines() if line.startswith("teacher.precision = 'int8' or 'fp8'"))
+    of_teacher, whole = re.findall(r"([\d.]+) GiB", line)
+    asked = {row.split(",")[0]: row.split()[-1] for row in needs["int8"].splitlines() if ", GiB" in row}
+    assert float(of_teacher) == pytest.approx(float(asked["teacher"]), rel=0.01)
+    assert float(whole) == pytest.approx(float(asked["in all"]), rel=0.01) and line.endswith(": fits")
+    assert "teacher.precision = 'int8' or 'fp8'" not in needs["int8"]
 
 
 def test_a_run_is_planned_where_torchao_is_not_installed(run_file, monkeypatch):
