@@ -39,7 +39,7 @@ from ted_scale.health.guard import Guard
 from ted_scale.health.rewind import Rewind, gone_back
 from ted_scale.metrics import samples
 from ted_scale.metrics.metrics import Metrics
-from ted_scale.metrics.tracking import add_facts, facts_of, open_wandb
+from ted_scale.metrics.wandb_connection import add_facts, facts_of, open_wandb
 from ted_scale.models import zero_hooks
 from ted_scale.plan import Plan, as_dict
 from ted_scale.ranks import pulse, shortage, stacks, watch

@@ -34,7 +34,7 @@ from ted_scale.metrics.peaks import device_peak
 from ted_scale.metrics.rows import NAME, rows_at, rows_in, trim_all
 from ted_scale.metrics.teller import Teller
 from ted_scale.metrics.time_left import Ahead
-from ted_scale.metrics.tracking import WandbRun, add_stage
+from ted_scale.metrics.wandb_connection import WandbRun, add_stage
 from ted_scale.metrics.wandb_tables import add_page, add_row
 
 
