@@ -89,7 +89,7 @@ def test_an_owner_that_was_replaced_copies_and_removes_nothing_more_and_says_so(
     assert copied(endpoint, run).keys() == {"step_00000004", "step_00000008"}
     assert "step_00000016 has no copy; the run goes on: checkpoint.copy_to" in caplog.text
     with pytest.raises(UserError, match=r"the run of .* has it now"):
-        replaced.copier.insist()
+        replaced.copier.copy_newest_or_fail()
     with pytest.raises(UserError, match="has the copies of"):
         owner.claim(run)
 
@@ -177,7 +177,7 @@ def test_a_record_that_is_none_is_another_run_s(endpoint, run, tmp_path, lease, 
     started(run, tmp_path)
     (run.folder / owner.OWNER).write_text(text)
     (files.checkpoints_of(run.folder) / "step_00000004").mkdir()
-    with pytest.raises(UserError, match=r"or remove s3://.*owner\.json if that run is gone for good"):
+    with pytest.raises(UserError, match=r"or remove s3://.*owner\.json if nobody needs that run any more"):
         owner.claim(run)
 
 

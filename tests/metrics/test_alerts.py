@@ -80,11 +80,11 @@ def test_a_restart_is_an_alert_with_what_it_cost(tmp_path):
 
 
 def test_a_hang_and_the_death_of_another_rank_are_alerts_unless_a_signal_was_first(tmp_path, monkeypatch):
-    """exits.at_end calls `leave_word` with the last words."""
+    """exits.at_end calls `write_last_words` with the last words."""
     for is_asked, said in ((False, [("the run stopped", "error: step 4 must end", "ERROR")]), (True, [])):
         monkeypatch.setattr(signals.asked, "is_set", lambda is_asked=is_asked: is_asked)
         numbers = metrics(make_run(tmp_path), wandb_run=opened(told := Told()))
-        numbers.leave_word("error: step 4 must end")
+        numbers.write_last_words("error: step 4 must end")
         numbers.wandb_run.close()
         assert told.alerts == said
 
