@@ -149,7 +149,8 @@ def build_parts(plan: Plan, device, progress: Progress, newest: Path | None) -> 
         prefetch=run.data.prefetch, micro_batch=run.train.micro_batch,
         rank=dist.get_rank(), world=dist.get_world_size(), sequence_parallel=run.data.sequence_parallel, device=device,
     )  # fmt: skip
-    progress = replace(progress, wandb_id=wandb_run.id if wandb_run else progress.wandb_id, identity=identity, run=written)
+    wandb_id = wandb_run.id if wandb_run else progress.wandb_id
+    progress = replace(progress, wandb_id=wandb_id, identity=identity, run=written)
     return Parts(plan, teacher, metrics, loader, saver), progress
 
 
@@ -262,8 +263,7 @@ def end_stage(parts: Parts, stage: Stage, student, progress: Progress) -> None:
 
 
 def go_back(stage: Stage, student, rewind: Rewind, metrics: Metrics) -> Progress:
-    """Load an earlier checkpoint into the existing engine. DeepSpeed never releases a module, so a second engine would double
-    the memory."""
+    """Load an earlier checkpoint into the engine there is: DeepSpeed releases no module, so a second would double the memory."""
     for checkpoint in rewind.checkpoints:
         pulse.building(f"the rewind to {checkpoint.name}")
         if (fault := verdict(files.check_digests, checkpoint, share())) is None:
