@@ -101,14 +101,16 @@ def measured(plan: Comparison) -> dict[str, Price]:
     known = prices.noted(plan)
     turns = [(arm, turn) for turn in range(plan.measure.rounds) for arm in plan.arms if arm not in known]
     jobs = {plans.measuring_job(plan, arm, turn): arm for arm, turn in turns}
-    for job in jobs:  # an interrupted one measured only a part
+    todo = [job for job in jobs if not prices.is_over(plan, jobs[job], job.name)]
+    for job in todo:  # an interrupted one measured only a part
         shutil.rmtree(plan.place / "runs" / job.name, ignore_errors=True)
-    found: dict[str, list[Price]] = {}
-    for job, code in starts.run_all(plan, list(jobs)):
+    for job, code in starts.run_all(plan, todo):
         if code != DONE:
             raise failed(plan, job, code)
-        found.setdefault(jobs[job], []).append(prices.price_of(plan, jobs[job], job.name))
         shutil.rmtree(files.checkpoints_of(plan.place / "runs" / job.name), ignore_errors=True)
+    found: dict[str, list[Price]] = {}
+    for job, arm in jobs.items():
+        found.setdefault(arm, []).append(prices.price_of(plan, arm, job.name))
     known |= {arm: prices.middle(of_arm) for arm, of_arm in found.items()}
     prices.note(plan, known)
     for arm, price in known.items():
