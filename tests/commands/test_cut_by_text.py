@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from cut_models import TOKENS, cut_by_hand, loaded, logits
-from tiny import FAMILIES, GQA, MORE, SIZES, make_corpus, make_model
+from tiny import FAMILIES, GQA, MORE, make_corpus, make_model
 
 from ted_scale.base.errors import UserError
 from ted_scale.commands import cut_student

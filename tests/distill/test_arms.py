@@ -1,5 +1,5 @@
-"""What arms of a comparison promise: a teacher that is asked seldom teaches the same for less, a hint costs nothing once it is over,
-and a small teacher's last block guides an early block of a larger student."""
+"""What arms of a comparison promise: a teacher that is asked seldom teaches the same for less, a hint costs nothing once it is
+over, and a small teacher's last block guides an early block of a larger student."""
 
 import pytest
 import torch

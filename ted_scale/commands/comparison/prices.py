@@ -94,7 +94,7 @@ def steps_within(plan: Comparison, arm: str, known: dict[str, Price]) -> int:
 
 
 def seconds_at(plan: Comparison, arm: str, price: Price | None, run, step: int, validations: int) -> float | None:
-    """What a run has used of its budget by this step of its own count, after so many validations; None where nothing was measured."""
+    """What a run has used of its budget by this step of its own count and so many validations; None where nothing was measured."""
     if price is None:
         return None
     stage_i = min(step, plans.stage_i_steps(run))

@@ -1,7 +1,7 @@
 """Projections to several parts of an FFN at once, as phi3's and glm's to gate and up: the FFN channel that each output is for.
 
-It is found by a trial, as heads are (axes.py): the outputs become leaves of a graph, with a row for each bit of a channel's number, and
-one for each bit that is not set. What the last matrix of the FFN reads then has slopes that spell the number.
+It is found by a trial, as heads are (axes.py): the outputs become leaves of a graph, with a row for each bit of a channel's number,
+and one for each bit that is not set. What the last matrix of the FFN reads then has slopes that spell the number.
 """
 
 import torch
@@ -32,8 +32,8 @@ def slope_of(value: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
 
 
 def trial(network, anatomy: Anatomy, attention: set[str], ffn: int, rows: int):
-    """One token in so many rows. (of each joined projection its block and the leaf in the place of its outputs, what the last matrix
-    of each block's FFN reads)"""
+    """One token in so many rows. (of each joined projection its block and the leaf in the place of its outputs, by block what the
+    last matrix of the FFN reads)"""
     leaves: dict[str, tuple[int, torch.Tensor]] = {}
     reads: dict[int, torch.Tensor] = {}
 
