@@ -27,6 +27,7 @@ from ted_scale.commands.comparison import prices, results, starts
 from ted_scale.commands.comparison.prices import Price
 from ted_scale.config.run_file import load_run
 from ted_scale.distill.stages import stages_of
+from ted_scale.ranks import capacity
 from ted_scale.report.paired import Difference
 
 ARMS = {"ce": ["method=ce"], "kd": ["method=kd"], "ted": ["method=ted", "filters.steps=4"]}
@@ -315,6 +316,18 @@ def test_the_least_loss_of_a_run_may_count_and_never_that_before_training(write)
     assert "4.0000" in least and "+1.0000" in least
 
 
+def test_a_curve_is_drawn_where_all_seeds_of_an_arm_validated():
+    def result(seed, steps):
+        points = [results.Point(step, 8 * step, None, 9.0 - step - seed) for step in steps]
+        return results.Result("ce", seed, 6, "done", 1.0, "c0ffee", points)
+
+    found = [result(0, [0, 2, 4, 6]), result(1, [0, 3, 6])]
+    assert results.mean_curve(found, "tokens") == [(48, 2.5)]
+    assert (
+        results.mean_curve(found[:1], "step") == [(2, 7.0), (4, 5.0), (6, 3.0)] and results.mean_curve([], "step") == []
+    )
+
+
 @pytest.mark.parametrize(
     ("mean", "half", "verdict"),
     [(-0.2, 0.1, "better"), (0.2, 0.1, "worse"), (0.1, 0.2, "noise"), (1.0, None, "one seed")],
@@ -437,6 +450,17 @@ def test_a_mistake_that_only_a_plan_of_a_run_shows_is_found_before_any_run(write
     with pytest.raises(UserError, match=r"^arms.kd: teacher.path must "):
         compare.main([write(arms={"ce": ["method=ce"], "kd": ["method=kd", f"teacher.path={root / 'nowhere'}"]})])
     assert not started[0]
+
+
+def test_runs_that_do_not_fit_into_memory_together_are_refused_before_any(write, started, monkeypatch):
+    monkeypatch.setattr(capacity, "of_the_host", lambda: 2**20)
+    monkeypatch.setattr(starts, "device_count", lambda: 0)
+    with pytest.raises(
+        UserError, match=r"^at_once must leave each run its memory, but is 2, which may need .* GiB of 0.0"
+    ):
+        compare.main([write(at_once=2)])
+    assert not started[0]
+    compare.main([write(seeds=[0])])  # one alone is for the run to try
 
 
 def test_arms_are_checked_in_folders_of_their_own(write, started, tmp_path, monkeypatch):

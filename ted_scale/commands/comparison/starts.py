@@ -94,6 +94,18 @@ def places_of(plan: Comparison) -> list[list[str]]:
     return found
 
 
+def refuse_crowd(plan: Comparison, rank: float) -> None:
+    """Runs on a CPU share the host's memory, of which a rank needs so many bytes at most."""
+    from ted_scale.ranks import capacity  # imports torch
+
+    memory, all_ranks = capacity.of_the_host(), plan.at_once * plan.ranks * rank
+    if plan.at_once > 1 and not device_count() and all_ranks > memory:
+        raise UserError(
+            f"at_once must leave each run its memory, but is {plan.at_once}, which may need {all_ranks / 2**30:.3g} GiB of "
+            f"{memory / 2**30:.3g} by the dry run's estimate; lower it"
+        )
+
+
 def free_port() -> str:
     """Another comparison may go on beside this one."""
     with socket.socket() as listening:
