@@ -425,7 +425,9 @@ def test_an_arm_whose_rate_is_too_high_is_measured_without_it(write):
     plan = plans.load(write(budget={"seconds": 9.0}, set=["train.lr=9.0", "train.min_lr=1.0", "filters.lr=9.0"]))
     for arm in ARMS:
         run = load_run(plan.run, plans.measuring_job(plan, arm, 0).words)
-        assert max(run.train.lr, run.train.min_lr) < 1e-6 and (arm != "ted" or run.filters.lr < 1e-6)
+        assert max(run.train.lr, run.train.min_lr, run.filters.lr) < 1e-6
+    frozen = plans.load(write(budget={"seconds": 9.0}, arms={"still": ["filters.steps=0", "filters.lr=0"]}))
+    assert load_run(frozen.run, plans.measuring_job(frozen, "still", 0).words).filters.lr == 0
 
 
 def test_an_arm_that_diverges_is_named_and_the_others_go_on(write, started, capsys):

@@ -193,8 +193,9 @@ def name_of(arm: str, seed: int) -> str:
 def measuring_job(plan: Comparison, arm: str, turn: int) -> Job:
     """It hardly learns: a step costs the same at any rate, and an arm that diverges shall do so in runs of its own."""
     run, steps = of_arm(plan, arm), plan.measure.steps
-    stage_i = [f"filters.steps={steps}", f"filters.lr={STILL}"] if stage_i_steps(run) else []
+    stage_i = [f"filters.steps={steps}"] if stage_i_steps(run) else []
     still = ["train.warmup_steps=0", "train.min_lr=0", f"train.lr={STILL}"]
+    still += [f"filters.lr={STILL}"] if run.filters.lr else []  # frozen ones cost less
     own = [f"train.steps={steps}", *still, "validation.every=0", "log_every=1", *stage_i]
     return job_with(plan, arm, f"measure_{arm}_{turn}", own)
 
