@@ -57,6 +57,7 @@ def either_signal_interrupts():
 
 def refuse_mistakes(plan: Comparison) -> None:
     """What a run would refuse at its start is refused here, before any has begun."""
+    from ted_scale.forecast.placement import needed
     from ted_scale.plan import make_plan
 
     for arm, program in plan.programs.items():
@@ -65,15 +66,18 @@ def refuse_mistakes(plan: Comparison) -> None:
                 f"programs.{arm} must be a file, from this folder or the repository's root on, but {shown(program)} is none; "
                 "correct its path"
             )
+    most = 0.0
     for arm in plan.arms:
         steps = prices.steps_within(plan, arm, {}) if plan.budget.tokens else 0
         job = plans.job_of(plan, arm, plan.seeds[0], steps) if steps else plans.measuring_job(plan, arm, 0)
         plans.of_arm(plan, arm, *job.words)  # the comparison's own words, too, must be what a run takes
         try:
             place = plans.place_of(plan, plans.name_of(arm, plan.seeds[0]))
-            make_plan(plans.of_arm(plan, arm, *place, *([f"train.steps={steps}"] if steps else [])), world=plan.ranks)
+            run = plans.of_arm(plan, arm, *place, *([f"train.steps={steps}"] if steps else []))
+            most = max(most, needed(make_plan(run, world=plan.ranks), "cpu"))
         except UserError as error:
             raise UserError(f"arms.{arm}: {error}") from None
+    starts.refuse_crowd(plan, most)
 
 
 def compare(plan: Comparison) -> None:
@@ -101,14 +105,16 @@ def measured(plan: Comparison) -> dict[str, Price]:
     known = prices.noted(plan)
     turns = [(arm, turn) for turn in range(plan.measure.rounds) for arm in plan.arms if arm not in known]
     jobs = {plans.measuring_job(plan, arm, turn): arm for arm, turn in turns}
-    for job in jobs:  # an interrupted one measured only a part
+    todo = [job for job in jobs if not prices.is_over(plan, jobs[job], job.name)]
+    for job in todo:  # an interrupted one measured only a part
         shutil.rmtree(plan.place / "runs" / job.name, ignore_errors=True)
-    found: dict[str, list[Price]] = {}
-    for job, code in starts.run_all(plan, list(jobs)):
+    for job, code in starts.run_all(plan, todo):
         if code != DONE:
             raise failed(plan, job, code)
-        found.setdefault(jobs[job], []).append(prices.price_of(plan, jobs[job], job.name))
         shutil.rmtree(files.checkpoints_of(plan.place / "runs" / job.name), ignore_errors=True)
+    found: dict[str, list[Price]] = {}
+    for job, arm in jobs.items():
+        found.setdefault(arm, []).append(prices.price_of(plan, arm, job.name))
     known |= {arm: prices.middle(of_arm) for arm, of_arm in found.items()}
     prices.note(plan, known)
     for arm, price in known.items():

@@ -20,6 +20,7 @@ from ted_scale.commands.cutting.axes import find_heads
 from ted_scale.commands.cutting.blocks import check_count, choose_blocks, influences, most_influential
 from ted_scale.commands.cutting.channels import Cutter, choose_channels
 from ted_scale.commands.cutting.importance import measure
+from ted_scale.commands.cutting.joined import find_joined
 from ted_scale.commands.cutting.refit import Walk, refit
 from ted_scale.commands.cutting.report import table
 from ted_scale.commands.cutting.sizes import (
@@ -171,7 +172,8 @@ def cutter_of(teacher: Anatomy, sizes: Sizes, text: Text, network, blocks: list[
     heads = find_heads(network, teacher, own.heads)
     importance = measure(network, teacher, text.batches(), heads, own, blocks)
     by_name = {found.name: (number, found) for number, found in enumerate(heads)}
-    return Cutter(teacher, own, sizes, choose_channels(importance, own, sizes), by_name)
+    joined = find_joined(network, teacher, heads, own.ffn)
+    return Cutter(teacher, own, sizes, choose_channels(importance, own, sizes), by_name, joined)
 
 
 def write(arguments: argparse.Namespace, teacher: Anatomy, cut: Cut, text: Text | None, model) -> None:

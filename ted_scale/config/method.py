@@ -141,14 +141,14 @@ PRESETS = {
     "states_first": {"ce": {"start": 1.0, "on_after": 0.5}, "kl": 0.0, "layer": {"start": 1.0, "off_after": 0.5}},
     # Most of the teacher while the learning rate is high, least at its end (Peng et al., arXiv 2410.16215: WSD for both).
     "wsd": {"kl": {"start": 1.0, "shape": "rate"}},
-    # A small teacher for a larger student, early on (arXiv 2602.05393); with pairs.rule = "late_to_early" and method = "lwd".
+    # A small teacher for a larger student, early on (arXiv 2602.05393), with method = "lwd"; pairs.rule is late_to_early (run.py).
     "let": {"kl": 0.0, "layer": {"start": 0.1, "end": 0.0, "shape": "linear"}, "kind": "cosine"},
 }
 
 
 class Loss(Section):
     preset: Literal["paper", "hint", "states_first", "wsd", "let"] | None = Field(
-        None, description="fills what this section leaves out; docs/comparing.md"
+        None, description="fills what this section leaves out, and let pairs.rule; docs/comparing.md"
     )
     ce: Weight = Field(1.0, description="weight of the next-token loss: a number, or a table over time")
     kl: Weight = Field(1.0, description="weight of the logits' loss, which carries temperature squared")

@@ -107,6 +107,15 @@ class Run(Section):
             )
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def let_matches_a_late_block_with_an_early_one(cls, values):
+        """The rest of the preset (method.py): another section's default."""
+        loss, pairs = (values.get("loss"), values.get("pairs", {})) if isinstance(values, dict) else (None, None)
+        if isinstance(loss, dict) and loss.get("preset") == "let" and isinstance(pairs, dict):
+            return {**values, "pairs": {"rule": "late_to_early", **pairs}}
+        return values
+
     @model_validator(mode="after")
     def adaptive_blend_can_measure(self):
         if not self.adapts:

@@ -7,11 +7,13 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 
 import numpy
+import psutil
 import pytest
 import tomli_w
 from tiny import make_corpus, make_model, make_run, write_run
@@ -24,6 +26,8 @@ from ted_scale.commands.comparison import plan as plans
 from ted_scale.commands.comparison import prices, results, starts
 from ted_scale.commands.comparison.prices import Price
 from ted_scale.config.run_file import load_run
+from ted_scale.distill.stages import stages_of
+from ted_scale.ranks import capacity
 from ted_scale.report.paired import Difference
 
 ARMS = {"ce": ["method=ce"], "kd": ["method=kd"], "ted": ["method=ted", "filters.steps=4"]}
@@ -213,24 +217,36 @@ def test_a_schedule_in_tokens_has_no_price_in_seconds(write, key, weight):
 
 
 def test_a_budget_of_seconds_pays_for_stage_i_and_validation(write):
-    plan, price = plans.load(write(budget={"seconds": 60.0})), Price(filter_step=2.0, step=3.0, validation=1.0)
-    assert prices.steps_within(plan, "ce", {"ce": price}) == (60 - 5) // 3
-    assert prices.steps_within(plan, "ted", {"ted": price}) == (60 - 5 - 4 * 2) // 3
+    plan = plans.load(write(budget={"seconds": 60.0}))
+    price = Price(filter_step=2.0, step=3.0, validation=1.0, first_validation=8.0)  # with the teacher's
+    assert prices.steps_within(plan, "ce", {"ce": price}) == (60 - 8 - 4) // 3
+    assert prices.steps_within(plan, "ted", {"ted": price}) == (60 - 8 - 4 - 4 * 2) // 3
     run = plans.of_arm(plan, "ted")
-    assert prices.seconds_at(plan, "ted", price, run, 6, 2) == 4 * 2 + 2 * 3 + 2
+    assert prices.seconds_at(plan, "ted", price, run, 6, 3) == 4 * 2 + 2 * 3 + 8 + 2
     assert prices.seconds_at(plan, "ted", price, run, 3, 0) == 3 * 2
+
+
+@pytest.mark.parametrize("most", [1, 3, 4])
+def test_a_run_validates_no_more_often_than_its_budget_pays_for(write, most):
+    plan = plans.load(write(validations=most))
+    for steps in range(1, 60):
+        for arm, stage_i in (("ce", 0), ("ted", 4)):
+            run = load_run(plan.run, plans.job_of(plan, arm, 0, steps).words)
+            stage = stages_of(run)[-1]
+            found = [step for step in range(stage_i + 1, stage_i + steps + 1) if stage.validates(step)]
+            assert min(most, steps) / 2 <= len(found) <= most and found[-1] == stage_i + steps
 
 
 def test_a_budget_of_steps_is_the_seconds_that_they_take_in_their_arm(write):
     """Stage I is inside, validation is not."""
     plan = plans.load(write(budget={"steps": 10, "of": "kd"}))
-    known = {"ce": Price(0.0, 2.0, 9.0), "kd": Price(0.0, 3.0, 9.0), "ted": Price(2.0, 4.0, 9.0)}
+    known = {"ce": Price(0.0, 2.0, 9.0, 9.0), "kd": Price(0.0, 3.0, 9.0, 9.0), "ted": Price(2.0, 4.0, 9.0, 9.0)}
     assert {arm: prices.steps_within(plan, arm, known) for arm in known} == {"ce": 15, "kd": 10, "ted": 5}
     assert prices.seconds_at(plan, "kd", known["kd"], plans.of_arm(plan, "kd"), 10, 5) == 30.0
 
 
 def test_seconds_that_an_arm_spent_before_its_run_are_missing_in_its_budget(write):
-    known = {"ce": Price(0.0, 2.0, 1.0), "kd": Price(0.0, 3.0, 1.0)}
+    known = {"ce": Price(0.0, 2.0, 1.0, 1.0), "kd": Price(0.0, 3.0, 1.0, 1.0)}
     for budget, steps in (({"steps": 10, "of": "kd"}, (30 - 9) // 2), ({"seconds": 60.0}, (60 - 9 - 5) // 2)):
         plan = plans.load(write(budget=budget, spent={"ce": 9.0}))
         assert prices.steps_within(plan, "ce", known) == steps
@@ -243,8 +259,12 @@ def test_the_price_of_a_schedule_is_the_mean_of_its_parts(write, monkeypatch):
     taken = [(1, 9.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 8.0), (7, 1.0), (8, 3.0), (9, 3.0), (10, 3.0)]
     rows = [{"step": step, "perf/step_ms": 1e3 * seconds} for step, seconds in taken]
     monkeypatch.setattr(prices, "rows_in", lambda path: rows)
-    monkeypatch.setattr(prices.life, "read", lambda folder: Life(10, Spent(validation=4.0)))
-    assert prices.price_of(plan, "ted", "measure_ted_0") == Price(filter_step=2.0, step=2.2, validation=2.0)
+    monkeypatch.setattr(prices.life, "read", lambda folder: Life(10, Spent(steps=34.0, validation=4.0)))
+    mean = Price(filter_step=2.0, step=2.2, validation=2.0, first_validation=2.0)
+    assert prices.price_of(plan, "ted", "measure_ted_0") == mean
+    rows[-1] |= {"perf/goodput": 0.68, "perf/lost_validation": 0.06}  # 3 of the 50 seconds until then
+    apart = mean._replace(validation=pytest.approx(1.0), first_validation=pytest.approx(3.0))
+    assert prices.price_of(plan, "ted", "measure_ted_0") == apart
 
 
 def test_a_run_that_another_budget_began_is_not_gone_on_with(write, tmp_path):
@@ -294,6 +314,18 @@ def test_the_least_loss_of_a_run_may_count_and_never_that_before_training(write)
     last, least = (results.table(plans.load(write(judged_by=by)), found) for by in ("last", "least"))
     assert "7.0000" in last and "-2.0000" in last
     assert "4.0000" in least and "+1.0000" in least
+
+
+def test_a_curve_is_drawn_where_all_seeds_of_an_arm_validated():
+    def result(seed, steps):
+        points = [results.Point(step, 8 * step, None, 9.0 - step - seed) for step in steps]
+        return results.Result("ce", seed, 6, "done", 1.0, "c0ffee", points)
+
+    found = [result(0, [0, 2, 4, 6]), result(1, [0, 3, 6])]
+    assert results.mean_curve(found, "tokens") == [(48, 2.5)]
+    assert (
+        results.mean_curve(found[:1], "step") == [(2, 7.0), (4, 5.0), (6, 3.0)] and results.mean_curve([], "step") == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -376,6 +408,28 @@ def test_a_comparison_that_was_interrupted_goes_on_and_repeats_nothing(write, st
         compare.main([write(seeds=[0, 1], budget={"tokens": 15_360})])
 
 
+def test_runs_that_measure_are_not_repeated_either(write, started):
+    names, codes = started
+    path = write(budget={"seconds": 12.0}, seeds=[0], measure={"rounds": 2})
+    codes["measure_kd_1"] = "interrupt"
+    with pytest.raises(KeyboardInterrupt):
+        compare.main([path])
+    codes.clear()
+    compare.main([path])
+    measured = [name for name in names if name.startswith("measure")]
+    assert measured == [f"measure_{arm}_{turn}" for turn in (0, 1) for arm in ARMS]
+
+
+def test_an_arm_whose_rate_is_too_high_is_measured_without_it(write):
+    """It diverges in runs of its own, where it is named."""
+    plan = plans.load(write(budget={"seconds": 9.0}, set=["train.lr=9.0", "train.min_lr=1.0", "filters.lr=9.0"]))
+    for arm in ARMS:
+        run = load_run(plan.run, plans.measuring_job(plan, arm, 0).words)
+        assert max(run.train.lr, run.train.min_lr, run.filters.lr) < 1e-6
+    frozen = plans.load(write(budget={"seconds": 9.0}, arms={"still": ["filters.steps=0", "filters.lr=0"]}))
+    assert load_run(frozen.run, plans.measuring_job(frozen, "still", 0).words).filters.lr == 0
+
+
 def test_an_arm_that_diverges_is_named_and_the_others_go_on(write, started, capsys):
     names, codes = started
     codes["kd_seed0"] = NUMBERS
@@ -398,6 +452,17 @@ def test_a_mistake_that_only_a_plan_of_a_run_shows_is_found_before_any_run(write
     with pytest.raises(UserError, match=r"^arms.kd: teacher.path must "):
         compare.main([write(arms={"ce": ["method=ce"], "kd": ["method=kd", f"teacher.path={root / 'nowhere'}"]})])
     assert not started[0]
+
+
+def test_runs_that_do_not_fit_into_memory_together_are_refused_before_any(write, started, monkeypatch):
+    monkeypatch.setattr(capacity, "of_the_host", lambda: 2**20)
+    monkeypatch.setattr(starts, "device_count", lambda: 0)
+    with pytest.raises(
+        UserError, match=r"^at_once must leave each run its memory, but is 2, which may need .* GiB of 0.0"
+    ):
+        compare.main([write(at_once=2)])
+    assert not started[0]
+    compare.main([write(seeds=[0])])  # one alone is for the run to try
 
 
 def test_arms_are_checked_in_folders_of_their_own(write, started, tmp_path, monkeypatch):
@@ -462,10 +527,23 @@ def test_two_comparisons_may_go_on_beside_each_other(write, monkeypatch, ranks):
     for _ in range(2):
         assert next(iter(starts.run_all(plan, [plans.job_of(plan, "ce", 0, 3)])))[1] == 0
     if ranks == 1:
-        assert [command[:3] for command in commands] == [[sys.executable, "-m", "ted_scale.commands.pretrain"]] * 2
+        assert [command[3:6] for command in commands] == [[sys.executable, "-m", "ted_scale.commands.pretrain"]] * 2
     else:
         assert len({command[command.index("--master_port") + 1] for command in commands}) == 2
         assert all(command[command.index("--module") + 1] == "ted_scale.commands.pretrain" for command in commands)
+
+
+def test_a_run_does_not_outlive_a_comparison_that_was_killed(tmp_path):
+    """It would go on training in a folder that the next start of the comparison needs."""
+    run = [sys.executable, "-c", "import time; time.sleep(60)"]
+    starting = f"import os, subprocess, time; subprocess.Popen([*{[sys.executable, str(starts.TIED)]}, str(os.getpid()), *{run}])"
+    comparison = subprocess.Popen([sys.executable, "-c", f"{starting}; print('begun', flush=True); time.sleep(60)"],
+                                  stdout=subprocess.PIPE)  # fmt: skip
+    comparison.stdout.readline()
+    (child,) = psutil.Process(comparison.pid).children()
+    comparison.kill()
+    child.wait(30)  # raises if it goes on
+    assert comparison.wait() == -signal.SIGKILL
 
 
 def test_a_run_that_begins_while_the_comparison_ends_is_ended_too(write, monkeypatch):

@@ -7,12 +7,13 @@ import pytest
 import torch
 import transformers
 from cut_models import TOKENS, cut_by_hand, loaded, logits
-from tiny import FAMILIES, GQA, MORE, SIZES, make_corpus, make_model
+from tiny import FAMILIES, GQA, MORE, make_corpus, make_model
 
 from ted_scale.base.errors import UserError
 from ted_scale.commands import cut_student
 from ted_scale.commands.cut_student import main
 from ted_scale.commands.cutting.blocks import influences, most_influential
+from ted_scale.commands.cutting.joined import find_joined
 from ted_scale.config.data import Data
 from ted_scale.config.method import Pairs
 from ted_scale.data.stream import open_stream, validation_batches
@@ -25,15 +26,19 @@ WIDTHS = dict.fromkeys(FAMILIES | MORE, GROUPS)
 WIDTHS |= dict.fromkeys(("gpt2", "opt", "gpt_neox", "phi"), ONE_WIDTH)
 WIDTHS |= dict.fromkeys(("gemma2", "gemma3"), "--ffn 40 --heads 2")  # embeddings scaled by the hidden width
 WIDTHS["stablelm"] = "--hidden 16 --ffn 40 --heads 2 --kv-heads 1"
+WIDTHS |= dict.fromkeys(("phi3", "glm"), GROUPS)  # gate and up are one projection
+PARTS = [f"self_attn.{part}_proj" for part in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
 OUT_OF_HEADS = ("o_proj", "out_proj", "c_proj", "dense")
 OUT_OF_FFN = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def stablelm():
-    """A family whose positions follow the config's width of a head, where it has one, and whose attention does not."""
+def others_still():
+    """In stablelm positions follow the config's width of a head, where it has one, and attention does not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MORE, "stablelm", (transformers.StableLmConfig, GQA))
+        patch.setitem(MORE, "phi3", (transformers.Phi3Config, GQA))
+        patch.setitem(MORE, "glm", (transformers.GlmConfig, {**GQA, "head_dim": 8}))
         yield
 
 
@@ -271,8 +276,28 @@ def test_a_text_of_another_tokenizer_is_refused(tmp_path):
         cut(teacher, tmp_path / "cut", tmp_path / "text", "--ffn", "40")
 
 
-def test_projections_that_hold_several_parts_of_an_ffn_are_refused(text, tmp_path):
-    config = transformers.Phi3Config(**SIZES, **GQA, pad_token_id=None, bos_token_id=1, eos_token_id=2)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
+def test_gate_and_up_in_one_projection_are_fitted_as_two_are(text, tmp_path):
+    """phi3 with the weights of a llama: the same student comes of both."""
+    llama = loaded(make_model(tmp_path / "llama", "llama"))
+    phi3 = loaded(make_model(tmp_path / "phi3", "phi3"))
+    values = llama.state_dict()
+    for number in range(4):
+        own = {name: values[f"model.layers.{number}.{name}.weight"] for name in PARTS}
+        values[f"model.layers.{number}.self_attn.qkv_proj.weight"] = torch.cat([own[name] for name in PARTS[:3]])
+        values[f"model.layers.{number}.mlp.gate_up_proj.weight"] = torch.cat([own[name] for name in PARTS[3:]])
+    phi3.load_state_dict(values, strict=False)
+    phi3.save_pretrained(tmp_path / "phi3")
+    of_llama, of_phi3 = (
+        logits(cut(tmp_path / name, tmp_path / f"cut_{name}", text, "--keep", "0,3", "--ffn", "40"))
+        for name in ("llama", "phi3")
+    )
+    torch.testing.assert_close(of_phi3, of_llama, rtol=1e-3, atol=1e-3 * float(of_llama.abs().max()))
+
+
+def test_outputs_that_several_channels_of_an_ffn_read_are_refused(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        cut_student, "find_joined", lambda *of: {name: -found.abs() - 1 for name, found in find_joined(*of).items()}
+    )
+    teacher = make_model(tmp_path / "teacher", "phi3")
     with pytest.raises(UserError, match=r"phi3 has .*gate_up_proj.weight with 128 where the student has 80"):
-        cut(tmp_path / "teacher", tmp_path / "cut", text, "--ffn", "40")
+        cut(teacher, tmp_path / "cut", text, "--ffn", "40")

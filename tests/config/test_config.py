@@ -209,6 +209,8 @@ def test_a_preset_fills_only_what_is_not_written(tmp_path):
     assert (paper.temperature, paper.kind, paper.kl) == (2.0, "mse", 1.0)
     written = load(tmp_path, "loss.preset=paper", "loss.temperature=1").loss
     assert (written.temperature, written.kind) == (1.0, "mse")
+    assert load(tmp_path, "loss.preset=let").pairs.rule == "late_to_early"
+    assert load(tmp_path, "loss.preset=let", "pairs.rule=last").pairs.rule == "last"
     hint = load(tmp_path, "loss.preset=hint").loss.layer
     assert (hint.start, hint.off_after) == (1.0, 0.1)
     assert load(tmp_path, "loss.preset=hint", "loss.layer=3").loss.layer == 3.0

@@ -36,7 +36,9 @@ def test_a_comparison_reads_its_losses_rates_and_seconds(run):
     assert losses[12] < losses[0] - 0.1
     steps = [row for row in rows if "perf/step_ms" in row]
     assert [row["lr"] for row in steps] == pytest.approx([1e-2 * plan.stages[-1].rate(k) for k in range(12)])
-    spent = life.read(run.folder).spent
+    last = life.read(run.folder)
+    assert (last.step, last.words) == (12, life.DONE)  # a comparison that goes on does not measure it again
+    spent = last.spent
     assert spent.steps == pytest.approx(sum(row["perf/step_ms"] for row in steps) / 1e3, rel=1e-6)
     assert spent.validation > 0
 

@@ -77,6 +77,7 @@ def train(plan) -> None:
             raise said.diverged(step)
         if stage.validates(step):
             said.loss(step, held_out_loss(plan, plain, device))
+    said.done(stage.steps)
 
 
 def held_out_loss(plan, plain, device) -> float:
@@ -114,6 +115,9 @@ class Said:
         self.validation += time.perf_counter() - self.mark
         self._row(step, {"val/loss": loss})
         print(f"step {step:6}  val/loss {loss:.4f}", flush=True)
+
+    def done(self, step: int) -> None:
+        life.write(self.run.folder, life.Life(step, self._spent(), life.DONE))
 
     def diverged(self, step: int) -> RunStopped:
         words = f"loss/total must be finite, but is not in step {step}; lower train.lr"

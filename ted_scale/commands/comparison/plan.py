@@ -23,6 +23,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")]
 STEPS = ("train.steps", "train.epochs", "train.epochs_of")
 OURS = ("name", "runs", "seed", *STEPS, "validation.every", "log_every", "resume.allow")
 MOST_SEEDS = 10
+STILL = 1e-9  # a learning rate
 
 
 class Budget(Section):
@@ -172,10 +173,17 @@ def runs_of(plan: Comparison) -> dict[str, Run]:
 
 
 def job_of(plan: Comparison, arm: str, seed: int, steps: int) -> Job:
-    stage_i = stage_i_steps(of_arm(plan, arm))
-    every = max(1, (steps + stage_i) // plan.validations)
+    every = validates_every(steps, stage_i_steps(of_arm(plan, arm)), plan.validations)
     own = [f"seed={seed}", f"train.steps={steps}", f"validation.every={every}", f"log_every={max(1, steps // 20)}"]
     return job_with(plan, arm, name_of(arm, seed), own)
+
+
+def validates_every(steps: int, stage_i: int, most: int) -> int:
+    """As often as `most` validations allow, the last one among them: the budget pays for no more."""
+    total, every = stage_i + steps, max(1, steps // (most + 1))
+    while total // every - stage_i // every + (total % every > 0) > most:
+        every += 1
+    return every
 
 
 def name_of(arm: str, seed: int) -> str:
@@ -183,10 +191,13 @@ def name_of(arm: str, seed: int) -> str:
 
 
 def measuring_job(plan: Comparison, arm: str, turn: int) -> Job:
-    run, name = of_arm(plan, arm), f"measure_{arm}_{turn}"
-    stage_i = [f"filters.steps={plan.measure.steps}"] if stage_i_steps(run) else []
-    own = [f"train.steps={plan.measure.steps}", "train.warmup_steps=0", "validation.every=0", "log_every=1", *stage_i]
-    return job_with(plan, arm, name, own)
+    """It hardly learns: a step costs the same at any rate, and an arm that diverges shall do so in runs of its own."""
+    run, steps = of_arm(plan, arm), plan.measure.steps
+    stage_i = [f"filters.steps={steps}"] if stage_i_steps(run) else []
+    still = ["train.warmup_steps=0", "train.min_lr=0", f"train.lr={STILL}"]
+    still += [f"filters.lr={STILL}"] if run.filters.lr else []  # frozen ones cost less
+    own = [f"train.steps={steps}", *still, "validation.every=0", "log_every=1", *stage_i]
+    return job_with(plan, arm, f"measure_{arm}_{turn}", own)
 
 
 def job_with(plan: Comparison, arm: str, name: str, own: list[str]) -> Job:

@@ -22,6 +22,14 @@ class Price(NamedTuple):
     filter_step: float  # of stage I; 0 where there is none
     step: float
     validation: float
+    first_validation: float  # the teacher reads the text, too
+
+
+def is_over(plan: Comparison, arm: str, name: str) -> bool:
+    """Whether a measuring run of these steps is over."""
+    steps, last = plan.measure.steps, life.read(plan.place / "runs" / name)
+    all_steps = steps * (2 if plans.stage_i_steps(plans.of_arm(plan, arm)) else 1)
+    return last is not None and (last.step, last.words) == (all_steps, life.DONE)
 
 
 def price_of(plan: Comparison, arm: str, name: str) -> Price:
@@ -33,7 +41,17 @@ def price_of(plan: Comparison, arm: str, name: str) -> Price:
     stage_i = [row["perf/step_ms"] / 1e3 for row in timed if row["step"] <= first]
     stage_ii = [row["perf/step_ms"] / 1e3 for row in timed if row["step"] > first]
     of_i, of_ii = (statistics.mean([stage[1], *stage[1:]]) if stage else 0.0 for stage in (stage_i, stage_ii))
-    return Price(of_i, of_ii, life.read(folder).spent.validation / 2)
+    return Price(of_i, of_ii, *validations_of(timed, life.read(folder).spent))
+
+
+def validations_of(timed: list[dict], spent: life.Spent) -> tuple[float, float]:
+    """(seconds of the last one, of the one before the first step). The last row of steps comes between them, and says how the time
+    until then was shared. Without such shares both count as their mean."""
+    shares = timed[-1]
+    if not shares.get("perf/goodput"):
+        return spent.validation / 2, spent.validation / 2
+    first = min(spent.validation, shares["perf/lost_validation"] / shares["perf/goodput"] * spent.steps)
+    return spent.validation - first, first
 
 
 def middle(prices: list[Price]) -> Price:
@@ -48,7 +66,8 @@ def note(plan: Comparison, prices: dict[str, Price]) -> None:
 def noted(plan: Comparison) -> dict[str, Price]:
     path = plan.place / "prices.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    return {arm: Price(**values) for arm, values in known.items() if arm in plan.arms}
+    every = {arm: {"first_validation": values["validation"], **values} for arm, values in known.items()}  # older files
+    return {arm: Price(**values) for arm, values in every.items() if arm in plan.arms}
 
 
 def steps_within(plan: Comparison, arm: str, known: dict[str, Price]) -> int:
@@ -58,10 +77,10 @@ def steps_within(plan: Comparison, arm: str, known: dict[str, Price]) -> int:
     if budget.tokens:
         steps, kind = budget.tokens // run.train.tokens_per_step - stage_i, f"tokens ({budget.tokens:,})"
     elif budget.seconds:
-        left = (
-            budget.seconds - spent - stage_i * known[arm].filter_step - (plan.validations + 1) * known[arm].validation
-        )
-        steps, kind = int(left / known[arm].step), f"seconds ({budget.seconds:,.0f})"
+        price = known[arm]
+        validated = price.first_validation + plan.validations * price.validation
+        left = budget.seconds - spent - stage_i * price.filter_step - validated
+        steps, kind = int(left / price.step), f"seconds ({budget.seconds:,.0f})"
     else:
         left = budget.steps * known[budget.of].step - spent - stage_i * known[arm].filter_step
         rounding = 1e-6  # so that the arm `of` itself gets its steps
@@ -75,10 +94,10 @@ def steps_within(plan: Comparison, arm: str, known: dict[str, Price]) -> int:
 
 
 def seconds_at(plan: Comparison, arm: str, price: Price | None, run, step: int, validations: int) -> float | None:
-    """What a run has used of its budget by this step of its own count; None where nothing was measured."""
+    """What a run has used of its budget by this step of its own count and so many validations; None where nothing was measured."""
     if price is None:
         return None
     stage_i = min(step, plans.stage_i_steps(run))
-    paid = 0 if plan.budget.steps else validations
-    spent = plan.spent.get(arm, 0.0)
-    return spent + stage_i * price.filter_step + (step - stage_i) * price.step + paid * price.validation
+    validated = price.first_validation + (validations - 1) * price.validation
+    paid = 0.0 if plan.budget.steps or not validations else validated
+    return plan.spent.get(arm, 0.0) + stage_i * price.filter_step + (step - stage_i) * price.step + paid

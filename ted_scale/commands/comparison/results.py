@@ -135,6 +135,9 @@ def draw(plan: Comparison, results: list[Result], path: Path) -> bool:
 
 
 def mean_curve(results: list[Result], across: str) -> list[tuple[float, float]]:
-    """Over seeds, which validate at the same steps. The validation at the start would flatten all others, so it is left out."""
-    columns = zip(*(result.points[1:] for result in results), strict=True)
-    return [(getattr(points[0], across), statistics.mean(p.loss for p in points)) for points in columns]
+    """Over seeds, at the steps at which all of them validated: another version may have run some. The validation at the start would
+    flatten all others, so it is left out."""
+    each = [{point.step: point for point in result.points[1:]} for result in results]
+    steps = sorted(set.intersection(*(set(points) for points in each))) if each else []
+    columns = [[points[step] for points in each] for step in steps]
+    return [(getattr(column[0], across), statistics.mean(p.loss for p in column)) for column in columns]

@@ -1,6 +1,7 @@
 """Runs of a comparison as processes: some at once, each with its own devices or cores, and none left behind.
 
-Note: `deepspeed` forwards no signal to its ranks and does not wait for them, so each run is a session that is ended whole.
+Note: `deepspeed` forwards no signal to its ranks and does not wait for them, so each run is a session that is ended whole. A
+comparison that is killed ends none of them, so each is tied to it: the next start would find its run in use.
 """
 
 import os
@@ -17,6 +18,8 @@ from ted_scale.base.errors import UserError
 from ted_scale.base.shipped import PACKAGE, found
 from ted_scale.commands.comparison.plan import Comparison, Job
 from ted_scale.commands.comparison.sessions import end_session
+
+TIED = Path(__file__).with_name("tied.py")
 
 
 def run_all(plan: Comparison, jobs: list[Job]) -> Iterator[tuple[Job, int]]:
@@ -47,7 +50,7 @@ def run_one(plan: Comparison, job: Job, places: queue.SimpleQueue, alive: list, 
     try:
         with said.open("a") as out:
             process = subprocess.Popen(
-                [*launcher(place), *program(job, place), *words],
+                [sys.executable, TIED, str(os.getpid()), *launcher(place), *program(job, place), *words],
                 stdout=out, stderr=out, env=environment(plan), start_new_session=True,
             )  # fmt: skip
             alive.append(process)
@@ -89,6 +92,18 @@ def places_of(plan: Comparison) -> list[list[str]]:
         where = ["--include", f"localhost:{own}"] if devices else ["--num_gpus", str(plan.ranks)]
         found.append(where)
     return found
+
+
+def refuse_crowd(plan: Comparison, rank: float) -> None:
+    """Runs on a CPU share the host's memory, of which a rank needs so many bytes at most."""
+    from ted_scale.ranks import capacity  # imports torch
+
+    memory, all_ranks = capacity.of_the_host(), plan.at_once * plan.ranks * rank
+    if plan.at_once > 1 and not device_count() and all_ranks > memory:
+        raise UserError(
+            f"at_once must leave each run its memory, but is {plan.at_once}, which may need {all_ranks / 2**30:.3g} GiB of "
+            f"{memory / 2**30:.3g} by the dry run's estimate; lower it"
+        )
 
 
 def free_port() -> str:

@@ -52,6 +52,7 @@ class Cutter(NamedTuple):
     sizes: Sizes
     kept: Kept
     heads: dict[str, tuple[int, Heads]]  # by the name of an attention module
+    joined: dict[str, torch.Tensor]  # by the name of a projection: the FFN channel of each output (joined.py)
 
     def cuts(self, name: str, network, shape: tuple, target: tuple) -> dict[int, torch.Tensor]:
         """Of the teacher's tensor `name`: by dimension, what a tensor of shape `target` keeps of it."""
@@ -60,6 +61,8 @@ class Cutter(NamedTuple):
 
     def cut(self, name: str, network, dim: int, pair: tuple[int, int]) -> torch.Tensor:
         indices = self.of_heads(name, network, dim, pair)
+        if indices is None:
+            indices = self.of_joined(name, network, dim)
         if indices is None and pair == (self.own.hidden, self.sizes.hidden):
             indices = self.kept.hidden
         elif indices is None and pair == (self.own.ffn, self.sizes.ffn):
@@ -83,13 +86,23 @@ class Cutter(NamedTuple):
         number, found = self.heads[owner]
         module = name.rpartition(".")[0]
         if module in found.before:
-            out = 0 if name.endswith(".bias") else 1 - input_dim(network.get_submodule(module))
-            return self.channels(number, found.before[module]) if dim == out else None
+            return self.channels(number, found.before[module]) if dim == self.output_dim(name, network) else None
         if module == found.after:
             inner = name.endswith(".weight") and dim == input_dim(network.get_submodule(module))
             return self.found(number, pair[0]) if inner else None
         widths = {len(reader.query): reader for reader in found.before.values()}  # a norm over all heads
         return self.channels(number, widths[pair[0]]) if pair[0] in widths else None
+
+    def of_joined(self, name: str, network, dim: int) -> torch.Tensor | None:
+        """Where a tensor counts the outputs of a projection to several parts of an FFN; None elsewhere."""
+        module = name.rpartition(".")[0]
+        if module not in self.joined or dim != self.output_dim(name, network):
+            return None
+        return torch.isin(self.joined[module], self.kept.ffn[self.block(name)]).nonzero().flatten()
+
+    def output_dim(self, name: str, network) -> int:
+        """Of a projection's weight or bias."""
+        return 0 if name.endswith(".bias") else 1 - input_dim(network.get_submodule(name.rpartition(".")[0]))
 
     def channels(self, number: int, reader: Reader) -> torch.Tensor:
         heads, groups = self.kept.heads[number], self.kept.groups[number]
