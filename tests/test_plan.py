@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -28,6 +29,7 @@ from ted_scale.forecast.summary import uncounted
 from ted_scale.metrics import live_report
 from ted_scale.plan import describe, make_plan, plan_of_models, stage_flops
 from ted_scale.run import train_run
+from ted_scale.storage import hub
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +223,8 @@ WRONG_RUNS = {
     ),
     "teacher missing": (
         {"teacher": {"path": "./nowhere"}},
-        "teacher.path must be a folder that is there, but ./nowhere does not exist; correct it; a hub id is OWNER/NAME",
+        "teacher.path must be a folder that is there, but ./nowhere does not exist; correct it; a path counts from the current "
+        f"folder, {Path.cwd()}, and a hub id is OWNER/NAME",
     ),
     "seq_len": (
         {"data": {"seq_len": 256}},
@@ -249,8 +252,9 @@ WRONG_RUNS = {
         "filters.from must name a run folder whose stage I is done, but /nowhere/filters.safetensors does not exist",
     ),
     "ds_config missing": (
-        {"ds_config": "/nowhere.json"},
-        "ds_config must name a readable file, but /nowhere.json is not: No such file or directory",
+        {"ds_config": "/zero3_whole_studnt.json"},
+        "ds_config must name a readable file, but /zero3_whole_studnt.json is not: No such file or directory; did you mean "
+        "ds_configs/zero3_whole_student.json?",
     ),
 }  # fmt: skip
 
@@ -343,20 +347,45 @@ def test_a_hub_id_that_cannot_be_reached_is_refused(original, monkeypatch):
     def offline(*_, **__):
         raise OSError("no network\nwhatever")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", offline)
     said = refusal(original, student={"path": "nobody/no-model"})
     assert said == (
         "student.path must be a local folder or a hub id that can be reached, but nobody/no-model is no folder, and the hub does "
-        "not give it (OSError: no network); check its spelling and the network"
+        f"not give it (OSError: no network); check its spelling and the network, and that a path counts from {Path.cwd()}"
     )
+
+
+def test_a_hub_that_does_not_answer_has_some_seconds_and_then_only_what_was_fetched_before_is_taken(
+    monkeypatch, tmp_path
+):
+    never, asked = threading.Event(), []
+
+    def fetched_before(name, local_files_only=False, **_):
+        asked.append((name, local_files_only))
+        if name == "nobody/typing-mistake":
+            raise OSError("not fetched")
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "ANSWER_S", 0.1)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: never.wait(60))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched_before)
+    with pytest.raises(UserError, match=r"the hub does not give it \(TimeoutError: no answer within 0.1 s\)"):
+        hub.find_folder("--tokenizer", "nobody/typing-mistake")
+    assert hub.find_folder("--tokenizer", "somebody/model") == tmp_path
+    assert asked == [("nobody/typing-mistake", True), ("somebody/model", True)]
+    never.set()
 
 
 def test_a_value_that_can_only_be_a_path_is_not_looked_up_on_the_hub(world, monkeypatch):
     """A typing mistake in --tokenizer once took a minute and a half of retries."""
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "fetched", lambda *_, **__: pytest.fail("asked the hub"))
     monkeypatch.chdir(world.parent)
     assert refusal(world, teacher={"path": "world/techer"}) == (
         "teacher.path must be a folder that is there, but world/techer does not exist; did you mean world/teacher?"
+    )
+    assert refusal(world, teacher={"path": "world/other/lost"}) == (
+        "teacher.path must be a folder that is there, but world/other/lost does not exist; correct it; a path counts from the "
+        f"current folder, {Path.cwd()}, and a hub id is OWNER/NAME"
     )
     with pytest.raises(
         UserError, match=r"--tokenizer must be a folder .* world/studnt .*; did you mean world/student\?"
