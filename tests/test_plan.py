@@ -376,6 +376,20 @@ def test_a_hub_that_does_not_answer_has_some_seconds_and_then_only_what_was_fetc
     never.set()
 
 
+def test_of_a_hub_id_a_plan_fetches_no_weights_and_a_run_all(world, monkeypatch):
+    asked = []
+
+    def fetched(name, wanted):
+        asked.append("*.safetensors" in wanted)
+        return str(world / "teacher")
+
+    monkeypatch.setattr(hub, "fetched", fetched)
+    run = make_run(world, teacher={"path": "somebody/teacher"})
+    plan_of_models(run, 1, needs_weights=False)
+    plan_of_models(run, 1)
+    assert asked == [False, True]
+
+
 def test_a_value_that_can_only_be_a_path_is_not_looked_up_on_the_hub(world, monkeypatch):
     """A typing mistake in --tokenizer once took a minute and a half of retries."""
     monkeypatch.setattr(hub, "fetched", lambda *_, **__: pytest.fail("asked the hub"))
