@@ -177,7 +177,11 @@ def _read_by(line: bytes) -> str:
     with contextlib.suppress(ValueError):
         record = parse_json(line)
         held = [key for key in RECORDS if isinstance(record, dict) and key in record]
-        return f"; it has {held[0]}, which --targets {RECORDS[held[0]]} reads" if held else ""
+        return (
+            f"; it has {held[0]}, which --targets {RECORDS[held[0]]} of tokenize and train-tokenizer reads"
+            if held
+            else ""
+        )
     return ""
 
 

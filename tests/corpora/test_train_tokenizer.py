@@ -38,7 +38,7 @@ def test_a_vocabulary_is_of_both_sides_of_pairs_and_conversations_and_not_of_the
 @pytest.mark.parametrize("targets", RECORDS)
 def test_records_without_text_name_the_option_that_reads_them_and_none_that_the_command_lacks(tmp_path, targets):
     rows = written(tmp_path / "rows.jsonl", RECORDS[targets])
-    with pytest.raises(UserError, match=f"which --targets {targets} reads") as refused:
+    with pytest.raises(UserError, match=f"which --targets {targets} of tokenize and train-tokenizer reads") as refused:
         train_tokenizer.main(["--vocab-size", "330", "--out", str(tmp_path / "tokenizer"), rows])
     assert "--on-error" not in str(refused.value)
 
