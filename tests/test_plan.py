@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -353,27 +352,6 @@ def test_a_hub_id_that_cannot_be_reached_is_refused(original, monkeypatch):
         "student.path must be a local folder or a hub id that can be reached, but nobody/no-model is no folder, and the hub does "
         f"not give it (OSError: no network); check its spelling and the network, and that a path counts from {Path.cwd()}"
     )
-
-
-def test_a_hub_that_does_not_answer_has_some_seconds_and_then_only_what_was_fetched_before_is_taken(
-    monkeypatch, tmp_path
-):
-    never, asked = threading.Event(), []
-
-    def fetched_before(name, local_files_only=False, **_):
-        asked.append((name, local_files_only))
-        if name == "nobody/typing-mistake":
-            raise OSError("not fetched")
-        return str(tmp_path)
-
-    monkeypatch.setattr(hub, "ANSWER_S", 0.1)
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: never.wait(60))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched_before)
-    with pytest.raises(UserError, match=r"the hub does not give it \(TimeoutError: no answer within 0.1 s\)"):
-        hub.find_folder("--tokenizer", "nobody/typing-mistake")
-    assert hub.find_folder("--tokenizer", "somebody/model") == tmp_path
-    assert asked == [("nobody/typing-mistake", True), ("somebody/model", True)]
-    never.set()
 
 
 def test_of_a_hub_id_a_plan_fetches_no_weights_and_a_run_all(world, monkeypatch):
