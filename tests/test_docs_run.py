@@ -23,13 +23,15 @@ from ted_scale.commands.__main__ import COMMANDS
 from ted_scale.commands.comparison import plan as plans
 from ted_scale.commands.comparison import starts
 from ted_scale.config.run_file import load_run
-from ted_scale.doctor.machine import Probed
-from ted_scale.evaluation.suites import Asked
-from ted_scale.forecast import machine
+from ted_scale.corpora.tasks import TASKS
+from ted_scale.doctor import machine
+from ted_scale.evaluation.suites import SUITES, Asked
+from ted_scale.forecast import machine as sheets
 from ted_scale.models.inspection import inspect
 
 DRY = ("pretrain", "plan", "compare")  # with hollow models; what they start is stopped, or never begun
 PRETRAIN = ("launch/pretrain.py", "ted_scale.commands.pretrain")
+PROBED = functools.cache(machine.probe)  # of this machine, once
 LOOKED_AT = functools.cache(inspect)  # of hollow models in one folder, whose many plans look at few models
 RANKS = re.compile(r"--num_gpus[ =](\d+)|--nproc_per_node[ =](\d+)")
 
@@ -77,7 +79,7 @@ def world(tmp_path_factory) -> Path:
 def checkout(tmp_path_factory) -> Place:
     """Where plans and dry runs share their hollow models, on a machine that was calibrated."""
     place = Place(tmp_path_factory.mktemp("hollow") / "checkout")
-    machine.write(place.folder / "runs" / machine.FILE, machine.named("h100", "bf16"))
+    sheets.write(place.folder / "runs" / sheets.FILE, sheets.named("h100", "bf16"))
     return place
 
 
@@ -88,9 +90,18 @@ def alone(monkeypatch):
     monkeypatch.setattr("ted_scale.metrics.console.choose_level", lambda _: None)
     monkeypatch.setattr("ted_scale.ranks.capacity.of_a_rank", lambda ranks: ("cuda", 80e9))
     monkeypatch.setattr(logging, "disable", lambda _: None)
-    monkeypatch.setattr("ted_scale.evaluation.suites.load", lambda *_, **__: (None, Asked([], [])))
-    for check in ("machine.probe", "machine.torch", "machine.what_runs", "ranks.here", "ranks.over", "outside.wandb"):
-        monkeypatch.setattr(f"ted_scale.doctor.{check}", lambda *_: Probed())
+    monkeypatch.setattr("ted_scale.evaluation.suites.load", asked_of_known_names)
+    monkeypatch.setattr("ted_scale.doctor.machine.probe", PROBED)
+    for check in ("ranks.over", "outside.wandb"):  # other machines; tests/doctor has both
+        monkeypatch.setattr(f"ted_scale.doctor.{check}", lambda *_: [])
+
+
+def asked_of_known_names(wanted: list[str], folder: Path | None, run_code: bool) -> tuple[None, Asked]:
+    """lm-eval's tasks are not installed everywhere, and their data not here: tests/commands/test_evaluate.py asks them. A document
+    names suites, or what `ted-scale task` makes, and for that a folder."""
+    made = {f"{name}_{end}" for name in TASKS for end in ("split", "held_out")}
+    assert {name for name in wanted if not name.isupper()} <= {*SUITES, *made} and (folder or not made & {*wanted})
+    return None, Asked([], [])
 
 
 @pytest.fixture

@@ -423,7 +423,7 @@ def plans_inspect_once(monkeypatch):
     def out_of_reach(*_, **__):
         raise OSError("there is no network here")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", out_of_reach)
+    monkeypatch.setattr("ted_scale.storage.hub.fetched", out_of_reach)
     monkeypatch.setattr(plan, "inspect", cache(inspection.inspect))
 
 

@@ -28,6 +28,7 @@ from ted_scale.forecast.summary import uncounted
 from ted_scale.metrics import live_report
 from ted_scale.plan import describe, make_plan, plan_of_models, stage_flops
 from ted_scale.run import train_run
+from ted_scale.storage import hub
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,8 @@ WRONG_RUNS = {
     ),
     "teacher missing": (
         {"teacher": {"path": "./nowhere"}},
-        "teacher.path must be a folder that is there, but ./nowhere does not exist; correct it; a hub id is OWNER/NAME",
+        "teacher.path must be a folder that is there, but ./nowhere does not exist; correct it; a path counts from the current "
+        f"folder, {Path.cwd()}, and a hub id is OWNER/NAME",
     ),
     "seq_len": (
         {"data": {"seq_len": 256}},
@@ -249,8 +251,9 @@ WRONG_RUNS = {
         "filters.from must name a run folder whose stage I is done, but /nowhere/filters.safetensors does not exist",
     ),
     "ds_config missing": (
-        {"ds_config": "/nowhere.json"},
-        "ds_config must name a readable file, but /nowhere.json is not: No such file or directory",
+        {"ds_config": "/zero3_whole_studnt.json"},
+        "ds_config must name a readable file, but /zero3_whole_studnt.json is not: No such file or directory; did you mean "
+        "ds_configs/zero3_whole_student.json?",
     ),
 }  # fmt: skip
 
@@ -343,20 +346,38 @@ def test_a_hub_id_that_cannot_be_reached_is_refused(original, monkeypatch):
     def offline(*_, **__):
         raise OSError("no network\nwhatever")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", offline)
     said = refusal(original, student={"path": "nobody/no-model"})
     assert said == (
         "student.path must be a local folder or a hub id that can be reached, but nobody/no-model is no folder, and the hub does "
-        "not give it (OSError: no network); check its spelling and the network"
+        f"not give it (OSError: no network); check its spelling and the network, and that a path counts from {Path.cwd()}"
     )
+
+
+def test_of_a_hub_id_a_plan_fetches_no_weights_and_a_run_all(world, monkeypatch):
+    asked = []
+
+    def fetched(name, wanted):
+        asked.append("*.safetensors" in wanted)
+        return str(world / "teacher")
+
+    monkeypatch.setattr(hub, "fetched", fetched)
+    run = make_run(world, teacher={"path": "somebody/teacher"})
+    plan_of_models(run, 1, needs_weights=False)
+    plan_of_models(run, 1)
+    assert asked == [False, True]
 
 
 def test_a_value_that_can_only_be_a_path_is_not_looked_up_on_the_hub(world, monkeypatch):
     """A typing mistake in --tokenizer once took a minute and a half of retries."""
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "fetched", lambda *_, **__: pytest.fail("asked the hub"))
     monkeypatch.chdir(world.parent)
     assert refusal(world, teacher={"path": "world/techer"}) == (
         "teacher.path must be a folder that is there, but world/techer does not exist; did you mean world/teacher?"
+    )
+    assert refusal(world, teacher={"path": "world/other/lost"}) == (
+        "teacher.path must be a folder that is there, but world/other/lost does not exist; correct it; a path counts from the "
+        f"current folder, {Path.cwd()}, and a hub id is OWNER/NAME"
     )
     with pytest.raises(
         UserError, match=r"--tokenizer must be a folder .* world/studnt .*; did you mean world/student\?"

@@ -134,12 +134,12 @@ def tokens_of(places: Places, tokenizer: Path) -> int:
     """Of shards that are there as their headers say, of text by its beginning."""
     if places.text is None:
         return count(places.corpus)
-    from ted_scale.corpora.documents import find_files, read_documents
+    from ted_scale.corpora.documents import find_files, read_documents, refuse
     from ted_scale.corpora.tokenizer import load_tokenizer
 
     files, encode = find_files([places.text]), load_tokenizer(str(tokenizer)).encode
     size, characters, tokens, consumed = sum(path.stat().st_size for path in files), 0, 0, 0
-    for document in read_documents(files):
+    for document in read_documents(files, on_error=refuse):
         tokens += len(encode([document.text])[0]) + 1
         characters, consumed = characters + len(document.text), document.consumed
         if characters >= SAMPLE:

@@ -15,7 +15,7 @@ from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
 from ted_scale.base.parsing import parse_json
 from ted_scale.corpora import sides, task_files
-from ted_scale.corpora.documents import find_files, read_documents
+from ted_scale.corpora.documents import find_files, read_documents, refuse
 from ted_scale.corpora.tasks import TASKS, Item, Task, item_of
 
 YAML = """\
@@ -71,10 +71,6 @@ def records(path: Path, task: Task) -> Iterator[tuple[str, dict]]:
     for document in read_documents([path], (*task.asks, *task.columns), on_error=refuse):
         place = f"{path}:{document.line}"
         yield place, row_of(place, document.text)
-
-
-def refuse(error: UserError) -> None:
-    raise UserError(str(error).replace(" or pass --on-error skip", ""))
 
 
 def row_of(place: str, record: str) -> dict:
@@ -155,6 +151,7 @@ def judges_of(folder: Path, name: str) -> list[Path]:
 
 
 def two_sides(args: argparse.Namespace) -> tuple[list[Item], list[Item]]:
+    find_files(args.held_out or args.data)  # before --data is read, which may take long
     items = items_in(args.name, args.data)
     if args.held_out:
         held_out = items_in(args.name, args.held_out)

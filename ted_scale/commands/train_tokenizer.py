@@ -15,7 +15,9 @@ from pathlib import Path
 
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
-from ted_scale.corpora.documents import find_files, read_documents
+from ted_scale.corpora.documents import Document, find_files, read_documents, refuse
+from ted_scale.corpora.examples import KEYS
+from ted_scale.corpora.templates import said
 from ted_scale.corpora.tokenizer import load_tokenizer
 
 SPACE = "\u2581"  # both write a space inside a piece like this
@@ -143,6 +145,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample-mb", type=float, default=200, help="millions of characters to train on at most")
     parser.add_argument("--text-key", default="text", help="key or column of the text in .jsonl and .parquet")
     parser.add_argument(
+        "--targets",
+        choices=KEYS,
+        help="the inputs are conversations or pairs, as tokenize reads them; all of their text counts",
+    )
+    parser.add_argument(
         "--document-per", choices=("file", "line", "auto"), default="auto",
         help="for plain text, and for .json and .csv if given; auto: file",
     )  # fmt: skip
@@ -165,8 +172,8 @@ def make(args) -> None:
     if args.out.exists() and not args.overwrite:
         raise UserError(f"--out {args.out} must be a new folder, but exists; choose another or pass --overwrite")
 
-    def texts() -> Iterator[str]:
-        return chunks(read_documents(files, args.text_key, args.document_per), limit)
+    def texts(limit: int = limit) -> Iterator[str]:
+        return chunks(documents(args, files), limit)
 
     if next(texts(), None) is None:
         raise UserError(f"input {' '.join(args.inputs)} must hold text, but holds none; check files and --sample-mb")
@@ -175,12 +182,25 @@ def make(args) -> None:
     temporary.mkdir(parents=True)
     try:
         write_folder(train(texts(), args.vocab_size), temporary)
-        compare(temporary, list(chunks(read_documents(files, args.text_key, args.document_per), min(limit, COMPARED))))
+        compare(temporary, list(texts(min(limit, COMPARED))))
         if args.out.exists():
             shutil.rmtree(args.out)
         temporary.rename(args.out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def documents(args, files: list[Path]) -> Iterator[Document]:
+    keys = KEYS[args.targets] if args.targets else args.text_key
+    for document in read_documents(files, keys, args.document_per, refuse):
+        yield document._replace(text=said_at(files[document.file], document)) if args.targets else document
+
+
+def said_at(path: Path, document: Document) -> str:
+    try:
+        return said(document.text)
+    except ValueError as error:
+        raise UserError(f"{path}:{document.line} {error}") from None
 
 
 if __name__ == "__main__":

@@ -86,7 +86,15 @@ def refuse_other_filters(path, theirs: dict, ours: dict) -> None:
 
 
 def listed(keys: list[str], theirs: dict, ours: dict) -> str:
-    return ", and ".join(f"{key} must be {shown(theirs.get(key))}, but is {shown(ours[key])}" for key in keys)
+    return ", and ".join(differs(key, theirs.get(key), ours[key]) for key in keys)
+
+
+def differs(key: str, theirs, ours) -> str:
+    if key == "student.lora.rank" and theirs == 0:  # which no run file can say
+        return "student.lora must be left out, for that checkpoint is of a whole student, but is set"
+    if key == "student.lora.rank" and ours == 0:
+        return "student.lora must be set, for that checkpoint is of adapters alone, but is left out"
+    return f"{key} must be {shown(theirs)}, but is {shown(ours)}"
 
 
 def cannot_load(key: str, theirs: dict, ours: dict, step: int) -> bool:

@@ -5,10 +5,11 @@ make a run fail after minutes. Every refusal has a reason; engines.check_engine_
 """
 
 import difflib
+from pathlib import Path
 
 from ted_scale.base.errors import UserError, shown
 from ted_scale.base.parsing import parse_json
-from ted_scale.base.shipped import found
+from ted_scale.base.shipped import HOME, found
 
 USABLE = (
     "zero_optimization", "communication_data_type", "zero_allow_untested_optimizer", "timers", "wall_clock_breakdown",
@@ -68,7 +69,9 @@ def load_ds_config(path: str) -> dict:
     try:
         values = parse_json(found(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"ds_config must name a readable file, but {path} is not: {error.strerror}") from None
+        raise UserError(
+            f"ds_config must name a readable file, but {path} is not: {error.strerror}; {way_to(path)}"
+        ) from None
     except ValueError as error:
         raise UserError(f"ds_config {path} must be valid JSON, but is not: {error}") from None
     if not isinstance(values, dict) or not isinstance(values.get("zero_optimization"), dict):
@@ -77,6 +80,16 @@ def load_ds_config(path: str) -> dict:
         check_section(path, key)
     check_zero(path, values["zero_optimization"])
     return values
+
+
+def way_to(path: str) -> str:
+    names = sorted(file.name for file in (HOME / "ds_configs").glob("*.json"))
+    close = difflib.get_close_matches(Path(path).name, names, n=1)
+    return (
+        f"did you mean ds_configs/{close[0]}?"
+        if close
+        else f"correct it, or take one of ds_configs/: {', '.join(names)}"
+    )
 
 
 def check_section(path: str, key: str) -> None:

@@ -29,6 +29,10 @@ TEXT = {
     ".bash", ".sql", ".swift", ".m",
 }
 # fmt: on
+RECORDS = {
+    "messages": "assistant",
+    "prompt": "completion",
+}  # what has no text, by a key of it: the --targets that read it
 LINES = {".jsonl", ".ndjson"}
 TABLES = {".csv", ".tsv"}
 PACKED = {".gz", ".zst"}
@@ -46,6 +50,11 @@ class Document(NamedTuple):
 
 def stop(error: UserError) -> None:
     raise error
+
+
+def refuse(error: UserError) -> None:
+    """`stop` of a command that has no --on-error."""
+    raise UserError(str(error).replace(" or pass --on-error skip", ""))
 
 
 def find_files(inputs: list[str]) -> list[Path]:
@@ -158,9 +167,22 @@ def _json_lines(
             text = line.decode() if isinstance(text_key, tuple) else _checked(parse_json(line)[text_key])
         except (ValueError, KeyError, TypeError, IndexError) as error:
             must = f'a JSON object with text in "{text_key}"'
-            on_error(_unreadable(path, number, must, f"{type(error).__name__}: {error}"))
+            on_error(_unreadable(path, number, must, f"{type(error).__name__}: {error}{_read_by(line)}"))
         else:
             yield number, text, consumed
+
+
+def _read_by(line: bytes) -> str:
+    """Which option reads a record that has no text."""
+    with contextlib.suppress(ValueError):
+        record = parse_json(line)
+        held = [key for key in RECORDS if isinstance(record, dict) and key in record]
+        return (
+            f"; it has {held[0]}, which --targets {RECORDS[held[0]]} of tokenize and train-tokenizer reads"
+            if held
+            else ""
+        )
+    return ""
 
 
 def _checked(text) -> str:

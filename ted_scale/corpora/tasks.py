@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ted_scale.base.errors import shown
 
+ROW = "correct the row, or leave it out"
 NO_ANSWER = "unanswerable"  # of SQuAD 2.0, where the context does not say it
 
 
@@ -37,36 +38,40 @@ class Task(NamedTuple):
 def item_of(task: Task, row: dict) -> Item:
     """A ValueError has the rest of a sentence."""
     if missing := next((name for name in (*task.asks, *task.columns) if name not in row), None):
-        raise ValueError(f"must have the column {missing}, but has {', '.join(row)}")
+        raise ValueError(f"must have the column {missing}, but has {', '.join(row)}; rename one, or name other data")
     asked = {name: text_of(name, row[name]) for name in task.asks}
     if not any(asked.values()):
-        raise ValueError(f"must have a text in {' or '.join(asked)}, but has none")
+        raise ValueError(f"must have a text in {' or '.join(asked)}, but has none; {ROW}")
     answers, right = task.answers(row)
     answers = [" " + text_of("answer", answer) for answer in answers]
     if empty := [answer for answer in answers if answer == " "]:
-        raise ValueError(f"must have a text in each answer, but {len(empty)} of {len(answers)} are empty")
+        raise ValueError(f"must have a text in each answer, but {len(empty)} of {len(answers)} are empty; {ROW}")
     return Item(task.template.format(**asked).strip(), answers, right, [text for text in asked.values() if text])
 
 
 def text_of(name: str, value) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"must have text in {name}, but has {shown(value)}")
+        raise ValueError(f"must have text in {name}, but has {shown(value)}; {ROW}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"must have text in {name}, but spells half of a surrogate pair") from None
+        raise ValueError(f"must have text in {name}, but spells half of a surrogate pair; {ROW}") from None
     return value.strip()
 
 
 def number_of(name: str, value, count: int) -> int:
     if type(value) is int and 0 <= value < count:
         return value
-    raise ValueError(f"must have a {name} of 0 to {count - 1}, but has {shown(value)}{secret(value)}")
+    raise ValueError(f"must have a {name} of 0 to {count - 1}, but has {shown(value)}{way_out(value)}")
 
 
-def secret(value) -> str:
-    """The way out where a test split keeps its answers for itself."""
-    return ", as a test split whose answers are secret; name the train or validation split" if value in (-1, "") else ""
+def way_out(value) -> str:
+    """Another one where a test split keeps its answers for itself."""
+    return (
+        ", as a test split whose answers are secret; name the train or validation split"
+        if value in (-1, "")
+        else f"; {ROW}"
+    )
 
 
 def named(*names: str, column: str = "label") -> dict:
@@ -76,7 +81,7 @@ def named(*names: str, column: str = "label") -> dict:
 
 def yes_or_no(row: dict) -> tuple[list, int]:
     if not isinstance(row["answer"], bool):
-        raise ValueError(f"must have true or false in answer, but has {shown(row['answer'])}{secret(row['answer'])}")
+        raise ValueError(f"must have true or false in answer, but has {shown(row['answer'])}{way_out(row['answer'])}")
     return ["no", "yes"], int(row["answer"])
 
 
@@ -93,7 +98,7 @@ def lettered(row: dict) -> tuple[list, int]:
     texts, letters = lists_of(row, "choices", "text", "label")
     if row["answerKey"] not in letters:
         found = row["answerKey"]
-        raise ValueError(f"must have a letter of choices in answerKey, but has {shown(found)}{secret(found)}")
+        raise ValueError(f"must have a letter of choices in answerKey, but has {shown(found)}{way_out(found)}")
     return texts, letters.index(row["answerKey"])
 
 
@@ -107,7 +112,7 @@ def lists_of(row: dict, column: str, *keys: str) -> list[list]:
     value = row[column]
     found = [value.get(key) for key in keys] if isinstance(value, dict) else [None]
     if not all(isinstance(each, list) and len(each) == len(found[0]) for each in found):
-        raise ValueError(f"must have lists of {' and '.join(keys)} in {column}, but has {shown(value)}")
+        raise ValueError(f"must have lists of {' and '.join(keys)} in {column}, but has {shown(value)}; {ROW}")
     return found
 
 

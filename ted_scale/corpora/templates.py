@@ -10,6 +10,8 @@ from datetime import date
 from functools import cache
 from typing import NamedTuple
 
+from ted_scale.base.parsing import parse_json
+
 OWN_TEMPLATE = "give one that marks the answers with {% generation %} by --chat-template FILE"
 PLAIN = frozenset({"role", "content"})
 MARKS, DAY = re.compile(r"\{%-?\s*generation\s*-?%\}"), re.compile("strftime_now")
@@ -126,6 +128,23 @@ def refuse_dropped(text: str, messages: list[dict]) -> None:
                     "give another template by --chat-template FILE"
                 )
             at = found + len(words)
+
+
+def said(record: str) -> str:
+    """All text of a conversation, or of a prompt with its completion, without what a template writes around it. A ValueError has
+    the rest of a sentence."""
+    values = parse_json(record)
+    if not isinstance(values, dict):
+        raise ValueError(f"must be a JSON object, but is {type(values).__name__}; correct it")
+    parts = [part for key in ("messages", "prompt", "completion") if (part := values.get(key)) is not None]
+    return "".join(part if isinstance(part, str) else turns(part) for part in parts)
+
+
+def turns(messages) -> str:
+    """A line or more for each."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError("must have text or a list of messages, but has neither; correct it")
+    return "".join(f"{text}\n" for message in messages for text in said_in(message))
 
 
 def said_in(message: dict) -> list[str]:

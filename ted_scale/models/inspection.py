@@ -22,7 +22,7 @@ from ted_scale.data.packing import whole_rows
 from ted_scale.kernels.formulas.logits import soften
 from ted_scale.models import attention, experts
 from ted_scale.models.anatomy import Anatomy
-from ted_scale.storage.hub import check_texts, find_folder
+from ted_scale.storage.hub import MODEL, TOKENIZER, check_texts, find_folder
 
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MOST_LAYERS = 1000
@@ -98,9 +98,11 @@ def way_to_weights(key: str, folder) -> str:
 
 
 def inspect(key: str, path: str, *, needs_weights: bool = True, is_frozen: bool = False) -> Anatomy:
-    """The anatomy of a model; error messages name it by `key`, its key in the run file. One that is frozen may be what is not
+    """The anatomy of a model; error messages name it by `key`, its key in the run file. Of a hub id no weights are fetched that are
+    not needed: a plan of 70 B parameters would wait for 141 GB. One that is frozen may be what is not
     trained here: a mixture of experts, attention with sinks, a recurrence without attention."""
-    folder = find_folder(key, path).resolve()  # once: a link that is set to another model later changes nothing
+    wanted = MODEL if needs_weights else TOKENIZER
+    folder = find_folder(key, path, wanted).resolve()  # once: a link that is set to another model later changes nothing
     if needs_weights and not any(folder.glob("*.safetensors")):
         raise UserError(f"{key} must hold *.safetensors weights, but {folder} has none; {way_to_weights(key, folder)}")
     config = read_config(key, folder)

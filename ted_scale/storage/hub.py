@@ -1,9 +1,12 @@
 """A model or a tokenizer by its name: a local folder, or OWNER/NAME on the hub.
 
-A name that can only be a path is never requested from the hub: without a network its client retries for 90 seconds.
+A name that can only be a path is never requested from the hub. Note: without an answer the hub's client may wait for minutes, so it
+gets ten seconds for a first one, and then only what an earlier call fetched is taken.
 """
 
+import contextlib
 import difflib
+import threading
 from pathlib import Path
 
 from ted_scale.base.errors import UserError, files_at, shortened
@@ -13,6 +16,7 @@ MODEL = ("*.safetensors", "*.json", "*.model", "*.txt")
 TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja")
 TEXTS = (".json", ".model", ".txt", ".spm", ".tiktoken", ".jinja")  # are read whole, by libraries
 LARGEST_TEXT = 2**28  # bytes; the largest tokenizers have a tenth
+ANSWER_S = 10  # for the hub's first answer
 FILES = (".gguf", ".safetensors", ".model", ".json", ".bin", ".pt")
 
 
@@ -22,16 +26,43 @@ def find_folder(key: str, name: str, wanted: tuple[str, ...] = MODEL) -> Path:
         if Path(name).is_dir():
             return Path(name)
         refuse_what_is_no_id(key, name)
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, allow_patterns=list(wanted)))
+        return Path(fetched(name, list(wanted)))
     except Exception as error:  # the hub's client raises many kinds
         reason = shortened(": ".join([type(error).__name__, *str(error).split("\n")[:1]]), 120)
         raise UserError(
             f"{key} must be a local folder or a hub id that can be reached, but {name} is no folder, and the hub does not give "
-            f"it ({reason}); check its spelling and the network"
+            f"it ({reason}); check its spelling and the network, and that a path counts from {Path.cwd()}"
         ) from None
+
+
+def fetched(name: str, wanted: list[str]) -> str:
+    """The folder of a snapshot; what is raised is of many kinds."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    fault = fault_of(lambda: HfApi().repo_info(name, timeout=ANSWER_S))
+    if fault is None:
+        return snapshot_download(name, allow_patterns=wanted)
+    with contextlib.suppress(Exception):
+        return snapshot_download(name, allow_patterns=wanted, local_files_only=True)
+    raise fault
+
+
+def fault_of(question) -> Exception | None:
+    """Of a question to the network. A name server that hangs knows no time limit, so a thread that is left behind asks."""
+    faults: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            question()
+            faults.append(None)
+        except Exception as error:
+            faults.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    return faults[0] if faults else TimeoutError(f"no answer within {ANSWER_S:g} s")
 
 
 def check_texts(must: str, folder: Path) -> None:
@@ -60,8 +91,17 @@ def refuse_what_is_no_id(key: str, name: str) -> None:
         raise UserError(f"{key} must be a folder, but {name} is a {file_of(path)}")
     if is_path(name):
         close = difflib.get_close_matches(path.name, names_beside(path), n=1)
-        out = f"did you mean {path.with_name(close[0])}?" if close else "correct it; a hub id is OWNER/NAME"
+        out = (
+            f"did you mean {path.with_name(close[0])}?"
+            if close
+            else f"correct it; {counted(path)}a hub id is OWNER/NAME"
+        )
         raise UserError(f"{key} must be a folder that is there, but {name} does not exist; {out}")
+
+
+def counted(path: Path) -> str:
+    """From where, for who names a run file of another folder."""
+    return "" if path.is_absolute() else f"a path counts from the current folder, {Path.cwd()}, and "
 
 
 def is_path(name: str) -> bool:

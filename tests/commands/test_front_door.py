@@ -2,9 +2,14 @@
 
 import importlib
 import importlib.util
+import os
+import pty
 import re
+import select
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,3 +93,37 @@ def test_bash_completes_commands_options_and_else_files(tmp_path):
     assert completed("tok") == ["tokenize"]
     assert completed("pretrain", "--d") == ["--dry-run"]
     assert completed("pretrain", Path(__file__).name[:4]) == []  # then bash offers files
+
+
+@pytest.mark.parametrize(("shell", "bare"), [("bash", "--norc"), ("zsh", "-f")])
+def test_the_tab_key_completes_in_a_shell_at_a_terminal(shell, bare, tmp_path):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    (tmp_path / "script").write_text(script(shell))
+    (tmp_path / "my_texts").mkdir()
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [shell, bare, "-i"], stdin=end, stdout=end, stderr=end, cwd=tmp_path, start_new_session=True,
+        env={**os.environ, "TERM": "dumb", "HOME": str(tmp_path), "ZDOTDIR": str(tmp_path)},
+    )  # fmt: skip
+    try:
+        os.write(terminal, b"source ./script; echo rea''dy\n")
+        shown_at(terminal, "ready")
+        for typed, whole in (("pla", "plan "), ("cut-student --hid", "--hidden "), ("tokenize my_te", "my_texts/")):
+            os.write(terminal, f"ted-scale {typed}\t".encode())
+            shown_at(terminal, whole)
+            os.write(terminal, b"\x15")  # the line is taken back
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+        os.close(end)
+
+
+def shown_at(terminal: int, text: str) -> None:
+    """Waits until the terminal shows it."""
+    seen, until = "", time.monotonic() + 60
+    while text not in seen:
+        readable, _, _ = select.select([terminal], [], [], max(0, until - time.monotonic()))
+        assert readable, f"{text} is not in {seen!r}"
+        seen += os.read(terminal, 1 << 16).decode(errors="replace")

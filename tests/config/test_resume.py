@@ -174,6 +174,27 @@ def test_adapters_take_no_other_base_alpha_or_rank_and_the_reasons_are_true():
     )
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        (
+            {},
+            {"student.lora.rank": 4},
+            "student.lora must be left out, for that checkpoint is of a whole student, but is set;",
+        ),
+        (
+            {"student.lora.rank": 4},
+            {"student.lora.rank": 0},
+            "student.lora must be set, for that checkpoint is of adapters alone, but is left out;",
+        ),
+    ],
+)
+def test_adapters_and_a_whole_student_are_no_ranks_of_one_another(theirs, ours, said):
+    with pytest.raises(UserError) as refused:
+        changes.refuse_another_run("step 4", theirs, ours, [], 4)
+    assert str(refused.value).startswith(f"to resume from step 4, {said}")
+
+
 def test_every_key_of_an_identity_can_be_allowed_by_name(world):
     for sections in ({}, {"method": "kd"}, {"method": "ce"}, {"method": "lwd"}):
         assert make_plan(make_run(world, **sections), 1).identity().keys() <= set(changes.DECISIVE)

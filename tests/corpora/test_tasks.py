@@ -152,8 +152,8 @@ def test_a_held_out_item_is_a_pair_too_and_the_items_to_train_on_may_be_conversa
     ("name", "change", "sentence"),
     [
         ("sst2", {"label": -1}, r"a.jsonl:2 must have a label of 0 to 1, but has -1, as a test .*train or validation"),
-        ("mnli", {"label": 3}, r"a.jsonl:2 must have a label of 0 to 2, but has 3$"),
-        ("sst2", {"label": True}, r"a.jsonl:2 must have a label of 0 to 1, but has True$"),
+        ("mnli", {"label": 3}, r"a.jsonl:2 must have a label of 0 to 2, but has 3; correct the row"),
+        ("sst2", {"label": True}, r"a.jsonl:2 must have a label of 0 to 1, but has True; correct the row"),
         ("commonsense_qa", {"answerKey": ""}, r"a.jsonl:2 must have a letter .*, as a test split whose answers are"),
         ("commonsense_qa", {"choices": ["x"]}, r"a.jsonl:2 must have lists of text and label in choices, but has \['x'\]"),
         ("boolq", {"answer": "yes"}, r"a.jsonl:2 must have true or false in answer, but has 'yes'"),

@@ -24,7 +24,7 @@ from ted_scale.plan import plan_of_models
 
 EXAMPLE = "launch/runs/llama3_8b_to_1b.toml"
 ONLY_PARSED = {  # the beginning of a command, and why no test runs it
-    "make": "installs packages, or is the suite",
+    "make": "installs packages, in tests/test_soak_newcomer.py, or is the suite",
     "pip": "installs packages",
     "pytest": "is a part of this suite",
     "python -m pytest": "is a part of this suite",

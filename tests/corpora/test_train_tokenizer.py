@@ -1,0 +1,58 @@
+"""Of what a tokenizer is trained, and what is said of inputs that it cannot read."""
+
+import json
+
+import pytest
+
+from ted_scale.base.errors import UserError
+from ted_scale.commands import task, train_tokenizer
+from ted_scale.corpora.tokenizer import load_tokenizer
+
+QUESTION, ANSWER = "Which colour has the sky of {}?", " It is ultramarine, day {}."
+RECORDS = {
+    "completion": lambda n: {"prompt": QUESTION.format(n), "completion": ANSWER.format(n)},
+    "assistant": lambda n: {
+        "messages": [
+            {"role": "user", "content": QUESTION.format(n)},
+            {"role": "assistant", "content": [{"type": "text", "text": ANSWER.format(n)}]},
+        ]
+    },
+}
+
+
+def written(path, record) -> str:
+    path.write_text("".join(json.dumps(record(n)) + "\n" for n in range(200)))
+    return str(path)
+
+
+@pytest.mark.parametrize("targets", RECORDS)
+def test_a_vocabulary_is_of_both_sides_of_pairs_and_conversations_and_not_of_their_keys(tmp_path, targets):
+    rows = written(tmp_path / "rows.jsonl", RECORDS[targets])
+    words = ["--vocab-size", "330", "--out", str(tmp_path / "tokenizer"), rows]
+    train_tokenizer.main(["--targets", targets, *words])
+    pieces = {piece.strip("\u2581") for piece in load_tokenizer(str(tmp_path / "tokenizer")).pieces}
+    assert {"colour", "ultramarine,"} <= pieces
+    assert not {"completion", "messages", "assistant"} & pieces
+
+
+@pytest.mark.parametrize("targets", RECORDS)
+def test_records_without_text_name_the_option_that_reads_them_and_none_that_the_command_lacks(tmp_path, targets):
+    rows = written(tmp_path / "rows.jsonl", RECORDS[targets])
+    with pytest.raises(UserError, match=f"which --targets {targets} of tokenize and train-tokenizer reads") as refused:
+        train_tokenizer.main(["--vocab-size", "330", "--out", str(tmp_path / "tokenizer"), rows])
+    assert "--on-error" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "record", [[], {"prompt": 3}, {"messages": ["hello"]}, {"messages": [{"content": 3}]}], ids=str
+)
+def test_a_record_that_is_none_is_named_by_its_line(tmp_path, record):
+    rows = written(tmp_path / "rows.jsonl", lambda n: record)
+    with pytest.raises(UserError, match=r"rows\.jsonl:1 must .*; correct it"):
+        train_tokenizer.main(["--targets", "completion", "--vocab-size", "330", "--out", str(tmp_path / "t"), rows])
+
+
+def test_held_out_items_that_are_not_there_are_said_before_the_data_is_read(tmp_path):
+    rows = written(tmp_path / "rows.jsonl", lambda n: {"no": "column of the task"})
+    with pytest.raises(UserError, match="nofile must exist"):
+        task.main(["sst2", "--data", rows, "--held-out", str(tmp_path / "nofile"), "--out", str(tmp_path / "out")])
