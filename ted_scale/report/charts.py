@@ -1,7 +1,7 @@
 """A chart as Bokeh draws it, and around it what a canvas lacks: a heading, a legend of buttons, words, and a table of its numbers.
 
 Colours are not in the figure: page.js paints it for the theme, from the number in each line's `tags`. Note: a figure's x values are
-steps; page.js makes tokens or seconds of them, by the run whose number is the second tag.
+steps; page.js keeps them as the column "step", and makes tokens or seconds of x by the run whose number is the second tag.
 """
 
 import json
@@ -17,6 +17,7 @@ from bokeh.models import (
     BoxZoomTool,
     ColorBar,
     ColumnDataSource,
+    DataRange1d,
     HoverTool,
     LinearColorMapper,
     NumeralTickFormatter,
@@ -31,10 +32,16 @@ from ted_scale.report.colours import HEAT, dash_of
 from ted_scale.report.tables import amount, table
 from ted_scale.report.thinning import binned, thin
 
-POINTS, LEAST_STRETCHES, MOST_STRETCHES = 10_000, 60, 500  # of all lines of a chart; stretches of a line
+POINTS, LEAST_STRETCHES, MOST_STRETCHES = 6_000, 16, 400  # of all lines of a chart; stretches of a line
 FEW = 40  # points of a line that are also drawn one by one: a single one would not be seen
-BINS = 240  # of a heat-map along its time
+BINS, CELLS = 240, 5_000  # of a heat-map: along its time, and in all
+SPAN = (
+    1,
+    99,
+)  # percentiles at which its colours end: the first steps, or one spike, would leave one colour to all others
 HEIGHT = 300
+EXACT = "%.6g"  # of what a pointer reads: 0.00003 is a learning rate
+LARGE_UNITS = ("tokens", "tokens/s")
 SHARES = (0, 0.05, 0.1, 0.25, 0.5, 0.75, 1)  # of a line's way, where its table has a value
 
 
@@ -144,23 +151,26 @@ def empty_figure(y: str, **more):
     drawn.toolbar.active_drag = None  # a finger that scrolls the page must not zoom
     drawn.toolbar.logo = None
     drawn.toolbar.autohide = True
-    drawn.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")
+    for axis in [drawn.xaxis, *([drawn.yaxis] if y in LARGE_UNITS else [])]:
+        axis.formatter = NumeralTickFormatter(format="0.[00]a")
     drawn.xaxis.ticker = BasicTicker(desired_num_ticks=6)
     return drawn
 
 
 def line_figure(chart: Chart):
-    drawn = empty_figure(chart.y, **({"y_range": (-0.6, len(chart.names) - 0.4)} if chart.names else {}))
+    # What is seen of the curves sets the range, so that a zoom past the first steps shows the others at their own height.
+    fitted = {"y_range": DataRange1d(only_visible=True), "window_axis": "x"}
+    drawn = empty_figure(chart.y, **({"y_range": (-0.6, len(chart.names) - 0.4)} if chart.names else fitted))
     stretches = max(LEAST_STRETCHES, min(MOST_STRETCHES, POINTS // (4 * max(1, len(chart.lines)))))
     for number, line in enumerate(chart.lines):
         steps, values = thin(line.steps, line.values, stretches)
-        source = ColumnDataSource({"x": steps.astype("f4"), "y": values.astype("f4"), "step": whole(steps)})
-        about = {"source": source, "name": line.label}
+        about = {"source": ColumnDataSource({"x": whole(steps), "y": values.astype("f4")}), "name": line.label}
+        about |= {"tags": [number, line.run]}
         if not chart.dots:
-            drawn.line("x", "y", line_width=1.8, line_dash=dash_of(number), **about).tags = [number, line.run]
+            plain(drawn.line("x", "y", line_width=1.8, line_dash=dash_of(number), **about))
         if chart.dots or len(values) <= FEW:
             size = 9 if chart.dots else 5
-            drawn.scatter("x", "y", size=size, line_width=1.5, fill_alpha=0.35, **about).tags = [number, line.run]
+            plain(drawn.scatter("x", "y", size=size, line_width=1.5, fill_alpha=0.35, **about))
     for run, step in chart.marks:
         drawn.add_layout(
             Span(location=float(step), dimension="height", line_dash="dotted", line_width=1, tags=[step, run])
@@ -168,8 +178,14 @@ def line_figure(chart: Chart):
     if chart.names:
         drawn.yaxis.ticker = list(range(len(chart.names)))
         drawn.yaxis.major_label_overrides = dict(enumerate(chart.names))
-    drawn.add_tools(HoverTool(tooltips=[("", "$name"), ("step", "@step{0,0}"), ("", "$snap_y{0.0000a}")]))
+    said = [("", "$name"), ("step", "@step{0,0}"), ("", f"$snap_y{{{EXACT}}}")]
+    drawn.add_tools(HoverTool(tooltips=said, formatters={"$snap_y": "printf"}))
     return drawn
+
+
+def plain(drawn) -> None:
+    """Without the two other looks that Bokeh writes down for each line: nothing can be selected."""
+    drawn.nonselection_glyph = drawn.muted_glyph = None
 
 
 def whole(steps: np.ndarray) -> np.ndarray:
@@ -178,14 +194,13 @@ def whole(steps: np.ndarray) -> np.ndarray:
 
 
 def heat_figure(chart: Heat):
-    """Each row from its least to its greatest, because what layers differ in is how they change."""
+    """All rows have one scale of colours."""
     first = min((line.steps[0] for line in chart.lines), default=0)
     last = max((line.steps[-1] for line in chart.lines), default=1)
-    bins = max(1, min(BINS, max(len(line.steps) for line in chart.lines)))
+    bins = max(1, min(BINS, CELLS // len(chart.lines), max(len(line.steps) for line in chart.lines)))
     picture = np.array([filled(binned(line.steps, line.values, first, last, bins)) for line in chart.lines])
-    low, high = (
-        float(f(picture[np.isfinite(picture)])) if np.isfinite(picture).any() else 0.0 for f in (np.min, np.max)
-    )
+    there = picture[np.isfinite(picture)]
+    low, high = map(float, np.percentile(there, SPAN)) if len(there) else (0.0, 0.0)
     mapper = LinearColorMapper(
         palette=HEAT, low=low, high=high if high > low else low + 1, nan_color="rgba(0, 0, 0, 0)"
     )
@@ -196,7 +211,8 @@ def heat_figure(chart: Heat):
     drawn.yaxis.ticker = sorted({*range(0, len(chart.lines), max(1, len(chart.lines) // 8))})
     drawn.yaxis.major_label_overrides = {number: line.label for number, line in enumerate(chart.lines)}
     drawn.add_layout(ColorBar(color_mapper=mapper, width=10, padding=4, background_fill_color=None), "right")
-    drawn.add_tools(HoverTool(tooltips=[("layer", "$y{0}"), ("step", "$x{0,0}"), ("", "@image")]))
+    said = [("layer", "$y{0}"), ("step", "$x{0,0}"), ("", f"@image{{{EXACT}}}")]
+    drawn.add_tools(HoverTool(tooltips=said, formatters={"@image": "printf"}))
     return drawn
 
 

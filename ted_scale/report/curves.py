@@ -10,8 +10,12 @@ import numpy as np
 
 from ted_scale.report.charts import Chart, Heat, Line
 from ted_scale.report.folder import RunSeen
-from ted_scale.report.groups import GROUPS, UNDRAWN, Group
+from ted_scale.report.groups import GROUPS, OF_PAIRS, UNDRAWN, Group
 
+HEAT = (
+    "Colour is the greatest value of a stretch of steps, from the 1st to the 99th percentile; layers from the bottom up. Its axis "
+    "is steps."
+)
 LAYER = re.compile(r"^(.+)/(\d{1,15})$")  # KIND/LAYER
 
 
@@ -77,12 +81,11 @@ def of_layers(runs: list[RunSeen], layered: dict[str, tuple[str, int]]) -> list[
             if not lines:
                 continue
             of_run = f" of {run.name}" if len(runs) > 1 else ""
-            heat = "Colour is the greatest value of a stretch of steps; layers from the bottom up. Its axis is steps."
-            made.append(Heat(slug("heat", f"{kind}-{number}"), f"{kind} by layer and time{of_run}", heat, lines))
+            title = f"{kind} by layer and time{of_run}"
+            made.append(Heat(slug("heat", f"{kind}-{number}"), title, told(kind, HEAT), lines))
             if len(runs) == 1:
-                made.append(
-                    Chart(slug("layers", kind), f"{kind} by layer", "A line a matched pair.", lines, "", marks(runs))
-                )
+                about = told(kind, "A line a matched pair.")
+                made.append(Chart(slug("layers", kind), f"{kind} by layer", about, lines, "", marks(runs)))
         if len(runs) > 1:
             made.append(last_by_layer(runs, kind, sorted(pairs)))
     return made
@@ -94,9 +97,12 @@ def last_by_layer(runs: list[RunSeen], kind: str, pairs: list[tuple[int, str]]) 
         ends = [(layer, run.last(key)) for layer, key in pairs if run.last(key) is not None]
         if ends:
             lines.append(Line(run.name, -1, *zip(*ends, strict=True)))
-    return Chart(
-        slug("layers", kind), f"{kind}: the last value over the layers", "The axis is the number of the pair.", lines
-    )
+    about = told(kind, "The axis is the number of the pair.")
+    return Chart(slug("layers", kind), f"{kind}: the last value over the layers", about, lines)
+
+
+def told(kind: str, how: str) -> str:
+    return f"{OF_PAIRS[kind]} {how}" if kind in OF_PAIRS else how
 
 
 def line_of(runs: list[RunSeen], number: int, key: str, label: str) -> Line:

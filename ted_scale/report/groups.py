@@ -100,6 +100,20 @@ GROUPS = (
         "Asked of the student as it stood.",
     ),
 )  # fmt: skip
+# What a number of each matched pair says; docs/vitals.md has more.
+OF_PAIRS = {
+    "loss/layer": "The distance between filtered states of student and teacher.",
+    "loss/filter_t": "Stage I: the next-token loss of the teacher's filter.",
+    "loss/filter_s": "Stage I: the next-token loss of the student's filter.",
+    "vitals/error": "How far the student's filtered state is from the teacher's: 0 is the same, 1 no better than nothing.",
+    "vitals/cosine": "Of both filtered states. 1 beside a large error: only the length is wrong.",
+    "vitals/cka": "1: both sides are the same but for turning. High beside a large error: only the filter must still turn it.",
+    "vitals/rank_states": "In how many directions tokens differ in the student's state.",
+    "vitals/rank_filter_s": "The same of its filtered state; it shall come near the teacher's.",
+    "vitals/rank_filter_t": "The same of the teacher's filtered state: how much there is to match.",
+    "vitals/pull": "The layer loss's gradient at the state, in norms of the rest's. 0.1: it hardly steers; 10: it alone does.",
+    "vitals/pull_cosine": "Of these gradients. Below 0 the layer loss works against the other terms.",
+}  # fmt: skip
 # Numbers that a table or another chart has.
 UNDRAWN = re.compile(
     r"checkpoint/\w+|perf/restart_\w+|data/[^/]+/epoch_tokens|val/tokens|val/(.+/)?(teacher_)?ppl|blend/[^/]+/(teacher_)?ppl"

@@ -51,7 +51,8 @@
     let overLayers = false;
     for (const { tags, data_source: source } of plot.renderers) {
       overLayers ||= tags[1] < 0;
-      source.data = { ...source.data, x: Float64Array.from(source.data.step, (step) => along(tags[1], step)) };
+      const step = source.data.step ?? source.data.x; // x are steps at first
+      source.data = { ...source.data, step, x: Float64Array.from(step, (one) => along(tags[1], one)) };
     }
     for (const part of plot.center) {
       if (part.tags.length === 2) part.location = along(part.tags[1], part.tags[0]);

@@ -12,11 +12,12 @@ from ted_scale.report.charts import Chart, Line, html
 from ted_scale.report.events import KINDS, notable
 from ted_scale.report.folder import RunSeen, at_step
 from ted_scale.report.paired import as_words, paired
-from ted_scale.report.tables import amount, bullets, duration, table
+from ted_scale.report.tables import amount, bullets, duration, share, table
 
 ALIVE_S = 60  # life.json is written every 10 s
 COUNTED = ("restart", "rewind", "alert")
 FREE = {"name", "seed", "runs"}  # keys that arms of a comparison need not share, or never do
+SAMPLED, MOST_SAMPLES = 5, 60  # steps whose samples a page has, and texts of a run
 
 
 def overview(runs: list[RunSeen]) -> str:
@@ -30,10 +31,10 @@ def overview(runs: list[RunSeen]) -> str:
         ["held-out loss: last", *(amount(run.last("val/loss")) for run in runs)],
         ["held-out loss: the teacher", *(amount(run.last("val/teacher_loss")) for run in runs)],
         ["tokens/s", *(amount(run.last("perf/tokens_per_s")) for run in runs)],
-        ["MFU", *(amount(run.last("perf/mfu")) for run in runs)],
+        ["MFU", *(share(run.last("perf/mfu")) for run in runs)],
         ["a step, ms: measured / forecast", *(beside(run, "perf/step_ms", "perf/forecast_ms") for run in runs)],
         ["memory, GiB: peak / forecast", *(beside(run, "memory/peak_gib", "memory/forecast_gib") for run in runs)],
-        ["goodput", *(amount(run.last("perf/goodput")) for run in runs)],
+        ["goodput", *(share(run.last("perf/goodput")) for run in runs)],
         ["restarts / rewinds / alerts", *(" / ".join(str(count(run, kind)) for kind in COUNTED) for run in runs)],
     ]  # fmt: skip
     return table(["", *(run.name for run in runs)], rows, "Where each run stands", wrap=True)
@@ -160,7 +161,7 @@ def time_line(runs: list[RunSeen]) -> str:
         for number, run in enumerate(runs)
         if run.events
     ]
-    about = "Starts, restarts, changes, rewinds, alerts, checkpoints and ends, at their steps."
+    about = "At their steps. Restarts and rewinds are dotted lines in every curve, too."
     drawn = html(Chart("time-line", "Time line", about, lines, dots=True, names=KINDS)) if lines else ""
     rows = [
         [
@@ -205,7 +206,7 @@ def settings(runs: list[RunSeen]) -> str:
 
 
 def samples(runs: list[RunSeen]) -> str:
-    found = [(run, sample) for run in runs for sample in run.samples[-20:]]
+    found = [(run, sample) for run in runs for sample in newest_first(run.samples)]
     if not found:
         return '<p class="none">There are none: no run has a file samples.jsonl.</p>'
     rows = [
@@ -213,6 +214,13 @@ def samples(runs: list[RunSeen]) -> str:
         for run, s in found
     ]
     return table(["run", "step", "prompt", "student", "teacher"], rows, "Samples of student and teacher", wrap=True)
+
+
+def newest_first(found: list[dict]) -> list[dict]:
+    """Those of the last steps, and at the end the first ones, from which they came."""
+    steps = sorted({sample.get("step", 0) for sample in found}, reverse=True)
+    shown = [*steps[:SAMPLED], *steps[SAMPLED:][-1:]]
+    return [sample for step in shown for sample in found if sample.get("step", 0) == step][:MOST_SAMPLES]
 
 
 def scores(runs: list[RunSeen]) -> str:

@@ -54,7 +54,9 @@ class Vitals:
         self.now: Sample | None = None
         self.taken: list[int] = []  # in this step
         self.found: dict[str, torch.Tensor] = {}
+        self.sent: torch.Tensor | None = None  # `found` as it comes to the host
         self.sums: torch.Tensor | None = None
+        self.f: LogitLoss | None = None  # what the sums' gradients are of
         self.grams: dict[int, torch.Tensor] = {}
         self.parts: dict[int, torch.Tensor] = {}  # sums of the output's parts in this interval, on the host
         self.history: dict[str, list[float]] = {}
@@ -66,7 +68,7 @@ class Vitals:
         due = due_at(step, self.run.vitals.every, self.items)
         self.waiting = list(dict.fromkeys([*self.waiting, *due]))
         self.seed, self.taken, self.now = mix(self.run.seed, step), [], None
-        self.found, self.sums, self.grams = {}, None, {}
+        self.found, self.sent, self.sums, self.grams = {}, None, None, {}
 
     def open(self, batch, weights) -> None:
         """Before the forward of a micro-batch. The first of a step that has the terms is the one that is measured."""
@@ -128,11 +130,10 @@ class Vitals:
         loss, self.uniform = self.run.loss, math.log(len(w_t))
         caps, scales = (student.softcap or 0.0, teacher.softcap or 0.0), (student.scale, teacher.scale)
         covers = len(w_t) >= len(w_s)
-        self.f = LogitLoss(
-            loss.temperature, weights.kl, weights.ce, *caps, *scales, covers, loss.divergence, loss.top_k
-        )
+        f = LogitLoss(loss.temperature, weights.kl, weights.ce, *caps, *scales, covers, loss.divergence, loss.top_k)
         floor = weights.floor if loss.skip_low_entropy else None
-        self.sums = head.sums(student, teacher, self.now.labels[:tokens], self.now.counted[:tokens], self.f, floor)
+        self.f = f
+        self.sums = head.sums(student, teacher, self.now.labels[:tokens], self.now.counted[:tokens], f, floor)
 
     def keep(self, numbers: dict[str, torch.Tensor], end: str = "") -> None:
         self.found |= {f"vitals/{key}{end}": value for key, value in numbers.items()}
@@ -154,29 +155,30 @@ class Vitals:
         if not finite:
             self.waiting = [*self.taken, *self.waiting]
             return {}
-        numbers = (self.of_pairs() if self.found else {}) | (self.of_output() if self.sums is not None else {})
+        numbers = self.of_pairs(self.sent) if self.sent is not None else {}
+        numbers |= self.of_output(self.sums, self.f) if self.sums is not None and self.f else {}
         numbers = {key: value for key, value in numbers.items() if math.isfinite(value)}
         if numbers:
             self.judge(step, numbers, alert)
         return numbers
 
-    def of_pairs(self) -> dict[str, float]:
-        numbers = dict(zip(self.found, self.sent.tolist(), strict=True))
+    def of_pairs(self, sent: torch.Tensor) -> dict[str, float]:
+        numbers = dict(zip(self.found, sent.tolist(), strict=True))
         for k, (states, s, t) in self.grams.items():
             numbers[f"vitals/cka/{k}"] = pairs.cka(s, t)
             ranks = zip(RANKS, (states, s, t), strict=True)
             numbers |= {f"vitals/{name}/{k}": pairs.effective_rank(gram) for name, gram in ranks}
         return numbers
 
-    def of_output(self) -> dict[str, float]:
+    def of_output(self, sums: torch.Tensor, f: LogitLoss) -> dict[str, float]:
         """Once all parts of an interval are there. A process that starts within one waits for the next."""
         parts = [item for item in self.taken if item in OUTPUT]
         if OUTPUT[0] in parts:
             self.parts = {}
-        self.parts |= dict.fromkeys(parts, self.sums.double() / len(parts))
+        self.parts |= dict.fromkeys(parts, sums.double() / len(parts))
         if len(self.parts) < PARTS:
             return {}
-        found = head.numbers(torch.stack(list(self.parts.values())).sum(0), self.f)
+        found = head.numbers(torch.stack(list(self.parts.values())).sum(0), f)
         return {f"vitals/{key}": value for key, value in found.items()}
 
     def judge(self, step: int, numbers: dict[str, float], alert: Callable[[str, str], None]) -> None:

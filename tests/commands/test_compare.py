@@ -306,14 +306,17 @@ def test_only_seeds_that_both_arms_finished_are_paired():
 
 
 def test_the_least_loss_of_a_run_may_count_and_never_that_before_training(write):
-    def result(arm, *losses):
-        points = [results.Point(step, 8 * step, None, loss) for step, loss in enumerate(losses)]
+    def result(arm, *losses, first=0):
+        points = [results.Point(step, 8 * step, None, loss) for step, loss in enumerate(losses, first)]
         return results.Result(arm, 0, len(losses), "done", 1.0, "c0ffee", points)
 
     found = [result("ce", 1.0, 4.0, 7.0), result("kd", 1.0, 6.0, 5.0)]
     last, least = (results.table(plans.load(write(judged_by=by)), found) for by in ("last", "least"))
     assert "7.0000" in last and "-2.0000" in last
     assert "4.0000" in least and "+1.0000" in least
+    late = [found[0], result("kd", 3.0, 6.0, 5.0, first=1)]  # a program that does not validate before it trains
+    assert "-1.0000" in results.table(plans.load(write(judged_by="least")), late)
+    assert [loss for _, loss in results.mean_curve(late[1:], "tokens", 0)] == [3.0, 6.0, 5.0]
 
 
 def test_a_curve_is_drawn_where_all_seeds_of_an_arm_validated():

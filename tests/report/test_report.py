@@ -9,11 +9,13 @@ from array import array
 
 import numpy as np
 import pytest
+from bokeh.models import HoverTool
 from report_runs import made, rows_of
 
 from ted_scale.base.errors import UserError
 from ted_scale.commands.report import main
 from ted_scale.report import summary
+from ted_scale.report.charts import EXACT, heat_figure, line_figure
 from ted_scale.report.colours import INKS, LINES
 from ted_scale.report.curves import charts
 from ted_scale.report.events import events_in
@@ -86,6 +88,28 @@ def test_vitals_have_curves_and_their_alarms_are_events(tmp_path):
     history = {"vitals/error/0": [0.5] * 4 + [0.9] * 4}
     [(_, sentence)] = alarms(history, 10.0).items()
     assert events_in(["step    300  total 4.1", f"10:00:00 step 321: {sentence}"])[0].kind == "alert"
+
+
+def test_a_long_run_of_many_layers_with_vitals_stays_small(tmp_path):
+    """100,000 steps, 32 pairs, each with the nine numbers that a pair has."""
+    kinds = ("error", "cosine", "cka", "rank_states", "rank_filter_s", "rank_filter_t", "pull", "pull_cosine")
+    vitals = {f"vitals/{kind}/{k}": 0.0 for kind in kinds for k in range(32)}
+    draw = np.random.default_rng(0).random
+    rows = [
+        row | (dict(zip(vitals, draw(len(vitals)), strict=True)) if row["step"] % 100 == 0 else {})
+        for row in rows_of("ted", 100_000, 32, 50, 0.0)
+    ]
+    assert len(page(made(tmp_path, steps=100_000, layers=32, rows=rows))) < 3_000_000
+
+
+def test_a_pointer_reads_a_learning_rate(tmp_path):
+    """Not 0.0000; and one step that spikes leaves colours to all others."""
+    found = charts([read_run(made(tmp_path, steps=400))])
+    drawn = line_figure(found["optimizer"][0])
+    [hover] = [tool for tool in drawn.tools if isinstance(tool, HoverTool)]
+    assert hover.formatters == {"$snap_y": "printf"} and EXACT in hover.tooltips[-1][1] and EXACT % 3e-5 == "3e-05"
+    heat = heat_figure(found["layers"][0])
+    assert heat.right[0].color_mapper.high < 6
 
 
 def torn(path) -> None:
@@ -166,6 +190,14 @@ def test_samples_and_scores_stand_side_by_side(tmp_path):
     whole = page(folder)
     assert "a &lt;b&gt;time&lt;/b&gt;" in whole and "upon a time" in whole
     assert "student_hf" in whole and "0.61 ± 0.01" in whole
+
+
+def test_samples_begin_with_the_newest_and_end_with_the_first(tmp_path):
+    folder = made(tmp_path)
+    rows = [{"step": step, "prompt": p, "student": f"text {step}{p}"} for step in range(0, 40, 4) for p in "ab"]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = re.findall(r"text (\w+)<", summary.samples([read_run(folder)]))
+    assert found == ["36a", "36b", "32a", "32b", "28a", "28b", "24a", "24b", "20a", "20b", "0a", "0b"]
 
 
 def test_a_stranger_s_text_is_no_markup_and_a_key_of_the_environment_is_hidden(tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def shown(page, number: int = 0):
     chart = page.locator("figure.chart").nth(number)
     chart.scroll_into_view_if_needed()
     chart.locator("canvas").first.wait_for(state="attached", timeout=60_000)
-    page.wait_for_function(f"document.querySelectorAll('figure.chart .plot')[{number}].firstElementChild !== null")
+    chart.locator(".plot > *").first.wait_for(state="attached", timeout=60_000)
     page.wait_for_timeout(500)
     return chart
 
@@ -83,6 +83,17 @@ def test_a_long_run_is_small_opens_at_once_and_asks_for_nothing(browser, long_pa
         shown(page, number)
     assert min(times) < 2000
     assert said == [] and asked == 3 * [long_page.as_uri()]
+
+
+def test_a_zoom_in_time_fits_the_height_to_what_is_seen(browser, long_page):
+    """Or the first steps and one spike would press all others into a line."""
+    page, said, _ = opened(browser, long_page)
+    shown(page, 0)
+    top = "Object.values(Bokeh.index.roots)[0].model.y_range.end"
+    assert page.evaluate(top) > 40
+    page.evaluate("Object.values(Bokeh.index.roots)[0].model.x_range.setv({ start: 60000, end: 100000 })")
+    page.wait_for_timeout(1000)
+    assert page.evaluate(top) < 10 and said == []
 
 
 def test_every_chart_is_drawn_and_the_spike_is_in_it(browser, long_page):

@@ -35,13 +35,15 @@ class Result(NamedTuple):
     commit: str
     points: list[Point]
 
-    def loss(self, judged_by: str) -> float | None:
+    def trained(self, before: int) -> list[Point]:
+        """Without the validation before training, which an arm's own program need not have. `before` are its steps of stage I."""
+        return [point for point in self.points if point.step > before]
+
+    def loss(self, judged_by: str, before: int) -> float | None:
         """The last one or the least after the start. None for a run that ended early."""
         if self.end != "done" or not self.points:
             return None
-        return (
-            self.points[-1].loss if judged_by == "last" else min(point.loss for point in self.points[1:] or self.points)
-        )
+        return self.points[-1].loss if judged_by == "last" else min(p.loss for p in self.trained(before) or self.points)
 
 
 def note(plan: Comparison, result: Result) -> None:
@@ -61,7 +63,8 @@ def place_of(plan: Comparison, arm: str, seed: int) -> Path:
 
 
 def by_seed(plan: Comparison, results: list[Result], arm: str) -> dict[int, float]:
-    losses = {r.seed: r.loss(plan.judged_by) for r in results if r.arm == arm}
+    before = plans.stage_i_steps(plans.of_arm(plan, arm))
+    losses = {r.seed: r.loss(plan.judged_by, before) for r in results if r.arm == arm}
     return {seed: loss for seed, loss in losses.items() if loss is not None}
 
 
@@ -122,7 +125,8 @@ def draw(plan: Comparison, results: list[Result], path: Path) -> bool:
     figure = Figure(figsize=(6 * len(axes_of), 4.5), layout="constrained")
     for axes, across in zip(figure.subplots(1, len(axes_of), squeeze=False)[0], axes_of, strict=True):
         for arm in plan.arms:
-            if line := mean_curve([r for r in results if r.arm == arm and r.end == "done" and r.points], across):
+            done = [r for r in results if r.arm == arm and r.end == "done" and r.points]
+            if line := mean_curve(done, across, plans.stage_i_steps(plans.of_arm(plan, arm))):
                 axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=arm)
         axes.set_xlabel(across)
         axes.set_ylabel("val/loss")
@@ -134,10 +138,10 @@ def draw(plan: Comparison, results: list[Result], path: Path) -> bool:
     return True
 
 
-def mean_curve(results: list[Result], across: str) -> list[tuple[float, float]]:
+def mean_curve(results: list[Result], across: str, before: int) -> list[tuple[float, float]]:
     """Over seeds, at the steps at which all of them validated: another version may have run some. The validation at the start would
     flatten all others, so it is left out."""
-    each = [{point.step: point for point in result.points[1:]} for result in results]
+    each = [{point.step: point for point in result.trained(before)} for result in results]
     steps = sorted(set.intersection(*(set(points) for points in each))) if each else []
     columns = [[points[step] for points in each] for step in steps]
     return [(getattr(column[0], across), statistics.mean(p.loss for p in column)) for column in columns]
