@@ -16,9 +16,10 @@ import torch
 import transformers
 from corpus import index_of
 
+from ted_scale.commands.cutting.blocks import spread
 from ted_scale.config.run import Run
 from ted_scale.corpora.tokenizer import digest, load_tokenizer
-from ted_scale.distill.pairs import CUT, cut_map, spread
+from ted_scale.distill.pairs import CUT, cut_map
 from ted_scale.models.inspection import empty_model, inspect, read_config
 from ted_scale.models.model_folder import saved_tensors
 
