@@ -38,8 +38,8 @@ from ted_scale.forecast.placement import Rank, place
 from ted_scale.plan import make_plan, plan_of_models
 
 TWO_RANKS = (
-    "watched_ten_steps", "all_methods", "resumes", "resumes_with_other_settings", "poisoned_loss", "poisoned_gradient",
-    "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
+    "ten_steps", "all_methods", "residency", "resumes", "resumes_with_other_settings", "poisoned_loss", "poisoned_gradient",
+    "undisturbed_to_six", "full_disk", "retried_save", "layer_loss_ends", "loading_memory", "host_reads", "variants",
     "kinds_of_filters", "families", "skips", "rewinds", "flips", "stopped_by_signals", "buffers", "far_positions",
     "traffic", "stage_two_memory", "blocks_by_liger", "without_stage_one", "recorded_runs",
     "blocks_compiled", "asked_seldom", "teacher_moves", "readings", "shipped_configs", "int8_gathers", "mixtures",
@@ -309,7 +309,7 @@ def test_all_methods_start_from_the_same_student_on_the_same_data(world):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_rank_keeps_more_than_its_part(world, rank):
-    seen = result(world, "watched_ten_steps", rank)["resident"]
+    seen = result(world, "residency", rank)
     assert {"teacher built", "student built", "teacher at 9", "student at 9"} <= seen.keys()
     assert max(seen.values()) <= 1 / 2 + 0.05, seen
 
@@ -448,7 +448,7 @@ def test_a_non_finite_loss_never_reaches_the_weights(world):
     seen = [result(world, "poisoned_loss", rank) for rank in (0, 1)]
     for each in seen:
         assert "step 7: loss/layer of rank 1 must be finite, but is nan" in each["said"]
-        assert each["weights"] == result(world, "watched_ten_steps")["weights"]
+        assert each["weights"] == result(world, "undisturbed_to_six")
     assert newest_checkpoint(world / "runs/poisoned_loss").name == "step_00000006"
 
 
@@ -456,7 +456,7 @@ def test_a_non_finite_gradient_stops_the_run_that_deepspeed_would_go_on_with(wor
     for rank in (0, 1):
         seen = result(world, "poisoned_gradient", rank)
         assert "step 7: optim/grad_norm" in seen["said"]
-        assert seen["weights"] == result(world, "watched_ten_steps")["weights"]
+        assert seen["weights"] == result(world, "undisturbed_to_six")
 
 
 def report(folder: Path, name: str, step: str) -> dict:

@@ -55,10 +55,10 @@ def make_way(checkpoint: Path, place: str) -> bool:
 
 def send(checkpoint: Path, place: str, names: list[str]) -> None:
     """The manifest must be sent alone and last, after the files of all ranks: with it a copy counts as whole."""
-    known = {} if names == [MANIFEST] else sealed.read_manifest(checkpoint)["files"]  # it does not name itself
+    digests = {name: entry.sha256 for name, entry in sealed.read_manifest(checkpoint)["files"].items()}
     for name in names:
         url = f"{place}/{checkpoint.name}/{name}"
-        digest = (known.get(name) or sealed.digest_of(checkpoint / name)).sha256
+        digest = digests.get(name) or sealed.digest_of(checkpoint / name).sha256
         transfers.upload(checkpoint / name, url, digest, f"checkpoint {url} must be written", objects.COPYING_S)
 
 

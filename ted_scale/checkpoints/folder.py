@@ -183,9 +183,9 @@ def kept(whole: dict[str, dict], settings) -> set[str]:
 def best_of(whole: dict[str, dict], settings) -> str | None:
     """The name of the best checkpoint of the newest one's history, of equals the earliest. None if none is measured, or the run
     file does not say by what."""
-    sign, number = 1 if settings.lowest_is_best else -1, settings.judged_by
-    numbers = {name: number_of(whole[name], number) for name in history(whole)}
-    measured = {name: sign * found for name, found in numbers.items() if found is not None and math.isfinite(found)}
+    sign = 1 if settings.lowest_is_best else -1
+    numbers = {name: number_of(whole[name], settings.judged_by) for name in history(whole)}
+    measured = {name: sign * number for name, number in numbers.items() if number is not None and math.isfinite(number)}
     return min(measured, key=lambda name: (measured[name], key_of(name)[1]), default=None)
 
 

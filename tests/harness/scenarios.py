@@ -70,38 +70,6 @@ def ten_steps(folder: Path, device):
     start(folder, device, name=f"ten_{dist.get_world_size()}", **TEN_STEPS)
 
 
-def watched_ten_steps(folder: Path, device):
-    """The same, and of it: the share of the parameters that this rank holds, after construction and between steps 9 and 10, and
-    the student's weights after step 6, to compare with runs that stop in step 7."""
-    seen, weights, engines = {}, [], {}
-
-    def watch(name, original):
-        def wrapped(*arguments, **named):
-            built = original(*arguments, **named)
-            engines[name] = built.engine.module if name == "teacher" else built.module
-            seen[f"{name} built"] = resident_share(engines[name])
-            return built
-
-        return wrapped
-
-    def add(self, progress, *arguments, **named):
-        if progress.step == 6:
-            weights.extend(checksum(engines["student"]))
-        if progress.step == 9:
-            seen.update({f"{name} at 9": resident_share(module) for name, module in engines.items()})
-        return Metrics_add(self, progress, *arguments, **named)
-
-    originals = build.build_teacher, build.build_student
-    Metrics_add, Metrics.add = Metrics.add, add
-    build.build_teacher, build.build_student = watch("teacher", originals[0]), watch("student", originals[1])
-    try:
-        ten_steps(folder, device)
-    finally:
-        build.build_teacher, build.build_student = originals
-        Metrics.add = Metrics_add
-    return {"resident": seen, "weights": weights}
-
-
 def all_methods(folder: Path, device):
     """ce, kd and lwd take the same path."""
     for method in ("ce", "kd", "lwd"):
@@ -140,6 +108,36 @@ def resident_share(module) -> float:
     whole = sum(torch.Size(shape_of(p)).numel() for p in parameters)
     here = sum(p.data.numel() + (p.ds_tensor.numel() if is_sharded(p) else 0) for p in parameters)
     return here / whole
+
+
+def residency(folder: Path, device):
+    """Share of the parameters that this rank holds: after construction, and between steps 9 and 10."""
+    seen = {}
+    engines = {}
+
+    def watch(name, original):
+        def wrapped(*arguments, **named):
+            built = original(*arguments, **named)
+            engines[name] = built.engine.module if name == "teacher" else built.module
+            seen[f"{name} built"] = resident_share(engines[name])
+            return built
+
+        return wrapped
+
+    def add(self, progress, *arguments, **named):
+        if progress.step == 9:
+            seen.update({f"{name} at 9": resident_share(module) for name, module in engines.items()})
+        return Metrics_add(self, progress, *arguments, **named)
+
+    originals = build.build_teacher, build.build_student
+    Metrics_add, Metrics.add = Metrics.add, add
+    build.build_teacher, build.build_student = watch("teacher", originals[0]), watch("student", originals[1])
+    try:
+        start(folder, device, name="residency", **TEN_STEPS)
+    finally:
+        build.build_teacher, build.build_student = originals
+        Metrics.add = Metrics_add
+    return seen
 
 
 def resumes(folder: Path, device):
@@ -244,6 +242,29 @@ def checksum(module) -> list[float]:
     for parameter in module.network.parameters():
         with gathered([parameter]):
             sums.append(parameter.double().sum().item())
+    return sums
+
+
+def undisturbed_to_six(folder: Path, device):
+    """The weights after step 6, to compare with a run that stopped in step 7."""
+    engines = []
+
+    def remember(*arguments):
+        engines.append(build_student(*arguments))
+        return engines[-1]
+
+    def add(self, progress, *arguments, **named):
+        if progress.step == 6:
+            sums.extend(checksum(engines[-1].module))
+        return Metrics_add(self, progress, *arguments, **named)
+
+    sums: list[float] = []
+    build_student, build.build_student = build.build_student, remember
+    Metrics_add, Metrics.add = Metrics.add, add
+    try:
+        start(folder, device, name="undisturbed", **TEN_STEPS)
+    finally:
+        build.build_student, Metrics.add = build_student, Metrics_add
     return sums
 
 
