@@ -15,7 +15,7 @@ export PATH := $(BIN):$(PATH)
 help:
 	@echo "make setup   .venv with the tested set of packages"
 	@echo "make demo    a whole life of a small model on two CPU cores, some minutes"
-	@echo "make check   lint, types and the short tests, two minutes"
+	@echo "make check   lint, types and the short tests, under two minutes"
 	@echo "make test    the CPU tests, a quarter of an hour on two cores"
 	@echo "make soak    the long tests"
 	@echo "make lint    ruff                 make types  mypy"

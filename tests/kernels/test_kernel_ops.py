@@ -91,6 +91,7 @@ def test_the_operations_pass_torch_s_own_checks():
     torch.library.opcheck(logit_chunks, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.long  # each compiles
 @pytest.mark.parametrize(
     "settings", [{}, {"divergence": "reverse", "skip_below": 1.0}, {"divergence": "jsd", "top_k": 4}], ids=str
 )
