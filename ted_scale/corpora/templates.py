@@ -10,6 +10,8 @@ from datetime import date
 from functools import cache
 from typing import NamedTuple
 
+from ted_scale.corpora.messages import refuse_dropped
+
 OWN_TEMPLATE = "give one that marks the answers with {% generation %} by --chat-template FILE"
 PLAIN = frozenset({"role", "content"})
 MARKS, DAY = re.compile(r"\{%-?\s*generation\s*-?%\}"), re.compile("strftime_now")
@@ -96,7 +98,7 @@ def answers(template: Template, messages: list[dict], tools: list | None, last: 
     else:
         text = template.render(messages, tools)
         spans = [answer(template, messages, tools, turn, text) for turn in (turns[-1:] if last else turns)]
-    refuse_dropped(text, messages)
+    refuse_dropped(template.text, template.render, text, messages, tools)
     return text, spans[-1:] if last else spans
 
 
@@ -111,32 +113,3 @@ def answer(template: Template, messages: list[dict], tools: list | None, turn: i
             f"at the end than within the conversation, or than after the generation prompt; {earlier}{OWN_TEMPLATE}"
         )
     return len(before), len(after)
-
-
-def refuse_dropped(text: str, messages: list[dict]) -> None:
-    """All that was said must be in the text, in order. Thoughts before an answer may be left out, as at inference."""
-    at = 0
-    for number, message in enumerate(messages, 1):
-        for said in said_in(message) if message["role"] != "tool" else ():
-            words = said.rpartition("</think>")[2].strip()
-            found = text.find(words, at)
-            if found < 0:
-                raise ValueError(
-                    f"must be shown whole by the chat template, but it drops or changes turn {number} ({message['role']}); "
-                    "give another template by --chat-template FILE"
-                )
-            at = found + len(words)
-
-
-def said_in(message: dict) -> list[str]:
-    """The texts of a message; its content may be a list of parts. A ValueError has the rest of a sentence."""
-    content = message.get("content")
-    if not isinstance(content, str | list | None):
-        raise ValueError(
-            f'must have text, a list or null as the "content" of every message, but one has {type(content).__name__}; '
-            "correct it or pass --on-error skip"
-        )
-    content = content or []
-    parts = [content] if isinstance(content, str) else content
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    return [text for text in texts if isinstance(text, str)]
