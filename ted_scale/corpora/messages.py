@@ -28,7 +28,9 @@ def list_of(values: dict, key: str) -> list[dict]:
 
 
 def kind_of(value) -> str:
-    return {str: "a text", dict: "an object"}.get(type(value), "a list of something else" if value else "empty")
+    if isinstance(value, list):
+        return "a list of something else" if value else "empty"
+    return {"str": "a text", "dict": "an object"}.get(type(value).__name__, "no list")
 
 
 def tools_of(values: dict) -> list | None:
