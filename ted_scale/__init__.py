@@ -9,8 +9,8 @@ head       everything a model applies after its last block: norm, projection, bi
 step       one optimizer step; micro-step: one forward and backward of one micro-batch on every rank
 tokens     are counted over all ranks; positions of samples too
 
-A tensor's name ends in its shape: B batch, T sequence, N = B·T tokens, D student width, E teacher width, V vocabulary.
-`_s` is the student's, `_t` the teacher's.
+A tensor's name ends in its shape: B batch, T sequence, N = B·T tokens, D student width, E teacher width, F common
+width, V vocabulary. `_s` is the student's, `_t` the teacher's.
 """
 
 import logging

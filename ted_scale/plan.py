@@ -34,7 +34,7 @@ from ted_scale.feed import Reading, epochs_of, open_feed, refuse_short_corpora
 from ted_scale.forecast.placement import Placement, of_this_machine, place
 from ted_scale.metrics.live_report import why_never
 from ted_scale.metrics.rows import last_row
-from ted_scale.metrics.tracking import why_offline
+from ted_scale.metrics.wandb_connection import why_offline
 from ted_scale.models import fused, lora, quantized, ulysses
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.fingerprint import fingerprint

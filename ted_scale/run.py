@@ -1,7 +1,8 @@
 """A run from its first process group to its exit: ranks, folder, teacher, and each stage with its engine, data and saves.
 
-train.py has the loop over steps. Note: a stage is always built in the same way, from the student's folder and the filters file
-of stage I. It makes no difference whether stage I ran in this process, before a crash, or in another run.
+train.py has the loop over steps. A border is a step where the blend may change; a stretch is the steps between two borders.
+Note: a stage is always built in the same way, from the student's folder and the filters file of stage I. It makes no
+difference whether stage I ran in this process, before a crash, or in another run.
 """
 
 import gc
@@ -39,7 +40,7 @@ from ted_scale.health.guard import Guard
 from ted_scale.health.rewind import Rewind, gone_back
 from ted_scale.metrics import samples
 from ted_scale.metrics.metrics import Metrics
-from ted_scale.metrics.tracking import add_facts, facts_of, open_wandb
+from ted_scale.metrics.wandb_connection import add_facts, facts_of, open_wandb
 from ted_scale.models import zero_hooks
 from ted_scale.plan import Plan, as_dict
 from ted_scale.ranks import pulse, shortage, stacks, watch
@@ -92,7 +93,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
             if progress.step < stage.last_step or validation_is_missing(parts, stage, progress):
                 resumed = newest if progress.step > stage.first_step else None
                 progress = train_stage(parts, stage, progress, resumed)
-        parts.saver.copier.insist()
+        parts.saver.copier.copy_newest_or_fail()
     except Preempted:
         parts.saver.finish(leaving=True)
         parts.saver.copier.finish(leaving=True)
@@ -109,7 +110,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         parts.metrics.close(done=sys.exc_info()[0] is None)
         if dist.get_rank() == 0 and not parts.saver.is_writing():
             holder.leave(folder)
-    parts.metrics.leave_word(life.DONE)
+    parts.metrics.write_last_words(life.DONE)
     parts.metrics.tell_end(f"done: {folder} is at step {progress.step}; next: {run_folder.to_export(plan.run)}")
     return progress
 
@@ -123,7 +124,7 @@ def refuse_other_world(plan: Plan) -> None:
 
 
 def build_parts(plan: Plan, device, progress: Progress, newest: Path | None) -> tuple[Parts, Progress]:
-    """(what all stages use, the progress with this start's run file and W&B run)"""
+    """Returns the parts that all stages use, and the progress with this start's run file and W&B run."""
     run, writes = plan.run, dist.get_rank() == 0
     spent, lost = broadcast(life.take_up(run.folder, progress.step, progress.spent) if writes else None)
     if writes:
@@ -136,7 +137,7 @@ def build_parts(plan: Plan, device, progress: Progress, newest: Path | None) -> 
     teacher = build_teacher(plan)
     at_start = {"total_steps": plan.total_steps, "step": progress.step, "device": device}
     metrics = Metrics(run, writes=writes, **at_start, wandb_run=wandb_run, spent=spent)
-    exits.at_end = metrics.leave_word
+    exits.at_end = metrics.write_last_words
     if lost:
         metrics.restarted(lost)
     written, identity = changes.as_written(run), plan.identity()
@@ -188,8 +189,8 @@ def build_stage(parts: Parts, stage: Stage, stream: Stream, progress: Progress, 
 
 
 def open_data(parts: Parts, stage: Stage, progress: Progress) -> tuple[Stream, Progress]:
-    plan = parts.plan
-    stream, progress, changed = open_together(partial(feed.open_feed, plan.run, stage, progress, plan.vocabulary))
+    opened = partial(feed.open_feed, parts.plan.run, stage, progress, parts.plan.vocabulary)
+    stream, progress, changed = open_together(opened)
     parts.metrics.log_changes(changed)
     return stream, progress
 
@@ -201,10 +202,10 @@ def validate_first(parts: Parts, stage: Stage, student, stream: Stream, progress
     measured = (*parts[:3], stream.held_out, student)
     if fresh or (resumed and validation_is_missing(parts, stage, progress)):
         progress, stopping = validation.validate(*measured, progress, with_teacher=fresh)
-        if lacked and progress.scores and not stopping:  # its checkpoint was written without them
+        if lacked and progress.scores and not stopping:  # this step's checkpoint lacks the scores
             parts.saver.copier.finish()
             save_checkpoint(parts.plan, stage, parts.metrics, parts.saver, student, progress)
-    if stopping or (stage.shows(progress.step) and samples.write(*measured, progress)):
+    if stopping or (stage.writes_samples(progress.step) and samples.write(*measured, progress)):
         raise Preempted  # no step was taken; the next start validates
     return progress
 
@@ -240,10 +241,10 @@ def train_stretch(parts: Parts, stage: Stage, student, guard: Guard, stream: Str
     data = metrics.counted(enumerate(data, progress.step), partial(step_flops, plan, stage))
     verify = partial(replicas.verify, teacher)
     validate = partial(validation.validate, plan, teacher, metrics, stream.held_out)
-    show = partial(samples.write, plan, teacher, metrics, stream.held_out)
+    write_samples = partial(samples.write, plan, teacher, metrics, stream.held_out)
     save = partial(save_checkpoint, plan, stage, metrics, saver)
     try:
-        return train(stage, student, teacher, data, guard, metrics, progress, verify, validate, show, save)
+        return train(stage, student, teacher, data, guard, metrics, progress, verify, validate, write_samples, save)
     except Rewind as rewind:
         progress = go_back(stage, student, rewind, metrics)
         saver.prepare(student, progress.step)
@@ -262,8 +263,7 @@ def end_stage(parts: Parts, stage: Stage, student, progress: Progress) -> None:
 
 
 def go_back(stage: Stage, student, rewind: Rewind, metrics: Metrics) -> Progress:
-    """Load an earlier checkpoint into the existing engine. DeepSpeed never releases a module, so a second engine would double
-    the memory."""
+    """Load an earlier checkpoint into the engine there is: DeepSpeed releases no module, so a second would double the memory."""
     for checkpoint in rewind.checkpoints:
         pulse.building(f"the rewind to {checkpoint.name}")
         if (fault := verdict(files.check_digests, checkpoint, share())) is None:

@@ -86,7 +86,7 @@ def test_a_node_is_cut_off_in_a_step_and_the_run_goes_on_without_it_or_waits_as_
         assert process.wait(240) == 0, said.read_text()[-3000:]
         until(lambda: not ranks_in(nodes.spaces[1]), Endless(), 60)
     assert is_whole(run)
-    assert "rank 1 must give a sign at least every limits.silence_s (8 s)" in said.read_text()
+    assert "rank 1 must send a heartbeat at least every limits.silence_s (8 s)" in said.read_text()
     lives = re.findall(r"(\d+) ranks?, folder", (run.folder / "log.txt").read_text())
     assert lives == ["2", "1" if told == "leave" else "2"]
 

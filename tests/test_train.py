@@ -25,7 +25,7 @@ class Student:
         vitals = SimpleNamespace(begin=lambda _: None, send=lambda: None, read=lambda *_: {})
         self.module = SimpleNamespace(vitals=vitals)
 
-    def __call__(self, batch, signal, weights, denom, taught):
+    def __call__(self, batch, signal, weights, denom, denom_t):
         self.seen.append(weakref.ref(signal))
         return SimpleNamespace(total=1.0)
 
@@ -61,7 +61,7 @@ def test_the_teacher_s_signal_is_freed_before_backward(monkeypatch, early, calle
     student, nothing = Student(), lambda *_, **__: None
     stage = SimpleNamespace(
         of_micro_batches=lambda _, count, scale, floor: [Weights(1.0, 1.0, 0.0)] * count, rate=nothing, samples_per_step=1,
-        balances=False, last_step=1, verifies=nothing, validates=nothing, shows=nothing, saves=nothing,
+        balances=False, last_step=1, verifies=nothing, validates=nothing, writes_samples=nothing, saves=nothing,
         run=SimpleNamespace(
             data=SimpleNamespace(seq_len=1), train=SimpleNamespace(reduce_once=False), loss=SimpleNamespace(tokens="targets")
         ),
@@ -69,7 +69,13 @@ def test_the_teacher_s_signal_is_freed_before_backward(monkeypatch, early, calle
     guard = SimpleNamespace(add=nothing, gather=nothing, decide=Progress, read=dict, finite=True, stopping=False)
     clock = Clock(SimpleNamespace(type="cpu"))
     metrics = SimpleNamespace(timed=lambda items, _: items, clock=clock, add=nothing, alert=nothing)
-    settings = {"progress": Progress(), "verify": nothing, "validate": nothing, "show": nothing, "save": nothing}
+    settings = {
+        "progress": Progress(),
+        "verify": nothing,
+        "validate": nothing,
+        "write_samples": nothing,
+        "save": nothing,
+    }
     teacher = Teacher(student, early)
     loop.train(stage, student, teacher, [["one", "two"]], guard, metrics, **settings)
     assert len(student.seen) == 2 and student.alive_in_backward == [False, False, False]

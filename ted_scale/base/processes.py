@@ -16,7 +16,7 @@ class Process(NamedTuple):
 
 
 def this_process() -> Process:
-    """Its start is 0 where the system does not say it."""
+    """This process. Its start is 0 if the system does not report one."""
     began = 0
     with contextlib.suppress(OSError):
         _, began = state_of(os.getpid())

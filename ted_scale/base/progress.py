@@ -16,7 +16,7 @@ one_writes = threading.Lock()
 
 @contextlib.contextmanager
 def reading(what: str | Path) -> Iterator[None]:
-    """Say it before the first byte is asked for: what never comes should be named, too."""
+    """Note what this thread reads, so that a hang can name it. Enter before the first byte is asked for."""
     thread = threading.get_ident()
     around = under_way.get(thread)
     under_way[thread] = str(what)

@@ -84,7 +84,7 @@ class Copier:
             if signals.asked.is_set() and end is None:
                 end = time.monotonic() + LEAVING_S
 
-    def insist(self) -> None:
+    def copy_newest_or_fail(self) -> None:
         """Wait for the copies; a run whose last checkpoint has none is not done. The next start copies it."""
         self.finish()
         if self.waiting and not self.failure:  # the thread ended before it was asked to

@@ -97,8 +97,8 @@ def taken_over(run, mine: Owner | None, found: Note) -> Note | None:
     theirs = parsed(found)
     if mine or files.listed(run.folder):
         raise UserError(
-            f"{begin(run)}, but has the copies of {theirs}; give this run another name or another copy_to, or remove {url_of(run)} "
-            "if that run is gone for good"
+            f"{begin(run)}, but holds the copies of {theirs}; give this run another name or another copy_to, or remove "
+            f"{url_of(run)} if nobody needs that run any more"
         )
     found = wait_for_end(run, found)
     log.warning(

@@ -128,7 +128,7 @@ class Saver:
     # The thread's part; every rank has such a thread
 
     def run_thread(self, save: Save) -> None:
-        """If a rank has died, the collectives of all others fail. watch.py reports the death, so nothing is reported here."""
+        """If a rank has died, the collectives of all others fail. watch.py reports the death; here only the outcome is set."""
         try:
             names = self.write(save)
             if not self.outcome.failure:

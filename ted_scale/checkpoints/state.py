@@ -104,7 +104,7 @@ def snapshot(engine, buffers: list[dict[str, torch.Tensor]]) -> Snapshot:
     if engine.device.type == "cuda":
         torch.cuda.current_stream().synchronize()
     if len(updates) != 1:
-        raise RuntimeError(f"every group must have made as many updates, but they made {sorted(updates)}")
+        raise RuntimeError(f"all groups must have the same number of updates, but have {sorted(updates)}")
     return Snapshot(tensors, {"ranks": dist.get_world_size(), "updates": updates.pop(), "shapes": shapes})
 
 

@@ -211,7 +211,7 @@ def version_of(name: str) -> str | None:
 
 
 def commit() -> str:
-    from ted_scale.metrics.tracking import git_facts
+    from ted_scale.metrics.wandb_connection import git_facts
 
     return git_facts().get("git_commit", UNKNOWN)
 

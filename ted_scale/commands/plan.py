@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     written = options.as_written(plan, run, cluster)
     other = options.as_written(plan, run, cluster, checkpointing=not run.student.gradient_checkpointing)
     ways, best = options.placements(written.plan, cluster), options.best(plan, run, cluster)
-    print("\n".join(page(written, ways, other, best, cluster, arguments.price)))
+    rounded = options.in_8_bits(written.plan, cluster)
+    print("\n".join(page(written, ways, other, rounded, best, cluster, arguments.price)))
     sys.exit(0 if written.fits else 1)
 
 

@@ -116,7 +116,7 @@ def pair(item: Item) -> dict:
 
 
 def conversation(item: Item) -> dict:
-    """For a model with a chat template, which writes the space between turns itself."""
+    """The item as chat messages. The chat template adds the space between turns."""
     turns = (("user", item.prompt), ("assistant", item.completion.strip()))
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 

@@ -98,8 +98,8 @@ def check(files: Files) -> ShardIndex:
     has_targets = size == HEADER.size + 13 * sequences + 8 * borders
     if not has_targets and (more := size - HEADER.size - 12 * sequences - 8 * borders):
         raise UserError(
-            f"corpus file {idx} must end with its borders, or with a byte for each of its {sequences} sequences that says whether "
-            f"its tokens count, but ends with {more} bytes; copy it again"
+            f"corpus file {idx} must end with the list of its documents, or with a byte for each of its {sequences} sequences that "
+            f"says whether its tokens count, but has {more} bytes after that list; copy it again"
         )
     recorded = _recorded(files, tokens, small, has_targets)
     return ShardIndex(files, dtype, sequences, borders - 1, tokens, recorded, has_targets)
@@ -225,7 +225,9 @@ def document_borders(index: ShardIndex) -> numpy.ndarray:
 
 
 def out_of_order(idx: str) -> UserError:
-    return UserError(f"corpus file {idx} must hold lengths that add up and borders in order, but does not; {TOKENIZE}")
+    return UserError(
+        f"corpus file {idx} must hold lengths that add up to its tokens, and documents in rising order, but does not; {TOKENIZE}"
+    )
 
 
 def tokenizer_of(what: str, indices: list[ShardIndex]) -> tuple[str, str] | None:

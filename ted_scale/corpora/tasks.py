@@ -103,7 +103,7 @@ def written(row: dict) -> tuple[list, None]:
 
 
 def lists_of(row: dict, column: str, *keys: str) -> list[list]:
-    """Equally long ones in a struct of lists."""
+    """The lists under `keys` of a struct. They must be equally long."""
     value = row[column]
     found = [value.get(key) for key in keys] if isinstance(value, dict) else [None]
     if not all(isinstance(each, list) and len(each) == len(found[0]) for each in found):

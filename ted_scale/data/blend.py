@@ -140,7 +140,7 @@ def shares_by_domain(domains, shares) -> dict[Domain, int]:
 
 
 def resumed(domain: Domain, before: Domain, cursor: Cursor | None, seq_len: int) -> Cursor:
-    """An epoch that has begun keeps its unit. If the corpus changed, the epoch is abandoned and the next one begins."""
+    """Where a corpus goes on after a resume: in its epoch, with the same unit, or at the start of the next one if it changed."""
     if cursor is None:
         return Cursor(0, seq_len, 0, 0)
     if cursor.token and domain == before:

@@ -55,7 +55,7 @@ def with_steps(run: Run, steps: int) -> Run:
     try:
         known = Run.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"train.epochs = {run.train.epochs:g} are {steps} steps: {sentence(error)}") from None
+        raise UserError(f"train.epochs = {run.train.epochs:g} is {steps} steps: {sentence(error)}") from None
     return known.model_copy(update={"train": known.train.model_copy(update=kept)})
 
 

@@ -140,8 +140,8 @@ def damaged(path) -> UserError:
 
 
 def open_packs(part: Part, seq_len: int, longer: str) -> Packs:
-    """The packs of a part. The first process of a node makes them if nobody made them. What it refuses, each of the others then
-    finds itself; if it is killed, the next one makes them."""
+    """The packs of a part. If nobody made them, the first process of a node does. If it finds a mistake, the
+    others find it too; if it is killed, another one makes them."""
     path = place_of(part, seq_len, longer)
     with files_at(path):
         if not path.exists():

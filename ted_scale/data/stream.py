@@ -70,7 +70,7 @@ class Window(NamedTuple):
 
 class Stream(NamedTuple):
     """Windows by position: endless ones of the blend, or the `count` windows that one corpus holds out, in order. All that a
-    stage reads is in its stream, listed once: a file that arrives later moves no text between the two."""
+    stage reads is in its stream, listed once: a file that is added later cannot move text from one to the other."""
 
     parts: dict[str, Part]
     interval: Interval | None
@@ -129,7 +129,7 @@ class Stream(NamedTuple):
         else:
             which, cursor = self.interval.at(position)
             name, pieces = self.interval.domains[which].name, list(self.interval.pieces(which, cursor))
-        if packs := self.packs.get(name):  # a row is a unit of the epoch, and its number that unit's
+        if packs := self.packs.get(name):  # unit k of the epoch is pack k
             pieces = packs.pieces(pieces[0][0] // self.seq_len)
         return self.parts[name], pieces
 

@@ -40,5 +40,5 @@ def floor_of(counts: list[float], share: float) -> float | None:
 
 
 def kept_share(counts: list[float]) -> float | None:
-    """The share of a tally's tokens that kept their divergence."""
+    """The share of a tally's tokens that had a KL term."""
     return counts[0] / total if (total := sum(counts[1:])) else None

@@ -1,7 +1,7 @@
 """The task-aware filters that sit on matched blocks.
 
-A filter is a linear map with bias into the common width D, optionally after a residual MLP; filter_init.py computes its
-initial weights. Where D is narrower than the input of stage I's head, the teacher's filter of a pair owns a map back to
+A filter is a linear map with bias into the common width F, optionally after a residual MLP; filter_init.py computes its
+initial weights. If F is narrower than the input of stage I's head, the teacher's filter of a pair owns a map back to
 that width, its lift. Both sides of the pair use it, so that both narrow spaces are the same. A filter's forward calls a
 loss function with its weights: fused losses read weights as tensors, and under ZeRO-3 a weight is whole only while the
 forward of its module runs.
@@ -20,8 +20,8 @@ def has_lift(run: Run, teacher: Anatomy) -> bool:
 
 
 def keeps_filtered(plan, stage) -> bool:
-    """Whether the teacher's filters read its states as they appear, so that none of them is kept. Filtered states are in fp32,
-    which leaves every loss as it is; they must be smaller than the states. In stage I the loss reads the states."""
+    """Whether the teacher's filters read its states as they appear, so that none of them is kept. Filtered states are kept in
+    fp32, so that no loss changes. It pays only if they are smaller than the states. In stage I the loss reads the states."""
     if plan.run.method != "ted" or stage.learns_filters:
         return False
     return 4 * plan.width < (2 if plan.run.train.precision == "bf16" else 4) * plan.teacher.width
@@ -36,7 +36,7 @@ class ZeroLinear(nn.Linear):
 
 
 class Filter(nn.Module):
-    """[N, E] → [N, D]. For stage I alone: `vocab` adds an own head (head = "per_layer"), `lift` a map from D to that width."""
+    """[N, E] → [N, F]. For stage I alone: `vocab` adds an own head (head = "per_layer"), `lift` a map from F to that width."""
 
     def __init__(
         self, width_in: int, width_out: int, *, mlp: int = 0, random: bool = False, vocab: int = 0, lift: int = 0,

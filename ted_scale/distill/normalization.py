@@ -17,18 +17,18 @@ def count_valid(batches) -> torch.Tensor:
     return added([valid_weights(b.labels_BT, b.weights_BT) for b in batches])
 
 
-def count_taught(loss, batches) -> torch.Tensor | None:
+def count_for_teacher(loss, batches) -> torch.Tensor | None:
     """The denominator of the teacher's terms where it is another one."""
     return added([labelled(b) for b in batches]) if loss.tokens == "all" else None
 
 
 def logit_passes(loss, kl) -> int:
-    """Passes of a micro-batch over the student's logits: the text has one of its own where the teacher counts other tokens."""
+    """Passes of a micro-batch over the student's logits: CE has one of its own if KL counts other tokens than CE."""
     return 2 if kl and loss.tokens == "all" else 1
 
 
 def gradient_passes(loss, kl) -> int:
-    """Of these, those whose gradients wait for the backward together. Strict mode forms them there, one after the other."""
+    """How many of these passes hold gradients in memory at the same time. Strict mode forms them in backward, one by one."""
     return 1 if loss.mode == "strict" else logit_passes(loss, kl)
 
 

@@ -60,13 +60,6 @@ def uniform(layers_s: int, layers_t: int) -> list[tuple[int, int]]:
     return [(k, -(-(k + 1) * layers_t // layers_s) - 1) for k in range(layers_s)]
 
 
-def spread(count: int, layers: int) -> list[int]:
-    """`count` of `layers` blocks: the first, the last, and the others evenly between. A single one is the first, which was
-    trained on embeddings."""
-    gaps = max(1, count - 1)
-    return [(2 * k * (layers - 1) + gaps) // (2 * gaps) for k in range(count)]
-
-
 def shape_of(teacher: Anatomy) -> dict:
     """Values that differ between two teachers, but not between a teacher and a version of it that was trained further."""
     return {key: getattr(teacher, key) for key in SAME}

@@ -49,7 +49,7 @@ class Stage:
         due = step in (self.first_step, self.last_step) or (every > 0 and step % every == 0)
         return bool(validation.suite) and due and not self.learns_filters
 
-    def shows(self, step: int) -> bool:
+    def writes_samples(self, step: int) -> bool:
         """Whether student and teacher write samples of text."""
         every = self.run.samples.every
         due = step in (self.first_step, self.last_step) or (every > 0 and step % every == 0)

@@ -37,7 +37,7 @@ class Student(nn.Module):
         self.run, self.anatomy, self.learns_filters = run, anatomy, learns_filters
         self.backend = {"backend": run.loss.backend, "chunk_tokens": run.loss.chunk_tokens}
         self.network = network
-        # Looked up once, here: inside a forward DeepSpeed takes a look-up of a sharded weight for a use by that module.
+        # Looked up once, here: DeepSpeed would gather a sharded weight for the module whose forward looks it up.
         own = head_of(network, anatomy)
         self.heads = Heads(own, head_t, own if run.filters.head == "own" else head_t)
         self.head = OutputHead(own.weight, own.bias)
@@ -47,15 +47,15 @@ class Student(nn.Module):
         self.vitals = Vitals(run, len(pairs), learns_filters=learns_filters)
 
     def forward(
-        self, batch, signal: Signal | None, weights: Weights | None, denom, taught=None, at=None
+        self, batch, signal: Signal | None, weights: Weights | None, denom, denom_t=None, at=None
     ) -> Losses | torch.Tensor:
-        """The losses. Without weights: the logits, or those `at` one position. `taught` is the denominator of the teacher's
-        terms where it is another one."""
+        """The losses. Without weights: the logits, or those `at` one position. `denom_t` is the denominator of the teacher's
+        terms, if that is another one."""
         if weights is None:
             return self.logits(batch, at)
         if self.learns_filters:
             return self.filter_losses(batch, signal, weights, denom)
-        return self.student_losses(batch, signal, weights, denom, taught)
+        return self.student_losses(batch, signal, weights, denom, denom_t)
 
     def logits(self, batch, at: int | None) -> torch.Tensor:
         """As the family itself computes them, [B, T, V]; of one position, [B, V]."""
@@ -67,14 +67,14 @@ class Student(nn.Module):
 
         return soften(self.head(last, raw), own.softcap, own.logit_scale)
 
-    def student_losses(self, batch, signal, weights, denom, taught) -> Losses:
+    def student_losses(self, batch, signal, weights, denom, denom_t) -> Losses:
         self.vitals.open(batch, weights)
         last_ND, states = self.run_network(batch, weights.layer != 0)
-        total, kl, ce, *of_teacher = self.logit_losses(batch, last_ND, signal, weights, denom, taught)
+        total, kl, ce, *of_teacher = self.logit_losses(batch, last_ND, signal, weights, denom, denom_t)
         mask = None
         if states or of_teacher:
-            mask = valid_weights(batch.labels_BT, batch.weights_BT if taught is None else labelled(batch)).flatten()
-        of_layers = denom if taught is None else taught
+            mask = valid_weights(batch.labels_BT, batch.weights_BT if denom_t is None else labelled(batch)).flatten()
+        of_layers = denom if denom_t is None else denom_t
         layers = [self.layer_loss(k, states[k], signal, mask, of_layers) for k in range(len(states))]
         layers = torch.stack(layers) if layers else total.new_zeros(len(self.blocks))
         layer = layers.mean() if len(layers) else total.new_zeros(())
@@ -95,7 +95,7 @@ class Student(nn.Module):
         self.vitals.watch(of_pairs, flat)
         return last.flatten(0, 1), flat
 
-    def logit_losses(self, batch, last_ND, signal, weights, denom, taught):
+    def logit_losses(self, batch, last_ND, signal, weights, denom, denom_t):
         terms, head_t = self.run.loss, self.heads.teacher if weights.kl else None
         settings = self.heads.own.linear_kl_ce_arguments("s")
         settings |= head_t.linear_kl_ce_arguments("t") if head_t else {}
@@ -111,7 +111,7 @@ class Student(nn.Module):
                 top_k=terms.top_k, mode=terms.mode, gather=gathered, **settings, **self.backend,
             )  # fmt: skip
 
-        def apart(h_s, w_s):
+        def text_and_teacher(h_s, w_s):
             """The kernel counts the same tokens for both terms, so each of them has a call of its own."""
             own = self.heads.own.linear_kl_ce_arguments("s") | self.backend
             labels, counted = batch.labels_BT.flatten(), batch.weights_BT.flatten()
@@ -119,11 +119,11 @@ class Student(nn.Module):
                 h_s, w_s, None, None, labels, counted, denom=denom, kl_weight=0.0, ce_weight=weights.ce, mode=terms.mode,
                 gather=gathered, **own,
             )  # fmt: skip
-            total, kl, _, *of_teacher = loss(h_s, w_s, 0.0, labelled(batch), taught)
+            total, kl, _, *of_teacher = loss(h_s, w_s, 0.0, labelled(batch), denom_t)
             return text + total, kl, ce, *of_teacher
 
         with gathered(head_t.projection if head_t else []):
-            return self.head(last_ND, apart if head_t and taught is not None else loss)
+            return self.head(last_ND, text_and_teacher if head_t and denom_t is not None else loss)
 
     def layer_loss(self, k: int, states_ND, signal, mask, denom):
         # The kernel needs both filters' weights, and ZeRO-3 gathers a filter's weights only while its forward runs.

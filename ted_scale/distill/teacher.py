@@ -11,8 +11,8 @@ from ted_scale.models.zero import gathered, start_gather
 
 
 class TeacherBody(torch.nn.Module):
-    """The teacher's module: that of its engine, or all there is of it where every rank has it whole. The output projection stays
-    in the network, so that it is sharded with it."""
+    """The module that DeepSpeed wraps. If every rank holds the whole teacher, there is no engine, only this module. The output
+    projection stays in the network, so that it is sharded with it."""
 
     def __init__(self, network, anatomy: Anatomy, blocks: list[int]):
         super().__init__()
@@ -30,7 +30,7 @@ class TeacherBody(torch.nn.Module):
         return Signal(layers, last.flatten(0, 1))
 
     def of_pairs(self, block: int, state_BTE) -> dict[int, torch.Tensor]:
-        """What is kept of a block for each of its pairs: the state, or its filtered one; then the network alone holds the state."""
+        """For each pair of this block: its state, or its filtered state if there are filters; then nothing keeps the state."""
         state, pairs = state_BTE.flatten(0, 1), [k for k, b in enumerate(self.blocks) if b == block]
         return {k: self.filters[k](state, filtered) if self.filters else state for k in pairs}
 
@@ -40,8 +40,8 @@ def filtered(states_NE, weight, bias, *_) -> torch.Tensor:
 
 
 class Teacher:
-    """Runs the teacher if a loss weight needs it. Where no rank shares its weights, `engine` is the body itself. reading.py
-    gives it `together` micro-batches a call, and calls it `early`."""
+    """Runs the teacher if a loss weight needs it. If no rank shares its weights, `engine` is the body itself. reading.py puts
+    `together` micro-batches into one call, and calls `early`, during the student's backward, if that is set."""
 
     def __init__(self, engine, body: TeacherBody, *, together: int = 1, early: bool = False):
         self.engine, self.body, self.head = engine, body, head_of(body.network, body.anatomy)
@@ -61,7 +61,7 @@ class Teacher:
         return self.run(batch, weights.layer != 0, weights.kl != 0) if weights.asks else None
 
     def each(self, batches: list, weights: Weights) -> list[Signal]:
-        """A Signal for each of these micro-batches, from one call. They are views: its memory is free when the last one is."""
+        """A Signal for each of these micro-batches, from one call. Its memory is freed when the last of these views is."""
         if len(batches) == 1:
             return [self(batches[0], weights)]
         return parts(self(joined(batches), weights), [batch.tokens_BT.numel() for batch in batches])

@@ -19,13 +19,13 @@ WAY_TO_A_KEY = "wandb login, or set WANDB_API_KEY; without a key a run is offlin
 
 def wandb() -> list[Finding]:
     """None of it is needed: a run does not wait for W&B."""
-    from ted_scale.metrics import tracking
+    from ted_scale.metrics import wandb_connection
 
-    address = os.environ.get("WANDB_BASE_URL") or f"https://{tracking.HOSTS[0]}"
+    address = os.environ.get("WANDB_BASE_URL") or f"https://{wandb_connection.HOSTS[0]}"
     host = urlsplit(address).netloc
     key = (
         Finding("W&B key", OK, "there is one")
-        if tracking.has_key()
+        if wandb_connection.has_key()
         else Finding("W&B key", NOTE, "there is none", WAY_TO_A_KEY)
     )
     why = unreached(address)

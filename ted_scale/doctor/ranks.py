@@ -40,7 +40,7 @@ def here(ranks: int) -> list[Finding]:
 
 
 def over(hostfile: str) -> list[Finding]:
-    """First whom ssh reaches, then one group over all."""
+    """Checks which hosts ssh reaches, then starts one process group over all of them."""
     names = names_in(hostfile)
     try:
         lost = hosts.unreached(hosts.Hosts(tuple(names), None))

@@ -75,5 +75,5 @@ def anyone_writes(this_rank: bool, device) -> bool:
 
 
 def until(ids: list[int], end: int) -> list[int]:
-    """Up to the token that ends a document, if it is there."""
+    """`ids` before the first token that ends a document, or all of them."""
     return ids[: ids.index(end)] if end in ids else ids

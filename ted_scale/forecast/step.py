@@ -43,7 +43,9 @@ def seconds(plan, stage, step: int, machine: Machine, local: int) -> dict[str, f
     exposed = exposed / stage.asks_every
     exposed += hidden(traffic.student_gathers(plan, stage, b, machine.device), sum(student), machine, local)
     sums = local_sums(trained, b) / machine.copies
-    beside = 0.0 if plan.run.train.reduce_once else student[1]
+    # On CPU ranks the backward waits for each reduction: DeepSpeed has no stream to send it from.
+    waits = plan.run.train.reduce_once or machine.device == "cpu"
+    beside = 0.0 if waits else student[1]
     reduced = traffic.as_received(traffic.reduction(plan, stage, trained, machine.device), machine.device)
     sums += hidden(reduced, beside, machine, local)
     rates = {"head": machine.head, "filters": machine.head, "layer loss": machine.layer}

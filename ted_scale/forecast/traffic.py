@@ -16,7 +16,7 @@ RECEIVED = {"cpu": 2, "cuda": 1}
 
 
 class Sent(NamedTuple):
-    """Bytes of whole tensors, in so many collectives, over so many ranks."""
+    """Traffic of one part: bytes of whole tensors, number of collectives, ranks in the group."""
 
     bytes: float
     calls: int

@@ -36,7 +36,7 @@ class Guard:
         self.local: torch.Tensor | None = None
         self.tally: list[float] = []  # of the teacher's entropies
         self.unread, self.finite, self.stopping = False, True, False
-        # Where the teacher is asked for some micro-batches only, the total jumps with their number.
+        # If the teacher sees only some micro-batches, the total jumps with their number: CE is watched instead.
         self.watched = ("loss/total", 0) if stage.asks_every == 1 else ("loss/ce", 1)
         zero = engine.optimizer
         self.clip, self.update, self.measure = zero.unscale_and_clip_grads, zero._optimizer_step, zero._get_norm_groups

@@ -1,6 +1,6 @@
 """Weights & Biases' alerts on how a run goes as a whole: it stalls, it was restarted, it ended. Those on its numbers are health/'s.
 
-Note: an alert is an action of tracking.py's thread, as a row is. A run that is killed sends none; its next start does.
+Note: an alert is an action of wandb_connection.py's thread, as a row is. A run that is killed sends none; its next start does.
 """
 
 from typing import NamedTuple

@@ -34,7 +34,7 @@ from ted_scale.metrics.peaks import device_peak
 from ted_scale.metrics.rows import NAME, rows_at, rows_in, trim_all
 from ted_scale.metrics.teller import Teller
 from ted_scale.metrics.time_left import Ahead
-from ted_scale.metrics.tracking import WandbRun, add_stage
+from ted_scale.metrics.wandb_connection import WandbRun, add_stage
 from ted_scale.metrics.wandb_tables import add_page, add_row
 
 
@@ -88,7 +88,7 @@ class Metrics:
         self.step = progress.step
         self.teller.step(self.step, self.ledger)
         if time.monotonic() - self.told > life.EVERY_S:
-            self.leave_word()
+            self.write_last_words()
         if progress.step % self.every == 0 or last:
             row = {**mean_rows(self.rows), **self.performance(progress.tokens, len(self.rows))}
             row |= {"optim/skipped": progress.skipped} if progress.skipped else {}
@@ -138,7 +138,7 @@ class Metrics:
         self.restart = lost.row()
         self.send(alerts.restarted(lost.sentence(self.step)))
 
-    def leave_word(self, words: str = "") -> None:
+    def write_last_words(self, words: str = "") -> None:
         """On rank 0: for the next start, how far this one came, and why it ended."""
         self.told, self.words = time.monotonic(), self.words or (words and life.ending(words))
         if self.writes:
@@ -249,7 +249,7 @@ class Metrics:
     def close(self, *, done: bool = True) -> None:
         self.teller.close()
         self.close_file()
-        self.leave_word()
+        self.write_last_words()
         if self.report and (page := self.report.close(done=done)):
             self.call_wandb(partial(add_page, page, self.step))
         self.send(alerts.ended(sys.exc_info()[1], self.step) if self.writes else None)

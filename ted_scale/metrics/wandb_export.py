@@ -9,7 +9,7 @@ from ted_scale.base.errors import Gone, UserError
 from ted_scale.checkpoints import holder
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.config.run import Run
-from ted_scale.metrics.tracking import begun, said, start_service, why_offline
+from ted_scale.metrics.wandb_connection import begun, said, start_service, why_offline
 
 
 def check(run: Run, progress: Progress, folder: Path) -> None:

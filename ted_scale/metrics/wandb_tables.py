@@ -1,7 +1,8 @@
 """What Weights & Biases gets that is no plain number: a row's layer losses as a heat-map, the samples of text, the report's page.
 
-Each function is an action of tracking.py's thread. Note: W&B draws a histogram that is logged again and again as a picture over
-time. So a row's heat-map is one histogram with a bin for each pair, whose "count" is the pair's loss: a few numbers a row.
+Each function is an action of wandb_connection.py's thread. Note: W&B draws a histogram that is logged again and
+again as a picture over time. So a row's heat-map is one histogram with a bin for each pair, whose "count" is the pair's loss: a
+few numbers a row.
 """
 
 import math
@@ -10,7 +11,7 @@ from pathlib import Path
 from ted_scale.base import redact
 from ted_scale.metrics.console import log_line
 from ted_scale.metrics.rows import rows_in
-from ted_scale.metrics.tracking import said
+from ted_scale.metrics.wandb_connection import said
 
 HEAT_MAP, SAMPLES, REPORT = "layers/heat_map", "samples/text", "report"
 PAIR = "loss/layer/"

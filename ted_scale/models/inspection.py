@@ -140,7 +140,7 @@ def inspect(key: str, path: str, *, needs_weights: bool = True, is_frozen: bool 
 
 
 def chunk_of(model) -> int:
-    """Families without a key for it have 64 in their code, or take token after token."""
+    """Tokens in a chunk of a recurrent layer; 64 if the config does not say, as in the code of such families."""
     keys = ("chunk_size", "mamba_chunk_size")
     return next((c for k in keys if (c := getattr(model.config, k, None))), 64) if model._is_stateful else 0
 

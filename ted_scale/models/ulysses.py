@@ -16,7 +16,7 @@ from ted_scale.ranks.group import group_of_node
 
 
 class Shared(NamedTuple):
-    """What a layer is told in the place of a packing: so many ranks share the rows. The packing is that of whole rows."""
+    """Given to a layer instead of a Packing if ranks share rows. The packing inside is that of whole rows."""
 
     packing: Packing | None
     ranks: int

@@ -254,7 +254,7 @@ class Watch:
 
     def silence_of(self, ranks: list[int]) -> str:
         return (
-            f"error: {spell(ranks)} must give a sign at least every limits.silence_s ({self.limits.silence_s:g} s), but did "
+            f"error: {spell(ranks)} must send a heartbeat at least every limits.silence_s ({self.limits.silence_s:g} s), but did "
             "not: killed, or the machine is gone; start the same command again"
         )
 

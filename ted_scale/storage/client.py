@@ -40,7 +40,7 @@ def s3_client():
 
 
 def new_session(settings: dict[str, int]):
-    """With these settings, except for those that the user has made."""
+    """A botocore session with these settings. The user's own settings win."""
     import botocore.session
 
     session = botocore.session.get_session()

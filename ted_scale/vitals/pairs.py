@@ -40,7 +40,7 @@ def effective_rank(gram) -> float:
 
 
 def pull(own, total, counted) -> dict[str, torch.Tensor]:
-    """The layer loss's own gradient at a state against the rest of what arrives there: ratio of norms, and cosine."""
+    """Compares the layer loss's gradient at a state with the sum of all others there: ratio of norms, and cosine."""
     own, total = (torch.where(counted[:, None], x.float(), 0) for x in (own, total))
     rest = total - own
     norm_own, norm_rest = torch.linalg.vector_norm(own), torch.linalg.vector_norm(rest)

@@ -17,7 +17,7 @@ from wandb_file import read_records
 from ted_scale.base import redact
 from ted_scale.base.errors import RunStopped, UserError
 from ted_scale.config.run_file import load_run
-from ted_scale.metrics import tracking
+from ted_scale.metrics import wandb_connection
 from ted_scale.storage import objects
 
 PLANTED = {
@@ -194,18 +194,18 @@ def test_the_git_remote_is_reported_without_its_credentials(tmp_path, monkeypatc
     repository.mkdir()
     make_repository(repository, f"https://{GIT}:x-oauth-basic@github.com/a/b.git")
     (repository / "pyproject.toml").touch()
-    monkeypatch.setattr(tracking, "__file__", str(repository / "ted_scale" / "metrics" / "tracking.py"))
-    facts = tracking.git_facts()
+    monkeypatch.setattr(wandb_connection, "__file__", str(repository / "ted_scale" / "metrics" / "wandb_connection.py"))
+    facts = wandb_connection.git_facts()
     assert facts["git_remote_url"] == "https://***@github.com/a/b.git" and len(facts["git_commit"]) == 40
 
 
 def test_a_package_that_is_installed_in_a_users_repository_reports_nothing_of_it(tmp_path, monkeypatch):
     make_repository(tmp_path, "https://github.com/user/private.git")
     (tmp_path / "pyproject.toml").touch()
-    installed = tmp_path / ".venv" / "site-packages" / "ted_scale" / "metrics" / "tracking.py"
-    monkeypatch.setattr(tracking, "__file__", str(installed))
+    installed = tmp_path / ".venv" / "site-packages" / "ted_scale" / "metrics" / "wandb_connection.py"
+    monkeypatch.setattr(wandb_connection, "__file__", str(installed))
     installed.parent.mkdir(parents=True)
-    assert tracking.git_facts() == {"disable_git": True}
+    assert wandb_connection.git_facts() == {"disable_git": True}
 
 
 def leaks(folder: Path, secrets) -> list[str]:

@@ -43,7 +43,7 @@ def test_while_a_copy_is_under_way_the_newest_checkpoint_waits_for_its_turn_and_
     assert sorted(s.step for s in files.published(run.folder)) == [4, 12, 16]
     slow.set()
     saver.finish()
-    saver.copier.insist()
+    saver.copier.copy_newest_or_fail()
     assert copied(endpoint, run).keys() == {"step_00000004", "step_00000016"}
     for step in (8, 12):
         assert caplog.text.count(f"step_{step:08d} has no copy; the run goes on: a newer checkpoint came") == 1
@@ -77,9 +77,9 @@ def test_a_run_whose_last_checkpoint_has_no_copy_is_not_done(run, tmp_path, monk
         with pytest.raises(
             error, match=r"copy_to must hold the run's last checkpoint, but does not: checkpoint x must"
         ):
-            saver.copier.insist()
+            saver.copier.copy_newest_or_fail()
     assert write(saver, 8) is None
-    saver.copier.insist()
+    saver.copier.copy_newest_or_fail()
 
 
 def test_a_start_copies_its_checkpoint_if_it_has_no_whole_copy_of_the_same_bytes(endpoint, run, tmp_path, monkeypatch):
@@ -101,15 +101,15 @@ def test_a_start_copies_its_checkpoint_if_it_has_no_whole_copy_of_the_same_bytes
             saver.wait()
             saver.copier.place = place_of
             saver.copier.begin_again(files.newest_checkpoint(other.folder))
-            saver.copier.insist()
+            saver.copier.copy_newest_or_fail()
         saver = saver_of(run, tmp_path)
         saver.copier.begin_again(newest)
-        saver.copier.insist()
+        saver.copier.copy_newest_or_fail()
         there = copies.copy_of(place, newest.name)
         assert there.is_whole and there.manifest == sealed.read_manifest(newest), harm
     monkeypatch.setattr(copies, "send", None)  # nothing is missing
     saver.copier.begin_again(newest)
-    saver.copier.insist()
+    saver.copier.copy_newest_or_fail()
 
 
 class Meeting:
@@ -149,7 +149,7 @@ def test_ranks_copy_the_same_checkpoints_in_the_same_order_whoever_is_slow(run, 
             time.sleep(rng.random() / 100)
         assert f"step_{step:08d}" in ranks[0].needed() or sent[0][-1] == f"step_{step:08d}"
     for rank in ranks:
-        rank.insist()
+        rank.copy_newest_or_fail()
     assert sent[0] == sent[1] == sent[2] and sent[0][-1] == "step_00000039" and 10 < len(sent[0]) < 40
 
 
@@ -167,10 +167,10 @@ def test_a_copy_whose_thread_ended_before_it_began_is_none(endpoint, run, tmp_pa
         with pytest.raises(
             Gone, match=r"must hold the run's last checkpoint, but does not: its copy was interrupted; it is"
         ):
-            saver.copier.insist()
+            saver.copier.copy_newest_or_fail()
     assert "nothing is copied until the next checkpoint: RuntimeError('Connection reset" in caplog.text
     assert write(saver, 12) is None
-    saver.copier.insist()
+    saver.copier.copy_newest_or_fail()
     assert "step_00000012" in copied(endpoint, run)
 
 

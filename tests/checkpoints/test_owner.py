@@ -45,7 +45,7 @@ def test_a_second_run_of_the_same_name_is_refused_and_removes_nothing(endpoint, 
     other = folder_lost(run)
     shutil.copytree(files.checkpoints_of(run.folder), files.checkpoints_of(other.folder), dirs_exist_ok=True)
     with pytest.raises(
-        UserError, match=r"must be of this run alone, but has the copies of the run of .* on .*; give"
+        UserError, match=r"must be of this run alone, but holds the copies of the run of .* on .*; give"
     ) as e:
         owner.claim(other)
     assert "\n" not in str(e.value)
@@ -89,8 +89,8 @@ def test_an_owner_that_was_replaced_copies_and_removes_nothing_more_and_says_so(
     assert copied(endpoint, run).keys() == {"step_00000004", "step_00000008"}
     assert "step_00000016 has no copy; the run goes on: checkpoint.copy_to" in caplog.text
     with pytest.raises(UserError, match=r"the run of .* has it now"):
-        replaced.copier.insist()
-    with pytest.raises(UserError, match="has the copies of"):
+        replaced.copier.copy_newest_or_fail()
+    with pytest.raises(UserError, match="holds the copies of"):
         owner.claim(run)
 
 
@@ -144,7 +144,7 @@ def test_the_first_of_two_that_claim_at_once_has_the_place(endpoint, run, tmp_pa
         put(*arguments)
 
     monkeypatch.setattr(owner, "put", late)
-    with pytest.raises(UserError, match="has the copies of"):
+    with pytest.raises(UserError, match="holds the copies of"):
         owner.claim(second)
     owner.renew(first)
 
@@ -177,7 +177,7 @@ def test_a_record_that_is_none_is_another_run_s(endpoint, run, tmp_path, lease, 
     started(run, tmp_path)
     (run.folder / owner.OWNER).write_text(text)
     (files.checkpoints_of(run.folder) / "step_00000004").mkdir()
-    with pytest.raises(UserError, match=r"or remove s3://.*owner\.json if that run is gone for good"):
+    with pytest.raises(UserError, match=r"or remove s3://.*owner\.json if nobody needs that run any more"):
         owner.claim(run)
 
 

@@ -1,18 +1,21 @@
 """ted-scale plan: what fits, what is recommended, what is refused, without weights and data."""
 
 import json
+import re
 
 import pytest
+import torch
 import transformers
+from plain import make_world
 from tiny import make_run, write_run
 
 from ted_scale.base.errors import UserError
 from ted_scale.commands import plan as command
-from ted_scale.commands.planning import calibrate, options, page, scale
+from ted_scale.commands.planning import calibrate, links, options, page, probes, scale
 from ted_scale.config.run_file import load_run
 from ted_scale.forecast import machine as machines
 from ted_scale.models import quantized
-from ted_scale.plan import make_plan
+from ted_scale.plan import make_plan, plan_of_models
 
 SIZES = {"num_key_value_heads": 8, "vocab_size": 32000}
 TEACHER = {"hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32, "num_hidden_layers": 24}
@@ -30,6 +33,11 @@ def run_file(tmp_path_factory):
     run = make_run(root, train=train, data=data, filters={"steps": 0, "width": "auto", "sample_tokens": "auto"},
                    teacher={"placement": "auto"})  # fmt: skip
     return write_run(root / "run.toml", run)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def cluster(gpus: int, per_node: int = 8, **changes) -> options.Cluster:
@@ -82,6 +90,21 @@ def test_a_teacher_that_must_be_whole_has_one_place_and_a_page_where_it_does_not
         capsys, run_file, "--gpus", 8, "--gpu", "h100", "--set", f"teacher.{asked}", "--set", "train.micro_batch=64"
     )
     assert code == 1 and "placement replicated, checkpointing off): does not fit" in out
+
+
+def test_the_page_says_what_a_teacher_of_8_bits_would_need(run_file, capsys):
+    """As the same run needs that asks for one. The teacher is in bf16 half as large again, and more."""
+    needs = {}
+    for precision in ("bf16", "int8"):
+        _, out = said(capsys, run_file, "--gpus", 16, "--gpu", "h100", "--set", f"teacher.precision={precision}",
+                      "--set", "teacher.placement=replicated")  # fmt: skip
+        needs[precision] = out
+    line = next(line for line in needs["bf16"].splitlines() if line.startswith("teacher.precision = 'int8' or 'fp8'"))
+    of_teacher, whole = re.findall(r"([\d.]+) GiB", line)
+    asked = {row.split(",")[0]: row.split()[-1] for row in needs["int8"].splitlines() if ", GiB" in row}
+    assert float(of_teacher) == pytest.approx(float(asked["teacher"]), rel=0.01)
+    assert float(whole) == pytest.approx(float(asked["in all"]), rel=0.01) and line.endswith(": fits")
+    assert "teacher.precision = 'int8' or 'fp8'" not in needs["int8"]
 
 
 def test_a_run_is_planned_where_torchao_is_not_installed(run_file, monkeypatch):
@@ -197,6 +220,44 @@ def test_rates_are_those_of_the_probes(run_file):
     assert once.keys() == {"products", "attention", "head", "layer", "copies", "update", "call"}
     assert all(twice[name] == pytest.approx(value / 2) for name, value in once.items() if name != "call")
     assert json.dumps(once)
+
+
+def test_a_link_is_what_blocks_take_one_after_the_other(run_file):
+    """A second for all that a rank receives of five blocks of the teacher in bf16 and four of the student in fp32."""
+    plan = options.base(load_run(run_file))
+    took = {"gathers": 0.4, "reductions": 0.6, "latency": 0.0}
+    received = 5 * 2 * plan.teacher.block_parameters + 4 * 4 * plan.student.block_parameters
+    assert links.rate(plan, 8, took, "cuda") == pytest.approx(7 / 8 * received, rel=1e-6)
+    slow = {"gathers": 0.8, "reductions": 1.2, "latency": 0.0}
+    assert links.rate(plan, 8, slow, "cuda") == pytest.approx(links.rate(plan, 8, took, "cuda") / 2)
+    assert links.rate(plan, 8, {**took, "latency": 0.01}, "cuda") > links.rate(plan, 8, took, "cuda")
+
+
+@pytest.mark.parametrize(("beside", "share"), [(3.0, 1.0), (4.0, 0.0), (3.25, 0.75), (2.0, 1.0), (9.0, 0.0)])
+def test_the_overlap_is_what_of_the_shorter_one_is_not_seen(run_file, beside, share):
+    plan = options.base(load_run(run_file))
+    for sent, ran in ((3.0, 1.0), (1.0, 3.0)):
+        took = {"gathers": sent, "teacher blocks": ran, "gathers beside blocks": beside}
+        assert links.overlap(plan, took) == pytest.approx(share)
+
+
+def test_beside_blocks_as_much_is_gathered_as_alone(world, monkeypatch):
+    """Before every block but the first it has waited for the one that was asked for before."""
+    plan, said = plan_of_models(make_run(world, method="kd", filters={"steps": 0}), 1, needs_weights=False), []
+
+    class Asked:
+        def wait(self):
+            said.append("here")
+
+    monkeypatch.setattr(links.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(links.dist, "all_gather_into_tensor", lambda *_, **__: said.append("asked") or Asked())
+    blocks = probes.probes(plan, torch.device("cpu"))["teacher blocks"]
+    found = links.probes(plan, torch.device("cpu"), lambda before: blocks(lambda: (before(), said.append("block"))))
+    found["gathers"]()
+    assert said == ["asked", "here"] * links.gathers(plan)
+    said.clear()
+    found["gathers beside blocks"]()
+    assert said == ["asked", *["here", "asked", "block"] * (links.gathers(plan) - 1), "here"]
 
 
 def test_ranks_that_share_rows_count_as_one_where_micro_batches_are_tried(run_file):

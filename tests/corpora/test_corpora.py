@@ -170,7 +170,9 @@ def test_a_document_that_begins_outside_its_shard_holds_out_nothing(tmp_path, pl
     content = bytearray(index.read_bytes())
     content[pointers + 8 * 10 : pointers + 8 * 11] = (2 * place).to_bytes(8, "little", signed=True)
     index.write_bytes(content)
-    with pytest.raises(UserError, match=r"shard\.idx must hold lengths that add up and borders in order"):
+    with pytest.raises(
+        UserError, match=r"shard\.idx must hold lengths that add up to its tokens, and documents in rising order"
+    ):
         open_stream(data_section(prefix, validation=0.5), 1, VOCAB)
 
 

@@ -86,7 +86,7 @@ def test_a_supervised_run_is_done_by_the_epochs_that_are_asked_for_now(tmp_path,
 
 
 def test_what_the_steps_do_not_fit_is_refused_once_they_are_known(tmp_path):
-    with pytest.raises(UserError, match=r"train.epochs = 1 are \d steps: train.warmup_steps must be below train.steps"):
+    with pytest.raises(UserError, match=r"train.epochs = 1 is \d steps: train.warmup_steps must be below train.steps"):
         epochs.resolved(run_of(tmp_path, {"epochs": 1, "warmup_steps": 50}))
 
 

@@ -9,7 +9,7 @@ from plain import build, make_batch, make_world
 from tiny import make_run
 
 from ted_scale.distill import memory
-from ted_scale.distill.normalization import count_taught
+from ted_scale.distill.normalization import count_for_teacher
 from ted_scale.distill.signal import Weights
 from ted_scale.models import quantized
 from ted_scale.models.anatomy import run_body
@@ -212,11 +212,11 @@ def moment_and_count(world, **sections) -> tuple[float, int]:
     parts = build(world, train={"micro_batch": 32, "tokens_per_step": 1024}, **sections)
     weights, batch = parts.stage.weights(parts.stage.first_step), make_batch(32, 32)
     batch = batch._replace(weights_BT=batch.weights_BT * (torch.arange(32) % 2))
-    taught = count_taught(parts.plan.run.loss, [batch])
+    denom_t = count_for_teacher(parts.plan.run.loss, [batch])
 
     def forward():
         signal = parts.teacher(batch, weights) if parts.teacher else None
-        return parts.student(batch, signal, weights, torch.tensor(1024.0), taught).total
+        return parts.student(batch, signal, weights, torch.tensor(1024.0), denom_t).total
 
     forward()
     gc.collect()  # else what an earlier test left may be freed in between

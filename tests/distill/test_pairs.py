@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from ted_scale.base.errors import UserError
+from ted_scale.commands.cutting.blocks import spread
 from ted_scale.config.method import Pairs
-from ted_scale.distill.pairs import CUT, cut_map, match_layers, spread
+from ted_scale.distill.pairs import CUT, cut_map, match_layers
 
 
 def model(layers: int, folder="nowhere", **other) -> SimpleNamespace:

@@ -8,7 +8,7 @@ from plain import build, make_batch, make_world, own_model, run_step
 from tiny import FAMILIES, MORE, VOCABULARY, make_model
 
 from ted_scale.data.stream import batch, open_stream
-from ted_scale.distill.normalization import count_taught, count_valid
+from ted_scale.distill.normalization import count_for_teacher, count_valid
 from ted_scale.kernels.tokens import IGNORED
 
 LENGTHS = [14, 9, 7, 20, 11, 5]
@@ -65,9 +65,9 @@ def masked_batch():
 
 
 def losses_of(parts, one, weights):
-    denom, taught = count_valid([one]), count_taught(parts.plan.run.loss, [one])
+    denom, denom_t = count_valid([one]), count_for_teacher(parts.plan.run.loss, [one])
     parts.student.zero_grad()
-    losses = parts.student(one, parts.teacher(one, weights), weights, denom, taught)
+    losses = parts.student(one, parts.teacher(one, weights), weights, denom, denom_t)
     losses.total.backward()
     return losses, {name: p.grad.clone() for name, p in parts.student.named_parameters() if p.grad is not None}
 

@@ -222,6 +222,13 @@ def test_what_computes_beside_it_hides_a_communication(world):
     assert shown > hidden == 0
 
 
+def test_on_cpu_ranks_no_backward_hides_a_reduction(world):
+    plan, slow = plan_of(world), H100._replace(far_link=1e6, call=0.01, overlap=1.0)
+    gpu, cpu = (seconds(plan, slow._replace(device=device))["reduction"] for device in ("cuda", "cpu"))
+    alone = seconds(plan, slow._replace(device="cpu", overlap=0.0))["reduction"]
+    assert cpu == alone > gpu
+
+
 def test_micro_batches_are_counted_and_the_update_once(world):
     one, two = (seconds(plan_of(world, train={"tokens_per_step": size})) for size in (512, 1024))
     assert one.pop("optimizer") == two.pop("optimizer")

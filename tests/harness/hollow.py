@@ -16,9 +16,10 @@ import torch
 import transformers
 from corpus import index_of
 
+from ted_scale.commands.cutting.blocks import spread
 from ted_scale.config.run import Run
 from ted_scale.corpora.tokenizer import digest, load_tokenizer
-from ted_scale.distill.pairs import CUT, cut_map, spread
+from ted_scale.distill.pairs import CUT, cut_map
 from ted_scale.models.inspection import empty_model, inspect, read_config
 from ted_scale.models.model_folder import saved_tensors
 
@@ -122,7 +123,7 @@ PUBLISHED = {  # parameters, as the hub counts them; a head that is tied to the 
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "Qwen/Qwen3-8B-Base": 8_190_735_360,
     "Qwen/Qwen3-1.7B-Base": 1_720_574_976,
-    "Qwen/Qwen3-30B-A3B-Base": 30_532_122_624,
+    "Qwen/Qwen3-30B-A3B-Base": 30_532_122_624,  # its index: total_size 61,064,245,248 bytes of bf16
 }
 
 

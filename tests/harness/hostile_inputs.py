@@ -165,7 +165,7 @@ def write_rows(run) -> None:
     try:
         metrics.write(7, 7, {"loss/total": 1.0})
         metrics.go_back(Progress(4, 4, 4))
-        metrics.leave_word("the end")
+        metrics.write_last_words("the end")
     finally:
         metrics.close_file()
 

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch.distributed as dist
 
+from ted_scale.commands.planning.calibrate import actions as probes
 from ted_scale.commands.planning.calibrate import machine_from
-from ted_scale.commands.planning.probes import probes
 from ted_scale.config.run_file import load_run
 from ted_scale.distill.memory import bytes_of
 from ted_scale.distill.trained import trained_parameters

@@ -6,6 +6,7 @@ import torch
 from ted_scale.data.stream import Batch
 from ted_scale.distill.normalization import count_valid
 from ted_scale.kernels import filtered_ce, filtered_mse, linear_kl_ce
+from ted_scale.kernels.formulas.logits import LogitLoss, soften, whole_rows
 from ted_scale.kernels.tokens import IGNORED
 from ted_scale.models.anatomy import Head
 
@@ -186,6 +187,18 @@ def test_kl_and_ce_without_biases_equal_the_naive_formula():
     mine, grads = ours(values)
     theirs, true_grads = ours(doubled(values), naive_kl_ce)
     assert_equal([*mine, *grads], [*theirs, *true_grads])
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_cross_entropy_alone_forms_softmax_and_gradient_in_the_memory_of_its_logits(softcap):
+    """A fresh matrix would cost a CPU more time than the softmax, and as much memory as the logits."""
+    z, f = torch.randn(5, V_S), LogitLoss(1.0, 0.0, 1.0, softcap, 0.0, 1.0, 1.0, False)
+    labels, exact = torch.arange(5), z.double().requires_grad_()
+    _, ce, dz, _ = whole_rows(z, None, labels, torch.ones(5), f, True)
+    losses = torch.nn.functional.cross_entropy(soften(exact, softcap, 1.0), labels, reduction="none")
+    losses.sum().backward()
+    assert dz.untyped_storage().data_ptr() == z.untyped_storage().data_ptr()
+    assert_equal([ce, dz], [losses, exact.grad])
 
 
 def test_with_both_weights_0_nothing_is_computed_and_gradients_are_0():

@@ -78,7 +78,7 @@ def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal(root
     assert steps_of(unlucky) == list(range(1, 15))
 
     said = (root / "said").read_text()
-    assert "error: rank 1 must give a sign at least every limits.silence_s (8 s)" in said
+    assert "error: rank 1 must send a heartbeat at least every limits.silence_s (8 s)" in said
     starts = [line for line in said.splitlines() if line.startswith("supervise: ")]
     assert len(starts) == 3 and "restarting in 0 s" in starts[1] and "exit code 75" in starts[1]
     resumed = int(re.findall(r"resuming from .*step_(\d+)", said)[-1])

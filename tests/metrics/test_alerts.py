@@ -8,8 +8,8 @@ from tiny import make_run
 
 from ted_scale.base.errors import NOT_FINITE, Preempted, RunStopped
 from ted_scale.checkpoints.life import Lost
-from ted_scale.metrics import alerts, tracking
-from ted_scale.metrics.tracking import WandbRun
+from ted_scale.metrics import alerts, wandb_connection
+from ted_scale.metrics.wandb_connection import WandbRun
 from ted_scale.ranks import pulse, signals
 
 
@@ -80,17 +80,17 @@ def test_a_restart_is_an_alert_with_what_it_cost(tmp_path):
 
 
 def test_a_hang_and_the_death_of_another_rank_are_alerts_unless_a_signal_was_first(tmp_path, monkeypatch):
-    """exits.at_end calls `leave_word` with the last words."""
+    """exits.at_end calls `write_last_words` with the last words."""
     for is_asked, said in ((False, [("the run stopped", "error: step 4 must end", "ERROR")]), (True, [])):
         monkeypatch.setattr(signals.asked, "is_set", lambda is_asked=is_asked: is_asked)
         numbers = metrics(make_run(tmp_path), wandb_run=opened(told := Told()))
-        numbers.leave_word("error: step 4 must end")
+        numbers.write_last_words("error: step 4 must end")
         numbers.wandb_run.close()
         assert told.alerts == said
 
 
 def test_a_step_that_takes_half_of_its_limit_is_one_alert(monkeypatch):
-    monkeypatch.setattr(tracking, "LOOK_S", 0.01)
+    monkeypatch.setattr(wandb_connection, "LOOK_S", 0.01)
     told = Told()
     monkeypatch.setattr(pulse, "now", pulse.Pulse("step 7", time.monotonic() - 61, first=False, unsaved=True))
     wandb_run = opened(told, 120.0)

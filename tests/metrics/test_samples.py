@@ -95,9 +95,9 @@ def test_what_a_run_file_asks_for_must_fit(root, asked, corpus, sentence):
 
 def test_samples_are_due_before_the_first_step_of_stage_ii_after_the_last_and_every_so_often(root):
     stage = Stage("student", 3, 6, run_file(root, every=4))
-    assert [step for step in range(3, 10) if stage.shows(step)] == [3, 4, 8, 9]
-    assert not any(Stage("filters", 0, 3, run_file(root, every=1)).shows(step) for step in range(4))
-    assert not any(Stage("student", 0, 9, run_file(root, every=0)).shows(step) for step in range(10))
+    assert [step for step in range(3, 10) if stage.writes_samples(step)] == [3, 4, 8, 9]
+    assert not any(Stage("filters", 0, 3, run_file(root, every=1)).writes_samples(step) for step in range(4))
+    assert not any(Stage("student", 0, 9, run_file(root, every=0)).writes_samples(step) for step in range(10))
 
 
 def test_beginnings_of_held_out_text_are_taken_from_the_corpora_in_turn(root):

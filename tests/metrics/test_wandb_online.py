@@ -12,10 +12,10 @@ from tiny import make_run
 from wandb_server import serving
 
 from ted_scale.checkpoints.life import Lost
-from ted_scale.metrics import samples, tracking
+from ted_scale.metrics import samples, wandb_connection
 from ted_scale.metrics.rows import SAMPLES
 from ted_scale.metrics.time_left import Ahead
-from ted_scale.metrics.tracking import add_facts, facts_of, open_wandb
+from ted_scale.metrics.wandb_connection import add_facts, facts_of, open_wandb
 from ted_scale.metrics.wandb_tables import HEAT_MAP, add_samples
 
 KEY = "0123456789" * 4
@@ -90,7 +90,7 @@ def test_its_config_has_the_packages_the_commit_the_plan_and_the_ds_config(onlin
         and {"torch", "deepspeed", "python"} <= config["versions"].keys()
     )
     assert config["plan"]["width"] == 8 and config["ds_config"] == {"zero_optimization": {"stage": 3}}
-    assert config["git_commit"] == tracking.git_facts().get("git_commit")
+    assert config["git_commit"] == wandb_connection.git_facts().get("git_commit")
 
 
 def test_every_row_of_the_file_comes_with_its_step_and_tokens(online):
@@ -122,7 +122,7 @@ def test_the_restart_and_both_ends_are_alerts(online):
 
 
 def test_an_api_that_has_become_slow_holds_up_no_step_and_the_end_only_for_so_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "CLOSE_S", 2.0)
+    monkeypatch.setattr(wandb_connection, "CLOSE_S", 2.0)
     with stand_in(slow_s=5.0) as server:
         run = make_run(tmp_path, wandb={"project": "ted"})
         wandb_run = open_wandb(run, "our-id")
@@ -155,7 +155,7 @@ def test_a_slow_call_into_wandb_holds_up_no_step(tmp_path):
         def finish(self):
             pass
 
-    numbers = metrics(make_run(tmp_path), wandb_run=tracking.WandbRun("id", lambda closing: Slow()))
+    numbers = metrics(make_run(tmp_path), wandb_run=wandb_connection.WandbRun("id", lambda closing: Slow()))
     began = time.monotonic()
     take_steps(numbers, 1, 10)
     took = time.monotonic() - began

@@ -6,7 +6,7 @@ import pytest
 from tiny import make_run
 from wandb_file import finished, read_rows
 
-from ted_scale.metrics.tracking import open_wandb
+from ted_scale.metrics.wandb_connection import open_wandb
 from ted_scale.metrics.wandb_tables import add_samples
 
 TEXTS = [

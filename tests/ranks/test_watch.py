@@ -77,7 +77,7 @@ def test_a_rank_that_is_killed_is_named_and_all_end(ends, name, rank):
     assert (
         said.rstrip()
         .splitlines()[-1]
-        .startswith(f"error: rank {rank} must give a sign at least every limits.silence_s")
+        .startswith(f"error: rank {rank} must send a heartbeat at least every limits.silence_s")
     )
 
 

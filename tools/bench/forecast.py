@@ -108,8 +108,8 @@ def step_of(plan, device):
 
 def time_lines(plan, device, rounds: int) -> list[str]:
     """Each round measures the machine and takes steps for about as long; the forecast is of the medians."""
+    from ted_scale.commands.planning.calibrate import actions as probes
     from ted_scale.commands.planning.calibrate import machine_from, timed
-    from ted_scale.commands.planning.probes import probes
     from ted_scale.forecast import step as forecast
     from ted_scale.ranks.capacity import local_ranks
 

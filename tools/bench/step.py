@@ -11,6 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def parse():
     )
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--no-plain", action="store_true", help="without plain torch and the parts alone")
+    parser.add_argument("--cpu-time", action="store_true", help="of this process, where others share the cores")
     parser.add_argument("--memory", choices=["default", "kept", "both", "as it is"], default="both")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -63,7 +65,8 @@ def measure(run, arguments) -> None:
     arms = trainer_arms(run, arguments, device)
     if not arguments.no_plain and dist.get_world_size() == 1:
         arms |= plain_arms(run, device)
-    seconds, parts = in_turn(arms, arguments.steps, run, device)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    seconds, parts = in_turn(arms, arguments.steps, run, device, clock)
     if dist.get_rank() == 0:
         print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}")
         print("\n".join(table(seconds, parts, run.train.tokens_per_step)), flush=True)
@@ -102,16 +105,20 @@ class TrainerArm:
 
 
 class TeacherAlone:
-    """Its forward for every micro-batch of a step, as `kd` asks for it."""
+    """Its forward for every micro-batch of a step, as `kd` asks for it, or as a model has it that ends with logits."""
 
-    def __init__(self, arm: TrainerArm):
-        self.teacher = arm.teacher
+    def __init__(self, arm: TrainerArm, logits: bool):
+        self.teacher, self.logits = arm.teacher, logits
 
     def step(self, micro_batches, watch) -> None:
         from ted_scale.distill.signal import Weights
+        from ted_scale.models.zero import gathered
 
         for batch in micro_batches:
-            self.teacher(batch, Weights(ce=1.0, kl=1.0, layer=0.0))
+            states = self.teacher(batch, Weights(ce=1.0, kl=1.0, layer=0.0)).last_NE
+            if self.logits:
+                with gathered(self.teacher.projection):
+                    states @ self.teacher.head.weight.t()
 
 
 def count_traffic(arms: dict, run, device) -> None:
@@ -145,7 +152,8 @@ def trainer_arms(run, arguments, device) -> dict:
         lend(teacher, None)
         engine = build_student(plan, plan.stages[-1], teacher, plan.filters_file)
         arms[arm] = TrainerArm(plan, plan.stages[-1], engine, teacher, device)
-    return arms | ({"teacher alone": TeacherAlone(arms[asked])} if plans[asked].teacher else {})
+    alone = {"teacher alone": False, "teacher and its logits": True} if plans[asked].teacher else {}
+    return arms | {name: TeacherAlone(arms[asked], logits) for name, logits in alone.items()}
 
 
 def lend(teacher, filters) -> None:
@@ -174,18 +182,18 @@ def plain_arms(run, device) -> dict:
     return {"plain torch": plain, "parts alone": Alone(plain)}
 
 
-def in_turn(arms: dict, steps: int, run, device):
+def in_turn(arms: dict, steps: int, run, device, clock=time.perf_counter):
     """(seconds of plain steps, seconds by part of watched steps) by arm: one of each a round, after one that does not count."""
     from tools.bench.step_parts import Stopwatch
 
     seconds, parts = defaultdict(list), defaultdict(list)
     data = batches(run, device)
     for number in range(2 * steps + 1):
-        waited = Stopwatch(device)
+        waited = Stopwatch(device, clock=clock)
         with waited.part("data"):
             micro_batches = next(data)
         for name, arm in arms.items():
-            watch = Stopwatch(device, detailed=number % 2 == 0)
+            watch = Stopwatch(device, detailed=number % 2 == 0, clock=clock)
             start = watch.now()
             arm.step(micro_batches, watch)
             took = watch.now() - start
@@ -228,9 +236,10 @@ def ratios(seconds: dict) -> list[str]:
     """Of each arm's time to that of `kd` within a round; of plain torch's, it is the trainer's speed beside it."""
     others = [name for name in seconds if name != "kd"] if "kd" in seconds else []
     of_rounds = {f"{name} / kd": [x / y for x, y in zip(seconds[name], seconds["kd"], strict=True)] for name in others}
-    if {"kd", "ce", "teacher alone"} <= seconds.keys():
-        each = zip(*(seconds[name] for name in ("kd", "ce", "teacher alone")), strict=True)
-        of_rounds["kd / (teacher alone + ce)"] = [kd / (ce + alone) for kd, ce, alone in each]
+    for teacher in ("teacher alone", "teacher and its logits"):
+        if {"kd", "ce", teacher} <= seconds.keys():
+            each = zip(*(seconds[name] for name in ("kd", "ce", teacher)), strict=True)
+            of_rounds[f"kd / ({teacher} + ce)"] = [kd / (ce + alone) for kd, ce, alone in each]
     return [
         f"{name} {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
         for name, values in of_rounds.items()

@@ -12,8 +12,14 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ted_scale.base.errors import UserError
-from ted_scale.distill.pairs import spread
 from ted_scale.models.anatomy import Anatomy, run_body
+
+
+def spread(count: int, layers: int) -> list[int]:
+    """`count` of `layers` blocks: the first, the last, and the others evenly between. A single one is the first, which was
+    trained on embeddings."""
+    gaps = max(1, count - 1)
+    return [(2 * k * (layers - 1) + gaps) // (2 * gaps) for k in range(count)]
 
 
 def choose_blocks(layers: int, count: int | None, keep: str | None) -> list[int]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ted_scale.base.durable import write_durably
 from ted_scale.evaluation.scores import Score
-from ted_scale.metrics.tracking import ATTEMPT_S, has_key, said, start_service
+from ted_scale.metrics.wandb_connection import ATTEMPT_S, has_key, said, start_service
 
 
 class Result(NamedTuple):

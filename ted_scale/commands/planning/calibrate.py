@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ted_scale.commands.planning.probes import BLOCKS, CALLS, UPDATED, dtype_of, probes
+from ted_scale.commands.planning import links, probes
+from ted_scale.commands.planning.probes import BLOCKS, CALLS, UPDATED, dtype_of
 from ted_scale.config.run import Run
 from ted_scale.distill import flops
 from ted_scale.distill.memory import tokens_of
 from ted_scale.forecast import machine as machines
 from ted_scale.forecast.machine import Machine
-from ted_scale.forecast.traffic import RECEIVED
 from ted_scale.forecast.work import passes
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.plan import Plan, plan_of_models
@@ -35,12 +35,19 @@ def measure_and_keep(run: Run, path: Path, minutes: float) -> None:
 
     device = start_ranks()
     plan = plan_of_models(with_whole_rows(run, dist.get_world_size()), dist.get_world_size(), needs_weights=False)
-    found = machine_from(plan, device, rounds(probes(plan, device), device, 60 * minutes))
+    found = machine_from(plan, device, rounds(actions(plan, device), device, 60 * minutes))
     if dist.get_rank() == 0:
         machines.write(path, found)
         print("\n".join([*lines(found), f"kept in {path}"]))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def actions(plan: Plan, device) -> dict[str, Callable]:
+    """All probes, by name. Ranks that are several have links."""
+    found = probes.probes(plan, device)
+    several = dist.get_world_size() > 1
+    return found | (links.probes(plan, device, found[f"{links.side_of(plan)} blocks"]) if several else {})
 
 
 def with_whole_rows(run: Run, world: int) -> Run:
@@ -52,12 +59,12 @@ def with_whole_rows(run: Run, world: int) -> Run:
     return run.model_copy(update={"data": data, "train": train})
 
 
-def rounds(actions: dict[str, Callable], device, seconds: float) -> dict[str, float]:
+def rounds(probed: dict[str, Callable], device, seconds: float) -> dict[str, float]:
     """The median time of each probe. All ranks make as many rounds: rank 0 says when it is over."""
-    taken: dict[str, list[float]] = {name: [] for name in actions}
+    taken: dict[str, list[float]] = {name: [] for name in probed}
     begin, number, goes_on = time.perf_counter(), 0, torch.ones(1)
     while goes_on:
-        for name, action in actions.items():
+        for name, action in probed.items():
             took = timed(action, device)
             if number >= WARM_UP:
                 taken[name].append(took)
@@ -87,11 +94,11 @@ def machine_from(plan: Plan, device, took: dict[str, float]) -> Machine:
     kind, memory = capacity.of_a_rank(capacity.local_ranks(world))
     on_gpu = device.type == "cuda"
     known = machines.of_torch_name(torch.cuda.get_device_name(device), plan.run.train.precision) if on_gpu else None
-    link = link_rate(plan, world, took, kind) if world > 1 else found["copies"]
+    link = links.rate(plan, world, took, kind) if world > 1 else found["copies"]
     return Machine(
         name=known.name if known else kind, device=kind, memory=memory, peak=known and known.peak, **found, node_link=link,
         far_link=link, host_link=known.host_link if known else found["copies"], latency=took.get("latency", 0.0),
-        overlap=machines.OVERLAP if on_gpu else 0.0, source=f"calibrated, {world} rank{'s' if world > 1 else ''}",
+        overlap=links.overlap(plan, took) if world > 1 else 0.0, source=f"calibrated, {world} rank{'s' if world > 1 else ''}",
         precision=plan.run.train.precision, ranks=world,
     )  # fmt: skip
 
@@ -136,12 +143,6 @@ def blocks_work(plan: Plan, a: Anatomy) -> Work:
         share * one.forward.eager,
         share * one.backward.eager,
     )
-
-
-def link_rate(plan: Plan, world: int, took: dict[str, float], device: str) -> float:
-    """Bytes that a rank receives a second, in gathers and reductions of a block."""
-    size = 4 * world * (plan.student.block_parameters // world + 1) * (1 - 1 / world)
-    return (1 + RECEIVED[device]) * size / max(took["gather"] + took["reduce"] - 2 * took["latency"], 1e-9)
 
 
 def of_pair(plan: Plan) -> float:

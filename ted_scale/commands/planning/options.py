@@ -25,10 +25,12 @@ from ted_scale.forecast.placement import (
     usable,
 )
 from ted_scale.forecast.summary import Forecast
+from ted_scale.models import quantized
 from ted_scale.models.ulysses import groups_of
 from ted_scale.plan import Plan, derive_accumulation, plan_of_models
 
 WHOLE_STUDENT = "ds_configs/zero3_whole_student.json"
+BITS = "int8"  # of fp8 the memory is the same but for a byte a row
 MOST = 64  # rows of a micro-batch that are tried
 
 
@@ -109,6 +111,16 @@ def placements(plan: Plan, cluster: Cluster) -> list[Option]:
     ways = {placement.way for placement in candidates(plan, node)}
     ways |= set() if plan.run.teacher.is_whole else {"offload"}
     return [option(replace(plan, placement=placed(plan, way, node)), cluster) for way in FASTEST_FIRST if way in ways]
+
+
+def in_8_bits(plan: Plan, cluster: Cluster) -> Option | None:
+    """With the teacher whole on every rank in 8 bits; None where it is so anyway, or has no matrices that may be rounded."""
+    teacher = plan.run.teacher
+    if plan.teacher is None or teacher.is_whole or not quantized.counts(plan.teacher, BITS).matrices:
+        return None
+    of_8_bits = teacher.model_copy(update={"precision": BITS, "placement": "replicated"})
+    run = plan.run.model_copy(update={"teacher": of_8_bits})
+    return option(replace(plan, run=run, placement=placed(plan, "replicated", 1)), cluster)
 
 
 def changed(run: Run, micro_batch: int, checkpointing: bool) -> Run:

@@ -10,12 +10,15 @@ HOURS = 24
 
 
 def page(
-    written: Option, placements: list[Option], other: Option, best: Option | None, cluster: Cluster, price: float
-) -> list[str]:
-    """`other` is the run as written but with checkpointing where it has none, or without."""
+    written: Option, placements: list[Option], other: Option, rounded: Option | None, best: Option | None, cluster: Cluster,
+    price: float,
+) -> list[str]:  # fmt: skip
+    """`other` is the run as written but with checkpointing where it has none, or without; `rounded` has the teacher in 8 bits."""
     lines = [head(written, cluster), "", *table(memory_rows(placements), placements), ""]
     activations = {checkpoints(one): one.needs["activations"] / GIB for one in (written, other)}
     lines.append(f"activations: {activations[False]:,.3g} GiB kept, {activations[True]:,.3g} GiB with checkpointing")
+    if rounded:
+        lines.append(in_8_bits(rounded))
     for stage in written.forecasts:
         lines += ["", *table(time_rows(placements, stage, price, cluster.gpus), placements)]
     lines += ["", *uncounted(written.plan)] if uncounted(written.plan) else []
@@ -34,6 +37,14 @@ def head(written: Option, cluster: Cluster) -> str:
 
 def checkpoints(option: Option) -> bool:
     return option.plan.run.student.gradient_checkpointing
+
+
+def in_8_bits(rounded: Option) -> str:
+    fits = "fits" if rounded.fits else "does not fit"
+    return (
+        f"teacher.precision = 'int8' or 'fp8': whole on every rank, {rounded.needs['teacher'] / GIB:,.3g} GiB of teacher, "
+        f"{sum(rounded.needs.values()) / GIB:,.3g} GiB in all: {fits}"
+    )
 
 
 def memory_rows(placements: list[Option]) -> dict[str, list[str]]:

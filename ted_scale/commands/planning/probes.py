@@ -7,7 +7,6 @@ are those that the body itself gives its first block, found on the meta device, 
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 
 from ted_scale.distill.filters import Filter
 from ted_scale.distill.memory import bytes_of, tokens_of
@@ -35,7 +34,7 @@ def probes(plan: Plan, device) -> dict[str, Callable]:
     found["update"] = torch.optim.AdamW([weight], fused=True).step
     small = torch.ones(8, device=device)
     found["calls"] = lambda: [small.add_(0) for _ in range(CALLS)]
-    return found | (link_probes(plan, device) if dist.get_world_size() > 1 else {})
+    return found
 
 
 def dtype_of(plan: Plan):
@@ -62,9 +61,10 @@ def of_side(plan: Plan, side: str, a: Anatomy, device) -> dict[str, Callable]:
         for _ in blocks:
             torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    def forward():
+    def forward(before=lambda: None):
         with torch.no_grad():
             for block in blocks:
+                before()
                 block(*arguments, **named)
 
     def both():
@@ -146,19 +146,3 @@ def layer_probe(plan: Plan, device) -> Callable:
         h_s.grad = None
 
     return both
-
-
-def link_probes(plan: Plan, device) -> dict[str, Callable]:
-    """A gather and a reduction of a block, and a gather of next to nothing."""
-    world = dist.get_world_size()
-    part = torch.ones(plan.student.block_parameters // world + 1, device=device)
-    whole, one, few = (
-        torch.ones(world * len(part), device=device),
-        torch.ones(1, device=device),
-        torch.ones(world, device=device),
-    )
-    return {
-        "gather": lambda: dist.all_gather_into_tensor(whole, part),
-        "reduce": lambda: dist.reduce_scatter_tensor(part, whole),
-        "latency": lambda: dist.all_gather_into_tensor(few, one),
-    }

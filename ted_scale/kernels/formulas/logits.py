@@ -175,7 +175,8 @@ def whole_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, flo
     are overwritten. With a `floor` there are entropies, and a row below it has no divergence."""
     y_s = soften_(z_s, f.softcap_s, f.scale_s)
     slope = softcap_slope(y_s, f) if wants_gradient else None
-    log_q_1 = y_s.log_softmax(dim=1) if f.ce_weight else None
+    # In the memory of y_s where nothing reads y_s again: a new matrix would cost a CPU more than the arithmetic.
+    log_q_1 = torch.log_softmax(y_s, dim=1, out=y_s if z_t is None else None) if f.ce_weight else None
     zero = torch.zeros_like(weight)
     ce = counted(weight, -label_logit(log_q_1, labels, 0)) if f.ce_weight else zero
     u = None if z_t is None else over_(soften_(z_t, f.softcap_t, f.scale_t), f.temperature)

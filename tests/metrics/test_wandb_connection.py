@@ -12,8 +12,8 @@ from test_metrics import metrics, rows_of, take_steps
 from tiny import make_run
 from wandb_file import finished, read_config, read_records, read_rows
 
-from ted_scale.metrics import tracking
-from ted_scale.metrics.tracking import WandbRun, has_key, open_wandb
+from ted_scale.metrics import wandb_connection
+from ted_scale.metrics.wandb_connection import WandbRun, has_key, open_wandb
 
 SECTION = {
     "project": "ted", "mode": "offline", "entity": "lab", "group": "arms", "tags": ["tiny", "cpu"], "notes": "Größe 😀",
@@ -46,6 +46,26 @@ def test_a_resumed_run_keeps_its_wandb_id(offline):
     headers = [r.run for records in lives for r in records if r.WhichOneof("record_type") == "run"]
     assert {h.run_id for h in headers} == {ids[0]}
     assert all((run.folder / "wandb").glob(f"offline-run-*-{ids[0]}"))
+
+
+def test_a_start_that_made_no_checkpoint_leaves_its_id_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_connection, "WandbRun", lambda run_id, *_: run_id)
+    monkeypatch.setattr(wandb_connection, "start_service", lambda: None)
+    run = make_run(tmp_path, wandb=SECTION)
+    lost = open_wandb(run, None)  # no folder yet: nothing is kept, and nothing fails
+    run.folder.mkdir(parents=True)
+    first = open_wandb(run, None)
+    assert first != lost and open_wandb(run, None) == first
+    assert open_wandb(run, "of-a-checkpoint") == "of-a-checkpoint" == open_wandb(run, None)
+
+
+@pytest.mark.parametrize("content", ["", "../other", "two words", "a" * 65, "é"])
+def test_an_id_file_that_holds_no_id_is_written_anew(tmp_path, content):
+    file = tmp_path / wandb_connection.ID_FILE
+    file.write_text(content, encoding="utf-8")
+    assert wandb_connection.id_in(tmp_path) is None
+    wandb_connection.keep_id(tmp_path, "an-id")
+    assert file.read_text() == "an-id"
 
 
 def test_wandb_has_the_settings_of_the_run_file(offline):
@@ -143,8 +163,8 @@ def server(answer: int | None):
 @pytest.mark.parametrize("answer", [None, 503, 401], ids=["silent", "503", "wrong key"])
 def test_a_run_starts_at_once_without_wandb_and_loses_no_row(tmp_path, monkeypatch, caplog, answer):
     caplog.set_level("INFO", logger="ted_scale")
-    monkeypatch.setattr(tracking, "ATTEMPT_S", 1.0)
-    monkeypatch.setattr(tracking, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(wandb_connection, "ATTEMPT_S", 1.0)
+    monkeypatch.setattr(wandb_connection, "PATIENCE_S", 0.0)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     wandb.teardown()  # it keeps the settings of its first run
     run = make_run(tmp_path, wandb={"project": "p", "mode": "online"})
@@ -188,7 +208,7 @@ def test_rows_wait_until_the_wandb_run_is_open_and_arrive_in_order(tmp_path):
 
 def test_what_waits_for_wandb_is_bounded_which_is_logged_once(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="ted_scale")
-    monkeypatch.setattr(tracking, "KEPT", 3)
+    monkeypatch.setattr(wandb_connection, "KEPT", 3)
     ready, arrived = threading.Event(), []
     wandb_run = WandbRun("id", lambda closing: ready.wait(10) and arrived)
     for number in range(6):

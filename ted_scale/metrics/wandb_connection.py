@@ -1,4 +1,4 @@
-"""Weights & Biases: one W&B run for a run of ours, with the same id after every resume, and without secrets.
+"""Weights & Biases: one W&B run for a run of ours, with the same id after every restart, and without secrets.
 
 A thread opens the W&B run and passes everything on, in order, so that neither the start nor a step waits for the network. If
 W&B cannot be reached, this start stays offline, in the same folder and with the same id. Note: W&B repeats what may succeed
@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import queue
+import re
 import secrets
 import subprocess
 import threading
@@ -22,7 +23,9 @@ from urllib.parse import urlsplit
 
 import ted_scale
 from ted_scale.base import redact
+from ted_scale.base.durable import write_durably
 from ted_scale.base.errors import clean, shortened
+from ted_scale.base.paths import NoFile, open_file
 from ted_scale.config.operation import Wandb
 from ted_scale.config.run import Run
 from ted_scale.distill.stages import stages_of
@@ -36,6 +39,7 @@ KEPT = 10_000  # rows and messages that wait until the W&B run is open
 # Neither the end of a run nor the message of a fault may wait for the network for ever. `wandb sync` uploads the rest.
 LAST_UPLOAD = {"finish_timeout": 30, "finish_timeout_raises": True}
 STOPPING_S = 5  # of a run that a signal asked to stop: `wandb sync` sends the rest
+ID_FILE, LONGEST_ID = "wandb_id", 64
 LOOK_S = 10.0  # between two looks whether the run stalls
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "numpy", "torchao", "liger-kernel", "wandb")
 CLOSE_S = ATTEMPT_S + LAST_UPLOAD["finish_timeout"] + 10
@@ -90,10 +94,29 @@ def open_wandb(run: Run, run_id: str | None) -> WandbRun | None:
     """Open the W&B run, or resume it by its id, without waiting for it."""
     if run.wandb is None or run.wandb.mode == "disabled":
         return None
-    run_id = run_id or secrets.token_hex(4)
+    run_id = run_id or id_in(run.folder) or secrets.token_hex(4)
+    keep_id(run.folder, run_id)
     with contextlib.suppress(Exception):  # the thread meets the same error and logs it
         start_service()
     return WandbRun(run_id, partial(opened, run, run_id), run.limits.step_s)
+
+
+def id_in(folder: Path) -> str | None:
+    """The id of an earlier start, which may have ended before its first checkpoint."""
+    with (
+        contextlib.suppress(NoFile, OSError, ValueError),
+        os.fdopen(open_file(folder / ID_FILE), encoding="ascii") as file,
+    ):
+        found = file.read(LONGEST_ID + 1)
+        return found if re.fullmatch(rf"[\w-]{{1,{LONGEST_ID}}}", found, re.ASCII) else None
+    return None
+
+
+def keep_id(folder: Path, run_id: str) -> None:
+    """A full disk never stops a run: its checkpoints have the id, too."""
+    if id_in(folder) != run_id:
+        with contextlib.suppress(OSError):
+            write_durably(folder / ID_FILE, run_id)
 
 
 def start_service() -> None:
