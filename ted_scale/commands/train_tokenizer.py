@@ -17,7 +17,7 @@ from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
 from ted_scale.corpora.documents import Document, find_files, read_documents, refuse
 from ted_scale.corpora.examples import KEYS
-from ted_scale.corpora.templates import said
+from ted_scale.corpora.messages import said
 from ted_scale.corpora.tokenizer import load_tokenizer
 
 SPACE = "\u2581"  # both write a space inside a piece like this

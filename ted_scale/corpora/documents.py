@@ -36,6 +36,7 @@ RECORDS = {
 LINES = {".jsonl", ".ndjson"}
 TABLES = {".csv", ".tsv"}
 PACKED = {".gz", ".zst"}
+BOM = b"\xef\xbb\xbf"  # Windows begins a file of UTF-8 with it; it is no part of the first line
 LONGEST = 2**32  # bytes of a document: what has no end must not fill the memory
 
 
@@ -166,7 +167,7 @@ def _json_lines(
         try:
             text = line.decode() if isinstance(text_key, tuple) else _checked(parse_json(line)[text_key])
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            must = f'a JSON object with text in "{text_key}"'
+            must = "UTF-8 text" if isinstance(text_key, tuple) else f'a JSON object with text in "{text_key}"'
             on_error(_unreadable(path, number, must, f"{type(error).__name__}: {error}{_read_by(line)}"))
         else:
             yield number, text, consumed
@@ -217,7 +218,14 @@ def _table(
 
 
 def _as_json(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str)
+    return json.dumps({key: _without_nulls(value) for key, value in row.items()}, ensure_ascii=False, default=str)
+
+
+def _without_nulls(value):
+    """In a table each struct of a list has the keys of all others, as null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _raw_file(path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, bytes, int]]:
@@ -257,7 +265,8 @@ def _raw_lines(path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int,
                     must = f"a line of at most {LONGEST:,} bytes"
                     on_error(_unreadable(path, number, must, "it is longer, and what follows is left out"))
                     return
-                yield number, line.removesuffix(b"\n").removesuffix(b"\r"), raw.tell()
+                plain = line.removesuffix(b"\n").removesuffix(b"\r")
+                yield number, plain.removeprefix(BOM) if number == 1 else plain, raw.tell()
         except errors as error:
             on_error(_unreadable(path, number + 1, f"a whole {path.suffix} file", error))
 

@@ -17,7 +17,8 @@ import numpy
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import parse_json
 from ted_scale.corpora.marks import Marked, Sizes, encode_marked, sizes_of
-from ted_scale.corpora.templates import Span, Template, answer, answers, said_in
+from ted_scale.corpora.messages import list_of, refuse_dropped, said_in, tools_of
+from ted_scale.corpora.templates import Span, Template, answer, answers
 from ted_scale.corpora.tokenizer import hugging_face
 from ted_scale.corpora.writer import Encoded
 from ted_scale.storage import hub
@@ -125,71 +126,75 @@ def example_of(reader: Reader, record: str) -> Example:
     """What a line or row holds. A ValueError has the rest of a sentence."""
     try:
         values = parse_json(record)
-        tools = values.get("tools") if isinstance(values, dict) else None
     except ValueError as error:
         raise ValueError(f"must be a JSON object, but is not ({error}); correct it or pass --on-error skip") from None
     if not isinstance(values, dict):
         raise ValueError(f"must be a JSON object, but is {type(values).__name__}; correct it or pass --on-error skip")
     if reader.targets == "completion":
-        return completion_of(reader, values.get("prompt"), values.get("completion"), tools)
-    messages = messages_of(reader, values.get("messages"), '"messages"')
+        return completion_of(reader, values)
+    messages = messages_of(reader, values, "messages")
     if messages[-1]["role"] != "assistant":
         raise ValueError(
             f"must be a conversation that ends with a turn of the assistant, but ends with one of {messages[-1]['role']}; leave "
             "out what follows the last answer, or pass --on-error skip"
         )
-    text, spans = answers(reader.template, messages, tools, reader.targets == "last")
+    text, spans = answers(reader.template, messages, tools_of(values), reader.targets == "last")
     return Example(text, spans, False)
 
 
-def completion_of(reader: Reader, prompt, completion, tools) -> Example:
+def completion_of(reader: Reader, values: dict) -> Example:
     """Of text, which becomes one text, or of messages, which become one conversation."""
-    if isinstance(prompt, str) and isinstance(completion, str):
-        completion = completion.removesuffix(reader.eod[1])
-        if not completion:
-            raise ValueError(
-                "must have a completion with text, but has an empty one; leave it out, or pass --on-error skip"
-            )
-        return Example(prompt + completion, [(len(prompt), len(prompt + completion))], True)
-    if absent := [key for key, value in (("prompt", prompt), ("completion", completion)) if value is None]:
+    prompt, completion = values.get("prompt"), values.get("completion")
+    if absent := [key for key in ("prompt", "completion") if values.get(key) is None]:
         raise ValueError(
             f"must have a prompt and a completion, but has no {absent[0]}; add it, or pass --on-error skip"
         )
-    if isinstance(prompt, str) or isinstance(completion, str):
+    if isinstance(prompt, str) != isinstance(completion, str):
         raise ValueError(
             'must have texts or messages in both "prompt" and "completion", but mixes them; correct it, or pass --on-error skip'
         )
-    before, after = messages_of(reader, prompt, '"prompt"'), messages_of(reader, completion, '"completion"')
-    if after[0]["role"] != "assistant":
+    if not isinstance(prompt, str):
+        return turns_of(reader, values)
+    completion = completion.removesuffix(reader.eod[1])
+    if not completion.strip():
         raise ValueError(
-            f"must have a completion that begins with a turn of the assistant, but it begins with one of {after[0]['role']}; "
-            "correct it"
+            "must have a completion with text, but has an empty one; leave it out, or pass --on-error skip"
         )
-    text = reader.template.render(before + after, tools)
-    return Example(text, [answer(reader.template, before + after, tools, len(before), text, len(after))], False)
+    return Example(prompt + completion, [(len(prompt), len(prompt + completion))], True)
 
 
-def messages_of(reader: Reader, messages, where: str) -> list[dict]:
-    """Messages with a role, without keys that are null, as in Parquet; each of the assistant's says something."""
+def turns_of(reader: Reader, values: dict) -> Example:
+    """A prompt and a completion of messages. All of the completion counts, so it may have no turn of anybody else."""
+    before, after = messages_of(reader, values, "prompt"), messages_of(reader, values, "completion")
+    if other := next((message["role"] for message in after if message["role"] != "assistant"), ""):
+        raise ValueError(
+            f'must have turns of the assistant alone in "completion", but has one of {other}; move what comes before the last '
+            "answer into the prompt, or pass --on-error skip"
+        )
+    messages, tools = before + after, tools_of(values)
+    text = reader.template.render(messages, tools)
+    span = answer(reader.template, messages, tools, len(before), text, len(after))
+    refuse_dropped(reader.template.text, reader.template.render, text, messages, tools)
+    return Example(text, [span], False)
+
+
+def messages_of(reader: Reader, values: dict, key: str) -> list[dict]:
+    """Messages that a template can write; each of the assistant's says something."""
     if not reader.template.text:
         raise ValueError(
             "must be read with a chat template, but the tokenizer has none; give one by --chat-template FILE"
         )
-    if not (isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)):
-        raise ValueError(f"must have a list of messages in {where}, but has none; correct it or pass --on-error skip")
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    messages = list_of(values, key)
     for number, message in enumerate(messages, 1):
-        if not isinstance(message.get("role"), str):
-            raise ValueError(f"must have a role in every message of {where}, but message {number} has none; correct it")
         texts = said_in(message)
         if message["role"] == "assistant" and not any(text.strip() for text in texts) and not message.get("tool_calls"):
             raise ValueError(
-                f"must have an answer with text in every turn of the assistant, but message {number} of {where} is empty; leave it "
+                f'must have an answer with text in every turn of the assistant, but message {number} of "{key}" is empty; leave it '
                 "out, or pass --on-error skip"
             )
         if reader.special and (found := next(filter(None, (re.search(reader.special, text) for text in texts)), None)):
             raise ValueError(
-                f"must have special tokens from the chat template alone, but message {number} of {where} spells out {found[0]}; "
+                f'must have special tokens from the chat template alone, but message {number} of "{key}" spells out {found[0]}; '
                 "correct it, or pass --parse-special to take it as the token"
             )
     return messages

@@ -32,7 +32,8 @@ def sizes_of(backend: Any) -> Sizes | None:
     )
     if not is_byte_level or last.get("type") != "ByteLevel" or last["add_prefix_space"]:
         return None
-    if not pieces.keys() >= set(alphabet) or not isinstance(normalizer, normalizers.NFC | None):
+    leaves_none_out = pieces.keys() >= set(alphabet)  # else a byte without a piece is left out, which the sum shows
+    if not (leaves_none_out or model.unk_token is None) or not isinstance(normalizer, normalizers.NFC | None):
         return None
     added = {number: len(token.content.encode()) for number, token in backend.get_added_tokens_decoder().items()}
     found = numpy.zeros(1 + max(*pieces.values(), *added), numpy.int64)

@@ -10,7 +10,7 @@ from datetime import date
 from functools import cache
 from typing import NamedTuple
 
-from ted_scale.base.parsing import parse_json
+from ted_scale.corpora.messages import refuse_dropped
 
 OWN_TEMPLATE = "give one that marks the answers with {% generation %} by --chat-template FILE"
 PLAIN = frozenset({"role", "content"})
@@ -98,7 +98,7 @@ def answers(template: Template, messages: list[dict], tools: list | None, last: 
     else:
         text = template.render(messages, tools)
         spans = [answer(template, messages, tools, turn, text) for turn in (turns[-1:] if last else turns)]
-    refuse_dropped(text, messages)
+    refuse_dropped(template.text, template.render, text, messages, tools)
     return text, spans[-1:] if last else spans
 
 
@@ -113,49 +113,3 @@ def answer(template: Template, messages: list[dict], tools: list | None, turn: i
             f"at the end than within the conversation, or than after the generation prompt; {earlier}{OWN_TEMPLATE}"
         )
     return len(before), len(after)
-
-
-def refuse_dropped(text: str, messages: list[dict]) -> None:
-    """All that was said must be in the text, in order. Thoughts before an answer may be left out, as at inference."""
-    at = 0
-    for number, message in enumerate(messages, 1):
-        for said in said_in(message) if message["role"] != "tool" else ():
-            words = said.rpartition("</think>")[2].strip()
-            found = text.find(words, at)
-            if found < 0:
-                raise ValueError(
-                    f"must be shown whole by the chat template, but it drops or changes turn {number} ({message['role']}); "
-                    "give another template by --chat-template FILE"
-                )
-            at = found + len(words)
-
-
-def said(record: str) -> str:
-    """All text of a conversation, or of a prompt with its completion, without what a template writes around it. A ValueError has
-    the rest of a sentence."""
-    values = parse_json(record)
-    if not isinstance(values, dict):
-        raise ValueError(f"must be a JSON object, but is {type(values).__name__}; correct it")
-    parts = [part for key in ("messages", "prompt", "completion") if (part := values.get(key)) is not None]
-    return "".join(part if isinstance(part, str) else turns(part) for part in parts)
-
-
-def turns(messages) -> str:
-    """A line or more for each."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError("must have text or a list of messages, but has neither; correct it")
-    return "".join(f"{text}\n" for message in messages for text in said_in(message))
-
-
-def said_in(message: dict) -> list[str]:
-    """The texts of a message; its content may be a list of parts. A ValueError has the rest of a sentence."""
-    content = message.get("content")
-    if not isinstance(content, str | list | None):
-        raise ValueError(
-            f'must have text, a list or null as the "content" of every message, but one has {type(content).__name__}; '
-            "correct it or pass --on-error skip"
-        )
-    content = content or []
-    parts = [content] if isinstance(content, str) else content
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    return [text for text in texts if isinstance(text, str)]

@@ -1,5 +1,6 @@
 """Which tokens hold a character of an answer: by the bytes of tokens as by the tokenizer's own offsets."""
 
+import json
 import random
 
 import chats
@@ -46,6 +47,24 @@ def test_a_token_counts_if_it_holds_a_character_of_a_span_wherever_that_begins_a
         encoding = backend.encode(text, add_special_tokens=False)
         expected = [int(low < end and high > begin) for low, high in encoding.offsets]
         assert (ids.tolist(), marks.tolist()) == (encoding.ids, expected)
+
+
+def without(folder, piece):
+    """The tokenizer without the piece of a byte, as SmolLM2's has none for some: it leaves that byte out."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    del content["model"]["vocab"][piece]
+    content["model"]["merges"] = [pair for pair in content["model"]["merges"] if piece not in "".join(pair)]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def test_a_vocabulary_without_some_bytes_is_summed_where_a_text_has_none_of_them(folder):
+    backend, spans = without(folder, "~"), [[(2, 4)], [(2, 4)]]
+    sizes = sizes_of(backend)
+    plain, other = by_sizes(backend, sizes, ["a cat", "a~cat"], spans)
+    assert other is None and plain[1].any()
+    ids, marks = encode_marked(backend, sizes, ["a~cat"], [[(2, 4)]])[0]
+    expected = [int(low < 4 and high > 2) for low, high in backend.encode("a~cat").offsets]
+    assert marks.tolist() == expected and len(ids) == len(expected)
 
 
 def test_a_template_is_rendered_as_transformers_renders_it(folder):

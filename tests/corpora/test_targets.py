@@ -1,6 +1,5 @@
 """Conversations and completions: which tokens count, that they arrive in a batch, and what is refused."""
 
-import itertools
 import json
 import re
 from datetime import date
@@ -9,6 +8,7 @@ import chats
 import numpy
 import pytest
 from corpus import data_section
+from marked import documents_of, targets_as_text, tokenize
 from places import ROOT
 
 from ted_scale.base.errors import UserError
@@ -26,37 +26,6 @@ HARNESS = ROOT / "tests" / "harness"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return chats.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def tokenize(folder, out, *rest):
-    tokenize_corpus.main(["--tokenizer", str(folder), "--out", str(out), *map(str, rest)])
-    return out
-
-
-def documents_of(out):
-    """(ids, targets) of every document."""
-    found = []
-    for prefix in expand(out):
-        index = read_index(prefix)
-        shard, borders = Shard(index), document_borders(index).tolist()
-        for begin, end in itertools.pairwise(borders):
-            marks = shard.targets(begin, end)
-            found.append((shard.tokens(begin, end).tolist(), marks.tolist()))
-    return found
-
-
-def targets_as_text(folder, document):
-    """The text with what counts in brackets."""
-    from transformers import AutoTokenizer
-
-    model, text, at = AutoTokenizer.from_pretrained(folder), "", 0
-    ids, marks = document
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or marks[end] != marks[at]:
-            words = model.decode(ids[at:end])
-            text += f"[{words}]" if marks[at] else words
-            at = end
-    return text
 
 
 def test_an_answer_counts_up_to_its_end_of_turn_and_nothing_else_does(tmp_path, folder):
@@ -236,12 +205,6 @@ def test_where_all_records_are_refused_the_first_reason_is_said(tmp_path, folder
         UserError, match=r"2 skipped\); check the files and --targets; .*a\.jsonl:1 must have a list of mes"
     ):
         tokenize(folder, tmp_path / "c", path, "--targets", "assistant", "--on-error", "skip")
-
-
-def test_an_empty_completion_is_refused(tmp_path, folder):
-    path = chats.write_records(tmp_path / "a.jsonl", [{"prompt": "hi", "completion": ""}])
-    with pytest.raises(UserError, match=r"a\.jsonl:1 must have a completion with text"):
-        tokenize(folder, tmp_path / "c", path, "--targets", "completion")
 
 
 def test_templates_that_cannot_be_masked_exactly_are_refused_with_the_way_out(tmp_path, folder):
