@@ -95,11 +95,12 @@ def check(files: Files) -> ShardIndex:
                 f"corpus file {idx} must end its last document at its last sequence, but does not; {TOKENIZE}"
             )
     small = hashlib.sha256(head).hexdigest() if len(head) == size else None
-    has_targets = size == HEADER.size + 13 * sequences + 8 * borders
-    if not has_targets and (more := size - HEADER.size - 12 * sequences - 8 * borders):
+    plain = HEADER.size + 12 * sequences + 8 * borders
+    has_targets = size == plain + sequences
+    if size not in (plain, plain + sequences):
         raise UserError(
-            f"corpus file {idx} must end with the list of its documents, or with a byte for each of its {sequences} sequences that "
-            f"says whether its tokens count, but has {more} bytes after that list; copy it again"
+            f"corpus file {idx} must have {plain:,} bytes, or {plain + sequences:,} with one for each of its {sequences} sequences "
+            f"that says whether its tokens count, but has {size:,}; copy it again"
         )
     recorded = _recorded(files, tokens, small, has_targets)
     return ShardIndex(files, dtype, sequences, borders - 1, tokens, recorded, has_targets)
