@@ -165,12 +165,12 @@ def line_figure(chart: Chart):
     for number, line in enumerate(chart.lines):
         steps, values = thin(line.steps, line.values, stretches)
         about = {"source": ColumnDataSource({"x": whole(steps), "y": values.astype("f4")}), "name": line.label}
-        about |= {"tags": [number, line.run]}
+        tags = [number, line.run]
         if not chart.dots:
-            plain(drawn.line("x", "y", line_width=1.8, line_dash=dash_of(number), **about))
+            plain(drawn.line("x", "y", line_width=1.8, line_dash=dash_of(number), **about), tags)
         if chart.dots or len(values) <= FEW:
             size = 9 if chart.dots else 5
-            plain(drawn.scatter("x", "y", size=size, line_width=1.5, fill_alpha=0.35, **about))
+            plain(drawn.scatter("x", "y", size=size, line_width=1.5, fill_alpha=0.35, **about), tags)
     for run, step in chart.marks:
         drawn.add_layout(
             Span(location=float(step), dimension="height", line_dash="dotted", line_width=1, tags=[step, run])
@@ -183,9 +183,10 @@ def line_figure(chart: Chart):
     return drawn
 
 
-def plain(drawn) -> None:
-    """Without the two other looks that Bokeh writes down for each line: nothing can be selected."""
-    drawn.nonselection_glyph = drawn.muted_glyph = None
+def plain(drawn, tags: list[int]) -> None:
+    """Without the two other looks that Bokeh writes down for each line: nothing can be selected. As an argument of `line`, tags
+    would be those of the glyph."""
+    drawn.tags, drawn.nonselection_glyph, drawn.muted_glyph = tags, None, None
 
 
 def whole(steps: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("all-runs").textContent);
   const drawn = new Map(); // figure element -> Bokeh's figure
+  const viewOf = new Map(); // Bokeh's figure -> its view
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const chosen = (name) => document.querySelector(`input[name=${name}]:checked`).value;
 
@@ -69,6 +70,7 @@
     const views = await Bokeh.embed.embed_item(item, element.querySelector(".plot").id);
     const view = [...views][0], plot = view.model;
     drawn.set(element, plot);
+    viewOf.set(plot, view);
     paint(plot);
     place(plot);
   }
@@ -99,7 +101,9 @@
 
   function zoom(plot, share, factor) {
     const { start, end } = plot.x_range, middle = start + share * (end - start), half = ((end - start) * factor) / 2;
-    plot.x_range.setv({ start: middle - half, end: middle + half });
+    // As a pointer's zoom does it: the view then fits the height to what is seen.
+    const wanted = new Map([[plot.x_range, { start: middle - half, end: middle + half }]]);
+    viewOf.get(plot).update_range({ xrs: wanted, yrs: new Map() }, { scrolling: true });
   }
 
   function onKey(element, event) {

@@ -88,10 +88,11 @@ def test_a_long_run_is_small_opens_at_once_and_asks_for_nothing(browser, long_pa
 def test_a_zoom_in_time_fits_the_height_to_what_is_seen(browser, long_page):
     """Or the first steps and one spike would press all others into a line."""
     page, said, _ = opened(browser, long_page)
-    shown(page, 0)
+    shown(page, 0).locator(".plot").focus()
     top = "Object.values(Bokeh.index.roots)[0].model.y_range.end"
     assert page.evaluate(top) > 40
-    page.evaluate("Object.values(Bokeh.index.roots)[0].model.x_range.setv({ start: 60000, end: 100000 })")
+    for key in ("End", "+"):
+        page.keyboard.press(key)
     page.wait_for_timeout(1000)
     assert page.evaluate(top) < 10 and said == []
 
@@ -103,6 +104,8 @@ def test_every_chart_is_drawn_and_the_spike_is_in_it(browser, long_page):
     assert page.evaluate(highest, 0) > 40
     colours = page.evaluate(COLOURS)
     assert colours > 8 and said == []  # a blank canvas has one
+    inks = page.evaluate("Object.values(Bokeh.index.roots)[0].model.renderers.map((r) => r.glyph.line_color.value)")
+    assert len(set(inks)) == len(inks) > 1  # each line has the colour of its button
 
 
 def test_the_axis_turns_to_tokens_and_to_seconds(browser, two_pages):
