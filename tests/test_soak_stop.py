@@ -186,5 +186,5 @@ def test_a_fault_in_the_real_trainer_ends_both_ranks_and_says_why(tmp_path, kind
         assert done.returncode == 1 and ours[-1] == "ValueError: what really went wrong"
         assert done.stderr.count("Traceback") == 1
     if kind == "die":
-        assert done.returncode in (5, 247) and "error: rank 1 must give a sign" in ours[-1]
+        assert done.returncode in (5, 247) and "error: rank 1 must send a heartbeat" in ours[-1]
     assert read_progress(files.newest_checkpoint(run.folder)).step == 6

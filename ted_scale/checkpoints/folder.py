@@ -98,7 +98,11 @@ def look_at(checkpoint: Path, check=sealed.check) -> Published:
 
 def checked(manifest: dict, name: str) -> dict:
     """The manifest, if it is that of the checkpoint with this name; otherwise Damaged."""
-    (line, step), forks, scores = key_of(name), manifest.get("forks"), manifest.get("scores", {})
+    if (key := key_of(name)) is None:
+        raise Damaged(
+            f"its folder is named {name}, which is no checkpoint's name: rename it back to step_ and its step"
+        )
+    (line, step), forks, scores = key, manifest.get("forks"), manifest.get("scores", {})
     lines = isinstance(forks, list) and len(forks) == line and all(map(is_count, forks))
     loss = manifest.get("validation")
     measured = isinstance(scores, dict) and all(isinstance(number, float) for number in scores.values())

@@ -49,6 +49,7 @@ class Spent:
 PARTS = ("steps", "start", "validation", "checkpoints", "repeated", "down", "samples")
 
 
+KILLED = "it was killed, or its machine is gone"
 DONE = "it was done"  # the last words of a run that has taken all of its steps
 
 
@@ -74,6 +75,8 @@ class Lost:
 
     def sentence(self, step: int) -> str:
         took = f"{self.steps:,} steps after step {step:,} ({self.seconds / 60:.1f} min)" if self.steps else "no step"
+        if self.words == KILLED:  # what it took since it last wrote life.json is not known
+            took = f"at least {took}" if self.steps else f"what it took in its last {EVERY_S:.0f} s"
         return f"the run was down for {self.down / 60:.1f} min, and {took} must be taken again; its end: {self.words}"
 
     def row(self) -> dict[str, float]:
@@ -101,7 +104,7 @@ def add_up(step: int, saved: Spent | None, last: Life | None, began: float) -> t
     if last is None or last.spent.total < saved.total:  # the folder was lost, and a copy of the checkpoint was not
         last = Life(step, saved)
     lost, began = max(0.0, last.spent.steps - saved.steps), max(began, last.spent.at)
-    down, words = began - last.spent.at, last.words or "it was killed, or its machine is gone"
+    down, words = began - last.spent.at, last.words or KILLED
     before = last.spent
     spent = dataclasses.replace(
         before, at=began, steps=before.steps - lost, repeated=before.repeated + lost, down=before.down + down

@@ -172,7 +172,7 @@ def cutter_of(teacher: Anatomy, sizes: Sizes, text: Text, network, blocks: list[
     heads = find_heads(network, teacher, own.heads)
     importance = measure(network, teacher, text.batches(), heads, own, blocks)
     by_name = {found.name: (number, found) for number, found in enumerate(heads)}
-    joined = find_joined(network, teacher, heads, own.ffn)
+    joined = find_joined(network, teacher, heads, own.ffn) if sizes.ffn != own.ffn else {}
     return Cutter(teacher, own, sizes, choose_channels(importance, own, sizes), by_name, joined)
 
 

@@ -55,10 +55,10 @@ def train(texts: Iterator[str], vocab_size: int) -> bytes:
     """A serialized sentencepiece model that keeps every character, also several spaces in a row."""
     import sentencepiece
 
-    model = io.BytesIO()
+    model, mistakes = io.BytesIO(), []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=texts,
+            sentence_iterator=until_mistaken(texts, mistakes),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -77,12 +77,24 @@ def train(texts: Iterator[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if mistakes:
+            raise mistakes[0] from None
         reason = " ".join(str(error).split())
         raise UserError(
             f"--vocab-size must be a size that the texts can fill, but is {vocab_size} and sentencepiece reports "
             f"{reason}; change it or give more text"
         ) from None
+    if mistakes:
+        raise mistakes[0]
     return model.getvalue()
+
+
+def until_mistaken(texts: Iterator[str], mistakes: list[UserError]) -> Iterator[str]:
+    """sentencepiece makes an error of its own of one that its texts raise, so this one is put aside, and ends them."""
+    try:
+        yield from texts
+    except UserError as error:
+        mistakes.append(error)
 
 
 def to_hugging_face(model_file: Path):

@@ -32,7 +32,7 @@ class Filters(Section):
     )
     width: PositiveInt | Literal["auto", "full"] = Field(
         "auto",
-        description="common width D of both filtered states; auto: 5 % of the student's parameters; full: the teacher's",
+        description="common width F of both filtered states; auto: 5 % of the student's parameters; full: the teacher's",
     )
     mlp: Count = Field(0, description="hidden width of a residual MLP before the linear; 0: none")
     head: Literal["shared", "own", "per_layer"] = Field(

@@ -103,8 +103,8 @@ def read_documents(
     JSON is read as plain text only if `document_per` is not auto. Where `text_key` is several keys, the first of which must be
     there, a text is a record as JSON, which examples.py reads."""
     before, readers = 0, [_reader(path, text_key, document_per) for path in files]
-    if on_error is stop and _refused in readers:  # at once, not after hours of reading
-        next(_refused(files[readers.index(_refused)], 0, stop))
+    if on_error in (stop, refuse) and _refused in readers:  # at once, not after hours of reading
+        next(_refused(files[readers.index(_refused)], 0, on_error))
     for number, path in enumerate(files):
         if number >= after[0]:
             skip = after[1] if number == after[0] else 0

@@ -4,7 +4,6 @@ Note: calls of tools are written in many ways, so they are not looked for by the
 shape of conversation with marks in place of what is said, called and offered, and all marks must be there.
 """
 
-import json
 from collections.abc import Callable
 from functools import cache
 
@@ -38,13 +37,17 @@ def kind_of(value) -> str:
 def tools_of(values: dict) -> list | None:
     """A list, or the text of one, as tables have it that cannot hold tools of several forms."""
     tools = values.get("tools")
-    if isinstance(tools, str):
+    if isinstance(tools, str) and tools:
         try:
-            tools = json.loads(tools)
+            tools = parse_json(tools)
         except ValueError:
-            raise ValueError('must have a JSON list in "tools", but has another text; correct it') from None
-    if not isinstance(tools, list | None):
-        raise ValueError(f'must have a list in "tools", but has {type(tools).__name__}; correct it')
+            raise ValueError(
+                'must have a JSON list in "tools", but has another text; correct it or pass --on-error skip'
+            ) from None
+    if tools and not isinstance(tools, list):
+        raise ValueError(
+            f'must have a list in "tools", but has {type(tools).__name__}; correct it or pass --on-error skip'
+        )
     return tools or None
 
 
@@ -65,11 +68,17 @@ def said_in(message: dict) -> list[str]:
 def said(record: str) -> str:
     """All text of a conversation, or of a prompt with its completion, without what a template writes around it. A ValueError has
     the rest of a sentence."""
-    values = parse_json(record)
+    try:
+        values = parse_json(record)
+    except ValueError as error:
+        raise ValueError(f"must be a JSON object, but is not ({error}); correct it") from None
     if not isinstance(values, dict):
         raise ValueError(f"must be a JSON object, but is {type(values).__name__}; correct it")
     parts = [part for key in ("messages", "prompt", "completion") if (part := values.get(key)) is not None]
-    return "".join(part if isinstance(part, str) else turns(part) for part in parts)
+    text = "".join(part if isinstance(part, str) else turns(part) for part in parts)
+    if text != text.encode("utf-8", "replace").decode():
+        raise ValueError("must hold text that UTF-8 can write, but has half a surrogate pair; correct it")
+    return text
 
 
 def turns(messages) -> str:
@@ -81,7 +90,7 @@ def turns(messages) -> str:
 
 def refuse_dropped(template: str, render: RENDER, text: str, messages: list[dict], tools: list | None) -> None:
     """All that was said must be in the text, in order. Thoughts before an answer may be left out, as at inference."""
-    shape = (tools is None, *((m["role"], bool(said_in(m)), len(calls_of(m))) for m in messages))
+    shape = (len(tools or ()), *((m["role"], bool(said_in(m)), len(calls_of(m))) for m in messages))
     if shape not in (known := dropped_by(template)):
         known[shape] = dropped(render, messages, tools)
     if known[shape]:
@@ -112,15 +121,15 @@ def dropped(render: RENDER, messages: list[dict], tools: list | None) -> str:
     """What the template does not write of marks in place of texts; "" where it writes all, or takes no marks."""
     marked = [marked_message(number, message) for number, message in enumerate(messages, 1)]
     try:
-        text = render(marked, [marked_tool(tool) for tool in tools or ()] or None)
+        text = render(marked, [renamed(tool, mark_of(n, "tool")) for n, tool in enumerate(tools or ())] or None)
     except ValueError:
         return ""
     for number, message in enumerate(messages, 1):
         if said_in(message) and mark_of(number) not in text:
             return f"turn {number} ({message['role']})"
-        if calls_of(message) and mark_of(number, "call") not in text:
+        if not all(mark_of(number, f"call{k}of") in text for k in range(len(calls_of(message)))):
             return f"the tool calls of turn {number}"
-    return "" if not tools or "markedtool" in text else "the tools"
+    return "" if all(mark_of(n, "tool") in text for n in range(len(tools or ()))) else "the tools"
 
 
 def mark_of(number: int, kind: str = "turn") -> str:
@@ -133,12 +142,8 @@ def marked_message(number: int, message: dict) -> dict:
         content, mark = message["content"], mark_of(number)
         marks["content"] = mark if isinstance(content, str) else [{"type": "text", "text": mark} for _ in texts]
     if calls := calls_of(message):
-        marks["tool_calls"] = [renamed(call, mark_of(number, "call")) for call in calls]
+        marks["tool_calls"] = [renamed(call, mark_of(number, f"call{k}of")) for k, call in enumerate(calls)]
     return {**message, **marks}
-
-
-def marked_tool(tool):
-    return renamed(tool, "markedtool")
 
 
 def renamed(thing, name: str):

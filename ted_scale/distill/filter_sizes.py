@@ -45,7 +45,7 @@ def with_filters(run: Run, **values) -> Run:
 
 
 def filter_width(run: Run, student: Anatomy, teacher: Anatomy, count: int) -> int:
-    """The common width D; refuses a width that stage I's head cannot read."""
+    """The common width F; refuses a width that stage I's head cannot read."""
     width, head = run.filters.width, run.filters.head
     if width == "full" or (width == "auto" and run.method == "lwd"):
         width = teacher.width

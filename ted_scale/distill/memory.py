@@ -290,5 +290,5 @@ def bytes_a_row(plan, stage: Stage, device: str) -> tuple[int, int]:
     if device == "cuda" and not loss.top_k:
         return rows, 0
     more = scratch(loss.divergence, loss.top_k) * min(a.vocab_size, t.vocab_size) if t else 0
-    softmaxes = 0 if t is None else 1 + (loss.temperature != 1.0)
+    softmaxes = bool(a.softcap) if t is None else 1 + (loss.temperature != 1.0)
     return rows + 4 * more, 4 * softmaxes * a.vocab_size

@@ -55,7 +55,8 @@ def uniform(layers_s: int, layers_t: int) -> list[tuple[int, int]]:
     """Student block k gets the last teacher block of its share: ceil((k+1)·K_t/K_s) − 1."""
     if layers_s > layers_t:
         raise UserError(
-            f"pairs.explicit must list pairs where the student is deeper, but it has {layers_s} blocks over {layers_t}"
+            f"pairs.explicit must list pairs for a student of more blocks than its teacher ({layers_s} and {layers_t}), but is "
+            "missing; list them, set pairs.rule = 'late_to_early', or swap student.path and teacher.path"
         )
     return [(k, -(-(k + 1) * layers_t // layers_s) - 1) for k in range(layers_s)]
 

@@ -10,7 +10,7 @@ CONSTANT = 1e-6  # mean ‖x‖² of centred states of length 1 below which all 
 
 
 def closeness(s, t, counted) -> dict[str, torch.Tensor]:
-    """Means over tokens, of filtered states [N, D]: ‖s − t‖ / ‖t‖ and the cosine of s and t."""
+    """Means over tokens, of filtered states [N, F]: ‖s − t‖ / ‖t‖ and the cosine of s and t."""
     norm_s, norm_t = (torch.linalg.vector_norm(x, dim=1) for x in (s, t))
     error = ratio(torch.linalg.vector_norm(s - t, dim=1), norm_t)
     return {"error": mean(error, counted), "cosine": mean(ratio((s * t).sum(1), norm_s * norm_t), counted)}

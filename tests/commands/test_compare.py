@@ -325,9 +325,10 @@ def test_a_curve_is_drawn_where_all_seeds_of_an_arm_validated():
         return results.Result("ce", seed, 6, "done", 1.0, "c0ffee", points)
 
     found = [result(0, [0, 2, 4, 6]), result(1, [0, 3, 6])]
-    assert results.mean_curve(found, "tokens") == [(48, 2.5)]
+    assert results.mean_curve(found, "tokens", 0) == [(48, 2.5)]
     assert (
-        results.mean_curve(found[:1], "step") == [(2, 7.0), (4, 5.0), (6, 3.0)] and results.mean_curve([], "step") == []
+        results.mean_curve(found[:1], "step", 0) == [(2, 7.0), (4, 5.0), (6, 3.0)]
+        and results.mean_curve([], "step", 0) == []
     )
 
 
@@ -537,16 +538,28 @@ def test_two_comparisons_may_go_on_beside_each_other(write, monkeypatch, ranks):
 
 
 def test_a_run_does_not_outlive_a_comparison_that_was_killed(tmp_path):
-    """It would go on training in a folder that the next start of the comparison needs."""
-    run = [sys.executable, "-c", "import time; time.sleep(60)"]
-    starting = f"import os, subprocess, time; subprocess.Popen([*{[sys.executable, str(starts.TIED)]}, str(os.getpid()), *{run}])"
-    comparison = subprocess.Popen([sys.executable, "-c", f"{starting}; print('begun', flush=True); time.sleep(60)"],
-                                  stdout=subprocess.PIPE)  # fmt: skip
-    comparison.stdout.readline()
-    (child,) = psutil.Process(comparison.pid).children()
-    comparison.kill()
-    child.wait(30)  # raises if it goes on
-    assert comparison.wait() == -signal.SIGKILL
+    """It would go on training in a folder that the next start of the comparison needs. Its ranks may have a launcher above them that
+    ends without a word to them."""
+    ranks = f"import subprocess, sys; subprocess.run([{sys.executable!r}, '-c', 'import time; time.sleep(60)'])"
+    run = [sys.executable, str(starts.TIED)], [sys.executable, "-c", ranks]
+    starting = f"import os, subprocess, time; subprocess.Popen([*{run[0]}, str(os.getpid()), *{run[1]}], start_new_session=True)"
+    comparison = subprocess.Popen([sys.executable, "-c", f"{starting}; time.sleep(60)"])
+    try:
+        while len(started := psutil.Process(comparison.pid).children(recursive=True)) < 3:
+            time.sleep(0.05)
+        assert all(process.is_running() for process in started)
+    finally:
+        comparison.kill()
+    assert psutil.wait_procs(started, 30)[1] == [] and comparison.wait() == -signal.SIGKILL
+
+
+def test_a_tied_command_has_its_own_exit_code():
+    words = [sys.executable, str(starts.TIED), str(os.getpid()), sys.executable, "-c"]
+    codes = [
+        subprocess.call([*words, code], start_new_session=True)
+        for code in ("raise SystemExit(3)", "import os; os.abort()")
+    ]
+    assert codes == [3, 128 + signal.SIGABRT]
 
 
 def test_a_run_that_begins_while_the_comparison_ends_is_ended_too(write, monkeypatch):

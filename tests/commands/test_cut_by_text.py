@@ -291,7 +291,7 @@ def test_gate_and_up_in_one_projection_are_fitted_as_two_are(text, tmp_path):
         logits(cut(tmp_path / name, tmp_path / f"cut_{name}", text, "--keep", "0,3", "--ffn", "40"))
         for name in ("llama", "phi3")
     )
-    torch.testing.assert_close(of_phi3, of_llama, rtol=1e-3, atol=1e-3 * float(of_llama.abs().max()))
+    torch.testing.assert_close(of_phi3, of_llama, rtol=1e-3, atol=5e-3 * float(of_llama.abs().max()))
 
 
 def test_outputs_that_several_channels_of_an_ffn_read_are_refused(text, tmp_path, monkeypatch):
@@ -301,3 +301,10 @@ def test_outputs_that_several_channels_of_an_ffn_read_are_refused(text, tmp_path
     teacher = make_model(tmp_path / "teacher", "phi3")
     with pytest.raises(UserError, match=r"phi3 has .*gate_up_proj.weight with 128 where the student has 80"):
         cut(teacher, tmp_path / "cut", text, "--ffn", "40")
+
+
+def test_an_ffn_that_is_half_as_wide_as_the_states_is_joined_by_none(text, tmp_path):
+    """Each of its matrices has twice as many outputs as there are channels, or reads them."""
+    teacher = make_model(tmp_path / "teacher", "llama", hidden_size=32, intermediate_size=16)
+    cut(teacher, tmp_path / "narrow", text, "--hidden", "24")
+    cut(teacher, tmp_path / "both", text, "--hidden", "24", "--ffn", "12")

@@ -42,12 +42,30 @@ DROPPED = {
         r"turn 3 \(tool",
     ),
     "tools": (SAYS_CALLS, with_tools(tools=[TOOL]), "the tools;"),
+    "the second of two tools": (
+        "{{ tools[0] | tojson if tools }}" + SAYS_CALLS,
+        with_tools(tools=[TOOL, {**TOOL, "function": {**TOOL["function"], "name": "tides"}}]),
+        "the tools;",
+    ),
+    "the second of two calls": (
+        SAYS_TOOLS.replace("m.tool_calls | tojson", "m.tool_calls[0] | tojson"),
+        {"messages": [{"role": "user", "content": "rain?"}, {"role": "assistant", "tool_calls": [CALL, CALL]}]},
+        "the tool calls of turn 2",
+    ),
     "a turn whose text is elsewhere, too": (
         chats.DROPS,
         {"messages": [{"role": role, "content": "a cat"} for role in ("system", "user", "assistant")]},
         r"turn 1 \(system",
     ),
 }
+
+
+@pytest.mark.parametrize("tools", ["[" * 100_000, '{"name": "a"}', "3"], ids=["too deep", "an object", "a number"])
+def test_tools_that_are_no_list_are_a_sentence(tmp_path, folder, tools):
+    (tmp_path / "t.jinja").write_text(SAYS_TOOLS)
+    source = chats.write_records(tmp_path / "a.jsonl", [with_tools(tools=tools)])
+    with pytest.raises(UserError, match=r'a\.jsonl:1 must have a (JSON )?list in "tools".* or pass --on-error skip'):
+        tokenize(folder, tmp_path / "c", source, "--targets", "last", "--chat-template", tmp_path / "t.jinja")
 
 
 @pytest.mark.parametrize("case", DROPPED)
@@ -80,7 +98,7 @@ def test_a_table_gives_no_tool_the_keys_of_another(tmp_path, folder):
     other = {"type": "function", "function": {"name": "weather", "arguments": {"day": "today"}}}
     records = [with_tools(tools=[TOOL]), with_tools(tools=[TOOL])]
     records[1]["messages"][1] = {"role": "assistant", "tool_calls": [other]}
-    (tmp_path / "t.jinja").write_text(SAYS_TOOLS.replace("tools | tojson", "'weather markedtool'"))
+    (tmp_path / "t.jinja").write_text(SAYS_TOOLS.replace("tools | tojson", "'weather markedtool0x'"))
     parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
     source, options = tmp_path / "a.parquet", ("--targets", "last", "--chat-template", tmp_path / "t.jinja")
     said = [targets_as_text(folder, one) for one in documents_of(tokenize(folder, tmp_path / "c", source, *options))]

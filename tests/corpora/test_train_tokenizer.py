@@ -56,3 +56,28 @@ def test_held_out_items_that_are_not_there_are_said_before_the_data_is_read(tmp_
     rows = written(tmp_path / "rows.jsonl", lambda n: {"no": "column of the task"})
     with pytest.raises(UserError, match="nofile must exist"):
         task.main(["sst2", "--data", rows, "--held-out", str(tmp_path / "nofile"), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"prompt": ', "[]", json.dumps({"prompt": "\ud800", "completion": "b"})],
+    ids=["json", "list", "surrogate"],
+)
+def test_a_bad_record_behind_good_ones_is_named_and_not_the_size_of_the_vocabulary(tmp_path, line):
+    rows = tmp_path / "rows.jsonl"
+    written(rows, RECORDS["completion"])
+    rows.write_text(rows.read_text() + line + "\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl:201 must .*; correct it") as refused:
+        train_tokenizer.main(
+            ["--targets", "completion", "--vocab-size", "350", "--out", str(tmp_path / "t"), str(rows)]
+        )
+    assert "vocab-size" not in str(refused.value) and not (tmp_path / "t").exists()
+
+
+def test_a_table_that_is_no_text_is_refused_before_the_text_beside_it_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    (tmp_path / "b.csv").write_text("a,b\n")
+    with pytest.raises(UserError, match=r"b\.csv must be text.*take it as one plain text"):
+        train_tokenizer.main(
+            ["--vocab-size", "330", "--out", str(tmp_path / "t"), str(tmp_path / "a.txt"), str(tmp_path / "b.csv")]
+        )

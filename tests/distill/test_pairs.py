@@ -90,7 +90,7 @@ def test_pairs_outside_a_network_are_refused(values, said):
 
 def test_a_deeper_student_must_list_its_pairs():
     with pytest.raises(
-        UserError, match=r"pairs.explicit must list pairs where the student is deeper, .* 12 blocks over 6"
+        UserError, match=r"pairs.explicit must list pairs for a student of more blocks than its teacher \(12 and 6\)"
     ):
         match(Pairs(), 12, 6)
 

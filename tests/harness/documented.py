@@ -29,6 +29,7 @@ ONLY_PARSED = {  # the beginning of a command, and why no test runs it
     "pytest": "is a part of this suite",
     "python -m pytest": "is a part of this suite",
     "python -m lm_eval": "is another program",
+    "jq": "is another program",
     "python - ": "its program is compiled; it reads what the line before it downloads",
     "python tools/smollm2.py": "downloads a model; tests/tools/test_smollm2.py",
     "python tools/evaluation/olmes.py": "reads a package that pip downloads; tests/commands/test_evaluate.py",

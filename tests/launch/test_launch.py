@@ -94,7 +94,7 @@ def test_a_supervised_run_goes_on_by_itself_after_a_kill_and_after_a_signal(root
     assert re.search(r"step 14 of 14 \(student\)  loss .* tokens/s, .* a step", said)
 
     killed, stopped = [line for line in said.splitlines() if "the run was down for" in line]
-    assert "after step 8 (" in killed and "its end: error: rank 1 must give a sign" in killed
+    assert "after step 8 (" in killed and "its end: error: rank 1 must send a heartbeat" in killed
     assert killed.endswith("start the same command again (exit code 5)")
     assert "no step must be taken again; its end: stopped: asked to stop" in stopped
     assert re.search(r"at step 8 and [1-9] steps that are not saved; restarting", starts[0])

@@ -97,14 +97,14 @@ def test_a_rank_that_keeps_python_s_lock_is_silent_to_the_others_and_the_alarm_e
     codes, took, said = ends[0]["lock"]
     assert codes == [GONE, -14]
     assert took[0] < 30 and took[1] < 40
-    assert "error: rank 1 must give a sign" in said
+    assert "error: rank 1 must send a heartbeat" in said
     assert "in fault" in said  # its stack, written without the lock
 
 
 def test_a_run_that_is_suspended_for_longer_than_any_limit_of_silence_goes_on(ends):
     codes, _, said = ends[0]["suspended"]
     assert codes == [0, 0], said
-    assert "must give a sign" not in said
+    assert "must send a heartbeat" not in said
 
 
 @pytest.mark.parametrize("name", ["signal", "orphan"])
@@ -200,7 +200,7 @@ def test_only_a_silent_rank_is_named(pair):
     watches, left, said, _ = pair
     watched(watches[0])
     assert left == {0: GONE}
-    assert len(said) == 1 and said[0].startswith("error: rank 1 must give a sign")
+    assert len(said) == 1 and said[0].startswith("error: rank 1 must send a heartbeat")
 
 
 def test_a_rank_that_has_exited_is_not_silent(pair):
@@ -218,7 +218,9 @@ def test_a_failure_while_a_rank_is_dead_is_reported_as_its_echo(pair):
     with pytest.raises(Left):
         watches[0].end("Traceback (most recent call last):\n  ...\nRuntimeError: Connection closed by peer\n", FAULT)
     assert left == {0: GONE}
-    assert said[0].startswith("rank 0 met: RuntimeError: Connection closed by peer\nerror: rank 1 must give a sign")
+    assert said[0].startswith(
+        "rank 0 met: RuntimeError: Connection closed by peer\nerror: rank 1 must send a heartbeat"
+    )
 
 
 def test_a_rank_of_another_run_at_this_port_does_not_send_our_heartbeats(pair):
@@ -246,7 +248,7 @@ def test_a_signal_that_is_the_echo_of_a_rank_that_died_names_the_rank(pair):
     stop.asked.set()
     watched(watches[0])
     assert left == {0: GONE}
-    assert said[0].startswith(f"rank 0 met: stopped: {Preempted.SENTENCE}\nerror: rank 1 must give a sign")
+    assert said[0].startswith(f"rank 0 met: stopped: {Preempted.SENTENCE}\nerror: rank 1 must send a heartbeat")
 
 
 def test_a_reason_is_printed_before_deepspeed_s_launcher_kills_the_others():
@@ -365,7 +367,7 @@ def test_a_pause_of_the_whole_run_is_nobody_s_silence(pair):
     assert not left and not said
     with pytest.raises(Left):
         rounds(100, watches[0])
-    assert said[0].startswith("error: rank 1 must give a sign")
+    assert said[0].startswith("error: rank 1 must send a heartbeat")
 
 
 def test_a_rank_that_looks_silent_is_looked_at_once_more(pair):

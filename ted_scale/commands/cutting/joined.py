@@ -18,11 +18,15 @@ def find_joined(network, anatomy: Anatomy, heads: list[Heads], ffn: int) -> dict
     leaves, reads = trial(network, anatomy, {found.name for found in heads}, ffn, len(masks))
     found = {}
     for name, (block, leaf) in leaves.items():
-        read = reads[block].flatten(0, -2)
+        read = reads[block].flatten(0, -2) if block in reads else None
+        if read is None or not read.requires_grad:  # nothing of the FFN comes from such an output
+            continue
         slope = slope_of((read * masks.to(read)).sum(), leaf)
         spelled, not_set = slope.flatten(0, -2).ne(0).cpu().split(bits)
         number = (spelled.int() << torch.arange(bits)[:, None]).sum(0)
-        found[name] = torch.where((spelled ^ not_set).all(0), number, -1)
+        channels = torch.where((spelled ^ not_set).all(0), number, -1)
+        if (channels >= 0).any():
+            found[name] = channels
     return found
 
 
@@ -51,7 +55,7 @@ def trial(network, anatomy: Anatomy, attention: set[str], ffn: int, rows: int):
             if not is_matrix(module) or any(name.startswith(f"{owner}.") for owner in attention):
                 continue
             width_in, width_out = (module.weight.shape[d] for d in (input_dim(module), 1 - input_dim(module)))
-            if width_out > ffn and width_out % ffn == 0:
+            if width_in != ffn and width_out > ffn and width_out % ffn == 0:
                 handles.append(module.register_forward_hook(joins(name, number)))
             if width_in == ffn:
                 handles.append(module.register_forward_pre_hook(lambda m, args, n=number: reads.update({n: args[0]})))
