@@ -105,12 +105,14 @@ def measured(plan: Comparison) -> dict[str, Price]:
     known = prices.noted(plan)
     turns = [(arm, turn) for turn in range(plan.measure.rounds) for arm in plan.arms if arm not in known]
     jobs = {plans.measuring_job(plan, arm, turn): arm for arm, turn in turns}
-    todo = [job for job in jobs if not prices.is_over(plan, jobs[job], job.name)]
+    todo = [job for job in jobs if not prices.is_over(plan, jobs[job], job)]
     for job in todo:  # an interrupted one measured only a part
         shutil.rmtree(plan.place / "runs" / job.name, ignore_errors=True)
     for job, code in starts.run_all(plan, todo):
         if code != DONE:
             raise failed(plan, job, code)
+        prices.note_over(plan, job)
+    for job in jobs:
         shutil.rmtree(files.checkpoints_of(plan.place / "runs" / job.name), ignore_errors=True)
     found: dict[str, list[Price]] = {}
     for job, arm in jobs.items():

@@ -6,11 +6,14 @@ gets ten seconds for a first one, and then only what an earlier call fetched is 
 
 import contextlib
 import difflib
+import logging
 import threading
 from pathlib import Path
 
 from ted_scale.base.errors import UserError, files_at, shortened
 from ted_scale.base.paths import NoFile, refuse_no_file
+
+log = logging.getLogger("ted_scale")
 
 MODEL = ("*.safetensors", "*.json", "*.model", "*.txt")
 TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -44,7 +47,12 @@ def fetched(name: str, wanted: list[str]) -> str:
     if fault is None:
         return snapshot_download(name, allow_patterns=wanted)
     with contextlib.suppress(Exception):
-        return snapshot_download(name, allow_patterns=wanted, local_files_only=True)
+        folder = snapshot_download(name, allow_patterns=wanted, local_files_only=True)
+        if "*.safetensors" not in wanted or any(Path(folder).glob("*.safetensors")):  # a plan fetches configs alone
+            log.warning(
+                f"the hub does not answer for {name} ({shortened(str(fault), 80)}): what was fetched before is taken"
+            )
+            return folder
     raise fault
 
 

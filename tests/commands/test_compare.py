@@ -424,6 +424,16 @@ def test_runs_that_measure_are_not_repeated_either(write, started):
     assert measured == [f"measure_{arm}_{turn}" for turn in (0, 1) for arm in ARMS]
 
 
+def test_a_run_that_measured_other_words_is_measured_again(write, started):
+    names, codes = started
+    codes["measure_kd_0"] = "interrupt"
+    with pytest.raises(KeyboardInterrupt):
+        compare.main([write(budget={"seconds": 12.0}, seeds=[0])])
+    codes.clear()
+    compare.main([write(budget={"seconds": 12.0}, seeds=[0], set=["data.prefetch=3"])])
+    assert names.count("measure_ce_0") == 2
+
+
 def test_an_arm_whose_rate_is_too_high_is_measured_without_it(write):
     """It diverges in runs of its own, where it is named."""
     plan = plans.load(write(budget={"seconds": 9.0}, set=["train.lr=9.0", "train.min_lr=1.0", "filters.lr=9.0"]))
@@ -538,7 +548,7 @@ def test_two_comparisons_may_go_on_beside_each_other(write, monkeypatch, ranks):
 
 
 def test_a_run_does_not_outlive_a_comparison_that_was_killed(tmp_path):
-    """It would go on training in a folder that the next start of the comparison needs. Its ranks may have a launcher above them that
+    """It would go on training in a folder that the next start of the comparison needs. A launcher may be above its ranks that
     ends without a word to them."""
     ranks = f"import subprocess, sys; subprocess.run([{sys.executable!r}, '-c', 'import time; time.sleep(60)'])"
     run = [sys.executable, str(starts.TIED)], [sys.executable, "-c", ranks]

@@ -6,6 +6,7 @@ with what else runs on it and from hour to hour.
 
 import json
 import statistics
+from pathlib import Path
 from typing import NamedTuple
 
 from ted_scale.base.durable import write_durably
@@ -25,11 +26,21 @@ class Price(NamedTuple):
     first_validation: float  # the teacher reads the text, too
 
 
-def is_over(plan: Comparison, arm: str, name: str) -> bool:
-    """Whether a measuring run of these steps is over."""
-    steps, last = plan.measure.steps, life.read(plan.place / "runs" / name)
+def words_file(plan: Comparison, job: plans.Job) -> Path:
+    return plan.place / "said" / f"{job.name}.words.json"
+
+
+def note_over(plan: Comparison, job: plans.Job) -> None:
+    words_file(plan, job).parent.mkdir(parents=True, exist_ok=True)
+    write_durably(words_file(plan, job), json.dumps([job.program, *job.words]))
+
+
+def is_over(plan: Comparison, arm: str, job: plans.Job) -> bool:
+    """Whether a measuring run of these steps and these words is over: the plan may have been edited since."""
+    steps, last, said = plan.measure.steps, life.read(plan.place / "runs" / job.name), words_file(plan, job)
     all_steps = steps * (2 if plans.stage_i_steps(plans.of_arm(plan, arm)) else 1)
-    return last is not None and (last.step, last.words) == (all_steps, life.DONE)
+    done = last is not None and (last.step, last.words) == (all_steps, life.DONE)
+    return done and said.is_file() and json.loads(said.read_text()) == [job.program, *job.words]
 
 
 def price_of(plan: Comparison, arm: str, name: str) -> Price:

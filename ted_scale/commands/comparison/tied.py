@@ -14,8 +14,13 @@ PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 def main(parent: int, command: list[str]) -> int:
-    asked = []
-    signal.signal(signal.SIGTERM, lambda *_: (asked.append(True), end_group()))
+    asked: list[int] = []
+
+    def end(number: int, _) -> None:
+        asked.append(number)
+        end_group()
+
+    signal.signal(signal.SIGTERM, end)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it ended before the wish was made
         return 128 + signal.SIGTERM
