@@ -35,6 +35,7 @@ OTHERS = {
     "export",
     "git",
     "hf",
+    "jq",
     "mkdir",
     "npm",
     "rm",

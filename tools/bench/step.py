@@ -99,7 +99,7 @@ class TrainerArm:
         with replaced(places(self.engine, self.teacher) if watch.detailed else [], watch.around):
             self.progress = train(
                 self.stage, self.engine, self.teacher, [micro_batches], self.guard, self.numbers, self.progress,
-                verify=lambda *_: None, validate=lambda _, progress: (progress, False), show=lambda *_: False,
+                verify=lambda *_: None, validate=lambda _, progress: (progress, False), write_samples=lambda *_: False,
                 save=lambda *_: None,
             )  # fmt: skip
 
