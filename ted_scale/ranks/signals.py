@@ -19,7 +19,10 @@ from ted_scale.base.exits import leave, say_where_it_stands, speak
 from ted_scale.ranks import pulse
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-IN_TIME = "which is finished and saved first; a second Ctrl-C ends the run at once, as DeepSpeed's launcher does after 30 s: then "
+IN_TIME = (
+    "which is finished and saved first: wait for the line 'stopped'; a second Ctrl-C ends the run at once, and DeepSpeed's launcher "
+    "does so after 30 s: then "
+)
 AT_ONCE = "which ends at once: "
 asked = threading.Event()
 launchers: tuple[psutil.Process, ...] = ()  # the processes above this one when `listen` was called, nearest first
