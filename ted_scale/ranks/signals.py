@@ -20,8 +20,8 @@ from ted_scale.ranks import pulse
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 IN_TIME = (
-    "which is finished and saved first: wait for the line 'stopped'; a second Ctrl-C ends the run at once, and DeepSpeed's launcher "
-    "does so after 30 s: then "
+    "which is finished and saved first: wait for the line 'stopped'; a second Ctrl-C ends the run at once, and DeepSpeed's "
+    "launcher does so after 30 s: then "
 )
 AT_ONCE = "which ends at once: "
 asked = threading.Event()
