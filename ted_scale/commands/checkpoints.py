@@ -147,6 +147,8 @@ def show(arguments) -> None:
             say(f"{path.name}  removed meanwhile")
     for part in sorted(files.checkpoints_of(arguments.run).glob(f"*{durable.PART}")):
         say(f"{part.name}  unfinished")
+    for line in files.renamed(arguments.run):
+        say(line)
     if others and arguments.action == "verify":
         sys.exit(1)
 

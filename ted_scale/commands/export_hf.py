@@ -33,6 +33,7 @@ def find_checkpoint(source: Path, which: str = "newest") -> tuple[Path, Path]:
         checkpoint, folder = files.newest_checkpoint(source), source
         for damaged in files.first_whole(source)[1]:
             print(files.skipped(damaged.path, damaged.fault), file=sys.stderr)
+        print("".join(f"{line}\n" for line in files.renamed(source)), end="", file=sys.stderr)
         if checkpoint is None:
             raise UserError(f"RUN must have a checkpoint, but {source} has none yet; train it, then export it")
     if not (checkpoint / "progress.json").is_file():

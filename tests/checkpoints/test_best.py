@@ -113,3 +113,18 @@ validation = {{ every = 2, suite = "boolq" }}
 every = 2
 best = "{ACCURACY}"
 """
+
+
+def test_the_tools_name_a_checkpoint_that_was_renamed(tmp_path, capsys):
+    """It is not the newest one any more, so an export takes another step: that was not said."""
+    run = tmp_path / "run"
+    for step in (2, 4):
+        leave(run, step)
+    (run / "run.toml").write_text(RUN_FILE)
+    (run / "checkpoints" / "step_00000004").rename(run / "checkpoints" / "mine")
+    line = "mine is not used, because its name is not step_00000004"
+    assert export_hf.find_checkpoint(run)[0].name == "step_00000002" and line in capsys.readouterr().err
+    checkpoints.main([str(run), "list"])
+    assert line in capsys.readouterr().out
+    with pytest.raises(sealed.Damaged, match="its folder is named mine, which is no checkpoint's name: rename it back"):
+        files.checked({"step": 4, "forks": []}, "mine")
