@@ -20,3 +20,7 @@ __version__ = "0.1.0"
 # transformers imports torchao where it is installed: on a CPU that warns of libraries for CUDA, and torch of torchao's style.
 for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
+# The log says on which device a run is.
+logging.getLogger("DeepSpeed").addFilter(
+    lambda record: not record.getMessage().startswith("Setting accelerator to CPU")
+)
