@@ -168,3 +168,14 @@ def test_the_bar_and_the_lines_know_the_stage_and_the_last_validation(monkeypatc
     teller.close()
     assert said[0].startswith("step 10 of 40 (student)  validation 5.5")
     assert "val 5.5 at 10" in said[1] and said[2].startswith("step 12 of 40 (student)  loss 8.047 (")
+
+
+def test_deepspeed_s_line_about_a_machine_without_a_gpu_is_dropped_and_no_other():
+    """Every command wrote it that imports DeepSpeed; the log says on which device a run is."""
+    log = logging.getLogger("DeepSpeed")
+    lines = (
+        "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.",
+        "an error",
+    )
+    records = [logging.LogRecord("DeepSpeed", logging.WARNING, "", 1, line, (), None) for line in lines]
+    assert [bool(log.filter(record)) for record in records] == [False, True]
