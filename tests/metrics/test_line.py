@@ -172,10 +172,10 @@ def test_the_bar_and_the_lines_know_the_stage_and_the_last_validation(monkeypatc
 
 def test_deepspeed_s_line_about_a_machine_without_a_gpu_is_dropped_and_no_other():
     """Every command wrote it that imports DeepSpeed; the log says on which device a run is."""
-    log = logging.getLogger("DeepSpeed")
+    first, *_ = logging.getLogger("DeepSpeed").filters  # console.py adds others while a run goes
     lines = (
         "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.",
         "an error",
     )
     records = [logging.LogRecord("DeepSpeed", logging.WARNING, "", 1, line, (), None) for line in lines]
-    assert [bool(log.filter(record)) for record in records] == [False, True]
+    assert [bool(first(record)) for record in records] == [False, True]
