@@ -161,7 +161,18 @@ class Place:
 
     def reviews(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        rows = [json.dumps({"sentence": f"film {n} of {path}", "label": n % 2}) + "\n" for n in range(40)]
+        """With the columns of SST-2 and of SciQ, both of which documents name."""
+        sciq = {
+            "support": "",
+            "correct_answer": "blue",
+            "distractor1": "red",
+            "distractor2": "green",
+            "distractor3": "grey",
+        }
+        rows = [
+            json.dumps({"sentence": f"film {n} of {path}", "label": n % 2, "question": f"colour {n}?", **sciq}) + "\n"
+            for n in range(40)
+        ]
         (path / "rows.jsonl").write_text("".join(rows))
 
     def any_folder(self, path: Path) -> None:
