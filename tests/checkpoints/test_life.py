@@ -21,7 +21,7 @@ def test_a_start_after_a_kill_counts_the_steps_that_were_not_saved_and_the_time_
     assert spent == Spent(1620.0, 600.0, 60.0, 28.0, 7.0, 500.0, 150.0)
     assert spent.total == DIED.spent.total + 120.0
     assert lost.sentence(100) == (
-        "the run was down for 2.0 min, and 37 steps after step 100 (8.0 min) must be taken again; its end: it was killed, "
+        "the run was down for 2.0 min, and at least 37 steps after step 100 (8.0 min) must be taken again; its end: it was killed, "
         "or its machine is gone"
     )
 
@@ -129,3 +129,9 @@ def test_times_that_no_run_can_have_are_no_times(tmp_path):
     huge = dataclasses.asdict(Life(1, dataclasses.replace(SAVED, steps=1.7e308, repeated=1.7e308)))
     (tmp_path / life.NAME).write_text(json.dumps(huge))
     assert read(tmp_path) is None
+
+
+def test_a_kill_in_the_first_steps_after_a_save_is_not_said_to_cost_nothing():
+    """life.json is written every ten seconds, so what was taken since is not known."""
+    killed = life.Lost(0, 0.0, 0.0, life.KILLED).sentence(10)
+    assert "what it took in its last 10 s must be taken again" in killed and "no step" not in killed
