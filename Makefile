@@ -16,7 +16,7 @@ help:
 	@echo "make setup   .venv with the tested set of packages"
 	@echo "make demo    a whole life of a small model on two CPU cores, some minutes"
 	@echo "make check   lint, types and the short tests, under two minutes"
-	@echo "make test    the CPU tests, a quarter of an hour on two cores"
+	@echo "make test    the CPU tests, twelve minutes on two cores"
 	@echo "make soak    the long tests"
 	@echo "make lint    ruff                 make types  mypy"
 	@echo "make docs    the documentation site, docs/_site/index.html; a warning is an error"
