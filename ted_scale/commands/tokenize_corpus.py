@@ -22,7 +22,7 @@ import numpy
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
 from ted_scale.corpora import examples, output
-from ted_scale.corpora.documents import find_files, read_documents, stop
+from ted_scale.corpora.documents import KEYS, find_files, read_documents, stop
 from ted_scale.corpora.local import unfinished
 from ted_scale.corpora.tokenizer import Tokenizer, digest, load_tokenizer
 from ted_scale.corpora.writer import Encoded, Mark, Writer, dtype_of
@@ -164,7 +164,7 @@ def tokenize(args, files: list[Path], encode, job: dict) -> dict:
         keep(error)
 
     on_error, on_late = (skip, keep) if args.on_error == "skip" else (stop, stop)
-    keys = examples.KEYS[args.targets] if args.targets else args.text_key
+    keys = KEYS[args.targets] if args.targets else args.text_key
     documents = read_documents(files, keys, args.document_per, on_error, mark[:2])
     groups, late = encode_all(batches(documents, counts), args.workers, encode), [0]
     write(examples.accepted(groups, files, on_late, late), writer, job["sources"])
@@ -229,7 +229,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--targets",
-        choices=tuple(examples.KEYS),
+        choices=tuple(KEYS),
         help='read "messages", whose targets are all turns of the assistant or the last one, or "prompt" and "completion"',
     )
     parser.add_argument(

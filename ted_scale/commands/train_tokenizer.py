@@ -15,8 +15,7 @@ from pathlib import Path
 
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
-from ted_scale.corpora.documents import Document, find_files, read_documents, refuse
-from ted_scale.corpora.examples import KEYS
+from ted_scale.corpora.documents import KEYS, Document, find_files, read_documents, refuse
 from ted_scale.corpora.messages import said
 from ted_scale.corpora.tokenizer import load_tokenizer
 
@@ -212,7 +211,7 @@ def said_at(path: Path, document: Document) -> str:
     try:
         return said(document.text)
     except ValueError as error:
-        raise UserError(f"{path}:{document.line} {error}") from None
+        refuse(UserError(f"{path}:{document.line} {error}"))
 
 
 if __name__ == "__main__":

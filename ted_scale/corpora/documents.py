@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import parse_json
@@ -29,10 +29,11 @@ TEXT = {
     ".bash", ".sql", ".swift", ".m",
 }
 # fmt: on
-RECORDS = {
-    "messages": "assistant",
-    "prompt": "completion",
-}  # what has no text, by a key of it: the --targets that read it
+KEYS = {  # of the records that each --targets reads; the first must be there
+    "assistant": ("messages", "tools"),
+    "last": ("messages", "tools"),
+    "completion": ("prompt", "completion", "tools"),
+}
 LINES = {".jsonl", ".ndjson"}
 TABLES = {".csv", ".tsv"}
 PACKED = {".gz", ".zst"}
@@ -53,7 +54,7 @@ def stop(error: UserError) -> None:
     raise error
 
 
-def refuse(error: UserError) -> None:
+def refuse(error: UserError) -> NoReturn:
     """`stop` of a command that has no --on-error."""
     raise UserError(str(error).replace(" or pass --on-error skip", ""))
 
@@ -177,12 +178,9 @@ def _read_by(line: bytes) -> str:
     """Which option reads a record that has no text."""
     with contextlib.suppress(ValueError):
         record = parse_json(line)
-        held = [key for key in RECORDS if isinstance(record, dict) and key in record]
-        return (
-            f"; it has {held[0]}, which --targets {RECORDS[held[0]]} of tokenize and train-tokenizer reads"
-            if held
-            else ""
-        )
+        for targets, (key, *_) in KEYS.items():
+            if isinstance(record, dict) and key in record:
+                return f"; it has {key}, which --targets {targets} of tokenize and train-tokenizer reads"
     return ""
 
 

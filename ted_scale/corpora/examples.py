@@ -15,19 +15,12 @@ from typing import Any, NamedTuple
 import numpy
 
 from ted_scale.base.errors import UserError, files_at
-from ted_scale.base.parsing import parse_json
 from ted_scale.corpora.marks import Marked, Sizes, encode_marked, sizes_of
-from ted_scale.corpora.messages import list_of, refuse_dropped, said_in, tools_of
+from ted_scale.corpora.messages import list_of, object_in, refuse_dropped, said_in, tools_of
 from ted_scale.corpora.templates import Span, Template, answer, answers
 from ted_scale.corpora.tokenizer import hugging_face
 from ted_scale.corpora.writer import Encoded
 from ted_scale.storage import hub
-
-KEYS = {
-    "assistant": ("messages", "tools"),
-    "last": ("messages", "tools"),
-    "completion": ("prompt", "completion", "tools"),
-}
 
 
 class Example(NamedTuple):
@@ -124,12 +117,7 @@ def encoded(reader: Reader, examples: dict[int, Example]) -> dict[int, Marked]:
 
 def example_of(reader: Reader, record: str) -> Example:
     """What a line or row holds. A ValueError has the rest of a sentence."""
-    try:
-        values = parse_json(record)
-    except ValueError as error:
-        raise ValueError(f"must be a JSON object, but is not ({error}); correct it or pass --on-error skip") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"must be a JSON object, but is {type(values).__name__}; correct it or pass --on-error skip")
+    values = object_in(record)
     if reader.targets == "completion":
         return completion_of(reader, values)
     messages = messages_of(reader, values, "messages")

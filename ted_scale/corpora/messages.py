@@ -12,6 +12,17 @@ from ted_scale.base.parsing import parse_json
 RENDER = Callable[[list[dict], list | None], str]
 
 
+def object_in(record: str) -> dict:
+    """A ValueError has the rest of a sentence."""
+    try:
+        values = parse_json(record)
+    except ValueError as error:
+        raise ValueError(f"must be a JSON object, but is not ({error}); correct it or pass --on-error skip") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"must be a JSON object, but is {type(values).__name__}; correct it or pass --on-error skip")
+    return values
+
+
 def list_of(values: dict, key: str) -> list[dict]:
     """The messages under a key, without keys that are null, as in Parquet. A ValueError has the rest of a sentence."""
     found = values.get(key)
@@ -68,12 +79,7 @@ def said_in(message: dict) -> list[str]:
 def said(record: str) -> str:
     """All text of a conversation, or of a prompt with its completion, without what a template writes around it. A ValueError has
     the rest of a sentence."""
-    try:
-        values = parse_json(record)
-    except ValueError as error:
-        raise ValueError(f"must be a JSON object, but is not ({error}); correct it") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"must be a JSON object, but is {type(values).__name__}; correct it")
+    values = object_in(record)
     parts = [part for key in ("messages", "prompt", "completion") if (part := values.get(key)) is not None]
     text = "".join(part if isinstance(part, str) else turns(part) for part in parts)
     if text != text.encode("utf-8", "replace").decode():

@@ -81,3 +81,9 @@ def test_a_table_that_is_no_text_is_refused_before_the_text_beside_it_is_read(tm
         train_tokenizer.main(
             ["--vocab-size", "330", "--out", str(tmp_path / "t"), str(tmp_path / "a.txt"), str(tmp_path / "b.csv")]
         )
+
+
+def test_a_message_without_text_is_refused_without_an_option_that_the_command_lacks(tmp_path):
+    rows = written(tmp_path / "rows.jsonl", lambda n: {"messages": [{"role": "user", "content": 3}]})
+    with pytest.raises(UserError, match=r"rows\.jsonl:1 must have text, a list or null .*; correct it$"):
+        train_tokenizer.main(["--targets", "assistant", "--vocab-size", "330", "--out", str(tmp_path / "t"), rows])
