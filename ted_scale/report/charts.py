@@ -35,10 +35,8 @@ from ted_scale.report.thinning import binned, thin
 POINTS, LEAST_STRETCHES, MOST_STRETCHES = 6_000, 16, 400  # of all lines of a chart; stretches of a line
 FEW = 40  # points of a line that are also drawn one by one: a single one would not be seen
 BINS, CELLS = 240, 5_000  # of a heat-map: along its time, and in all
-SPAN = (
-    1,
-    99,
-)  # percentiles at which its colours end: the first steps, or one spike, would leave one colour to all others
+# Percentiles at which its colours end: the first steps, or one spike, would leave one colour to all others.
+SPAN = (1, 99)
 HEIGHT = 300
 EXACT = "%.6g"  # of what a pointer reads: 0.00003 is a learning rate
 LARGE_UNITS = ("tokens", "tokens/s")

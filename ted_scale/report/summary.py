@@ -219,8 +219,12 @@ def samples(runs: list[RunSeen]) -> str:
 def newest_first(found: list[dict]) -> list[dict]:
     """Those of the last steps, and at the end the first ones, from which they came."""
     steps = sorted({sample.get("step", 0) for sample in found}, reverse=True)
-    shown = [*steps[:SAMPLED], *steps[SAMPLED:][-1:]]
-    return [sample for step in shown for sample in found if sample.get("step", 0) == step][:MOST_SAMPLES]
+    newest, first = (
+        [sample for step in which for sample in found if sample.get("step", 0) == step]
+        for which in (steps[:SAMPLED], steps[SAMPLED:][-1:])
+    )
+    first = first[:MOST_SAMPLES]
+    return [*newest[: MOST_SAMPLES - len(first)], *first]
 
 
 def scores(runs: list[RunSeen]) -> str:

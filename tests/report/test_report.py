@@ -252,3 +252,10 @@ def test_text_and_lines_stand_out_from_both_grounds(theme):
     for ground in (inks["ground"], inks["raised"]):
         for colour in (inks["text"], inks["soft"], inks["link"], *LINES[theme]):
             assert contrast(colour, ground) >= 4.5, (colour, ground)
+
+
+def test_the_first_samples_stay_however_many_prompts_there_are():
+    found = [{"step": step, "prompt": str(n)} for step in range(0, 90, 10) for n in range(20)]
+    shown = [sample["step"] for sample in summary.newest_first(found)]
+    assert len(shown) == summary.MOST_SAMPLES and shown == sorted(shown, reverse=True)
+    assert set(shown) == {80, 70, 0}
