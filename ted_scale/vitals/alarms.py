@@ -62,8 +62,8 @@ def of_pair(history: History, k: int) -> Iterator[tuple[str, str]]:
         yield (
             f"error {k}",
             f"the error of pair {k} grows: {now:.3g} after {min(before):.3g}. The student's state moves away from the "
-            "teacher's there. That is right only if loss.layer falls or has ended. Otherwise raise loss.layer, or lower train.lr or "
-            "filters.lr",
+            "teacher's there. That is right only if loss.layer falls or has ended. Otherwise raise loss.layer, or lower train.lr "
+            "or filters.lr",
         )
     cosine, norms = (recent(history, f"vitals/{name}/{k}") for name in ("pull_cosine", "pull"))
     if cosine < AGAINST and norms > FELT:
