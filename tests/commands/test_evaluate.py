@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from judged import TEXTS, make_judged
 from wandb_file import finished, read_rows
 
@@ -174,6 +175,7 @@ def test_wandb_works_offline(tmp_path, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no key in a netrc file
+    wandb.teardown()  # it keeps the folder in which it was set up first
     results.track("proof", Result("a", "x/a", [Score("cats", "bits a byte", 1.5)]), {})
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     (row,) = read_rows(finished(file))
