@@ -42,6 +42,7 @@ def start_ranks(run: Run | None = None, check=lambda device: None) -> torch.devi
     patience = LONGEST_WAIT if run else timedelta(minutes=30)
     with contextlib.redirect_stdout(io.StringIO()):  # "built successfully", on every rank
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=patience)
+    watch.all_have_met()
     return device
 
 

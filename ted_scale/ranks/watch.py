@@ -24,7 +24,7 @@ from ted_scale.ranks import pulse, signals
 from ted_scale.ranks.headway import Headway, beat, heard
 from ted_scale.ranks.lived import Clock, set_alarm, stop_alarm
 from ted_scale.ranks.stacks import aside, place, stacks, write_stacks
-from ted_scale.ranks.store import open_store, patiently, taken
+from ted_scale.ranks.store import MEETING_S, open_store, patiently, taken
 
 HEARTBEAT_S = 1.0
 HEARTBEATS_A_LOOK = 4  # rank 0 reads the heartbeats of all ranks after this many of its own
@@ -53,6 +53,12 @@ def begun(rank: int, world: int, limits, folder: Path) -> "Watch":
     return watch
 
 
+def all_have_met() -> None:
+    """The process group is made, so no rank comes to the store any more."""
+    if current is not None:
+        current.all_have_met = True
+
+
 def close() -> None:
     """The run is done on all ranks: from here on a silent rank means nothing."""
     global current
@@ -71,7 +77,7 @@ class Watch:
         self.heard: dict[int, tuple[bytes, float]] = {}  # each rank's last new heartbeat, and when it was seen
         self.doubted: dict[int, int] = {}  # ranks that look silent, and the own heartbeat that found them so
         self.stands, self.since, self.headway, self.teller = pulse.now, 0.0, Headway(), None
-        self.closed, self.alone = threading.Event(), threading.Lock()
+        self.closed, self.alone, self.all_have_met = threading.Event(), threading.Lock(), False
         self.threads = [threading.Thread(target=loop, daemon=True) for loop in (self.meet_others, self.watch_itself)]
 
     def begin(self) -> None:
@@ -99,7 +105,8 @@ class Watch:
     def watch_itself(self) -> None:
         """The checks that need no other rank: launcher alive, rank 0 answers, own alarm set again. If the main thread holds
         Python's lock for ever, this loop stops: then a thread without Python writes the stack, the other ranks find this one
-        silent, and the alarm ends it."""
+        silent, and the alarm ends it. While ranks come, torch's store asks DNS for the name of each and serves nobody meanwhile:
+        5 seconds or more for a rank, where DNS does not answer."""
         silence_s, clock, closed = self.limits.silence_s, Clock(LONGEST_ROUND * HEARTBEAT_S), False
         met, since = self.meetings, clock.now
         while not closed:
@@ -109,7 +116,7 @@ class Watch:
                 signals.asked.set()
             if met != self.meetings:
                 met, since = self.meetings, clock.now
-            if clock.tick() - since > silence_s:
+            if clock.tick() - since > (silence_s if self.all_have_met else max(silence_s, MEETING_S)):
                 self.end_without_rank_0()
             closed = self.closed.wait(HEARTBEAT_S)
 

@@ -1,10 +1,12 @@
 """Ranks without a model, two for each fault: an all-reduce a step, watched as run.py has its ranks watched.
 
-`python tests/harness/watched_ranks.py FOLDER deepspeed.launcher.none` imports torch once, forks the ranks of all faults, and
-writes FOLDER/results.json: of each fault the ranks' exit codes and how long after it they left; FOLDER/FAULT.err is what
-both ranks wrote, in order. The second word makes this process a launcher in the eyes of signals.py.
+`python tests/harness/watched_ranks.py FOLDER deepspeed.launcher.none` imports torch once, forks the ranks of one fault after the
+other, so that no start keeps another run from its heartbeats, and writes FOLDER/results.json: of each fault the ranks' exit
+codes and when they left; FOLDER/FAULT.err is what both ranks wrote, in order. The second word makes this process a launcher in
+the eyes of signals.py.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -30,19 +32,20 @@ from ted_scale.run_folder import where_it_stands
 
 PYTHON = ctypes.PyDLL(None)  # calls through it keep Python's lock
 FAULTY_STEP = 10
-FAULTS = (
+START_S = 20.0  # for two ranks to meet, on a machine that does other work
+FAULTS = (  # those that take longest first
+    "suspended",
+    "lock",
+    "hang",
+    "die",
+    "die0",
     "raise",
     "sentence",
     "memory",
-    "die",
-    "die0",
-    "hang",
-    "lock",
     "orphan",
     "signal",
     "interrupt",
     "early",
-    "suspended",
     "none",
 )
 
@@ -91,6 +94,8 @@ def rank_of(name: str, folder: Path) -> None:
     silence_s = {"die": 4.0, "die0": 4.0, "lock": 4.0, "suspended": 4.0}.get(name, 20.0)
     watch.start(Limits(step_s=step_s, start_s=40.0, silence_s=silence_s), folder / name)
     dist.init_process_group("gloo")
+    watch.all_have_met()
+    (folder / f"{name}.{rank}.up").touch()
     if rank == 0:
         exits.where_it_stands = partial(where_it_stands, folder / name, 1000)
     if name == "early" and rank == faulty:
@@ -149,36 +154,48 @@ def launcher(name: str, port: int, folder: Path) -> None:
     time.sleep(600)
 
 
+def begin(name: str, folder: Path, results: dict, ranks: dict) -> None:
+    """Start both ranks and wait until they have met."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results[name] = {"codes": [None, None], "left": [None, None]}
+    if name == "orphan":
+        fork(lambda: launcher(name, port, folder))
+    else:
+        ranks.update({start(name, rank, port, folder): (name, rank) for rank in (0, 1)})
+    until = time.time() + START_S
+    while not all((folder / f"{name}.{rank}.up").exists() for rank in (0, 1)) and time.time() < until:
+        reap(folder, results, ranks)
+
+
+def reap(folder: Path, results: dict, ranks: dict) -> None:
+    """Note what has exited since the last call, and when."""
+    time.sleep(0.01)
+    with contextlib.suppress(ChildProcessError):
+        while (exited := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+            pid, status = exited
+            for rank in (0, 1):
+                path = folder / f"orphan.{rank}.pid"
+                if path.exists() and path.read_text() == str(pid):
+                    ranks[pid] = ("orphan", rank)
+            if pid in ranks:
+                name, rank = ranks.pop(pid)
+                results[name]["codes"][rank] = os.waitstatus_to_exitcode(status)
+                results[name]["left"][rank] = time.time()
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans come to this process
+    results: dict[str, dict[str, list]] = {}
     ranks: dict[int, tuple[str, int]] = {}
     for name in FAULTS:
         (folder / name).mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        if name == "orphan":
-            fork(lambda name=name, port=port: launcher(name, port, folder))
-            continue
-        for rank in (0, 1):
-            ranks[start(name, rank, port, folder)] = (name, rank)
-    results: dict[str, dict[str, list]] = {name: {"codes": [None, None], "left": [None, None]} for name in FAULTS}
+        begin(name, folder, results, ranks)
     deadline = time.time() + 60
     while any(None in result["codes"] for result in results.values()) and time.time() < deadline:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            break
-        for rank in (0, 1):
-            path = folder / f"orphan.{rank}.pid"
-            if pid and path.exists() and path.read_text() == str(pid):
-                ranks[pid] = ("orphan", rank)
-        if pid in ranks:
-            name, rank = ranks[pid]
-            results[name]["codes"][rank] = os.waitstatus_to_exitcode(status)
-            results[name]["left"][rank] = time.time()
-        time.sleep(0.01 if not pid else 0)
+        reap(folder, results, ranks)
     (folder / "results.json").write_text(json.dumps(results))
 
 
