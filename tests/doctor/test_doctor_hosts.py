@@ -3,7 +3,6 @@
 import json
 import sys
 
-import pytest
 from network import ADDRESSES, NOBODY, two_nodes, write_hosts
 from places import ROOT
 
@@ -18,7 +17,6 @@ def findings(nodes, folder, names) -> tuple[int, list[dict]]:
     return code, [each for each in json.loads(said)["findings"] if each["what"] in ("ssh", "pdsh", "ranks", "gloo")]
 
 
-@pytest.mark.alone
 def test_ranks_on_both_nodes_add_up_over_their_network(tmp_path):
     with two_nodes(tmp_path) as nodes:
         before = nodes.received(1)
@@ -28,7 +26,6 @@ def test_ranks_on_both_nodes_add_up_over_their_network(tmp_path):
     assert found[-1]["what"] == "gloo" and "2 ranks on" in found[-1]["said"]
 
 
-@pytest.mark.alone
 def test_a_node_that_ssh_does_not_reach_is_named_and_no_rank_is_started(tmp_path):
     with two_nodes(tmp_path) as nodes:
         code, found = findings(nodes, tmp_path, [ADDRESSES[0], NOBODY])

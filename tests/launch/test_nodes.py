@@ -3,7 +3,6 @@
 import json
 import time
 
-import pytest
 from network import ADDRESSES, DEEPSPEED, NOBODY, PRETRAIN, SUPERVISE, two_nodes, write_hosts
 from tiny import make_corpus, make_model, make_run, write_run
 
@@ -11,7 +10,6 @@ TRAIN = {"steps": 3, "tokens_per_step": 64}
 SECTIONS = {"method": "kd", "filters": {"steps": 0}, "train": TRAIN, "checkpoint": {"every": 100}}
 
 
-@pytest.mark.alone
 def test_a_hostfile_starts_a_rank_on_each_node_and_they_train_over_the_network(tmp_path):
     """`deepspeed` on the first node, as the README says; what ranks need to know about the network is in .deepspeed_env."""
     make_model(tmp_path / "teacher", "llama")
