@@ -10,7 +10,7 @@ PAIR   := -n 2 --dist loadfile --no-loadscope-reorder  # two files of tests at a
 
 export PATH := $(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test suite lint types docs soak clean
+.PHONY: help setup demo check quick test suite lint types docs soak clean
 
 help:
 	@echo "make setup   .venv with the tested set of packages"
@@ -47,7 +47,10 @@ $(OPS): $(STAMP)
 demo: setup
 	@$(BIN)/python tools/demo.py
 
-check: lint types
+check: # at once: mypy takes one core, and tests of two workers wait at times
+	@$(MAKE) --no-print-directory -j 3 lint types quick
+
+quick: setup
 	@$(PYTEST) $(PAIR) -m "not gpu and not soak and not long and not alone"
 
 test: setup

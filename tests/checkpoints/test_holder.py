@@ -77,6 +77,7 @@ def test_a_process_that_slept_and_was_replaced_ends_with_a_sentence(folder):
     assert second.leave() == 0
 
 
+@pytest.mark.long  # starts many processes
 @pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("last", ["none", "dead", "left"])
 def test_of_many_starts_at_once_exactly_one_has_the_run(folder, last, rounds):

@@ -170,6 +170,7 @@ def test_models_whose_folders_are_named_alike_have_longer_names():
     assert results.names(["models/a", "models/b"]) == ["a", "b"]
 
 
+@pytest.mark.long  # starts W&B's service
 def test_wandb_works_offline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("WANDB_MODE", "WANDB_API_KEY"):

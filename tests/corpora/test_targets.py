@@ -90,6 +90,7 @@ def test_completions_count_with_the_end_token_as_trl_counts_them(tmp_path, folde
     assert straddled  # a token across the border counts, as in TRL
 
 
+@pytest.mark.long  # starts processes
 def test_parquet_and_workers_make_the_same_shards(tmp_path, folder, monkeypatch):
     import pyarrow
     from pyarrow import parquet

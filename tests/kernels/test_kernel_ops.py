@@ -1,4 +1,4 @@
-"""The losses as torch operations: torch.compile, wrong arguments, and what they must not touch or keep."""
+"""The losses as torch operations: wrong arguments, and what they must not touch or keep."""
 
 import weakref
 from typing import get_args
@@ -70,38 +70,12 @@ def test_values_are_read_on_a_cpu_only():
         check_labels(labels, 3, 9, weight)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_torch_compile_takes_a_loss_without_a_graph_break(name):
-    make, trained, loss = CALLS[name]
-
-    def twice(**values):
-        out = loss(**values)
-        return 2 * (out[0] if isinstance(out, tuple) else out)
-
-    eager, grads = ours(make(), twice, trained)
-    compiled, compiled_grads = ours(make(), torch.compile(twice, fullgraph=True, backend="aot_eager"), trained)
-    assert all(torch.equal(a, b) for a, b in zip([eager, *grads], [compiled, *compiled_grads], strict=True))
-
-
 def test_the_operations_pass_torch_s_own_checks():
     v = tensors()
     arguments = (v["h_s"], v["w_s"], v["head_bias_s"], v["h_t"], v["w_t"], v["head_bias_t"], v["labels"],
                  v["token_weight"], [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0], [True, True, False], "torch", 5,
                  "jsd", 3, 0.5)  # fmt: skip
     torch.library.opcheck(logit_chunks, arguments, test_utils=("test_schema", "test_faketensor"))
-
-
-@pytest.mark.long  # each compiles
-@pytest.mark.parametrize(
-    "settings", [{}, {"divergence": "reverse", "skip_below": 1.0}, {"divergence": "jsd", "top_k": 4}], ids=str
-)
-def test_the_compiled_backend_has_the_same_values(settings):
-    """In fp32, with two chunks of one size and a ragged one."""
-    settings = {"chunk_tokens": 5, "temperature": 2.0, **settings}
-    eager, grads = ours(tensors(), **settings)
-    compiled, compiled_grads = ours(tensors(), **settings, backend="compiled")
-    for a, b in zip([*eager, *grads], [*compiled, *compiled_grads], strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -202,14 +176,6 @@ def test_a_loss_of_no_tokens_is_0(mode):
     none = {k: v[:0].clone() if k in by_token else v for k, v in tensors().items()}
     outputs, grads = ours(none, mode=mode)
     assert outputs[0] == 0 and grads[0].shape == (0, D_S) and all(g.count_nonzero() == 0 for g in grads)
-
-
-@pytest.mark.parametrize("mode", ["chunked", "strict"])
-def test_a_loss_is_compiled_once_for_vocabularies_of_any_size(mode):
-    compiled = torch.compile(lambda **values: linear_kl_ce(**values, mode=mode)[0], fullgraph=True, dynamic=True)
-    for size in (23, 29):
-        values = tensors(v_s=size, v_t=size)
-        assert torch.allclose(compiled(**values), linear_kl_ce(**values, mode=mode)[0], atol=1e-5)
 
 
 def test_a_gradient_of_16_bits_has_room_for_the_sum_before_it_is_divided():

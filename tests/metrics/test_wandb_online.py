@@ -121,6 +121,7 @@ def test_the_restart_and_both_ends_are_alerts(online):
     ]  # fmt: skip
 
 
+@pytest.mark.long  # waits for it
 def test_an_api_that_has_become_slow_holds_up_no_step_and_the_end_only_for_so_long(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb_connection, "CLOSE_S", 2.0)
     with stand_in(slow_s=5.0) as server:

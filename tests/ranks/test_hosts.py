@@ -77,6 +77,7 @@ def test_a_command_that_deepspeed_cannot_read_is_a_mistake(words):
         hosts.hosts_of(["deepspeed", "a.py", *words])
 
 
+@pytest.mark.long  # waits for a host that does not answer
 def test_every_host_is_asked_at_the_port_of_the_command_and_what_ssh_says_is_told(file, asked, monkeypatch):
     monkeypatch.setattr(hosts, "ANSWER_S", 5)
     found = hosts.hosts_of(["deepspeed", "-H", file, "--ssh_port", "2222", "a.py"])

@@ -106,6 +106,7 @@ for i in range(10**9):
 """
 
 
+@pytest.mark.long  # starts programs
 def test_concurrent_writers_that_are_killed_leave_no_wrong_chunk(tmp_path):
     path = tmp_path / "chunks"
     command = [sys.executable, "-c", WRITER, str(path)]

@@ -82,6 +82,7 @@ def test_a_file_is_read_through_links_and_a_pipe_is_not_waited_for(tmp_path):
         tensor_file.header_of(tmp_path / "pipe")
 
 
+@pytest.mark.long  # starts a program
 @pytest.mark.skipif(faulty_files.COMPILER is None, reason="there is no C compiler for faulty_files.c")
 def test_other_threads_run_while_a_file_is_opened_and_read_from_a_server_that_pauses(tmp_path):
     """safe_open kept Python's lock: heartbeats stopped, and the rank counted as dead."""

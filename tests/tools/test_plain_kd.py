@@ -26,6 +26,7 @@ def run(tmp_path, monkeypatch):
     dist.destroy_process_group()
 
 
+@pytest.mark.long  # trains
 def test_a_comparison_reads_its_losses_rates_and_seconds(run):
     plan = make_plan(run, world=1)
     plain_kd.train(plan)
