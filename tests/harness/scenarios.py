@@ -1,6 +1,7 @@
 """The scenarios of ranks.py: each is called on every rank with the folder of models and corpus, and returns plain
 values."""
 
+import contextlib
 import errno
 import json
 import resource
@@ -15,7 +16,7 @@ from tiny import FAMILIES, make_run
 from ted_scale import run as build
 from ted_scale.base import durable
 from ted_scale.base.errors import RunStopped, UserError
-from ted_scale.checkpoints import attempts, saver
+from ted_scale.checkpoints import attempts, copier, saver
 from ted_scale.checkpoints import folder as checkpoint_files
 from ted_scale.checkpoints.progress import Progress
 from ted_scale.checkpoints.saver import Save
@@ -29,15 +30,14 @@ from ted_scale.models import fused, zero_hooks
 from ted_scale.models.engine_config import engine_config
 from ted_scale.models.zero import gathered, is_sharded, shape_of
 from ted_scale.plan import make_plan
+from ted_scale.ranks.agree import new_group
 
 TWO = {"micro_batch": 2}  # two micro-batches a step on two ranks: half the time of four
 TEN_STEPS = {"filters": {"steps": 4}, "train": {"steps": 6, **TWO}}
+FIVE_STEPS = {"filters": {"steps": 2}, "train": {"steps": 3, **TWO}}  # a stage's first step learns the order of weights
 THREE_STEPS = {"filters": {"steps": 1}, "train": {"steps": 2, **TWO}}
 SKIPPING = {"divergence": "jsd", "skip_low_entropy": 0.4}  # from the second step of stage II on
-TWENTY_STEPS = {
-    "filters": {"steps": 8}, "train": {"steps": 12, **TWO}, "checkpoint": {"every": 5, "keep": 100},
-    "loss": {"balance": "auto"},
-}  # fmt: skip
+SAVED = {**TEN_STEPS, "checkpoint": {"every": 3, "keep": 100}, "loss": {"balance": "auto"}}
 
 
 MIXTURES = {"qwen3_moe": "sharded", "qwen3_next": "node"}  # a teacher's family: its place
@@ -49,8 +49,30 @@ def beside(names: list[str]) -> list[tuple[str, str]]:
 
 
 def start(folder: Path, device, **sections):
-    run = make_run(folder, **sections)
-    return build.train_run(make_plan(run, dist.get_world_size()), device)
+    """Validates a row for each of four ranks, unless it is told more."""
+    run = make_run(folder, **{"validation": {"tokens": 128}, **sections})
+    with groups_that_end():
+        return build.train_run(make_plan(run, dist.get_world_size()), device)
+
+
+@contextlib.contextmanager
+def groups_that_end():
+    """The groups of a run's saves end with it here, and elsewhere with its process: of each, a thread of gloo looks around a
+    hundred times a second, and after a hundred runs these threads took more of a core than a run."""
+    groups: list = []
+
+    def noted():
+        groups.append(new_group())
+        return groups[-1]
+
+    saver.new_group = copier.new_group = noted
+    try:
+        yield
+    finally:
+        saver.new_group = copier.new_group = new_group
+        dist.barrier()  # a save's last words may be on their way to another rank
+        for group in groups:
+            dist.destroy_process_group(group)
 
 
 def rows(folder: Path, name: str) -> list[dict]:
@@ -70,8 +92,40 @@ def ten_steps(folder: Path, device):
     start(folder, device, name=f"ten_{dist.get_world_size()}", **TEN_STEPS)
 
 
+def watched_ten_steps(folder: Path, device):
+    """The same, and of it: the share of the parameters that this rank holds, after construction and between steps 9 and 10, and
+    the student's weights after step 6, to compare with runs that stop in step 7."""
+    seen, weights, engines = {}, [], {}
+
+    def watch(name, original):
+        def wrapped(*arguments, **named):
+            built = original(*arguments, **named)
+            engines[name] = built.engine.module if name == "teacher" else built.module
+            seen[f"{name} built"] = resident_share(engines[name])
+            return built
+
+        return wrapped
+
+    def add(self, progress, *arguments, **named):
+        if progress.step == 6:
+            weights.extend(checksum(engines["student"]))
+        if progress.step == 9:
+            seen.update({f"{name} at 9": resident_share(module) for name, module in engines.items()})
+        return Metrics_add(self, progress, *arguments, **named)
+
+    originals = build.build_teacher, build.build_student
+    Metrics_add, Metrics.add = Metrics.add, add
+    build.build_teacher, build.build_student = watch("teacher", originals[0]), watch("student", originals[1])
+    try:
+        ten_steps(folder, device)
+    finally:
+        build.build_teacher, build.build_student = originals
+        Metrics.add = Metrics_add
+    return {"resident": seen, "weights": weights}
+
+
 def all_methods(folder: Path, device):
-    """ce, kd and lwd take the same path."""
+    """ce, kd and lwd take the same path; on two ranks recorded_runs has them."""
     for method in ("ce", "kd", "lwd"):
         start(folder, device, name=f"{method}_{dist.get_world_size()}", method=method, **TEN_STEPS)
 
@@ -79,8 +133,8 @@ def all_methods(folder: Path, device):
 def seldom(folder: Path) -> dict:
     """Without held-out text, on which the teacher would run, too."""
     return {
-        "filters": {"steps": 4},
-        "train": {"steps": 6},
+        "filters": {"steps": 2},
+        "train": {"steps": 3},
         "teacher": {"every": 3},
         "data": {"corpora": [{"path": str(folder / "corpus")}]},
     }
@@ -110,49 +164,19 @@ def resident_share(module) -> float:
     return here / whole
 
 
-def residency(folder: Path, device):
-    """Share of the parameters that this rank holds: after construction, and between steps 9 and 10."""
-    seen = {}
-    engines = {}
-
-    def watch(name, original):
-        def wrapped(*arguments, **named):
-            built = original(*arguments, **named)
-            engines[name] = built.engine.module if name == "teacher" else built.module
-            seen[f"{name} built"] = resident_share(engines[name])
-            return built
-
-        return wrapped
-
-    def add(self, progress, *arguments, **named):
-        if progress.step == 9:
-            seen.update({f"{name} at 9": resident_share(module) for name, module in engines.items()})
-        return Metrics_add(self, progress, *arguments, **named)
-
-    originals = build.build_teacher, build.build_student
-    Metrics_add, Metrics.add = Metrics.add, add
-    build.build_teacher, build.build_student = watch("teacher", originals[0]), watch("student", originals[1])
-    try:
-        start(folder, device, name="residency", **TEN_STEPS)
-    finally:
-        build.build_teacher, build.build_student = originals
-        Metrics.add = Metrics_add
-    return seen
-
-
 def resumes(folder: Path, device):
-    """20 steps straight, then again from the checkpoints in stage I, at the switch, and in stage II."""
-    start(folder, device, name="straight", **TWENTY_STEPS)
-    for step in (5, 8, 15):
+    """Ten steps straight, then again from the checkpoints in stage I, at the switch, and in stage II."""
+    start(folder, device, name="straight", **SAVED)
+    for step in (3, 4, 6):
         name = f"from_{step}"
         if dist.get_rank() == 0:
             target = folder / "runs" / name
             shutil.copytree(folder / "runs" / "straight", target)
             put_back(target, step)
-            if step < 8:
+            if step < 4:
                 (target / "filters.safetensors").unlink()
         dist.barrier()
-        start(folder, device, name=name, **TWENTY_STEPS)
+        start(folder, device, name=name, **SAVED)
 
 
 def teacher_moves(folder: Path, device):
@@ -161,9 +185,9 @@ def teacher_moves(folder: Path, device):
         if dist.get_rank() == 0:
             target = folder / "runs" / f"moved_to_{way}"
             shutil.copytree(folder / "runs" / "straight", target)
-            put_back(target, 15)
+            put_back(target, 6)
         dist.barrier()
-        start(folder, device, name=f"moved_to_{way}", **TWENTY_STEPS, teacher={"placement": way})
+        start(folder, device, name=f"moved_to_{way}", **SAVED, teacher={"placement": way})
 
 
 def resumes_with_other_settings(folder: Path, device):
@@ -242,29 +266,6 @@ def checksum(module) -> list[float]:
     for parameter in module.network.parameters():
         with gathered([parameter]):
             sums.append(parameter.double().sum().item())
-    return sums
-
-
-def undisturbed_to_six(folder: Path, device):
-    """The weights after step 6, to compare with a run that stopped in step 7."""
-    engines = []
-
-    def remember(*arguments):
-        engines.append(build_student(*arguments))
-        return engines[-1]
-
-    def add(self, progress, *arguments, **named):
-        if progress.step == 6:
-            sums.extend(checksum(engines[-1].module))
-        return Metrics_add(self, progress, *arguments, **named)
-
-    sums: list[float] = []
-    build_student, build.build_student = build.build_student, remember
-    Metrics_add, Metrics.add = Metrics.add, add
-    try:
-        start(folder, device, name="undisturbed", **TEN_STEPS)
-    finally:
-        build.build_student, Metrics.add = build_student, Metrics_add
     return sums
 
 
@@ -422,14 +423,14 @@ def host_reads(folder: Path, device):
 
 
 def variants(folder: Path, device):
-    """The same run in other clothes, which must agree with it."""
-    bf16 = {**TEN_STEPS, "train": {"steps": 6, "precision": "bf16", **TWO}}
+    """A run of five steps, and the same in other clothes, which must agree with it."""
+    start(folder, device, name="five_2", **FIVE_STEPS)
+    bf16 = {**FIVE_STEPS, "train": {"steps": 3, "precision": "bf16", **TWO}}
     start(folder, device, name="bf16_2", **bf16)
     offload = str(Path(__file__).with_name("zero3_offload.json"))
-    start(folder, device, name="offload_2", ds_config=offload, **TEN_STEPS)
-    start(folder, device, name="recomputed_2", **TEN_STEPS, student={"gradient_checkpointing": True})
-    start(folder, device, name="borrowed_2", train={"steps": 6, **TWO}, filters={"from": str(folder / "runs/ten_2")})
-    start(folder, device, name="strict_2", **TEN_STEPS, loss={"mode": "strict"})
+    start(folder, device, name="offload_2", ds_config=offload, **FIVE_STEPS)
+    start(folder, device, name="borrowed_2", train={"steps": 3, **TWO}, filters={"from": str(folder / "runs/five_2")})
+    start(folder, device, name="strict_2", **FIVE_STEPS, loss={"mode": "strict"})
 
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -440,10 +441,10 @@ ON_A_CPU = sorted(set(CONFIGS.glob("*.json")) - {ON_A_GPU})
 def shipped_configs(folder: Path, device):
     """Every file of ds_configs; and gradients that are reduced once a step, in both precisions."""
     for file in ON_A_CPU:
-        start(folder, device, name=f"by_{file.stem}", ds_config=str(file), **TEN_STEPS)
+        start(folder, device, name=f"by_{file.stem}", ds_config=str(file), **FIVE_STEPS)
     for precision in ("fp32", "bf16"):
-        once = {"steps": 6, "precision": precision, "reduce_once": True, **TWO}
-        start(folder, device, name=f"once_{precision}", filters={"steps": 4}, train=once)
+        once = {"steps": 3, "precision": precision, "reduce_once": True, **TWO}
+        start(folder, device, name=f"once_{precision}", filters={"steps": 2}, train=once)
 
 
 class Quantizer:
@@ -473,7 +474,7 @@ def int8_gathers(folder: Path, device):
         config.write_text(json.dumps(sections))
     dist.barrier()
     CUDAQuantizer.quantizer_cuda_module = Quantizer()
-    start(folder, device, name="int8_gathers", ds_config=str(config), **TEN_STEPS)
+    start(folder, device, name="int8_gathers", ds_config=str(config), **FIVE_STEPS)
     return Quantizer.rounded
 
 
@@ -512,7 +513,8 @@ def readings(folder: Path, device):
 def without_stage_one(folder: Path, device):
     """Filters that stay where they start, straight and from step 1's checkpoint, which has them."""
     filters = {"steps": 0, "width": 16, "start": "states"}
-    sections = {"filters": filters, "train": {"steps": 3}, "checkpoint": {"every": 1, "keep": 9}, "loss": SKIPPING}
+    few = {"train": {"steps": 3, **TWO}, "checkpoint": {"every": 1, "keep": 9}}
+    sections = {**few, "filters": filters, "loss": SKIPPING}
     start(folder, device, name="unlearnt", **sections)
     if dist.get_rank() == 0:
         target = folder / "runs" / "unlearnt_from_1"
@@ -589,7 +591,7 @@ def blocks_by_liger(folder: Path, device):
 
 def sections_for_liger(folder: Path) -> dict:
     """Few and short rows: a row of a kernel is a loop of Python."""
-    few = {"data": {"seq_len": 8}, "filters": {"steps": 1}, "train": {"steps": 1, "tokens_per_step": 64}}
+    few = {"data": {"seq_len": 8}, "filters": {"steps": 1}, "train": {"steps": 1, "tokens_per_step": 32}}
     return {
         **few,
         "validation": {"tokens": 8},

@@ -24,7 +24,7 @@ def settings_of(folder: Path) -> dict:
     corpora = [{**corpus, "path": str(folder / corpus["path"])} for corpus in CORPORA]
     return {
         "filters": {"steps": 2}, "train": {"steps": 8, **TWO}, "checkpoint": {"every": 3, "keep": 100},
-        "validation": {"every": 2, "tokens": 512}, "data": {"corpora": corpora, "blend": {"kind": "adaptive", "every": 5}},
+        "validation": {"every": 2, "tokens": 256}, "data": {"corpora": corpora, "blend": {"kind": "adaptive", "every": 5}},
     }  # fmt: skip
 
 

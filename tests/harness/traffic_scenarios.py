@@ -28,8 +28,8 @@ def deep(folder: Path, blocks: int, placement: str = "sharded", **sizes) -> dict
         (folder / "nothing_kept.json").write_text(json.dumps({"zero_optimization": nothing_kept}))
     dist.barrier()
     path = {"path": str(folder / f"deep_{blocks}")}
-    train = {"tokens_per_step": 32 * dist.get_world_size() * MICRO_STEPS, "steps": 5}
-    return {"teacher": {**path, "placement": placement}, "student": path, "train": train, "filters": {"steps": 5}}
+    train = {"tokens_per_step": 32 * dist.get_world_size() * MICRO_STEPS, "steps": 3}
+    return {"teacher": {**path, "placement": placement}, "student": path, "train": train, "filters": {"steps": 3}}
 
 
 def traffic(folder: Path, device):
@@ -114,6 +114,7 @@ def blocks_compiled(folder: Path, device) -> dict:
     many of these are still in memory when it begins; and the number of graphs. Traced and cut as for a GPU, but without a
     compiler of C++."""
     sections = {**deep(folder, 4), "ds_config": str(folder / "nothing_kept.json"), "fused_blocks": "compile"}
+    sections |= {"filters": {"steps": 1}, "train": {**sections["train"], "steps": 2}}
     paths = {"student": sections["student"] | {"gradient_checkpointing": True}}
     compiler, held = torch.compile, {}
     torch.compile = functools.partial(compiler, backend="aot_eager_decomp_partition")
