@@ -36,7 +36,7 @@ class Anatomy:
     matrices: int  # elements of matrices that multiply a token's state before the output projection; only chosen experts count
     max_length: int | None
     attention: tuple[attention.Layer, ...]
-    heads: tuple[tuple[int, int], ...]  # (query heads, key heads), for each layer
+    heads: tuple[tuple[int, int], ...]  # (query heads, key heads); layers that agree appear once
     scores: tuple[tuple[int, int | None], ...]  # for each layer: (width of all queries and values, window)
     blocks_apart: int  # blocks that can keep documents apart
     chunk: int  # torch pads its recurrences to a multiple of so many tokens; 0 without recurrences
