@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ted_scale.base import extension
 from ted_scale.config.run import Run
 from ted_scale.ranks import watch
 
@@ -39,6 +40,8 @@ def start_ranks(run: Run | None = None, check=lambda device: None) -> torch.devi
     check(device)
     if run:
         watch.start(run.limits, run.folder)
+    if on_cpu:
+        extension.wait_for_lock()
     patience = LONGEST_WAIT if run else timedelta(minutes=30)
     with contextlib.redirect_stdout(io.StringIO()):  # "built successfully", on every rank
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=patience)
