@@ -36,7 +36,7 @@ def typed(commands: str, folder: Path) -> list[tuple[float, float]]:
 @pytest.mark.soak
 def test_the_first_commands_of_the_documents_train_on_a_newcomers_text(tmp_path):
     texts = tmp_path / "MY_TEXT"
-    shutil.copytree(ROOT / "docs", texts, ignore=shutil.ignore_patterns("_site"))
+    shutil.copytree(ROOT / "docs", texts, ignore=shutil.ignore_patterns("_site", "*.csv", "*.py", "*.svg", "*.png"))
     quick = block_of("docs/quickstart.md").replace("URL", str(ROOT)).replace("MY_TEXT", str(texts))
     before, after = typed(quick, tmp_path)[-1]
     assert after < before

@@ -1,13 +1,13 @@
 """Python, the packages against pyproject.toml's ranges, and the compilers."""
 
 import importlib.metadata
-import os
 import shutil
 import sys
 import sysconfig
 import tempfile
 from pathlib import Path
 
+from ted_scale.base import extension
 from ted_scale.base.packages import asked_for, install
 from ted_scale.doctor.finding import MISSING, NOTE, OK, Finding, last_error, run
 
@@ -18,7 +18,6 @@ FOR = {  # what a package of an extra is there for
     "compare": "the curves of a comparison", "report": "the page of a run", "eval": "benchmarks",
     "wandb-workspaces": "panels laid out in W&B",
 }  # fmt: skip
-EXTENSIONS, SHARED = "TORCH_EXTENSIONS_DIR", "deepspeed_shm_comm"
 SOURCE = "#include <Python.h>\nint main() { return 0; }\n"
 COMPILE_S = 60
 
@@ -90,9 +89,6 @@ def compiler() -> list[Finding]:
 
 
 def compiled() -> str:
-    own = f"py{sys.version_info.major}{sys.version_info.minor}_"
-    folder = Path(os.environ.get(EXTENSIONS) or Path.home() / ".cache" / "torch_extensions")
-    built = [*folder.glob(f"{own}*/{SHARED}/{SHARED}.so"), *folder.glob(f"{SHARED}/{SHARED}.so")]
-    if built:
+    if built := extension.compiled():
         return f"DeepSpeed's operation for CPU ranks is compiled ({built[0].parent})"
     return "DeepSpeed compiles its operation for CPU ranks at the first start, a minute"
