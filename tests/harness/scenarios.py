@@ -58,7 +58,7 @@ def start(folder: Path, device, **sections):
 @contextlib.contextmanager
 def groups_that_end():
     """The groups of a run's saves end with it here, and elsewhere with its process: of each, a thread of gloo looks around a
-    hundred times a second, and after a hundred runs these threads took more of a core than a run."""
+    hundred times a second, and a process here has many runs (docs/log.md)."""
     groups: list = []
 
     def noted():
