@@ -8,6 +8,7 @@ runs it in jinja2's sandbox, which reaches no file, no module and nothing but th
 import re
 from datetime import date
 from functools import cache
+from os.path import commonprefix
 from typing import NamedTuple
 
 from ted_scale.corpora.messages import refuse_dropped
@@ -23,6 +24,7 @@ class Template(NamedTuple):
     text: str
     values: dict[str, str]  # the special tokens by the names that templates know them by
     day: date  # what a template that asks for the time is told, whenever and wherever it is rendered
+    unasked: bool = False  # writes_unasked, which is known once the rest is
 
     @property
     def marks(self) -> bool:
@@ -102,8 +104,25 @@ def answers(template: Template, messages: list[dict], tools: list | None, last: 
     return text, spans[-1:] if last else spans
 
 
+def writes_unasked(template: Template) -> bool:
+    """Whether the generation prompt stands behind every conversation, as in Llama 3's first template: it would be learned as the
+    answer's end."""
+    turns = [{"role": role, "content": f"a {role}"} for role in ("user", "assistant", "user")]
+    try:
+        asked, whole, more = (template.render(turns[:count], None) for count in (1, 2, 3))
+    except ValueError:  # said of a conversation, with its place
+        return False
+    extra = whole[len(commonprefix([whole, more])) :]
+    return bool(extra) and whole.startswith(asked) and asked.endswith(extra)
+
+
 def answer(template: Template, messages: list[dict], tools: list | None, turn: int, text: str, turns: int = 1) -> Span:
     """Where `text`, which the template made of all messages, has those from `turn` on, which are so many."""
+    if template.unasked:
+        raise ValueError(
+            "must be written by a chat template that ends with the answer, but this one writes the generation prompt behind it; "
+            "put that into {% if add_generation_prompt %} and give the template by --chat-template FILE"
+        )
     before, stop = template.render(messages[:turn], tools, prompt=True), turn + turns
     after = text if stop == len(messages) else template.render(messages[:stop], tools)
     if not (text.startswith(after) and after.startswith(before) and len(before) < len(after)):

@@ -105,6 +105,24 @@ def test_a_table_gives_no_tool_the_keys_of_another(tmp_path, folder):
     assert '{"city": "Oslo"}' in said[0] and '{"day": "today"}' in said[1]
 
 
+UNASKED = chats.TURNS.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}")
+ENDS_LAST = chats.TURNS.replace("<|im_end|>\n", "<|im_end|>{{ '<|endoftext|>' if loop.last and m.role == 'assistant' }}\n")
+HI, YES = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize("targets", ["assistant", "last", "completion"])
+def test_a_generation_prompt_behind_the_answer_is_no_target(tmp_path, folder, targets):
+    record = {"prompt": [HI], "completion": [YES]} if targets == "completion" else {"messages": [HI, YES]}
+    source, file = chats.write_records(tmp_path / "a.jsonl", [record]), tmp_path / "t.jinja"
+    options = ("--targets", targets, "--chat-template", file)
+    file.write_text(UNASKED)
+    with pytest.raises(UserError, match=r"a\.jsonl:1 must .* generation prompt behind it; put that into {% if add_gen"):
+        tokenize(folder, tmp_path / "c", source, *options)
+    file.write_text(ENDS_LAST)  # what ends a conversation in another way is a target
+    (document,) = documents_of(tokenize(folder, tmp_path / "c", source, *options))
+    assert targets_as_text(folder, document).endswith("[yes<|im_end|><|endoftext|>\n]")
+
+
 REFUSED_PAIRS = {
     "nothing": ({"prompt": "hi", "completion": ""}, "completion with text"),
     "white space": ({"prompt": "hi", "completion": " \n"}, "completion with text"),
