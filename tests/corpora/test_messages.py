@@ -52,6 +52,16 @@ DROPPED = {
         {"messages": [{"role": "user", "content": "rain?"}, {"role": "assistant", "tool_calls": [CALL, CALL]}]},
         "the tool calls of turn 2",
     ),
+    "parts": (
+        chats.TURNS,
+        {"messages": [{"role": role, "content": [{"type": "text", "text": "a cat"}]} for role in ("user", "assistant")]},
+        r"turn 1 \(user\), whose list it writes as one \(make it one text\)",
+    ),
+    "thoughts": (
+        chats.TURNS,
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "thinking": "hm"}]},
+        r"thinking of turn 2 \(write",
+    ),
     "a turn whose text is elsewhere, too": (
         chats.DROPS,
         {"messages": [{"role": role, "content": "a cat"} for role in ("system", "user", "assistant")]},
@@ -89,6 +99,19 @@ def test_calls_of_tools_are_targets_and_tools_may_be_the_text_of_a_list(tmp_path
     assert made[0] == made[1]
     text = targets_as_text(folder, made[0][0])
     assert '"Oslo"}}}]<|im_end|>\n]' in text and 'tool\nso "wet"<|im_end|>' in text and "assistant\n[yes<" in text
+
+
+def test_thoughts_that_are_written_and_those_of_an_earlier_answer_are_no_reason(tmp_path, folder):
+    turns = [("user", "hi"), ("assistant", "yes"), ("user", "no"), ("assistant", "so")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    messages[1]["reasoning_content"] = messages[3]["reasoning_content"] = messages[3]["thinking"] = "hm"
+    says = chats.TURNS.replace("{{ m.content }}", "{{ m.reasoning_content if loop.last }}{{ m.content }}")
+    (tmp_path / "t.jinja").write_text(says)
+    source = chats.write_records(tmp_path / "a.jsonl", [{"messages": messages}])
+    (document,) = documents_of(
+        tokenize(folder, tmp_path / "c", source, "--targets", "last", "--chat-template", tmp_path / "t.jinja")
+    )
+    assert targets_as_text(folder, document).endswith("[hmso<|im_end|>\n]")
 
 
 def test_a_table_gives_no_tool_the_keys_of_another(tmp_path, folder):
