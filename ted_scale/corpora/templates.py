@@ -11,6 +11,7 @@ from functools import cache
 from os.path import commonprefix
 from typing import NamedTuple
 
+from ted_scale.base.errors import shown
 from ted_scale.corpora.messages import refuse_dropped
 
 OWN_TEMPLATE = "give one that marks the answers with {% generation %} by --chat-template FILE"
@@ -88,20 +89,32 @@ def refusal(error: Exception) -> ValueError:
 
 
 def answers(template: Template, messages: list[dict], tools: list | None, last: bool) -> tuple[str, list[Span]]:
-    """(text, where the assistant answers in it: each time, or the last time). A ValueError has the rest of a sentence."""
+    """(text, where the assistant answers in it: each time, or the last time; an answer of weight 0 does not count). A ValueError
+    has the rest of a sentence."""
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    taught = [turn for turn in (turns[-1:] if last else turns) if weighs(messages[turn])]
     if template.marks:
         text, spans = template.marked(messages, tools)
-        if len(spans) < len(turns) or (last and len(spans) > len(turns)):
+        several = len(spans) > len(turns)  # a template may mark an answer in pieces, which belong to no one turn
+        if len(spans) < len(turns) or (several and (last or len(taught) < len(turns))):
             raise ValueError(
                 f"must have {len(turns)} answers that the chat template marks with {{% generation %}}, but it marks {len(spans)}; "
                 "correct the template"
             )
+        spans = spans if several else [spans[turns.index(turn)] for turn in taught]
     else:
         text = template.render(messages, tools)
-        spans = [answer(template, messages, tools, turn, text) for turn in (turns[-1:] if last else turns)]
+        spans = [answer(template, messages, tools, turn, text) for turn in taught]
     refuse_dropped(template.text, template.render, text, messages, tools)
-    return text, spans[-1:] if last else spans
+    return text, spans
+
+
+def weighs(message: dict) -> bool:
+    """OpenAI's "weight" of an answer, 0 or 1."""
+    weight = message.get("weight", 1)
+    if weight not in (0, 1):
+        raise ValueError(f'must have 0 or 1 as the "weight" of a message, but has {shown(weight)}; correct it')
+    return bool(weight)
 
 
 def writes_unasked(template: Template) -> bool:

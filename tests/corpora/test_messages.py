@@ -146,6 +146,19 @@ def test_a_generation_prompt_behind_the_answer_is_no_target(tmp_path, folder, ta
     assert targets_as_text(folder, document).endswith("[yes<|im_end|><|endoftext|>\n]")
 
 
+@pytest.mark.parametrize("template", [chats.TURNS, chats.MARKED], ids=["plain", "marked"])
+def test_an_answer_of_weight_0_is_no_target(tmp_path, folder, template):
+    (tmp_path / "t.jinja").write_text(template)
+    source = chats.write_records(tmp_path / "a.jsonl", [{"messages": [HI, {**YES, "weight": 0}, HI, YES]}])
+    options = ("--targets", "assistant", "--chat-template", tmp_path / "t.jinja")
+    (document,) = documents_of(tokenize(folder, tmp_path / "c", source, *options))
+    said = targets_as_text(folder, document)
+    assert said.count("[") == 1 and said.index("[yes") > said.index("assistant\nyes")
+    half = chats.write_records(tmp_path / "b.jsonl", [{"messages": [HI, {**YES, "weight": 0.5}]}])
+    with pytest.raises(UserError, match=r"b\.jsonl:1 must have 0 or 1 as the \"weight\" of a message, but has 0\.5"):
+        tokenize(folder, tmp_path / "d", half, *options)
+
+
 REFUSED_PAIRS = {
     "nothing": ({"prompt": "hi", "completion": ""}, "completion with text"),
     "white space": ({"prompt": "hi", "completion": " \n"}, "completion with text"),
