@@ -8,7 +8,7 @@ runs it in jinja2's sandbox, which reaches no file, no module and nothing but th
 import re
 from datetime import date
 from functools import cache
-from os.path import commonprefix
+from itertools import takewhile
 from typing import NamedTuple
 
 from ted_scale.base.errors import shown
@@ -125,7 +125,8 @@ def writes_unasked(template: Template) -> bool:
         asked, whole, more = (template.render(turns[:count], None) for count in (1, 2, 3))
     except ValueError:  # said of a conversation, with its place
         return False
-    extra = whole[len(commonprefix([whole, more])) :]
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(whole, more, strict=False))
+    extra = whole[len(list(alike)) :]
     return bool(extra) and whole.startswith(asked) and asked.endswith(extra)
 
 

@@ -54,7 +54,11 @@ DROPPED = {
     ),
     "parts": (
         chats.TURNS,
-        {"messages": [{"role": role, "content": [{"type": "text", "text": "a cat"}]} for role in ("user", "assistant")]},
+        {
+            "messages": [
+                {"role": role, "content": [{"type": "text", "text": "a cat"}]} for role in ("user", "assistant")
+            ]
+        },
         r"turn 1 \(user\), whose list it writes as one \(make it one text\)",
     ),
     "thoughts": (
@@ -129,7 +133,9 @@ def test_a_table_gives_no_tool_the_keys_of_another(tmp_path, folder):
 
 
 UNASKED = chats.TURNS.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}")
-ENDS_LAST = chats.TURNS.replace("<|im_end|>\n", "<|im_end|>{{ '<|endoftext|>' if loop.last and m.role == 'assistant' }}\n")
+ENDS_LAST = chats.TURNS.replace(
+    "<|im_end|>\n", "<|im_end|>{{ '<|endoftext|>' if loop.last and m.role == 'assistant' }}\n"
+)
 HI, YES = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 
 
