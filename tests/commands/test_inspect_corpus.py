@@ -235,6 +235,6 @@ def test_a_target_is_shown_however_long_its_prompt_is_and_the_document_asked_for
     source = chats.write_records(tmp_path / "a.jsonl", [record])
     out = marked.tokenize(folder, tmp_path / "c", source, "--targets", "completion")
     inspect_corpus.main([str(out)])
-    assert "    … " in (said := capsys.readouterr().out) and "[so!" in said and "first" not in said
+    assert "    … " in (said := capsys.readouterr().out) and "so!<|" in said and "first" not in said
     inspect_corpus.main([str(out), "--document", "0"])
-    assert "    first a cat" in (said := capsys.readouterr().out) and "[so!" in said
+    assert "    first a cat" in (said := capsys.readouterr().out) and "so!<|" in said
