@@ -175,6 +175,7 @@ REFUSED_PAIRS = {
         },
         'turns of the assistant alone in "completion", but has one of user',
     ),
+    "an answer of weight 0": ({"prompt": [HI], "completion": [{**YES, "weight": 0}]}, "one has .weight.: 0"),
     "a dropped turn": (
         {
             "prompt": [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}],
