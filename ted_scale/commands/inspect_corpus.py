@@ -137,14 +137,16 @@ def show_documents(indices: list[ShardIndex], tokenizer: Tokenizer, arguments) -
         shard = bisect_right(starts, document) - 1
         index, number = indices[shard], document - starts[shard]
         begin, end = document_borders(index)[number:][:2].tolist()
-        ids = tokens_of(index, begin, end).tolist()
-        most = SHOWN if arguments.document is None else LONGEST * len(ids)
+        most = SHOWN if arguments.document is None else LONGEST * (end - begin)
+        marks = reading(index, Shard.targets, begin, end) if index.has_targets else None
+        first = 0 if marks is None else targets.first_shown(marks, most)
+        ids = tokens_of(index, begin + first, end).tolist()
         if strange := [i for i in ids[: 4 * most] if not 0 <= i < len(tokenizer.pieces)]:
             raise out_of_vocabulary(index.prefix, strange[0], len(tokenizer.pieces))
         head = f"document {number:,} of {index.prefix}, {end - begin:,} tokens{origin(index, number)}"
         print(f"\n{printable(head)}")
-        if index.has_targets:
-            print(targets.as_text(tokenizer, ids, reading(index, Shard.targets, begin, end), most))
+        if marks is not None:
+            print(targets.as_text(tokenizer, ids, marks[first:], most, first > 0))
             continue
         words = tokenizer.decode([i for i in ids[: 4 * most] if i != tokenizer.eod])
         for line in (words[:most] + " …" * (len(words) > most)).splitlines():

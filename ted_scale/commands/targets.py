@@ -39,10 +39,16 @@ def check(index: ShardIndex, sidecar: dict) -> None:
         )
 
 
-def as_text(tokenizer: Tokenizer, ids: list[int], marks: numpy.ndarray, most: int) -> str:
-    """The beginning of a document, with what counts in colour."""
+def first_shown(marks: numpy.ndarray, most: int) -> int:
+    """The token from which so many characters show the first target, too, however long the prompt is: half of them stand before it,
+    at four a token."""
+    return max(0, int(marks.argmax()) - most // 8)
+
+
+def as_text(tokenizer: Tokenizer, ids: list[int], marks: numpy.ndarray, most: int, before: bool) -> str:
+    """The beginning of these tokens, with what counts in colour. `before`: some of the document are before them."""
     begin, end = (GREEN, PLAIN) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("[", "]")
-    text, shown, at = "", 0, 0
+    text, shown, at = "… " * before, 0, 0
     for counts, run in groupby(marks.tolist()):
         length = len(list(run))
         words = tokenizer.decode(ids[at : at + min(length, 4 * most)])

@@ -20,6 +20,7 @@ from typing import NamedTuple, NoReturn
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.parsing import parse_json
 from ted_scale.corpora import saved, tables
+from ted_scale.corpora.frames import Frames
 
 # fmt: off
 TEXT = {
@@ -277,8 +278,8 @@ def _open(path: Path) -> tuple[io.BufferedReader, io.BufferedIOBase, tuple[type[
     if packed == ".gz":
         return raw, gzip.open(raw), (OSError, EOFError, zlib.error)
     if zstandard:
-        stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return raw, io.BufferedReader(stream, 1 << 20), (OSError, zstandard.ZstdError)
+        stream = io.BufferedReader(Frames(raw, zstandard.ZstdDecompressor().decompressobj), 1 << 20)
+        return raw, stream, (OSError, EOFError, zstandard.ZstdError)
     return raw, raw, (OSError,)
 
 

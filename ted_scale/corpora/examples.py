@@ -17,7 +17,7 @@ import numpy
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.corpora.marks import Marked, Sizes, encode_marked, sizes_of
 from ted_scale.corpora.messages import list_of, object_in, refuse_dropped, said_in, tools_of
-from ted_scale.corpora.templates import Span, Template, answer, answers
+from ted_scale.corpora.templates import Span, Template, answer, answers, weighs, writes_unasked
 from ted_scale.corpora.tokenizer import hugging_face
 from ted_scale.corpora.writer import Encoded
 from ted_scale.storage import hub
@@ -58,8 +58,9 @@ def open_reader(path: str, targets: str, template: Path | None, parse_special: b
     backend.no_truncation()
     backend.no_padding()
     backend.post_processor = None
+    written = Template(template_text(model, template), model.special_tokens_map, date.today())
     return Reader(
-        targets, Template(template_text(model, template), model.special_tokens_map, date.today()), backend,
+        targets, written._replace(unasked=writes_unasked(written)), backend,
         (model.eos_token_id, model.eos_token), "" if parse_special else "|".join(map(re.escape, special)), sizes_of(backend),
     )  # fmt: skip
 
@@ -158,6 +159,11 @@ def turns_of(reader: Reader, values: dict) -> Example:
         raise ValueError(
             f'must have turns of the assistant alone in "completion", but has one of {other}; move what comes before the last '
             "answer into the prompt, or pass --on-error skip"
+        )
+    if not all(map(weighs, after)):
+        raise ValueError(
+            'must have answers that count in "completion", but one has "weight": 0; move it into the prompt, or pass '
+            "--on-error skip"
         )
     messages, tools = before + after, tools_of(values)
     text = reader.template.render(messages, tools)

@@ -4,11 +4,13 @@ Note: calls of tools are written in many ways, so they are not looked for by the
 shape of conversation with marks in place of what is said, called and offered, and all marks must be there.
 """
 
+import re
 from collections.abc import Callable
 from functools import cache
 
 from ted_scale.base.parsing import parse_json
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 RENDER = Callable[[list[dict], list | None], str]
 
 
@@ -95,8 +97,8 @@ def turns(messages) -> str:
 
 
 def refuse_dropped(template: str, render: RENDER, text: str, messages: list[dict], tools: list | None) -> None:
-    """All that was said must be in the text, in order. Thoughts before an answer may be left out, as at inference."""
-    shape = (len(tools or ()), *((m["role"], bool(said_in(m)), len(calls_of(m))) for m in messages))
+    """All that was said must be in the text, in order. Thoughts before an earlier answer may be left out, as at inference."""
+    shape = (len(tools or ()), tuple(thoughts_of(messages[-1])), *map(shape_of, messages))
     if shape not in (known := dropped_by(template)):
         known[shape] = dropped(render, messages, tools)
     if known[shape]:
@@ -109,6 +111,10 @@ def refuse_dropped(template: str, render: RENDER, text: str, messages: list[dict
             if found < 0:
                 raise drops(f"turn {number} ({message['role']})")
             at = found + len(words)
+
+
+def shape_of(message: dict) -> tuple:
+    return message["role"], type(message.get("content")), bool(said_in(message)), len(calls_of(message))
 
 
 def drops(what: str) -> ValueError:
@@ -133,8 +139,12 @@ def dropped(render: RENDER, messages: list[dict], tools: list | None) -> str:
     for number, message in enumerate(messages, 1):
         if said_in(message) and mark_of(number) not in text:
             return f"turn {number} ({message['role']})"
+        if re.search(rf"""['"]text['"]: ['"]{mark_of(number)}""", text):
+            return f"turn {number} ({message['role']}), whose list it writes as one (make it one text)"
         if not all(mark_of(number, f"call{k}of") in text for k in range(len(calls_of(message)))):
             return f"the tool calls of turn {number}"
+    if (thoughts := thoughts_of(messages[-1])) and mark_of(len(messages), "thought") not in text:
+        return f"{thoughts[0]} of turn {len(messages)} (write it into the content, or take it out)"
     return "" if all(mark_of(n, "tool") in text for n in range(len(tools or ()))) else "the tools"
 
 
@@ -147,6 +157,7 @@ def marked_message(number: int, message: dict) -> dict:
     if texts := said_in(message):
         content, mark = message["content"], mark_of(number)
         marks["content"] = mark if isinstance(content, str) else [{"type": "text", "text": mark} for _ in texts]
+    marks |= dict.fromkeys(thoughts_of(message), mark_of(number, "thought"))
     if calls := calls_of(message):
         marks["tool_calls"] = [renamed(call, mark_of(number, f"call{k}of")) for k, call in enumerate(calls)]
     return {**message, **marks}
@@ -159,6 +170,11 @@ def renamed(thing, name: str):
     if isinstance(function := thing.get("function"), dict):
         return {**thing, "function": {**function, "name": name}}
     return {**thing, "name": name}
+
+
+def thoughts_of(message: dict) -> list[str]:
+    """The keys under which a message has what was thought before it, of which a template reads one."""
+    return [key for key in THOUGHTS if isinstance(message.get(key), str) and message[key].strip()]
 
 
 def calls_of(message: dict) -> list:

@@ -8,8 +8,10 @@ runs it in jinja2's sandbox, which reaches no file, no module and nothing but th
 import re
 from datetime import date
 from functools import cache
+from itertools import takewhile
 from typing import NamedTuple
 
+from ted_scale.base.errors import shown
 from ted_scale.corpora.messages import refuse_dropped
 
 OWN_TEMPLATE = "give one that marks the answers with {% generation %} by --chat-template FILE"
@@ -23,6 +25,7 @@ class Template(NamedTuple):
     text: str
     values: dict[str, str]  # the special tokens by the names that templates know them by
     day: date  # what a template that asks for the time is told, whenever and wherever it is rendered
+    unasked: bool = False  # writes_unasked, which is known once the rest is
 
     @property
     def marks(self) -> bool:
@@ -86,24 +89,54 @@ def refusal(error: Exception) -> ValueError:
 
 
 def answers(template: Template, messages: list[dict], tools: list | None, last: bool) -> tuple[str, list[Span]]:
-    """(text, where the assistant answers in it: each time, or the last time). A ValueError has the rest of a sentence."""
+    """(text, where the assistant answers in it: each time, or the last time; an answer of weight 0 does not count). A ValueError
+    has the rest of a sentence."""
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    taught = [turn for turn in (turns[-1:] if last else turns) if weighs(messages[turn])]
     if template.marks:
         text, spans = template.marked(messages, tools)
-        if len(spans) < len(turns) or (last and len(spans) > len(turns)):
+        several = len(spans) > len(turns)  # a template may mark an answer in pieces, which belong to no one turn
+        if len(spans) < len(turns) or (several and (last or len(taught) < len(turns))):
             raise ValueError(
                 f"must have {len(turns)} answers that the chat template marks with {{% generation %}}, but it marks {len(spans)}; "
                 "correct the template"
             )
+        spans = spans if several else [spans[turns.index(turn)] for turn in taught]
     else:
         text = template.render(messages, tools)
-        spans = [answer(template, messages, tools, turn, text) for turn in (turns[-1:] if last else turns)]
+        spans = [answer(template, messages, tools, turn, text) for turn in taught]
     refuse_dropped(template.text, template.render, text, messages, tools)
-    return text, spans[-1:] if last else spans
+    return text, spans
+
+
+def weighs(message: dict) -> bool:
+    """OpenAI's "weight" of an answer, 0 or 1."""
+    weight = message.get("weight", 1)
+    if weight not in (0, 1):
+        raise ValueError(f'must have 0 or 1 as the "weight" of a message, but has {shown(weight)}; correct it')
+    return bool(weight)
+
+
+def writes_unasked(template: Template) -> bool:
+    """Whether the generation prompt stands behind every conversation, as in Llama 3's first template: it would be learned as the
+    answer's end."""
+    turns = [{"role": role, "content": f"a {role}"} for role in ("user", "assistant", "user")]
+    try:
+        asked, whole, more = (template.render(turns[:count], None) for count in (1, 2, 3))
+    except ValueError:  # said of a conversation, with its place
+        return False
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(whole, more, strict=False))
+    extra = whole[len(list(alike)) :]
+    return bool(extra) and whole.startswith(asked) and asked.endswith(extra)
 
 
 def answer(template: Template, messages: list[dict], tools: list | None, turn: int, text: str, turns: int = 1) -> Span:
     """Where `text`, which the template made of all messages, has those from `turn` on, which are so many."""
+    if template.unasked:
+        raise ValueError(
+            "must be written by a chat template that ends with the answer, but this one writes the generation prompt behind it; "
+            "put that into {% if add_generation_prompt %} and give the template by --chat-template FILE"
+        )
     before, stop = template.render(messages[:turn], tools, prompt=True), turn + turns
     after = text if stop == len(messages) else template.render(messages[:stop], tools)
     if not (text.startswith(after) and after.startswith(before) and len(before) < len(after)):

@@ -8,6 +8,8 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 
+import chats
+import marked
 import numpy
 import pytest
 from corpus import write_shard
@@ -225,3 +227,14 @@ def test_a_wrong_command_is_one_sentence_and_exit_code_2(arguments, sentence):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"error: {sentence}")
+
+
+def test_a_target_is_shown_however_long_its_prompt_is_and_the_document_asked_for_is_whole(tmp_path, capsys):
+    folder = chats.make_tokenizer(tmp_path / "tokenizer")
+    record = {"prompt": "first " + "a cat " * 400, "completion": "so!"}
+    source = chats.write_records(tmp_path / "a.jsonl", [record])
+    out = marked.tokenize(folder, tmp_path / "c", source, "--targets", "completion")
+    inspect_corpus.main([str(out)])
+    assert "    … " in (said := capsys.readouterr().out) and "so!<|" in said and "first" not in said
+    inspect_corpus.main([str(out), "--document", "0"])
+    assert "    first a cat" in (said := capsys.readouterr().out) and "so!<|" in said

@@ -52,6 +52,20 @@ DROPPED = {
         {"messages": [{"role": "user", "content": "rain?"}, {"role": "assistant", "tool_calls": [CALL, CALL]}]},
         "the tool calls of turn 2",
     ),
+    "parts": (
+        chats.TURNS,
+        {
+            "messages": [
+                {"role": role, "content": [{"type": "text", "text": "a cat"}]} for role in ("user", "assistant")
+            ]
+        },
+        r"turn 1 \(user\), whose list it writes as one \(make it one text\)",
+    ),
+    "thoughts": (
+        chats.TURNS,
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "thinking": "hm"}]},
+        r"thinking of turn 2 \(write",
+    ),
     "a turn whose text is elsewhere, too": (
         chats.DROPS,
         {"messages": [{"role": role, "content": "a cat"} for role in ("system", "user", "assistant")]},
@@ -91,6 +105,19 @@ def test_calls_of_tools_are_targets_and_tools_may_be_the_text_of_a_list(tmp_path
     assert '"Oslo"}}}]<|im_end|>\n]' in text and 'tool\nso "wet"<|im_end|>' in text and "assistant\n[yes<" in text
 
 
+def test_thoughts_that_are_written_and_those_of_an_earlier_answer_are_no_reason(tmp_path, folder):
+    turns = [("user", "hi"), ("assistant", "yes"), ("user", "no"), ("assistant", "so")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    messages[1]["reasoning_content"] = messages[3]["reasoning_content"] = messages[3]["thinking"] = "hm"
+    says = chats.TURNS.replace("{{ m.content }}", "{{ m.reasoning_content if loop.last }}{{ m.content }}")
+    (tmp_path / "t.jinja").write_text(says)
+    source = chats.write_records(tmp_path / "a.jsonl", [{"messages": messages}])
+    (document,) = documents_of(
+        tokenize(folder, tmp_path / "c", source, "--targets", "last", "--chat-template", tmp_path / "t.jinja")
+    )
+    assert targets_as_text(folder, document).endswith("[hmso<|im_end|>\n]")
+
+
 def test_a_table_gives_no_tool_the_keys_of_another(tmp_path, folder):
     import pyarrow
     from pyarrow import parquet
@@ -105,6 +132,39 @@ def test_a_table_gives_no_tool_the_keys_of_another(tmp_path, folder):
     assert '{"city": "Oslo"}' in said[0] and '{"day": "today"}' in said[1]
 
 
+UNASKED = chats.TURNS.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}")
+ENDS_LAST = chats.TURNS.replace(
+    "<|im_end|>\n", "<|im_end|>{{ '<|endoftext|>' if loop.last and m.role == 'assistant' }}\n"
+)
+HI, YES = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize("targets", ["assistant", "last", "completion"])
+def test_a_generation_prompt_behind_the_answer_is_no_target(tmp_path, folder, targets):
+    record = {"prompt": [HI], "completion": [YES]} if targets == "completion" else {"messages": [HI, YES]}
+    source, file = chats.write_records(tmp_path / "a.jsonl", [record]), tmp_path / "t.jinja"
+    options = ("--targets", targets, "--chat-template", file)
+    file.write_text(UNASKED)
+    with pytest.raises(UserError, match=r"a\.jsonl:1 must .* generation prompt behind it; put that into {% if add_gen"):
+        tokenize(folder, tmp_path / "c", source, *options)
+    file.write_text(ENDS_LAST)  # what ends a conversation in another way is a target
+    (document,) = documents_of(tokenize(folder, tmp_path / "c", source, *options))
+    assert targets_as_text(folder, document).endswith("[yes<|im_end|><|endoftext|>\n]")
+
+
+@pytest.mark.parametrize("template", [chats.TURNS, chats.MARKED], ids=["plain", "marked"])
+def test_an_answer_of_weight_0_is_no_target(tmp_path, folder, template):
+    (tmp_path / "t.jinja").write_text(template)
+    source = chats.write_records(tmp_path / "a.jsonl", [{"messages": [HI, {**YES, "weight": 0}, HI, YES]}])
+    options = ("--targets", "assistant", "--chat-template", tmp_path / "t.jinja")
+    (document,) = documents_of(tokenize(folder, tmp_path / "c", source, *options))
+    said = targets_as_text(folder, document)
+    assert said.count("[") == 1 and said.index("[yes") > said.index("assistant\nyes")
+    half = chats.write_records(tmp_path / "b.jsonl", [{"messages": [HI, {**YES, "weight": 0.5}]}])
+    with pytest.raises(UserError, match=r"b\.jsonl:1 must have 0 or 1 as the \"weight\" of a message, but has 0\.5"):
+        tokenize(folder, tmp_path / "d", half, *options)
+
+
 REFUSED_PAIRS = {
     "nothing": ({"prompt": "hi", "completion": ""}, "completion with text"),
     "white space": ({"prompt": "hi", "completion": " \n"}, "completion with text"),
@@ -115,6 +175,7 @@ REFUSED_PAIRS = {
         },
         'turns of the assistant alone in "completion", but has one of user',
     ),
+    "an answer of weight 0": ({"prompt": [HI], "completion": [{**YES, "weight": 0}]}, "one has .weight.: 0"),
     "a dropped turn": (
         {
             "prompt": [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}],

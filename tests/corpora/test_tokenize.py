@@ -270,10 +270,12 @@ def test_skipped_and_empty_documents_are_counted(tmp_path, folder, capsys):
     assert printed.startswith("2 documents, ") and "1 empty and 1 unreadable left out" in printed
 
 
-def test_a_cut_archive_is_named(tmp_path, folder, texts):
-    source = as_gzip(tmp_path / "input", texts)
+@pytest.mark.parametrize("write", [as_gzip, as_zstandard])
+def test_a_cut_archive_is_named(tmp_path, folder, texts, write):
+    source = write(tmp_path / "input", texts)
     source.write_bytes(source.read_bytes()[:-100])
-    assert f"{source}:" in refused(folder, tmp_path / "c", source)
+    said = refused(folder, tmp_path / "c", source)
+    assert f"{source}:" in said and f"must be a whole {source.suffix} file" in said
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path, folder):
