@@ -36,6 +36,7 @@ from ted_scale.metrics.live_report import why_never
 from ted_scale.metrics.rows import last_row
 from ted_scale.metrics.wandb_connection import why_offline
 from ted_scale.models import fused, lora, quantized, ulysses
+from ted_scale.micro_batches import check_length, derive_accumulation
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
@@ -161,27 +162,6 @@ def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
 def look_at(side: str, model: Model, needs_weights: bool) -> Anatomy:
     needs_weights = needs_weights and model.init == "weights"
     return inspect(f"{side}.path", model.path, needs_weights=needs_weights, is_frozen=side == "teacher")
-
-
-def derive_accumulation(run: Run, world: int) -> int:
-    """Micro-batches of a step on each rank."""
-    train, seq_len, readers = run.train, run.data.seq_len, ulysses.groups_of(run, world)
-    micro_step = train.micro_batch * seq_len * readers
-    if train.tokens_per_step % micro_step:
-        nearest = micro_step * max(1, round(train.tokens_per_step / micro_step))
-        ranks = "ranks" if readers == world else "ranks / data.sequence_parallel"
-        raise UserError(
-            f"train.tokens_per_step must be a multiple of micro_batch * seq_len * {ranks} "
-            f"({train.micro_batch} * {seq_len} * {readers} = {micro_step}), but is {train.tokens_per_step}; set {nearest}"
-        )
-    return train.tokens_per_step // micro_step
-
-
-def check_length(run: Run, *models: Anatomy | None) -> None:
-    for side, anatomy in zip(("student", "teacher"), models, strict=True):
-        if anatomy and anatomy.max_length and run.data.seq_len > anatomy.max_length:
-            limit = anatomy.max_length
-            raise UserError(f"data.seq_len must be at most the {side}'s context ({limit}), but is {run.data.seq_len}")
 
 
 def check_documents(run: Run, *models: Anatomy | None) -> None:

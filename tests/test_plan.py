@@ -227,7 +227,11 @@ WRONG_RUNS = {
     ),
     "seq_len": (
         {"data": {"seq_len": 256}},
-        "data.seq_len must be at most the student's context (128), but is 256",
+        "data.seq_len must be at most the student's context (128), but is 256; lower it",
+    ),
+    "seq_len, which no step divides by": (
+        {"data": {"seq_len": 250}},
+        "data.seq_len must be at most the student's context (128), but is 250; lower it",
     ),
     "pairs": (
         {"pairs": {"explicit": [[0, 4]]}},
