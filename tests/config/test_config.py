@@ -156,6 +156,12 @@ def test_a_file_that_is_missing_or_not_toml_is_refused_by_name(tmp_path):
         load_run(tmp_path / "binary.toml")
 
 
+def test_the_mark_that_windows_puts_before_utf8_is_no_key(tmp_path):
+    path = write(tmp_path / "run.toml", run_values(tmp_path))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_run(path).name
+
+
 def test_workers_of_an_earlier_version_load_without_effect(tmp_path, caplog):
     assert load(tmp_path, "data.workers=0") == load(tmp_path) and not caplog.records
     assert load(tmp_path, "data.workers=2") == load(tmp_path)
