@@ -83,7 +83,7 @@ def test_a_dry_run_prints_the_resolved_run_and_its_arithmetic_and_starts_nothing
         ("pairs.explicit=[[2, 0]]", "error: pairs.explicit[0] must name student blocks 0 to 1, but is [2, 0]\n"),
         (
             "ds_config=typing.json",
-            "error: ds_config typing.json: zero_optimization.overlap_com must be what DeepSpeed knows, but is True (Extra "
+            "error: ds_config typing.json: zero_optimization.overlap_com must be what DeepSpeed knows, but is true (Extra "
             "inputs are not permitted); correct it\n",
         ),
     ],
@@ -570,7 +570,7 @@ def test_a_mistake_in_the_zero_section_is_a_sentence_and_not_deepspeed_s_traceba
     (world / "ds.json").write_text(json.dumps(config))
     plan = make_plan(make_run(world, ds_config=str(world / "ds.json")), 1)
     with pytest.raises(
-        UserError, match=r"ds.json: zero_optimization.overlap_com must be what DeepSpeed knows, but is True"
+        UserError, match=r"ds.json: zero_optimization.overlap_com must be what DeepSpeed knows, but is true"
     ):
         check_engine_config(plan)
 

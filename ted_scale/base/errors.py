@@ -92,15 +92,26 @@ def clean(sentence: str) -> str:
 
 
 def shown(value) -> str:
-    """A value in a sentence: one short line."""
+    """A value in a sentence: one short line, in the words of the file that it came from."""
     try:
-        text = repr(value)
+        text = as_written(value)
     except (RecursionError, ValueError):  # nested too deeply; an integer of more digits than Python writes
         return f"a {type(value).__name__} that cannot be shown"
     return shortened(text, LONGEST_VALUE)
 
 
 def shortened(text: str, most: int) -> str:
+def as_written(value) -> str:
+    """As TOML has it; what it has no word for, as JSON or Python does."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {as_written(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(as_written, value))}]"
+    if isinstance(value, bool) or value is None:
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)
+
+
     return text if len(text) <= most else text[:most] + "…"
 
 
