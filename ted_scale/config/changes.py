@@ -63,7 +63,8 @@ def refuse_another_run(where, theirs: dict, ours: dict, allowed: list[str], step
         f"to resume from {where}, {listed(refused, theirs, ours)}; set back what changed, or give the run another name"
     )
     if allow := [key for key in refused if key not in never]:
-        out += f", or accept it by resume.allow = {json.dumps([*allowed, *allow])}"
+        keys = json.dumps([*allowed, *allow])
+        out += f", or accept it by --set 'resume.allow={keys}', in the run file the line allow = {keys} below [resume]"
     raise UserError(out + why_never(never))
 
 

@@ -74,7 +74,7 @@ def known_best(number: str) -> str | None:
 class Resume(Section):
     """How a run continues from a checkpoint of another run file."""
 
-    allow: list[str] = Field([], description="keys that may differ although they decide the result, see changes.py")
+    allow: list[str] = Field([], description='keys that may differ although they decide the result; as ["train.betas"]')
 
     @model_validator(mode="after")
     def names_are_known(self):

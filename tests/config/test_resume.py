@@ -1,6 +1,7 @@
 """Which checkpoints and filters a run may go on from, told from files alone, before anything starts."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from plain import make_shard, make_world
 from safetensors.torch import save_file
-from tiny import make_model, make_run, run_values
+from tiny import make_model, make_run, run_values, write_run
 
 from ted_scale.base import durable, sealed
 from ted_scale.base.errors import UserError
@@ -16,6 +17,7 @@ from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes, read_progress
 from ted_scale.config import changes
 from ted_scale.config.run import Run
+from ted_scale.config.run_file import load_run
 from ted_scale.distill.stages import stages_of
 from ted_scale.feed import open_feed
 from ted_scale.plan import make_plan
@@ -128,7 +130,8 @@ def test_a_changed_key_that_decides_the_result_must_be_allowed_by_name(world, se
     assert refused.startswith(
         f"to resume from ROOT/runs/tiny/checkpoints/step_0000000{step}, {said}; set back what changed"
     )
-    assert (f'resume.allow = ["{key}"]' in refused) == allowed
+    line = f"""by --set 'resume.allow=["{key}"]', in the run file the line allow = ["{key}"] below [resume]"""
+    assert (line in refused) == allowed
     assert ("cannot be allowed" in refused) == (not allowed)
     sections = {**sections, "resume": {"allow": [key]}}
     if allowed:
@@ -145,11 +148,12 @@ def test_one_sentence_has_every_difference_that_is_not_allowed(world):
     assert refusal(world, **other) == (
         "to resume from ROOT/runs/tiny/checkpoints/step_00000004, seed must be 0, but is 1, and train.eps must be 1e-08, but is "
         "1e-06, and filters.mlp must be 0, but is 4; set back what changed, or give the run another name, or accept it by "
-        'resume.allow = ["seed", "train.eps"]; filters.mlp cannot be allowed, because the tensors of the checkpoint would not fit'
+        """--set 'resume.allow=["seed", "train.eps"]', in the run file the line allow = ["seed", "train.eps"] below [resume]; """
+        "filters.mlp cannot be allowed, because the tensors of the checkpoint would not fit"
     )
     other["filters"] = {}
     said = refusal(world, **other, resume={"allow": ["seed"]})
-    assert "seed must" not in said and said.endswith('resume.allow = ["seed", "train.eps"]')
+    assert "seed must" not in said and said.endswith('allow = ["seed", "train.eps"] below [resume]')
     assert make_plan(make_run(world, **other, resume={"allow": ["train.eps", "seed"]}), 1)
 
 
