@@ -74,13 +74,14 @@ class OutOfMemory(Exception):
 
 
 class Preempted(Exception):
-    """A signal asked the run to stop. Nothing is lost."""
+    """A signal asked the run to stop. Nothing is lost; `stepped` is whether this start has taken a step."""
 
     exit_code = RESUME
     SENTENCE = "asked to stop by a signal: every step so far is saved, start the same command again"
+    BEFORE = "asked to stop by a signal before this start took a step: nothing is lost, start the same command again"
 
-    def __init__(self):
-        super().__init__(self.SENTENCE)
+    def __init__(self, stepped: bool = True):
+        super().__init__(self.SENTENCE if stepped else self.BEFORE)
 
 
 SENTENCES = (UserError, RunStopped, Gone, OutOfMemory, Preempted)
@@ -100,7 +101,6 @@ def shown(value) -> str:
     return shortened(text, LONGEST_VALUE)
 
 
-def shortened(text: str, most: int) -> str:
 def as_written(value) -> str:
     """As TOML has it; what it has no word for, as JSON or Python does."""
     if isinstance(value, dict):
@@ -112,6 +112,7 @@ def as_written(value) -> str:
     return repr(value)
 
 
+def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[:most] + "…"
 
 
