@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ted_scale import feed, validate
+from ted_scale.base.counts import millions
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import resume
@@ -35,8 +36,8 @@ from ted_scale.forecast.placement import Placement, of_this_machine, place
 from ted_scale.metrics.live_report import why_never
 from ted_scale.metrics.rows import last_row
 from ted_scale.metrics.wandb_connection import why_offline
-from ted_scale.models import fused, lora, quantized, ulysses
 from ted_scale.micro_batches import check_length, derive_accumulation
+from ted_scale.models import fused, lora, quantized, ulysses
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.fingerprint import fingerprint
 from ted_scale.models.inspection import inspect
@@ -237,7 +238,7 @@ def describe(plan: Plan) -> str:
     for side, a in (("teacher", plan.teacher), ("student", plan.student)):
         if a:
             shape = (
-                f"{a.layers} blocks, width {a.width}, vocabulary {a.vocab_size}, {a.parameters / 1e6:,.2f} M parameters"
+                f"{a.layers} blocks, width {a.width}, vocabulary {a.vocab_size}, {millions(a.parameters)} parameters"
             )
             lines.append(f"{side}: {a.family}, {shape}, from {a.folder}, fingerprint {fingerprint(a.folder)}")
     lines += lora.describe(run.student.lora, plan.student)

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from ted_scale.base.counts import millions
 from ted_scale.base.durable import write_durably
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
@@ -238,10 +239,10 @@ def chosen(places: Places, shape: str, teacher, tokens: int, rank, arguments) ->
         ),
         "teacher.path": Choice(
             places.teacher,
-            f"local folder or hub id: {teacher.layers} blocks, {teacher.parameters / 1e6:,.1f} M parameters",
+            f"local folder or hub id: {teacher.layers} blocks, {millions(teacher.parameters, 1)} parameters",
         ),
         "student.path": Choice(
-            places.student, f"{student.layers} blocks of {teacher.layers}, {student.parameters / 1e6:,.1f} M parameters"
+            places.student, f"{student.layers} blocks of {teacher.layers}, {millions(student.parameters, 1)} parameters"
         ),
         "data.corpora": Choice(corpora, f"validation: {validation.why}"),
     }
