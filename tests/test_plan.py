@@ -1,6 +1,7 @@
 """The dry run: what it prints, that it starts and writes nothing, and that every mistake it can find is one sentence."""
 
 import json
+import logging
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,8 @@ from plain import make_shard, make_world
 from tiny import make_model, make_run, pretrain, pretrain_command, write_run
 from transformers import FalconH1Config, Lfm2Config, PreTrainedTokenizerFast, StableLmConfig
 
+from ted_scale import engines
+from ted_scale import run as run_module
 from ted_scale.base.errors import UserError
 from ted_scale.base.sealed import seal
 from ted_scale.checkpoints.progress import Progress, progress_as_bytes
@@ -25,7 +28,7 @@ from ted_scale.distill.pairs import cut_map
 from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.feed import Reading
 from ted_scale.forecast.summary import uncounted
-from ted_scale.metrics import live_report
+from ted_scale.metrics import console, live_report
 from ted_scale.plan import describe, make_plan, plan_of_models, stage_flops
 from ted_scale.run import train_run
 from ted_scale.storage import hub
@@ -556,6 +559,36 @@ def test_a_dry_run_writes_packs_and_says_so_and_ted_scale_plan_writes_none(world
     with pytest.raises(SystemExit):
         pretrain_module.main(["--help"])
     assert "packs of examples that are not there are made" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_takes_long_at_a_start_is_said_before_it_begins_and_on_rank_0_alone(world, monkeypatch, capsys, caplog):
+    """A start was silent for minutes: while ranks meet, while models load."""
+
+    class Begun(Exception):
+        """What takes long."""
+
+    def begin(*_, **__):
+        raise Begun
+
+    file = write_run(world / "run.toml", make_run(world, teacher={"placement": "replicated"}))
+    monkeypatch.setattr(pretrain_module.signals, "listen", lambda: None)  # this process keeps its handlers
+    monkeypatch.setattr(run_module, "run_plan", begin)
+    monkeypatch.setattr(console, "level", logging.INFO)
+    for rank, words, lines in (("0", [], 1), ("1", [], 0), ("0", ["--quiet"], 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(Begun):
+            pretrain_module.main(["--config", str(file), *words])
+        assert capsys.readouterr().err.count("1 rank starts; the first start on a machine may compile") == lines
+    plan = make_plan(load_run(file), 1)
+    caplog.set_level(logging.INFO, "ted_scale")
+    monkeypatch.setattr(engines, "bare_teacher", begin)
+    monkeypatch.setattr(engines, "build_network", begin)
+    with pytest.raises(Begun):
+        engines.build_teacher(plan)
+    assert caplog.messages[-1].startswith(f"loading {world / 'teacher'}, ")
+    with pytest.raises(Begun):
+        engines.build_student(plan, plan.stages[-1], None, None)
+    assert caplog.messages[-1].startswith(f"loading {world / 'student'}, ")
 
 
 def test_a_report_that_nothing_can_draw_is_a_line_of_the_dry_run(world, monkeypatch):

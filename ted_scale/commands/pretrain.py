@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         print(to_toml(run), describe(plan), *forecast, sep="\n")
         return
 
+    start = "rank starts" if plan.world == 1 else "ranks start"
+    console.say_early(f"{plan.world} {start}; the first start on a machine may compile parts of DeepSpeed")
     from ted_scale.run import run_plan
 
     run_plan(plan)
