@@ -74,7 +74,9 @@ def test_the_site_builds_without_a_warning_and_its_pages_load_nothing_from_elsew
     assert not [page[:80] for page in pages if loads.search(page)]
 
 
-RUN = re.compile(r"`(?:OMP_NUM_THREADS=1 )?(?:pytest|python|deepspeed) |the same\b|\[flops.md\]")  # arithmetic has no command
+RUN = re.compile(
+    r"`(?:OMP_NUM_THREADS=1 )?(?:pytest|python|deepspeed) |the same\b|\[flops.md\]"
+)  # arithmetic has no command
 
 
 def test_every_figure_of_the_measurements_names_the_command_that_makes_it():
