@@ -578,7 +578,9 @@ def test_what_takes_long_at_a_start_is_said_before_it_begins_and_on_rank_0_alone
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(Begun):
             pretrain_module.main(["--config", str(file), *words])
-        assert capsys.readouterr().err.count("1 rank starts; the first start on a machine may compile") == lines
+        said = capsys.readouterr().err
+        assert said.count("run tiny: looking at its models") == lines
+        assert said.count("1 rank starts; the first start on a machine may compile") == lines
     plan = make_plan(load_run(file), 1)
     caplog.set_level(logging.INFO, "ted_scale")
     monkeypatch.setattr(engines, "bare_teacher", begin)

@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     run = load_run(arguments.config, arguments.set)
     if arguments.dry_run:
         logging.disable(logging.WARNING)  # DeepSpeed logs to stdout, where the run file is printed
+    else:
+        console.say_early(f"run {run.name}: looking at its models and corpora")
 
     from ted_scale.plan import describe, make_plan  # imports take seconds; a typing mistake should not wait for them
 
