@@ -28,7 +28,7 @@ MEANINGS = {
     HUNG: "a step took longer than its limit; every rank's stack is in the log",
     GONE: "a rank, or something it cannot do without, has gone",
     MEMORY: "a rank ran out of memory; the sentence has what to lower",
-    RESUME: "asked to stop, every step saved; the same command goes on",  # EX_TEMPFAIL of sysexits.h
+    RESUME: "asked to stop, nothing is lost; the same command goes on",  # EX_TEMPFAIL of sysexits.h
 }
 
 
