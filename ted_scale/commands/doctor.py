@@ -65,6 +65,8 @@ def outer(arguments) -> Iterator[Finding]:
 
 
 def groups(arguments, gpus: int) -> Iterator[Finding]:
+    if arguments.ranks or arguments.hostfile:
+        yield from bounded("names", outside.names, outside.NAMES_S)
     if arguments.ranks:
         ranks.refuse_too_many(arguments.ranks, gpus)
         yield from ranks.here(arguments.ranks)

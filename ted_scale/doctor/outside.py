@@ -1,10 +1,13 @@
-"""What a run asks of the network: Weights & Biases, and object storage.
+"""What a run asks of the network: names of hosts, Weights & Biases, and object storage.
 
 Note: any answer of W&B's host, also a refusal, says that it can be reached; only a run learns whether the key is right.
 """
 
+import contextlib
 import os
 import secrets
+import socket
+import time
 import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
@@ -12,9 +15,28 @@ from urllib.parse import urlsplit
 from ted_scale.base.errors import SENTENCES
 from ted_scale.doctor.finding import MISSING, NOTE, OK, Finding
 
-WANDB_S, S3_S = 20, 60
+NAMES_S, WANDB_S, S3_S = 60, 20, 60
+SLOW_NAME_S, LOOKUPS = 1.0, 3
 CONNECT_S, PATIENCE_S = 5, 10  # of a connection to W&B; of a request to a store
 WAY_TO_A_KEY = "wandb login, or set WANDB_API_KEY; without a key a run is offline, and wandb sync uploads it later"
+
+
+def names() -> list[Finding]:
+    """Torch's store looks up the name of every rank that connects, as an IPv6 address, and serves nobody meanwhile."""
+    address = socket.gethostbyname(socket.gethostname())
+    if (slowest := max(seconds_of_a_name(address) for _ in range(LOOKUPS))) < SLOW_NAME_S:
+        return [Finding("names", OK, f"the name of {address} is looked up in {slowest:.3f} s")]
+    way = 'a start waits so long for each rank; RES_OPTIONS="timeout:1 attempts:1" shortens that, as docs/nodes.md says'
+    return [
+        Finding("names", NOTE, f"the name of {address} was looked up for {slowest:.1f} s: DNS is slow or silent", way)
+    ]
+
+
+def seconds_of_a_name(address: str) -> float:
+    began = time.monotonic()
+    with contextlib.suppress(OSError):
+        socket.getnameinfo((f"::ffff:{address}", 0, 0, 0), socket.NI_NUMERICSERV)
+    return time.monotonic() - began
 
 
 def wandb() -> list[Finding]:

@@ -194,6 +194,22 @@ def test_a_host_that_refuses_is_reached_and_one_that_says_nothing_is_not(monkeyp
         assert states(outside.wandb())[1] == ("W&B host", NOTE)
 
 
+def test_dns_that_does_not_answer_is_a_note_with_what_it_costs_a_start(monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getnameinfo", lambda address, flags: asked.append(address[0]))
+    assert states(outside.names()) == [("names", OK)]
+    assert asked[0].startswith("::ffff:")  # as the store asks, which no line of /etc/hosts answers
+
+    def silent(address, flags):
+        time.sleep(0.2)
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getnameinfo", silent)
+    monkeypatch.setattr(outside, "SLOW_NAME_S", 0.1)
+    (found,) = outside.names()
+    assert found.state == NOTE and "RES_OPTIONS" in found.way
+
+
 def test_a_store_is_listed_written_read_and_left_as_it_was(monkeypatch):
     monkeypatch.setattr(outside, "PATIENCE_S", 1)
     objects.s3_client.cache_clear()
