@@ -1,6 +1,7 @@
 """Writes keys.md, the reference of the run file, from ted_scale/config: python docs/keys.py
 
-A key's meaning is the description of its field, and nowhere else. tests/test_docs.py fails where keys.md is not what this writes.
+A key's meaning is the description of its field, and stands nowhere else. tests/test_docs.py fails if keys.md differs from this
+output.
 """
 
 import json
@@ -18,13 +19,13 @@ INSTEAD = {"train.steps": "**must be set**, or `epochs`"}  # a default that only
 PAGE = Path(__file__).with_name("keys.md")
 OPENING = """# Every key of the run file
 
-`python docs/keys.py` writes this page from the code of `ted_scale/config/`; do not edit it. A run file is TOML. A key that
-is not here is refused, with the nearest one that is. `--set section.key=value` sets any of them on the command line, and
+`python docs/keys.py` writes this page from the code of `ted_scale/config/`; do not edit it. A run file is TOML. A key that is not
+on this page is refused, and the error names the nearest key. `--set section.key=value` sets a key on the command line.
 `--dry-run` prints the run file with all its defaults.
 
-**Resume** says whether a key may differ from that of the checkpoint from which a run continues: *free* (the log says what
-changed), *by name* (it decides the result, so `resume.allow` must name it; where the checkpoint's tensors would not fit, the
-refusal says so), or *no*. The shapes of both models decide the result, too. See [checkpoints](checkpoints.md).
+**Resume** says whether a key may differ from the checkpoint from which a run continues: *free* (the log says what changed), *by
+name* (it decides the result, so `resume.allow` must name it), or *no*. If the checkpoint's tensors would not fit, the key is
+refused even by name, and the error says so. The shapes of both models decide the result, too. See [checkpoints](checkpoints.md).
 """
 
 
@@ -33,7 +34,7 @@ def page() -> str:
 
 
 def sections(section, prefix: str) -> list[str]:
-    """A table of the section's own keys, and then those of the sections in it."""
+    """A table of the section's own keys, and then the tables of the sections inside it."""
     fields = {f"{prefix}{key}": field for key, field in keys_of(section).items()}
     inner = {name: section_in(field.annotation) for name, field in fields.items()}
     title = f"## [{prefix.rstrip('.')}]" if prefix else "## At the top"

@@ -17,7 +17,8 @@ import logging
 
 __version__ = "0.1.0"
 
-# transformers imports torchao where it is installed: on a CPU that warns of libraries for CUDA, and torch of torchao's style.
+# transformers imports torchao if it is installed. On a CPU, torchao then warns about CUDA libraries, and torch about
+# torchao's style.
 for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
 # The log says on which device a run is.

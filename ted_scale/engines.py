@@ -36,7 +36,7 @@ def check_engine_config(plan: Plan) -> None:
     """Have DeepSpeed check the ds_config, early enough that a mistake is one sentence."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns about settings that are intended
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are about settings that we intend
     zero_settings(plan.run.ds_config, plan.ds_config["zero_optimization"])
     check_int8_gathers(plan)
     try:
@@ -49,7 +49,7 @@ def check_engine_config(plan: Plan) -> None:
 
 
 def check_device(plan: Plan, device: torch.device) -> None:
-    """Refuse what the run file asks for and the device cannot run."""
+    """Refuse settings of the run file that the device cannot run."""
     run = plan.run
     try:
         kernels.choose(run.loss.backend, device)
@@ -85,13 +85,13 @@ def describe(plan: Plan, device: torch.device) -> list[str]:
 
 
 def paths_of(plan: Plan, anatomy, device: torch.device) -> list[str]:
-    """Of its attention: those of attention.py."""
+    """The code paths of a model's attention, by their names in attention.py."""
     run = plan.run
     return attention.paths_of(run.data, anatomy.attention, DTYPES[run.train.precision], device)
 
 
 def blocks_are(plan: Plan, side: str, device: torch.device) -> str:
-    """Compiled, with Liger's kernels, or as they are: compile, liger, off."""
+    """How a model's blocks run: compiled ("compile"), with Liger's kernels ("liger"), or unchanged ("off")."""
     anatomy = getattr(plan, side)
     if side == "teacher" and plan.run.teacher.compile:
         return "compile"
@@ -101,13 +101,13 @@ def blocks_are(plan: Plan, side: str, device: torch.device) -> str:
 
 
 def prepare_blocks(plan: Plan, side: str, network):
-    """Makes the network's blocks so, and returns them."""
+    """Compile or replace the network's blocks as `blocks_are` says. Returns the blocks."""
     from deepspeed.accelerator import get_accelerator
 
     anatomy, device = getattr(plan, side), torch.device(get_accelerator().device_name())
     blocks = network.get_submodule(anatomy.blocks)
     asked = side == "teacher" and plan.run.teacher.compile
-    apart = asked and paths_of(plan, anatomy, device) != ["sdpa"]  # a graph can hold torch's own alone, for every batch
+    apart = asked and paths_of(plan, anatomy, device) != ["sdpa"]  # only torch's own attention can be part of the graph
     fails = asked or plan.run.fused_blocks != "auto"
     fused.fuse(network, blocks, blocks_are(plan, side, device), fails=fails, attention_apart=apart)
     return blocks
@@ -129,8 +129,8 @@ def build_teacher(plan: Plan):
 
 
 def bare_teacher(plan: Plan, device: torch.device) -> Teacher:
-    """Whole on this rank's device, or in its host's memory. Every rank reads the files: a node reads each of them once from its
-    server, and no rank waits for another."""
+    """A teacher that no ranks share: whole on this rank's device, or in its host's memory. Every rank reads the files. A node
+    fetches each file once from its server, and no rank waits for another."""
     streamed = plan.placement.way == "offload"
     body, blocks = teacher_body(plan, ds_config=None, device="cpu" if streamed else device)
     if streamed:
@@ -164,7 +164,7 @@ def teacher_body(plan: Plan, **where):
 
 
 def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
-    """The engine of a stage: the student and its filters, with the optimizer of those that are trained."""
+    """The engine of a stage: the student, its filters, and an optimizer for the parameters that are trained."""
     import deepspeed
 
     run, dtype = plan.run, DTYPES[plan.run.train.precision]
@@ -175,7 +175,7 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
     network = build_network(plan.student, ds_config=config, dtype=dtype, init=run.student.init, seed=run.seed)
     blocks = prepare_blocks(plan, "student", network)
     network.requires_grad_(not stage.learns_filters)
-    if run.student.lora and not stage.learns_filters:  # adapters that start at 0 change nothing in stage I
+    if run.student.lora and not stage.learns_filters:  # in stage I the adapters would be 0 and change nothing
         lora.adapt(network, plan.student, run.student.lora, run.seed)
     if run.student.gradient_checkpointing and not stage.learns_filters:
         network.gradient_checkpointing_enable({"use_reentrant": False})
@@ -213,7 +213,7 @@ def frozen_parts(module: Student, stage: Stage) -> list:
 
 
 def lend(filters, teacher: Teacher, dtype: torch.dtype) -> None:
-    """Frozen filters, whole on this rank, to the teacher: it filters its states as they appear."""
+    """Give frozen filters, whole on this rank, to the teacher. It then filters each state when it is computed."""
     device = teacher.head.weight.device
     teacher.keep_filtered(filters.to(device, dtype))
     if teacher.at_load is not None:
@@ -221,7 +221,7 @@ def lend(filters, teacher: Teacher, dtype: torch.dtype) -> None:
 
 
 def take_back(plan: Plan, teacher) -> None:
-    """The filters of an earlier stage, or of this one before the run went back."""
+    """Remove the teacher's filters: those of an earlier stage, or those of this stage from before the run went back."""
     if plan.teacher is None:
         return
     teacher.keep_filtered(None)
@@ -239,7 +239,7 @@ def student_filters(plan: Plan, stage: Stage):
 
 
 def teacher_filters(plan: Plan, stage: Stage):
-    """lwd has none."""
+    """The teacher's filters, one for each pair. The method lwd has none."""
     if not plan.pairs or plan.run.method == "lwd":
         return None
     lift = plan.teacher.width if stage.learns_filters and has_lift(plan.run, plan.teacher) else 0
@@ -255,7 +255,7 @@ def filters_of(plan: Plan, stage: Stage, anatomy, offset: int, lift: int = 0):
 
 
 def parameter_groups(run, module: Student) -> list[dict]:
-    """Matrices with weight decay, all other tensors without, and the filters with their own learning rate."""
+    """The optimizer's groups. Matrices have weight decay, other tensors have none. Filters have their own learning rate."""
     trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     filters = [p for n, p in trained if n.startswith("filters_")]
     network = [p for n, p in trained if not n.startswith("filters_")]

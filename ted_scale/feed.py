@@ -1,4 +1,5 @@
-"""What a stage reads: its stream, opened at the run's position, and the weights of an adaptive blend, measured at every border.
+"""What a stage reads: a stream that starts at the run's position. At every border, the weights of an adaptive blend are
+measured.
 
 stream.py reads windows, blend.py counts them, ddk.py has the rule. A stage reads its data in stretches from one border to the
 next. The weights are constant within a stretch, so nothing is read ahead of a measurement. Note: a checkpoint that is written
@@ -20,8 +21,9 @@ MANY_EPOCHS = 4
 
 
 class Reading(NamedTuple):
-    """A corpus: tokens to train on, tokens held out, how often each unfinished stage reads the tokens to train on, what tells this
-    text from another one, where its files are if links lead there, and what its rows are packed of."""
+    """A corpus: its tokens to train on, its tokens held out, and how often each unfinished stage reads the tokens to train
+    on. Also a digest of its text, the place of its files if they are reached through links, and what its rows are packed
+    from."""
 
     tokens: int
     held_out: int
@@ -106,8 +108,8 @@ def due(stage, stream: Stream, progress: Progress) -> bool:
 
 
 def weigh(plan, teacher, metrics, student, stream: Stream, progress: Progress):
-    """(stream, progress, whether a signal asks to stop): DDK's weights from here on, which follow from the student's and the
-    teacher's losses on the held-out text of each corpus. If a signal asks to stop, nothing changes."""
+    """Measure DDK's weights, which hold from here on. They follow from the losses of student and teacher on the held-out text
+    of each corpus. Returns (stream, progress, whether a signal asks to stop). If a signal asks to stop, nothing changes."""
     with metrics.aside():
         held_out = {name: held for name, held in stream.held_out.items() if name in stream.parts}
         known = known_of_teacher(plan, progress, held_out)
@@ -134,7 +136,7 @@ def as_row(weights: dict, gaps: dict, of_student: dict, of_teacher: dict) -> dic
 
 
 def refuse_untaught(run, losses: dict[str, Loss]) -> None:
-    """Without a loss there is no weight, and a corpus that was left out would not be trained on."""
+    """Refuse a corpus without a loss: it would get no weight, and the run would not train on it."""
     if untaught := untaught_of(losses):
         raise UserError(
             f"corpus {untaught[0]} must hold out text with a target for data.blend.kind = 'adaptive', but the first "

@@ -1,6 +1,6 @@
 """The filters that a stage starts from: measured on a little training text, equal on any number of ranks, written to a file.
 
-filter_init.py has the mathematics; here the models run, and every rank solves some of the pairs.
+filter_init.py has the mathematics. This file runs the models. Each rank solves some of the pairs.
 """
 
 import logging
@@ -32,8 +32,8 @@ READ = Weights(ce=0.0, kl=0.0, layer=1.0)
 def first_filters(
     plan, stage, stream: Stream, teacher, progress: Progress, learned: Path | None, device
 ) -> Path | None:
-    """The file of the filters that a stage, which reads `stream`, starts from. `learned` is that of an earlier stage I. None if
-    the stage has no filters, if they start at random, or if a checkpoint of the stage has them."""
+    """The file of the filters that a stage starts from. The stage reads `stream`. `learned` is the file of an earlier stage
+    I. None if the stage has no filters, if they start at random, or if a checkpoint of the stage has them."""
     filters, starts = plan.run.filters, stage is plan.stages[0] and progress.step == stage.first_step
     own = plan.run.method == "ted" and not filters.from_run and starts
     if own and not stage.learns_filters:
@@ -79,8 +79,8 @@ def begin(filters_s, filters_t, starts: list[Start]) -> None:
 
 
 def measured_starts(plan, stream: Stream, teacher, device) -> list[Start]:
-    """The start of each pair, on all ranks. One rank has a pair's sums and solves it. A student with random weights is not read:
-    its states mean nothing."""
+    """The start of each pair, on all ranks. One rank has the sums of a pair and solves it. A student with random weights is
+    not run, because its states mean nothing."""
     student = None if plan.run.student.init == "random" else build_teacher(as_teacher(plan))
     tokens, sums = TOKENS_A_WIDTH * max(plan.student.width, plan.teacher.width), None
     log.info(f"filters start from the states of {tokens:,} tokens, which are read now")
@@ -103,7 +103,7 @@ def as_teacher(plan):
 
 
 def share_start(plan, k: int, pair: Moments, start) -> Start:
-    """The start of pair k, sent to all ranks by the one that has solved it."""
+    """The start of pair k. The rank that solved it sends it to all ranks."""
     pulse.doing(f"the start of the filters of pair {k}")
     owner, device = k % dist.get_world_size(), pair.tt.device
     narrow, student = plan.width < plan.teacher.width, pair.ts is not None

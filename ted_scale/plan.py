@@ -60,10 +60,10 @@ class Plan:
     stages: list[Stage]
     readings: dict[str, Reading]
     attended: dict[int | None, float]  # a layer's window → keys that a query sees, on average
-    resumes: list[str]  # where the run resumes, as lines
+    resumes: list[str]  # lines that say where the run resumes
     placement: Placement | None = None  # of the teacher
-    suite: dict | None = None  # lm-eval's tasks of validation.suite, with their data
-    tokenizer: Path | None = None  # the folder whose tokenizer the suite's texts are read with
+    suite: dict | None = None  # the tasks of validation.suite, with lm-eval's data for them
+    tokenizer: Path | None = None  # the folder of the tokenizer for the suite's texts
 
     @property
     def total_steps(self) -> int:
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def readers(self) -> int:
-        """Ranks that read different text: those that share rows count as one."""
+        """The number of ranks that read different text. Ranks that share rows count as one."""
         return ulysses.groups_of(self.run, self.world)
 
     @property
@@ -87,8 +87,8 @@ class Plan:
         return files.filters_of(Path(self.run.filters.from_run) if self.run.filters.from_run else self.run.folder)
 
     def identity(self) -> dict:
-        """What decides the result. A run must have the identity of the checkpoint that it resumes from, except for the keys in
-        resume.allow."""
+        """The settings that decide the result. A run must have the same identity as the checkpoint that it resumes from,
+        except for the keys in resume.allow."""
         sides = {"student": self.student, "teacher": self.teacher}
         run, train, loss = self.run, self.run.train, self.run.loss
         filters = {"filters.steps": 0} if run.method == "ted" else {}
@@ -108,7 +108,7 @@ class Plan:
         }
 
     def filters_identity(self) -> dict:
-        """What must be equal in a stage I and in a stage II that uses its filters."""
+        """The settings that must be equal in a stage I and in a stage II that uses its filters."""
         if not self.run.matches_layers:
             return {}
         pairs = [list(p) for p in self.pairs]
@@ -116,7 +116,7 @@ class Plan:
 
 
 def make_plan(run: Run, world: int) -> Plan:
-    """All that is decided and refused before a process group exists."""
+    """Decide and check everything that needs no process group."""
     plan = plan_of_models(epochs.resolved(run, resume.written_before(run)), world)
     quantized.check(run.teacher_bits, plan.teacher)
     check_shards(plan.run, plan.vocabulary, plan.student)
@@ -136,8 +136,8 @@ def make_plan(run: Run, world: int) -> Plan:
 
 
 def plan_of_models(run: Run, world: int, *, needs_weights: bool = True) -> Plan:
-    """What follows from the run file and the configs of the models: no data is read, but the corpora's sizes for train.epochs, and
-    no machine is looked at. Every row counts as one document, and the teacher has no place yet."""
+    """A plan from the run file and the models' configs alone. It reads no data except the corpora's sizes for train.epochs,
+    and asks nothing of the machine. Every row counts as one document. The teacher has no place yet."""
     ds_config, run = load_ds_config(run.ds_config), epochs.resolved(run)
     accumulation = derive_accumulation(run, world)
     teacher = look_at("teacher", run.teacher, needs_weights) if run.teacher and run.method != "ce" else None
@@ -166,7 +166,7 @@ def look_at(side: str, model: Model, needs_weights: bool) -> Anatomy:
 
 
 def check_documents(run: Run, *models: Anatomy | None) -> None:
-    """Only attention can keep documents apart: a recurrent layer carries its state over the border of a document."""
+    """Refuse data.attention = "document" for recurrent layers: they carry their state from one document into the next."""
     for side, anatomy in zip(("student", "teacher"), models, strict=True):
         if run.data.attention == "document" and anatomy and anatomy.blocks_apart < anatomy.layers:
             raise UserError(
@@ -186,8 +186,8 @@ def check_shards(run: Run, vocabulary: int, student: Anatomy) -> None:
 
 
 def check_corpora(plan: Plan, progress: Progress) -> dict[str, Reading]:
-    """What is read of each corpus. Refuses corpora without a window to train on or to validate on, and corpora that must not
-    repeat but are too short for the rest of a stage."""
+    """What is read of each corpus. Refuses a corpus without a window to train on or to validate on. Refuses a corpus that
+    must not repeat if it is too short for the rest of a stage."""
     training, held_out, packed, epochs = {}, {}, {}, {}
     for stage in plan.stages:
         if progress.step < stage.last_step:
@@ -208,7 +208,7 @@ def check_corpora(plan: Plan, progress: Progress) -> dict[str, Reading]:
 
 def reading_of(training: Part | None, held_out: Part | None, epochs: dict[str, float]) -> Reading:
     tokens, kept = (part.tokens if part else 0 for part in (training, held_out))
-    part = training or held_out  # both are of the same shards
+    part = training or held_out  # both have the same shards
     return Reading(tokens, kept, epochs, part.listed, part.place)
 
 
@@ -225,14 +225,14 @@ def keys_of_windows(lengths, *models: Anatomy | None) -> dict[int | None, float]
 
 
 def stage_flops(plan: Plan, stage: Stage) -> float:
-    """Model FLOPs of all tokens of the stage. A thousand of its steps are sampled, because loss weights change."""
+    """Model FLOPs of all tokens of the stage. They are computed at a thousand of its steps, because loss weights change."""
     steps = range(stage.first_step, stage.last_step, max(1, stage.steps // 1000))
     each = [step_flops(plan, stage, step, plan.attended.__getitem__).model for step in steps]
     return stage.steps * plan.run.train.tokens_per_step * sum(each) / len(each)
 
 
 def describe(plan: Plan) -> str:
-    """The run's arithmetic, for --dry-run and for the log."""
+    """The numbers of the plan as lines, for --dry-run and for the log."""
     run, train, ranks = plan.run, plan.run.train, f"{plan.world} rank{'s' if plan.world > 1 else ''}"
     lines = [f"run {run.name}: method {run.method}, {train.precision}, {ranks}, folder {run.folder}"]
     for side, a in (("teacher", plan.teacher), ("student", plan.student)):

@@ -73,7 +73,7 @@ def run_plan(plan: Plan) -> None:
         with shortage.enough(shortage.ways_to_need_less(plan.run, plan.ds_config, on_cpu, needs_less(plan, on_cpu))):
             train_run(plan, device)
     except Preempted:
-        dist.barrier()  # rank 0 has closed its logs by now: the first rank to exit makes its launcher kill the others
+        dist.barrier()  # until rank 0 has closed its logs: the launcher kills all ranks when the first one exits
         raise
     dist.barrier()
     watch.close()
@@ -104,7 +104,7 @@ def train_run(plan: Plan, device: torch.device) -> Progress:
         raise
     finally:
         parts.loader.close()
-        # Before W&B is waited for, which may take a minute: a grace period may be over by then.
+        # This comes before the wait for W&B. That may take a minute, which may be longer than the grace period.
         if dist.get_rank() == 0:
             stacks.aside(owner.LEAVING_S, owner.leave, plan.run)
         parts.metrics.close(done=sys.exc_info()[0] is None)
@@ -130,7 +130,7 @@ def build_parts(plan: Plan, device, progress: Progress, newest: Path | None) -> 
     if writes:
         for line in describe(plan, device):
             log.info(line)
-    # W&B opens before the teacher is loaded, so that it shows a run that fails there.
+    # W&B opens before the teacher is loaded, so it also shows a run that fails while it loads the teacher.
     wandb_run = open_wandb(run, progress.wandb_id) if writes else None
     if wandb_run:
         wandb_run.tell(partial(add_facts, facts_of(as_dict(plan))))
@@ -196,7 +196,7 @@ def open_data(parts: Parts, stage: Stage, progress: Progress) -> tuple[Stream, P
 
 
 def validate_first(parts: Parts, stage: Stage, student, stream: Stream, progress: Progress, resumed) -> Progress:
-    """Validate student and teacher before stage II's first step. On a resume, repeat what a signal cut short."""
+    """Validate student and teacher before stage II's first step. On a resume, repeat a validation that a signal interrupted."""
     fresh, stopping = progress.step == stage.first_step and not stage.learns_filters, False
     lacked = resumed and validation.lacks_best(parts.plan.run, stage, progress)
     measured = (*parts[:3], stream.held_out, student)
@@ -211,7 +211,7 @@ def validate_first(parts: Parts, stage: Stage, student, stream: Stream, progress
 
 
 def validation_is_missing(parts: Parts, stage: Stage, progress: Progress) -> bool:
-    """Whether a signal cut short the validation of the step that the run resumes from. Only rank 0 has the rows."""
+    """Whether a signal interrupted the validation of the step that the run resumes from. Only rank 0 has the rows."""
     return broadcast(validation.missing(parts.plan, parts.metrics, stage, progress))
 
 
@@ -263,7 +263,7 @@ def end_stage(parts: Parts, stage: Stage, student, progress: Progress) -> None:
 
 
 def go_back(stage: Stage, student, rewind: Rewind, metrics: Metrics) -> Progress:
-    """Load an earlier checkpoint into the engine there is: DeepSpeed releases no module, so a second would double the memory."""
+    """Load an earlier checkpoint into the existing engine. DeepSpeed releases no module: a second would double the memory."""
     for checkpoint in rewind.checkpoints:
         pulse.building(f"the rewind to {checkpoint.name}")
         if (fault := verdict(files.check_digests, checkpoint, share())) is None:
@@ -279,8 +279,8 @@ def go_back(stage: Stage, student, rewind: Rewind, metrics: Metrics) -> Progress
 
 
 def save_checkpoint(plan: Plan, stage: Stage, metrics: Metrics, saver: Saver, student, progress: Progress) -> None:
-    """Save the engine's state. At the end of stage I the filters file comes first, so that no last checkpoint of stage I is
-    without it."""
+    """Save the engine's state. At the end of stage I the filters file is written first, so the last checkpoint of stage I
+    never exists without it."""
     pulse.doing(f"the checkpoint of step {progress.step}")
     done = progress.step == stage.last_step
     if stage.learns_filters and done:
@@ -295,6 +295,6 @@ def save_checkpoint(plan: Plan, stage: Stage, metrics: Metrics, saver: Saver, st
 
 
 def save_unless_saved(parts: Parts, stage: Stage, student, progress: Progress) -> None:
-    """A second save of the same step would first remove its good checkpoint."""
+    """Save, unless this step is saved already. A second save would first remove the good checkpoint."""
     if progress.step != parts.saver.saved_step:
         save_checkpoint(parts.plan, stage, parts.metrics, parts.saver, student, progress)

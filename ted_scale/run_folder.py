@@ -1,7 +1,7 @@
 """The run's folder, as all ranks see it: locked by this process, shared by all nodes, and with the checkpoint to resume from.
 
-folder.py knows the files in it. Note: before a checkpoint is used, the ranks together read all of its bytes, each rank a
-share, and all ranks get the same verdict.
+folder.py knows the files in it. Note: before a checkpoint is used, the ranks read all of its bytes. Each rank reads a share,
+and all ranks get the same result.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ held: dict[Path, int] = {}  # the locks of run folders, until this process exits
 
 
 def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
-    """(progress, the checkpoint to resume from). The folder is locked, clean and shared by all ranks after it."""
+    """(progress, the checkpoint to resume from). After this call the folder is locked and clean, and all ranks see it."""
     folder, writes = plan.run.folder, dist.get_rank() == 0
     check_steps(plan)
-    # Make the folder and lock it; remove what an earlier process left half-written; own the copies.
+    # Make the folder and lock it; remove what an earlier process left half-written; take the lease of the copies.
     keep_inside(folder)
     check_shared(folder, writes)
     open_log(folder, writes)
@@ -47,13 +47,13 @@ def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
     of_rank_0(owner.claim, plan.run)
     if writes:
         owner.hold(plan.run)
-    # Find the newest whole checkpoint, and refuse it if it is of another run.
+    # Find the newest whole checkpoint, and refuse it if another run wrote it.
     newest, line = resume_point(plan.run)
     progress = of_rank_0(read_progress, newest) if newest else Progress()
     progress = replace(progress, forks=progress.forks + (progress.step,) * (line - len(progress.forks)))
     if newest:
         changes.refuse_another_run(newest, progress.identity, plan.identity(), plan.run.resume.allow, progress.step)
-    # From here on the folder is ours: remove later rows, keep the run file, log the plan.
+    # Now the folder is ours: remove rows after the checkpoint's step, keep the run file, log the plan.
     if writes:
         with files_at(folder):
             trim_all(folder, progress.step)
@@ -70,7 +70,7 @@ def claim_folder(plan: Plan) -> tuple[Progress, Path | None]:
 
 
 def check_steps(plan: Plan) -> None:
-    """train.epochs are counted by each rank, perhaps while a corpus grows."""
+    """Refuse ranks with different numbers of steps. Each rank counts train.epochs itself, and a corpus may grow meanwhile."""
     counts = gather(plan.total_steps)
     if len(set(counts)) > 1:
         raise Gone(
@@ -80,7 +80,7 @@ def check_steps(plan: Plan) -> None:
 
 
 def where_it_stands(folder: Path, total_steps: int, begins: str) -> str:
-    """What Ctrl-C prints about the run, at once: it waits for no file server."""
+    """What Ctrl-C prints about the run. It prints at once and does not wait for a file server."""
     stands, place = "there is no checkpoint yet", files.checkpoints_of(folder)
     with contextlib.suppress(OSError):
         names = [path.name for path in place.iterdir() if files.key_of(path.name)]
@@ -100,16 +100,16 @@ def on_other_ranks(checkpoint: Path) -> str:
 
 
 def check_shared(folder: Path, writes: bool) -> None:
-    """Rank 0 locks the folder and makes a file in it; every rank must find this file. Its name is new each time, because an
-    NFS client remembers for a while that a file was not there. It is among the checkpoints, because a client forgets an old
-    listing of a folder in which it makes a file."""
+    """Rank 0 locks the folder and makes a file in it. Every rank must find this file. Its name is new each time, because an
+    NFS client caches for a while that a file does not exist. The file is in the folder of checkpoints, because a client drops
+    its cached listing of a folder when it makes a file there."""
     checkpoints = files.checkpoints_of(folder)
     token = checkpoints / broadcast(f".shared_{os.urandom(8).hex()}")
     of_rank_0(take, folder, token)
     if fault := verdict(is_not_shared, folder, token):
         raise UserError(fault)
     if writes:
-        with contextlib.suppress(OSError):  # as far as that works: the next start removes the rest
+        with contextlib.suppress(OSError):  # the next start removes what stays
             for left in checkpoints.glob(".shared_*"):
                 discard(left)
 
@@ -131,7 +131,7 @@ def take(folder: Path, token: Path) -> None:
         raise Gone(
             f"{folder} must be writable, but its file system says {error.strerror}; look at it and start again"
         ) from None
-    if not is_free:  # not a mistake: a file server keeps the lock of a lost node for a while
+    if not is_free:  # no mistake of the user: a file server keeps the lock of a lost node for a while
         raise Gone(
             f"runs must be used by one process at a time, but another process is using {folder}; wait for it, or give this run "
             "another name"
@@ -148,8 +148,8 @@ def is_not_shared(folder: Path, token: Path) -> str | None:
 
 
 def lock(folder: Path) -> bool:
-    """Lock the folder until this process exits, in whatever way. False if another process trains in it. Nothing is written to
-    the file, because it may be a second name of another one."""
+    """Lock the folder until this process exits or dies. False if another process trains in it. Nothing is written to the lock
+    file, because it may be a hard link to another file."""
     path = folder / ".lock"
     if path in held:  # an earlier run of this process has locked it
         return True
@@ -159,7 +159,7 @@ def lock(folder: Path) -> bool:
     except BlockingIOError:
         os.close(file)
         return False
-    except OSError as error:  # some shared file systems have no locks; train without one
+    except OSError as error:  # some shared file systems have no locks: train without one
         log.warning(
             f"{path} cannot be locked ({error.strerror}): a second start has only the files holder_*.json to see"
         )
@@ -168,8 +168,9 @@ def lock(folder: Path) -> bool:
 
 
 def resume_point(run) -> tuple[Path | None, int]:
-    """(checkpoint, line): the newest checkpoint whose bytes are all intact, here or among the copies in object storage, and
-    the line in which the run goes on. That is a new line if damaged checkpoints, which are logged, had to be skipped."""
+    """(checkpoint, line). The checkpoint is the newest one whose bytes are all intact, in the folder or among the copies in
+    object storage. The run continues in this line (folder.py). If damaged checkpoints were skipped, they are logged, and the
+    line is new."""
     place, writes, damaged = copies.place_of(run), dist.get_rank() == 0, []
     here = [path.name for path in of_rank_0(files.listed, run.folder)]
     there = of_rank_0(copies.names, place) if place else []
@@ -195,8 +196,8 @@ def resume_point(run) -> tuple[Path | None, int]:
 
 
 def fetch(place: str, checkpoint: Path) -> str | None:
-    """Download a copy, every rank a share of its files. Returns None if it is whole, what is wrong with it if not, and "" if
-    the copy was never whole."""
+    """Download a copy; every rank downloads a share of its files. Returns None if the copy is whole, "" if it never was
+    whole, and else what is wrong with it."""
     copy = of_rank_0(copies.copy_of, place, checkpoint.name)
     if not copy.is_whole:
         return copy.fault or ""
@@ -206,7 +207,7 @@ def fetch(place: str, checkpoint: Path) -> str | None:
 
 
 def finish_fetched(copy: copies.Copy, folder: Path, checkpoint: Path) -> str | None:
-    """On rank 0, once all files are there. Returns what is wrong."""
+    """Publish a downloaded copy, on rank 0, after all its files have arrived. Returns what is wrong with it."""
     part = checkpoint.with_name(checkpoint.name + PART)
     with files_at(checkpoint):
         if fault := copies.publishable(copy, folder, part):
@@ -218,6 +219,6 @@ def finish_fetched(copy: copies.Copy, folder: Path, checkpoint: Path) -> str | N
 
 
 def filters_files(plan: Plan, newest: Path | None) -> list[Path]:
-    """Where stage II may read the filters. A checkpoint of stage II has its own, so it needs no other file."""
+    """The files from which stage II may read its filters. A checkpoint of stage II has its own, so it needs no other file."""
     own = [newest / files.FILTERS] if newest and (newest / files.FILTERS).is_file() else []
     return [*own, *([plan.filters_file] if plan.filters_file else [])]

@@ -1,4 +1,4 @@
-"""The training loop, from top to bottom. This file has everything that happens every step, in order; run.py has the rest."""
+"""The training loop. This file has everything that happens in every step, in order. run.py has the rest."""
 
 from ted_scale import balance
 from ted_scale.base.errors import Preempted
@@ -35,7 +35,7 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
                 guard.add(losses)
         guard.gather(progress, weights_each)
         vitals.send()
-        student.step()  # only if the guard finds every number finite
+        student.step()  # updates only if the guard finds every number finite
 
         # If a number is bad, the run stops here or goes back to a checkpoint, unless it may skip the step.
         progress = guard.decide()
@@ -52,7 +52,7 @@ def train(stage, student, teacher, data, guard, metrics, progress, verify, valid
             stopping = write_samples(student, progress)
         if stage.saves(progress.step) or stopping:
             save(student, progress)
-            stopping = stopping or anywhere(signals.asked.is_set(), student.device)  # one may have come during the save
+            stopping = stopping or anywhere(signals.asked.is_set(), student.device)  # a signal may come during a save
         if stopping:
             raise Preempted
     return progress

@@ -1,4 +1,4 @@
-"""A validation: the loss on each corpus that holds text out, by student and teacher, and the student's scores in a suite."""
+"""A validation: the losses of student and teacher on each corpus's held-out text, and the student's scores in a suite."""
 
 import difflib
 import logging
@@ -22,7 +22,7 @@ from ted_scale.ranks.agree import anywhere, broadcast
 from ted_scale.vitals import alarms
 
 SUITE = "val/suite/"
-UNTAUGHT = "val/tokens"  # 0, in place of a loss: the validation was finished, but no token of it counts
+UNTAUGHT = "val/tokens"  # written as 0 in place of a loss: the validation was finished, but none of its tokens counts
 
 
 class Loss(NamedTuple):
@@ -37,8 +37,8 @@ class Loss(NamedTuple):
 
 
 def validate(plan, teacher, metrics, held_out: dict[str, Stream], student, progress, *, with_teacher: bool = False):
-    """Write the losses of this step, and the scores of validation.suite where they are due. Returns (progress with the loss,
-    whether a signal asks to stop). If it does, the resumed run measures what is missing."""
+    """Write the losses of this step, and the scores of validation.suite if they are due. Returns (progress with the loss,
+    whether a signal asks to stop). After a signal, the resumed run measures what is missing."""
     progress, stopping = write_losses(plan, teacher, metrics, held_out, student, progress, with_teacher)
     if not stopping and plan.stages[-1].asks_suite(progress.step):
         progress, stopping = write_scores(plan, metrics, student, progress)
@@ -46,7 +46,7 @@ def validate(plan, teacher, metrics, held_out: dict[str, Stream], student, progr
 
 
 def missing(plan, metrics, stage, progress) -> bool:
-    """On rank 0: whether this step's validation was not finished, or the number that its checkpoint is compared by is not in it."""
+    """On rank 0: whether this step's validation was not finished, or lacks the number by which checkpoints are compared."""
     step = progress.step
     written = any(metrics.has_already(step, key) for key in ("val/loss", UNTAUGHT))
     losses = stage.validates(step) and holds_out(plan.run) and not written
@@ -55,7 +55,7 @@ def missing(plan, metrics, stage, progress) -> bool:
 
 
 def lacks_best(run, stage, progress) -> bool:
-    """Whether checkpoint.best is measured at this step and is not known: a stop came first, or the key is new."""
+    """Whether the number of checkpoint.best is due at this step but not known. The run stopped before, or the key is new."""
     best, step = run.checkpoint.best, progress.step
     due = stage.asks_suite(step) if best.startswith(SUITE) else stage.validates(step)
     return bool(best) and due and step > stage.first_step and best not in progress.scores
@@ -84,7 +84,8 @@ def write_scores(plan, metrics, student, progress):
 
 
 def refuse_unpromised(best: str, suite: dict) -> None:
-    """Before anything starts, where the task says which numbers it has. Else the first answers do, before stage II."""
+    """Refuse a checkpoint.best that the suite does not have, before anything starts. A task that does not name its numbers is
+    checked after its first answers, before stage II."""
     tasks, name = suite["tasks"], best.removeprefix(SUITE).partition("/")[0]
     if name in suite.get("groups", {}) or (name in tasks and not promised(name, tasks[name])):
         return
@@ -100,8 +101,8 @@ def refuse_unknown(best: str, row: Collection[str]) -> None:
 
 
 def write_losses(plan, teacher, metrics, held_out: dict[str, Stream], student, progress, with_teacher: bool):
-    """val/loss and val/ppl, in all and by corpus, of corpora with tokens that count; nothing if no text is held out, or if a
-    signal asks to stop."""
+    """Write val/loss and val/ppl, for all corpora together and for each. Corpora without tokens that count are left out.
+    Nothing is written if no text is held out, or if a signal asks to stop."""
     if not held_out:
         return progress, False
     with metrics.aside():
@@ -120,18 +121,18 @@ def write_losses(plan, teacher, metrics, held_out: dict[str, Stream], student, p
 
 
 def judge_teacher(metrics, step: int, row: dict[str, float], uniform: float) -> None:
-    """Before the first step of stage II, so that nobody distils for days from a teacher that has nothing to teach."""
+    """Alert the user to a teacher that has nothing to teach. This comes before stage II, which may take days."""
     if found := alarms.of_teacher(row["val/teacher_loss"], row["val/loss"], uniform):
         cause, sentence = found
         metrics.alert(f"validation: {cause}", f"step {step}: {sentence}")
 
 
 def untaught_of(losses: dict[str, Loss]) -> tuple[str, ...]:
-    """The corpora without a loss: none of the tokens that were read is a target."""
+    """The corpora without a loss, because none of the tokens that were read is a target."""
     return tuple(name for name, loss in losses.items() if not loss.tokens)
 
 
-@cache  # said once
+@cache  # log it once
 def say_untaught(names: tuple[str, ...], tokens: int) -> None:
     log_line(
         f"corpus {', '.join(names)} has no val/loss: the first {tokens:,} tokens that it holds out have no target; raise "
@@ -158,8 +159,8 @@ def measure_both(plan, student, streams: dict[str, Stream], teacher, teacher_str
 
 @torch.no_grad()
 def measure(plan, streams: dict[str, Stream], summed_loss: Callable, device) -> dict[str, Loss] | None:
-    """Equal on every rank to the last bit, because decisions follow from it. The host waits for the device at every batch: a
-    run that is asked to stop must not continue to validate."""
+    """The losses by corpus. They are equal on every rank to the last bit, because decisions follow from them. The host waits
+    for the device at every batch, so that a signal stops the validation."""
     if not streams:
         return {}
     sums = torch.zeros(2, len(streams), dtype=torch.float64, device=device)

@@ -151,15 +151,16 @@ def write_report(lives: list[dict]) -> None:
     lines += ["| " + " | ".join(str(life[key]) for key in head) + " |" for life in lives]
     text = f"""# SIGTERM at {SIGNALS} random moments of one run
 
-`make soak` (tests/test_soak_stop.py) at {commit()}: 2 CPU ranks of a tiny TED run of {STEPS} steps, a checkpoint every 7 steps,
-validation every 10. Each row is a life of the run: SIGTERM to whom, `after_s` after its ranks were started (start-up) or after
-its first step (steps); those moments are drawn uniformly. `step_before` is the last step in the metrics then, `last_step` the
-last one when all was over, `saved` the newest checkpoint's. `ranks_took_s` holds the rest of the step, the checkpoint, W&B's
-closing, and a second or two in which the ranks agree on who speaks; before the first step of a life it is that alone.
-DeepSpeed's launch.py leaves with 1 when signalled; its command dies of the signal, which the ranks see within a second.
+`make soak` (tests/test_soak_stop.py) at {commit()}: 2 CPU ranks of a tiny TED run of {STEPS} steps, a checkpoint every 7
+steps, validation every 10. Each row is one start of the run. SIGTERM goes to the process in column `to`, `after_s` seconds
+after the ranks were started (start-up) or after the first step (steps). These moments are drawn uniformly. `step_before` is
+the last step in the metrics at that moment, `last_step` the last step at the end, and `saved` the step of the newest
+checkpoint. `ranks_took_s` includes the rest of the step, the checkpoint, the close of W&B, and a second or two in which the
+ranks agree on which one prints the reason. Before the first step of a start it is only this last part. After a signal
+DeepSpeed's launch.py exits with 1. The `deepspeed` command dies of the signal, and the ranks notice this within a second.
 
-In all {len(lives)} lives every finished step was in the checkpoint, no traceback was shown, and after the last restart all rows
-of the metrics but times and memory were those of an undisturbed run, bit for bit.
+In all {len(lives)} starts every finished step was in the checkpoint, and no traceback was shown. After the last restart all
+rows of the metrics, except times and memory, were equal to those of an undisturbed run, bit for bit.
 
 """
     REPORT.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")

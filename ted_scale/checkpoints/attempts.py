@@ -21,11 +21,11 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Failure(NamedTuple):
     reason: str
     no_room: bool = False
-    mistake: bool = False  # the user must correct this, and no room; other failures may pass by themselves
+    mistake: bool = False  # the user must correct this, as with no_room; other failures may pass
 
 
 def attempt(action, *arguments):
-    """(failure, result), one of which is None. Errors that may pass are retried."""
+    """(failure, result). One of them is None. Errors that may pass are retried."""
     for pause in (*PAUSES_S, None):
         try:
             return None, action(*arguments)
@@ -44,7 +44,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def attempt_write(place: Path, action, *arguments):
-    """As `attempt`; the failure is a sentence about `place` and this rank."""
+    """Like `attempt`, but the failure is a sentence about `place` and this rank."""
     failure, result = attempt(action, *arguments)
     return failure and could_not_write(place, failure), result
 

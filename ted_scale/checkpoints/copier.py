@@ -1,9 +1,9 @@
-"""Which checkpoint is copied to object storage when: in the background, one at a time, the newest that is published.
+"""Decides which checkpoint is copied to object storage, and copies it in the background: one at a time, the newest first.
 
-What is published while a copy is under way waits for its turn; if a newer one comes meanwhile, that one waits instead. At the
-end of a run the last copy is awaited, and without it the run is not done. Note: rank 0 chooses, because it also removes old
-checkpoints from disk and must spare the one that is next. Another rank may be slower and not know yet of what rank 0 has
-chosen, but it will: all ranks publish the same checkpoints in the same order.
+A checkpoint that is published during a copy waits. If a newer one is published meanwhile, the newer one waits instead. A run is
+done only when its last checkpoint is copied. Note: rank 0 chooses, because it also removes old checkpoints from disk and must
+keep the one that is copied next. A slower rank may not know this checkpoint yet, but it soon will: all ranks publish the same
+checkpoints in the same order.
 """
 
 import logging
@@ -21,31 +21,32 @@ from ted_scale.ranks import pulse, signals
 from ted_scale.ranks.agree import first_of_all, gather, new_group, share
 
 log = logging.getLogger("ted_scale")
-# A run that is asked to stop waits so long for a copy. Spot machines, Kubernetes and launch.py give 30 s in all, the step and the
-# save come first, and on a machine that is not preempted the next start sends what is missing.
+# A run that is asked to stop waits this long for a copy. Spot machines, Kubernetes and launch.py give 30 s in all, and the step
+# and # the save come first. The next start copies what is missing, unless the machine is gone.
 LEAVING_S = 20
 INTERRUPTED = "its copy was interrupted"
 
 
 class Task(NamedTuple):
     checkpoint: Path
-    names: list[str]  # of the files that this rank sends
+    names: list[str]  # the files that this rank sends
 
 
 class Copier:
-    """Copies in a thread of its own, on every rank. `alert(title, text)` alerts the user."""
+    """Copies in a thread, on every rank. `alert(title, text)` alerts the user."""
 
     def __init__(self, run, alert):
         self.run, self.place, self.alert = run, copies.place_of(run), alert
         self.rank, self.group, self.changed = dist.get_rank(), new_group(), threading.Condition()
-        self.waiting: dict[int, Task] = {}  # by number; all ranks number alike
+        self.waiting: dict[int, Task] = {}  # by number, which is the same on all ranks
         self.number, self.under_way, self.thread = 0, "", None
-        self.failed, self.failure = 0, None  # copies since it was last asked; of the last copy
+        self.failed, self.failure = 0, None  # failed copies since the last question; the last copy's failure
 
     # Called by the saver and the trainer
 
     def begin(self, checkpoint: Path, names: list[str]) -> None:
-        """All ranks call this for the same checkpoints in the same order. Every rank sends the files that it wrote."""
+        """Begin to copy a checkpoint. All ranks call this for the same checkpoints in the same order. Every rank sends its own
+        files."""
         if not self.place:
             return
         with self.changed:
@@ -57,26 +58,26 @@ class Copier:
                 self.thread.start()
 
     def begin_again(self, checkpoint: Path | None) -> None:
-        """At a start: the checkpoint that the run resumes from may have no copy, or half of one."""
+        """At a start, copy the checkpoint that the run resumes from: it may have no copy, or only a part of one."""
         if self.place and checkpoint:
             rank, ranks = share()
             self.begin(checkpoint, list(sealed.read_manifest(checkpoint)["files"])[rank::ranks])
 
     def is_copying(self) -> bool:
-        thread = self.thread  # the thread sets it to None at its end
+        thread = self.thread  # the thread sets it to None when it ends
         return thread is not None and thread.is_alive()
 
     def needed(self) -> set[str]:
-        """The names of the checkpoints that must stay on disk. Only rank 0 asks, which chooses what is next."""
+        """The names of the checkpoints that must stay on disk. Only rank 0 calls this, because it chooses the next copy."""
         with self.changed:
             return {self.under_way, *(task.checkpoint.name for task in list(self.waiting.values())[-1:])}
 
     def finish(self, *, leaving: bool = False) -> None:
-        """Wait for the copies. This ends: requests have time limits, the death of another rank ends this one, and watch.py ends
-        all if no rank reads on."""
+        """Wait for the copies. The wait always ends: requests have time limits, the death of another rank ends this one, and
+        watch.py ends all ranks if none makes progress."""
         end, said = time.monotonic() + LEAVING_S if leaving else None, None
         while (thread := self.thread) is not None and thread.is_alive() and (end is None or time.monotonic() < end):
-            if (under_way := self.under_way) and said != under_way:  # the thread names it a moment after it begins
+            if (under_way := self.under_way) and said != under_way:  # the thread sets it a moment after its start
                 said = under_way
                 log.info(f"waiting for the copy of {said}")
                 pulse.reading(f"the copy of {said}")
@@ -85,9 +86,9 @@ class Copier:
                 end = time.monotonic() + LEAVING_S
 
     def copy_newest_or_fail(self) -> None:
-        """Wait for the copies; a run whose last checkpoint has none is not done. The next start copies it."""
+        """Wait for the copies, and fail if the last checkpoint has none. The run is then not done, and the next start copies it."""
         self.finish()
-        if self.waiting and not self.failure:  # the thread ended before it was asked to
+        if self.waiting and not self.failure:  # the thread ended too early
             self.failure = Failure(INTERRUPTED)
         if self.failure:
             sentence = f"checkpoint.copy_to must hold the run's last checkpoint, but does not: {self.failure.reason}"
@@ -96,8 +97,8 @@ class Copier:
     # The thread's part; every rank has such a thread
 
     def run_thread(self) -> None:
-        """If a rank has died, the collectives of all others fail, and watch.py reports the death. A copy that ends like this counts
-        as failed."""
+        """The thread. If a rank has died, the collectives of all others fail, and watch.py reports the death. A copy that was
+        under way then counts as failed."""
         try:
             while (task := self.next()) is not None:
                 self.failure = self.copy(task)
@@ -110,12 +111,12 @@ class Copier:
             log.warning(f"nothing is copied until the next checkpoint: {error!r}")
 
     def next(self) -> Task | None:
-        """The newest task that rank 0 knows. Those before it are passed over."""
+        """The newest task that rank 0 knows. Older tasks are dropped."""
         with self.changed:
             if not self.waiting:
                 self.under_way, self.thread = "", None
                 return None
-            self.failure = Failure(INTERRUPTED)  # until the copy is there
+            self.failure = Failure(INTERRUPTED)  # until the copy is complete
             newest = max(self.waiting)
             self.under_way = self.waiting[newest].checkpoint.name
         chosen = gather(newest, self.group)[0]
@@ -129,7 +130,7 @@ class Copier:
             return task
 
     def copy(self, task: Task) -> Failure | None:
-        """All ranks' files first, the manifest last. All ranks get the same failure."""
+        """Copy a checkpoint: first the files of all ranks, then the manifest. All ranks get the same failure."""
         begun = attempt(self.as_owner, copies.make_way, task.checkpoint, self.place) if self.rank == 0 else None
         failure, is_needed = gather(begun, self.group)[0]
         if failure or not is_needed:
@@ -141,7 +142,7 @@ class Copier:
         return first_of_all(failure, self.group)
 
     def as_owner(self, action, *arguments):
-        """What changes the copies, if they are still this run's."""
+        """Call an action that changes the copies, if they still belong to this run."""
         owner.renew(self.run)
         return action(*arguments)
 

@@ -1,8 +1,8 @@
-"""Copies of checkpoints under s3://: what is there, what of it is whole, and how files get there and back.
+"""Copies of checkpoints under s3://: which there are, which are whole, and how files are uploaded and downloaded.
 
-copier.py decides which checkpoint is copied when. A copy is fetched if the run's folder has no whole checkpoint that is as new.
-Requests, credentials and their sentences are in storage/. Note: the manifest is the last object of a copy, so a copy without a
-manifest does not count; and a copy whose objects do not have the sizes in its manifest is damaged, like a checkpoint on disk.
+copier.py decides which checkpoint is copied. A copy is fetched if the run's folder has no whole checkpoint that is as new.
+Requests, credentials and their errors are in storage/. Note: the manifest is the last object of a copy, so a copy without a
+manifest does not count. If the objects of a copy do not have the sizes in its manifest, it is damaged, like a checkpoint on disk.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from ted_scale.storage import objects, transfers
 from ted_scale.storage.objects import Object
 from ted_scale.storage.retries import Missing
 
-FETCHED = ".fetched"  # ends the name of a checkpoint that is being downloaded; a later start goes on with its files
+FETCHED = ".fetched"  # the suffix of a checkpoint that is being downloaded; a later start continues with its files
 
 
 class Copy(NamedTuple):
-    """A copy and what is wrong with it, judged by its manifest and the sizes of its objects. One that was never whole has no
+    """A copy and what is wrong with it, by its manifest and the sizes of its objects. A copy that was never whole has no
     manifest, and nothing is wrong with it."""
 
     manifest: dict | None
@@ -39,12 +39,12 @@ def place_of(run) -> str:
     return f"{run.checkpoint.copy_to.rstrip('/')}/{run.name}/checkpoints" if run.checkpoint.copy_to else ""
 
 
-# From here to there
+# Upload
 
 
 def make_way(checkpoint: Path, place: str) -> bool:
-    """Whether anything of a checkpoint is to be sent. A manifest of other bytes under this name goes first: with it, a copy
-    that is half replaced would look whole."""
+    """Whether a checkpoint must be sent. If the store has another manifest under this name, it is removed first: with it, a half
+    replaced copy would look whole."""
     there = copy_of(place, checkpoint.name)
     if there.is_whole and there.manifest == sealed.read_manifest(checkpoint):
         return False
@@ -54,7 +54,7 @@ def make_way(checkpoint: Path, place: str) -> bool:
 
 
 def send(checkpoint: Path, place: str, names: list[str]) -> None:
-    """The manifest must be sent alone and last, after the files of all ranks: with it a copy counts as whole."""
+    """Upload these files. The manifest must be sent alone and last, after the files of all ranks, because it makes a copy whole."""
     digests = {name: entry.sha256 for name, entry in sealed.read_manifest(checkpoint)["files"].items()}
     for name in names:
         url = f"{place}/{checkpoint.name}/{name}"
@@ -63,16 +63,16 @@ def send(checkpoint: Path, place: str, names: list[str]) -> None:
 
 
 def remove(place: str, name: str, found: dict[str, Object]) -> None:
-    """The manifest first: if this is interrupted, the rest does not count as a checkpoint."""
+    """Remove a copy, the manifest first. If this is interrupted, the rest does not count as a checkpoint."""
     for file in sorted(found, key=lambda name: name != MANIFEST):
         objects.delete(found[file].url, f"checkpoint {place}/{name} must be removed", objects.COPYING_S)
 
 
-# What is there
+# List
 
 
 def names(place: str) -> list[str]:
-    """Newest first. Some of them may not be whole."""
+    """The names of the copies, newest first. Some copies may not be whole."""
     what = f"checkpoint.copy_to {place} must be listed"
     found = objects.folders(place, what, objects.OPENING_S)
     return sorted(filter(files.key_of, found), key=files.key_of, reverse=True)
@@ -83,7 +83,7 @@ def copy_of(place: str, name: str) -> Copy:
 
 
 def all_copies(place: str) -> dict[str, Copy]:
-    """By name; with one listing."""
+    """All copies by name. This needs one listing."""
     found: dict[str, dict[str, Object]] = {}
     for path, thing in objects.tree(place, f"checkpoint.copy_to {place} must be listed", objects.COPYING_S).items():
         name, _, file = path.partition("/")
@@ -93,7 +93,7 @@ def all_copies(place: str) -> dict[str, Copy]:
 
 
 def judged(name: str, there: dict[str, Object]) -> Copy:
-    """By the sizes of the objects; their bytes are checked when they are read."""
+    """The copy, checked by the sizes of its objects. Their bytes are checked when they are read."""
     try:
         manifest = manifest_in(there[MANIFEST], name)
     except (KeyError, Missing):
@@ -123,8 +123,8 @@ def text_of(thing: Object) -> str:
 
 
 def prune(place: str, settings) -> None:
-    """Remove the copies that `files.prune` would remove, and what earlier processes left unfinished. Damaged copies stay: a
-    person should look at them, and a later version may have written them."""
+    """Remove the copies that `files.prune` would remove, and unfinished copies of earlier processes. Damaged copies stay, because
+    the user should look at them, and a later version may have written them."""
     there = all_copies(place)
     whole = {name: copy.manifest for name, copy in there.items() if copy.is_whole}
     newest = max(map(files.key_of, whole), default=(0, 0))
@@ -134,12 +134,12 @@ def prune(place: str, settings) -> None:
     transfers.abort(place, f"uploads to {place} must be removed", objects.COPYING_S)
 
 
-# From there to here
+# Download
 
 
 def fetch(copy: Copy, folder: Path, names: list[str]) -> str | None:
-    """Download files of a copy and compare them with its manifest; return what is wrong with them. An error of the store is
-    not damage: it raises."""
+    """Download files of a copy and compare them with its manifest. Returns what is wrong with them. An error of the store is not
+    damage, so it raises."""
     with files_at(folder):
         beneath.make_folder(folder)
         faults = (fetch_file(copy.objects[name], folder, name, copy.manifest["files"][name]) for name in names)
@@ -147,7 +147,8 @@ def fetch(copy: Copy, folder: Path, names: list[str]) -> str | None:
 
 
 def fetch_file(thing: Object, folder: Path, name: str, entry: sealed.Entry | None) -> str | None:
-    """What an earlier process began is continued. If the whole is wrong then, it was begun from another object."""
+    """Download a file, or continue an earlier process's download. If a continued file is wrong, its beginning came from another
+    object, and it is downloaded again."""
     while True:
         try:
             goes_on = transfers.download(
@@ -165,7 +166,7 @@ def fetch_file(thing: Object, folder: Path, name: str, entry: sealed.Entry | Non
 
 
 def publishable(copy: Copy, folder: Path, part: Path) -> str | None:
-    """Give a checkpoint that is fetched its manifest, last, and the name of one that can be published. Returns what is wrong."""
+    """Download the manifest of a fetched checkpoint, as the last file, and rename its folder to `part`. Returns what is wrong."""
     if fault := fetch_file(copy.objects[MANIFEST], folder, MANIFEST, None):
         return fault
     beneath.discard(part)
@@ -174,7 +175,7 @@ def publishable(copy: Copy, folder: Path, part: Path) -> str | None:
 
 
 def forget_fetched(checkpoints: Path) -> None:
-    """What downloads left that are not needed any more."""
+    """Remove what earlier downloads left."""
     with contextlib.suppress(OSError):
         for left in checkpoints.glob(f"*{FETCHED}"):
             beneath.discard(left)

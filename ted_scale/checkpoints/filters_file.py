@@ -1,4 +1,4 @@
-"""Filters as one safetensors file, from which stage II starts: the result of stage I, or measured starts without one."""
+"""Filters as one safetensors file, from which stage II starts: the result of stage I, or without stage I the measured starts."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from ted_scale.storage import tensor_file
 
 
 def filter_tensors(sides: dict) -> dict[str, torch.nn.Parameter]:
-    """Name → parameter of the filters of `sides` ({"student": filters_s, …}). Stage I's heads are not kept."""
+    """Name → parameter of the filters of `sides` ({"student": filters_s, …}). Stage I's own heads are left out."""
     named = {f"{side}.{name}": p for side, filters in sides.items() for name, p in filters.named_parameters()}
     return {name: p for name, p in named.items() if not name.rpartition(".")[2].startswith("head_")}
 
@@ -34,7 +34,7 @@ def gather_filters(sides: dict) -> dict[str, torch.Tensor]:
 
 
 def full_precision(parameter) -> torch.Tensor:
-    """Whole, on every rank: a collective. The fp32 master if it is trained here, else the weight itself."""
+    """The whole tensor, on every rank: the fp32 master if it is trained here, else the weight itself. A collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     master = safe_get_full_fp32_param(parameter)
@@ -45,7 +45,7 @@ def full_precision(parameter) -> torch.Tensor:
 
 
 def save_filters(path: Path, tensors: dict, identity: dict) -> None:
-    """Rank 0 writes. A collective: all ranks raise if that fails."""
+    """Write the file on rank 0. A collective: all ranks raise if the write fails."""
     failure = None
     if dist.get_rank() == 0:
         failure, _ = attempt_write(path, write_filters, path, tensors, identity)

@@ -1,9 +1,9 @@
-"""Which process has a run: it renews a numbered file in the run's folder, so that the starts on every node see it.
+"""Which process has a run: it renews a numbered file in the run's folder, so that starts on other nodes see it.
 
-flock answers at once, but on some shared file systems it holds on one node only. Here the process of the highest number has the
-run. A start makes the next number once the process of the last one has left, is dead, or has renewed nothing for a lease. Note:
-no number is used twice and nobody writes another's file, so that a start that comes late finds that it has lost, whatever it saw
-before. No clock of a machine counts but that of the start that waits.
+flock answers at once, but on some shared file systems it works within one node only. Here the process with the highest number has
+the run. A start makes the next number when the process of the last number has left, is dead, or has not renewed its file for the
+length of a lease. Note: no number is used twice, and no process writes another's file. So a start that is late always finds that
+it has lost. Clocks of different machines are never compared.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ from ted_scale.base.processes import Process
 
 log = logging.getLogger("ted_scale")
 RENEWAL_S = 5.0
-LEASE_S = 20.0  # four renewals, as of the copies' owner
+LEASE_S = 20.0  # four renewals, as in owner.py
 NAME = re.compile(r"holder_([0-9]{8}|[1-9][0-9]{8,})\.json")
-LENGTH = 512  # bytes of each record, so that a renewal needs no room on the disk
+LENGTH = 512  # bytes of each record; with a fixed length a renewal needs no new room on the disk
 
 
 class Holder(NamedTuple):
@@ -51,11 +51,11 @@ class Holder(NamedTuple):
 
 
 class Found(NamedTuple):
-    number: int  # 0 if there is none
-    holder: Holder | None  # None if its file is just being made
+    number: int  # 0 if there is no file
+    holder: Holder | None  # None if its file is still empty
 
 
-held: dict[Path, Found] = {}  # what this process has
+held: dict[Path, Found] = {}  # the runs of this process
 writing = threading.Lock()
 
 
@@ -63,7 +63,7 @@ writing = threading.Lock()
 
 
 def take(folder: Path) -> None:
-    """Have the run until `leave`, or the end of this process. Gone if another process has it."""
+    """Take the run, until `leave` or the end of this process. Gone if another process has it."""
     if folder in held:  # an earlier run of this process has taken it
         return
     last = when_free(folder, look(folder))
@@ -73,7 +73,7 @@ def take(folder: Path) -> None:
         make(path_of(folder, mine.number), mine.holder)
     except FileExistsError:
         raise in_use(folder, look(folder).holder) from None
-    if (later := look(folder)).number > mine.number:  # this start has slept since it looked first
+    if (later := look(folder)).number > mine.number:  # this process was suspended since its first look
         path_of(folder, mine.number).unlink(missing_ok=True)
         raise in_use(folder, later.holder)
     for number in (number for number in numbers(folder) if number < mine.number):
@@ -84,7 +84,7 @@ def take(folder: Path) -> None:
 
 
 def when_free(folder: Path, found: Found) -> Found:
-    """What is there once nobody has the run."""
+    """What the folder holds when no process has the run any more."""
     holder = found.holder
     if found.number == 0 or (holder and (holder.left or processes.is_gone(holder.process))):
         return found
@@ -92,9 +92,9 @@ def when_free(folder: Path, found: Found) -> Found:
 
 
 def unrenewed(folder: Path, found: Found) -> Found:
-    """Once the lease has ended. A process that lives on this machine is watched, too: the folder may be a copy of the one that it
-    uses. Note: every look opens the file anew, which is when an NFS client asks the server. A look that takes long says that the
-    file server pauses, for the other process, too, or that this one was suspended: then the lease begins anew."""
+    """Wait until the lease has ended. A live process on this machine must renew, too, because this folder may be a copy of the
+    one that it uses. Note: every look opens the file again, because an NFS client then asks the server. If a look takes long, the
+    file server has paused, also for the other process, or this process was suspended. Then the lease begins again."""
     log.warning(f"waiting for up to {LEASE_S:g} s: {found.holder or 'another process'} used {folder} and may go on")
     pause, waited = RENEWAL_S / 4, 0.0
     while waited < LEASE_S:
@@ -120,8 +120,8 @@ def in_use(folder: Path, holder: Holder | None) -> Gone:
 
 
 def keep(folder: Path, mine: Found) -> None:
-    """Renew until the process leaves the run, or a later start has it: then all ranks end, because nothing that they do is saved
-    any more. Trouble of the file system ends nothing: while no other start comes, nobody needs the renewals."""
+    """Renew until the process leaves the run, or until a later start has it. Then all ranks end, because nothing that they do is
+    saved any more. An error of the file system does not end the run: only another start needs the renewals."""
     trouble = None
     while held.get(folder) is mine:
         time.sleep(RENEWAL_S)
@@ -129,7 +129,7 @@ def keep(folder: Path, mine: Found) -> None:
         try:
             renew(folder, mine)
         except Gone as gone:
-            exits.at_end = None  # the last words in the folder are the other process's
+            exits.at_end = None  # the folder's last words now belong to the other process
             return exits.end(f"error: {gone}", GONE)
         except (OSError, UserError) as error:
             trouble = error
@@ -145,7 +145,7 @@ def renew(folder: Path, mine: Found) -> None:
 
 
 def confirm(folder: Path) -> None:
-    """Gone if a later start has the run that this process took; nothing if it took none."""
+    """Raise Gone if a later start has the run that this process took. If it took none, do nothing."""
     if (mine := held.get(folder)) is None:
         return
     number, holder = newest(folder)
@@ -157,7 +157,7 @@ def confirm(folder: Path) -> None:
 
 
 def leave(folder: Path) -> None:
-    """The next start need not wait. Call this when nothing is written to the folder any more."""
+    """Give the run back, so that the next start need not wait. Call this when nothing is written to the folder any more."""
     with writing, contextlib.suppress(OSError, UserError):
         if mine := held.pop(folder, None):
             write(folder, mine, left=True)
@@ -179,7 +179,8 @@ def look(folder: Path) -> Found:
 
 
 def newest(folder: Path) -> Found:
-    """A start that loses removes its number, and one that wins those before: what is gone since the listing is listed anew."""
+    """The highest number and its holder. A start that loses removes its file, and one that wins removes the earlier ones. If a
+    file has vanished since the listing, the folder is listed again."""
     for _ in range(100):
         number = max(numbers(folder), default=0)
         with contextlib.suppress(FileNotFoundError):
@@ -189,7 +190,7 @@ def newest(folder: Path) -> Found:
 
 
 def read(path: Path) -> Holder | None:
-    """None if it is empty: its process is about to write it, or was killed before."""
+    """The holder in a file. None if the file is empty: its process is about to write it, or was killed before."""
     for _ in range(3):
         try:
             with os.fdopen(open_file(path), "rb", buffering=0) as file:
@@ -200,7 +201,7 @@ def read(path: Path) -> Holder | None:
             return holder
         if not text.strip(b"\0"):
             return None
-        time.sleep(RENEWAL_S / 50)  # it may have been in the middle of a renewal
+        time.sleep(RENEWAL_S / 50)  # a renewal may have been under way
     raise strange(path, "not one")
 
 
@@ -226,7 +227,7 @@ def strange(path: Path, stands: str) -> UserError:
 
 
 def make(path: Path, holder: Holder) -> None:
-    """FileExistsError if somebody else has made it: of several starts one succeeds, on every file system that nodes share."""
+    """Make the file. FileExistsError if another start has made it: of several starts one succeeds, on every shared file system."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         os.pwrite(file, as_bytes(holder), 0)
@@ -239,13 +240,13 @@ def make(path: Path, holder: Holder) -> None:
 
 
 def write(folder: Path, mine: Found, *, left: bool = False) -> None:
-    """In place, and only to the file that this process has made, wherever it is named by now."""
+    """Write a record in place. It goes only to the file that this process has made, even if that file has another name now."""
     path = path_of(folder, mine.number)
     try:
         file = open_file(path, os.O_RDWR)
     except NoFile as error:
         raise strange(path, str(error)) from None
-    except FileNotFoundError:  # somebody removed it, but there is no later one
+    except FileNotFoundError:  # the file was removed, but no later start has the run
         return make(path, mine.holder._replace(left=left))
     try:
         found = parsed(os.read(file, LENGTH + 1))

@@ -1,7 +1,7 @@
-"""Where a run's time went, over all its starts, and what the last start did until it ended: life.json in the run's folder.
+"""How a run spent its time, over all its starts, and how far the last start came: life.json in the run's folder.
 
-Each second since the run first began belongs to one part of Spent, so the parts add up to the whole. A checkpoint keeps Spent,
-too: of its step's moment. Note: a killed process writes no last words; its life.json is at most EVERY_S old.
+Each second since the run first began belongs to one part of Spent, so the parts add up to the whole. A checkpoint keeps Spent as
+it was at its step, too. Note: a killed process writes no last words. Its life.json is at most EVERY_S old.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ Time = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds by what they went to, until `at`, which is in seconds since 1970."""
+    """Seconds by what they were spent on, until the time `at` (seconds since 1970)."""
 
     __pydantic_config__ = STRICT
 
     at: Time = 0.0
-    steps: Time = 0.0  # that count: in the newest checkpoint, or taken since
+    steps: Time = 0.0  # steps that count: those in the newest checkpoint, and those taken since
     start: Time = 0.0  # from the start of a process to its first step, and between stages
     validation: Time = 0.0
     checkpoints: Time = 0.0  # while a step waited for a save
     repeated: Time = 0.0  # steps that were lost with a process, or undone by going back
     down: Time = 0.0  # from the end of a process to the start of the next one
-    samples: Time = 0.0  # of text, that student and teacher write
+    samples: Time = 0.0  # the text that student and teacher write
 
     @property
     def total(self) -> float:
@@ -50,12 +50,12 @@ PARTS = ("steps", "start", "validation", "checkpoints", "repeated", "down", "sam
 
 
 KILLED = "it was killed, or its machine is gone"
-DONE = "it was done"  # the last words of a run that has taken all of its steps
+DONE = "it was done"  # the last words of a run that took all of its steps
 
 
 @dataclass(frozen=True)
 class Life:
-    """The last sign of life: the step, the time spent by then, and the last words, if the process could write them."""
+    """The last record of a process: the step, the time spent until then, and the last words, if it could write them."""
 
     __pydantic_config__ = STRICT
 
@@ -66,7 +66,7 @@ class Life:
 
 @dataclass(frozen=True)
 class Lost:
-    """What the end of the last process cost."""
+    """The cost of the end of the last process."""
 
     steps: int
     seconds: float  # in these steps
@@ -75,7 +75,7 @@ class Lost:
 
     def sentence(self, step: int) -> str:
         took = f"{self.steps:,} steps after step {step:,} ({self.seconds / 60:.1f} min)" if self.steps else "no step"
-        if self.words == KILLED:  # what it took since it last wrote life.json is not known
+        if self.words == KILLED:  # the steps since its last life.json are not known
             took = f"at least {took}" if self.steps else f"what it took in its last {EVERY_S:.0f} s"
         return f"the run was down for {self.down / 60:.1f} min, and {took} must be taken again; its end: {self.words}"
 
@@ -85,23 +85,24 @@ class Lost:
 
 
 def take_up(folder: Path, step: int, saved: Spent | None) -> tuple[Spent, Lost | None]:
-    """(the time spent until this process began, what was lost), for a run that goes on from `step`. The next start shall know
-    it, even if this one fails before it takes a step."""
+    """(the time spent until this process began, what was lost), for a run that continues from `step`. It is written at once, so
+    the next start knows it even if this one fails before its first step."""
     last, began = read(folder), psutil.Process().create_time()
     spent, lost = add_up(step, saved, last, began)
     write(folder, Life(step, spent))
-    exits.at_end = lambda words: write(folder, Life(step, spent, ending(words)))  # until metrics.py counts the time
+    exits.at_end = lambda words: write(folder, Life(step, spent, ending(words)))  # metrics.py replaces this later
     return spent, lost
 
 
 def add_up(step: int, saved: Spent | None, last: Life | None, began: float) -> tuple[Spent, Lost | None]:
-    """What a start at `step` finds spent, by its checkpoint (`saved`) and by the life before it, and what that life lost."""
-    if last is None and saved is None:  # the first start, or the first that counts
+    """(the time spent until a start at `step`, what was lost). `saved` comes from its checkpoint, `last` from the process
+    before."""
+    if last is None and saved is None:  # the first start, or the first with time records
         return Spent(at=began), None
     if last and last.words == DONE and last.step == step:  # nothing was lost, and nobody waited for the run
         return dataclasses.replace(last.spent, at=max(began, last.spent.at)), None
     saved = saved or Spent()
-    if last is None or last.spent.total < saved.total:  # the folder was lost, and a copy of the checkpoint was not
+    if last is None or last.spent.total < saved.total:  # the folder was lost, but a copy of the checkpoint was not
         last = Life(step, saved)
     lost, began = max(0.0, last.spent.steps - saved.steps), max(began, last.spent.at)
     down, words = began - last.spent.at, last.words or KILLED
@@ -113,12 +114,12 @@ def add_up(step: int, saved: Spent | None, last: Life | None, began: float) -> t
 
 
 def ending(words: str) -> str:
-    """The last line of an exit's words: a traceback ends with its error."""
+    """The last line of an exit's message. In a traceback this line has the error."""
     return shortened(clean((words.strip().splitlines() or [""])[-1]), 500)
 
 
 def write(folder: Path, life: Life) -> None:
-    """A full disk loses it, and never stops a run. It is not synced, because that takes time."""
+    """Write life.json. On a full disk it is lost, but the run goes on. It is not synced, because a sync takes time."""
     path = folder / NAME
     part = path.with_name(path.name + PART)
     with contextlib.suppress(OSError):
@@ -128,7 +129,7 @@ def write(folder: Path, life: Life) -> None:
 
 
 def read(folder: Path) -> Life | None:
-    """None if there is none, or if it cannot be read: nothing but a report depends on it."""
+    """Read life.json. None if there is none, or if it cannot be read: only reports depend on it."""
     with (
         contextlib.suppress(NoFile, OSError, ValueError, ValidationError),
         os.fdopen(open_file(folder / NAME), "rb") as file,

@@ -1,8 +1,9 @@
-"""Whose copies they are: one run owns a place in object storage, and holds a lease of it while it lives.
+"""Which run owns the copies: one run owns a place in object storage, and renews a lease there while it runs.
 
-The record `owner.json` is beside the copies and in the run's folder, so that a run knows itself after a restart. A run without a
-folder, whose disk is lost, looks the same as somebody else's: it takes over when the lease has ended, and waits for that. Note:
-no clock of a machine counts. A lease is as old as the store says, or has ended if nothing was renewed for as long as it lasts.
+The record `owner.json` is beside the copies and in the run's folder, so a run recognizes its own record after a restart. A run
+that has lost its disk has no record and looks like another run. It waits until the lease has ended, and takes over then. Note:
+clocks of machines are not compared. The store says how old a lease is. A lease has also ended if this process sees no renewal for
+as long as a lease lasts.
 """
 
 import contextlib
@@ -33,19 +34,19 @@ from ted_scale.storage.retries import Changed
 log = logging.getLogger("ted_scale")
 OWNER = "owner.json"
 RENEWAL_S = 30
-# Four renewals. A node that is lost is noticed and replaced in about this time, so its successor hardly waits.
+# Four renewals. A lost node is noticed and replaced in about this time, so the process that replaces it hardly waits.
 LEASE_S = 120
 LEAVING_S = 5
 
 
 class Taken(UserError):
-    """Another run has the place."""
+    """Another run owns the place."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    id: str  # of the run's folder
-    start: str  # of one process: two processes may have copies of one folder
+    id: str  # the same in the run's folder
+    start: str  # one for each process: two processes may have copies of one folder
     host: str
     user: str
     renewals: int = 0
@@ -66,7 +67,7 @@ def url_of(run) -> str:
 
 
 def claim(run) -> None:
-    """Own the copies. UserError if they are another run's, Gone if they may be."""
+    """Become the owner of the copies. UserError if another run owns them, Gone if another run may own them."""
     if not copies.place_of(run):
         return
     for _ in range(3):
@@ -81,8 +82,8 @@ def claim(run) -> None:
 
 
 def own(run, mine: Owner | None, found: Note | None) -> None:
-    """The folder's record comes first where nobody has the place, and last where another run has: with a record of its own a
-    folder counts as another run's. So an exit in between is no obstacle for the next start."""
+    """Write both records. If nobody owns the place, the folder's record is written first, else last: with a record of its own, a
+    folder does not take over another run's place. So an exit between the two writes does not stop the next start."""
     new = Owner(mine.id if mine else secrets.token_hex(8), secrets.token_hex(8), socket.gethostname(), user())
     if found is None:
         record(run.folder, new)
@@ -93,7 +94,7 @@ def own(run, mine: Owner | None, found: Note | None) -> None:
 
 
 def taken_over(run, mine: Owner | None, found: Note) -> Note | None:
-    """What is in the store once its owner is gone."""
+    """The record in the store, after its owner is gone. Refuses if this folder has a record or checkpoints of its own."""
     theirs = parsed(found)
     if mine or files.listed(run.folder):
         raise UserError(
@@ -108,7 +109,7 @@ def taken_over(run, mine: Owner | None, found: Note) -> Note | None:
 
 
 def wait_for_end(run, found: Note) -> Note | None:
-    """Until the lease has ended."""
+    """Wait until the lease has ended. Returns the record then."""
     theirs, end = parsed(found), time.monotonic() + LEASE_S - found.age_s
     if not theirs.left and time.monotonic() < end:
         log.warning(
@@ -128,7 +129,7 @@ def wait_for_end(run, found: Note) -> Note | None:
 
 
 def hold(run) -> None:
-    """Renew the lease in a thread until the process exits, or another run has the place."""
+    """Renew the lease in a thread, until the process exits or another run owns the place."""
     if copies.place_of(run):
         threading.Thread(target=keep, args=(run,), daemon=True, name="lease").start()
 
@@ -150,24 +151,24 @@ def keep(run) -> None:
 
 
 def renew(run, *, left: bool = False, patience_s: float | None = None) -> None:
-    """Taken if another run has the place."""
+    """Renew the lease once. Taken if another run owns the place."""
     mine, found = recorded(run.folder), look(run, patience_s)
     if mine is None:
         return claim(run)
     theirs = parsed(found) if found else mine
     if not theirs.is_same(mine):
         raise Taken(f"{begin(run)}, but {theirs} has it now; give one of the two another name or another copy_to")
-    if theirs.left:  # this run is at its end
+    if theirs.left:  # this run has given the copies back
         return
     try:
         put(run, replace(theirs, renewals=theirs.renewals + 1, left=left), found, patience_s)
-    except Changed:  # by this process: two of its threads renew
+    except Changed:  # perhaps by another thread of this process, which renews, too
         if (found := look(run, patience_s)) is None or not parsed(found).is_same(mine):
             raise
 
 
 def leave(run) -> None:
-    """The next start need not wait for the lease's end."""
+    """Give the lease back, so that the next start need not wait for its end."""
     with contextlib.suppress(*SENTENCES):
         if copies.place_of(run):
             renew(run, left=True, patience_s=LEAVING_S)
@@ -186,10 +187,10 @@ def look(run, patience_s: float | None = None) -> Note | None:
 
 
 def put(run, owner: Owner, before: Note | None, patience_s: float | None = None) -> None:
-    """Changed if the store does not have this record then."""
+    """Write the record to the store. Raises Changed if the store has another record afterwards."""
     url, patience_s = url_of(run), patience_s or objects.OPENING_S
     what = f"{url} must be writable"
-    with contextlib.suppress(Changed):  # or the answer to an earlier try was lost
+    with contextlib.suppress(Changed):  # the record may be there: an earlier try may have lost only its answer
         objects.put_note(url, json.dumps(asdict(owner)), before and before.version, what, patience_s)
     found = look(run, patience_s)
     if found is None or parsed(found) != owner:
@@ -210,7 +211,7 @@ def owner_of(text: str) -> Owner | None:
 
 
 def recorded(folder: Path) -> Owner | None:
-    """None if the folder has no record, or one that nobody can read as such."""
+    """The record in the folder. None if there is none, or if it cannot be parsed."""
     with files_at(folder):
         if not folder.is_dir() or all(path.name != OWNER for path in folder.iterdir()):
             return None

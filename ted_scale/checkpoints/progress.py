@@ -1,7 +1,7 @@
-"""Where a run is: one record, which the program passes on and which a checkpoint keeps as progress.json.
+"""The progress of a run: one record that functions pass on, and that a checkpoint keeps as progress.json.
 
-pydantic checks every field of a file when it is read, because the file decides which data are read and what is sent to W&B.
-Records that the program makes are not checked.
+pydantic checks every field when a file is read, because the file decides which data are read and what is sent to W&B. Records
+that the program makes are not checked.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from ted_scale.data.blend import BlendRecord, check_record
 PROGRESS = "progress.json"
 STRICT = ConfigDict(strict=True, extra="ignore")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-RunId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,128}$")]  # becomes a folder's name
+RunId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,128}$")]  # it becomes a folder's name
 
 
 @with_config(STRICT)
 class Measured(TypedDict):
-    """What an adaptive blend follows: weights set at `step`, the teacher's losses, and of what text they are."""
+    """The last measurement of an adaptive blend: weights set at `step`, the teacher's losses, and the text of these losses."""
 
     step: Count
     weights: dict[str, Annotated[Finite, Field(ge=0)]]
@@ -39,24 +39,24 @@ class Measured(TypedDict):
 
 @dataclass(frozen=True)
 class Health:
-    """What spikes.py judges a loss by, and what it counts beside Progress.skipped."""
+    """What spikes.py compares a loss with, and its counts beside Progress.skipped."""
 
     __pydantic_config__ = STRICT
 
-    in_a_row: Count = 0  # the last steps, whose updates were dropped
-    rewinds: Count = 0  # since a step was taken past `rewound_from`
+    in_a_row: Count = 0  # number of dropped updates in a row, up to the last step
+    rewinds: Count = 0  # since the last step beyond `rewound_from`
     rewound_from: Count = 0  # the furthest step whose spike sent the run back
-    ground: str = ""  # what `losses` are losses of
-    losses: Sequence[Finite] = ()  # the watched loss of the last steps that were taken
+    ground: str = ""  # a digest of what decides the values of `losses` (spikes.py)
+    losses: Sequence[Finite] = ()  # the watched loss of the last steps with an update
 
 
 @dataclass(frozen=True)
 class Balance:
-    """Means of both terms over the steps that had both; balance.py follows them."""
+    """Means of KL and layer loss over the steps that had both. balance.py computes them."""
 
     __pydantic_config__ = STRICT
 
-    of: str = ""  # the settings that decide what the terms are
+    of: str = ""  # the settings that decide the terms' values
     kl: Finite = 0.0
     layer: Finite = 0.0
     steps: Count = 0
@@ -64,7 +64,7 @@ class Balance:
 
 @dataclass(frozen=True)
 class Progress:
-    """Everything that a resume needs besides the ranks' files. The schedule is computed from it."""
+    """Everything that a resume needs besides the ranks' files. Learning rate and loss weights follow from it."""
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
@@ -76,14 +76,14 @@ class Progress:
     skipped: Count = 0  # steps whose update was dropped
     health: Health | None = None
     balance: Balance | None = None
-    entropy_floor: Annotated[Finite, Field(ge=0)] = 0.0  # of the step before: loss.skip_low_entropy
+    entropy_floor: Annotated[Finite, Field(ge=0)] = 0.0  # from the last step, for loss.skip_low_entropy
     wandb_id: RunId | None = None
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # plan.identity
-    run: dict[str, Any] | None = None  # the whole run file, resolved; earlier versions wrote none
-    validation: Finite | None = None  # the student's loss, where it was measured at this very step
-    scores: dict[str, Finite] = dataclasses.field(default_factory=dict)  # the number of checkpoint.best, the same
+    run: dict[str, Any] | None = None  # the whole resolved run file; earlier versions wrote none
+    validation: Finite | None = None  # the student's loss, if it was measured at this step
+    scores: dict[str, Finite] = dataclasses.field(default_factory=dict)  # the number of checkpoint.best, if measured
     spent: Spent | None = None  # the run's time until this step
-    forks: tuple[Count, ...] = ()  # for each line of the run after the first: the step after which it began
+    forks: tuple[Count, ...] = ()  # for each line (folder.py) after the first: the step after which it began
 
     def advanced(self, samples: int, seq_len: int) -> "Progress":
         tokens = self.tokens + samples * seq_len
@@ -93,11 +93,11 @@ class Progress:
 
 
 READER = TypeAdapter(Progress)
-ALWAYS_WRITTEN = {"step", "tokens", "samples", "blend", "adaptive", "wandb_id", "identity"}  # also by the first version
+ALWAYS_WRITTEN = {"step", "tokens", "samples", "blend", "adaptive", "wandb_id", "identity"}  # in every version
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """A UserError where it is damaged, or is none."""
+    """Read a checkpoint's progress.json. A UserError if it is damaged or something else."""
     path = checkpoint / PROGRESS
     try:
         text = sealed.read(checkpoint, PROGRESS, sealed.read_text)

@@ -1,7 +1,7 @@
-"""Where a run resumes, found before anything starts: its newest whole checkpoint, in the run's folder or among its copies.
-Also what else in the folder a user should know about.
+"""Find where a run resumes, before anything starts: its newest whole checkpoint, in the run's folder or among its copies. Also
+find what else in the folder the user should know.
 
-run_folder.py looks again when the ranks are there, and reads every byte.
+run_folder.py looks again when the ranks have started, and reads every byte.
 """
 
 import os
@@ -31,7 +31,7 @@ def find(run, identity: dict) -> tuple[str, Progress]:
 
 
 def written_before(run) -> dict | None:
-    """The run file of the checkpoint that the run resumes from, where the number of steps may follow from it."""
+    """The run file of the checkpoint that the run resumes from, if the number of steps may follow from it."""
     if not run.train.epochs:
         return None
     strangers.refuse(run.folder)
@@ -39,8 +39,8 @@ def written_before(run) -> dict | None:
 
 
 def nearest_writable(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there. os.access says no to every error, also to one that passes, so it is
-    asked again."""
+    """The folder, or the nearest existing one above it. os.access returns False for every error, also for one that may pass, so
+    it is called again."""
     for _ in range(2):
         with files_at(folder):
             existing, is_writable = patiently(nearest, folder, sealed.WAY_OUT)
@@ -50,7 +50,7 @@ def nearest_writable(folder: Path) -> Path:
 
 
 def nearest(folder: Path) -> tuple[Path, bool]:
-    """(the folder, or the nearest one above it that is there; whether this user can write there)"""
+    """(the folder, or the nearest existing one above it; whether this user can write there)"""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     return existing, existing.is_dir() and os.access(existing, os.W_OK)
 
@@ -97,8 +97,9 @@ def newest_progress(run) -> tuple[str, Progress]:
 
 
 def check_progress(checkpoint: Path) -> dict:
-    """The manifest, if the one file that is read here has its size. Of a thousand ranks that start at once, each would ask a file
-    server for the sizes of a thousand files; one rank does, and later they share the check of all bytes."""
+    """The manifest, if the only file that is read here has the right size. The other sizes are not checked here: if a thousand
+    ranks start, each would ask a file server for a thousand sizes. One rank checks them, and later all ranks share the check of
+    the bytes."""
     content = sealed.read_manifest(checkpoint)
     for name in content["files"].keys() & {PROGRESS}:
         sealed.check_size(checkpoint, name, content["files"][name])
@@ -106,7 +107,8 @@ def check_progress(checkpoint: Path) -> dict:
 
 
 def describe(run, where: str, progress: Progress, total_steps: int, last_row: int) -> list[str]:
-    """Warns of a run that begins again over the rows of an earlier one: its checkpoint may have been renamed or moved."""
+    """Lines about the resume. They warn if a run begins again although rows of an earlier one exist: its checkpoint may have been
+    renamed or moved."""
     if where:
         lines = [f"resumes at step {progress.step:,} of {total_steps:,} from {where}"]
     else:

@@ -1,8 +1,8 @@
-"""Saves in the background: a step waits only for the copy to host memory. A thread writes, all ranks agree, rank 0 publishes.
+"""Saves in the background. A step waits only for the copy to host memory. Then a thread writes, all ranks agree, rank 0 publishes.
 
-There is one save at a time. The next save waits for it, but not for its copy to object storage. A save that fails is reported
-at once and does not end the run, because the last checkpoint is intact and the next save comes; only `finish`, at the end of a
-stage, insists. Note: the threads of all ranks use process groups of their own, because training uses the default group at the
+There is one save at a time. The next save waits for it, but not for its copy to object storage. A failed save is reported at once
+and does not end the run, because the last checkpoint is intact and the next save will come. Only `finish`, at the end of a stage,
+raises an error. Note: the threads of all ranks use process groups of their own, because training uses the default group at the
 same time.
 """
 
@@ -36,7 +36,7 @@ LAST_PAUSES_S = (5, 15, 45)  # before the retries of a stage's last save
 
 
 class Save(NamedTuple):
-    """What a checkpoint is written from."""
+    """Everything that is needed to write a checkpoint."""
 
     place: Path
     snapshot: state.Snapshot
@@ -45,14 +45,14 @@ class Save(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a save went. All ranks have the same outcome, except for the time."""
+    """The result of a save. It is the same on all ranks, except for the time."""
 
     failure: Failure | None
     write_ms: float = 0.0
 
 
 class Saver:
-    """`alert(title, text)` alerts the user. `filters_files` are where stage II's filters may be read from, best first."""
+    """`alert(title, text)` alerts the user. `filters_files` are the files from which stage II's filters may be read, best first."""
 
     def __init__(self, run, filters_files: list[Path], alert):
         self.alert = alert
@@ -63,18 +63,18 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.outcome: Outcome | None = None
 
-    # The trainer's part
+    # Called by the training loop
 
     def prepare(self, engine, step: int) -> None:
-        """Allocate host memory now, so that no step waits for it. The engine's state at `step` needs no save."""
+        """Allocate host memory now, so that no step waits for it. The engine's state at `step` is saved already."""
         if self.engine is not engine:
             self.engine, self.buffers = engine, state.kept_buffers(engine)
         self.saved_step = step
 
     def save(self, engine, progress: Progress, *, with_filters: bool) -> dict[str, float]:
-        """Begin to write a checkpoint. Returns how long the step waited, and how long the save before took."""
+        """Begin to write a checkpoint. Returns how long the step waited, and how long the previous save took."""
         began = time.perf_counter()
-        row = self.wait()  # for the save before, which uses the same buffers
+        row = self.wait()  # for the previous save, which uses the same buffers
         must_succeed = self.failed >= self.settings.max_failed
         self.prepare(engine, progress.step)
         place = files.checkpoints_of(self.folder) / files.checkpoint_name(progress.step, len(progress.forks))
@@ -93,8 +93,8 @@ class Saver:
         self.thread.start()
 
     def wait(self, *, leaving: bool = False) -> dict[str, float]:
-        """Wait until no save is under way. Returns how long it took, at the first call after it. A run that is `leaving` does
-        not wait until old checkpoints are removed."""
+        """Wait until no save is under way. The first call after a save returns how long that save took. A run that is `leaving`
+        does not wait until old checkpoints are removed."""
         if self.thread is None:
             return {}
         self.written.wait()
@@ -109,7 +109,7 @@ class Saver:
         return self.under_way is not None and not self.written.is_set()
 
     def finish(self, *, leaving: bool = False) -> dict[str, float]:
-        """Wait, and retry if the save has failed: the last state of a stage is nowhere else."""
+        """Wait, and retry if the save has failed, because the last state of a stage exists nowhere else."""
         row = self.wait(leaving=leaving)
         for pause in LAST_PAUSES_S:
             if not self.failed:
@@ -122,13 +122,14 @@ class Saver:
         return row
 
     def forget(self) -> None:
-        """Free the memory that was kept for an engine that is done."""
+        """Free the memory that was allocated for a finished engine."""
         self.engine = self.buffers = self.under_way = None
 
-    # The thread's part; every rank has such a thread
+    # Runs in the thread; every rank has one
 
     def run_thread(self, save: Save) -> None:
-        """If a rank has died, the collectives of all others fail. watch.py reports the death; here only the outcome is set."""
+        """The thread. If a rank has died, the collectives of all others fail. watch.py reports the death; this only sets the
+        outcome."""
         try:
             names = self.write(save)
             if not self.outcome.failure:
@@ -136,7 +137,7 @@ class Saver:
         except Exception as error:
             self.outcome = self.outcome._replace(failure=could_not_write(save.place, Failure(repr(error))))
         self.written.set()
-        if not self.outcome.failure and dist.get_rank() == 0:  # the next save need not wait for this
+        if not self.outcome.failure and dist.get_rank() == 0:  # the next save does not wait for this
             failure, _ = attempt(files.prune, self.folder, self.settings, self.copier.needed())
             warn_of_old_ones(self.folder, failure)
 
@@ -144,16 +145,16 @@ class Saver:
         """Write and publish a checkpoint. All ranks get the same outcome. Returns the names of the files that this rank wrote."""
         began, place, is_first = time.perf_counter(), save.place, dist.get_rank() == 0
         part = place.with_name(place.name + PART)
-        # Every rank writes its files; then all ranks know what was written, and whether a rank has failed.
+        # Every rank writes its files. Then all ranks learn what was written, and whether a rank has failed.
         failure, mine = attempt_write(place, self.write_files, part, save)
         everyone = gather((failure, mine), self.group)
         failure = next((failed for failed, _ in everyone if failed), None)
-        # Rank 0 publishes the checkpoint, or removes its parts before any rank may write them again.
+        # Rank 0 publishes the checkpoint, or removes its files before any rank may write them again.
         if is_first and not failure:
             failure, _ = attempt_write(place, seal_and_publish, part, [entries for _, entries in everyone], save)
         if is_first and failure:
             beneath.discard(part)
-        # All ranks know whether it is published.
+        # All ranks learn whether it is published.
         failure = first_of_all(failure, self.group)
         self.outcome = Outcome(failure, (time.perf_counter() - began) * 1e3)
         if save.with_filters and not failure:
@@ -180,7 +181,7 @@ class Saver:
                 entries[FILTERS] = self.add_filters(part / FILTERS)
         return entries
 
-    # Stage II's filters, which every checkpoint of stage II has
+    # Stage II's filters, which are in every checkpoint of stage II
 
     def add_filters(self, target: Path) -> Entry:
         """Hard-link the file of the checkpoint before the last. Copy it while there are fewer than two. So the last two
@@ -198,21 +199,21 @@ class Saver:
         raise OSError(errno.EIO, f"none of {', '.join(map(str, sources or self.sources))} is as it was read before")
 
     def use_filters(self, path: Path) -> None:
-        """Use these from now on: stage I has just learned them. An earlier checkpoint may hold older ones."""
+        """Use this file from now on: stage I has just learned these filters. An earlier checkpoint may hold older ones."""
         self.sources, self.last_filters, self.filters_entry = [path], [], None
 
     @property
     def filters_file(self) -> Path | None:
-        """Where a stage that is built now reads its filters."""
+        """The file from which a stage reads its filters when it is built."""
         return next(iter((*self.last_filters, *self.sources)), None)
 
 
 def seal_and_publish(part: Path, of_ranks: list[dict[str, Entry]], save: Save) -> None:
-    """On rank 0. May be repeated after any error: a folder that has its name already is not sealed again."""
+    """Seal and publish, on rank 0. It can be repeated after any error: a folder that has its final name is not sealed again."""
     progress = save.progress
     about = {"step": progress.step, "forks": list(progress.forks), "validation": progress.validation}
     about |= {"scores": progress.scores} if progress.scores else {}
-    if part.exists():  # after an error of the last sync, it is renamed already
+    if part.exists():  # if only the last sync failed, the folder is renamed already
         entries = {name: entry for entries in of_ranks for name, entry in entries.items()}
         sealed.seal(part, entries, {**about, **save.snapshot.about})
         sealed.check(part)

@@ -1,10 +1,11 @@
-"""The trained state: from the engine to host memory, as one safetensors file a rank, and back on any number of ranks.
+"""The trained state: it is copied from the engine to host memory, written as one file for each rank, and read on any number of
+ranks.
 
-DeepSpeed keeps flat groups of fp32 master weights, with AdamW's moments for each. ZeRO-3 cuts every tensor, flattened, into
-equal pieces, one a rank. A rank's file holds its pieces, without the padding of the last one; a reader on other ranks goes
+DeepSpeed keeps flat groups of fp32 master weights, with AdamW's moments for each. ZeRO-3 flattens every tensor and cuts it into
+equal pieces, one for each rank. A rank's file holds its pieces, without the padding of the last one. A reader on other ranks goes
 through the files and takes what it needs from each. The manifest holds the names and shapes of the tensors (sealed.py). The
-frozen teacher is never saved. Note: DeepSpeed's own save and load are not used (design note 16): they pickle, they need the
-same number of ranks again, and they restore learning rates that the run file has changed.
+frozen teacher is never saved. Note: DeepSpeed's own save and load are not used (design note 16). They pickle, they need the same
+number of ranks again, and they restore learning rates that the run file has changed.
 """
 
 import math
@@ -26,15 +27,15 @@ KINDS = ("fp32", "exp_avg", "exp_avg_sq")  # the master weight and AdamW's momen
 
 
 class Snapshot(NamedTuple):
-    """This rank's part of a checkpoint, in host memory that nothing else writes to."""
+    """This rank's part of a checkpoint, in host memory to which nothing else writes."""
 
     tensors: dict[str, torch.Tensor]
-    about: dict  # what the manifest holds about the parts of all ranks
+    about: dict  # what the manifest says about the parts of all ranks
 
 
 class Member(NamedTuple):
-    """A parameter of a group. This rank holds its elements [first, last), at the start of a `place` in the group's memory; the
-    rest of the place is padding."""
+    """A parameter of a group. This rank holds its elements [first, last). They are at the start of `place` in the group's memory,
+    and the rest of `place` is padding."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,7 +47,7 @@ class Member(NamedTuple):
 class Group(NamedTuple):
     """A flat stretch of the engine's memory: this rank's pieces of some parameters, one after another."""
 
-    tensors: dict[str, torch.Tensor]  # by kind; flat
+    tensors: dict[str, torch.Tensor]  # flat tensors, by kind
     members: list[Member]
     step: torch.Tensor  # the number of updates
 
@@ -55,7 +56,7 @@ class Group(NamedTuple):
 
 
 def groups_of(engine) -> list[Group]:
-    """DeepSpeed's flat groups, by reference: what is written into their tensors is the optimizer's state."""
+    """DeepSpeed's flat groups, by reference: a write to their tensors changes the optimizer's state."""
     optimizer, names = engine.optimizer, {p.ds_id: name for name, p in engine.module.named_parameters()}
     found = []
     for masters, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
@@ -72,7 +73,7 @@ def groups_of(engine) -> list[Group]:
 
 
 def moments_of(adamw, masters: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """AdamW's state of a flat group. AdamW makes it at its first step; before that, it is made here in the same way."""
+    """AdamW's state of a flat group. AdamW makes it at its first step. Before that step, this makes it in the same way."""
     state = adamw.state[masters]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=masters.device)
@@ -81,7 +82,7 @@ def moments_of(adamw, masters: torch.nn.Parameter) -> dict[str, torch.Tensor]:
 
 
 def kept_buffers(engine) -> list[dict[str, torch.Tensor]]:
-    """Host memory for a copy of the state, written once now so that no save waits for the system to map it."""
+    """Host memory for a copy of the state. It is written once now, so that no save waits until the system maps it."""
 
     def like(tensor):
         pinned = tensor.device.type == "cuda"
@@ -98,7 +99,7 @@ def snapshot(engine, buffers: list[dict[str, torch.Tensor]]) -> Snapshot:
             kept[kind].copy_(tensor, non_blocking=True)
         for name, shape, place, first, last in group.members:
             shapes[name] = list(shape)
-            if last > first:  # a piece that is all padding is in no file
+            if last > first:  # a piece of padding alone is not written
                 tensors |= {key_of(kind, name): kept[kind][place][: last - first] for kind in KINDS}
         updates.add(int(group.step))
     if engine.device.type == "cuda":
@@ -108,7 +109,7 @@ def snapshot(engine, buffers: list[dict[str, torch.Tensor]]) -> Snapshot:
     return Snapshot(tensors, {"ranks": dist.get_world_size(), "updates": updates.pop(), "shapes": shapes})
 
 
-# A file of each rank
+# The file of each rank
 
 
 def key_of(kind: str, name: str) -> str:
@@ -135,7 +136,7 @@ def is_valid(manifest: dict) -> bool:
 
 
 class Part(NamedTuple):
-    """Elements of a flattened tensor, from `first` on, as many as `target` takes."""
+    """Elements of a flattened tensor: those from `first` on that fill `target`."""
 
     kind: str
     name: str
@@ -154,17 +155,17 @@ class State:
         self.checkpoint, self.ranks, self.shapes = checkpoint, manifest["ranks"], manifest["shapes"]
 
     def fill(self, parts: list[Part]) -> None:
-        """Read all parts, file by file: each file that holds some of them is opened once."""
+        """Read all parts, file by file. Each file with some of them is opened once."""
         for rank in sorted(set().union(*map(self.holders, parts))):
             tensor_file.fill(self.checkpoint / rank_file(rank), partial(self.held_by, rank, parts))
 
     def holders(self, part: Part) -> range:
-        """The ranks whose files hold some of a part."""
+        """The ranks whose files hold elements of a part."""
         each = max(1, -(-math.prod(self.shapes[part.name]) // self.ranks))
         return range(part.first // each, -(-(part.first + part.target.numel()) // each))
 
     def held_by(self, rank: int, parts: list[Part], entries) -> Iterator[Stretch]:
-        """What the file of `rank` holds of the parts."""
+        """The elements of the parts that the file of `rank` holds."""
         for kind, name, first, target in parts:
             begin, end = cut(math.prod(self.shapes[name]), self.ranks, rank)
             low, high = max(first, begin), min(first + target.numel(), end)
@@ -173,21 +174,21 @@ class State:
 
 
 def load(engine, checkpoint: Path) -> None:
-    """Load masters and moments, whatever number of ranks wrote them, and the weights that follow from the masters. Learning
-    rates stay those of the run file."""
+    """Load masters and moments, which any number of ranks may have written. The weights follow from the masters. Learning rates
+    stay those of the run file."""
     manifest = sealed.read_manifest(checkpoint)
     state, optimizer, groups = State(checkpoint, manifest), engine.optimizer, groups_of(engine)
     state.fill([part for group in groups for member in group.members for part in parts_of(state, group, member)])
     for number, group in enumerate(groups):
         group.step.fill_(manifest["updates"])
-        optimizer._reassign_or_swap_out_partitioned_parameters(number)  # masters to weights, as after a step
+        optimizer._reassign_or_swap_out_partitioned_parameters(number)  # copies masters to weights, as a step does
     if optimizer.persistent_parameters:  # small tensors, which every rank has whole: gather them again
         optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
     optimizer._post_step(())
 
 
 def parts_of(state: State, group: Group, member: Member) -> list[Part]:
-    """What a group takes of a parameter; the padding behind it becomes zero."""
+    """The parts of a parameter that belong into a group. The padding after them becomes zero."""
     name, shape, place, first, last = member
     check_shape(state, name, shape)
     for tensor in group.tensors.values():

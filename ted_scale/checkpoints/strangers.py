@@ -1,7 +1,7 @@
-"""A run's folder may come from a stranger. Before anything is written there, what a run writes to must be its own.
+"""A run's folder may come from a stranger. Before a run writes there, this checks that everything it writes to is its own.
 
-`refuse` looks at kinds and names and may be called at any time; `refuse_others` at owners and modes. Note: W&B makes links in
-RUN/wandb itself, so a link there may stay if it leads to a place in it.
+`refuse` checks kinds and names, and may be called at any time. `refuse_others` checks owners and modes. Note: W&B itself makes
+links in RUN/wandb, so a link there is allowed if it leads to a place in that folder.
 """
 
 import os
@@ -21,7 +21,7 @@ FILES = (".lock", "run.toml", FILTERS, *APPENDED)
 
 
 def refuse(folder: Path) -> None:
-    """One sentence about the first name that is not what a run would have made there."""
+    """Raise an error about the first name that is not what a run would have made there."""
     with files_at(folder):
         if not is_there(folder):
             return
@@ -42,10 +42,11 @@ def refuse(folder: Path) -> None:
 
 
 def refuse_others(folder: Path, made: Path) -> None:
-    """Whoever owns a folder, or may write to it, can exchange what is in it. `made` is a file that was just made, which only its
-    owner may write to: its owner is what the file system makes of this user, and where it is open to all, no modes are kept."""
+    """Refuse folders of other users: the owner of a folder, and whoever may write to it, can replace what is in it. `made` is a
+    file that was just made with write permission for its owner alone. Its owner is what the file system makes of this user. If it
+    is open to all, the file system keeps no modes."""
     mine, keeps_modes = made.stat().st_uid, not made.stat().st_mode & stat.S_IWOTH
-    # Root may do anything, and the owner of the folder above could exchange the run's folder, as outside of a container.
+    # Root may do anything. The owner of the folder above could replace the run's folder, for example outside of a container.
     trusted = {mine, 0, folder.resolve().parent.stat().st_uid}
     for path in (folder, *standing(folder, FOLDERS)):
         status = path.stat()
@@ -76,14 +77,14 @@ def kind_of(path: Path) -> str:
 
 
 def linked_checkpoints(folder: Path) -> Iterator[Path]:
-    """What is used by its name, like a checkpoint. Unfinished ones are removed at a start, whatever they are."""
+    """Links with the name of a checkpoint. Unfinished checkpoints are removed at a start, whatever they are."""
     place = checkpoints_of(folder)
     return (path for path in (place.iterdir() if place.exists() else ()) if key_of(path.name) and path.is_symlink())
 
 
 def leading_out(folder: Path) -> Iterator[Path]:
-    """Links out of it. Those in the folders of its runs are W&B's own (logs/debug-core.log leads to its cache) and not written
-    to any more, because every start gets a new folder."""
+    """Links that lead out of the folder. Links in the folders of W&B's runs do not count. They are W&B's own (logs/debug-core.log
+    leads to its cache), and nothing is written to them any more, because every start gets a new folder."""
     root = folder.resolve()
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
     start = "rank starts" if plan.world == 1 else "ranks start"
     console.say_early(
-        f"{plan.world} {start}; the first start on a machine may compile parts of DeepSpeed, and each waits for a DNS that does not "
+        f"{plan.world} {start}; the first start on a machine may compile parts of DeepSpeed, and waits for a DNS that does not "
         "answer"
     )
     from ted_scale.run import run_plan

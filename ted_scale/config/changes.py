@@ -1,8 +1,8 @@
-"""May a run continue from a checkpoint that another run file wrote? What differs, key by key, and which keys matter.
+"""Whether a run may continue from a checkpoint of another run file: which keys differ, and which of these matter.
 
-A key that decides the result (model, filters, loss, optimizer) must not change, unless resume.allow names it. Everything
-else may change and is logged. The deciding keys come from Plan.identity, and a checkpoint keeps them. Note: a few keys
-cannot be allowed, because the checkpoint's tensors would not fit, or mean something else. Which ones depends on the step: for
+A key that decides the result (model, filters, loss, optimizer) must not change, unless resume.allow names it. Everything else may
+change and is logged. The deciding keys come from Plan.identity, and a checkpoint keeps them. Note: a few keys cannot be allowed,
+because the checkpoint's tensors would not fit, or would mean something else. Which keys these are depends on the step. For
 example, the length of stage I may change only during stage I.
 """
 
@@ -26,15 +26,15 @@ DECISIVE = (
 DROPPED = ("data.workers",)  # keys of earlier versions that never changed a result
 
 NEVER = ("filters.width", "filters.mlp")
-ADAPTED = ("student.lora.alpha", "student.base")  # what adapters are added to, and how much
+ADAPTED = ("student.lora.alpha", "student.base")  # the weights to which adapters are added, and the adapters' factor
 IMPLIED = {
     "teacher.precision": "16 bits or more",
     "student.lora.rank": 0,
-}  # by a checkpoint from before there was the key
+}  # in a checkpoint that is older than the key
 
 
 def unknown_name(name: str) -> str | None:
-    """The rest of a sentence about a name that resume.allow cannot have; None for a name that it can."""
+    """The rest of a sentence about a name that resume.allow cannot have. None for a name that it can have."""
     if name in DECISIVE:
         return None
     close = difflib.get_close_matches(name, DECISIVE, n=1)
@@ -42,12 +42,14 @@ def unknown_name(name: str) -> str | None:
 
 
 def differences(theirs: dict, ours: dict) -> list[str]:
-    """Keys that both sides have and that differ. Earlier versions had fewer keys, and `method` decides which there are."""
+    """The keys that both sides have and that differ. Earlier versions had fewer keys, and `method` also decides which keys
+    exist."""
     return [key for key in theirs if key in ours and without_none(theirs[key]) != without_none(ours[key])]
 
 
 def without_none(value):
-    """A schedule of an earlier version lacks the keys that came later, which are None where they are not used."""
+    """A value without keys that are None. A schedule of an earlier version lacks newer keys, which are None if they are not
+    used."""
     return {key: v for key, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
@@ -91,7 +93,7 @@ def listed(keys: list[str], theirs: dict, ours: dict) -> str:
 
 
 def differs(key: str, theirs, ours) -> str:
-    if key == "student.lora.rank" and theirs == 0:  # which no run file can say
+    if key == "student.lora.rank" and theirs == 0:  # a rank that no run file can have
         return "student.lora must be left out, for that checkpoint is of a whole student, but is set"
     if key == "student.lora.rank" and ours == 0:
         return "student.lora must be set, for that checkpoint is of adapters alone, but is left out"
@@ -104,7 +106,7 @@ def said(value) -> str:
 
 
 def cannot_load(key: str, theirs: dict, ours: dict, step: int) -> bool:
-    """Whether this difference would give the run other tensors than the checkpoint of `step` has, or another stage."""
+    """Whether this difference would give the run another stage, or other tensors than the checkpoint of `step` has."""
     old, new = theirs[key], ours[key]
     if key == "method":
         return [old, new] not in (["ce", "kd"], ["kd", "ce"])  # the other methods have filters
@@ -120,7 +122,7 @@ def cannot_load(key: str, theirs: dict, ours: dict, step: int) -> bool:
 
 
 def changes(theirs: dict, ours: dict, written: dict | None, run: dict, step: int) -> list[str]:
-    """What a run logs when it continues with another run file, a sentence a key: allowed changes and free ones."""
+    """What a run logs when it continues with another run file: a sentence for each change, allowed or free."""
     theirs = IMPLIED | theirs
     found = {key: (theirs[key], ours[key]) for key in differences(theirs, ours)}
     if written is not None:
@@ -131,7 +133,7 @@ def changes(theirs: dict, ours: dict, written: dict | None, run: dict, step: int
 
 
 def flat(values: dict, prefix: str = "") -> dict:
-    """A run file's values by dotted names; rows of the table of corpora by their names. Unset keys are left out."""
+    """A run file's values by dotted names. Rows of the table of corpora are named by their corpora. Unset keys are left out."""
     rows = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -145,7 +147,7 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 
 def plain(value):
-    """A value of the run file as it comes back from JSON."""
+    """A value of the run file as JSON would return it."""
     return json.loads(json.dumps(value, default=lambda section: section.model_dump(mode="json", exclude_none=True)))
 
 

@@ -18,11 +18,13 @@ class Corpus(Section):
     """A domain of the blend."""
 
     path: str = Field(description="a .bin/.idx prefix, or a folder of them; on disk, or under s3:// or msc://")
-    name: str = Field("", description="what logs and metrics call it; default: the path's last part")
-    weight: NonNegative = Field(1.0, description="its share of the samples, over the sum of all weights")
-    repeat: bool = Field(True, description="false: refuse a run that reads it more than once")
+    name: str = Field("", description="the corpus's name in logs and metrics; default: the path's last part")
+    weight: NonNegative = Field(
+        1.0, description="its share of the samples is this weight divided by the sum of all weights"
+    )
+    repeat: bool = Field(True, description="false: refuse a run that reads the corpus more than once")
     validation: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="share of the corpus's tokens, at its end, held out; 1, with weight 0: all of them"
+        0.0, description="share of the corpus's tokens, at its end, that is held out; 1, with weight 0: all of them"
     )
 
     @model_validator(mode="after")
@@ -45,29 +47,36 @@ class Blend(Section):
     """Which share of the samples comes from each corpus."""
 
     kind: Literal["static", "temperature", "adaptive"] = Field(
-        "static", description="static: by data.corpora.weight; adaptive: DDK, which starts from weight"
+        "static",
+        description="static: shares by data.corpora.weight; temperature: by weight and size; adaptive: DDK, which starts from "
+        "weight",
     )
     temperature: Positive = Field(
-        1.0, description="share by (weight * tokens)^(1/temperature): 1 by size, more is flatter"
+        1.0, description="share by (weight * tokens)^(1/temperature); 1: by size; higher: more equal"
     )
-    every: PositiveInt = Field(1000, description="adaptive: steps from one measurement to the next")
+    every: PositiveInt = Field(1000, description="adaptive: number of steps between two measurements")
     smoothing: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.5, description="adaptive: share that follows the measurement; the rest is equal for all corpora"
+        0.5,
+        description="adaptive: the share that follows the measurement; the rest is divided equally between the corpora",
     )
 
 
 class Streaming(Section):
-    """How corpora under s3:// and msc:// are read; corpora on disk use none of it."""
+    """How corpora under s3:// and msc:// are read. Corpora on disk do not use these keys."""
 
-    folder: str = Field("", description="indices and chunks, on a disk of the node; default: in the temporary folder")
+    folder: str = Field(
+        "", description="folder for indices and chunks, on a disk of the node; default: in the temporary folder"
+    )
     cache_gib: NonNegative = Field(
-        4.0, description="bound of the chunks on disk, for all processes of the node; 0: none"
+        4.0, description="largest size of the chunks on disk, for all processes of the node; 0: no chunks are kept"
     )
     chunk_kib: Annotated[int, Field(ge=4, multiple_of=4)] = Field(
-        256, description="read at once; docs/data.md has the cost"
+        256, description="size of one read; docs/data.md has the cost"
     )
-    ahead: PositiveInt = Field(64, description="windows that are fetched before they are needed, per process")
-    requests: PositiveInt = Field(16, description="at the same time, per process")
+    ahead: PositiveInt = Field(
+        64, description="number of windows that are fetched before they are needed, for each process"
+    )
+    requests: PositiveInt = Field(16, description="number of requests at the same time, for each process")
     patience_s: Positive = Field(300.0, description="how long a failing request is retried before the run ends")
 
     @property
@@ -81,25 +90,27 @@ class Data(Section):
     stream: Streaming = Streaming()
     seq_len: PositiveInt = Field(description="tokens in a row")
     attention: Literal["causal", "document"] = Field(
-        "causal", description="document: none across the border of a document, and positions restart there"
+        "causal", description="document: attention does not cross the border of a document, and positions restart there"
     )
     packing: Literal["windows", "examples"] = Field(
         "windows",
-        description="what a row holds. windows: seq_len consecutive tokens; examples: whole documents, as many as fit",
+        description="what a row holds; windows: seq_len consecutive tokens; examples: whole documents, as many as fit",
     )
     longer: Literal["cut", "leave_out"] = Field(
         "cut",
-        description="what packing = examples does with documents above seq_len; cut: into as few rows as hold them",
+        description="what packing = examples does with documents longer than seq_len; cut: cuts them into as few rows as possible",
     )
     sequence_parallel: PositiveInt = Field(
-        1, description="ranks that share each row, a part of its tokens each; they follow each other"
+        1,
+        description="number of ranks that share each row; each has a part of its tokens; they have consecutive numbers",
     )
-    prefetch: PositiveInt = Field(2, description="steps that are read ahead")
+    prefetch: PositiveInt = Field(2, description="number of steps that are read ahead")
 
     @model_validator(mode="before")
     @classmethod
     def a_thread_reads(cls, values):
-        """Run files of earlier versions have `workers`, which never changed a result: processes that read for a rank."""
+        """Accept `workers` in run files of earlier versions: the number of processes that read for a rank. It never changed a
+        result."""
         if not isinstance(values, dict) or "workers" not in values:
             return values
         if type(workers := values["workers"]) is not int or workers < 0:

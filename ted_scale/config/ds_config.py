@@ -1,7 +1,7 @@
-"""The DeepSpeed configuration beside a run file: how ZeRO-3 shards, offloads and communicates, and nothing else.
+"""The DeepSpeed configuration beside a run file. It says how ZeRO-3 shards, offloads and communicates, and nothing else.
 
-The sections that work here are listed, because DeepSpeed ignores a section that it does not know, and some known sections
-make a run fail after minutes. Every refusal has a reason; engines.check_engine_config checks the other values with DeepSpeed.
+The sections that work here are listed, because DeepSpeed ignores unknown sections, and some known sections make a run fail after
+minutes. Every refusal has a reason. engines.check_engine_config lets DeepSpeed check the other values.
 """
 
 import difflib

@@ -12,11 +12,12 @@ from ted_scale.config.types import Count, Fraction, NonNegative, Positive, Posit
 class Pairs(Section):
     rule: Literal["cut", "uniform", "last", "late_to_early"] = Field(
         "cut",
-        description="cut: the blocks that ted-scale cut-student kept of this teacher; without such a record, uniform; last: one "
-        "pair, of the last blocks; late_to_early: one pair, the student's block at an eighth of its depth and the teacher's last",
+        description="cut: the blocks of this teacher that ted-scale cut-student kept; without such a record, uniform; last: one "
+        "pair, of the last blocks; late_to_early: one pair, the student's block at an eighth of its depth and the "
+        "teacher's last",
     )
     explicit: list[tuple[int, int]] = Field([], description="(student block, teacher block), from 0; replaces the rule")
-    skip_last: Count = Field(0, description="pairs at the end of the list that are left out")
+    skip_last: Count = Field(0, description="number of pairs at the end of the list that are left out")
 
     @field_validator("explicit", mode="before")
     @classmethod
@@ -28,7 +29,7 @@ class Filters(Section):
     """The filters, and how stage I trains them."""
 
     steps: Count = Field(
-        0, description="0: no stage I; filters keep their start, and the student's filters train in stage II"
+        0, description="0: no stage I; the teacher's filters keep their start, and stage II trains the student's"
     )
     width: PositiveInt | Literal["auto", "full"] = Field(
         "auto",
@@ -37,24 +38,25 @@ class Filters(Section):
     mlp: Count = Field(0, description="hidden width of a residual MLP before the linear; 0: none")
     head: Literal["shared", "own", "per_layer"] = Field(
         "shared",
-        description="what stage I reads filtered states with; shared: the teacher's frozen head for both sides; own: each model's; "
-        "per_layer: a new one for every filter, dropped afterwards",
+        description="the head through which stage I reads filtered states; shared: the teacher's frozen head for both sides; own: "
+        "each model's own head; per_layer: a new head for every filter, dropped after stage I",
     )
     start: Literal["states", "random", "noise"] = Field(
         "states",
-        description="principal directions of the teacher's states; random: the identity where it fits, else random; noise: random "
-        "also where the identity fits. For lwd, which has no filters of the teacher, states is as random",
+        description="states: principal directions of the teacher's states; random: the identity if it fits, else random; noise: "
+        "always random. For lwd, which has no filters of the teacher, states means random",
     )
     lr: NonNegative = Field(
         1e-3,
-        description="peak learning rate of the filters, in both stages; 0: they keep their start, without a stage I",
+        description="peak learning rate of the filters, in both stages; 0: they keep their start, and there is no stage I",
     )
     sample_tokens: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
         "auto",
-        description="share of a step's tokens that stage I reads, drawn for each pair; auto: all heads cost as much as two bodies",
+        description="share of a step's tokens that stage I reads, drawn for each pair; auto: all heads together cost as much as "
+        "the forward of both bodies",
     )
     sample_pairs: PositiveInt | None = Field(None, description="pairs that stage I reads in a step; default: all")
-    from_run: str | None = Field(None, alias="from", description="reuse stage I of this run folder")
+    from_run: str | None = Field(None, alias="from", description="use the filters of stage I of this run folder")
 
     @model_validator(mode="after")
     def stage_one_trains(self):
@@ -66,21 +68,24 @@ class Filters(Section):
 
 
 class Schedule(Section):
-    """A loss weight over the steps of stage II: from `start` to `end`, and 0 before or after a fraction of the stage or a token."""
+    """A loss weight over the steps of stage II. It goes from `start` to `end`. It may be 0 before or after some fraction or
+    number of tokens of the stage."""
 
     start: NonNegative = Field(description="the weight at the start of stage II")
-    end: NonNegative | None = Field(None, description="constant and rate have none")
+    end: NonNegative | None = Field(None, description="the weight at the end, for linear and cosine only")
     shape: Literal["constant", "linear", "cosine", "rate"] = Field(
-        "constant", description="rate: start times the learning rate's share of its peak"
+        "constant", description="rate: start times the learning rate as a share of its peak"
     )
     over_tokens: PositiveInt | None = Field(
         None,
-        description="linear and cosine are at end once stage II has read so many; default: at the end of the stage",
+        description="linear and cosine reach end when stage II has read this many tokens; default: at the end of the stage",
     )
-    on_after: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="0 before this fraction")
-    on_after_tokens: PositiveInt | None = Field(None, description="0 until stage II has read so many")
-    off_after: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="0 from this fraction on")
-    off_after_tokens: PositiveInt | None = Field(None, description="0 once stage II has read so many")
+    on_after: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="0 before this fraction of stage II")
+    on_after_tokens: PositiveInt | None = Field(None, description="0 until stage II has read this many tokens")
+    off_after: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="0 from this fraction of stage II on"
+    )
+    off_after_tokens: PositiveInt | None = Field(None, description="0 after stage II has read this many tokens")
 
     @model_validator(mode="after")
     def shape_and_end_belong_together(self):
@@ -111,7 +116,7 @@ Weight = Schedule | NonNegative
 
 
 def on_between(weight: Schedule, tokens: int) -> tuple[float, float]:
-    """The fractions of stage II, which reads so many tokens, at which a term begins and ends."""
+    """The fractions of stage II at which a term begins and ends. Stage II reads `tokens` tokens."""
     begins = weight.on_after or (weight.on_after_tokens or 0) / tokens
     falls_to_0 = weight.over_tokens if weight.end == 0 else None
     last = min(weight.off_after_tokens or math.inf, falls_to_0 or math.inf)
@@ -119,7 +124,7 @@ def on_between(weight: Schedule, tokens: int) -> tuple[float, float]:
 
 
 def is_on(weight: Schedule | float, fraction: float, tokens: int) -> bool:
-    """Whether a term counts after this fraction of stage II, wherever its shape takes it until it ends."""
+    """Whether a term is on after this fraction of stage II, whatever weight its shape gives it there."""
     if not isinstance(weight, Schedule):
         return weight > 0
     begins, ends = on_between(weight, tokens)
@@ -127,7 +132,7 @@ def is_on(weight: Schedule | float, fraction: float, tokens: int) -> bool:
 
 
 def changes_of(weights: Iterable[Schedule | float], tokens: int) -> list[float]:
-    """The fractions from which on some term may begin or have ended, the start among them."""
+    """The fractions, with 0 among them, at which some term begins or ends."""
     borders = [on_between(weight, tokens) for weight in weights if isinstance(weight, Schedule)]
     return sorted({0.0, *(at for each in borders for at in each if at < 1)})
 
@@ -135,51 +140,56 @@ def changes_of(weights: Iterable[Schedule | float], tokens: int) -> list[float]:
 PRESETS = {
     # The paper's stage II: plain MSE, temperature 2, constant weights.
     "paper": {"temperature": 2.0, "kind": "mse"},
-    # Hidden states as an early hint (METHOD: HLD, REPA): the layer loss ends after a tenth of stage II.
+    # Hidden states as an early hint (HLD, REPA): the layer loss ends after a tenth of stage II.
     "hint": {"layer": {"start": 1.0, "off_after": 0.1}},
-    # The teacher's states alone first, without a product with the vocabulary; then the text without a teacher (docs/results.md).
+    # First the teacher's states alone, without a product with the vocabulary. Then the text without a teacher (docs/results.md).
     "states_first": {"ce": {"start": 1.0, "on_after": 0.5}, "kl": 0.0, "layer": {"start": 1.0, "off_after": 0.5}},
-    # Most of the teacher while the learning rate is high, least at its end (Peng et al., arXiv 2410.16215: WSD for both).
+    # KL has most weight while the learning rate is high and least at its end (Peng et al., arXiv 2410.16215: WSD for both).
     "wsd": {"kl": {"start": 1.0, "shape": "rate"}},
-    # A small teacher for a larger student, early on (arXiv 2602.05393), with method = "lwd"; pairs.rule is late_to_early (run.py).
+    # A small teacher for a larger student, early in training (arXiv 2602.05393), with method = "lwd" and pairs.rule =
+    # "late_to_early" (run.py).
     "let": {"kl": 0.0, "layer": {"start": 0.1, "end": 0.0, "shape": "linear"}, "kind": "cosine"},
 }
 
 
 class Loss(Section):
     preset: Literal["paper", "hint", "states_first", "wsd", "let"] | None = Field(
-        None, description="fills what this section leaves out, and let pairs.rule; docs/comparing.md"
+        None, description="values for the keys that this section leaves out; let also sets pairs.rule"
     )
     ce: Weight = Field(1.0, description="weight of the next-token loss: a number, or a table over time")
-    kl: Weight = Field(1.0, description="weight of the logits' loss, which carries temperature squared")
+    kl: Weight = Field(1.0, description="weight of the logits' loss, which is multiplied by temperature squared")
     layer: Weight = Field(1.0, description="weight of the layer loss, the mean over pairs")
     balance: Literal["fixed", "auto"] = Field(
         "fixed",
-        description="auto: layer times mean KL over mean layer loss, of the steps before; equal weights then make both terms "
-        "equally large",
+        description="auto: multiplies layer by the mean KL divided by the mean layer loss, over the steps before; with equal "
+        "weights both terms are then equally large",
     )
     temperature: Positive = Field(1.0, description="divides the logits of both sides in the logits' loss")
     divergence: Literal["forward", "reverse", "jsd"] = Field(
-        "forward", description="the logits' loss: KL(teacher, student), KL(student, teacher), or Jensen-Shannon's"
+        "forward",
+        description="the logits' loss: KL(teacher, student), KL(student, teacher), or the Jensen-Shannon divergence",
     )
-    top_k: Count = Field(
-        0, description="the teacher's likeliest tokens, beside one bucket for all others; 0: every token"
-    )
+    top_k: Count = Field(0, description="the teacher's likeliest tokens; all others are one bucket; 0: every token")
     skip_low_entropy: Fraction = Field(
-        0.0, description="the share of tokens, those where the teacher is surest, that have no such loss; 0: none"
+        0.0, description="share of tokens without the logits' loss: those of lowest teacher entropy"
     )
     kind: Literal["nmse", "mse", "cosine"] = Field(
-        "nmse", description="the layer loss of a token; nmse: squared distance over the teacher's squared norm"
+        "nmse", description="the layer loss of a token; nmse: squared distance divided by the teacher's squared norm"
     )
     tokens: Literal["targets", "all"] = Field(
         "targets",
-        description="which tokens kl and layer count where a corpus has targets; all: prompts, too, for a teacher can teach them",
+        description="which tokens kl and layer count if a corpus has targets; targets: only targets; all: prompts, too, because "
+        "the teacher can teach them",
     )
-    backend: Literal["auto", "triton", "torch", "compiled"] = Field("auto", description="ted_scale/kernels/README.md")
+    backend: Literal["auto", "triton", "torch", "compiled"] = Field(
+        "auto", description="the code that computes the losses; ted_scale/kernels/README.md"
+    )
     mode: Literal["chunked", "strict"] = Field(
-        "chunked", description="strict: keeps few logits in memory, for 1.6 times the work of the logit losses"
+        "chunked", description="strict: keeps fewer logits in memory, for 1.6 times the work of the logit losses"
     )
-    chunk_tokens: PositiveInt | None = Field(None, description="tokens a chunk; default: what the scratch budget holds")
+    chunk_tokens: PositiveInt | None = Field(
+        None, description="tokens in a chunk; default: what the budget of memory holds"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -203,38 +213,40 @@ class Loss(Section):
 
 class Train(Section):
     steps: PositiveInt = Field(
-        0,  # where epochs are given, until data/epochs.py has counted
-        description="optimizer steps of ce, kd, lwd, and of TED's stage II; or epochs",
+        0,  # with epochs, until data/epochs.py has counted
+        description="optimizer steps of ce, kd, lwd, or of TED's stage II; epochs may replace it",
     )
     epochs: Positive | None = Field(
         None,
-        description="in place of steps: how often the corpus is read, its rows rounded up to whole steps; docs/fine_tuning.md",
+        description="how often the corpus is read, in place of steps; its rows are rounded up to whole steps; docs/fine_tuning.md",
     )
-    epochs_of: str | None = Field(None, description="the corpus, by its name, that epochs are of; needed with several")
-    tokens_per_step: PositiveInt = Field(description="over all ranks; gradient accumulation is derived")
+    epochs_of: str | None = Field(None, description="the corpus whose epochs count, by name; needed with several")
+    tokens_per_step: PositiveInt = Field(description="tokens over all ranks; gradient accumulation follows from it")
     micro_batch: PositiveInt = Field(description="rows of data.seq_len tokens that a rank computes at once")
     precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="of weights and activations in a step; masters, moments and sums are fp32"
+        "bf16", description="precision of weights and activations in a step; masters, moments and sums are fp32"
     )
     lr: Positive = Field(description="peak learning rate of the student")
     min_lr: NonNegative = Field(0.0, description="learning rate at the end of the schedule")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine", description="after the warm-up; wsd: constant, then a linear decay"
+        "cosine", description="the learning rate after the warm-up; wsd: constant, then a linear decay"
     )
     warmup_steps: Count = Field(0, description="steps over which the rate rises to lr")
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="wsd: the last part, which decays")
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.2, description="wsd: fraction of the steps in the decay"
+    )
     clip: NonNegative = Field(1.0, description="largest gradient norm; 0: no clipping")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="of AdamW")
-    eps: Positive = Field(1e-8, description="of AdamW")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="betas of AdamW")
+    eps: Positive = Field(1e-8, description="epsilon of AdamW")
     weight_decay: NonNegative = Field(0.1, description="of the student's matrices; norms, biases and filters have none")
     reduce_once: bool = Field(
         False,
-        description="each rank sums its gradients whole, and they are reduced once a step instead of once a micro-batch",
+        description="each rank sums whole gradients, and the ranks reduce them once for each step, not once for each micro-batch",
     )
 
     @property
     def tokens(self) -> int:
-        """Of the stage; 0 while only its epochs are known."""
+        """The tokens of the stage. 0 while only its epochs are known."""
         return self.steps * self.tokens_per_step
 
     @model_validator(mode="after")
@@ -256,16 +268,18 @@ class Train(Section):
 
 
 class Validation(Section):
-    every: Count = Field(0, description="steps; 0: only at the start and the end of a stage")
-    tokens: PositiveInt = Field(65536, description="over all corpora that hold some out, as many of each")
+    every: Count = Field(0, description="steps between two validations; 0: only at the start and the end of a stage")
+    tokens: PositiveInt = Field(65536, description="over all corpora with held-out text, the same number of each")
     suite: list[str] = Field(
         [],
-        description="tasks of lm-eval, by a suite's name or their own, asked of the student as it stands",
+        description="tasks of lm-eval, by the name of a suite or their own names; the student of that step answers them",
     )
-    suite_every: PositiveInt = Field(1, description="validations; the first and the last always count")
-    suite_files: str | None = Field(None, description="a folder of task files and their data, instead of the hub")
-    suite_limit: PositiveInt | None = Field(None, description="questions of each task; default: all")
-    suite_batch: PositiveInt = Field(8, description="texts in a forward of a rank")
+    suite_every: PositiveInt = Field(
+        1, description="validations from one suite to the next; the first and last have one"
+    )
+    suite_files: str | None = Field(None, description="a folder of task files and their data, used instead of the hub")
+    suite_limit: PositiveInt | None = Field(None, description="number of questions of each task; default: all")
+    suite_batch: PositiveInt = Field(8, description="texts that a rank computes in one forward")
 
     @field_validator("suite", mode="before")
     @classmethod

@@ -1,6 +1,6 @@
-"""The two models of a run: where they are, what of them is trained, and how the teacher is kept.
+"""The two models of a run: where they are, which parameters are trained, and how the teacher is kept.
 
-Note: a teacher's placement and precision never change what it says beyond rounding; student.lora changes what is trained.
+Note: a teacher's placement and precision change its outputs only by rounding. student.lora changes which parameters are trained.
 """
 
 from typing import Literal
@@ -13,39 +13,42 @@ from ted_scale.config.types import Positive, PositiveInt, Section
 class Model(Section):
     path: str = Field(description="local folder or hub id of a causal LM with safetensors weights")
     init: Literal["weights", "random"] = Field(
-        "weights", description="random: the folder needs only a config.json; for a teacher only in measurements"
+        "weights", description="random: the folder needs only a config.json; use it for a teacher only in measurements"
     )
 
 
 class Teacher(Model):
     every: PositiveInt = Field(
         1,
-        description="stage II asks the teacher for one micro-batch in so many, where its terms weigh as much more: the dial "
-        "between kd and ce",
+        description="n: stage II asks the teacher for one micro-batch in n, and multiplies its terms by n there; a larger n is "
+        "closer to ce",
     )
     placement: Literal["auto", "replicated", "node", "sharded", "offload"] = Field(
         "auto",
         description="replicated: whole on every rank, without DeepSpeed; node: sharded by ZeRO-3 over the ranks of a node; "
-        "sharded: over all ranks; offload: in the host's memory, block by block to the device; auto: the first of "
-        "the others that fits",
+        "sharded: over all ranks; offload: in the host's memory, copied to the device block by block; auto: the first "
+        "of replicated, node and sharded that fits",
     )
     node_ranks: PositiveInt | None = Field(
-        None, description="ranks of a node, which follow each other; default: what the launcher started on this node"
+        None,
+        description="number of ranks of a node; they have consecutive numbers; default: what the launcher started on this node",
     )
     micro_batch: PositiveInt = Field(
-        1, description="the micro-batches (of train.micro_batch samples) that it reads in one call, in a step"
+        1,
+        description="number of micro-batches of a step (of train.micro_batch samples) that the teacher reads in one call",
     )
     early: bool = Field(
         False,
-        description="replicated or offload: it reads a micro-batch beside the student's backward of the one before, in a step",
+        description="with replicated or offload: the teacher reads the next micro-batch of the step during the student's backward",
     )
     precision: Literal["bf16", "fp8", "int8"] | None = Field(
         None,
-        description="of the matrices in its blocks, by torchao; fp8: weights and activations, on Hopper and newer; int8: weights "
-        "alone, for their memory; default: train.precision",
+        description="precision of the matrices in the teacher's blocks; 8 bits need torchao; fp8: weights and activations, on "
+        "Hopper and newer; int8: only weights, to save memory; default: train.precision",
     )
     compile: bool = Field(
-        False, description="torch compiles its blocks, also where documents are apart; needs placement replicated"
+        False,
+        description="torch compiles the teacher's blocks, also if documents are kept apart; needs placement replicated",
     )
 
     @property
@@ -55,7 +58,7 @@ class Teacher(Model):
 
     @property
     def is_whole(self) -> bool:
-        """Whether it can only run where a rank has all of it."""
+        """Whether every rank must have the whole teacher."""
         return self.compile or self.eight_bits is not None
 
     @model_validator(mode="after")
@@ -69,14 +72,14 @@ class Teacher(Model):
 
 
 class Lora(Section):
-    """Adapters of low rank beside the student's frozen matrices (LoRA), by peft; stage II trains them instead of the student."""
+    """Low-rank adapters beside the student's frozen matrices (LoRA), by peft. Stage II trains them instead of the student."""
 
-    rank: PositiveInt = Field(16, description="of each adapter's product B·A")
-    alpha: Positive = Field(32.0, description="the product counts alpha / rank times")
+    rank: PositiveInt = Field(16, description="rank of each adapter's product B·A")
+    alpha: Positive = Field(32.0, description="the product is multiplied by alpha / rank")
     targets: tuple[str, ...] | Literal["all-linear"] = Field(
         "all-linear",
-        description="the last parts of names of linear maps in the blocks, such as q_proj; all-linear: all of them. The head and "
-        "embeddings stay frozen",
+        description="the last parts of the names of linear maps in the blocks, such as q_proj; all-linear: all of them. The head "
+        "and the embeddings stay frozen",
     )
 
     @field_validator("targets", mode="before")
@@ -87,7 +90,7 @@ class Lora(Section):
 
 class Student(Model):
     gradient_checkpointing: bool = Field(
-        False, description="activations of a block are computed again in backward: less memory, more time"
+        False, description="the backward computes the activations of a block again: less memory, more time"
     )
     lora: Lora | None = None
 

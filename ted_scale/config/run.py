@@ -28,18 +28,18 @@ Method = Literal["ce", "kd", "lwd", "ted"]
 
 class Run(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        description="of the run and its folder"
+        description="the name of the run and of its folder"
     )
     method: Method = Field(
-        description="ce: next-token loss alone; kd: with the teacher's logits; lwd: with raw states, too; ted: with filtered states"
+        description="ce: next-token loss only; kd: also the teacher's logits; lwd: also raw states; ted: also filtered states"
     )
-    seed: Count = Field(0, description="of the data's order and of what starts at random")
-    runs: str = Field("runs", description="the folder in which the run's folder NAME is made; shared by all nodes")
+    seed: Count = Field(0, description="seed of the data's order and of everything that starts at random")
+    runs: str = Field("runs", description="the folder in which the run's folder NAME is made; all nodes must share it")
     ds_config: str = Field("ds_configs/zero3.json", description="how ZeRO-3 keeps and sends weights; docs/zero.md")
     fused_blocks: Literal["auto", "compile", "liger", "off"] = Field(
         "auto",
-        description="compiled by torch, or RMSNorm, rotary positions and gated MLP by Liger; auto: on a GPU, compiled where "
-        "attention is torch's own, else Liger's",
+        description="compile: torch compiles the blocks; liger: Liger computes RMSNorm, rotary positions and gated MLPs; auto: on "
+        "a GPU, compile if attention is torch's own, else liger; on a CPU, off",
     )
     student: Student
     teacher: Teacher | None = None
@@ -54,7 +54,9 @@ class Run(Section):
     health: Health = Health()
     vitals: Vitals = Vitals()
     limits: Limits = Limits()
-    log_every: PositiveInt = Field(10, description="steps between two lines of the log and rows of metrics.jsonl")
+    log_every: PositiveInt = Field(
+        10, description="steps between two lines of the log and between two rows of metrics.jsonl"
+    )
     samples: Samples = Samples()
     report: Report = Report()
     wandb: Wandb | None = None
@@ -73,12 +75,12 @@ class Run(Section):
 
     @property
     def teacher_bits(self) -> str | None:
-        """fp8 or int8 if the teacher that the method asks has 8 bits."""
+        """fp8 or int8 if the method uses a teacher and this teacher has 8 bits. Else None."""
         return self.teacher.eight_bits if self.teacher and self.method != "ce" else None
 
     @property
     def terms(self) -> dict[str, Weight]:
-        """The weights that the method looks at."""
+        """The loss weights that the method uses."""
         names = ["ce", *([] if self.method == "ce" else ["kl"]), *(["layer"] if self.matches_layers else [])]
         return {name: getattr(self.loss, name) for name in names}
 
@@ -88,7 +90,7 @@ class Run(Section):
 
     @property
     def held_out_numbers(self) -> list[str]:
-        """The student's numbers of held-out text in metrics.jsonl."""
+        """The keys of the student's numbers on held-out text in metrics.jsonl."""
         names = [corpus.name for corpus in self.data.corpora if corpus.validation]
         each = ["", *(f"{name}/" for name in names if len(names) > 1)] if names else []
         return [f"val/{name}{kind}" for name in each for kind in ("loss", "ppl")]
@@ -110,7 +112,7 @@ class Run(Section):
     @model_validator(mode="before")
     @classmethod
     def let_matches_a_late_block_with_an_early_one(cls, values):
-        """The rest of the preset (method.py): another section's default."""
+        """The preset `let` also changes a default in another section; the rest of the preset is in method.py."""
         loss, pairs = (values.get("loss"), values.get("pairs", {})) if isinstance(values, dict) else (None, None)
         if isinstance(loss, dict) and loss.get("preset") == "let" and isinstance(pairs, dict):
             return {**values, "pairs": {"rule": "late_to_early", **pairs}}
@@ -191,7 +193,7 @@ class Run(Section):
     def schedules_fit_stage_two(self):
         tokens = self.train.tokens
         if not tokens:
-            return self  # data/epochs.py asks again when it has counted the steps
+            return self  # data/epochs.py checks again when it has counted the steps
         for name, weight in self.terms.items():
             if not isinstance(weight, Schedule):
                 continue

@@ -1,4 +1,4 @@
-"""Read run files strictly, with `--set section.key=value` on top, and write them; a mistake is one sentence."""
+"""Read run files strictly, apply `--set section.key=value`, and write run files. A mistake becomes one sentence."""
 
 import difflib
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ REPLACED = {"data.mask_documents": "data.attention = 'document'"}
 INSTEAD = {
     "train.steps": ("epochs", "epochs_of"),
     "train.epochs": ("steps",),
-}  # what else of the section a --set replaces
-# What other trainers call a key.
+}  # the keys of the section that a --set of another key replaces
+# The names of our keys in other trainers.
 CALLED = {
     "learning_rate": "train.lr", "max_lr": "train.lr", "min_learning_rate": "train.min_lr", "max_steps": "train.steps",
     "num_train_epochs": "train.epochs", "num_epochs": "train.epochs",
@@ -33,10 +33,10 @@ CALLED = {
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = (), argument: str = "--config") -> Run:
-    """Read a run file and put `section.key=value` strings on top. A mistake is one UserError sentence that names the file, or
-    the --set that made it, or, without a file, the argument that should have named one."""
+    """Read a run file and apply `section.key=value` strings. A mistake is one UserError sentence. It names the file, or the --set
+    with the mistake. If there is no file, it names the argument that should have given one."""
     try:
-        with found(path).open("rb") as file:  # may be a pipe, which the user made
+        with found(path).open("rb") as file:  # the file may be a pipe of the user's
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise ValueError(f"it has more than {LARGEST:,} bytes")
@@ -74,8 +74,8 @@ def one_line(error: Exception) -> str:
 
 
 def put(values: dict, override: str) -> None:
-    """Set one `section.key=value`; the value is TOML, and a bare word is a string. Of two keys that exclude each other, the one
-    that is set replaces the other."""
+    """Set one `section.key=value`. The value is TOML; a bare word is a string. If two keys exclude each other, the key that is
+    set replaces the other."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"--set must look like section.key=value, but is {shown(override)}")
@@ -94,7 +94,7 @@ def put(values: dict, override: str) -> None:
 
 
 def sentence(error: ValidationError, root: type[BaseModel] = Run) -> str:
-    """The first fault of a run file, or of another file whose sections `root` describes, in the project's form."""
+    """The first mistake of a run file as a sentence in this project's form. With `root`, of another file with those sections."""
     fault = min(error.errors(), key=how_far_from_the_cause)
     names, section = where(fault["loc"], root)
     dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).lstrip(".")
@@ -104,7 +104,7 @@ def sentence(error: ValidationError, root: type[BaseModel] = Run) -> str:
         return f"{dotted} must be set, but is missing"
     if fault["type"] == "model_type":
         return f"{dotted} must be a section of keys, but is {shown(fault['input'])}"
-    if fault["type"] == "value_error":  # ours: begins with the key, as seen from the section
+    if fault["type"] == "value_error":  # our own error: it begins with the key, relative to the section
         message = fault["msg"].removeprefix("Value error, ")
         return f"{dotted}.{message}" if dotted else message
     wanted = fault["msg"].partition(" should ")[2].partition(" after validation")[0].replace("tuple", "list")
@@ -112,14 +112,14 @@ def sentence(error: ValidationError, root: type[BaseModel] = Run) -> str:
 
 
 def how_far_from_the_cause(fault) -> int:
-    """A rank for sorting: of a union's faults, those of the branch that the user did not write come last."""
+    """A rank for sorting. Among the errors of a union, those of the branch that the user did not write come last."""
     other_branch = fault["type"] in ("model_type", "dict_type") or isinstance(fault["input"], dict)
     return {"extra_forbidden": 0, "missing": 1}.get(fault["type"], 3 if other_branch else 2)
 
 
 def where(location, root: type[BaseModel]) -> tuple[list, type]:
-    """The keys and indices on pydantic's path to a fault, without the names of a union's branches; and the last section on
-    the path."""
+    """(the keys and indices on pydantic's path to an error, the last section on the path). Names of a union's branches are left
+    out."""
     names, section = [], root
     for part in location:
         field = keys_of(section).get(part)
@@ -130,7 +130,8 @@ def where(location, root: type[BaseModel]) -> tuple[list, type]:
 
 
 def unknown_key(parent: str, key: str, section: type[BaseModel]) -> str:
-    """Suggest the key that replaced it, else a similar key of the section, else a section that has the key."""
+    """A sentence about an unknown key. It suggests the key that replaced it, else a similar key, else a section that has the
+    key."""
     if (new := REPLACED.get(f"{parent}{key}")) is not None:
         return f"unknown key {parent}{key}; write {new} instead"
     close = [parent + k for k in difflib.get_close_matches(key, sorted(keys_of(section)), n=1)]
@@ -145,20 +146,20 @@ def keys_of(section: type[BaseModel]) -> dict:
 
 
 def section_in(annotation) -> type[BaseModel] | None:
-    """The section that a key's type holds, alone, in a list or beside None."""
+    """The section in a key's type, which may be alone, in a list or beside None."""
     found = (p for p in annotation_parts(annotation) if isinstance(p, type) and issubclass(p, BaseModel))
     return next(found, None)
 
 
 def annotation_parts(annotation) -> list:
-    """A type and all that it is made of."""
+    """A type and all types inside it."""
     nested = [p for arg in getattr(annotation, "__args__", ()) for p in annotation_parts(arg)]
     return [annotation, *nested]
 
 
 def to_toml(run: Run) -> str:
-    """The resolved run as TOML, readable by `load_run`: with steps, as soon as they are known, and not with epochs, too. None is
-    left out, because TOML has no null."""
+    """The resolved run as TOML, which `load_run` can read. It has steps when they are known, and then no epochs. Keys that are
+    None are left out, because TOML has no null."""
     return tomli_w.dumps(run.model_dump(by_alias=True, exclude_none=True, exclude={"train": not_written(run)}))
 
 

@@ -1,4 +1,4 @@
-"""The parts of the run file's sections: numbers with bounds, and a section that refuses unknown keys."""
+"""The building blocks of the run file's sections: numbers with bounds, and a section that refuses unknown keys."""
 
 from typing import Annotated
 

@@ -1,1 +1,1 @@
-"""What a step reads: the order and blend of corpora, windows by position, separate documents, batches read ahead."""
+"""The data of a step: order and blend of corpora, windows by position, separate documents, batches that are read ahead."""

@@ -1,9 +1,9 @@
 """The position of a run in each corpus of its blend, and how it continues when the blend or seq_len changes.
 
-An interval is a stretch of samples with one set of shares and one seq_len. Its cursors are the positions in the corpora at
-its start. All later positions follow from them, so an interval is all that a checkpoint keeps of the data. Note: an epoch
-of a corpus is cut in units of the seq_len at its beginning. After a change of seq_len, windows are put together from such
-units until the epoch ends, so that every token of it is read exactly once.
+An interval is a stretch of samples with one set of shares and one seq_len. Its cursors are the positions in the corpora at its
+start. All later positions follow from them, so a checkpoint keeps one interval and nothing else of the data. Note: an epoch of a
+corpus is cut into units of the seq_len at its beginning. After a change of seq_len, windows are made from these units until the
+epoch ends. So every token of the epoch is read exactly once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ from ted_scale.data import order
 
 
 class Cursor(NamedTuple):
-    """A place in a corpus: `token` tokens of this epoch were read, `seen` tokens in all. The epoch is cut in units of `unit`
-    tokens."""
+    """A place in a corpus: `token` tokens of this epoch and `seen` tokens in all have been read. The epoch is cut into units of
+    `unit` tokens."""
 
     epoch: int
     unit: int
@@ -28,7 +28,7 @@ class Cursor(NamedTuple):
 
 
 class Domain(NamedTuple):
-    """What an interval needs of a corpus; `content` is a digest of its shards and their order."""
+    """What an interval needs to know of a corpus. `content` is a digest of its shards and their order."""
 
     name: str
     tokens: int
@@ -38,9 +38,9 @@ class Domain(NamedTuple):
 class Interval(NamedTuple):
     start: int  # first sample
     seq_len: int
-    shares: tuple[int, ...]  # samples in a block of order.BLOCK, a number a domain
+    shares: tuple[int, ...]  # for each domain, its samples in a block of order.BLOCK
     domains: tuple[Domain, ...]
-    cursors: tuple[Cursor, ...]  # at the start, one a domain
+    cursors: tuple[Cursor, ...]  # at the start, one for each domain
     seed: int
 
     @property
@@ -48,7 +48,7 @@ class Interval(NamedTuple):
         return order.mix(self.seed, self.start) if self.start else self.seed
 
     def at(self, position: int) -> tuple[int, Cursor]:
-        """(domain, where in it) of a sample."""
+        """(the domain of a sample, the cursor there)."""
         which, index = order.pick(position - self.start, self.shares, self.key)
         return which, self.ahead(which, index)
 
@@ -59,7 +59,7 @@ class Interval(NamedTuple):
 
     def ahead(self, which: int, samples: int) -> Cursor:
         """A domain's cursor after some of its samples. The last window of an epoch cut for another seq_len may be short."""
-        if not samples:  # a corpus that left may be smaller than a window
+        if not samples:  # a corpus that was removed may be smaller than a window
             return self.cursors[which]
         cursor, tokens = self.cursors[which], self.domains[which].tokens
         left = units(tokens, cursor.unit) * cursor.unit - cursor.token
@@ -72,7 +72,7 @@ class Interval(NamedTuple):
         return Cursor(cursor.epoch + 1 + epochs, self.seq_len, index * self.seq_len, seen)
 
     def pieces(self, which: int, cursor: Cursor) -> Iterator[tuple[int, int]]:
-        """(first token, tokens) in the domain of each piece of the window at a cursor: one, or several from different units."""
+        """(first token, tokens) of each piece of the window at a cursor. A window is one piece, or several from different units."""
         domain = self.domains[which]
         cut = cut_of(domain.tokens, cursor.unit, order.name_key(self.seed, domain.name), cursor.epoch)
         token, end = cursor.token, min(cursor.token + self.seq_len, cut.tokens)
@@ -96,12 +96,12 @@ class Cut(NamedTuple):
         return self.unit * self.count
 
     def start(self, index: int) -> int:
-        """First token of the unit at `index` of the epoch."""
+        """The first token of the unit at `index` of the epoch."""
         return self.offset + order.permute(index, self.count, self.key) * self.unit
 
 
 def units(tokens: int, unit: int) -> int:
-    """Units of an epoch, each with a label after it, at any offset; 0 if none fits."""
+    """The number of units of an epoch that fit at any offset, each with the token after it as a label; 0 if none fits."""
     if tokens <= unit:
         return 0
     return max(1, (tokens - unit) // unit)
@@ -109,7 +109,7 @@ def units(tokens: int, unit: int) -> int:
 
 @lru_cache(maxsize=1024)
 def cut_of(tokens: int, unit: int, key: int, epoch: int) -> Cut:
-    """All cuts are shifted by an offset of 0 to unit - 1, or less if the corpus has too few tokens for more."""
+    """The cut of an epoch. It is shifted by an offset of 0 to unit - 1, or less if the corpus has too few tokens."""
     count, key = units(tokens, unit), order.mix(key, epoch)
     return Cut(unit, count, order.mix(key, -1) % min(unit, tokens - count * unit), key)
 
@@ -122,7 +122,7 @@ def begin(domains: list[Domain], shares: tuple[int, ...], seq_len: int, seed: in
 def follow(
     before: Interval, position: int, domains: Sequence[Domain], shares: tuple[int, ...], seq_len: int
 ) -> Interval:
-    """The same interval if nothing changed, else a new one from `position` on. The cursor of a corpus that left is kept."""
+    """The same interval if nothing changed, else a new one from `position` on. The cursor of a removed corpus is kept."""
     kept = {d.name: (d, c) for d, c in zip(before.domains, before.cursors_at(position), strict=True)}
     here = {domain.name for domain in domains}
     gone = [domain for domain, _ in kept.values() if domain.name not in here]
@@ -140,7 +140,7 @@ def shares_by_domain(domains, shares) -> dict[Domain, int]:
 
 
 def resumed(domain: Domain, before: Domain, cursor: Cursor | None, seq_len: int) -> Cursor:
-    """Where a corpus goes on after a resume: in its epoch, with the same unit, or at the start of the next one if it changed."""
+    """Where a corpus continues after a resume: in its epoch, with the same unit. If it changed, at the start of the next epoch."""
     if cursor is None:
         return Cursor(0, seq_len, 0, 0)
     if cursor.token and domain == before:
@@ -149,7 +149,7 @@ def resumed(domain: Domain, before: Domain, cursor: Cursor | None, seq_len: int)
 
 
 def changes(before: Interval, after: Interval) -> list[str]:
-    """What a run logs when corpora or shares change, a sentence a change."""
+    """What a run logs when corpora or shares change: a sentence for each change."""
     if after is before:
         return []
     said = []
@@ -167,12 +167,12 @@ def changes(before: Interval, after: Interval) -> list[str]:
 
 
 def other_text(was: Domain, domain: Domain) -> str:
-    """The shards changed, or another part of them is held out."""
+    """How a corpus's text changed: its shards changed, or another part of them is held out."""
     return f"corpus {domain.name} holds other text to train on, {domain.tokens} tokens instead of {was.tokens}"
 
 
 def other_texts(earlier: Interval | None, after: Interval) -> list[str]:
-    """What a run logs of corpora that changed since the stage before."""
+    """What a run logs about corpora that changed since the stage before."""
     old = {domain.name: domain for domain in earlier.domains} if earlier else {}
     known = ((old[domain.name], domain) for domain in after.domains if domain.name in old)
     return [f"from this stage on {other_text(was, domain)}" for was, domain in known if was != domain]
@@ -191,7 +191,7 @@ class DomainRecord(TypedDict):
 
 @with_config(ConfigDict(strict=True, extra="ignore"))
 class BlendRecord(TypedDict):
-    """An interval as a checkpoint keeps it, equally small at any position."""
+    """An interval as a checkpoint keeps it. Its size is the same at any position."""
 
     start: Count
     seq_len: PositiveInt
@@ -200,7 +200,8 @@ class BlendRecord(TypedDict):
 
 
 def check_record(record: BlendRecord, samples: int) -> None:
-    """Raise a ValueError unless shares fill a block, and every corpus with a share holds a window and has a place in its epoch."""
+    """Raise a ValueError unless the shares fill a block, and every corpus with a share holds a window and has a place in its
+    epoch."""
     if record["start"] > samples:
         raise ValueError(f"blend.start must be at most samples ({samples})")
     if sum(row["share"] for row in record["domains"].values()) != order.BLOCK:
@@ -213,7 +214,7 @@ def check_record(record: BlendRecord, samples: int) -> None:
 
 
 def as_record(interval: Interval) -> BlendRecord:
-    """For progress.json; `from_record` is the way back."""
+    """The record for progress.json. `from_record` reads it."""
     rows = zip(interval.domains, interval.shares, interval.cursors, strict=True)
     domains: dict = {
         d.name: {"tokens": d.tokens, "content": d.content, "share": share, **cursor._asdict()}
@@ -232,7 +233,8 @@ def from_record(record: BlendRecord) -> Interval:
 
 
 def weights_of(kind: str, temperature: float, weights: list[float], tokens: list[int]) -> list[float]:
-    """temperature: (weight · tokens)^(1/temperature), so that 1 is by size and more is flatter. Other kinds: unchanged."""
+    """For kind "temperature": (weight · tokens)^(1/temperature). A temperature of 1 weighs by size, a higher one is flatter.
+    Other kinds: the weights unchanged."""
     if kind != "temperature":
         return list(weights)
     sizes = [w * n for w, n in zip(weights, tokens, strict=True)]

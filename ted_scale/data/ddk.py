@@ -1,21 +1,21 @@
-"""Shares of a blend by DDK (Liu et al., NeurIPS 2024): the further the student is behind its teacher in a corpus, the more of
-it is read.
+"""Shares of a blend by DDK (Liu et al., NeurIPS 2024): a run reads more of a corpus the further the student is behind its teacher
+there.
 
-Pure functions of perplexities and of the previous weights; feed.py measures and applies them. Note: the ratio of two
-perplexities is an exponent here, and an untrained student has ratios of thousands. So everything is kept in logarithms
-until the sum is 1.
+These are pure functions of losses and of the previous weights. feed.py measures and applies them. Note: the ratio of two
+perplexities is an exponent here, and an untrained student has ratios of thousands. So all values stay logarithms until they are
+normalized.
 """
 
 import math
 
 
 def discrepancies(student_losses: list[float], teacher_losses: list[float]) -> list[float]:
-    """Perplexity of the student over the teacher's, a number a corpus."""
+    """The student's perplexity divided by the teacher's, one number for each corpus."""
     return [math.exp(min(s - t, 700.0)) for s, t in zip(student_losses, teacher_losses, strict=True)]
 
 
 def first_weights(prior: list[float], gaps: list[float], smoothing: float) -> list[float]:
-    """r_0: proportional to exp(gap) times the run file's weight of each corpus, and smoothed like all later weights."""
+    """r_0: proportional to exp(gap) times the run file's weight of each corpus. It is smoothed like all later weights."""
     return smoothed([math.log(p) + gap for p, gap in zip(prior, gaps, strict=True)], smoothing)
 
 
@@ -25,7 +25,7 @@ def next_weights(before: list[float], gaps: list[float], smoothing: float) -> li
 
 
 def smoothed(logs: list[float], smoothing: float) -> list[float]:
-    """No corpus falls below (1 - smoothing) / N, because a weight of 0 would stay 0."""
+    """Normalized and smoothed weights. None is below (1 - smoothing) / N, because a weight of 0 would stay 0."""
     return [smoothing * share + (1 - smoothing) / len(logs) for share in softmax(logs)]
 
 

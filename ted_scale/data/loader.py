@@ -1,8 +1,8 @@
-"""The loader: optimizer steps as micro-batches, read ahead by one thread, and on the device when they are asked for.
+"""The loader: one thread reads the micro-batches of optimizer steps ahead and copies them to the device.
 
-stream.py reads a batch at given positions and says which positions are this rank's; this file decides when. Reading is a
-thread's work and not that of other processes, because copying a batch through a pipe costs more than reading it; the
-numbers are in docs/design/0015-workers-on-pipes.md.
+stream.py reads a batch at given positions and says which positions belong to this rank. This file decides when they are read. A
+thread reads, not other processes, because copying a batch through a pipe costs more than reading it. The numbers are in
+docs/design/0015-workers-on-pipes.md.
 """
 
 from collections import deque
@@ -18,8 +18,8 @@ from ted_scale.data.stream import Batch, Stream, batch, cut, rank_positions, rea
 
 
 class Loader:
-    """Opened once for a run; `steps` draws from it, one stretch of a stream after another. So many ranks that follow each other
-    read the same windows as `sequence_parallel` says, and each keeps its piece of them."""
+    """Opened once for a run. `steps` reads one stretch of a stream after another. With `sequence_parallel` = n, n neighbouring
+    ranks read the same windows, and each keeps its piece of them."""
 
     def __init__(
         self, *, prefetch: int, micro_batch: int, rank: int, world: int, sequence_parallel: int = 1, device
@@ -34,8 +34,8 @@ class Loader:
     def steps(
         self, stream: Stream, *, start: int, stop: int | None = None, samples_per_step: int
     ) -> Iterator[list[Batch]]:
-        """Optimizer steps from position `start` up to `stop`, each the micro-batches of this rank. Nothing past `stop` is read,
-        and at most `prefetch` steps are read past the one that is handed out."""
+        """Optimizer steps from position `start` to `stop`. Each is a list of this rank's micro-batches. Nothing after `stop` is
+        read. At most `prefetch` steps are read ahead."""
         if samples_per_step % (self.micro_batch * self.world):
             raise UserError(
                 f"samples per step must be a multiple of train.micro_batch x ranks = {self.micro_batch * self.world}, but is "
@@ -57,9 +57,9 @@ class Loader:
             yield self._hand_out(ahead.popleft())
 
     def _read(self, stream: Stream, rows: list[list[int]]) -> tuple[list[Batch], torch.cuda.Event | None]:
-        """In the thread: a step's micro-batches on the device, or on the way to it."""
+        """Runs in the thread. A step's micro-batches, on the device or being copied to it."""
         micros = [cut(batch(stream, positions), *self.piece) for positions in rows]
-        if self.copies is None:  # on a CPU they are where they are needed
+        if self.copies is None:  # on a CPU nothing is copied
             return micros, None
         with torch.cuda.stream(self.copies):
             moved = [micro.moved(lambda t: t.pin_memory().to(self.device, non_blocking=True)) for micro in micros]
@@ -71,21 +71,21 @@ class Loader:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)
             for micro in micros:
-                micro.moved(lambda t: t.record_stream(current))  # else the copies reuse its memory before it is read
+                micro.moved(lambda t: t.record_stream(current))  # a later copy must not reuse its memory too early
         return micros
 
     def close(self) -> None:
-        """Does not wait for a read: one may hang, and a run that stops must report why."""
+        """Stop the thread. This does not wait for a read, which may hang: a run that stops must report why."""
         self.thread.shutdown(wait=False, cancel_futures=True)
 
 
 def set_device(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # it is set per thread; pinning must not open a context on GPU 0
+        torch.cuda.set_device(device)  # each thread has its own; pinning must not open a context on GPU 0
 
 
 def first_batches(run, stream: Stream, tokens: int, device) -> Iterator[Batch]:
-    """A stage's first windows, the same on any number of ranks: what is measured before its first step."""
+    """A stage's first windows, for measurements before its first step. They are the same on any number of ranks."""
     stream = stream._replace(count=-(-tokens // stream.seq_len))
     return validation_batches(
         stream, tokens=tokens, micro_batch=run.train.micro_batch, rank=dist.get_rank(), world=dist.get_world_size(),

@@ -1,8 +1,8 @@
-"""Which corpus a position of training reads, and how an epoch is shuffled: pure functions of a seed.
+"""Which corpus each position of training reads, and how an epoch is shuffled: pure functions of a seed.
 
-Nothing is drawn ahead and nothing is stored. So resuming at position 10^9 costs the same as at position 0, and the number
-of ranks does not matter. A Feistel network shuffles; cycle walking fits it to any size. Note: the shares of a blend hold
-within every block of 1000 samples, so a share below 1/1000 becomes 1/1000.
+Nothing is drawn ahead and nothing is stored. So a resume at position 10^9 costs the same as one at position 0, and the number of
+ranks does not matter. A Feistel network shuffles; cycle walking fits it to any size. Note: every block of 1000 samples has the
+shares of the blend, so a share below 1/1000 becomes 1/1000.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def absorb(state: int, value: int) -> int:
 
 @lru_cache(maxsize=1024)
 def name_key(seed: int, name: str) -> int:
-    """A corpus's own key: its order does not change when other corpora are added or removed."""
+    """The key of one corpus. It does not depend on other corpora, so they can be added or removed without a change of its order."""
     return mix(seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
 
 
@@ -55,7 +55,7 @@ def permute(index: int, size: int, key: int) -> int:
 
 
 def shares(weights: list[float]) -> tuple[int, ...]:
-    """Samples of each corpus in a block: largest remainder, at least one for every weight above zero."""
+    """Samples of each corpus in a block, by largest remainder. Every weight above zero gets at least one."""
     if any(not 0 <= w < float("inf") for w in weights) or not sum(weights):
         raise UserError(
             f"data.corpora.weight must be zero or more and above zero for one corpus, but is {weights}; correct it"
@@ -65,7 +65,7 @@ def shares(weights: list[float]) -> tuple[int, ...]:
     exact = [BLOCK * w / sum(weights) for w in weights]
     counts = [max(int(e), int(w > 0)) for e, w in zip(exact, weights, strict=True)]
     while sum(counts) != BLOCK:
-        # The corpus furthest below its share gains, the one furthest above loses; none loses its last sample.
+        # The corpus furthest below its share gains a sample. The one furthest above loses one, but never its last.
         step = 1 if sum(counts) < BLOCK else -1
         open_to = [c for c, n in enumerate(counts) if weights[c] > 0 and (step > 0 or n > 1)]
         counts[max(open_to, key=lambda c: step * (exact[c] - counts[c]))] += step
@@ -73,7 +73,7 @@ def shares(weights: list[float]) -> tuple[int, ...]:
 
 
 def pick(position: int, counts: tuple[int, ...], seed: int) -> tuple[int, int]:
-    """(corpus, how many samples of it came before) at a position of the blend."""
+    """(corpus, number of its samples before) at a position of the blend."""
     if BLOCK in counts:
         return counts.index(BLOCK), position
     block, slot = divmod(position, BLOCK)
@@ -89,7 +89,7 @@ def taken(position: int, counts: tuple[int, ...], seed: int) -> list[int]:
 
 
 def until(samples: int, corpus: int, counts: tuple[int, ...], seed: int) -> int:
-    """The first position of the blend before which a corpus has given so many samples, at least one."""
+    """The first position of the blend before which a corpus has given `samples` samples, at least one."""
     block, more = divmod(samples - 1, counts[corpus])
     slots = (slot for slot, dealt in enumerate(deal(counts, mix(seed, -1, block))) if dealt == corpus)
     return block * BLOCK + next(islice(slots, more, None)) + 1

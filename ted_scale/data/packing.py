@@ -1,8 +1,8 @@
-"""The positions of documents in a batch: computed once on the host, so that no forward has to read the device.
+"""The positions of documents in a batch. They are computed once on the host, so that no forward waits for the device.
 
-The rows of a batch count as one line of B * T tokens. The start of a row is always a border, because another sample is
-before it. Note: positions also begin at 0 in a window that begins within a document, and in a piece that follows another
-piece, because attention sees nothing before it.
+The rows of a batch count as one line of B * T tokens. The start of a row is always a border, because the row before it is another
+sample. Note: positions also begin at 0 in a window that begins within a document, and in a piece that follows another piece:
+attention sees nothing before them.
 """
 
 import functools
@@ -27,8 +27,8 @@ class Packing(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Which tokens of its rows a rank has, where several ranks share them: piece `index` of `of` equal ones of each row. A
-    packing beside it is that of the whole rows."""
+    """The tokens that a rank has of rows that several ranks share: each row is cut into `of` equal pieces, and this is piece
+    `index`. A packing beside a share describes the whole rows."""
 
     index: int
     of: int
@@ -54,7 +54,7 @@ def pack(begins_BT: numpy.ndarray) -> Packing:
 
 
 def joined(packings: list[Packing]) -> Packing:
-    """As one batch of all their rows; the device is not read."""
+    """The packing of one batch with all their rows. The device is not read."""
     tokens = [packing.positions_BT.numel() for packing in packings]
     firsts = [0, *itertools.accumulate(tokens)][:-1]
     borders = [packing.borders[:-1] + first for packing, first in zip(packings, firsts, strict=True)]
@@ -71,7 +71,7 @@ def joined_shares(shares: list[Share]) -> Share:
 
 @functools.lru_cache(maxsize=4)
 def whole_rows(rows: int, length: int, device: torch.device) -> Packing:
-    """Each row is one document. A layer with a window uses this if documents are not kept apart."""
+    """A packing in which each row is one document. A layer with a window uses it if documents are not kept apart."""
     positions = torch.arange(length, device=device).expand(rows, length)
     borders = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
     return Packing(positions, borders, (length,) * rows)

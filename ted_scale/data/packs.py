@@ -1,9 +1,9 @@
-"""Whole examples packed into rows of seq_len tokens: which documents share a row, made once and kept beside the shards.
+"""Packs: which whole examples share a row of seq_len tokens. They are computed once and kept in a file beside the shards.
 
-Documents go, the longest first, each into the row that it fills best. stream.py reads a row by its number, which is a pure
-function of the position like that of a window. One process of a node makes them, and the others wait for it. Note: the file's
-name has a digest of the text and of the settings, so that an older file is never taken for this one's, and nodes that make it at
-the same time write the same bytes. Its header has a digest of the rest, which is checked once when it is opened.
+The longest document is placed first. Each goes into the row that it fills best. stream.py reads a row by its number, which is a
+pure function of the position, like the number of a window. One process of a node makes the packs, and the others wait. Note: the
+file's name has a digest of the text and of the settings. So an old file is never used for another text, and nodes that make it at
+the same time write the same bytes. The header has a digest of the rest of the file, which is checked once, when it is opened.
 """
 
 import contextlib
@@ -35,19 +35,19 @@ log = logging.getLogger("ted_scale")
 MAGIC = b"TEDPACKS3"
 HEADER = struct.Struct("<9s32sQQQQQQQ")
 COUNTS = struct.Struct("<QQQQQQQ")
-DIGESTED = HEADER.size - COUNTS.size  # from here on
+DIGESTED = HEADER.size - COUNTS.size  # the digest covers all bytes from here on
 PIECE = numpy.dtype([("start", "<i8"), ("length", "<i4")])
 LOOKED_AT = 1 << 22  # tokens whose documents are looked up at once
 READ = 1 << 22  # bytes that are digested at once
 
 
 class Counts(NamedTuple):
-    """What became of a part's documents."""
+    """What happened to the documents of a part."""
 
     packs: int
     pieces: int
     tokens: int  # in packs
-    longer: int  # documents above seq_len: cut, or left out
+    longer: int  # documents longer than seq_len, which were cut or left out
     untaught: int  # pieces without a target, left out
     first: int  # token at which the first longer document begins
     first_untaught: int  # token at which the first piece without a target begins
@@ -63,12 +63,12 @@ class Packs(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """As many as blend.py finds so many windows in."""
+        """The number of tokens for which blend.py counts as many windows as there are packs."""
         return (self.counts.packs + 1) * self.seq_len
 
     @property
     def content(self) -> str:
-        """Another one for other text and for other packs of it."""
+        """An identity of text and packs: it differs if the text differs or if it is packed differently."""
         return f"{self.part.content}, packed by {self.seq_len}, longer: {self.longer}"
 
     def pieces(self, number: int) -> list[tuple[int, int]]:
@@ -86,7 +86,7 @@ class Packs(NamedTuple):
         return list(zip(starts.tolist(), lengths.tolist(), strict=True))
 
     def _read(self, start: int, count: int) -> bytes:
-        """If that fails, it is tried again with the file opened anew: a handle may be stale."""
+        """Read. If that fails, open the file again and retry, because a handle may be stale."""
 
         def anew(_) -> bytes:
             opened.cache_clear()
@@ -118,7 +118,7 @@ def place_in(part: Part, token: int) -> str:
 
 
 def document_at(part: Part, token: int) -> tuple[ShardIndex, int]:
-    """(shard, number in it) of the document that begins at a token of a part, or holds the part's first one."""
+    """(shard, number in the shard) of the document that begins at a token of a part, or that holds the part's first token."""
     shard = bisect_right(part.starts, part.start + token) - 1
     index, place = part.shards[shard], part.start + token - part.starts[shard]
     number = reading(index, Shard.first_document, place)
@@ -140,8 +140,8 @@ def damaged(path) -> UserError:
 
 
 def open_packs(part: Part, seq_len: int, longer: str) -> Packs:
-    """The packs of a part. If nobody made them, the first process of a node does. If it finds a mistake, the
-    others find it too; if it is killed, another one makes them."""
+    """The packs of a part. If they do not exist, the first process of a node makes them. If it finds a mistake, the others find
+    it, too. If it is killed, another process makes them."""
     path = place_of(part, seq_len, longer)
     with files_at(path):
         if not path.exists():
@@ -155,7 +155,7 @@ def open_packs(part: Part, seq_len: int, longer: str) -> Packs:
 
 
 def place_of(part: Part, seq_len: int, longer: str) -> Path:
-    """Beside the shards where this user may write, else with what is kept of object storage."""
+    """The file of the packs: beside the shards if this user may write there, else in the folder of cached objects."""
     unsigned = [index.files.stamps for index in part.shards if not index.recorded]
     text = repr((MAGIC, part.listed, part.start, part.stop, unsigned, seq_len, longer))
     prefix = part.shards[0].prefix
@@ -168,7 +168,7 @@ def place_of(part: Part, seq_len: int, longer: str) -> Path:
 
 
 def own_place(part: Part) -> Path:
-    """Of this user on this node."""
+    """A folder for packs that belongs to this user on this node."""
     settings = part.stream or Streaming()
     if not settings.folder:
         own_folder(settings.place, "data.stream.folder")
@@ -177,7 +177,8 @@ def own_place(part: Part) -> Path:
 
 
 def write(path: Path, counts: Counts, borders: numpy.ndarray, pieces: numpy.ndarray) -> None:
-    """Whole or not at all. Each of several nodes that write it at once has a file of its own until it is whole."""
+    """Write the file whole or not at all. Several nodes may do this at the same time: each writes its own file and then renames
+    it."""
     aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}{PART}")
     try:
         content = COUNTS.pack(*counts) + borders.tobytes() + pieces.tobytes()
@@ -218,14 +219,14 @@ def make(part: Part, seq_len: int, longer: str) -> tuple[Counts, numpy.ndarray, 
 
 
 def first_of(places: numpy.ndarray, which: numpy.ndarray) -> int:
-    """The first of these places; 0 where there is none."""
+    """The first of these places; 0 if there is none."""
     return int(places[which.argmax()]) if which.any() else 0
 
 
 def nothing_to_learn(
     part: Part, seq_len: int, untaught: int, first_untaught: int, longer: int, first: int
 ) -> UserError:
-    """Where the first reason is, and how to look at it."""
+    """The error, with the place of the first document that caused it and how to look at it."""
     if untaught:
         found = f"{untaught:,} pieces without one, the first in {place_in(part, first_untaught)}"
     else:
@@ -245,7 +246,7 @@ def document_starts(part: Part) -> numpy.ndarray:
 
 
 def cut(starts: numpy.ndarray, seq_len: int, cuts: bool) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """(pieces, which documents are longer than seq_len): those are cut into as few pieces as possible, or left out."""
+    """(pieces, which documents are longer than seq_len). Longer documents are cut into as few pieces as possible, or left out."""
     lengths = numpy.diff(starts)
     longer = lengths > seq_len
     counts = -(-lengths // seq_len) if cuts else (~longer).astype(numpy.int64)
@@ -258,7 +259,7 @@ def cut(starts: numpy.ndarray, seq_len: int, cuts: bool) -> tuple[numpy.ndarray,
 
 
 def with_targets(part: Part, pieces: numpy.ndarray) -> numpy.ndarray:
-    """Which pieces teach something: the first token of a piece is no label in it."""
+    """Which pieces have a target. The first token of a piece is never a label in it, so it does not count."""
     taught, first = pieces["length"] > 1, 0
     while first < len(pieces):
         low = int(pieces["start"][first])
@@ -273,8 +274,8 @@ def with_targets(part: Part, pieces: numpy.ndarray) -> numpy.ndarray:
 
 
 def best_fit(lengths: numpy.ndarray, seq_len: int) -> numpy.ndarray:
-    """The pack of each document: the longest first, each into the fullest pack that has room. A bit says of each room whether a
-    pack has it, so that the fullest one is found in a few operations."""
+    """The pack of each document. The longest document is placed first, each in the fullest pack that has room. For each amount of
+    room, a bit says whether a pack has it, so the fullest pack is found in a few operations."""
     packs, rooms, has = numpy.empty(len(lengths), numpy.int64), [[] for _ in range(seq_len + 1)], 0
     made = 0
     for document in numpy.argsort(-lengths, kind="stable").tolist():

@@ -1,8 +1,8 @@
-"""All ranks must read the same text: what each of them lists of the corpora is compared before a stage reads any of it.
+"""All ranks must read the same text: the ranks compare their listings of the corpora before a stage reads.
 
-Where ranks differ, all of them list again for a while: the old listing of a folder that a file server's client kept gets
-renewed, and a shard that is just arriving gets whole. Note: ranks that differ would train on what others validate, read
-windows twice or never, and take part in collectives of different length.
+If ranks differ, all of them list again for a while. A client of a file server may have cached an old listing, or a shard may
+still be arriving. Note: ranks with different listings would train on text that others validate on. They would read windows twice
+or never, and enter collectives of different length.
 """
 
 import logging
@@ -17,12 +17,12 @@ from ted_scale.ranks.agree import gather
 
 log = logging.getLogger("ted_scale")
 
-PATIENCE_S, PAUSE_S = 90.0, 5.0  # a client of NFS may go on showing an old listing for 60 s
-NAMED = 4  # ranks in a sentence
+PATIENCE_S, PAUSE_S = 90.0, 5.0  # an NFS client may show an old listing for 60 s
+NAMED = 4  # ranks that a sentence names
 
 
 class Listed(NamedTuple):
-    """What a rank lists of a corpus: to train on and held out."""
+    """A rank's listing of a corpus: the text to train on and the held-out text."""
 
     shards: int
     tokens: int
@@ -34,7 +34,7 @@ class Listed(NamedTuple):
 
 
 def open_together(open_stage: Callable[[], tuple]) -> tuple:
-    """The result of `open_stage` on every rank, of which the first value is the stage's stream. A collective."""
+    """The result of `open_stage` on every rank. Its first value is the stage's stream. A collective."""
     until = time.monotonic() + PATIENCE_S
     while True:
         opened, reading = attempt(open_stage)
@@ -54,7 +54,7 @@ def open_together(open_stage: Callable[[], tuple]) -> tuple:
 
 
 def attempt(open_stage: Callable[[], tuple]) -> tuple:
-    """(what was opened, what it reads by corpus); (None, the error) if it cannot be opened."""
+    """(what was opened, what it reads by corpus), or (None, the error) if it cannot be opened."""
     try:
         opened = open_stage()
     except (UserError, Gone) as error:
@@ -69,18 +69,18 @@ def what_is_read(stream: Stream) -> dict[str, Listed]:
 
 
 def packs_of(stream: Stream, name: str) -> list[str]:
-    """The digests of a corpus's packs, where there are any."""
+    """The digests of a corpus's packs, if it has any."""
     return [of.packs[name].digest.hex()[:16] for of in (stream, *stream.held_out.values()) if name in of.packs]
 
 
 def listed(training: Part | None, held_out: Part | None, packed: list[str]) -> Listed:
-    part = training or held_out  # both are of the same shards, and begin and end where the other one ends and begins
+    part = training or held_out  # both have the same shards, and one begins where the other ends
     tokens, kept = (each.tokens if each else 0 for each in (training, held_out))
     return Listed(len(part.shards), tokens, kept, " ".join([part.listed, *packed]))
 
 
 def unlike(readings: list) -> UserError | Gone:
-    """Why the ranks cannot go on: the first sentence of any, or the first corpus of which they list different text."""
+    """Why the ranks cannot go on: the first error of any rank, or the first corpus of which they list different text."""
     failed = [rank for rank, reading in enumerate(readings) if isinstance(reading, Exception)]
     if failed:
         some = f" (so on {named(failed)}, not on the others)" if len(failed) < len(readings) else ""

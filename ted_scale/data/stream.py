@@ -1,8 +1,8 @@
 """Packed windows of the corpora as batches, by position.
 
-blend.py says which window is at a position, corpus.py reads it; this file masks and batches, and says which positions are a
-rank's; loader.py reads them ahead. No array grows with tokens, documents or run length. Note: a stream is addressed by
-position, so a resume is only another start position.
+blend.py says which window is at a position, and corpus.py reads it. This file sets masks, makes batches, and says which positions
+belong to a rank. loader.py reads ahead. No array grows with tokens, documents or run length. Note: a stream is addressed by
+position, so a resume only starts at another position.
 """
 
 from collections import deque
@@ -22,8 +22,8 @@ from ted_scale.kernels.tokens import IGNORED
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank. Weights are 1 where a label is a target; there is a packing if documents are kept apart, and a
-    share if several ranks have these rows."""
+    """One micro-batch of one rank. A weight is 1 if the label is a target. There is a packing if documents are kept apart, and a
+    share if several ranks share these rows."""
 
     tokens_BT: torch.Tensor  # int64
     labels_BT: torch.Tensor  # int64, IGNORED where there is none
@@ -32,14 +32,14 @@ class Batch(NamedTuple):
     share: Share | None = None
 
     def moved(self, move) -> "Batch":
-        """With `move` called on every tensor."""
+        """This batch with `move` applied to every tensor."""
         tokens, labels, weights = (move(t) for t in self[:3])
         packed, share = self.packing and self.packing.moved(move), self.share and self.share.moved(move)
         return Batch(tokens, labels, weights, packed, share)
 
 
 def joined(batches: list[Batch]) -> Batch:
-    """The rows of several micro-batches as one."""
+    """One batch with the rows of several micro-batches."""
     tokens, labels, weights = (torch.cat(column) for column in list(zip(*batches, strict=True))[:3])
     packed = packing.joined([b.packing for b in batches]) if batches[0].packing else None
     share = packing.joined_shares([b.share for b in batches]) if batches[0].share else None
@@ -47,7 +47,8 @@ def joined(batches: list[Batch]) -> Batch:
 
 
 def cut(whole: Batch, index: int, of: int) -> Batch:
-    """Piece `index` of `of` equal ones of every row. Its last label is the next piece's first token: labels are made before."""
+    """Piece `index` of every row, which is cut into `of` equal pieces. The last label of a piece is the first token of the next
+    piece, because labels are made before the cut."""
     if of == 1:
         return whole
     rows, length = whole.tokens_BT.shape
@@ -58,7 +59,7 @@ def cut(whole: Batch, index: int, of: int) -> Batch:
 
 
 class Window(NamedTuple):
-    """seq_len tokens, the label after each (or IGNORED), whether that is a target, where documents and pieces begin, and where
+    """seq_len tokens; the label of each, or IGNORED; whether each label is a target; where documents and pieces begin; where
     documents end."""
 
     tokens: numpy.ndarray
@@ -69,8 +70,9 @@ class Window(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Windows by position: endless ones of the blend, or the `count` windows that one corpus holds out, in order. All that a
-    stage reads is in its stream, listed once: a file that is added later cannot move text from one to the other."""
+    """Windows by position: either the endless windows of the blend, or the `count` held-out windows of one corpus, in order. A
+    stage's corpora are listed once, for training and for held-out text. So a file that is added later cannot move text from one
+    to the other."""
 
     parts: dict[str, Part]
     interval: Interval | None
@@ -79,14 +81,14 @@ class Stream(NamedTuple):
     attention: str
     vocab_size: int
     held_out: dict[str, "Stream"]  # by corpus; a held-out stream has none
-    packs: dict[str, Packs]  # by corpus, where rows are packed of whole examples
+    packs: dict[str, Packs]  # by corpus, if rows are packed from whole examples
 
     def sample(self, position: int) -> Window:
         part, pieces = self._at(position)
         tokens, labels = numpy.zeros(self.seq_len, numpy.int64), numpy.full(self.seq_len, IGNORED, numpy.int64)
         targets, begins, ends, at = numpy.ones(self.seq_len, bool), [], [], 0
         for first, length in pieces:
-            count = min(length + 1, part.tokens - first)  # after an example at the end of all there is no label
+            count = min(length + 1, part.tokens - first)  # the part's last token has no label
             read, starts = part.read(first, count, self.vocab_size)
             tokens[at : at + length], labels[at : at + count - 1] = read[:length], read[1:]
             if (counts := part.targets(first, count)) is not None:
@@ -109,7 +111,7 @@ class Stream(NamedTuple):
         return begins
 
     def ahead(self, positions: list[int | None]) -> None:
-        """The windows at these positions will be read soon."""
+        """Say that the windows at these positions will be read soon."""
         for position in positions:
             if position is not None:
                 part, pieces = self._at(position)
@@ -137,9 +139,9 @@ class Stream(NamedTuple):
 def open_stream(
     data, seed: int, vocab_size: int, before: Interval | None = None, position: int = 0, weights: dict | None = None
 ) -> Stream:
-    """The training stream of a run file's data section, endless and shuffled, with what the same listing of the corpora holds
-    out. It continues at `position` if an earlier blend is given, and uses measured `weights` if there are any."""
-    order.shares([c.weight for c in data.corpora])  # refuses weights that mean nothing
+    """The endless, shuffled training stream of a run file's data section. Its held-out streams come from the same listing of the
+    corpora. If an earlier blend is given, it continues at `position`. If measured `weights` are given, it uses them."""
+    order.shares([c.weight for c in data.corpora])  # refuses weights from which no shares follow
     parts, held_out = parts_of(data, vocab_size)
     packs = packs_of(data, parts)
     sources: dict[str, Part | Packs] = {**parts, **packs}
@@ -156,7 +158,7 @@ def open_stream(
 
 
 def parts_of(data, vocab_size: int) -> tuple[dict[str, Part], dict[str, Part]]:
-    """(what to train on, what is held out) by corpus. Each corpus is listed once for both."""
+    """(the parts to train on, the parts that are held out), by corpus. Each corpus is listed once for both."""
     wanted = [(i, corpus) for i, corpus in enumerate(data.corpora) if corpus.weight or corpus.validation]
     listed = [(corpus, open_parts(i, corpus, vocab_size, data.stream)) for i, corpus in wanted]
     training = {corpus.name: part for corpus, (part, _) in listed if corpus.weight}
@@ -175,14 +177,14 @@ def held_out_stream(data, vocab_size: int, part: Part, name: str) -> Stream:
 
 
 def packs_of(data, parts: dict[str, Part]) -> dict[str, Packs]:
-    """The packs of each corpus, where rows are packed of whole examples."""
+    """The packs of each corpus, if rows are packed from whole examples."""
     if data.packing == "windows":
         return {}
     return {name: open_packs(part, data.seq_len, data.longer) for name, part in parts.items()}
 
 
 def refuse_repetition(data, stream: Stream, samples: int) -> None:
-    """A corpus that must not repeat must last for all samples of a stage."""
+    """Refuse a corpus that must not repeat if it is too short for all samples of a stage."""
     cursors = dict(zip((d.name for d in stream.interval.domains), stream.interval.cursors_at(samples), strict=True))
     for i, corpus in enumerate(data.corpora):
         cursor = cursors.get(corpus.name)
@@ -202,7 +204,7 @@ def _refuse_short(part: Part, seq_len: int, split: str) -> None:
 
 
 def batch(stream: Stream, positions: list[int | None]) -> Batch:
-    """The windows at some positions as one batch on the CPU; None is padding, whose labels never count."""
+    """The windows at `positions` as one batch on the CPU. A position of None is a padding row, whose labels never count."""
     shape = len(positions), stream.seq_len
     tokens, labels = numpy.zeros(shape, numpy.int64), numpy.full(shape, IGNORED, numpy.int64)
     begins, targets = numpy.zeros(shape, bool), numpy.ones(shape, bool)
@@ -224,7 +226,7 @@ def text_lengths(stream: Stream, windows: int = 64) -> tuple[int, ...]:
 
 
 def read_ahead(batches: Iterable[list], depth: int, announce: Callable[[list], None]) -> Iterator[list]:
-    """The same batches of positions. A batch is yielded once the `depth` windows after it are announced."""
+    """Yield the same batches of positions. Before a batch is yielded, the `depth` windows after it are announced."""
     coming, windows = deque(), 0
     for positions in batches:
         if depth:
@@ -238,8 +240,8 @@ def read_ahead(batches: Iterable[list], depth: int, announce: Callable[[list], N
 
 
 def rank_positions(start: int, stop: int, micro_batch: int, rank: int, world: int) -> Iterator[list[int]]:
-    """The positions of each micro-batch of one rank between `start` and `stop`: micro-batches go to the ranks in turn. Ranks that
-    share rows count as one."""
+    """The positions of each micro-batch of one rank, from `start` to `stop`. Ranks get micro-batches in turn. Ranks that share
+    rows count as one."""
     for first in range(start + rank * micro_batch, stop, world * micro_batch):
         yield list(range(first, first + micro_batch))
 
@@ -247,7 +249,8 @@ def rank_positions(start: int, stop: int, micro_batch: int, rank: int, world: in
 def validation_batches(
     stream: Stream, *, tokens: int, micro_batch: int, rank: int, world: int, sequence_parallel: int = 1, device
 ) -> Iterator[Batch]:
-    """The first `tokens` tokens of a validation stream, each on one rank. Every rank gets the same number of batches."""
+    """The first `tokens` tokens of a validation stream. Each token is read by one rank. Every rank gets the same number of
+    batches."""
     windows = min(stream.count, -(-tokens // stream.seq_len))
     (reader, index), readers = divmod(rank, sequence_parallel), world // sequence_parallel
     padded = -(-windows // (micro_batch * readers)) * micro_batch * readers

@@ -1,7 +1,7 @@
-"""Which tokens go without the logits' divergence: those where the teacher is surest (`loss.skip_low_entropy`).
+"""Which tokens have no KL term: those where the teacher's entropy is lowest (`loss.skip_low_entropy`).
 
-A step's tokens are counted by the teacher's entropy, in bins that are the same for every model and every run. The counts of all
-ranks give the floor for the step after, so no rank waits for a quantile. Bins are narrow near 0, where the sure tokens are.
+A step's tokens are counted by the teacher's entropy. The bins are the same for every model and every run, and are narrow near 0.
+The counts of all ranks give the floor of the next step, so no rank waits for a quantile.
 """
 
 import numpy
@@ -12,12 +12,12 @@ LARGEST = 16.0  # nats: the entropy of nine million equally likely tokens
 
 
 def nothing(like: torch.Tensor) -> torch.Tensor:
-    """The tally of a micro-batch for which the teacher was not asked."""
+    """The tally of a micro-batch that the teacher did not read."""
     return like.new_zeros(1 + BINS)
 
 
 def tally(entropies: torch.Tensor, weights: torch.Tensor, floor: float) -> torch.Tensor:
-    """[how many valid tokens keep their divergence, how many there are in each bin], on the device."""
+    """[the number of valid tokens with a KL term, the number of valid tokens in each bin], on the device."""
     valid = (weights > 0).to(torch.float32)
     place = (entropies.nan_to_num() / LARGEST).clamp(0, 1).pow(1 / 3) * BINS
     counts = nothing(entropies)
@@ -27,8 +27,8 @@ def tally(entropies: torch.Tensor, weights: torch.Tensor, floor: float) -> torch
 
 
 def floor_of(counts: list[float], share: float) -> float | None:
-    """The entropy below which this share of the tokens of a tally is, between the edges of a bin by their number; None if there is
-    no token. It is a number of fp32, like the entropies that it is compared with."""
+    """The entropy below which `share` of a tally's tokens lie; None if it has no tokens. It is interpolated within a bin. It is
+    rounded to fp32, like the entropies that it is compared with."""
     each = numpy.asarray(counts[1:], numpy.float64)
     if not each.sum():
         return None

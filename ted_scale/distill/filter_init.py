@@ -1,9 +1,9 @@
 """Initial weights of filters, from one pass over a little training text; the same on any number of ranks.
 
-A teacher's filter starts as the principal directions of its block's states (or as the identity if it is as wide). Its lift
-starts as the transpose. A student's filter starts as the ridge regression of the teacher's filtered states on the student's.
-Every state is divided by its norm first: norms and the layer loss depend on the direction alone. Otherwise a few sink
-tokens, with norms a hundred times as large, would determine the first directions.
+A teacher's filter starts as the principal directions of its block's states (or as the identity if it is as wide). Its lift starts
+as the transpose. A student's filter starts as the ridge regression of the teacher's filtered states on the student's. Every state
+is divided by its norm first, because norm layers and the layer loss depend on the direction alone. Without this, a few sink
+tokens, whose norms are a hundred times as large, would determine the first directions.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from ted_scale.kernels.products import live_rows
 from ted_scale.kernels.tokens import valid_weights
 
 TOKENS_A_WIDTH = 8  # tokens of the pass for each dimension of the wider model: enough for a regression on all of them
-RIDGE = 1e-3  # of the mean eigenvalue
+RIDGE = 1e-3  # times the mean eigenvalue
 
 
 class Moments(NamedTuple):
@@ -35,7 +35,7 @@ class Start(NamedTuple):
 
 @torch.no_grad()
 def add_moments(sums: list[Moments] | None, batch, states_t, states_s) -> list[Moments]:
-    """`sums` plus those of a micro-batch. States are one tensor [N, width] a pair; states_s is empty if the student did not run."""
+    """`sums` plus the sums of a micro-batch. Each pair has one tensor [N, width] of states. states_s is empty if no student ran."""
     weight = valid_weights(batch.labels_BT.flatten(), batch.weights_BT.flatten())
     found = []
     for k, t in enumerate(states_t):

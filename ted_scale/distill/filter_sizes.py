@@ -1,8 +1,8 @@
-"""The width of filters and the share of tokens that stage I reads, where the run file says `auto`.
+"""The width of filters and the share of tokens that stage I reads, if the run file says `auto`.
 
-Computed once, before anything starts, and written into the plan's run: the rest of the program only sees numbers. At full
-width and on all rows, stage I's heads would be most of the cost of a token. Its filters would have 40 % of the parameters
-of a student that is an eighth of its teacher.
+They are computed once, before anything starts, and written into the plan's run. So the rest of the program sees only numbers. At
+full width and on all rows, stage I's heads would be most of the cost of a token. For a student that is an eighth of its teacher,
+the filters would have 40 % of the student's parameters.
 """
 
 from typing import NamedTuple
@@ -16,12 +16,12 @@ from ted_scale.models.anatomy import Anatomy
 
 # Stage I trains at most this share of the student's parameters, lifts included; design note 26 has the evidence.
 SHARE = 0.05
-LEAST_ROWS = 32  # for each pair and step
+LEAST_ROWS = 32  # that a pair reads in a step, at least
 TILE = 16  # widths are multiples of it
 
 
 class Sides(NamedTuple):
-    """The part of a plan that the sizes follow from, before there is a plan."""
+    """The values from which the sizes follow. There is no plan yet."""
 
     run: Run
     student: Anatomy
@@ -74,7 +74,8 @@ def learns_filters(run: Run) -> bool:
 
 
 def auto_width(student: Anatomy, teacher: Anatomy, count: int) -> int:
-    """The largest width for which stage I trains at most SHARE. The teacher's width is best if it fits: it needs no lift."""
+    """The largest width for which stage I trains at most SHARE. The teacher's width is used if it fits, because it needs no
+    lift."""
     budget = SHARE * student.parameters / count
     if teacher.width * (teacher.width + student.width + 2) <= budget:
         return teacher.width

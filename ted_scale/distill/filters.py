@@ -1,10 +1,9 @@
 """The task-aware filters that sit on matched blocks.
 
-A filter is a linear map with bias into the common width F, optionally after a residual MLP; filter_init.py computes its
-initial weights. If F is narrower than the input of stage I's head, the teacher's filter of a pair owns a map back to
-that width, its lift. Both sides of the pair use it, so that both narrow spaces are the same. A filter's forward calls a
-loss function with its weights: fused losses read weights as tensors, and under ZeRO-3 a weight is whole only while the
-forward of its module runs.
+A filter is a linear map with bias into the common width F, optionally after a residual MLP. filter_init.py computes its initial
+weights. If F is narrower than the input of stage I's head, the teacher's filter of a pair owns a lift: a map back to that width.
+Both filters of the pair use this lift, so both narrow spaces are the same. A filter's forward calls a loss function with its
+weights. Fused losses need the weights as tensors, and under ZeRO-3 a weight is whole only while the forward of its module runs.
 """
 
 import torch
@@ -20,8 +19,8 @@ def has_lift(run: Run, teacher: Anatomy) -> bool:
 
 
 def keeps_filtered(plan, stage) -> bool:
-    """Whether the teacher's filters read its states as they appear, so that none of them is kept. Filtered states are kept in
-    fp32, so that no loss changes. It pays only if they are smaller than the states. In stage I the loss reads the states."""
+    """Whether the teacher's filters read each state when it is computed, so that no state is kept. Filtered states are kept in
+    fp32, so that no loss changes. This is done only if they are smaller than the states. In stage I the loss reads the states."""
     if plan.run.method != "ted" or stage.learns_filters:
         return False
     return 4 * plan.width < (2 if plan.run.train.precision == "bf16" else 4) * plan.teacher.width
@@ -36,7 +35,7 @@ class ZeroLinear(nn.Linear):
 
 
 class Filter(nn.Module):
-    """[N, E] → [N, F]. For stage I alone: `vocab` adds an own head (head = "per_layer"), `lift` a map from F to that width."""
+    """[N, E] → [N, F]. In stage I, `vocab` adds an own head (head = "per_layer"), and `lift` adds a map from F to that width."""
 
     def __init__(
         self, width_in: int, width_out: int, *, mlp: int = 0, random: bool = False, vocab: int = 0, lift: int = 0,
@@ -77,7 +76,7 @@ class Filter(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """Holds the network's (maybe tied) output projection a second time, to call the fused logit losses with it."""
+    """A second holder of the network's output projection, which may be tied. Its forward calls the fused logit losses with it."""
 
     def __init__(self, weight, bias):
         super().__init__()

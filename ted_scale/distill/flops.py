@@ -1,9 +1,9 @@
 """FLOPs, counted by one convention and only here; docs/flops.md explains it.
 
-A multiply-add of a matrix product counts 2, and nothing else counts: no look-up, norm, softmax, rotation, recurrence,
-element-wise loss or optimizer. So an input embedding counts 0, and a tied one counts once, as the output projection. A
-query's scores and their sum over values count for every key that it may see, also its own. Backward counts each gradient of
-a product that is wanted: of its weight, of its input, or of both. All figures are for one token.
+A multiply-add of a matrix product counts 2. Nothing else counts: no look-up, norm, softmax, rotation, recurrence, element-wise
+loss or optimizer. So an input embedding counts 0, and a tied one counts once, as the output projection. For each key that a query
+may see, also its own, the score and its part of the sum over values count. The backward counts each gradient that is needed: of a
+product's weight, of its input, or of both. All figures are for one token.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ Keys = Callable[[int | None], float]  # a layer's window → the average number 
 
 
 class Work(NamedTuple):
-    """FLOPs of the step's mathematics, and those computed a second time to save memory."""
+    """FLOPs of the step's mathematics, and FLOPs of what is computed a second time to save memory."""
 
     model: float
     again: float = 0.0
@@ -47,17 +47,17 @@ def lengths_of(batches) -> list[int]:
 
 
 def body_flops(anatomy: Anatomy, keys: Keys) -> float:
-    """Forward of all products before the output projection."""
+    """FLOPs of the forward of all products before the output projection."""
     return 2 * anatomy.matrices + attention_flops(anatomy, keys)
 
 
 def attention_flops(anatomy: Anatomy, keys: Keys) -> float:
-    """The part of it that is no product with a weight: scores, and their sums over values."""
+    """The part of the body's FLOPs that are not products with a weight: scores, and their sums over values."""
     return sum(2 * width * keys(window) for width, window in anatomy.scores)
 
 
 def head_flops(anatomy: Anatomy, vocabulary: int | None = None) -> float:
-    """Forward of the output projection, over the first `vocabulary` entries if that is given."""
+    """FLOPs of the forward of the output projection, for the first `vocabulary` entries if that is given."""
     return 2 * anatomy.head_width * min(anatomy.vocab_size, vocabulary or anatomy.vocab_size)
 
 
@@ -67,7 +67,7 @@ def adapter_flops(plan) -> float:
 
 
 def student_flops(plan, keys: Keys) -> tuple[float, float]:
-    """(forward, backward) of its body where it is trained. A frozen matrix has the gradient of its input alone."""
+    """(forward, backward) of the student's body in stage II. For a frozen matrix, only the gradient of its input is computed."""
     forward, scores, adapters = body_flops(plan.student, keys), attention_flops(plan.student, keys), adapter_flops(plan)
     backward = forward + scores if plan.run.student.lora else 2 * forward
     return forward + adapters, backward + 2 * adapters
@@ -84,13 +84,13 @@ def mlp_flops(width: int, hidden: int) -> float:
 
 
 def step_flops(plan, stage, step: int, keys: Keys) -> Work:
-    """Both sides' work in the step after `step` steps of the run."""
+    """The work of student and teacher in the step after `step` steps of the run."""
     parts = of_parts(plan, stage, step, keys).values()
     return Work(*(sum(column) for column in zip(*parts, strict=True)))
 
 
 def of_parts(plan, stage, step: int, keys: Keys) -> dict[str, Work]:
-    """The same by the part of the step that does it."""
+    """The work of that step, by the part of the step that does it."""
     weights = stage.weights(step)
     if stage.learns_filters:
         bodies = {"teacher": Work(body_flops(plan.teacher, keys)), "student": Work(body_flops(plan.student, keys))}
@@ -99,7 +99,7 @@ def of_parts(plan, stage, step: int, keys: Keys) -> dict[str, Work]:
     teacher = asked * head_flops(plan.teacher, plan.student.vocab_size) if weights.kl else 0
     body, strict = student_flops(plan, keys), plan.run.loss.mode == "strict"
     parts = {"student": Work(sum(body), body[0] if plan.run.student.gradient_checkpointing else 0)}
-    head = 2 if plan.run.student.lora else 3  # a frozen one has no gradient of its own
+    head = 2 if plan.run.student.lora else 3  # a frozen head needs no gradient of its weight
     calls = logit_passes(plan.run.loss, weights.kl)
     parts["head"] = Work(
         head * student + teacher, (calls - 1) * head * student + (calls * student + teacher if strict else 0)
@@ -113,7 +113,7 @@ def of_parts(plan, stage, step: int, keys: Keys) -> dict[str, Work]:
 
 
 def bodies_flops(plan, keys: Keys) -> float:
-    """Both bodies' forward, the measure for the cost of stage I's heads."""
+    """The forward of both bodies. The cost of stage I's heads is compared with it."""
     return body_flops(plan.student, keys) + body_flops(plan.teacher, keys)
 
 
@@ -124,16 +124,15 @@ def filters_flops(plan, anatomy: Anatomy) -> float:
 
 
 def stage_one_flops(plan, tokens: float, pairs: float) -> float:
-    """Filters, lifts and heads of both sides, forward and backward, for the shares of tokens and pairs that are read. The
-    states below a filter have no gradient, so of its map only the gradient of the weight is computed. A frozen head's
-    weight has none."""
+    """Filters, lifts and heads of both sides, forward and backward, for the shares of tokens and pairs that are read. The states
+    below a filter need no gradient, so only the gradient of the filter's weight is computed. A frozen head's weight has none."""
     filters, count = plan.run.filters, len(plan.pairs)
     lift = 3 * filter_flops(plan.width, plan.teacher.width) if has_lift(plan.run, plan.teacher) else 0
     total = 0.0
     for anatomy, head in ((plan.student, head_side(plan)), (plan.teacher, plan.teacher)):
         linear, mlp = filter_flops(anatomy.width, plan.width), mlp_flops(anatomy.width, filters.mlp)
         read = (3 if mlp else 2) * linear + lift + stage_one_head_flops(plan, head)
-        total += count * (tokens * pairs * read + 2.5 * mlp)  # an MLP runs on all rows, of which some are read
+        total += count * (tokens * pairs * read + 2.5 * mlp)  # an MLP runs on all rows, not only on those that are read
     return total
 
 
@@ -143,7 +142,7 @@ def head_side(plan) -> Anatomy:
 
 
 def stage_one_head_flops(plan, head: Anatomy) -> float:
-    """Head and backward of one filtered state; a filter's own head is trained, too."""
+    """Head and backward for one filtered state. A filter's own head is trained, too."""
     if plan.run.filters.head == "per_layer":
         return 3 * 2 * plan.width * head.vocab_size
     return 2 * head_flops(head)

@@ -10,7 +10,8 @@
     communication    1 GiB on several GPUs                          assumed
     copy for a save  12 · trained / R, on a CPU, where the host is the device
 
-and of these the moment of a step that needs most: frozen forwards, a loss, the head's backward, a block's backward, the update.
+To these the estimate adds the moment of a step that needs most: frozen forwards, a loss, the head's backward, a block's backward,
+or the update. The terms of these moments:
 
     reduction        4 · bucket + b · largest matrix                whole gradients in reduction; on several ranks 4 · bucket more
     whole gradients  4 · trained, with train.reduce_once on several ranks, from the first backward to the update
@@ -67,7 +68,7 @@ def line_of(stage: Stage, here: dict[str, float], away: float, device: str) -> s
 
 
 def terms(plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
-    """(bytes by term at the moment of a step that needs most, bytes that are offloaded to the host)"""
+    """(bytes by term at the moment of a step with the highest need, bytes that are offloaded to the host)"""
     found = resting(plan, stage, device)
     zero = plan.ds_config["zero_optimization"]
     shards = ("weights", "filters", *(() if plan.placement and plan.placement.is_bare else ("teacher",)))
@@ -75,7 +76,7 @@ def terms(plan, stage: Stage, device: str) -> tuple[dict[str, float], float]:
     gone = [n for key, names in moved.items() if (zero.get(key) or {}).get("device") == "cpu" for n in names]
     away = sum(found.pop(name) for name in gone) if device != "cpu" else 0
     if "filters" in gone and device != "cpu":
-        stays = bytes_of(plan) * filters_by_place(plan, stage)[1]  # of the teacher, no part of an engine
+        stays = bytes_of(plan) * filters_by_place(plan, stage)[1]  # the teacher's, not part of an engine
         found["filters"], away = stays, away - stays
     away += bytes_of(plan) * plan.teacher.in_blocks if streams(plan.placement) and device != "cpu" else 0
     return found | max(moments(plan, stage, device), key=lambda moment: sum(moment.values())), away
@@ -86,19 +87,19 @@ def bytes_of(plan) -> int:
 
 
 def tokens_of(plan) -> int:
-    """Of a micro-batch, those that a rank has."""
+    """The tokens of a micro-batch that one rank has."""
     return plan.run.train.micro_batch * plan.run.data.seq_len // plan.run.data.sequence_parallel
 
 
 def filters_by_place(plan, stage: Stage) -> tuple[int, int]:
-    """Parameters of filters that (ranks share, every rank has whole). Stage I alone has lifts."""
+    """(parameters of filters that ranks share, parameters of filters that every rank has whole). Only stage I has lifts."""
     counts = filter_parameters(plan)
     whole = counts["teacher"] if keeps_filtered(plan, stage) else 0
     return sum(counts.values()) - (0 if stage.learns_filters else counts["lifts"]) - whole, whole
 
 
 def resting(plan, stage: Stage, device: str) -> dict[str, float]:
-    """What lives between steps, too."""
+    """The terms that are in memory all the time, also between steps."""
     b, trained = bytes_of(plan), trained_parameters(plan, stage) / plan.world
     shared, whole = filters_by_place(plan, stage)
     return {
@@ -114,7 +115,7 @@ def resting(plan, stage: Stage, device: str) -> dict[str, float]:
 
 
 def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
-    """What lives for a part of a step: in frozen forwards, while a loss forms, at the head's backward, a block's, in the update."""
+    """The terms of each moment of a step: frozen forwards, a loss, the head's backward, a block's backward, the update."""
     b, trained = bytes_of(plan), trained_parameters(plan, stage)
     stays = b * plan.student.parameters if keeps_student_whole(plan, device) else 0
     once = plan.run.train.reduce_once and plan.world > 1
@@ -124,7 +125,7 @@ def moments(plan, stage: Stage, device: str) -> list[dict[str, float]]:
     matrix = head_gradient(plan, stage)
     early, reduced = loss_gradients(plan, stage), {"reduction": reduction(plan, trained, b, device)}
     measured = [] if stage.learns_filters else vitals_moments(plan, b, device, early)
-    rounded = matrix * b if b == 2 else 0  # a gradient in the weight's type; in fp32 it is the same memory
+    rounded = matrix * b if b == 2 else 0  # a gradient in the weight's type; in fp32 it is the fp32 gradient itself
     return [
         {"activations": frozen, **signal, **whole},
         {
@@ -143,7 +144,7 @@ def streams(placement) -> bool:
 
 
 def of_teacher(plan, b: int, device: str) -> float:
-    """Its weights on a rank's device. One of 8 bits is whole, and counted as it is built (quantized.py)."""
+    """The teacher's weights on a rank's device. A teacher in 8 bits is whole. Its size is counted by building it (quantized.py)."""
     if plan.teacher is None:
         return 0
     if bits := plan.run.teacher_bits:
@@ -152,14 +153,15 @@ def of_teacher(plan, b: int, device: str) -> float:
 
 
 def teacher_here(a: Anatomy, placement, device: str) -> float:
-    """The teacher's parameters in the memory of a rank's device; on a CPU the host is the device."""
+    """The number of the teacher's parameters in the memory of a rank's device. On a CPU the host is the device."""
     if not streams(placement):
         return a.parameters / placement.ranks
     return a.parameters + 2 * a.block_parameters - (a.in_blocks if device != "cpu" else 0)
 
 
 def reduction(plan, trained: float, b: int, device: str) -> float:
-    """A CPU uses only memory that is written, a GPU all that is allocated. A matrix larger than the bucket is reduced alone."""
+    """A CPU uses only the memory that is written; a GPU uses all that is allocated. A matrix larger than the bucket is reduced
+    alone."""
     bucket, contiguous = (setting(plan, key, device) for key in ("reduce_bucket_size", "contiguous_gradients"))
     used, largest = min(bucket, trained), min(trained, plan.student.vocab_size * plan.student.head_width)
     buffer = (used if device == "cpu" else bucket) if contiguous else 0
@@ -168,13 +170,13 @@ def reduction(plan, trained: float, b: int, device: str) -> float:
 
 
 def keeps_student_whole(plan, device: str) -> bool:
-    """On several ranks: no weight is larger than what a ds_config lets every rank keep."""
+    """Whether, on several ranks, every rank keeps the whole student: no weight is above the ds_config's limit for that."""
     a, most = plan.student, setting(plan, KEPT_WHOLE, device)
     return plan.world > 1 and most >= max(a.vocab_size * a.width, a.block_parameters)
 
 
 def gathered(plan, stage: Stage, device: str) -> float:
-    """Trained weights stay gathered between forward and backward; a frozen model is gathered block by block."""
+    """Trained weights stay gathered between forward and backward. A frozen model is gathered block by block."""
 
     def of_frozen(a: Anatomy) -> float:
         blocks = a.block_parameters + setting(plan, "stage3_prefetch_bucket_size", device, a)
@@ -188,7 +190,7 @@ def gathered(plan, stage: Stage, device: str) -> float:
 
 
 def activations(plan, stage: Stage) -> tuple[float, float, float]:
-    """(what the student's graph keeps, what one block has beside that where blocks are computed again, a frozen block)"""
+    """(what the student's graph keeps, what one block needs in addition if blocks are computed again, what a frozen block needs)"""
     b, tokens = bytes_of(plan), tokens_of(plan)
     dtype = torch.bfloat16 if b == 2 else torch.float32
     kept = {a: tokens * kept_a_token(a, dtype) for a in (plan.student, plan.teacher) if a}
@@ -205,7 +207,7 @@ def activations(plan, stage: Stage) -> tuple[float, float, float]:
 
 @cache  # for all stages: a trial of a deep model takes half a second
 def kept_a_token(anatomy: Anatomy, dtype, low_rank=None) -> float:
-    """Bytes a token that autograd keeps of a forward of the body, without weights."""
+    """Bytes for each token that autograd keeps from a forward of the body, without weights."""
     network = hollow(anatomy, dtype)
     if low_rank:
         with torch.device("meta"):
@@ -228,14 +230,14 @@ def together(plan) -> int:
 
 
 def is_early(plan) -> bool:
-    """Whether the teacher may run during a backward of the student: where it needs no other rank, neither for its weights nor for
-    its rows. A step of one call has no backward before its end."""
+    """Whether the teacher may run during a backward of the student. It must need no other rank, neither for its weights nor for
+    its rows. In a step with a single call, no call is left for the backward."""
     bare = plan.placement is not None and plan.placement.is_bare and plan.run.data.sequence_parallel == 1
     return bare and plan.run.teacher.early and plan.accumulation > together(plan)
 
 
 def states(plan, stage: Stage) -> float:
-    """What is kept from a call of the teacher to the losses, and in stage I the student's."""
+    """The teacher's states, which are kept from its call to the losses. In stage I the student's states are kept, too."""
     if plan.teacher is None:
         return 0
     b, matched = bytes_of(plan), len(plan.pairs)
@@ -245,7 +247,8 @@ def states(plan, stage: Stage) -> float:
 
 
 def beside_backward(plan, stage: Stage, frozen: float) -> float:
-    """The next call of an early teacher; of strict mode, which reads the head's input again, what this one left."""
+    """What the teacher adds to the student's backward. An early teacher runs its next call. In strict mode the loss reads the
+    teacher's head input again, so this input is kept."""
     if plan.teacher is None:
         return 0
     waits = plan.run.loss.mode == "strict" and not stage.learns_filters
@@ -254,7 +257,8 @@ def beside_backward(plan, stage: Stage, frozen: float) -> float:
 
 
 def loss_gradients(plan, stage: Stage) -> float:
-    """They are computed in the forward and kept until the backward: of the head's weight, of filters, of states."""
+    """The gradients that are computed in the forward and kept until the backward: those of the head's weight, filters and
+    states."""
     filters = filter_parameters(plan)
     if stage.learns_filters:
         return 4 * (sum(filters.values()) + own_heads(plan))
@@ -263,14 +267,15 @@ def loss_gradients(plan, stage: Stage) -> float:
 
 
 def of_logits(plan, stage: Stage) -> float:
-    """Of the head's weight, if it is trained, and of its input, once for each pass over the logits that keeps them."""
+    """The gradients of the head's weight, if it is trained, and of its input. Each pass over the logits that keeps them has its
+    own."""
     matrix_and_input = 4 * head_gradient(plan, stage) + plan.student.head_width * bytes_of(plan) * tokens_of(plan)
     return gradient_passes(plan.run.loss, plan.run.terms.get("kl")) * matrix_and_input
 
 
 def chunk(plan, stage: Stage, device: str) -> float:
-    """The logits of one chunk of tokens; on a CPU also a copy of both sides' states where some tokens do not count and, in bf16, of
-    both heads, which it multiplies in fp32. All of it is freed before the backward."""
+    """The logits of one chunk of tokens. On a CPU also a copy of both sides' states, if some tokens do not count. In bf16 a CPU
+    also copies both heads to fp32 for the product. All of it is freed before the backward."""
     a, t, b, tokens = plan.student, plan.teacher, bytes_of(plan), tokens_of(plan)
     planned, more = bytes_a_row(plan, stage, device)
     rows = rows_per_chunk(tokens, planned, torch.device(device), plan.run.loss.chunk_tokens)
@@ -282,7 +287,8 @@ def chunk(plan, stage: Stage, device: str) -> float:
 
 
 def bytes_a_row(plan, stage: Stage, device: str) -> tuple[int, int]:
-    """(of a row's logits, as the loss plans its chunks; of what torch's formulas allocate beside them, which Triton's do not)"""
+    """(bytes of a row's logits, by which the loss plans its chunks; bytes that torch's formulas allocate beside them. Triton's
+    kernels allocate none of the latter.)"""
     a, t, b, loss = plan.student, plan.teacher, bytes_of(plan), plan.run.loss
     if stage.learns_filters:
         return t.vocab_size * (4 + b), 0

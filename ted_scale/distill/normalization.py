@@ -1,9 +1,9 @@
 """Token normalization: the number that every loss term is divided by.
 
-One rule holds for all terms. A term is the sum over tokens of token weight times the token's value, divided by `denom`: the
-number of valid tokens of the whole optimizer step, over ranks and accumulation. A token is valid if its weight is > 0 and
-its label is not ignored (kernels/tokens.py). With `loss.tokens = "all"` the teacher's terms count tokens by their labels
-alone, and are divided by the number of those. A denom of 0 gives 0. Sums are fp32.
+All terms follow one rule. Each token's value is multiplied by the token's weight. The sum over tokens is divided by `denom`: the
+number of valid tokens of the whole optimizer step, over ranks and accumulation. A token is valid if its weight is > 0 and its
+label is not ignored (kernels/tokens.py). With `loss.tokens = "all"` the teacher's terms count every token with a label, and their
+denom is the number of those. A denom of 0 gives 0. Sums are fp32.
 """
 
 import torch
@@ -18,22 +18,22 @@ def count_valid(batches) -> torch.Tensor:
 
 
 def count_for_teacher(loss, batches) -> torch.Tensor | None:
-    """The denominator of the teacher's terms where it is another one."""
+    """The denominator of the teacher's terms, if it differs from that of CE. Else None."""
     return added([labelled(b) for b in batches]) if loss.tokens == "all" else None
 
 
 def logit_passes(loss, kl) -> int:
-    """Passes of a micro-batch over the student's logits: CE has one of its own if KL counts other tokens than CE."""
+    """The number of passes of a micro-batch over the student's logits. CE has its own pass if KL counts other tokens than CE."""
     return 2 if kl and loss.tokens == "all" else 1
 
 
 def gradient_passes(loss, kl) -> int:
-    """How many of these passes hold gradients in memory at the same time. Strict mode forms them in backward, one by one."""
+    """How many of these passes hold gradients in memory at the same time. Strict mode computes them in the backward, one by one."""
     return 1 if loss.mode == "strict" else logit_passes(loss, kl)
 
 
 def labelled(batch) -> torch.Tensor:
-    """Weights that are 1 for every token with a label, target or not."""
+    """Weights that are 1 for every token with a label, also if the label is not a target."""
     return (batch.labels_BT != IGNORED).float()
 
 

@@ -1,8 +1,8 @@
-"""Which blocks of student and teacher are matched: the listed ones, those of the cut, or by a rule.
+"""Which blocks of student and teacher are matched: those that the run file lists, those of the cut, or those of a rule.
 
 ted-scale cut-student writes a map into the student's folder (CUT): the teacher's block from which each of the student's blocks
-comes. The map is the default if the teacher has that shape: it is the cut teacher, or one trained further. The rule for
-students that were not cut differs from the rule of the cut: it is the method's own, and it matches no first block.
+comes. This map is the default if the teacher has the shape of the teacher that was cut: it is this teacher, or this teacher
+trained further. For a student that was not cut, the default is TED's own rule. That rule never matches the first block.
 """
 
 from pathlib import Path
@@ -20,11 +20,11 @@ SAME = ("family", "layers", "width", "vocab_size", "parameters")
 
 class Matched(NamedTuple):
     pairs: list[tuple[int, int]]  # (student block, teacher block), from 0
-    origin: str  # where they come from, for the dry run and the log
+    origin: str  # how they were chosen, for the dry run and the log
 
 
 def match_layers(pairs: Pairs, student: Anatomy, teacher: Anatomy) -> Matched:
-    """From the keys of [pairs], without the last `skip_last`. A UserError where a block does not exist or no pair is left."""
+    """The pairs by the keys of [pairs], without the last `skip_last`. A UserError if a block does not exist or no pair is left."""
     matched, origin = choose(pairs, student, teacher)
     for k, pair in enumerate(matched):
         for side, block, layers in zip(("student", "teacher"), pair, (student.layers, teacher.layers), strict=True):
@@ -71,7 +71,7 @@ def cut_map(teacher: Anatomy, blocks: list[int]) -> dict:
 
 
 def read_cut(student: Anatomy) -> dict | None:
-    """What cut-student wrote of the teacher's blocks into the student's folder; None if the student was not cut."""
+    """The map that cut-student wrote into the student's folder. None if the student was not cut."""
     path = Path(student.folder) / CUT
     if not path.is_file():
         return None

@@ -1,10 +1,10 @@
-"""The teacher's signals in a step: how many micro-batches a call of it reads, and when it is called.
+"""The teacher's signals in a step: how many micro-batches one call of the teacher reads, and when it is called.
 
-A teacher that needs no other rank depends on the data alone. So it reads what comes next while the student's backward runs,
-on a stream of its own where there is one: what the GPU does not need for one of them is left for the other.
+A teacher that needs no other rank depends on the data alone. So it reads the next micro-batches while the student's backward
+runs. On a GPU it has its own stream: the backward leaves parts of the GPU idle, and the teacher uses them.
 
-Note: all memory of such a call belongs to that stream, and is used again by later calls alone. Each of them waits for what
-the student was given before it, so no signal is overwritten while it is read.
+Note: the memory of such a call belongs to this stream, and only later calls reuse it. A later call first waits for the work that
+the student's stream was given before. So no signal is overwritten while it is read.
 """
 
 from collections import deque
@@ -16,14 +16,14 @@ from ted_scale.distill.signal import Signal, Weights
 
 
 class Reading:
-    """Of one step: `signal` once for each micro-batch, `ahead` before its backward."""
+    """The teacher in one step. Call `signal` once for each micro-batch, and `ahead` before its backward."""
 
     def __init__(self, teacher, micro_batches: list, each: list[Weights]):
         self.teacher, self.signals = teacher, deque[Signal]()
         self.asked = deque((batch, weights) for batch, weights in zip(micro_batches, each, strict=True) if weights.asks)
 
     def signal(self, weights: Weights) -> Signal | None:
-        """The next micro-batch's, whose weights these are. Only the device waits for it."""
+        """The signal of the next micro-batch, whose weights are `weights`. Only the device waits for it, not the host."""
         if not weights.asks:
             return None
         if not self.signals:
@@ -33,13 +33,13 @@ class Reading:
         return self.signals.popleft()
 
     def ahead(self) -> None:
-        """Calls the teacher for what comes next in this step, unless that has been read, or other ranks would have to call it,
-        too."""
+        """Call the teacher for the next micro-batches of this step. Nothing happens if it has read them already, or if it needs
+        other ranks."""
         if self.asked and not self.signals and self.teacher.early:
             self.call()
 
     def call(self) -> None:
-        """Of the micro-batches of a step, all that ask the teacher have the same weights."""
+        """Call the teacher for the next micro-batches. All micro-batches of a step that ask the teacher have the same weights."""
         together = [self.asked.popleft() for _ in range(min(self.teacher.together, len(self.asked)))]
         stream = self.teacher.stream
         if stream:

@@ -1,8 +1,8 @@
-"""Which pairs and tokens stage I reads in a step if it reads only a part: a pure function of seed and step.
+"""Which pairs and tokens stage I reads in a step, if it does not read all of them: a pure function of seed and step.
 
-Pairs are drawn for each step. Positions in the sequence are drawn for each step and pair, and are the same in every
-sequence. So the draw does not depend on ranks, micro-batches or accumulation: a rank that has a part of every row reads what
-was drawn there. Every token has the same chance: estimates are unbiased.
+Pairs are drawn for each step. Positions in the sequence are drawn for each step and pair, and are the same in every sequence. So
+the draw does not depend on ranks, micro-batches or accumulation. A rank that has a part of every row reads the positions drawn in
+its part. Every token has the same chance, so the estimates are unbiased.
 """
 
 import torch
@@ -21,8 +21,8 @@ def drawn_pairs(filters: Filters, count: int, seed: int) -> list[int]:
 def drawn_rows(
     filters: Filters, pairs: list[int], pair: int, seed: int, batch: int, length: int, device, share: Share | None = None,
 ):  # fmt: skip
-    """The rows of [batch × length] tokens that `pair` reads: None means all; a pair that is not drawn gets an empty tensor. With
-    `share`, these tokens are that part of longer rows."""
+    """The rows of [batch × length] tokens that `pair` reads. None means all of them. A pair that is not drawn gets an empty
+    tensor. With `share`, the tokens are that part of longer rows."""
     if pair not in pairs:
         return torch.empty(0, dtype=torch.int64, device=device)
     if filters.sample_tokens == 1.0:
@@ -36,12 +36,12 @@ def drawn_rows(
 
 
 def kept_of(filters: Filters, length: int) -> int:
-    """Of the positions of a row."""
+    """How many positions of a row are read."""
     return max(1, round(length * float(filters.sample_tokens)))
 
 
 def times_of(filters: Filters, length: int, share: Share | None = None) -> float:
-    """How often each drawn row counts."""
+    """The factor by which a drawn row counts, so that the sum is that of all rows on average."""
     whole = length * share.of if share else length
     return whole / kept_of(filters, whole)
 

@@ -1,6 +1,6 @@
 """Stages, learning rate and loss weights as pure functions of the step: a resume needs no scheduler state.
 
-One number comes from outside: the scale of the layer loss, which balance.py follows and a checkpoint keeps.
+One number is not a function of the step: the scale of the layer loss. balance.py computes it, and a checkpoint keeps it.
 """
 
 import math
@@ -17,8 +17,8 @@ from ted_scale.models.zero import forget_gradients
 
 @dataclass(frozen=True)
 class Stage:
-    """A range of optimizer steps with one set of trained parameters. Every stage reads the data from position 0, so that
-    stage II of any two runs sees the same tokens. What is the same in every step is computed once."""
+    """A range of optimizer steps with one set of trained parameters. Every stage reads the data from position 0, so stage II of
+    any two runs reads the same tokens. Values that are the same in every step are computed once."""
 
     name: str  # "filters" or "student"
     first_step: int
@@ -43,7 +43,8 @@ class Stage:
         return due and not self.learns_filters  # stage I does not change the student
 
     def asks_suite(self, step: int) -> bool:
-        """Also before the first step. A pure function of the step, so that a resume asks at the same steps."""
+        """Whether the suite is asked after this step; also before the first one. It depends on the step alone, so a resume asks
+        at the same steps."""
         validation = self.run.validation
         every = validation.every * validation.suite_every
         due = step in (self.first_step, self.last_step) or (every > 0 and step % every == 0)
@@ -59,7 +60,8 @@ class Stage:
         return step == self.last_step or step % self.run.checkpoint.every == 0
 
     def verifies(self, step: int) -> bool:
-        """Also before a save, so that no checkpoint is written after replicas have come to differ."""
+        """Whether replicas are compared after this step. They are also compared before a save, so no checkpoint is written from
+        replicas that differ."""
         every = self.run.health.replicas_every
         return every > 0 and (step % every == 0 or self.saves(step))
 
@@ -68,7 +70,7 @@ class Stage:
         return self.run.adapts and not self.learns_filters
 
     def border(self, step: int) -> int:
-        """The last step up to which the blend is fixed, after `step` steps of the run."""
+        """The next step at which the blend may change, after `step` steps of the run."""
         if not self.adapts:
             return self.last_step
         every = self.run.data.blend.every
@@ -80,7 +82,7 @@ class Stage:
 
     @cached_property
     def terms_written(self) -> list[float | Schedule]:
-        """What the run file gives for ce, kl and layer; 0 for those that the method does not look at."""
+        """The run file's weights of ce, kl and layer. 0 for terms that the method does not have."""
         return [self.run.terms.get(term, 0.0) for term in ("ce", "kl", "layer")]
 
     @cached_property
@@ -88,7 +90,7 @@ class Stage:
         return self.run.train.tokens
 
     def weights(self, step: int, scale: float = 1.0) -> Weights:
-        """Loss weights of the step after `step` steps of the run; `scale` is that of the layer loss (balance.py)."""
+        """Loss weights of the step after `step` steps of the run. `scale` is the scale of the layer loss (balance.py)."""
         if self.learns_filters:
             return Weights(ce=0.0, kl=0.0, layer=1.0, sample_seed=mix(self.run.seed, step))
         now = ((step - self.first_step) / self.steps, self.tokens, self.rate(step))
@@ -100,8 +102,9 @@ class Stage:
         return 1 if self.learns_filters else self.run.asks_every
 
     def of_micro_batches(self, step: int, count: int, scale: float = 1.0, floor: float = 0.0) -> list[Weights]:
-        """The weights of each of the step's micro-batches. The teacher is asked for one in `asks_every`, on all ranks for the same
-        ones; its terms weigh as much more there, so that their mean over steps is that of a teacher who is always asked."""
+        """The weights of each micro-batch of a step. The teacher reads one micro-batch in `asks_every`, the same ones on all
+        ranks. Its terms are multiplied by `asks_every` there. So their mean over steps is the same as with a teacher that reads
+        all of them."""
         weights, every = self.weights(step, scale)._replace(floor=floor), self.asks_every
         if every == 1:
             return [weights] * count
@@ -113,7 +116,7 @@ class Stage:
         return [without if (first + k) % every else asked for k in range(count)]
 
     def terms(self, layers: int) -> list[str]:
-        """The keys of all sums of the guard, also of terms that are off."""
+        """The keys of all sums that the guard gathers, also for terms that are off."""
         sides, each = (("filter_t", "filter_s"), layers // 2) if self.learns_filters else (("layer",), layers)
         of_layers = [f"loss/{side}/{k}" for side in sides for k in range(each)]
         return ["loss/total", "loss/ce", "loss/kl", "loss/layer", *of_layers]
@@ -136,7 +139,7 @@ class Stage:
         return named | {"loss/layer": layer, **scaled, **{f"loss/layer/{k}": v for k, v in enumerate(layers)}}
 
     def rate(self, step: int) -> float:
-        """Learning rate as a share of its peak."""
+        """The learning rate as a share of its peak."""
         done = step - self.first_step
         if self.learns_filters:
             warmup = max(1, self.steps // 20)
@@ -151,8 +154,9 @@ def stages_of(run: Run) -> list[Stage]:
 
 
 def set_rates(engine, share: float, each: list[Weights]) -> None:
-    """Sets every group's learning rate. While the layer loss is off, filters have rate 0 and no gradient. DeepSpeed adds to the
-    last step's gradient from the second micro-batch on, so a step whose first one has no layer loss must begin without it."""
+    """Set every group's learning rate. While the layer loss is off, filters have rate 0 and no gradient. Note: only the first
+    micro-batch of a step overwrites DeepSpeed's gradient of the last step. If it has no layer loss, the filters' gradient is
+    removed here."""
     for group in engine.optimizer.param_groups:
         off = group["role"] == "filters" and not any(weights.layer for weights in each)
         group["lr"] = 0.0 if off else group["peak_lr"] * share
@@ -161,7 +165,7 @@ def set_rates(engine, share: float, each: list[Weights]) -> None:
 
 
 def weight_at(weight: float | Schedule, fraction: float, tokens: int = 1, rate: float = 1.0) -> float:
-    """After this fraction of a stage of so many tokens, at this share of the peak learning rate."""
+    """The weight after a fraction of a stage that has `tokens` tokens. `rate` is the learning rate as a share of its peak."""
     if not isinstance(weight, Schedule):
         return float(weight)
     begins, ends = on_between(weight, tokens)
@@ -177,13 +181,13 @@ def weight_at(weight: float | Schedule, fraction: float, tokens: int = 1, rate: 
 
 
 def of_step(each: list[Weights]) -> Weights:
-    """The weights of a step, from those of its micro-batches."""
+    """The weights of a step, computed from those of its micro-batches."""
     asked = [weights for weights in each if weights.asks]
     return asked[0]._replace(asked=len(asked) / len(each)) if asked else each[0]
 
 
 def rate_at(train: Train, done: int) -> float:
-    """Warm-up, then cosine to min_lr, or constant with a linear decay over the last decay_fraction (wsd), or constant."""
+    """A warm-up, then one of: cosine to min_lr; constant, with a linear decay over the last decay_fraction (wsd); constant."""
     floor = train.min_lr / train.lr
     left = (done - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
     if done < train.warmup_steps or train.schedule == "constant":

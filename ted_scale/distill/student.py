@@ -1,4 +1,4 @@
-"""Network, filters and losses as one module, so that the losses run inside the forward of the engine that shards them.
+"""Network, filters and losses as one module. So the losses run inside the forward of the engine that shards the weights.
 
 Stage I (`learns_filters`) runs frozen bodies and trains the filters of both sides on the next token. Stage II trains the
 network and its filters. A micro-batch goes in, and `Losses` come out.
@@ -24,7 +24,7 @@ from ted_scale.vitals.vitals import Vitals
 
 
 class Heads(NamedTuple):
-    """Plain values, so that the teacher's head is not in the student's module tree."""
+    """A tuple of plain values, so that the teacher's head does not become part of the student's module tree."""
 
     own: Head
     teacher: Head | None
@@ -37,7 +37,7 @@ class Student(nn.Module):
         self.run, self.anatomy, self.learns_filters = run, anatomy, learns_filters
         self.backend = {"backend": run.loss.backend, "chunk_tokens": run.loss.chunk_tokens}
         self.network = network
-        # Looked up once, here: DeepSpeed would gather a sharded weight for the module whose forward looks it up.
+        # Looked up here, once. If a module's forward looked it up, DeepSpeed would gather the sharded weight for that module.
         own = head_of(network, anatomy)
         self.heads = Heads(own, head_t, own if run.filters.head == "own" else head_t)
         self.head = OutputHead(own.weight, own.bias)
@@ -49,8 +49,8 @@ class Student(nn.Module):
     def forward(
         self, batch, signal: Signal | None, weights: Weights | None, denom, denom_t=None, at=None
     ) -> Losses | torch.Tensor:
-        """The losses. Without weights: the logits, or those `at` one position. `denom_t` is the denominator of the teacher's
-        terms, if that is another one."""
+        """The losses. Without weights: the logits, or the logits `at` one position. `denom_t` is the denominator of the teacher's
+        terms, if it differs."""
         if weights is None:
             return self.logits(batch, at)
         if self.learns_filters:
@@ -58,7 +58,7 @@ class Student(nn.Module):
         return self.student_losses(batch, signal, weights, denom, denom_t)
 
     def logits(self, batch, at: int | None) -> torch.Tensor:
-        """As the family itself computes them, [B, T, V]; of one position, [B, V]."""
+        """The logits as the model's family computes them, [B, T, V]. With `at`, those of one position, [B, V]."""
         last_ND, _ = self.run_network(batch, wants_layers=False)
         last, own = by_row(last_ND, batch, at), self.heads.own
 
@@ -86,7 +86,7 @@ class Student(nn.Module):
         return Losses(total, ce.detach(), kl.detach(), layer.detach(), layers.detach(), tally)
 
     def run_network(self, batch, wants_layers: bool):
-        """(the head's input, the matched blocks' states), one row a token; a frozen body makes no graph."""
+        """(the head's input, the states of the matched blocks), one row for each token. A frozen body makes no graph."""
         grad = torch.is_grad_enabled() and not self.learns_filters
         with torch.set_grad_enabled(grad), self.recorder.record(wants_layers) as states:
             last = run_body(self.network, self.anatomy, batch.tokens_BT, batch.packing, batch.share)
@@ -112,7 +112,7 @@ class Student(nn.Module):
             )  # fmt: skip
 
         def text_and_teacher(h_s, w_s):
-            """The kernel counts the same tokens for both terms, so each of them has a call of its own."""
+            """CE and KL in two calls: one call of the kernel counts the same tokens for both terms, but here they differ."""
             own = self.heads.own.linear_kl_ce_arguments("s") | self.backend
             labels, counted = batch.labels_BT.flatten(), batch.weights_BT.flatten()
             text, _, ce = linear_kl_ce(
@@ -126,9 +126,9 @@ class Student(nn.Module):
             return self.head(last_ND, text_and_teacher if head_t and denom_t is not None else loss)
 
     def layer_loss(self, k: int, states_ND, signal, mask, denom):
-        # The kernel needs both filters' weights, and ZeRO-3 gathers a filter's weights only while its forward runs.
-        # So the student's filter runs inside the teacher's forward, and the kernel inside both.
-        # The result goes into `losses`: a return through the frozen filter's hooks would lose its graph.
+        # The kernel needs both filters' weights, and ZeRO-3 gathers a filter's weights only while its forward runs. So the
+        # student's filter runs inside the teacher's forward, and the kernel inside both. The result goes into `losses`. If it
+        # were returned, the hooks of the frozen filter would detach it from its graph.
         settings, losses = {"denom": denom, "kind": self.run.loss.kind, **self.backend}, []
 
         def in_teacher_filter(h_t, w_t, b_t, *_):
@@ -149,7 +149,7 @@ class Student(nn.Module):
         settings, heads = self.run.filters, self.heads
         shares_heads = settings.head != "per_layer"
         if shares_heads:
-            start_gather(heads.teacher.parameters)  # the own head's are the network's, which gathers them first
+            start_gather(heads.teacher.parameters)  # the network gathers an own head's parameters before
         _, states = self.run_network(batch, True)
         pairs, every = drawn_pairs(settings, len(self.blocks), weights.sample_seed), range(len(self.blocks))
         (count, length), device = batch.tokens_BT.shape, batch.tokens_BT.device
@@ -162,15 +162,15 @@ class Student(nn.Module):
         return Losses(total, zero, zero, zero, layers.detach())
 
     def pair_losses(self, k: int, states_t, states_s, rows, batch, denom):
-        """(teacher's, student's) value. A pair that is not drawn reads no token, but its filters run like all others: every
-        rank gathers them, and their gradient is 0."""
+        """(the teacher's value, the student's value). The filters of a pair that is not drawn run, too, on no tokens: every rank
+        gathers them, and their gradient is 0."""
         labels, mask = batch.labels_BT.flatten(), batch.weights_BT.flatten()
         times = times_of(self.run.filters, batch.tokens_BT.shape[1], batch.share)
         settings = {"labels": labels, "token_weight": mask, "denom": denom, "rows": rows, **self.backend}
         settings["times"] = times
 
-        # Both sides use the lift, which the teacher's filter owns: ZeRO-3 gathers it only while that filter's forward runs.
-        # So the student's filter runs inside it.
+        # Both sides use the lift, which the teacher's filter owns. ZeRO-3 gathers it only while that filter's forward runs. # So
+        # the student's filter runs inside that forward.
         def in_teacher_filter(h, w, b, own_head, lift):
             def in_both_filters(h, w, b, own_head, _):
                 head = own_head or self.heads.for_student

@@ -9,7 +9,7 @@ from ted_scale.models import lora
 
 
 def trained_parameters(plan, stage: Stage) -> int:
-    """The filters, and in stage II the student, or of it the adapters alone."""
+    """Parameters of the filters, and in stage II of the student; with adapters of the adapters instead."""
     counts = filter_parameters(plan)
     if stage.learns_filters:
         return sum(counts.values()) + own_heads(plan)
@@ -17,12 +17,12 @@ def trained_parameters(plan, stage: Stage) -> int:
 
 
 def adapters(plan, stage: Stage) -> int:
-    """Parameters of the student's adapters, which stage I has not."""
+    """Parameters of the student's adapters. Stage I has none."""
     return 0 if stage.learns_filters else lora.parameters(plan.student, plan.run.student.lora)
 
 
 def head_gradient(plan, stage: Stage) -> int:
-    """Elements of the head's gradient; a frozen one has none."""
+    """Elements of the head's gradient. A frozen head has none."""
     is_frozen = stage.learns_filters or plan.run.student.lora
     return 0 if is_frozen else plan.student.vocab_size * plan.student.head_width
 

@@ -1,1 +1,1 @@
-"""Whether a step's numbers are good, and what follows if they are not: skip the step, go back, or stop the run."""
+"""Checks the numbers of a step. If they are bad, the run skips the step, goes back to a checkpoint, or stops."""

@@ -1,9 +1,9 @@
 """The report of a bad step, tensor by tensor: RUN/reports/step_XXXXXXXX.json.
 
-Every rank measures its own ZeRO-3 shards of gradients and fp32 weights, one gather collects the results, rank 0 writes. Call
-it on all ranks between the gradient norm and the update: after that DeepSpeed has clipped some gradients in place. Note: norm
-and max cover the finite entries, and the other entries are counted. Otherwise one NaN would leave a whole group without a
-number, and JSON has no NaN.
+Every rank measures its own ZeRO-3 shards of gradients and fp32 weights. One gather collects the results, and rank 0 writes. Call
+it on all ranks after the gradient norm and before the update, because in the update DeepSpeed clips gradients in place. Note:
+norm and max cover the finite entries only, and the other entries are counted. Otherwise one NaN would leave a whole group without
+a number, and JSON has no NaN.
 """
 
 import json
@@ -56,20 +56,21 @@ def write_report(engine, event: Event) -> str:
         try:
             make_folder(path.parent)
             write_durably(path, json.dumps(as_dict(event, roles, looks, firsts), indent=1) + "\n")
-        except OSError as error:  # the fault must be logged even if the report cannot be written
+        except OSError as error:  # the fault must be logged even without a report
             return "; ".join([*found, f"no report ({path}: {error.strerror})"])
     return "; ".join([*found, f"report: {path}"])
 
 
 def place(event: Event) -> Path:
-    """After a rewind the same step gets another report."""
+    """The report's path. If a run goes back and repeats the step, the step gets another report."""
     rewinds = state_of(event.before).rewinds
     name = checkpoint_name(event.before.step + 1) + (f"_rewind_{rewinds}" if rewinds else "")
     return event.stage.run.folder / "reports" / f"{name}.json"
 
 
 def look(engine) -> tuple[list[str], list[str], torch.Tensor]:
-    """(names, roles, [ranks, tensors, gradient and weight, squares and max and nonfinite]) of all trained parameters."""
+    """(names, roles, numbers) of all trained parameters. The numbers have the shape [ranks, tensors, gradient and weight, 3]; the
+    last dimension is sum of squares, max and count of nonfinite entries."""
     zero = engine.optimizer
     groups = zip(zero.sub_group_to_group_id.values(), zero.fp16_groups, strict=True)
     role_of = {id(p): zero.param_groups[group]["role"] for group, params in groups for p in params}
@@ -86,7 +87,7 @@ def look_at(parameter) -> torch.Tensor:
 
 
 def measure(values: torch.Tensor) -> torch.Tensor:
-    """(sum of squares and largest magnitude of the finite entries, how many are not), fp64."""
+    """(sum of squares of the finite entries, their largest magnitude, number of nonfinite entries), in fp64."""
     total = torch.zeros(3, dtype=torch.float64, device=values.device)
     for part in values.detach().split(CHUNK):
         finite = part.isfinite()

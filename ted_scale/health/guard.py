@@ -1,10 +1,10 @@
-"""Reads the step's losses and gradient norm on the host, once, before the first weight is updated. Then it decides: take the
-update or drop it, and go on, go back or stop. Gradients are clipped here, too.
+"""Reads the step's losses and gradient norm on the host, once, before the first weight is updated. Then it decides whether to
+take or drop the update, and whether to go on, go back or stop. Gradients are clipped here, too.
 
-DeepSpeed computes the global gradient norm inside its step; then it clips and updates one sub-group after another. Guard
-replaces these methods. If the norm itself is not finite, DeepSpeed skips the update without calling our methods, and
-this is how we detect it. Note: losses are gathered from all ranks and summed here, not reduced. So the sums are
-equal on every rank to the last bit, as the decision must be, and they show which rank has a bad value.
+DeepSpeed computes the global gradient norm inside its step. Then it clips and updates one sub-group after another. Guard replaces
+these methods. If the norm itself is not finite, DeepSpeed skips the update without calling our methods, and this is how we detect
+it. Note: losses are gathered from all ranks and summed here, not reduced. So the sums are equal on every rank to the last bit, as
+the decision must be. They also show which rank has a bad value.
 """
 
 import math
@@ -34,9 +34,9 @@ class Guard:
     def __init__(self, engine, stage: Stage, alert, saved):
         self.engine, self.stage, self.alert, self.saved, self.settings = engine, stage, alert, saved, stage.run.health
         self.local: torch.Tensor | None = None
-        self.tally: list[float] = []  # of the teacher's entropies
+        self.tally: list[float] = []  # counts of the teacher's entropies
         self.unread, self.finite, self.stopping = False, True, False
-        # If the teacher sees only some micro-batches, the total jumps with their number: CE is watched instead.
+        # If the teacher reads only some micro-batches, the total jumps with their number. Then CE is watched instead.
         self.watched = ("loss/total", 0) if stage.asks_every == 1 else ("loss/ce", 1)
         zero = engine.optimizer
         self.clip, self.update, self.measure = zero.unscale_and_clip_grads, zero._optimizer_step, zero._get_norm_groups
@@ -64,7 +64,7 @@ class Guard:
         )
         self.local = None
 
-    # DeepSpeed calls these three inside its step: once for the norms, then twice for each sub-group
+    # DeepSpeed calls these three methods inside its step: once for the norms, then twice for each sub-group
 
     def measured(self) -> list:
         norms = self.measure()
@@ -72,7 +72,7 @@ class Guard:
         return norms
 
     def before_update(self, sub_group: int, norm) -> None:
-        if self.unread:  # at the first sub-group: nothing is clipped before it
+        if self.unread:  # at the first sub-group, before anything is clipped
             self.read_numbers(norm)
         self.clip(sub_group, self.apart[self.sides[sub_group]])
 
@@ -88,7 +88,7 @@ class Guard:
         self.norm, asked, *rest = torch.cat([apart, self.shares.sum(0), self.tallies.sum(0)]).tolist()
         self.norms, rest = rest[: len(self.apart)], rest[len(self.apart) :]
         self.sums, self.tally = rest[: self.terms], rest[self.terms :]
-        self.stopping = asked > 0  # on any rank: all ranks stop after the same step
+        self.stopping = asked > 0  # a signal on any rank: all ranks stop after the same step
         self.finite = all(v - v == 0 for v in (self.norm, *self.sums))
         self.before = spikes.begin(self.before, self.stage, self.each)
         self.median = spikes.spiked_over(spikes.state_of(self.before), self.settings, self.sums[self.watched[1]])
@@ -103,7 +103,8 @@ class Guard:
         return f"{name} is {loss:.4g}, {loss / self.median:.3g} times its median over {steps} steps"
 
     def not_finite(self) -> str:
-        """The first term that is not finite; the parts of the loss come before their total. If all are finite, the gradient."""
+        """The first term that is not finite. The parts of the loss come before their total. If all are finite, it is the
+        gradient."""
         names, rows = self.stage.terms(len(self.sums) - 4), self.shares.tolist()
         for i in (*range(1, len(names)), 0):
             for rank, row in enumerate(rows):
@@ -116,8 +117,8 @@ class Guard:
     # After the step
 
     def decide(self) -> Progress:
-        """What the step's numbers mean for the run: go on, go back, or stop. Returns the progress after the step."""
-        if self.unread:  # DeepSpeed did not call us: the norm is not finite
+        """Decide by the step's numbers: go on, go back, or stop. Returns the progress after the step."""
+        if self.unread:  # DeepSpeed did not call us, so the norm is not finite
             self.read_numbers(math.inf)
         progress = self.before.advanced(self.stage.samples_per_step, self.stage.run.data.seq_len)
         if not self.finite:
@@ -139,7 +140,7 @@ class Guard:
             raise self.stopped(
                 f"health.max_skipped_all = {limit} steps of the run were dropped before it: lower train.lr"
             )
-        forget_gradients(self.engine.module)  # a parameter without a new gradient would use this one in the next step
+        forget_gradients(self.engine.module)  # a parameter without a new gradient would reuse this one
         progress = spikes.dropped(progress)
         row = f"{state.in_a_row + 1} in a row, {progress.skipped} in all"
         self.alert("a step was skipped", f"{self.fault}; its update is dropped, {row}")
@@ -150,7 +151,7 @@ class Guard:
         if self.settings.on_spike == "alert":
             self.alert("loss spike", self.fault)
             return
-        self.saved()  # otherwise it would depend on chance which checkpoint is the newest
+        self.saved()  # otherwise the newest checkpoint would depend on chance
         checkpoints = ways_back(self.stage.run.folder, self.stage.first_step, rewinds)
         if not checkpoints:
             self.alert("loss spike", f"{self.fault}; the run goes on: this stage has no checkpoint to go back to yet")
@@ -169,7 +170,7 @@ class Guard:
         return RunStopped(f"{self.fault}; {kept}the last checkpoint is intact: {way_out}", over)
 
     def read(self) -> dict[str, float]:
-        """The numbers of the step, already on the host. Those of a dropped step would spoil every mean, so it has none."""
+        """The numbers of the step, already on the host. A dropped step has none, because they would spoil every mean."""
         rate = {"optim/lr": self.engine.optimizer.param_groups[0]["lr"]}
         if not self.finite:
             return rate
@@ -186,8 +187,8 @@ def sides_of(zero) -> list[str]:
 
 
 def norms_apart(sides: list[str], norms: list) -> dict[str, torch.Tensor]:
-    """The gradient norm of each side, from the norms of its sub-groups, which DeepSpeed computes for its one global norm. They
-    stay where DeepSpeed has them, which is the host for offloaded gradients, so nothing waits for a copy."""
+    """The gradient norm of each side, from the norms of its sub-groups. DeepSpeed computes these for its global norm. They stay
+    where DeepSpeed has them (on the host for offloaded gradients), so nothing waits for a copy."""
     parts: dict[str, list] = {side: [] for side in sides}
     for side, norm in zip(sides, norms, strict=True):
         parts[side].append(torch.as_tensor(norm, dtype=torch.float32))

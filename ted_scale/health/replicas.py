@@ -1,5 +1,6 @@
-"""Finds silent errors of memory and devices. What a rank has of the frozen teacher must still be what was loaded; tensors that
-every rank has whole must be equal on all ranks: small ones under ZeRO-3, and all of a teacher that is not sharded.
+"""Finds silent errors of memory and devices. A rank's part of the frozen teacher must not change after it was loaded. Tensors
+that every rank has whole must be equal on all ranks: small tensors under ZeRO-3, and all tensors of a teacher that is not
+sharded.
 
 Digests are integers over the bits, computed on the device of the tensors. A sum of floats would miss a flipped low bit and
 would depend on the order. Note: only tensors that do not change or that exist twice can be checked. The student's shards,
@@ -18,7 +19,7 @@ from ted_scale.models.zero import is_sharded, without_padding
 from ted_scale.ranks.agree import gather, of_all_ranks
 
 AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-GOLDEN = -7046029254386353131  # 2^64 over the golden ratio, as a signed number: places are far apart
+GOLDEN = -7046029254386353131  # 2^64 divided by the golden ratio, as a signed number; it spreads places far apart
 ROUNDS = ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1))  # splitmix64's
 
 
@@ -33,14 +34,14 @@ def digest(values: torch.Tensor) -> torch.Tensor:
     entries go unnoticed with a chance of 2^-64."""
     bits = values.detach().flatten().view(AS_INTEGERS[values.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    chunk = 1 << (15 if bits.device.type == "cpu" else 22)  # fits into a CPU's cache; keeps a GPU busy
+    chunk = 1 << (15 if bits.device.type == "cpu" else 22)  # fits into a CPU's cache, or keeps a GPU busy
     for start in range(0, len(bits), chunk):
         total += mixed(bits[start : start + chunk], start).sum()
     return total
 
 
 def mixed(bits: torch.Tensor, start: int) -> torch.Tensor:
-    """Mixes each entry with its place, by a permutation of 64 bits. int64 wraps around; the mask removes the copied sign bits."""
+    """Mix each entry with its place by a permutation of 64 bits. int64 wraps around. The mask removes the copied sign bits."""
     x = torch.arange(start + 1, start + 1 + len(bits), device=bits.device).mul_(GOLDEN).add_(bits)
     for shift, odd in ROUNDS:
         x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(odd)
@@ -48,7 +49,7 @@ def mixed(bits: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def parts_of(module) -> dict[str, torch.Tensor]:
-    """This rank's part of every parameter: its shard, or all of it; of one in 8 bits the numbers and their scales."""
+    """This rank's part of every parameter: its shard, or all of it. A parameter in 8 bits gives its numbers and their scales."""
     parts = {}
     for name, p in module.named_parameters():
         inner = p.__tensor_flatten__()[0] if hasattr(p, "__tensor_flatten__") else ()
@@ -58,14 +59,14 @@ def parts_of(module) -> dict[str, torch.Tensor]:
 
 
 def frozen_of(teacher) -> dict[str, torch.Tensor]:
-    """The teacher, and the filters that it was lent."""
+    """The teacher's parameters, and those of the filters that it was given."""
     lent = {} if teacher.filters is None else parts_of(teacher.filters)
     return parts_of(teacher.body) | {f"filters.{name}": tensor for name, tensor in lent.items()}
 
 
 def copies_of(module) -> dict[str, torch.Tensor]:
     """The parameters that are whole on this rank. Between two steps a parameter is whole on all ranks or on none. A single rank
-    has no other to compare with."""
+    has nothing to compare with, so it gets none."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     if dist.get_world_size() == 1:
@@ -75,21 +76,21 @@ def copies_of(module) -> dict[str, torch.Tensor]:
 
 
 def digests(tensors: dict[str, torch.Tensor], device) -> torch.Tensor:
-    """One number a tensor, of all its bits."""
+    """One number for each tensor, from all its bits."""
     found = [digest(tensor).to(device) for tensor in tensors.values()]
     return torch.stack(found) if found else torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def verify(teacher, student, progress) -> None:
-    """Call it on all ranks at the same step. A difference stops all ranks with the same sentence."""
-    at_load = getattr(teacher, "at_load", None)  # without a teacher it is a plain function
+    """Compare the replicas. Call it on all ranks at the same step. A difference stops all ranks with the same error."""
+    at_load = getattr(teacher, "at_load", None)  # without a teacher, `teacher` is a plain function
     sides = {"student": student.module} | ({} if at_load is None else {"teacher": teacher.body})
     frozen = {} if at_load is None else frozen_of(teacher)
     copies = {f"{side}'s {name}": copy for side, module in sides.items() for name, copy in copies_of(module).items()}
     ours, names = digests(copies, student.device), list(copies)
     if frozen:
         now = digests(frozen, student.device)
-        if teacher.is_bare:  # the ranks read it each for itself
+        if teacher.is_bare:  # every rank has read all of it
             ours, names = torch.cat([ours, now]), names + [f"teacher's {name}" for name in frozen]
         ours = torch.cat([(now != at_load).long(), ours])
     rows = of_all_ranks(ours).tolist()
@@ -99,14 +100,14 @@ def verify(teacher, student, progress) -> None:
 
 
 def first_changed(names: list[str], rows: list[list[int]]) -> Fault | None:
-    """The first part of the teacher whose digest is not that at load."""
+    """The first part of the teacher whose digest differs from the one at load."""
     found = ((k, rank) for rank, row in enumerate(rows) for k in range(len(names)) if row[k])
     which = min(found, default=None)
     return which and Fault(f"the teacher's {names[which[0]]}", which[1], "the bits that were loaded")
 
 
 def first_alone(names: list[str], rows: list[list[int]]) -> Fault | None:
-    """The first copy that differs between ranks, and the rank that differs from most; of two ranks, the second."""
+    """The first tensor that differs between ranks, and the rank that differs from most ranks; of two ranks, the second."""
     for name, found in zip(names, zip(*rows, strict=True), strict=True):
         (most, _), *others = Counter(found).most_common()
         if others:

@@ -1,8 +1,8 @@
-"""Is a step's loss a spike, and how often did the run drop an update or go back? Pure functions of what a checkpoint holds.
+"""Is a step's loss a spike? How often did the run drop an update or go back? Pure functions of values that a checkpoint holds.
 
-guard.py reads the numbers, bad_step.py reports which rank and tensor they came from, rewind.py goes back. This file compares
-floats that are equal on all ranks, so all ranks decide alike without a message. Note: the losses that a spike is compared
-with are in the checkpoint, so a resumed run decides as an uninterrupted one does.
+guard.py reads the numbers. bad_step.py reports their rank and tensor. rewind.py goes back. This file compares floats that are
+equal on all ranks, so all ranks decide the same without a message. Note: the losses with which a spike is compared are in the
+checkpoint, so a resumed run decides as an uninterrupted one does.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ def state_of(progress: Progress) -> Health:
 
 
 def begin(progress: Progress, stage, each: list[Weights]) -> Progress:
-    """Before a step of these loss weights: start the median again if the stage, the loss terms or the data have changed, because
-    their losses cannot be compared. A term that is off until later makes such a change in mid-stage."""
+    """Call it before a step with these loss weights. If the stage, the loss terms or the data have changed, the median starts
+    again, because the losses cannot be compared. A term that is switched on within a stage is such a change."""
     state, ground = state_of(progress), ground_of(stage, each)
     if state.ground != ground:
         state = replace(state, ground=ground, losses=(), in_a_row=0)
@@ -29,7 +29,7 @@ def begin(progress: Progress, stage, each: list[Weights]) -> Progress:
 
 
 def ground_of(stage, each: list[Weights]) -> str:
-    """A digest of everything that the watched loss of a step depends on."""
+    """A digest of all settings that change the watched loss of a step."""
     data = stage.run.data
     corpora = [(corpus.name, corpus.weight) for corpus in data.corpora]
     made_of = [stage.name, stage.run.loss.model_dump(), data.seq_len, data.attention, corpora, stage.asks_every]
@@ -38,7 +38,7 @@ def ground_of(stage, each: list[Weights]) -> str:
 
 
 def spiked_over(state: Health, settings: operation.Health, loss: float) -> float | None:
-    """The median, if `loss` is too far above it and the loss of the step before was not; None otherwise."""
+    """The median, if `loss` is too far above it and the loss of the step before was not. None otherwise."""
     if settings.on_spike == "off" or len(state.losses) < settings.spike_window // 4:
         return None
     median = statistics.median(state.losses)
@@ -47,7 +47,7 @@ def spiked_over(state: Health, settings: operation.Health, loss: float) -> float
 
 
 def taken(progress: Progress, settings: operation.Health, loss: float) -> Progress:
-    """After a step that updated the weights."""
+    """The progress after a step that updated the weights."""
     state = state_of(progress)
     rewinds = 0 if progress.step > state.rewound_from else state.rewinds
     losses = [*state.losses, loss][-settings.spike_window :]
@@ -55,7 +55,7 @@ def taken(progress: Progress, settings: operation.Health, loss: float) -> Progre
 
 
 def dropped(progress: Progress) -> Progress:
-    """After a step whose update was dropped."""
+    """The progress after a step whose update was dropped."""
     state = state_of(progress)
     state = replace(state, in_a_row=state.in_a_row + 1)
     return replace(progress, skipped=progress.skipped + 1, health=state)

@@ -1,7 +1,7 @@
-"""The teacher's first call of a stage: how long compiling takes, and what 8 bits cost beside bf16.
+"""The teacher's first call in a stage: how long compiling takes, and how much 8 bits differ from bf16.
 
-Both are known before the student is there. Note: the bf16 teacher is never whole on the device: one of its blocks is read from the
-files at a time (quantized.py), while every rank runs its own micro-batch.
+Both are measured before the student is built. Note: the bf16 teacher is never whole on the device. One of its blocks at a time is
+read from the files (quantized.py), while every rank runs its own micro-batch.
 """
 
 import logging
@@ -23,11 +23,11 @@ from ted_scale.ranks import pulse
 
 log = logging.getLogger("ted_scale")
 
-MOST_KL, MOST_ERROR = 0.1, 0.2  # a choice: SmolLM2-135M pays 0.004 and 0.033 for int8, 0.028 and 0.11 for fp8
+MOST_KL, MOST_ERROR = 0.1, 0.2  # a choice: SmolLM2-135M has 0.004 and 0.033 in int8, 0.028 and 0.11 in fp8
 
 
 class Cost(NamedTuple):
-    """What rounding a teacher changes."""
+    """How much the rounding of a teacher changes."""
 
     kl: float  # KL(bf16 ‖ 8 bits), nats a token
     errors: dict[int, float]  # matched block → ‖its state − that of bf16‖ / ‖that of bf16‖
@@ -41,7 +41,7 @@ class Cost(NamedTuple):
 
 
 def begin(plan, stream: Stream, teacher, metrics, progress, device) -> None:
-    """Run the teacher once if it is compiled or rounded, and say what that takes. A collective."""
+    """If the teacher is compiled or rounded, run it once, and log the time or the difference. A collective."""
     if plan.teacher is None or not plan.run.teacher.is_whole:
         return
     pulse.building("the teacher's first micro-batch")
@@ -63,7 +63,7 @@ def seconds_of_compiling(teacher: Teacher, batch, wants_layers: bool) -> str:
 
     def seconds() -> float:
         began = time.perf_counter()
-        float(teacher.run(batch, wants_layers, True).last_NE.sum())  # read, so that the device is waited for
+        float(teacher.run(batch, wants_layers, True).last_NE.sum())  # reading the value waits for the device
         return time.perf_counter() - began
 
     try:
@@ -96,7 +96,7 @@ def say_cost(plan, bits: str, teacher: Teacher, batch, metrics, progress) -> Non
 
 @torch.no_grad()
 def cost_of(teacher: Teacher, exact: TeacherBody, batch, loss) -> Cost:
-    """Over the micro-batches of all ranks."""
+    """The difference between the rounded and the exact teacher, over the micro-batches of all ranks."""
     blocks, wants = teacher.body.blocks, bool(teacher.body.blocks)
     rounded, whole = teacher.body(batch, wants), exact(batch, wants)
     norms = {b: norms_of(x, y) for b, x, y in zip(blocks, rounded.layers_NE, whole.layers_NE, strict=True)}
@@ -111,13 +111,13 @@ def cost_of(teacher: Teacher, exact: TeacherBody, batch, loss) -> Cost:
 
 
 def norms_of(rounded_NE, whole_NE):
-    """The squares of the norms of their difference, and of the second."""
+    """[squared norm of the difference, squared norm of the second]"""
     whole_NE = whole_NE.float()
     return torch.stack([(rounded_NE.float() - whole_NE).square().sum(), whole_NE.square().sum()])
 
 
 def kl_sum(head, rounded_NE, whole_NE, batch, loss):
-    """Over this rank's valid tokens, a chunk of logits after the other."""
+    """The sum of KL over this rank's valid tokens, computed in chunks of logits."""
     one, weight, settings = rounded_NE.new_ones((), dtype=torch.float32), head.weight, {}
     for side in "st":
         settings |= head.linear_kl_ce_arguments(side)

@@ -1,4 +1,4 @@
-"""Losses straight from states and weights, without whole logits in memory: README.md has the algebra and the memory."""
+"""Losses computed from states and weights, without whole logits in memory. README.md has the algebra and the memory."""
 
 from ted_scale.kernels.backend import choose, describe
 from ted_scale.kernels.filter_loss import filtered_ce

@@ -1,4 +1,4 @@
-"""Checks of the losses' arguments: a wrong one gives one sentence that names it, before any kernel runs."""
+"""Checks of the losses' arguments. A wrong argument gives one sentence that names it, before any kernel runs."""
 
 import torch
 
@@ -19,7 +19,7 @@ def check_vector(name: str, vector, length: int) -> None:
 
 
 def check_weight(name: str, weight, width: int | None, bias_name: str, bias) -> None:
-    """A projection [V, width] and its bias [V]; a width of None accepts any."""
+    """Check a projection [V, width] and its bias [V]. A width of None accepts any width."""
     if weight is None:
         if bias is not None:
             raise ValueError(f"{bias_name} must be None where {name} is None, but is of shape {list(bias.shape)}")
@@ -30,7 +30,7 @@ def check_weight(name: str, weight, width: int | None, bias_name: str, bias) -> 
 
 
 def check_common(first: str, tensors: dict, fixed: tuple[str, ...] = ()) -> None:
-    """One device and known types; no tensor named in `fixed` may require a gradient."""
+    """Check that all tensors have one device and known types. No tensor named in `fixed` may require a gradient."""
     device = tensors[first].device
     for name, tensor in tensors.items():
         if tensor is None:
@@ -49,7 +49,8 @@ def check_type(name: str, tensor, like_name: str, like) -> None:
 
 
 def check_labels(labels, rows: int, vocabulary: int, token_weight) -> None:
-    """Values are checked on a CPU only: on a device, reading them would make the host wait."""
+    """Check labels and token weights. Values are checked only on a CPU, because reading them from a device would make the host
+    wait."""
     check_vector("labels", labels, rows)
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, but is {short(labels.dtype)}")

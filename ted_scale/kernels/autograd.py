@@ -1,19 +1,19 @@
-"""How a loss takes part in autograd when its gradients are computed together with it, in the forward."""
+"""How a loss takes part in autograd if its gradients are computed in the forward, together with the loss."""
 
 import torch
 
 
 def wants_gradient(operands) -> list[bool]:
-    """Of each operand, under the grad mode of now."""
+    """Whether each operand needs a gradient, in the current grad mode."""
     return [t is not None and t.requires_grad and torch.is_grad_enabled() for t in operands]
 
 
 def attach(total, values, denom, operands, wanted, gradients):
-    """(total / denom with its gradients, values / denom without); 0 where denom is 0.
+    """(total / denom with its gradients, values / denom without gradients). Both are 0 if denom is 0.
 
-    `gradients` are ∂total/∂ each of `operands`, before the division. Backward only scales them, on the device, and in
-    place where the type stays: a second backward through the same loss then raises. No operand is kept: what ZeRO-3
-    gathered may be released.
+    `gradients` has ∂total/∂operand for each of `operands`, before the division. The backward only scales them on the device. It
+    works in place if the type stays the same, and then a second backward through the same loss raises. No operand is kept, so
+    weights that ZeRO-3 gathered may be released.
     """
     scale = as_scalar(denom, values.device).reciprocal().nan_to_num(0.0, 0.0, 0.0)
     scaled = values * scale
@@ -25,7 +25,7 @@ def attach(total, values, denom, operands, wanted, gradients):
 
 
 class FormedEarly(torch.autograd.Function):
-    """Takes (total, scale, count, `count` operands, their gradients); only the gradients are kept for backward."""
+    """Takes (total, scale, count, `count` operands, their gradients). Only the gradients are kept for the backward."""
 
     @staticmethod
     def forward(ctx, total, scale, count, *tensors):
@@ -34,7 +34,7 @@ class FormedEarly(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # without it a second derivative would be 0, and no error
+    @torch.autograd.function.once_differentiable  # without it a second derivative would be 0, without an error
     def backward(ctx, g):
         scale, *gradients = ctx.saved_tensors
         factor = g * scale
@@ -43,8 +43,8 @@ class FormedEarly(torch.autograd.Function):
 
 
 def scaled_by(gradient, factor, dtype):
-    """The factor stays fp32 for a 16-bit gradient, too: rounded to 16 bits it would change all entries alike. On a device
-    one pass also writes the operand's type; a CPU would make an fp32 copy for that."""
+    """The gradient times the factor. The factor stays fp32 also for a 16-bit gradient, because its rounding error would be in all
+    entries. On a device one pass also converts to the operand's type. A CPU would need an fp32 copy for that."""
     if gradient.is_cpu and gradient.dtype == torch.float32:
         return gradient.mul_(factor).to(dtype)
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)

@@ -15,7 +15,7 @@ CHOICES = ("auto", "triton", "torch", "compiled")
 
 
 def choose(backend: str, device: torch.device, top_k: int = 0) -> str:
-    """Triton has no kernel for a logit loss of the `top_k` likeliest tokens."""
+    """The backend to use. Triton has no kernel for a logit loss over the `top_k` likeliest tokens."""
     if backend not in CHOICES:
         raise ValueError(f"backend must be one of {', '.join(CHOICES)}, but is '{backend}'")
     if backend == "auto":

@@ -1,7 +1,7 @@
-"""Stage I's loss: next-token cross-entropy read off a filtered state, over rows that are (layer, token) pairs.
+"""Stage I's loss: the next-token cross-entropy that a head gives for filtered states. A row is a (layer, token) pair.
 
-A narrow filter has a map back to the head's width, `lift_w`, which both sides of a pair share. One chunk at a time goes
-through filter, lift, norm and head, and back: the filtered states of all tokens are never kept.
+A narrow filter has a map back to the head's width, `lift_w`, which both sides of a pair share. One chunk at a time goes forward
+through filter, lift, norm and head, and then backward. So the filtered states of all tokens are never kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,10 +30,10 @@ def filtered_ce(
     h, filter_w, filter_b, norm: Callable, head_w, head_b, labels, token_weight, *, denom, lift_w=None, softcap=None,
     logit_scale=1.0, rows=None, times=None, backend="auto", chunk_tokens=None,
 ):  # fmt: skip
-    """CE of soften(head_w·norm(lift_w·(filter_w·h + filter_b)) + head_b), weighted, over denom; lift_w may be None.
+    """The weighted CE of soften(head_w·norm(lift_w·(filter_w·h + filter_b)) + head_b), divided by denom. lift_w may be None.
 
-    Gradients go to h, filter_w, filter_b, lift_w, head_w and head_b; `norm` is any differentiable function of rows.
-    With `rows` (int64) only those are read, and each counts `times`, by default len(h)/len(rows): unbiased where they are drawn
+    Gradients go to h, filter_w, filter_b, lift_w, head_w and head_b. `norm` is any differentiable function of rows. With `rows`
+    (int64) only these rows are read, and each counts `times` times. The default, len(h)/len(rows), is unbiased if rows are drawn
     uniformly.
     """
     check(h, filter_w, filter_b, lift_w, head_w, head_b, labels, token_weight, rows)
@@ -72,7 +72,7 @@ def filter_chunks(
 ):  # fmt: skip
     """(Σ weight·CE, gradients for h, filter_w, filter_b, lift_w, head_w, head_b)"""
     dh, dw, db = empty_gradients(h, filter_w, filter_b, wanted[:3])
-    dh.zero_()  # for the rows that are not drawn
+    dh.zero_()  # for rows that are not drawn
     dlift = empty_gradients(h, lift_w, None, [False, wanted[3], False])[1]
     dhead_w, dhead_b = empty_gradients(h, head_w, head_b, [False, *wanted[4:]])[1:]
     filter_w, lift_w, head_w = (operand(w, backend) for w in (filter_w, lift_w, head_w))
@@ -101,7 +101,7 @@ def filter_chunks(
 
 
 def lift_backward(dfiltered, narrow, lift_w, wants_lift: bool, dlift):
-    """∂/∂narrow from ∂/∂(lift_w·narrow); ∂/∂lift_w is added to dlift where wanted."""
+    """∂/∂narrow from ∂/∂(lift_w·narrow). ∂/∂lift_w is added to dlift if wanted."""
     if lift_w is None:
         return dfiltered
     dnarrow = torch.empty_like(narrow)
@@ -113,7 +113,7 @@ def apply_norm(norm: Callable, filtered, wants_gradient: bool):
     """(norm(filtered), its backward: a function from ∂/∂norm(filtered) to ∂/∂filtered)"""
     if not wants_gradient:
         return norm(filtered), None
-    if torch.compiler.is_compiling():  # a trace takes vjp but not autograd.grad; vjp fails with some hand-written norms
+    if torch.compiler.is_compiling():  # autograd.grad cannot be traced; vjp fails with some norms
         y, backward = torch.func.vjp(norm, filtered)
         return y, lambda dy: backward(dy.to(y.dtype))[0]
     with torch.enable_grad():
@@ -127,7 +127,7 @@ def head_chunk(
     y: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, labels: torch.Tensor, weight: torch.Tensor,
     dw: torch.Tensor, db: torch.Tensor, loss: Sequence[float], wanted: Sequence[bool], backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(Σ weight·CE, ∂/∂y, empty where not wanted); the head's gradients are added to dw and db where wanted."""
+    """(Σ weight·CE, ∂/∂y or an empty tensor if not wanted). The head's gradients are added to dw and db if wanted."""
     y = y.to(w.dtype)
     apart = backend == "triton" and w.dtype != torch.float32 and any(wanted)
     room = y.new_empty(len(y), len(w)) if apart else None

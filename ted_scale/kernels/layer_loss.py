@@ -1,6 +1,6 @@
-"""The layer loss of one pair, straight from both blocks' states and both filters: no filtered state is kept.
+"""The layer loss of one pair, computed from both blocks' states and both filters. No filtered state is kept.
 
-formulas/layers.py has the formula of a row. This file applies it chunk by chunk and computes the gradients with it.
+formulas/layers.py has the formula for a row. This file applies it chunk by chunk and computes the gradients at the same time.
 """
 
 from collections.abc import Sequence
@@ -21,20 +21,20 @@ from ted_scale.kernels.products import (
     project,
 )
 
-# On a device one fp32 product of a chunk has so many entries, 64 MiB. A fourth would stay in an H100's cache until the row
-# kernel reads it; but the host's time for more chunks costs more than that (measured for 16 pairs: 25 ms instead of 16).
+# On a device, one fp32 product of a chunk has this many entries, 64 MiB. A quarter of that would stay in an H100's cache until
+# the # row kernel reads it, but the host's time for more chunks costs more (measured for 16 pairs: 25 ms instead of 16).
 CHUNK_ENTRIES = 1 << 24
-# Of a chunk, in all its [rows, width] buffers together: few stay in its cache, many make products fast.
+# Entries of a chunk in all its [rows, width] buffers together. With few they stay in the cache; with many the products are fast.
 ROWS_ON_A_CPU = 768
-SPAN = 4  # chunks whose 16-bit gradients wait for each other: one product for each operand then has the rows of all
+SPAN = 4  # chunks whose 16-bit gradients are collected, so that one product for each operand covers all of them
 
 
 def filtered_mse(
     h_t, w_t, b_t, h_s, w_s, b_s, token_weight, *, denom, kind="nmse", backend="auto", chunk_tokens=None
 ):  # fmt: skip
-    """Σ token_weight · (the kind's value) / denom; states are [N, width], filters [D, width], or None: the identity.
+    """Σ token_weight · (the kind's value) / denom. States are [N, width]. Filters are [D, width], or None for the identity.
 
-    Gradients go to h_s, w_s and b_s. A token counts where its weight is > 0. The teacher's state may be freed at once.
+    Gradients go to h_s, w_s and b_s. A token counts if its weight is > 0. The teacher's state may be freed after the call.
     """
     check(h_t, w_t, b_t, h_s, w_s, b_s, token_weight)
     arguments.check_choice("kind", kind, KINDS)
@@ -42,7 +42,7 @@ def filtered_mse(
     student = (h_s, w_s, b_s)
     wanted, backend = wants_gradient(student), choose(backend, h_s.device)
     weight = token_weight.float().contiguous()
-    # Only a trace needs the registered operation: its call costs 0.3 ms a pair.
+    # Only a trace needs the registered operation, whose call costs 0.3 ms for each pair.
     form = layer_chunks if torch.compiler.is_compiling() else form_chunks
     with torch.no_grad():
         value, *gradients = form(h_t, w_t, b_t, *student, weight, kind, wanted, backend, chunk_tokens or 0)
@@ -51,8 +51,8 @@ def filtered_mse(
 
 @torch.no_grad()
 def filtered_states(h, weight, bias) -> torch.Tensor:
-    """weight·h + bias of every row, in fp32: as h_t, with filters of None, it gives `filtered_mse` the numbers that h, weight
-    and bias would. It is smaller than h where the filter is narrow, and h may then be freed."""
+    """weight·h + bias of every row, in fp32. Given to the loss as h_t, without a filter, it gives the same numbers as h, weight
+    and bias. If the filter is narrow, it is smaller than h, which may then be freed."""
     arguments.check_states("h", h, None, None)
     arguments.check_weight("weight", weight, h.shape[1], "bias", bias)
     arguments.check_type("weight", weight, "h", h)
@@ -84,9 +84,9 @@ def form_chunks(
     w_s: torch.Tensor | None, b_s: torch.Tensor | None, weight: torch.Tensor, kind: str, wanted: Sequence[bool],
     backend: str, chunk_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(Σ of the rows' values, ∂/∂h_s, ∂/∂w_s, ∂/∂b_s); a gradient that is not wanted is empty."""
+    """(Σ of the rows' values, ∂/∂h_s, ∂/∂w_s, ∂/∂b_s). A gradient that is not wanted is empty."""
     width = h_s.shape[1] if w_s is None else len(w_s)
-    # A chunk's ∂/∂h_s is written last: until then its memory holds the filtered states s, where they fit.
+    # A chunk's ∂/∂h_s is written last. Until then its memory holds the filtered states s, if they fit.
     reuses = wanted[0] and h_s.dtype == torch.float32 and width <= h_s.shape[1]
     chunk = min(chunk_tokens or default_rows(weight, reuses, width), max(len(h_s), 1))
     if backend == "triton":
@@ -107,7 +107,7 @@ def form_chunks(
 
 
 def form_by_rows(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind, wanted, chunk: int, width: int):
-    """form_chunks by the vendor's products and one row kernel. Rows that do not count are projected and then left out."""
+    """Like form_chunks, with the vendor's products and one row kernel. Rows that do not count are projected and then left out."""
     from ted_scale.kernels.triton.layers import launch_layers
 
     dh, dw, db = gradients = empty_gradients(h_s, w_s, b_s, wanted, torch.empty if len(h_s) else torch.zeros)
@@ -119,7 +119,7 @@ def form_by_rows(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind, wanted, chunk: int,
     for at in chunks(len(h_s), SPAN * chunk):
         h, t, live, value = h_s[at], h_t[at], weight[at], values[at]
         dy = dh[at] if w_s is None else slopes[: len(h)]
-        # The product for the filter's gradient reads `counted`; ∂/∂h_s takes its memory after that.
+        # The product for the filter's gradient reads `counted`. After it, ∂/∂h_s uses this memory.
         counted = dh[at] if wanted[0] and wanted[1] else copies[: len(h)]
         for part in chunks(len(h), chunk):
             y_t = t[part] if w_t is None else project(t[part], w_t, None, room_t[: len(t[part])])
@@ -139,8 +139,8 @@ def _(h_t, w_t, b_t, h_s, w_s, b_s, weight, kind, wanted, backend, chunk_tokens)
 
 
 def default_rows(weight, reuses: bool, width: int) -> int:
-    """A device has CHUNK_ENTRIES in one product, a CPU ROWS_ON_A_CPU in all its buffers. These are t, s unless it lies in its
-    gradient's memory, and copies of both states where some tokens do not count."""
+    """The rows of a chunk. A device has CHUNK_ENTRIES in one product, a CPU ROWS_ON_A_CPU in all its buffers. The buffers are t,
+    s (unless it uses its gradient's memory), and copies of both states if some tokens do not count."""
     if not weight.is_cpu:
         return max(CHUNK_ENTRIES // width // 128 * 128, 128)
     return ROWS_ON_A_CPU // (3 if not all_count(weight) else 1 if reuses else 2)

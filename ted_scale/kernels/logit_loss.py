@@ -1,7 +1,7 @@
-"""Logit losses straight from states and output weights: next-token cross-entropy and a divergence from a teacher.
+"""Logit losses computed from states and output weights: next-token cross-entropy and a divergence from a teacher.
 
-`chunked` holds the logits of one chunk of tokens and computes the gradients with the loss. `strict` (logit_loss_strict.py)
-holds a small tile of logits and computes the gradients in backward.
+`chunked` holds the logits of one chunk of tokens, and computes the gradients with the loss. `strict` (logit_loss_strict.py) holds
+a small tile of logits, and computes the gradients in backward.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ from ted_scale.kernels.products import (
 from ted_scale.kernels.tokens import valid_weights
 
 MODES = ("chunked", "strict")
-# Chunks of logits for one product of the weight's gradient. Each product reads and writes that fp32 sum, 8 bytes an entry,
-# which takes as long as the product of 900 rows on an H100 (680 TFLOP/s, 3 TB/s). A row's gradient in bf16 has a quarter of
-# the size of its logits.
+# Number of chunks for one product of the weight's gradient. Each product reads and writes the gradient's fp32 sum, 8 bytes an
+# entry. # On an H100 (680 TFLOP/s, 3 TB/s) this takes as long as the product of 900 rows. A row's gradient in bf16 has a quarter
+# of the size # of its logits.
 SPAN = 4
 
 
@@ -40,14 +40,14 @@ def linear_kl_ce(
     divergence="forward", top_k=0, skip_below=None, mode="chunked", backend="auto", chunk_tokens=None,
     gather=contextlib.nullcontext,
 ):  # fmt: skip
-    """(total, kl, ce), total = ce_weight·ce + kl_weight·kl, from states [N, d] and output weights [V, d].
+    """(total, kl, ce) with total = ce_weight·ce + kl_weight·kl, from states [N, d] and output weights [V, d].
 
-    kl is T² times the divergence at temperature T over the vocabulary that both sides have: KL(teacher ‖ student), or
-    "reverse", or "jsd". With `top_k` it is that of the teacher's k likeliest tokens and one bucket for all others. ce is over
-    the student's whole vocabulary. Only `total` carries a gradient: for h_s, w_s and head_bias_s. A weight of 0 skips its
-    term's work. Strict mode and the kernels of Triton do not know all of it: `check_divergence`.
-    With `skip_below` a token has no kl where the teacher's entropy at T is below it, and the entropies [N] come fourth.
-    Strict mode reads w_t and head_bias_t again in backward: `gather([w_t, head_bias_t])` is a context that makes them whole.
+    kl is T² times the divergence at temperature T, over the vocabulary that both sides have. The divergence is KL(teacher ‖
+    student), or "reverse", or "jsd". With `top_k` it is over the teacher's k likeliest tokens and one bucket for all others. ce
+    is over the student's whole vocabulary. Only `total` has a gradient: for h_s, w_s and head_bias_s. A term with weight 0 is not
+    computed. Strict mode and Triton's kernels do not support all of this; `check_divergence` refuses the rest. With `skip_below`,
+    a token whose teacher entropy at T is lower has no kl, and the entropies [N] are returned as a fourth value. Strict mode reads
+    w_t and head_bias_t again in backward: `gather([w_t, head_bias_t])` is a context in which they are whole.
     """
     if not kl_weight:
         h_t = w_t = head_bias_t = None
@@ -110,12 +110,12 @@ def logit_chunks(
     loss: Sequence[float], wanted: Sequence[bool], backend: str, chunk_tokens: int, divergence: str = "forward",
     top_k: int = 0, skip_below: float = -1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """((total, kl, ce) summed over rows, ∂total/∂h_s, /∂w_s, /∂b_s, the teacher's entropies). A gradient that is not wanted is
-    empty, and so are the entropies where `skip_below` is negative."""
+    """((total, kl, ce) summed over rows, ∂total/∂h_s, ∂total/∂w_s, ∂total/∂b_s, the teacher's entropies). A gradient that is not
+    wanted is empty. The entropies are empty if `skip_below` is negative."""
     f, wants, row_losses = LogitLoss(*loss, divergence, top_k), any(wanted), row_losses_of(backend)
-    if w_t is not None:  # the vocabulary that the student has, too
+    if w_t is not None:  # only the vocabulary that the student has, too
         w_t, b_t = w_t[: len(w_s)], None if b_t is None else b_t[: len(w_s)]
-    # `span` chunks of logits are one span: a single product for the weight's gradient, from `slopes`.
+    # `span` chunks of logits share one product for the weight's gradient, which reads `slopes`.
     span = SPAN if wants and backend == "triton" and h_s.dtype != torch.float32 else 1
     floor, entropies = floor_and_entropies(weight, skip_below)
     chunk = rows_of_chunk(h_s, w_s, w_t, f, backend, span, chunk_tokens)
@@ -155,15 +155,16 @@ def _(
 
 
 def floor_and_entropies(weight, skip_below: float):
-    """(the floor or None, room for the entropies). The floor is a tensor: a function is compiled anew for every new number."""
+    """(the floor or None, memory for the entropies). The floor is a tensor, because torch would compile again for every new
+    number."""
     if skip_below < 0:
         return None, weight.new_empty(0)
     return weight.new_full((), skip_below), torch.zeros_like(weight)
 
 
 def rows_of_chunk(h_s, w_s, w_t, loss: LogitLoss, backend: str, span: int, chunk_tokens: int) -> int:
-    """A row takes its fp32 logits, some more rows of the teacher's for the divergence and, where the logits' gradient has memory
-    of its own, `span` rows of that."""
+    """The rows of a chunk. A row needs its fp32 logits, more such rows for the teacher and the divergence, and `span` rows for
+    the logits' gradient if it has memory of its own."""
     more = 0 if backend == "triton" else scratch(loss.divergence, loss.top_k)
     logits = 4 * (len(w_s) + (0 if w_t is None else (1 + more) * len(w_t)))
     apart = span * h_s.element_size() * len(w_s) if h_s.is_cuda and h_s.element_size() == 2 else 0
@@ -171,8 +172,8 @@ def rows_of_chunk(h_s, w_s, w_t, loss: LogitLoss, backend: str, span: int, chunk
 
 
 def row_losses_of(backend: str):
-    """`f(z_s, z_t, labels, weight, loss, wants_gradient, room, floor) -> (kl, ce, dz, entropy)`. It may overwrite z_s and z_t.
-    dz is in `room`, or in z_s where `room` is None. Without a floor there is no entropy."""
+    """A function `f(z_s, z_t, labels, weight, loss, wants_gradient, room, floor) -> (kl, ce, dz, entropy)`. It may overwrite z_s
+    and z_t. dz is in `room`, or in z_s if `room` is None. Without a floor there is no entropy."""
     if backend == "triton":
         from ted_scale.kernels.triton.rows import launch_rows
 

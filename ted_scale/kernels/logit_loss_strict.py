@@ -1,9 +1,9 @@
-"""linear_kl_ce without whole logits in memory: statistics in forward, gradients in backward, one slice of the vocabulary
-at a time.
+"""linear_kl_ce without whole logits in memory. It computes statistics in the forward and gradients in the backward, one slice of
+the vocabulary at a time.
 
-Forward keeps three normalizers a token. Backward computes each slice's logits again and writes that slice's ∂/∂logits in
-the states' type. It multiplies them into ∂/∂h_s (an fp32 sum) and into the slice's rows of ∂/∂w_s. Those rows are final
-after the last token, so there is no [V, d] sum in fp32. The matrix work is 1.6 times that of `chunked`.
+The forward keeps three normalizers for each token. The backward computes each slice's logits again and writes the slice's
+∂/∂logits in the states' type. It multiplies them into ∂/∂h_s (an fp32 sum) and into the slice's rows of ∂/∂w_s. Those rows are
+final after the last token, so there is no [V, d] sum in fp32. The matrix work is 1.6 times that of `chunked`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,14 +15,14 @@ from ted_scale.kernels.formulas import logits
 from ted_scale.kernels.formulas.logits import LogitLoss, Normalizers, Statistics
 from ted_scale.kernels.products import add_matmul, chunks, live_rows, matmul_into, project
 
-# Both sides' fp32 logits are of ROWS tokens and LOGITS columns. Smaller tiles would stay in a GPU's L2 cache, but the host's
-# time for a tile sets the pace (measured on an H100). Their gradient collects SLICE columns: its product with w_s reads and
-# writes the fp32 ∂h_s, once a slice.
+# A tile of fp32 logits has ROWS tokens and LOGITS columns. Smaller tiles would stay in a GPU's L2 cache, but then the host's time
+# # for a tile limits the speed (measured on an H100). The gradient is collected for SLICE columns, because its product with w_s
+# reads # and writes the fp32 ∂h_s once for each slice.
 ROWS, LOGITS, SLICE = 8192, 768, 1536
 
 
 def strict_kl_ce(student, teacher, labels, weight, denom, loss, backend: str, chunk_tokens: int, gather):
-    """(total, kl, ce). Both sides' tensors are saved by reference; `gather` makes the teacher's whole in backward."""
+    """(total, kl, ce). The tensors of both sides are saved by reference. `gather` makes the teacher's weights whole in backward."""
     denom = as_scalar(denom, weight.device)
     with torch.no_grad():
         values, normalizers = strict_losses(*student, *teacher, labels, weight, loss, backend, chunk_tokens)
@@ -89,12 +89,12 @@ def strict_gradients(
         return tuple(torch.zeros_like(t) if w else h_s.new_empty(0) for t, w in zip(tensors, wanted, strict=True))
     tiles = Tiles((h_s, w_s, b_s), (h_t, w_t, b_t), chunk_tokens)
     dh, dw, db = sums(tiles, labels.contiguous(), weight, normalizers, scale, wanted, f, slopes_of(backend))
-    del tiles  # its memory has room for ∂h_s in 16 bits
+    del tiles  # its memory is then used for ∂h_s in 16 bits
     return dh.mul_(scale).to(h_s.dtype), dw, db if b_s is None else db.mul_(scale).to(b_s.dtype)
 
 
 def sums(tiles, labels, weight, normalizers, scale, wanted, f: LogitLoss, write):
-    """(∂h_s in fp32, scale·∂w_s in its type, ∂b_s in fp32); what is not wanted is empty"""
+    """(∂h_s in fp32, scale·∂w_s in its type, ∂b_s in fp32). Gradients that are not wanted are empty."""
     h_s, w_s, _ = tiles.student
     makers = (torch.empty_like, torch.float32), (torch.empty_like, w_s.dtype), (torch.zeros_like, torch.float32)
     dh, dw, db = (
@@ -118,7 +118,7 @@ def sums(tiles, labels, weight, normalizers, scale, wanted, f: LogitLoss, write)
             if wanted[2]:
                 db[at] += dz.sum(dim=0, dtype=torch.float32)
         if wanted[1]:
-            dw[at] = slice_dw.mul_(scale)  # before rounding: a sum may exceed fp16
+            dw[at] = slice_dw.mul_(scale)  # before rounding, because a sum may exceed fp16
     return dh, dw, db
 
 
@@ -128,7 +128,7 @@ def _(h_s, w_s, b_s, h_t, w_t, b_t, labels, weight, normalizers, scale, wanted, 
 
 
 class Tiles:
-    """Both sides' logits of some tokens and columns. Every tile is in the memory of the one before."""
+    """Both sides' logits for some tokens and columns. Every tile reuses the memory of the one before."""
 
     def __init__(self, student, teacher, chunk_tokens: int):
         self.student, self.teacher, h_s = student, teacher, student[0]
@@ -138,14 +138,14 @@ class Tiles:
         self.room = h_s.new_empty(sides, self.count * columns, dtype=torch.float32)
 
     def logits(self, rows: slice, columns: slice) -> Iterator[tuple]:
-        """(columns, the student's raw logits, the teacher's or None), LOGITS columns at a time"""
+        """Yields (columns, the student's raw logits, the teacher's or None), LOGITS columns at a time."""
         for part in chunks(columns.stop - columns.start, LOGITS):
             at = slice(columns.start + part.start, columns.start + part.stop)
             yield at, tile(self.student, rows, at, self.room[0]), tile(self.teacher, rows, at, self.room[-1])
 
 
 def tile(side, rows: slice, at: slice, room):
-    """These columns' raw logits as far as the side has them. A token that does not count has logits, too, perhaps NaN."""
+    """The raw logits of these columns, or of those that this side has. Tokens that do not count have logits, too, perhaps NaN."""
     h, w, b = side
     at = slice(at.start, min(at.stop, 0 if w is None else len(w)))
     if at.stop <= at.start:
@@ -160,8 +160,8 @@ def matrix(room, rows: slice, at: slice):
 
 
 def statistics_of(backend: str):
-    """`f(running, z_s, z_t, labels, first, loss)` adds a slice's raw logits to the statistics [8, N], and may overwrite
-    the former."""
+    """A function `f(running, z_s, z_t, labels, first, loss)` that adds a slice's raw logits to the statistics [8, N]. It may
+    overwrite the logits."""
     if backend == "triton":
         from ted_scale.kernels.triton.strict import launch_statistics
 
@@ -170,7 +170,8 @@ def statistics_of(backend: str):
 
 
 def slopes_of(backend: str):
-    """`f(dz, z_s, z_t, labels, weight, first, normalizers, loss)` writes ∂/∂z_s to dz: 0 where a token does not count."""
+    """A function `f(dz, z_s, z_t, labels, weight, first, normalizers, loss)` that writes ∂/∂z_s to dz: 0 for a token that does
+    not count."""
     if backend == "triton":
         from ted_scale.kernels.triton.strict import launch_slopes
 
@@ -190,6 +191,6 @@ def write_slopes(dz, z_s, z_t, labels, weight, first: int, normalizers, f: Logit
 
 
 def softened(z_s, z_t, f: LogitLoss):
-    """(y_s, the teacher's y/T or None), in the memory of the logits"""
+    """(y_s, the teacher's y/T or None). They use the memory of the logits."""
     y_s = logits.soften_(z_s, f.softcap_s, f.scale_s)
     return y_s, None if z_t is None else logits.over_(logits.soften_(z_t, f.softcap_t, f.scale_t), f.temperature)

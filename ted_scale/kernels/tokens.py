@@ -2,9 +2,9 @@
 
 import torch
 
-IGNORED = -100  # a label that is no token, as in torch
+IGNORED = -100  # the label of a position without a target, as in torch
 
 
 def valid_weights(labels_N, weights_N):
-    """Token weights in fp32, 0 where a token does not count."""
+    """Token weights in fp32. They are 0 for tokens that do not count."""
     return torch.where((labels_N != IGNORED) & (weights_N > 0), weights_N, 0.0).float()

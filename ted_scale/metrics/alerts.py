@@ -1,6 +1,6 @@
-"""Weights & Biases' alerts on how a run goes as a whole: it stalls, it was restarted, it ended. Those on its numbers are health/'s.
+"""W&B alerts about a run as a whole: it stalls, it was restarted, it ended. health/ sends the alerts about its numbers.
 
-Note: an alert is an action of wandb_connection.py's thread, as a row is. A run that is killed sends none; its next start does.
+Note: an alert is an action of wandb_connection.py's thread, like a row. A killed run sends no alert, but its next start does.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from ted_scale.base.errors import Preempted, shortened
 from ted_scale.ranks import signals
 from ted_scale.ranks.pulse import Pulse
 
-SHARE = 0.5  # of the time limit: whoever gets the alert can still look at the run before the limit ends it
+SHARE = 0.5  # of the time limit, so that the user can still look at the run before the limit ends it
 LONGEST = 1000  # characters
 STOPPED = "the run stopped"
 
@@ -26,7 +26,7 @@ def restarted(text: str) -> Alert:
 
 
 def ended(error: BaseException | None, step: int) -> Alert | None:
-    """None after a signal: the run is to go on, and its next start says so."""
+    """The alert at a run's end. None after a signal, because the run shall go on, and its next start sends an alert."""
     if error is None:
         return Alert("the run is finished", f"it is at step {step}", "INFO")
     if isinstance(error, Preempted):
@@ -37,12 +37,13 @@ def ended(error: BaseException | None, step: int) -> Alert | None:
 
 
 def broke_off(words: str) -> Alert | None:
-    """A hang, or the death of another rank: the process is about to exit, so that this one may come too late."""
+    """The alert after a hang or the death of another rank. The process is about to exit, so the alert may come too late."""
     return None if signals.asked.is_set() else Alert(STOPPED, words, "ERROR")
 
 
 def stalled(now: Pulse, at: float, step_s: float) -> Alert | None:
-    """A step, a validation or a save that has taken half of its limit. A start may read for hours and has its own lines."""
+    """The alert about a step, a validation or a save that has taken half of its limit. A start may read for hours and has lines
+    of its own."""
     took = at - now.since
     if now.first or took < SHARE * step_s:
         return None

@@ -13,11 +13,11 @@ from ted_scale.base.beneath import append_to
 from ted_scale.base.errors import files_at
 
 log = logging.getLogger("ted_scale")
-level = logging.INFO  # of the console; log.txt has all
+level = logging.INFO  # of the console; log.txt has all levels
 
 
 def log_line(line: str, importance: int = logging.INFO) -> None:
-    """Log a line above the progress bar, so that they do not mix."""
+    """Log a line above the progress bar, so that the line and the bar do not mix."""
     with tqdm.external_write_mode(file=sys.stderr):
         log.log(importance, line)
 
@@ -29,8 +29,8 @@ def say_early(line: str) -> None:
 
 
 def choose_level(name: str) -> None:
-    """What the console shows from here on: `--log-level`. What libraries warn of at their import is nothing that a user can change;
-    on which device a run is, our log says, too."""
+    """Set what the console shows from here on (`--log-level`). Import warnings of libraries are hidden, because a user can change
+    nothing about them. The device of a run, which some of them report, is also in our log."""
     global level
     level = logging.getLevelNamesMapping()[name.upper()]
     for library in ("DeepSpeed", "torchao"):
@@ -38,7 +38,7 @@ def choose_level(name: str) -> None:
 
 
 class LogFile(logging.FileHandler):
-    """On a disk that is full or fails, it loses lines, which the console has, too."""
+    """log.txt. If the disk is full or fails, lines are lost here, but the console has them."""
 
     def _open(self):
         return append_to(Path(self.baseFilename))

@@ -1,6 +1,6 @@
-"""A row of metrics.jsonl as one line for people. docs/reading_a_run.md explains its parts.
+"""A row of metrics.jsonl as one readable line. docs/reading_a_run.md explains its parts.
 
-Note: a report finds the step of a line by its first words (report/events.py).
+Note: a report finds the step of a line by the line's first words (report/events.py).
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from ted_scale.metrics.time_left import Left
 def line_of(
     step: int, total: int, stage: str, values: dict[str, float], *, validated: tuple[int, float] | None, left: str
 ) -> str | None:
-    """None if the row has nothing to show. `validated` is the last validation before: its step and its loss."""
+    """The line, or None if the row has nothing to show. `validated` is the step and the loss of the last validation before."""
     parts = [losses(values), validation(values), *others(values), *optimizer(values), *speed(values)]
     if "loss/total" in values and validated:
         parts.insert(1, f"val {validated[1]:.4g} at {validated[0]:,}")
@@ -37,7 +37,7 @@ def validation(values: dict[str, float]) -> str:
 
 
 def others(values: dict[str, float]) -> list[str]:
-    """Scores of the suite, and the weights of an adaptive blend."""
+    """The parts for scores of the suite and for weights of an adaptive blend."""
     return [f"{key.split('/', 1)[1]} {value:.4g}" for key, value in values.items() if key.count("/") > 1 and shown(key)]
 
 
@@ -55,14 +55,15 @@ def speed(values: dict[str, float]) -> list[str]:
 
 
 def shown(key: str) -> bool:
-    """Whether a line shows this loss or score: not those of single pairs, and of a single corpus only its weight in a blend."""
+    """Whether a line shows this loss or score. It shows none of single pairs, and of single corpora only their weights in a
+    blend."""
     if key.startswith("blend/"):
         return key.endswith("/weight")
     return key.startswith("val/suite/") or (key.startswith(("loss/", "val/")) and key.count("/") == 1)
 
 
 def time_left(left: Left | None, stage: str) -> str:
-    """`stage` is its name if the run has others."""
+    """The time left, as words. `stage` is the stage's name, if the run has other stages."""
     if left is None or round(left.stage) == 0:
         return ""
     about = "~" if left.is_guess else ""
@@ -73,7 +74,7 @@ def time_left(left: Left | None, stage: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units that it has."""
+    """A duration in its two largest units."""
     if seconds < 0.9995:
         return f"{seconds * 1e3:.3g} ms"
     if seconds < 59.95:
@@ -86,7 +87,7 @@ def duration(seconds: float) -> str:
 
 
 def beside(row: dict[str, float], device: str) -> str:
-    """A forecast and what was measured, as the log says it."""
+    """A forecast beside its measurement, for the log."""
     whole = ", with the process and what its allocator keeps" if device == "cpu" else ""
     said = [f"memory {row['memory/forecast_gib']:.3g} GiB, {row['memory/peak_gib']:.3g} measured{whole}"]
     if "perf/forecast_ms" in row:
@@ -96,7 +97,7 @@ def beside(row: dict[str, float], device: str) -> str:
 
 
 def before_and_after(rows: Iterable[dict]) -> str | None:
-    """The held-out loss before stage II, after it, and the teacher's. None if nothing was held out."""
+    """The student's held-out loss before and after stage II, and the teacher's. None if no text is held out."""
     found = [row for row in rows if row.get("val/loss") is not None]
     if not found:
         return None

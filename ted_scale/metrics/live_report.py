@@ -1,7 +1,8 @@
-"""A running run's report: a thread of rank 0 starts a process that writes it, and waits for that process alone.
+"""The report of a run that is still training: a thread of rank 0 starts a process that writes it, and waits for the process.
 
-So no step waits for it, and its memory and its faults are its own. Note: the process is told by its module's name, because the
-command stands above this one; it takes the lowest priority, so that it gets what the ranks leave.
+So no step waits for the report, and its memory and errors stay in that process. Note: the process is started by its module's
+name, because that module is on a higher floor and cannot be imported here. It has the lowest priority, so it uses only time that
+the ranks leave.
 """
 
 import os
@@ -17,13 +18,13 @@ from ted_scale.metrics.console import log_line
 from ted_scale.ranks import signals
 
 NAME = "report.html"
-LONGEST_S, LAST_S = 300, 60  # for one page while the run goes on, and for the last one
-# A process that a launcher gave a rank's number must not take itself for one.
+LONGEST_S, LAST_S = 300, 60  # for a page during the run, and for the last page
+# The process must not inherit these variables, or it would act as a rank.
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class LiveReport:
-    """Writes the folder's report.html every so many minutes."""
+    """Writes the folder's report.html at a fixed interval of minutes."""
 
     def __init__(self, folder: Path, every_minutes: float):
         self.page, self.command, self.every_s = folder / NAME, command(folder), 60 * every_minutes
@@ -38,11 +39,11 @@ class LiveReport:
             self.write(LONGEST_S)
 
     def write(self, longest_s: float, *, last: bool = False) -> bool:
-        """Whether the page was written. What went wrong is said once, and the run goes on."""
+        """Write the page. Returns whether it was written. An error is logged once, and the run goes on."""
         try:
             process = self.begun(last)
             code, words = finished(process, longest_s) if process else (1, "the run ends")
-        except OSError as error:  # no memory for a process, or no place for one
+        except OSError as error:  # no memory, or too many processes
             code, words = 1, str(error)
         if code and not self.complained and not self.ending.is_set():
             self.complained = True
@@ -50,7 +51,7 @@ class LiveReport:
         return not code
 
     def begun(self, last: bool) -> subprocess.Popen | None:
-        """A process, but none for the thread once the run ends: it would write the same file beside the last one."""
+        """Start a process. When the run ends, the thread starts none: it would write the same file as the last page."""
         with self.starting:
             if self.ending.is_set() and not last:
                 return None
@@ -64,12 +65,12 @@ class LiveReport:
             return self.process
 
     def close(self, *, done: bool = True) -> Path | None:
-        """The last page, if it was written. A run that failed or was asked to stop has no time for it: a launcher kills it soon,
-        and what comes after this matters more. The next start writes it."""
+        """Write the last page and return it. A run that failed or was asked to stop writes none: a launcher kills it soon, and
+        what comes after this matters more. The next start writes it."""
         self.ending.set()
-        with self.starting:  # a process that the thread is starting is there afterwards
+        with self.starting:  # wait until the thread has started its process
             if self.process and self.process.poll() is None:
-                self.process.kill()  # it has old numbers
+                self.process.kill()  # its page would have old numbers
         self.thread.join(5)
         if signals.asked.is_set() or not done:
             return None
@@ -77,7 +78,7 @@ class LiveReport:
 
 
 def why_never(every_minutes: float) -> str | None:
-    """A warning if a report is asked for that nothing can draw: a run does not end over its page."""
+    """A warning if a report is asked for but cannot be drawn. A run does not fail because of its report."""
     if not every_minutes or find_spec("bokeh"):
         return None
     asked = f"report.every_minutes = {every_minutes:g}"
@@ -89,14 +90,15 @@ def command(folder: Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The project's own root comes first on the path: a run may have been started from a checkout that is not installed."""
+    """The environment of the process. This project's root comes first in PYTHONPATH, because the run may have been started from a
+    checkout that is not installed."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
     return {**{name: value for name, value in os.environ.items() if name not in RANKS}, "PYTHONPATH": path}
 
 
 def finished(process: subprocess.Popen, longest_s: float) -> tuple[int, str]:
-    """(its exit code, the last line that it said)"""
+    """(exit code, last line of its errors)"""
     try:
         _, said = process.communicate(timeout=longest_s)
     except subprocess.TimeoutExpired:

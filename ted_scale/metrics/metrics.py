@@ -1,7 +1,7 @@
-"""Where a run's numbers go: to metrics.jsonl, to the console of rank 0, and to Weights & Biases if the run file asks for it.
+"""Writes a run's numbers to metrics.jsonl, to the console of rank 0, and to Weights & Biases if the run file asks for it.
 
-train.py passes numbers that are on the host already, once a step. This file averages them over `log_every` steps and adds
-speed and memory. Note: on a GPU durations are pairs of events, read only when the row is written.
+Once a step, train.py passes numbers that are on the host already. This file averages them over `log_every` steps and adds speed
+and memory. Note: on a GPU a duration is a pair of events, which are read only when the row is written.
 """
 
 import contextlib
@@ -50,11 +50,11 @@ class Metrics:
         self.rows: list[dict[str, float]] = []
         self.works: list[Work] = []  # FLOPs of a token, for each step since the last row
         self.waits: dict[str, float] = {}
-        self.stream = None  # what is trained on
+        self.stream = None  # the training stream
         self.clock, self.since, self.tokens_before = Clock(device), time.perf_counter(), None
         self.ledger = Ledger(spent or Spent())
-        self.restart: dict[str, float] = {}  # what the end of the last process cost, until a row has it
-        self.forecast: dict[str, float] = {}  # of the stage: forecast/summary.py
+        self.restart: dict[str, float] = {}  # cost of the last process's end, until it is written in a row
+        self.forecast: dict[str, float] = {}  # of the stage (forecast/summary.py)
         self.rows_of_stage = 0
         self.step, self.told, self.words = step, time.monotonic(), ""
         self.lost = False
@@ -65,14 +65,14 @@ class Metrics:
         self.teller = Teller(total_steps, step, writes=writes)
 
     def open(self, step: int) -> None:
-        """Append rows after those of `step`, which the run is at."""
+        """Open the file, to append rows after `step`, the run's current step."""
         if self.writes:
             with files_at(self.path):
                 self.already = rows_at(self.path, step)
                 self.file = append_to(self.path)
 
     def go_back(self, progress: Progress) -> None:
-        """Remove the rows after an earlier step, as a resume from there does."""
+        """Remove the rows after an earlier step, as a resume from that step does."""
         self.close_file()
         if self.writes:
             with contextlib.suppress(OSError):
@@ -99,7 +99,7 @@ class Metrics:
             self.rows = []
 
     def expect(self, forecast: Callable[[], Ahead]) -> None:
-        """What the plan says about the stage that begins; only rank 0, which writes it, works it out."""
+        """Take the plan's forecast for the stage that begins. Only rank 0 computes it, because only rank 0 writes."""
         self.rows_of_stage = 0
         if self.writes:
             ahead = forecast()
@@ -108,7 +108,8 @@ class Metrics:
             self.call_wandb(partial(add_stage, ahead.name))
 
     def compare(self, row: dict[str, float]) -> None:
-        """Add the forecast to the row; say it once beside what was measured. The first row has the start in it."""
+        """Add the forecast to the row. At the second row, log the forecast beside the measurement, because the first row includes
+        the start."""
         self.rows_of_stage += 1
         row |= self.forecast
         if self.rows_of_stage == 2 and self.writes and self.forecast:
@@ -126,20 +127,20 @@ class Metrics:
         return row
 
     def log_changes(self, sentences: list[str]) -> None:
-        """Log what a resume finds changed in the run file and the data, also in W&B."""
+        """Log which parts of the run file and the data have changed at a resume, also in W&B."""
         for sentence in sentences:
             log_line(sentence)
         if sentences:
             self.call_wandb(partial(add_changes, redact.cleaned(sentences)))
 
     def restarted(self, lost: Lost) -> None:
-        """Log what the end of the last process cost; the next row has it, too."""
+        """Log the cost of the last process's end. The next row has it, too."""
         log_line(lost.sentence(self.step))
         self.restart = lost.row()
         self.send(alerts.restarted(lost.sentence(self.step)))
 
     def write_last_words(self, words: str = "") -> None:
-        """On rank 0: for the next start, how far this one came, and why it ended."""
+        """On rank 0: write for the next start how far this process came, and why it ended."""
         self.told, self.words = time.monotonic(), self.words or (words and life.ending(words))
         if self.writes:
             life.write(self.path.parent, life.Life(self.step, self.ledger.spent(), self.words))
@@ -147,7 +148,7 @@ class Metrics:
             self.send(alerts.broke_off(self.words))
 
     def alert(self, title: str, text: str) -> None:
-        """Log it, and send it as a W&B alert. W&B drops a second alert within a minute."""
+        """Log an alert and send it to W&B. W&B drops a second alert within a minute."""
         if self.writes:
             log_line(text, logging.WARNING)
         self.send(alerts.Alert(title, text, "WARN"))
@@ -167,7 +168,7 @@ class Metrics:
         return {**row, **self.utilization(rate)}
 
     def utilization(self, rate: float) -> dict[str, float]:
-        """Shares of the devices' peak: the FLOPs that the steps need, and those with recomputed activations (docs/flops.md)."""
+        """Shares of the devices' peak: of the FLOPs that the steps need, and of all FLOPs with recomputed ones (docs/flops.md)."""
         works, self.works = self.works, []
         if not (self.peak and works):
             return {}
@@ -177,17 +178,18 @@ class Metrics:
         return {"perf/mfu": share * model, "perf/hfu": share * (model + again)}
 
     def counted(self, steps, work):
-        """The numbered `steps`. Adds up the `work(number, keys)` of each, from this rank's documents as a sample of all."""
+        """Yield the numbered `steps`, and add up the `work(number, keys)` of each. This rank's documents are a sample of all
+        ranks'."""
         for number, micro_batches in steps:
             if self.peak and self.writes:
                 self.works.append(work(number, keys_of(lengths_of(micro_batches))))
             yield micro_batches
 
     def timed(self, items, name: str):
-        """The `items`. Adds the time spent waiting for each to the duration `name`."""
+        """Yield the `items`, and add the time spent waiting for each to the duration `name`."""
         items = iter(items)
         while True:
-            start = time.perf_counter()  # the host's wait, even if the device is busy
+            start = time.perf_counter()  # the time that the host waits, even if the device is busy
             item = next(items, None)
             self.waits[name] = self.waits.get(name, 0.0) + (time.perf_counter() - start) * 1e3
             if item is None:
@@ -195,23 +197,23 @@ class Metrics:
             yield item
 
     def reads(self, stream) -> None:
-        """From here on `stream` is trained on."""
+        """Say that the run trains on `stream` from here on."""
         self.stream = stream
 
     @contextlib.contextmanager
     def aside(self, part: str = "validation"):
-        """The time spent in here is not part of a step's time."""
+        """The time spent in this context is not part of a step's time."""
         start = time.perf_counter()
         with self.ledger.within(part):
             yield
         self.since += time.perf_counter() - start
 
     def has_already(self, step: int, prefix: str) -> bool:
-        """On rank 0: whether an earlier process left numbers of this step whose keys begin so."""
+        """On rank 0: whether an earlier process wrote numbers of this step with keys that begin with `prefix`."""
         return any(row[0] == step and any(key.startswith(prefix) for key in row[1:]) for row in self.already)
 
     def resume_from(self, tokens: int) -> None:
-        """Measure speed from here on, without start-up and without the tokens of an earlier process."""
+        """Measure the speed from here on, without start-up and without the tokens of an earlier process."""
         self.tokens_before, self.since, self.rows, self.works = tokens, time.perf_counter(), [], []
         self.waits = {}
         self.clock.read()
@@ -227,7 +229,7 @@ class Metrics:
         self.teller.row(step, values, self.ledger)
 
     def append(self, line: str) -> None:
-        """A full disk loses rows, which is logged once, but it does not stop the run."""
+        """Append a line. On a full disk it is lost. This is logged once and does not stop the run."""
         try:
             self.file.write(line + "\n")
             self.file.flush()
@@ -241,7 +243,7 @@ class Metrics:
             self.lost = True
 
     def close_file(self) -> None:
-        """A row that did not fit on a full disk is still in the buffer, and its write fails again."""
+        """Close the file. A row that did not fit on a full disk is still in the buffer, and then its write fails again."""
         if self.file:
             with contextlib.suppress(OSError):
                 self.file.close()
@@ -257,7 +259,7 @@ class Metrics:
             self.wandb_run.close()
 
     def tell_end(self, words: str) -> None:
-        """What the run came to, and last what comes next; on a quiet console, too."""
+        """Log the result of the run, and then the next command. A quiet console shows them, too."""
         if self.writes:
             for line in filter(None, (before_and_after(rows_in(self.path)), words)):
                 log_line(line, logging.CRITICAL)
@@ -279,7 +281,7 @@ def mean_rows(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def peak_memory(device) -> float:
-    """Bytes: the allocator's peak on a GPU, the process's resident peak elsewhere."""
+    """Bytes: on a GPU the allocator's peak, elsewhere the process's resident peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

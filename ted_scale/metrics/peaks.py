@@ -1,14 +1,14 @@
 """The peak FLOP/s of a device in a precision, by torch's name of the device. An unknown device has none.
 
 These are the dense figures of the vendors' data sheets: NVIDIA's of A100 (2021), H100 with PCIe and NVL (2022, 2024), H200
-(2024), HGX B200 (2025), AMD's of Instinct MI300X (2023). Where a sheet counts the zeros of sparse matrices, as most do for tensor
-cores, its figure is halved. fp32 products are exact here (torch's TF32 is off), so fp32 runs are compared with the plain fp32
-units. Note: one chip is sold on several cards, and its PCIe cards reach three quarters of the others.
+(2024), HGX B200 (2025), AMD's of Instinct MI300X (2023). Most sheets count the zeros of sparse matrices for tensor cores; such a
+figure is halved. fp32 products are exact here (torch's TF32 is off), so fp32 runs are compared with the plain fp32 units. Note:
+one chip is sold on several cards, and its PCIe cards reach three quarters of the others.
 """
 
 import torch
 
-PEAKS = (  # the first one whose name is part of torch's name counts
+PEAKS = (  # the first entry whose name is part of torch's name is used
     ("H100 PCIe", {"bf16": 756e12, "fp32": 51e12}),
     ("H100 NVL", {"bf16": 835e12, "fp32": 60e12}),
     ("H200 NVL", {"bf16": 835e12, "fp32": 60e12}),
@@ -25,6 +25,6 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 
 
 def peak_of(name: str, precision: str) -> float | None:
-    """A slice of a device (MIG) has some of its units. Its name does not show how many FLOP/s these are, so it has no peak."""
+    """The peak, or None if it is unknown. A slice of a device (MIG) has no peak, because its name does not show its FLOP/s."""
     known = next((peaks for key, peaks in PEAKS if key in name), None)
     return known[precision] if known and "MIG" not in name else None

@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.jsonl as rows, one a line. A crash may have cut off the last line."""
+"""metrics.jsonl and samples.jsonl as rows, one row a line. A crash may have cut off the last line."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ from ted_scale.base.parsing import fits, parse_json
 from ted_scale.base.paths import open_file
 
 NAME, SAMPLES = "metrics.jsonl", "samples.jsonl"
-LARGEST, LONGEST_LINE = 2**36, 2**20  # bytes; a row has some thousand
+LARGEST, LONGEST_LINE = 2**36, 2**20  # bytes; a row has a few thousand
 
 
 def trim_all(folder: Path, step: int) -> None:
-    """Remove what a run will write again from this step on."""
+    """Remove the rows that a run will write again from this step on."""
     for name in (NAME, SAMPLES):
         trim_rows(folder / name, step)
 
@@ -31,7 +31,7 @@ def trim_rows(path: Path, step: int) -> None:
 
 
 def rows_in(path: Path) -> Iterator[dict]:
-    """The rows that are whole. A line may be cut off, where the machine stopped, or damaged by the disk."""
+    """The rows that can be read. A line may be cut off because the machine stopped, or damaged by the disk."""
     for line in lines_in(path):
         with contextlib.suppress(ValueError):
             row = parse_json(line)
@@ -40,7 +40,7 @@ def rows_in(path: Path) -> Iterator[dict]:
 
 
 def lines_in(path: Path) -> Iterator[bytes]:
-    """No more than a line is in memory: the file may be a stranger's."""
+    """The lines of the file. Only one line at a time is in memory, because the file may come from a stranger."""
     with as_sentence(path), os.fdopen(open_file(path), "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > LARGEST:
             raise UserError(f"{path} must have at most {LARGEST:,} bytes to be read, but has {size:,}; move it away")
@@ -48,7 +48,7 @@ def lines_in(path: Path) -> Iterator[bytes]:
 
 
 def rows_at(path: Path, step: int) -> set[tuple]:
-    """The rows of the step that a run resumes from, by their keys: the run measures some of them again."""
+    """The rows of the step from which a run resumes, as keys. The run measures some of these rows again."""
     rows = rows_in(path) if path.exists() else ()
     return {(step, *list(row)[2:]) for row in rows if row["step"] == step}
 

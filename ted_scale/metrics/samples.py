@@ -1,7 +1,7 @@
-"""samples.jsonl: what the student writes after each prompt as it learns, beside what its teacher writes.
+"""samples.jsonl: the text that the student writes after each prompt during training, beside the teacher's text.
 
-The teacher is frozen, so it writes once for each prompt: later rows repeat its text, also after a resume, which reads it from the
-file. Note: rows that are there are not written again, so a resume may ask for those of its own step.
+The teacher is frozen, so it writes once for each prompt. Later rows repeat its text. A resume reads this text from the file.
+Note: existing rows are not written again, so a resume may ask for the rows of its own step.
 """
 
 import json
@@ -19,7 +19,8 @@ from ted_scale.ranks.agree import of_rank_0
 
 
 def write(plan, teacher, metrics, held_out, student, progress) -> bool:
-    """The rows of this step. Returns whether a signal asks to stop: then there are none, and a start from this step writes them."""
+    """Write the rows of this step. Returns whether a signal asks to stop. Then no rows are written, and the next start writes
+    them."""
     path, step = plan.run.folder / SAMPLES, progress.step
     there, of_teacher = of_rank_0(known, path, step)
     asked = [prompt for prompt in prompts.all_of(plan, held_out) if prompt.text not in there]
@@ -41,7 +42,7 @@ def write(plan, teacher, metrics, held_out, student, progress) -> bool:
 
 
 def known(path: Path, step: int) -> tuple[set[str], dict[str, str]]:
-    """(the prompts of this step, the teacher's text for each prompt) in the file. A file that cannot be read never stops a run."""
+    """(the prompts of this step, the teacher's text for each prompt), read from the file. An unreadable file never stops a run."""
     try:
         rows = [row for row in rows_in(path) if fits(row, {"prompt": str})] if path.exists() else []
     except (OSError, UserError) as error:
@@ -60,7 +61,7 @@ def of_student(plan, student, asked: list[prompts.Prompt]) -> dict[str, str]:
 
 
 def texts_of(plan, logits, asked: list[prompts.Prompt], device) -> dict[str, str]:
-    """What a model writes after each prompt."""
+    """The text that a model writes after each prompt."""
     tokenizer = prompts.tokenizer_of(plan)
     vocabulary, starts = min(plan.vocabulary, len(tokenizer.pieces)), [prompt.ids for prompt in asked]
     found = greedy.written(logits, starts, plan.run.samples.tokens, vocabulary, device)
@@ -71,7 +72,8 @@ def texts_of(plan, logits, asked: list[prompts.Prompt], device) -> dict[str, str
 
 
 def keep(path: Path, rows: list[dict]) -> None:
-    """A full disk or a strange file loses them, and never stops a run: this rank alone would end, and the others wait."""
+    """Append the rows. On a full disk or in a strange file they are lost. This never stops the run: only this rank would end, and
+    the others would wait."""
     try:
         with append_to(path) as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,5 @@
-"""What people see of a run as it goes: a line a row, on the console and in log.txt, and a bar where the console is a terminal."""
+"""What the user sees during a run: a line for each row on the console and in log.txt, and a progress bar if the console is a
+terminal."""
 
 import logging
 import sys
@@ -14,7 +15,7 @@ BAR = "step {n_fmt} of {total_fmt} |{bar}| {percentage:.0f} %{postfix}"
 
 
 class Teller:
-    """Of a run of `total` steps that goes on from `step`. `writes` on rank 0 alone."""
+    """Shows a run of `total` steps that continues from `step`. `writes` is true on rank 0 only."""
 
     def __init__(self, total: int, step: int, *, writes: bool):
         self.total, self.validated = total, None
@@ -26,7 +27,7 @@ class Teller:
 
     @property
     def stage(self) -> str:
-        """Its name, if the run has another one."""
+        """The stage's name, if the run has another stage."""
         ahead = self.left.ahead
         return "" if ahead.last - ahead.first == self.total else ahead.name
 
@@ -34,7 +35,7 @@ class Teller:
         self.left = TimeLeft(ahead)
 
     def anew(self, step: int) -> None:
-        """Steps are counted and measured from here on, as after a start."""
+        """Count and measure steps from here on, as after a start."""
         self.bar.update(step - self.bar.n)
         self.left.began = None
 

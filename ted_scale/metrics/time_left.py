@@ -1,7 +1,7 @@
-"""The time that is left of a stage and of its run: steps at the pace of the last rows, and the validations, samples and saves.
+"""The time left in a stage and in its run: steps at the speed of the last rows, plus validations, samples and saves.
 
-Each of these costs what it cost on average in this stage; that is in the run's ledger. Note: the first step of a stage compiles and
-loads, so measuring begins after it.
+Each of the latter is expected to take its average time in this stage, which the run's ledger has. Note: the first step of a stage
+compiles and loads, so the measurement begins after it.
 """
 
 from collections import deque
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from ted_scale.checkpoints.life import Spent
 
-ROWS = 20  # that the pace is taken from: the terms of the loss, and so a step's work, may change within a stage
-BESIDE = ("validation", "samples", "checkpoints")  # what steps wait for, by the ledger's names
+ROWS = 20  # rows that give the speed: loss terms, and so a step's work, may change within a stage
+BESIDE = ("validation", "samples", "checkpoints")  # parts of the ledger for which steps wait
 
 
 class Ahead(NamedTuple):
@@ -19,17 +19,17 @@ class Ahead(NamedTuple):
     name: str
     first: int
     last: int
-    each: dict[str, int]  # a part of BESIDE that this stage has → its steps; 0: at the stage's end alone
-    later_s: float | None  # of the stages after this one by the forecast; None if nobody knows
-    forecast: dict[str, float]  # of its steps, for the rows
+    each: dict[str, int]  # a part of BESIDE in this stage → steps between two of it; 0: only at the stage's end
+    later_s: float | None  # the forecast of the stages after this one; None if unknown
+    forecast: dict[str, float]  # the forecast of its steps, for the rows
 
 
 class Left(NamedTuple):
-    """Seconds. A guess if a part of it was not measured."""
+    """Seconds left. They are a guess if a part of them was not measured."""
 
     stage: float
     is_guess: bool
-    run: float | None  # None if nobody knows how long the stages after this one take
+    run: float | None  # None if the time of the stages after this one is unknown
 
 
 class TimeLeft:
@@ -39,12 +39,12 @@ class TimeLeft:
         self.rows: deque[tuple[int, float]] = deque(maxlen=ROWS)
 
     def begin(self, step: int, spent: Spent) -> None:
-        """After the first step, and after the run went back."""
+        """Start to measure. Called after the first step, and after the run went back."""
         self.began = (step, spent)
         self.rows = deque([(step, spent.steps)], maxlen=ROWS)
 
     def row(self, step: int, spent: Spent) -> Left | None:
-        """What is left after this step, before what is due at it. None before there is something to measure by."""
+        """The time left after this step, including the work that is due at this step. None while nothing is measured yet."""
         if self.began is None or step <= self.rows[0][0]:
             return None
         before, then = self.rows[0]
@@ -56,7 +56,7 @@ class TimeLeft:
         return Left(stage, is_guess, None if later is None else stage + later)
 
     def beside(self, step: int, spent: Spent) -> tuple[float, bool]:
-        """(seconds beside steps, whether something to come has not been seen yet)"""
+        """(seconds for work beside steps, whether a coming part was never measured)"""
         first, then = self.began
         total, unseen, last = 0.0, False, self.ahead.last
         for part in BESIDE:
@@ -64,7 +64,7 @@ class TimeLeft:
             seen, due = (
                 (0, 0) if every is None else (times(every, first, step, last), times(every, step, last + 1, last))
             )
-            # What follows another calendar, an adaptive blend for instance, goes on as it was.
+            # Work without a fixed interval, such as measuring an adaptive blend, is expected to take the same share as before.
             total += cost * (due / seen if seen else (last - step) / (step - first))
             unseen = unseen or (due > 0 and not seen)
         return total, unseen

@@ -1,8 +1,8 @@
-"""Weights & Biases: one W&B run for a run of ours, with the same id after every restart, and without secrets.
+"""Weights & Biases: one W&B run for each run, with the same id after every restart, and without secrets.
 
-A thread opens the W&B run and passes everything on, in order, so that neither the start nor a step waits for the network. If
-W&B cannot be reached, this start stays offline, in the same folder and with the same id. Note: W&B repeats what may succeed
-later until ATTEMPT_S has passed, so an error that comes earlier is final: a wrong key, for example.
+A thread opens the W&B run and sends everything in order, so neither the start nor a step waits for the network. If W&B cannot be
+reached, this start stays offline, with the same folder and id. Note: W&B retries temporary errors for ATTEMPT_S. So an error that
+comes earlier is final, for example a wrong key.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ from ted_scale.metrics import alerts
 from ted_scale.metrics.console import log_line
 from ted_scale.ranks import pulse, signals
 
-ATTEMPT_S, PATIENCE_S = 20.0, 180.0  # of one try to go online, of all of them
-HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the earlier name and the later one
+ATTEMPT_S, PATIENCE_S = 20.0, 180.0  # for one try to go online, for all tries
+HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the old name and the new one
 KEPT = 10_000  # rows and messages that wait until the W&B run is open
-# Neither the end of a run nor the message of a fault may wait for the network for ever. `wandb sync` uploads the rest.
+# The end of a run and the message about a fault may not wait for the network for ever. `wandb sync` uploads the rest.
 LAST_UPLOAD = {"finish_timeout": 30, "finish_timeout_raises": True}
-STOPPING_S = 5  # of a run that a signal asked to stop: `wandb sync` sends the rest
+STOPPING_S = 5  # after a signal; `wandb sync` sends the rest
 ID_FILE, LONGEST_ID = "wandb_id", 64
-LOOK_S = 10.0  # between two looks whether the run stalls
+LOOK_S = 10.0  # between two checks whether the run stalls
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "numpy", "torchao", "liger-kernel", "wandb")
 CLOSE_S = ATTEMPT_S + LAST_UPLOAD["finish_timeout"] + 10
 
@@ -50,14 +50,14 @@ class WandbRun:
 
     def __init__(self, run_id: str, open_run, step_s: float = math.inf):
         self.id, self.open_run, self.step_s, self.full = run_id, open_run, step_s, False
-        self.stalls: pulse.Pulse | None = None  # what an alert was sent about
+        self.stalls: pulse.Pulse | None = None  # the work about which an alert was sent
         self.actions: queue.SimpleQueue = queue.SimpleQueue()
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self.work, daemon=True, name="wandb")
         self.thread.start()
 
     def tell(self, action) -> None:
-        """Let the thread call `action(W&B's run)`."""
+        """Let the thread call `action(wandb_run)`."""
         if self.actions.qsize() < KEPT:
             self.actions.put(action)
         elif not self.full and self.thread.is_alive():
@@ -65,7 +65,8 @@ class WandbRun:
             log_line(f"W&B is behind by {KEPT:,} rows and misses some from here on; metrics.jsonl has every number")
 
     def work(self) -> None:
-        """W&B's process may be gone: it crashed, or was killed together with the rank's children. Training goes on."""
+        """The thread. If W&B's process is gone (crashed, or killed together with the rank's children), training goes on without
+        it."""
         try:
             wandb_run = self.open_run(self.closing)
             while action := self.awaited(wandb_run):
@@ -74,7 +75,7 @@ class WandbRun:
             log_line(f"W&B is lost until the next start ({said(error)}); metrics.jsonl has every number")
 
     def awaited(self, wandb_run):
-        """The next action. While there is none, the thread looks whether the run stalls."""
+        """Wait for the next action. Meanwhile the thread checks whether the run stalls."""
         while True:
             with contextlib.suppress(queue.Empty):
                 return self.actions.get(timeout=LOOK_S)
@@ -96,13 +97,13 @@ def open_wandb(run: Run, run_id: str | None) -> WandbRun | None:
         return None
     run_id = run_id or id_in(run.folder) or secrets.token_hex(4)
     keep_id(run.folder, run_id)
-    with contextlib.suppress(Exception):  # the thread meets the same error and logs it
+    with contextlib.suppress(Exception):  # the thread gets the same error and logs it
         start_service()
     return WandbRun(run_id, partial(opened, run, run_id), run.limits.step_s)
 
 
 def id_in(folder: Path) -> str | None:
-    """The id of an earlier start, which may have ended before its first checkpoint."""
+    """The id from an earlier start. That start may have ended before its first checkpoint, so the id has a file of its own."""
     with (
         contextlib.suppress(NoFile, OSError, ValueError),
         os.fdopen(open_file(folder / ID_FILE), encoding="ascii") as file,
@@ -113,15 +114,15 @@ def id_in(folder: Path) -> str | None:
 
 
 def keep_id(folder: Path, run_id: str) -> None:
-    """A full disk never stops a run: its checkpoints have the id, too."""
+    """Write the id to its file. A full disk does not stop the run: the checkpoints have the id, too."""
     if id_in(folder) != run_id:
         with contextlib.suppress(OSError):
             write_durably(folder / ID_FILE, run_id)
 
 
 def start_service() -> None:
-    """Start W&B's own process, in the main thread if possible, because this changes the environment. W&B uploads every
-    variable of Slurm, and SLURM_JWT is a key; its reports of errors would upload tracebacks, in which nothing is hidden."""
+    """Start W&B's own process, in the main thread if possible, because this changes the environment. W&B uploads every variable
+    of Slurm, and SLURM_JWT is a key. W&B's error reports would upload tracebacks, from which no secret is removed."""
     import wandb
 
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -140,7 +141,7 @@ def opened(run: Run, run_id: str, closing: threading.Event):
             return begun(run, run_id, "online")
         except Exception as error:
             is_final = time.monotonic() - began < ATTEMPT_S
-            wandb.teardown(1)  # or W&B refuses the next try: the id would be in use
+            wandb.teardown(1)  # else W&B refuses the next try, because the id is in use
             start_service()
             if is_final or closing.is_set() or time.monotonic() > until:
                 why = f", because {why_not(error)}; the next start tries again"
@@ -178,17 +179,17 @@ def begun(
 
 
 def group_of(run: Run) -> str:
-    """Of the run, of its exports, and of whatever else belongs to it."""
+    """The W&B group of the run, of its exports, and of everything else that belongs to it."""
     return run.wandb.group or run.name
 
 
 def job_of(run: Run) -> str:
-    """The stages that it trains, in one W&B run: docs/design/0050-one-wandb-run.md."""
+    """The W&B job type: all stages of the run, which share one W&B run (docs/design/0050-one-wandb-run.md)."""
     return "+".join(stage.name for stage in stages_of(run))
 
 
 def add_facts(facts: dict, wandb_run) -> None:
-    """What this start is, in W&B's config: a resume may have another number of ranks, other packages and another commit."""
+    """Write the facts of this start to W&B's config. A resume may have other ranks, packages or another commit."""
     wandb_run.config.update(facts, allow_val_change=True)
 
 
@@ -198,7 +199,7 @@ def facts_of(plan: dict) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, and of the packages that decide numbers or speed, as far as they are installed."""
+    """The versions of Python and of the installed packages that change numbers or speed."""
     found = {"python": platform.python_version(), "ted_scale": ted_scale.__version__}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -211,14 +212,14 @@ def add_stage(name: str, wandb_run) -> None:
 
 
 def why_offline(settings: Wandb) -> str | None:
-    """None if it goes online when it can."""
+    """Why W&B stays offline. None if it goes online when it can."""
     if settings.mode == "offline":
         return ""
     return None if has_key() else ", because there is no API key: set WANDB_API_KEY or run `wandb login`"
 
 
 def has_key() -> bool:
-    """In the environment or in .netrc, for W&B's own hosts or for WANDB_BASE_URL."""
+    """Whether there is a key in the environment or in .netrc, for W&B's own hosts or for WANDB_BASE_URL."""
     import netrc
 
     if os.environ.get("WANDB_API_KEY"):
@@ -231,8 +232,8 @@ def has_key() -> bool:
 
 
 def git_facts() -> dict[str, str]:
-    """Commit and remote of the code, from a checkout alone: an installed package may lie in a repository of its user. W&B itself
-    would find that one, and would keep the user name in the remote's URL, which may be a token of GitHub."""
+    """Commit and remote of this code, if it is a checkout. An installed package may lie in a repository of its user. W&B itself
+    would report that repository, and would keep the user name in the remote's URL, which may be a GitHub token."""
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / "pyproject.toml").is_file():
         return {"disable_git": True}

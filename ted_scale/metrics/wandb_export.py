@@ -1,6 +1,6 @@
-"""An exported student as an artifact of the run's own W&B run.
+"""Adds an exported student to the run's own W&B run, as an artifact.
 
-Note: there is no time limit on the upload, unlike at a run's end: nothing waits for it but the user, and it may be gigabytes.
+Note: unlike at a run's end, the upload has no time limit. Only the user waits for it, and it may be gigabytes.
 """
 
 from pathlib import Path
@@ -13,7 +13,8 @@ from ted_scale.metrics.wandb_connection import begun, said, start_service, why_o
 
 
 def check(run: Run, progress: Progress, folder: Path) -> None:
-    """Before minutes of export. A run that still trains has its W&B run open, and the export would finish it."""
+    """Refuse early what would fail after minutes of export. A run that still trains has its W&B run open, and an export would end
+    it."""
     if run.wandb is None or run.wandb.mode == "disabled" or progress.wandb_id is None:
         raise UserError("--wandb-artifact must have a run that W&B knows, but this one has no W&B run; leave it out")
     try:
@@ -25,7 +26,8 @@ def check(run: Run, progress: Progress, folder: Path) -> None:
 
 
 def add(run: Run, progress: Progress, folder: Path, export: Path) -> str:
-    """Returns what was done, as a line. `folder` is the run's as it was found: run.toml may name it from another current folder."""
+    """Returns a line about what was done. `folder` is the run's folder as it was found: run.toml may name it relative to another
+    current folder."""
     import wandb
 
     start_service()
@@ -40,7 +42,7 @@ def add(run: Run, progress: Progress, folder: Path, export: Path) -> str:
         )
         wandb_run.log_artifact(artifact, aliases=[f"step-{progress.step}"])
         wandb_run.finish()
-    except Exception as error:  # W&B's own errors have no common class; the export itself is whole
+    except Exception as error:  # W&B's errors have no common class; the export itself is complete
         raise UserError(
             f"W&B must take the export, but does not ({said(error)}); {export} is whole, try again"
         ) from error

@@ -1,8 +1,8 @@
-"""What Weights & Biases gets that is no plain number: a row's layer losses as a heat-map, the samples of text, the report's page.
+"""What Weights & Biases gets besides plain numbers: a row's layer losses as a heat-map, the samples of text, the report's page.
 
-Each function is an action of wandb_connection.py's thread. Note: W&B draws a histogram that is logged again and
-again as a picture over time. So a row's heat-map is one histogram with a bin for each pair, whose "count" is the pair's loss: a
-few numbers a row.
+Each function is an action of wandb_connection.py's thread. Note: if a histogram is logged repeatedly, W&B draws it as a picture
+over time. So a row's heat-map is one histogram with a bin for each pair. The "count" of a bin is the pair's loss, so a row has
+only a few numbers.
 """
 
 import math
@@ -17,7 +17,7 @@ HEAT_MAP, SAMPLES, REPORT = "layers/heat_map", "samples/text", "report"
 PAIR = "loss/layer/"
 UNIT = 1_000_000  # W&B counts in whole numbers, so a loss is counted in millionths
 COLUMNS = ("step", "prompt", "student", "teacher")
-MOST_SAMPLES = 1000  # each table is sent whole; the file has all rows
+MOST_SAMPLES = 1000  # every update sends the whole table; the file has all rows
 
 
 def add_row(row: dict[str, float], wandb_run) -> None:
@@ -25,7 +25,7 @@ def add_row(row: dict[str, float], wandb_run) -> None:
 
 
 def heat_map(row: dict[str, float]) -> dict:
-    """Of the layer losses of a row, if it has any and all of them are finite."""
+    """The heat-map of a row's layer losses, if it has any and all are finite."""
     losses = [row[key] for key in sorted(filter(is_pair, row), key=pair_of)]
     if not losses or not all(map(math.isfinite, losses)):
         return {}
@@ -45,8 +45,8 @@ def pair_of(key: str) -> int:
 
 
 def add_samples(path: Path, step: int, wandb_run) -> None:
-    """The samples of the file, the newest MOST_SAMPLES. A table asks the network first, unlike a row, and its failure must not
-    lose the rows that come after it."""
+    """Send the newest MOST_SAMPLES samples of the file. A table uses the network at once, unlike a row. If it fails, the rows
+    after it must not be lost."""
     try:
         log_samples(path, step, wandb_run)
     except Exception as error:
@@ -62,7 +62,7 @@ def log_samples(path: Path, step: int, wandb_run) -> None:
 
 
 def add_page(page: Path, step: int, wandb_run) -> None:
-    """The report, as it is shown in W&B. It has everything inside it, so W&B need not add its own style."""
+    """Send the report's page. It is self-contained, so W&B need not add its own style."""
     import wandb
 
     wandb_run.log({"step": step, REPORT: wandb.Html(page.read_text(encoding="utf-8"), inject=False)})

@@ -31,19 +31,19 @@ class Anatomy:
     softcap: float | None
     logit_scale: float
     parameters: int
-    block_parameters: int  # of the largest block
-    in_blocks: int  # of all blocks
-    matrices: int  # elements of the matrices that multiply a token's state before the output projection; of experts, the chosen
+    block_parameters: int  # parameters of the largest block
+    in_blocks: int  # parameters of all blocks
+    matrices: int  # elements of matrices that multiply a token's state before the output projection; only chosen experts count
     max_length: int | None
     attention: tuple[attention.Layer, ...]
-    heads: tuple[tuple[int, int], ...]  # of queries and of keys
-    scores: tuple[tuple[int, int | None], ...]  # of each layer: the width of all queries and values, and the window
+    heads: tuple[tuple[int, int], ...]  # (query heads, key heads); layers that agree appear once
+    scores: tuple[tuple[int, int | None], ...]  # for each layer: (width of all queries and values, window)
     blocks_apart: int  # blocks that can keep documents apart
-    chunk: int  # tokens that torch's form of its recurrences fills up to; 0 without recurrences
+    chunk: int  # torch pads its recurrences to a multiple of so many tokens; 0 without recurrences
 
     @property
     def recurs(self) -> bool:
-        """Has blocks that carry a state from token to token, beside attention or without it."""
+        """Whether some blocks carry a state from token to token, with or without attention."""
         return self.chunk > 0
 
 
@@ -58,7 +58,7 @@ class Head:
     logit_scale: float
 
     def norm(self, states):
-        """The tail, without DeepSpeed's hooks: they belong to the forward of the engine that owns these modules."""
+        """Apply the tail without DeepSpeed's hooks, which belong to the forward of the engine that owns these modules."""
         for module in self.tail:
             states = module.forward(states)
         return states
@@ -71,7 +71,7 @@ class Head:
         }  # fmt: skip
 
     def linear_kl_ce_arguments(self, side: str) -> dict:
-        """`side` is "s" or "t"; states and weight are positional arguments there."""
+        """The keyword arguments of linear_kl_ce for one side ("s" or "t"). States and weight are positional arguments there."""
         return {
             f"softcap_{side}": self.softcap,
             f"logit_scale_{side}": self.logit_scale,
@@ -88,15 +88,15 @@ class Head:
 
 
 def head_of(network, anatomy: Anatomy) -> Head:
-    """The output head of a network, with the norm before it, and what the family does to logits."""
+    """The output head of a network, with the norm before it and the family's changes of logits."""
     output = network.get_output_embeddings()
     tail = tuple(network.get_submodule(name) for name in anatomy.tail)
     return Head(tail, output.weight, output.bias, anatomy.softcap, anatomy.logit_scale)
 
 
 class StateRecorder:
-    """Forward hooks that keep the chosen blocks' outputs while `recording`, or what `keep` makes of a block's number and its
-    output. When a checkpointed block is computed again, in backward, nothing is recorded."""
+    """Forward hooks that keep the outputs of the chosen blocks while `recording`. With `keep`, its result for (block, output) is
+    kept instead. When a checkpointed block is computed again in backward, nothing is recorded."""
 
     def __init__(self, network, anatomy: Anatomy, indices, keep=lambda index, state: state):
         self.states: dict[int, Any] = {}
@@ -122,7 +122,7 @@ class StateRecorder:
 
 
 def run_body(network, anatomy: Anatomy, tokens_BT, packing: Packing | None = None, share: Share | None = None):
-    """The input of the output projection, [B, T, head_width]; with `packing`, each document sees only itself. With `share`, T is
-    this rank's part of rows whose other parts other ranks run at the same time."""
+    """The input of the output projection, [B, T, head_width]. With `packing`, each document sees only itself. With `share`, T is
+    this rank's part of the rows, and other ranks run the other parts at the same time."""
     body = network.get_submodule(anatomy.body)
     return body(input_ids=tokens_BT, use_cache=False, **attention.packing_arguments(packing, share))[0]

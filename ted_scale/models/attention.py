@@ -1,17 +1,16 @@
-"""The attention of every Hugging Face family: causal, and where asked in windows, soft-capped, apart by document.
+"""The attention of every Hugging Face family: causal, and optionally in windows, soft-capped, or within documents.
 
-Transformers' own path reads from the device whether a batch holds packed sequences (`.all()` in every forward). For an
-attention name without a mask function it does not. `choose_path` is the one rule that selects the code for a layer;
-attention_paths.py has the code. Documents reach a layer as a keyword argument, which the family's modules pass on without
-knowing it. So a block that is computed again for its gradient gets the same documents. inspection.py finds the families
-that drop the keyword.
+With its own attention, transformers reads from the device whether a batch holds packed sequences (`.all()` in every forward).
+With an attention that has no mask function it does not. `choose_path` selects the code for a layer; attention_paths.py has the
+code. Documents reach a layer as a keyword argument, which the family's modules pass on. So a block that is computed again for its
+gradient gets the same documents. inspection.py finds the families that drop the keyword.
 
 `sdpa`    only causal: torch's fused kernels, every device
 `varlen`  a window or documents in 16 bits on CUDA from sm_80 on: flash attention over the documents' borders
 `flex`    other cases on a GPU (soft-capped scores, sinks, fp32, ROCm, other head widths): flex attention, compiled by Triton
 `tiled`   all other cases: document by document, tile by tile, in torch
 
-Where ranks share rows (`data.sequence_parallel`), ulysses.py gives tokens for heads before one of these, and back after it.
+If ranks share rows (`data.sequence_parallel`), ulysses.py exchanges tokens for heads before one of these, and back after it.
 """
 
 import contextlib
@@ -28,10 +27,10 @@ from ted_scale.models.attention_paths import flex, tiled, varlen
 from ted_scale.models.ulysses import LocalHeads, Shared, heads_for_tokens, tokens_for_heads
 
 NAME = "ted_scale"
-SEALED = "ted_scale_sealed"  # for compiled blocks whose documents are apart
+SEALED = "ted_scale_sealed"  # for compiled blocks that keep documents apart
 PATHS = {"varlen": varlen, "flex": flex, "tiled": tiled}
-# Keywords that `causal_attention` obeys or may ignore: positions are in the states already, and there is never a cache.
-SINKS = "s_aux"  # a number a head that joins the sum of its softmax, as a key without a value: known where it is not trained
+# Keywords that `causal_attention` uses or may ignore: positions are in the states already, and there is never a cache.
+SINKS = "s_aux"  # a number a head, in the softmax's sum like a key without a value; only where it is not trained
 KNOWN = {
     "scaling", "dropout", "sliding_window", "softcap", "is_causal", "position_ids", "cache_position", "packing",
 }  # fmt: skip
@@ -40,7 +39,7 @@ KNOWN = {
 class Layer(NamedTuple):
     """The properties of a layer's attention that select its path."""
 
-    width: int  # of a query and a key
+    width: int  # width of a query and a key
     value_width: int
     window: int | None
     softcap: float | None
@@ -52,11 +51,11 @@ class Call(NamedTuple):
 
     module: torch.nn.Module
     layer: Layer
-    heads: int  # of the queries
+    heads: int  # query heads
     key_heads: int
     causal: bool
-    unknown: set[str]  # arguments that are set and would be ignored
-    packed: bool  # whether it was given documents
+    unknown: set[str]  # arguments that are set but would be ignored
+    packed: bool  # whether it got documents
 
 
 def choose_path(layer: Layer, length: int, packed: bool, dtype: torch.dtype, device: torch.device) -> str:
@@ -70,7 +69,7 @@ def choose_path(layer: Layer, length: int, packed: bool, dtype: torch.dtype, dev
     flash = layer.width == layer.value_width <= 256 and layer.width % 8 == 0 and dtype != torch.float32
     if flash and plain and torch.version.hip is None:
         return "varlen"
-    return "flex" if min(layer.width, layer.value_width) >= 16 else "tiled"  # the minimum of its matrix products
+    return "flex" if min(layer.width, layer.value_width) >= 16 else "tiled"  # flex needs this width
 
 
 def causal_attention(
@@ -86,7 +85,8 @@ def causal_attention(
     s_aux=None,
     **kwargs,
 ):
-    """`packing` is None if a row is one text, and Shared if this rank has a part of each row; `s_aux` are the heads' sinks."""
+    """The attention of one layer. `packing` is None if a row is one text, and Shared if this rank has a part of each row. `s_aux`
+    has the heads' sinks."""
     assert attention_mask is None, "transformers has no mask function for our name, but made a mask"
     if isinstance(packing, Shared):
         named = {"sliding_window": sliding_window, "softcap": softcap, "scaling": scaling, **kwargs}
@@ -102,7 +102,7 @@ def causal_attention(
 
 
 def shared_attention(query, key, value, shared: Shared, **named):
-    """Whole rows of some heads, in the place of parts of rows of all heads."""
+    """Attention if ranks share rows: each rank computes some heads of whole rows, in place of all heads of its parts of rows."""
     query, key, value = (heads_for_tokens(t, shared.ranks) for t in (query, key, value))
     heads = LocalHeads(query.shape[1] // key.shape[1])
     out_BTHD, _ = causal_attention(heads, query, key, value, None, packing=shared.packing, **named)
@@ -110,7 +110,8 @@ def shared_attention(query, key, value, shared: Shared, **named):
 
 
 class Sealed:
-    """Documents that a compiled block passes on without a look inside: a graph with them would hold for one batch."""
+    """A wrapper for documents, which a compiled block passes on unread. If its graph depended on them, it would hold for one
+    batch only."""
 
     def __init__(self, packing: Packing | None):
         self.packing = packing
@@ -122,20 +123,21 @@ def sealed_attention(module, query, key, value, attention_mask, *, packing: Seal
 
 
 def seal(block, arguments: tuple, named: dict) -> tuple[tuple, dict]:
-    """A hook before a block's forward."""
+    """A hook before a block's forward that wraps its documents."""
     return arguments, {**named, "packing": Sealed(named.get("packing"))}
 
 
 def packing_arguments(packing: Packing | None, share: Share | None = None) -> dict:
-    """The keywords of a body's forward that give this rank's tokens their positions, and tell its attention of the documents and of
-    the ranks that share rows."""
+    """The keywords of a body's forward: the positions of this rank's tokens, and for its attention the documents and the ranks
+    that share rows."""
     if share is not None:
         return {"position_ids": share.positions_BT, "packing": Shared(packing, share.of)}
     return {} if packing is None else {"position_ids": packing.positions_BT, "packing": packing}
 
 
 def paths_of(data, layers: Iterable[Layer], dtype: torch.dtype, device) -> list[str]:
-    """Of layers under a run file's data section; with what goes before and after them where ranks share rows."""
+    """The paths that these layers take under a run file's data section, with the exchange before and after them if ranks share
+    rows."""
     packed = data.attention == "document"
     paths = {choose_path(layer, data.seq_len, packed, dtype, device) for layer in layers}
     return sorted(paths | ({"ulysses"} if data.sequence_parallel > 1 else set()))
@@ -151,7 +153,7 @@ def describe(data, models: Mapping[str, Iterable[Layer]], dtype: torch.dtype, de
 
 @contextlib.contextmanager
 def recorded_calls():
-    """The calls of `causal_attention` inside the context, for a trial of a model; outside it nothing is recorded."""
+    """A context that records the calls of `causal_attention`, for a trial run of a model."""
     calls: list[Call] = []
 
     def record(module, query, key, value, attention_mask, **kwargs):

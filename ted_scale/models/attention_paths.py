@@ -1,7 +1,7 @@
 """Three ways to attend to a part of the past; none holds a [T, T] tensor. attention.py selects one.
 
-A query sees the tokens of its own document up to itself, and only the `window` newest of them. All three take [B, H, T, D],
-where several query heads may share a key head, and return [B, T, H, D].
+A query sees the tokens of its own document up to itself, and only the `window` newest of them. All three take [B, H, T, D] and
+return [B, T, H, D]. Several query heads may share a key head.
 """
 
 import functools
@@ -15,26 +15,26 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from ted_scale.data.packing import Packing
 
-BLOCK = 128  # tokens a side of a block of flex attention
-TILE = 256  # queries that `tiled` computes at once where it needs a mask or whole scores
-# Later versions than torch 2.11 need a flag for shared key heads.
+BLOCK = 128  # side of a block of flex attention, in tokens
+TILE = 256  # queries that `tiled` computes at once if it needs a mask or whole scores
+# torch after 2.11 needs a flag for shared key heads.
 SHARED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def varlen(query, key, value, packing: Packing, window=None, scaling=None, softcap=None, sinks=None):
-    """Flash attention over all documents of a batch at once. It has no soft-cap, and no sinks."""
+    """Flash attention over all documents of a batch at once. It supports no soft-cap and no sinks."""
     assert softcap is None and sinks is None
     rows, _, length, _ = query.shape
     flat = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     borders, longest = packing.borders, packing.longest
-    sides = (-1 if window is None else window - 1, 0)  # tokens before and after the query
+    sides = (-1 if window is None else window - 1, 0)  # tokens before the query, tokens after it
     out = varlen_attn(*flat, borders, borders, longest, longest, scale=scaling, window_size=sides, **SHARED_HEADS)
     return out.unflatten(0, (rows, length))
 
 
 def flex(query, key, value, packing: Packing, window=None, scaling=None, softcap=None, sinks=None):
-    """Flex attention, compiled: blocks of 128 x 128 in which no query sees a key are never computed. A sink takes its share of a
-    softmax whose sum is known."""
+    """Compiled flex attention. Blocks of 128 x 128 in which no query sees a key are never computed. A sink takes its share after
+    the softmax, whose sum is known."""
 
     def capped(score, *_):
         return torch.tanh(score / softcap) * softcap
@@ -53,17 +53,18 @@ def flex(query, key, value, packing: Packing, window=None, scaling=None, softcap
 
 @functools.cache
 def compiled_flex():
-    """One compilation for each shape, cap and gradient mode. Two models with two kinds of layers, trained and validated, need
-    more than dynamo's limit of 8. Beyond it flex attention would run unfused or, with fullgraph, raise an error."""
+    """Flex attention with a higher limit of compilations. Each shape, cap and gradient mode needs one. Two models with two kinds
+    of layers, trained and validated, need more than dynamo's limit of 8. Beyond the limit flex attention would run unfused or,
+    with fullgraph, raise an error."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 @functools.lru_cache(maxsize=4)  # all layers of both models share one or two masks of a micro-batch
 def block_mask(positions_BT: torch.Tensor, window: int | None) -> BlockMask:
-    """The same result as torch's create_block_mask, without its [T, T] mask: it follows from the oldest token that each query
-    sees. Along a row of documents that token never decreases, so a block of queries sees one range of blocks. It sees all of a
-    block that begins at or after its last query's oldest token."""
+    """The same result as torch's create_block_mask, without its [T, T] mask. The mask follows from the oldest token that each
+    query sees. This token never decreases along a row of documents, so a block of queries sees one range of blocks. It sees all
+    of a block that begins at or after the oldest token of its last query."""
     length = positions_BT.shape[1]
     token = torch.arange(length, device=positions_BT.device)
     oldest_BT = token - positions_BT
@@ -74,7 +75,7 @@ def block_mask(positions_BT: torch.Tensor, window: int | None) -> BlockMask:
     first, last = number * BLOCK, (number * BLOCK + BLOCK - 1).clamp(max=length - 1)
     nearest = (oldest_BT[:, first] // BLOCK)[:, None, :, None]
     whole_from = ((oldest_BT[:, last] + BLOCK - 1) // BLOCK)[:, None, :, None]
-    complete = first + BLOCK <= length  # as in torch: a block that is cut off is not whole
+    complete = first + BLOCK <= length  # as in torch: a cut-off block does not count as whole
     whole = (number >= whole_from) & (number < number[:, None]) & complete[:, None]
     part = (number >= nearest) & (number <= number[:, None]) & ~whole
 
@@ -87,13 +88,14 @@ def block_mask(positions_BT: torch.Tensor, window: int | None) -> BlockMask:
 
 
 def in_order(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(count of the blocks that a block of queries sees, all block numbers with these first) of a bool [B, 1, blocks, blocks]"""
+    """(number of blocks that each block of queries sees, all block numbers with these first), from a bool [B, 1, blocks, blocks]"""
     numbers = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(dim=-1, dtype=torch.int32), numbers.to(torch.int32)
 
 
 def tiled(query, key, value, packing: Packing, window=None, scaling=None, softcap=None, sinks=None):
-    """Document by document: SDPA where a query sees all before it, else tiles of queries against the keys that they see."""
+    """Attention document by document. It is SDPA if a query sees all tokens before it. Else it is tiles of queries against the
+    keys that they see."""
     assert sinks is None or not (sinks.requires_grad and torch.is_grad_enabled()), "sinks get no gradient here"
     tiles = list(tiles_of(packing, query.shape[2], window, needs_scores=softcap is not None or sinks is not None))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -101,7 +103,7 @@ def tiled(query, key, value, packing: Packing, window=None, scaling=None, softca
 
 
 def tiles_of(packing: Packing, row_length: int, window, needs_scores: bool) -> Iterator[tuple[int, int, int, int]]:
-    """(row, first query, one past the last query, first key that one of them sees)"""
+    """For each tile: (row, first query, one past the last query, first key that one of these queries sees)"""
     begin = 0
     for length in packing.lengths:
         row, start = divmod(begin, row_length)
@@ -114,7 +116,7 @@ def tiles_of(packing: Packing, row_length: int, window, needs_scores: bool) -> I
 
 
 class Tiled(torch.autograd.Function):
-    """Computes each tile again for its gradient, so that its scores and slices are freed after the forward."""
+    """Computes each tile again for its gradient, so scores and slices can be freed after the forward."""
 
     @staticmethod
     def forward(ctx, query, key, value, tiles, settings):
@@ -129,7 +131,7 @@ class Tiled(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
-        (tiles, settings), saved = ctx.work, ctx.saved_tensors  # read once: a checkpointed block allows one read only
+        (tiles, settings), saved = ctx.work, ctx.saved_tensors  # a checkpointed block allows only one read
         gradients = [torch.zeros_like(t) for t in saved]
         for tile in tiles:
             queries, keys = slices(tile)
@@ -151,7 +153,7 @@ def slices(tile):
 
 
 def attend(query, key, value, window, scaling, softcap, sinks):
-    """[1, H, Q, D] against [1, G, K, D]; the queries are those of the last Q keys."""
+    """Attention of [1, H, Q, D] over [1, G, K, D]. The queries belong to the last Q keys."""
     groups, count, total = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     plain = softcap is None and sinks is None

@@ -14,12 +14,12 @@ KEPT_WHOLE, KEPT_BY_DEFAULT = "stage3_param_persistence_threshold", 10**5  # ele
 
 
 def engine_config(plan, model: Anatomy, device: str | None = None, **trained) -> dict:
-    """For an engine on `device`, by default the accelerator that is here."""
-    # DeepSpeed's own linear map is for weights that are released before backward.
+    """The configuration of an engine on `device`, by default this machine's accelerator."""
+    # DeepSpeed's own linear map is only needed for weights that are released before backward.
     own_linear = not is_whole(plan.ds_config["zero_optimization"], plan.world)
     return {
-        "communication_data_type": "fp32",  # in bf16 the error of a sum grows with the number of ranks; a ds_config may choose bf16
-        "timers": {"throughput": {"enabled": False}},  # they wait for the device at every forward and step
+        "communication_data_type": "fp32",  # bf16's error of a sum grows with the number of ranks; a ds_config may choose it
+        "timers": {"throughput": {"enabled": False}},  # these would wait for the device at every forward and step
         **plan.ds_config,
         "zero_optimization": {
             "memory_efficient_linear": own_linear,
@@ -30,14 +30,14 @@ def engine_config(plan, model: Anatomy, device: str | None = None, **trained) ->
         "bf16": {"enabled": plan.run.train.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on offloaded shards and needs no compilation
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on offloaded shards and needs no compiler
         **trained,
     }
 
 
 def teacher_config(plan, device: str | None = None) -> dict:
-    """Its engine has no optimizer, and keeps no more weights whole than DeepSpeed does by default: a ds_config that keeps the
-    student whole means the student alone."""
+    """The configuration of the teacher's engine. It has no optimizer. It keeps no more weights whole than DeepSpeed does by
+    default: a ds_config that keeps the student whole must not keep the teacher whole."""
     config = engine_config(plan, plan.teacher, device)
     zero = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
     zero[KEPT_WHOLE] = min(setting(plan, KEPT_WHOLE, device, plan.teacher), KEPT_BY_DEFAULT)
@@ -45,7 +45,7 @@ def teacher_config(plan, device: str | None = None) -> dict:
 
 
 def check_int8_gathers(plan) -> None:
-    """DeepSpeed's kernels take shards of whole eights of weights."""
+    """Refuse int8 gathers of weights that cannot be cut for them: DeepSpeed's kernels need shards of a multiple of 8 weights."""
     if not plan.ds_config["zero_optimization"].get("zero_quantized_weights"):
         return
     for name, elements, ranks in gathered_weights(plan):
@@ -58,7 +58,8 @@ def check_int8_gathers(plan) -> None:
 
 
 def gathered_weights(plan) -> Iterator[tuple[str, int, int]]:
-    """(name, elements, ranks that share it) of what ranks gather: the student, filters, a teacher that is not whole."""
+    """(name, elements, ranks that share it) of each weight that ranks gather: the student's, the filters', those of a shared
+    teacher."""
     models = [("student", plan.student, plan.world)]
     if plan.placement and not plan.placement.is_bare:
         models.append(("teacher", plan.teacher, plan.placement.ranks))
@@ -67,12 +68,12 @@ def gathered_weights(plan) -> Iterator[tuple[str, int, int]]:
             yield f"{name} of the {side}", weight.numel(), ranks
     for name, (rows, columns) in lora.shapes(plan.student, plan.run.student.lora) if plan.run.student.lora else ():
         yield f"{name} of the student", rows * columns, plan.world
-    if plan.pairs:  # a filter's matrix has so many rows
+    if plan.pairs:  # the rows of a filter's matrix
         yield "a filter's bias", plan.width, plan.world
 
 
 def zero_settings(path: str, zero: dict):
-    """DeepSpeed's reading of the section of ZeRO; a mistake in it is one sentence about the ds_config at `path`."""
+    """The section of ZeRO as DeepSpeed parses it. A mistake in it is one sentence about the ds_config at `path`."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -100,9 +101,9 @@ def bucket_sizes(model: Anatomy, device: str | None = None) -> dict:
 
     on_cpu = (device or get_accelerator().device_name()) == "cpu"
     return {
-        "stage3_prefetch_bucket_size": model.block_parameters,  # the next block, whole, while this one computes
+        "stage3_prefetch_bucket_size": model.block_parameters,  # the whole next block, while this one computes
         "stage3_max_live_parameters": max(10**9, 3 * model.block_parameters),
         "contiguous_gradients": False,  # True would copy every gradient into a buffer that reduce-scatter does not read
-        "reduce_bucket_size": 2**21,  # small gradients together; a large matrix is reduced alone, without a copy
+        "reduce_bucket_size": 2**21,  # small gradients are reduced together, a large matrix alone and without a copy
         "sub_group_size": 2**22 if on_cpu else 10**8,  # an update copies its gradients; malloc keeps blocks of 16 MiB
     }

@@ -1,20 +1,20 @@
-"""A mixture's experts on the meta device, where a model is looked at without weights.
+"""A mixture's experts on the meta device, on which a model is inspected without weights.
 
-transformers merges the experts of a block into one tensor for each kind of matrix, and multiplies tokens sorted by expert, in
-groups. On the meta device torch has that product in bf16 alone. Note: the stand-in sends every token to the first expert, as often
-as the family's router chooses; sizes, work and what a gradient needs are those of groups.
+transformers merges the experts of a block into one tensor for each kind of matrix. It sorts tokens by expert and multiplies them
+in groups. On the meta device torch has this product only in bf16. Note: the stand-in sends every token to the first expert, as
+many times as the family's router would choose experts. Sizes, FLOPs and the memory for gradients are the same as with groups.
 """
 
 import contextlib
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-GROUPED = "grouped_mm"  # transformers' choice where a family allows one
+GROUPED = "grouped_mm"  # what transformers chooses if a family allows it
 
 
 @contextlib.contextmanager
 def as_one():
-    """Inside, experts run so. Yields every module of experts that ran → how many of them a token takes."""
+    """A context in which experts run as this stand-in. Yields every module of experts that ran → how many experts a token uses."""
     chosen: dict = {}
 
     def first_expert(module, states_NE, indices_NK, weights_NK):

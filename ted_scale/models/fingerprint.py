@@ -1,7 +1,7 @@
-"""Which model a folder holds, in a few letters: cheap, so of the weights only names and sizes count, or samples of their bytes.
+"""A short fingerprint of the model in a folder. It must be cheap, so it uses only names and sizes of weights, or samples of bytes.
 
-Equal fingerprints do not prove equal weights; other ones prove that it is another model, or another cut of its files. Equal samples
-prove it as well as 16 places of each file can: any training changes all of them.
+Equal fingerprints do not prove equal weights. Different ones prove another model, or another split of its files. Samples come
+from 16 places of each file, and any training changes all of them.
 """
 
 import hashlib
@@ -12,11 +12,11 @@ from ted_scale.base.errors import files_at
 from ted_scale.base.paths import open_file
 
 READ = ("config.json", "model.safetensors.index.json")
-PLACES, PIECE = 16, 2**16  # of each file of weights, bytes of each
+PLACES, PIECE = 16, 2**16  # places in each file of weights, bytes at each place
 
 
 def fingerprint(folder: Path) -> str:
-    """Of the texts that decide what the model is, and of the names and sizes of its weights, which are not read."""
+    """A digest of the texts that define the model, and of the names and sizes of its weights. The weights are not read."""
     digest = hashlib.sha256()
     with files_at(folder):
         for path in sorted(folder.iterdir()):
@@ -28,11 +28,12 @@ def fingerprint(folder: Path) -> str:
 
 
 def sampled(folder: Path) -> str:
-    """Of the weights alone, for a checkpoint that has none of them: every version of transformers writes another config.json."""
+    """A digest of the weights alone, for a checkpoint that does not hold them. config.json is left out, because every version of
+    transformers writes another one."""
     digest = hashlib.sha256()
     with files_at(folder):
         for path in sorted(folder.glob("*.safetensors")):
-            descriptor = open_file(path.resolve())  # the hub keeps links
+            descriptor = open_file(path.resolve())  # the hub's cache has links
             try:
                 size = os.fstat(descriptor).st_size
                 digest.update(os.fsencode(path.name) + f" {size}\n".encode())

@@ -1,9 +1,9 @@
-"""Fewer kernels in the blocks of teacher and student: compiled by torch, or with Liger's RMSNorm, rotary positions and gate.
+"""Fewer kernel launches in the blocks: torch compiles them, or Liger computes RMSNorm, rotary positions and the gated MLP.
 
-Liger knows which of its kernels replaces which module of a family; `fuse` applies them to one network and keeps its
-parameters. Liger also changes the family's file in transformers, and so every model of the process. Among these are the
-models that inspection.py runs on the meta device, where no kernel runs. Therefore the file's names are restored, and a
-function that a module would have looked up there is given to that module alone.
+Liger knows which of its kernels replaces which module of a family. `fuse` applies them to one network and keeps its parameters.
+Liger also changes the family's file in transformers, and so every model of the process. This includes the models that
+inspection.py runs on the meta device, where no kernel runs. Therefore the names in that file are restored. A function that a
+module would look up there is given to this module alone.
 """
 
 import functools
@@ -19,7 +19,7 @@ from ted_scale.base.packages import install_extra
 from ted_scale.kernels.triton.device import device_name, interprets, runs_triton
 from ted_scale.models import attention
 
-# Liger supports more; a test compares the logits and gradients of these with transformers' own.
+# Liger supports more families. For these, a test compares logits and gradients with transformers' own.
 FAMILIES = (
     "gemma", "gemma2", "gemma3_text", "granite", "llama", "ministral", "mistral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3",
     "smollm3",
@@ -27,8 +27,8 @@ FAMILIES = (
 
 
 def check(wish: str, models: dict, mode: str) -> None:
-    """Refuses a setting that the models (name: anatomy or None), the mode of attention or the installation do not allow, before
-    any rank starts."""
+    """Refuse a setting that the models (name: anatomy or None), data.attention or the installation do not allow. This is called
+    before any rank starts."""
     if wish == "compile" and mode == "document":
         raise UserError(
             "fused_blocks must be auto, liger or off where data.attention is 'document', but is 'compile': a "
@@ -50,7 +50,7 @@ def check(wish: str, models: dict, mode: str) -> None:
 
 
 def check_device(wish: str, device: torch.device) -> None:
-    """A UserError where fused_blocks asks for what the device cannot run."""
+    """Refuse a fused_blocks that the device cannot run."""
     if wish == "compile" and not runs_triton(device):
         raise UserError(
             f"fused_blocks must be auto or off on {device_name(device)}, but is 'compile', which needs ROCm or CUDA sm_80; leave "
@@ -64,7 +64,7 @@ def check_device(wish: str, device: torch.device) -> None:
 
 
 def check_teacher(paths: list[str]) -> None:
-    """Refuses teacher.compile where its attention, by these paths, is compiled by itself."""
+    """Refuse teacher.compile if one of these paths is flex attention, which is compiled separately."""
     if "flex" in paths:
         raise UserError(
             "teacher.compile must be false where a layer of the teacher takes flex attention, which is compiled by itself, but is "
@@ -77,8 +77,8 @@ def installed() -> bool:
 
 
 def chosen(wish: str, family: str, paths: list[str], device: torch.device) -> str:
-    """compile, liger or off. `paths` are those of attention.py: torch compiles only its own attention well. On a CPU a
-    block's work is long beside its launch."""
+    """compile, liger or off. `paths` are those of attention.py; torch compiles only its own attention well. On a CPU, launches
+    cost little beside a block's work."""
     if wish != "auto":
         return wish
     if not runs_triton(device):
@@ -89,7 +89,7 @@ def chosen(wish: str, family: str, paths: list[str], device: torch.device) -> st
 
 
 def describe(wish: str, ways: dict[str, str]) -> str:
-    """The line for the log; `ways` are what was chosen for each side."""
+    """The line for the log. `ways` has the choice for each side."""
     said = {
         "compile": "to be compiled by torch at the first steps", "liger": "with Liger's kernels",
         "off": "as in transformers",
@@ -99,8 +99,8 @@ def describe(wish: str, ways: dict[str, str]) -> str:
 
 
 def fuse(network, blocks, way: str, fails: bool = True, attention_apart: bool = False):
-    """The network, with its `blocks` compiled or with Liger's forward in the modules for which there is one. With
-    `attention_apart` a compiled block leaves its graph for its attention."""
+    """The network, with its `blocks` compiled, or with Liger's forward in the modules for which Liger has one. With
+    `attention_apart` the attention of a compiled block runs outside of its graph."""
     if way == "compile":
         if attention_apart:
             network.config._attn_implementation = attention.SEALED
@@ -113,11 +113,11 @@ def fuse(network, blocks, way: str, fails: bool = True, attention_apart: bool = 
 
 
 def compile_blocks(blocks, fails: bool) -> None:
-    """Each block's forward; DeepSpeed's hooks stay around it. Blocks of one kind share a graph. A block that torch cannot
-    compile runs as it is, unless it `fails`."""
+    """Compile each block's forward. DeepSpeed's hooks stay around it. Blocks of one kind share a graph. If torch cannot compile a
+    block, it runs uncompiled, or with `fails` the run stops."""
     import torch._dynamo
 
-    # Two models, two stages and validation compile the same code.
+    # Two models, two stages and validation compile the same code, more often than torch's limit.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.suppress_errors = not fails
     for block in blocks:
@@ -125,7 +125,7 @@ def compile_blocks(blocks, fails: bool) -> None:
 
 
 def use_liger(network):
-    """The network, with Liger's forward in the modules for which there is one."""
+    """The network, with Liger's forward in the modules for which Liger has one."""
     names = vars(sys.modules[type(network).__module__])
     before = dict(names)
     try:
@@ -139,12 +139,12 @@ def use_liger(network):
 
 
 def apply_liger(network) -> None:
-    """Replaces modules inside the blocks only. Liger does not check a gate's activation, so it is compared here."""
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # as transformers' Trainer does
+    """Replace modules, inside the blocks only. Liger does not check the activation of a gate, so it is compared here."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # transformers' Trainer uses it, too
 
     logging.getLogger("liger_kernel").setLevel(
         logging.ERROR
-    )  # it warns of every other vendor's kernel that is not installed
+    )  # it warns about other vendors' kernels that are not installed
     config = network.config
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     gates = {"swiglu": activation in ("silu", "swish"), "geglu": activation == "gelu_pytorch_tanh"}
@@ -153,7 +153,7 @@ def apply_liger(network) -> None:
 
 
 def use_functions(module, names: dict, functions: dict) -> None:
-    """Gives `module` a forward that finds `functions` where it would look them up in its file, whose names are `names`."""
+    """Give `module` a forward that uses `functions` in place of those of its file. `names` are the names in that file."""
     forward = type(module).forward
     if getattr(forward, "__globals__", None) is names and functions.keys() & set(forward.__code__.co_names):
         parts = forward.__name__, forward.__defaults__, forward.__closure__

@@ -12,7 +12,7 @@ from pathlib import Path
 
 os.environ.setdefault(
     "USE_HUB_KERNELS", "NO"
-)  # kernels from the hub are programs; transformers reads this when it is imported
+)  # kernels from the hub are programs; transformers reads this at its import
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -30,11 +30,11 @@ PROBE_LOGITS = torch.tensor([-40.0, -3.0, -0.5, 0.0, 1.0, 7.0, 55.0])
 
 
 def read_config(key: str, folder: Path):
-    """transformers' config of a folder; `key` names the folder in sentences. Code that comes with a model is never run."""
+    """transformers' config of a folder. Errors name the folder by `key`. Code that comes with a model is never run."""
     check_texts(f"{key} must hold the config.json of a known model family", folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds, and each family checks its own keys
+    except Exception as error:  # each family checks its own keys and raises its own exceptions
         reason = " ".join(str(error).split("\n", 2)[:2]).strip()
         if "trust_remote_code" in str(error):
             reason = (
@@ -58,7 +58,7 @@ def read_config(key: str, folder: Path):
         )
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)  # distillation compares states: dropout would add to their distance
+            setattr(config, name, 0.0)  # dropout would add to the distance of the states
     return config
 
 
@@ -70,14 +70,14 @@ def empty_model(config, dtype=None):
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=attention.NAME, dtype=dtype, trust_remote_code=False
         )
-    model.tie_weights()  # skipped together with the initialization
+    model.tie_weights()  # without initialization this is skipped, too
     model.generation_config = GenerationConfig()
     return model
 
 
 @contextlib.contextmanager
 def quiet_transformers():
-    """transformers logs a long warning about a model without a generation config."""
+    """A context without transformers' long warning about a model without a generation config."""
     logger = logging.getLogger("transformers")
     level, _ = logger.level, logger.setLevel(logging.ERROR)
     try:
@@ -98,11 +98,11 @@ def way_to_weights(key: str, folder) -> str:
 
 
 def inspect(key: str, path: str, *, needs_weights: bool = True, is_frozen: bool = False) -> Anatomy:
-    """The anatomy of a model; error messages name it by `key`, its key in the run file. Of a hub id no weights are fetched that are
-    not needed: a plan of 70 B parameters would wait for 141 GB. One that is frozen may be what is not
-    trained here: a mixture of experts, attention with sinks, a recurrence without attention."""
+    """The anatomy of a model. Errors name it by `key`, its key in the run file. Without `needs_weights` a hub id's weights are
+    not fetched: a plan of 70 B parameters would wait for 141 GB. A frozen model may have parts that cannot be trained here: a
+    mixture of experts, attention with sinks, a recurrence without attention."""
     wanted = MODEL if needs_weights else TOKENIZER
-    folder = find_folder(key, path, wanted).resolve()  # once: a link that is set to another model later changes nothing
+    folder = find_folder(key, path, wanted).resolve()  # resolved once: a link that is changed later has no effect
     if needs_weights and not any(folder.glob("*.safetensors")):
         raise UserError(f"{key} must hold *.safetensors weights, but {folder} has none; {way_to_weights(key, folder)}")
     config = read_config(key, folder)
@@ -142,7 +142,7 @@ def inspect(key: str, path: str, *, needs_weights: bool = True, is_frozen: bool 
 
 
 def chunk_of(model) -> int:
-    """Tokens in a chunk of a recurrent layer; 64 if the config does not say, as in the code of such families."""
+    """Tokens in a chunk of a recurrent layer. 64 if the config does not say, as in the code of such families."""
     keys = ("chunk_size", "mamba_chunk_size")
     return next((c for k in keys if (c := getattr(model.config, k, None))), 64) if model._is_stateful else 0
 
@@ -152,10 +152,10 @@ def size_of(module) -> int:
 
 
 def matrices(model, head, chosen: dict) -> int:
-    """Elements of all matrices that multiply a token's state, of experts those that it chooses. An embedding is a look-up."""
+    """Elements of all matrices that multiply a token's state; only the chosen experts count. An embedding is a look-up."""
 
     def of_experts(module) -> int:
-        matrices = [p for p in module.parameters(recurse=False) if p.dim() == 3]  # their biases have two
+        matrices = [p for p in module.parameters(recurse=False) if p.dim() == 3]  # their biases have two dimensions
         return sum(p.numel() // len(p) * chosen[module] for p in matrices)
 
     others = [m for m in model.modules() if m is not head and m not in chosen and not isinstance(m, torch.nn.Embedding)]
@@ -164,8 +164,8 @@ def matrices(model, head, chosen: dict) -> int:
 
 
 def run_once(key: str, folder: Path, config):
-    """(model without weights, the results of `trace`, its calls of our attention, its modules of experts and how many of them
-    a token takes). Whatever exception a family's code raises here becomes one error message."""
+    """(model without weights, the results of `trace`, its calls of our attention, its modules of experts → how many experts a
+    token uses). Any exception of a family's code becomes one error message."""
     try:
         with torch.device("meta"):
             model = empty_model(config)
@@ -182,8 +182,8 @@ def run_once(key: str, folder: Path, config):
 
 def blocks_apart(model, body: str, blocks: str) -> int:
     """How many blocks can keep documents apart. In such a block only attention mixes tokens, and it receives the documents.
-    Recurrent layers do not count: they carry a state over a border (and have a convolution over time). Some families drop
-    the keyword."""
+    Blocks with recurrent layers do not count: they carry a state over a border (and have a convolution over time). Some families
+    drop the keyword."""
     quiet = contextlib.suppress(Exception)
     with attention.recorded_calls() as calls, experts.as_one(), torch.no_grad(), quiet:
         tokens = torch.zeros(1, 4, dtype=torch.long, device="meta")
@@ -207,8 +207,8 @@ def check_dense(key: str, folder: Path, config) -> None:
 
 
 def check_attention(key: str, model, calls: list[attention.Call], is_frozen: bool) -> None:
-    """A family gets no mask. It would give wrong results with another attention, or with keywords that ours ignores. A
-    recurrence alone needs none."""
+    """Refuse a model whose attention is not ours, or is called with keywords that ours ignores. The model gets no mask, so its
+    results would be wrong. A model with recurrences alone needs no attention."""
     family = model.config.model_type
     if not calls and not (is_frozen and model._is_stateful):
         raise UserError(
@@ -226,7 +226,7 @@ def check_attention(key: str, model, calls: list[attention.Call], is_frozen: boo
 
 
 def check_way_to_head(key: str, model, after: list[str], body: str) -> None:
-    """The output projection must read the body's output directly, because filtered states go through the tail only."""
+    """Refuse modules between the body and the output projection, because filtered states go through the tail only."""
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     between = [n for n in after[: after.index(head)] if not body.startswith(f"{n}.")]
     if between:
@@ -237,7 +237,7 @@ def check_way_to_head(key: str, model, after: list[str], body: str) -> None:
 
 
 def logit_settings(key: str, config, logits: torch.Tensor) -> tuple[float | None, float]:
-    """(soft-cap, scale) from the config, if they give the family's own result for PROBE_LOGITS."""
+    """(soft-cap, scale) from the config. They must give the family's own result for PROBE_LOGITS."""
     softcap = getattr(config, "final_logit_softcapping", None)
     scale = next((s for k in ("logit_scale", "lm_head_multiplier") if (s := getattr(config, k, None))), None)
     scale = scale or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -249,7 +249,7 @@ def logit_settings(key: str, config, logits: torch.Tensor) -> tuple[float | None
 
 
 def trace(model) -> tuple[list[str], torch.Tensor]:
-    """(module names in the order in which they finish, the family's logits where PROBE_LOGITS replace the head's output)"""
+    """(module names in the order in which they finish, the family's logits if PROBE_LOGITS replace the head's output)"""
     order: list[str] = []
     names = {module: name for name, module in model.named_modules()}
     hooks = [m.register_forward_hook(lambda module, *_: order.append(names[module])) for m in names]

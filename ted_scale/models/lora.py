@@ -1,7 +1,7 @@
-"""A student's adapters: each frozen matrix of its blocks has a trained product B·A of low rank beside it (LoRA, by peft).
+"""A student's adapters: a trained low-rank product B·A is added to each frozen matrix of its blocks (LoRA, by peft).
 
-Note: peft writes into an adapter's weights after it has made them, which ZeRO-3 allows only while they are whole. So they are made
-outside of ZeRO-3's construction, every rank draws the same numbers, and DeepSpeed cuts them when the engine is made.
+Note: peft writes to an adapter's weights after it has made them, and ZeRO-3 allows this only while they are whole. So they are
+made outside of ZeRO-3's construction. Every rank draws the same numbers, and DeepSpeed shards them when the engine is made.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.trial import hollow
 
 ALL = "all-linear"
-NAMES = ("lora_A.default.weight", "lora_B.default.weight")  # peft's, of an adapter's weights inside its module
+NAMES = ("lora_A.default.weight", "lora_B.default.weight")  # peft's names of an adapter's weights inside its module
 
 
 class Matrix(NamedTuple):
@@ -31,11 +31,11 @@ class Matrix(NamedTuple):
 
     inputs: int
     outputs: int
-    is_turned: bool  # its weight is [inputs, outputs], as GPT-2 has it
+    is_turned: bool  # its weight is [inputs, outputs], as in GPT-2
 
 
 def check(lora: Lora | None, anatomy: Anatomy) -> None:
-    """Refuses what the installation or the model does not allow, before any rank starts."""
+    """Refuse adapters that the installation or the model does not allow, before any rank starts."""
     if lora is None:
         return
     if importlib.util.find_spec("peft") is None:
@@ -57,9 +57,10 @@ def is_called(name: str, target: str) -> bool:
     return f".{name}".endswith(f".{target}")
 
 
-@cache  # for the plan, its memory, FLOPs and description
+@cache  # the plan, its memory, its FLOPs and its description ask for it
 def matrices(anatomy: Anatomy, targets: tuple[str, ...] | str) -> dict[str, Matrix]:
-    """Module → matrix of those in blocks that get an adapter. The head is none: the fused losses read its weight as it is."""
+    """Module → matrix, for the linear maps of blocks that get an adapter. The head gets none, because the fused losses read its
+    weight directly."""
     inside, found = f"{anatomy.blocks}.", {}
     for name, module in hollow(anatomy, torch.bfloat16).named_modules():
         chosen = targets == ALL or any(is_called(name, target) for target in targets)
@@ -78,12 +79,12 @@ def shapes(anatomy: Anatomy, lora: Lora) -> Iterator[tuple[str, tuple[int, int]]
 
 
 def parameters(anatomy: Anatomy, lora: Lora | None) -> int:
-    """Of all adapters; 0 without them."""
+    """The parameters of all adapters; 0 without them."""
     return sum(rows * columns for _, (rows, columns) in shapes(anatomy, lora)) if lora else 0
 
 
 def identity(lora: Lora | None, anatomy: Anatomy) -> dict:
-    """What a checkpoint of adapters, which has no frozen weight, must find again."""
+    """What must be the same at a resume: a checkpoint of adapters does not hold the frozen weights."""
     if lora is None:
         return {"student.lora.rank": 0}
     named = {f"student.lora.{key}": plain(getattr(lora, key)) for key in ("rank", "alpha", "targets")}
@@ -102,7 +103,7 @@ def describe(lora: Lora | None, anatomy: Anatomy) -> list[str]:
 
 
 def settings(anatomy: Anatomy, lora: Lora):
-    """As peft has them. Dropout is off, as it is in the models themselves."""
+    """peft's settings. Dropout is off, as it is in the models themselves."""
     from peft import LoraConfig
 
     names = list(matrices(anatomy, lora.targets))
@@ -110,15 +111,15 @@ def settings(anatomy: Anatomy, lora: Lora):
 
 
 def adapt(network, anatomy: Anatomy, lora: Lora, seed: int = 0) -> None:
-    """Adapters into the network, whose own weights are frozen by it. They start as peft's: A at random, B at 0.
+    """Put adapters into the network, and freeze its own weights. They start as in peft: A at random, B at 0.
 
-    The embeddings' output has a gradient that nobody reads: DeepSpeed takes a block's gradients when that of its input is there,
-    and would take those of the first block too early."""
+    The embeddings' output gets a gradient that is not used. DeepSpeed takes the gradients of a block when the gradient of the
+    block's input is ready. Without this gradient it would take those of the first block too early."""
     from peft import inject_adapter_in_model
 
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that GPT-2's matrices are turned, which peft sees itself
+        warnings.simplefilter("ignore")  # about GPT-2's transposed matrices, which peft detects itself
         inject_adapter_in_model(settings(anatomy, lora), network)
     network.get_input_embeddings().register_forward_hook(with_gradient)
 
@@ -128,6 +129,6 @@ def with_gradient(module, inputs, output):
 
 
 def delta(matrix: Matrix, lora: Lora, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """What an adapter adds to its matrix, in fp32."""
+    """The matrix that an adapter adds to its own, in fp32."""
     product = (b.float() @ a.float()) * (lora.alpha / lora.rank)
     return product.t() if matrix.is_turned else product

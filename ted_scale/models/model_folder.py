@@ -1,7 +1,7 @@
-"""Write a Hugging Face model folder: safetensors shards, one at a time, and the small files beside them.
+"""Write a Hugging Face model folder: safetensors shards, one after another, and the small files beside them.
 
-The caller describes each tensor, and reads those of a shard into memory when it is written. So only one shard is in memory.
-Everything is written to OUT.part, which is renamed to OUT when it is complete.
+The caller describes each tensor. When a shard is written, the caller reads its tensors into memory. So only one shard is in
+memory. Everything is written to OUT.part, which is renamed to OUT when it is complete.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class Recipe(NamedTuple):
 
 
 def saved_tensors(model) -> dict[str, torch.Tensor]:
-    """Name → parameter or buffer, as in a model's files: a tied tensor once, under its first name."""
+    """Name → parameter or buffer, as in a model's files. A tied tensor is there once, under its first name."""
     first = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         first.setdefault(id(tensor), (name, tensor))
@@ -69,7 +69,7 @@ def new_folder(out: Path, *, overwrite: bool, sources: Iterable[Path] = ()):
 
 
 def check_out(out: Path, overwrite: bool, sources: Iterable[Path]) -> None:
-    """Before hours of work: a UserError where OUT would be lost, or one of the `sources` with it."""
+    """Refuse an OUT that must not be replaced, or that holds one of the `sources`. Call this before hours of work."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir() or not overwrite:
@@ -82,8 +82,8 @@ def check_out(out: Path, overwrite: bool, sources: Iterable[Path]) -> None:
 
 
 def write_shards(folder: Path, recipes: Iterable[Recipe], read: Callable[[dict], None], limit: float) -> int:
-    """Write the tensors in files of at most `limit` bytes (or one tensor) and their index; returns the size of all. `read`
-    fills a shard's tensors, by name."""
+    """Write the tensors and their index. A file has at most `limit` bytes, or one tensor. `read` fills a shard's tensors, by
+    name. Returns the size of all tensors."""
     shards = split(recipes, limit)
     places = {}
     for number, shard in enumerate(shards, 1):
@@ -114,7 +114,7 @@ def write_shard(path: Path, shard: list[Recipe], read: Callable[[dict], None]) -
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from None
-    path.chmod(0o644)  # the library lets only the owner read it
+    path.chmod(0o644)  # safetensors lets only the owner read it
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -122,8 +122,8 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def check_link(folder: Path, path: Path) -> None:
-    """A downloaded folder may hold a link to a private file of this user, which a copy would publish. Snapshots of the hub
-    are links, too, but into the folder above them."""
+    """Refuse a link that leads out of the model. A downloaded folder may hold a link to a private file of this user, and a copy
+    would publish that file. The hub's snapshots are links, too, but into the folder above them."""
     root = folder.resolve()
     root = root.parents[1] if root.parent.name == "snapshots" else root
     if not path.resolve().is_relative_to(root):

@@ -1,9 +1,9 @@
-"""Where a tensor of a model's files belongs in the network: under which name, and in which part of it.
+"""Where a tensor of a model's files belongs in the network: the name of the network's tensor, and the part of it.
 
-transformers knows the names of a family's files and how it merges what they hold. Note: files have a mixture's experts one by one,
-and the network has all of a block in one tensor [experts, rows, ...], where each matrix of the files is one stretch. So they are
-read by rows like all others, and never merged in memory. What transformers splits, turns or joins in other ways while it loads is
-not known here, and is missing then.
+transformers knows how names in a family's files are mapped and how tensors are merged. Note: files have a mixture's experts one
+by one. The network has all experts of a block in one tensor [experts, rows, ...], in which each matrix of the files is one
+stretch. So they are read by rows like all others, and never merged in memory. Other changes that transformers makes at loading
+(splits, transposes, joins) are not supported here, and such tensors count as missing.
 """
 
 import re
@@ -13,7 +13,8 @@ LONGEST = 6  # digits of an expert's number
 
 
 class Place(NamedTuple):
-    """All of a network's tensor, or of one expert in it part `part` of `parts` with as many rows."""
+    """A whole tensor of the network, or a part of one expert in it: the expert's rows are cut into `parts`, and this is part
+    `part`."""
 
     name: str
     expert: int | None = None
@@ -21,8 +22,8 @@ class Place(NamedTuple):
     parts: int = 1
 
     def within(self, whole: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-        """(shape, where it begins in the flattened tensor) in a network's tensor of shape `whole`. An expert that is not there has
-        no sides."""
+        """(shape of the place, its start in the flattened tensor), for a network's tensor of shape `whole`. An expert that does
+        not exist has the shape ()."""
         if self.expert is None:
             return whole, 0
         experts, rows, *rest = whole
@@ -34,8 +35,8 @@ class Place(NamedTuple):
 
 
 def placer(network, targets):
-    """Key in a file → Place in `targets`: transformers' own renamings, its merging of experts, and a missing or extra base-model
-    prefix."""
+    """A function from a key in a file to a Place in `targets`. It follows transformers' renamings and merging of experts, and
+    adds or removes the prefix of the base model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
@@ -55,7 +56,7 @@ def placer(network, targets):
 
 
 def merges_experts(transform) -> bool:
-    """Whether it stacks experts, and before that joins the rows of each one's matrices."""
+    """Whether a transform stacks experts, after it has joined the rows of each expert's matrices."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     steps = [(type(step), getattr(step, "dim", None)) for step in getattr(transform, "operations", ())]
@@ -63,7 +64,7 @@ def merges_experts(transform) -> bool:
 
 
 def merged(merge, key: str) -> Place | None:
-    """The place of a file's matrix of one expert."""
+    """The place of one expert's matrix in a file. None if `key` is no such matrix."""
     name, pattern = merge.rename_source_key(key)
     found = re.search(pattern.replace("*", rf"([0-9]{{1,{LONGEST}}})"), key) if pattern else None
     if found is None:

@@ -1,8 +1,8 @@
-"""A frozen network whose matrices have 8 bits: which ones these are, and how they are read.
+"""A frozen network with matrices in 8 bits: which matrices these are, and how they are read.
 
-torchao rounds them and multiplies by them. fp8: every row of a matrix and of what it multiplies has a scale of its own. int8: the
-matrix alone, which each product widens again. Note: a block is read whole, in bf16, and rounded before the next one is read, so
-that the device never holds more than one such block.
+torchao rounds them and multiplies by them. With fp8, every row of a matrix and of its input has a scale of its own. With int8,
+only the matrix is rounded, and each product converts it back. Note: a block is read whole, in bf16, and rounded before the next
+one is read. So the device never holds more than one block in bf16.
 """
 
 import importlib.util
@@ -21,21 +21,21 @@ from ted_scale.models.inspection import empty_model, read_config
 from ted_scale.models.weights import draw_weights, load_weights, tensors_of
 from ted_scale.models.zero import bare_construction
 
-MULTIPLE = 16  # fp8's products want both sides of a matrix to be one of it
-BESIDE = {"fp8": 4, "int8": 5}  # bytes a row of a matrix: its scale, and int8's zero point, which is always 0
+MULTIPLE = 16  # fp8 products need both sides of a matrix to be a multiple of it
+BESIDE = {"fp8": 4, "int8": 5}  # bytes for each row of a matrix: its scale, and int8's zero point, which is always 0
 
 
 class Counts(NamedTuple):
-    """What becomes of a network's parameters."""
+    """How a network's parameters are kept."""
 
-    matrices: dict[str, int]  # name inside a block → blocks that have it, in 8 bits
-    left_out: dict[str, int]  # other matrices of blocks, which stay in bf16
-    elements: int  # in 8 bits
-    bytes: int  # of the whole network
+    matrices: dict[str, int]  # matrices in 8 bits: name inside a block → number of blocks that have it
+    left_out: dict[str, int]  # matrices of blocks that stay in bf16
+    elements: int  # number of elements in 8 bits
+    bytes: int  # size of the whole network
 
 
 def check(bits: str | None, anatomy: Anatomy) -> None:
-    """Refuses what the installation or the model does not allow, before any rank starts."""
+    """Refuse 8 bits that the installation or the model does not allow, before any rank starts."""
     if bits and importlib.util.find_spec("torchao") is None:
         raise UserError(
             f"teacher.precision must be left out where torchao is not installed, but is '{bits}'; "
@@ -45,7 +45,7 @@ def check(bits: str | None, anatomy: Anatomy) -> None:
 
 
 def check_model(bits: str | None, anatomy: Anatomy) -> None:
-    """Its shapes alone: a run is planned on machines that cannot run it."""
+    """Check the model's shapes alone, because a run may be planned on a machine that cannot run it."""
     if bits and not counts(anatomy, bits).matrices:
         raise UserError(
             f"teacher.precision must be left out for a teacher of family {anatomy.family}, but is '{bits}', which needs matrices "
@@ -54,7 +54,7 @@ def check_model(bits: str | None, anatomy: Anatomy) -> None:
 
 
 def check_device(bits: str | None, device: torch.device) -> None:
-    """A UserError where the teacher's 8 bits need another device."""
+    """Refuse a device that cannot compute the teacher's 8 bits."""
     hopper = device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
     if bits == "fp8" and not hopper:
         raise UserError(
@@ -64,14 +64,14 @@ def check_device(bits: str | None, device: torch.device) -> None:
 
 
 def takes(module, bits: str) -> bool:
-    """Whether torchao rounds this module: fp8 products want sides that are multiples of MULTIPLE."""
+    """Whether torchao rounds this module. fp8 products need sides that are multiples of MULTIPLE."""
     fits = type(module) is torch.nn.Linear
     return fits and (bits == "int8" or not any(side % MULTIPLE for side in module.weight.shape))
 
 
-@cache  # for the plan, its memory and its description
+@cache  # the plan, its memory and its description ask for it
 def counts(anatomy: Anatomy, bits: str) -> Counts:
-    """What would be rounded to 8 bits, by kind of module, and the bytes of the teacher then. Nothing is loaded."""
+    """The matrices that would be rounded to 8 bits, by kind of module, and the teacher's bytes then. Nothing is loaded."""
     with torch.device("meta"):
         network = empty_model(read_config("teacher", anatomy.folder), torch.bfloat16)
     found, others, elements, rows = Counter(), Counter(), 0, 0
@@ -105,7 +105,7 @@ def listed(names: dict[str, int]) -> str:
 
 
 def build_quantized(anatomy: Anatomy, bits: str, *, init: str, seed: int, device):
-    """The causal LM with its folder's weights or random ones, whole on `device`, its blocks' matrices in 8 bits."""
+    """The causal LM with its folder's weights or random ones. It is whole on `device`, with its blocks' matrices in 8 bits."""
     network, config = hollow(anatomy, device), config_of(bits)
     torch.manual_seed(seed)
     rest = rest_of(network, anatomy)
@@ -142,7 +142,7 @@ def read_block(network, anatomy: Anatomy, number: int, device, init: str = "weig
 
 
 def empty(modules, device) -> None:
-    """Gives the modules parameters without values on `device`. What was one parameter stays one."""
+    """Give the modules parameters without values on `device`. A shared parameter stays shared."""
     made: dict = {}
     for module in modules:
         for name, parameter in module.named_parameters(recurse=False):
@@ -159,7 +159,7 @@ def fill(network, anatomy: Anatomy, modules, tensors: dict, init: str) -> None:
 
 
 def config_of(bits: str):
-    """torchao's settings. By default they would also change how torch compiles everything else of this process."""
+    """torchao's settings. Its defaults would also change how torch compiles everything else in this process."""
     from torchao import quantization
 
     if bits == "int8":
@@ -175,8 +175,8 @@ def quantize(block, bits: str, config) -> None:
 
 
 def unrounded(network, anatomy: Anatomy, device):
-    """The same causal LM in bf16, to compare with: outside the blocks it is `network` itself, and a block is read from the files
-    when it is called, and left after it."""
+    """The same causal LM in bf16, for a comparison. Outside the blocks it is `network` itself. A block is read from the files
+    when it is called, and freed afterwards."""
     other = hollow(anatomy, device)
     for ours, theirs in zip(rest_of(other, anatomy), rest_of(network, anatomy), strict=True):
         for name, parameter in theirs.named_parameters(recurse=False):

@@ -1,8 +1,8 @@
-"""A frozen network whose blocks wait in the host's memory: each is copied to the device while the one before it computes.
+"""A frozen network whose blocks are in the host's memory. Each block is copied to the device while the one before it computes.
 
-Two places on the device take turns. A block's weights are views of one piece of host memory, so that a block is one copy. What
-is outside the blocks (embedding, tail, head) stays on the device, where the losses read it. Note: on a CPU the same happens
-in turn, without pinned memory and without a stream of its own.
+Two places on the device are used in turn. A block's weights are views of one piece of host memory, so a block needs one copy. The
+modules outside the blocks (embedding, tail, head) stay on the device, where the losses read them. Note: on a CPU copy and compute
+run one after the other, without pinned memory and without a second stream.
 """
 
 import contextlib
@@ -10,11 +10,11 @@ from functools import partial
 
 import torch
 
-ALIGNED = 256  # bytes: where kernels like a tensor to begin
+ALIGNED = 256  # bytes: an alignment that suits kernels
 
 
 def stream_blocks(network, blocks, device: torch.device) -> None:
-    """Keeps the weights of `blocks`, which are in the host's memory, there, and moves all others to the device."""
+    """Keep the weights of `blocks` in the host's memory, where they are, and move all others to the device."""
     waiting = {id(weight) for weight in blocks.parameters()}
     for tensor in (*network.buffers(), *(p for p in network.parameters() if id(p) not in waiting)):
         tensor.data = tensor.data.to(device)
@@ -22,7 +22,7 @@ def stream_blocks(network, blocks, device: torch.device) -> None:
 
 
 class Packed:
-    """The weights of one block in one piece of host memory. `show` gives the block the copy of them on the device."""
+    """The weights of one block in one piece of host memory. `show` gives the block their copy on the device."""
 
     def __init__(self, block, pinned: bool):
         self.weights, self.ranges, end = list(block.parameters()), [], 0
@@ -52,8 +52,8 @@ class Packed:
 
 
 class BlockStream:
-    """The hooks of the blocks. `turn` is the place of the block that runs; meanwhile the other one is filled with the next
-    block, after the last one with the first."""
+    """The hooks of the blocks. `turn` is the place of the block that runs. Meanwhile the other place is filled with the next
+    block, and after the last block with the first."""
 
     def __init__(self, blocks, device: torch.device):
         on_host = device.type == "cpu"
@@ -64,14 +64,14 @@ class BlockStream:
         self.side = None if on_host else torch.cuda.Stream(device)
         self.filled, self.left = ([Reached(on_host) for _ in range(2)] for _ in range(2))
         for place in self.left:
-            place.mark()  # what used the memory of the places before may still run
+            place.mark()  # earlier work on this memory may still run
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(self.begin, index))
             block.register_forward_hook(partial(self.end, index))
 
     def begin(self, index: int, *_) -> None:
         place = self.turn
-        if self.holds[place] != index:  # the first call, or the one after a pass that broke off
+        if self.holds[place] != index:  # the first call, or the first after an interrupted pass
             self.fill(place, index)
         self.filled[place].wait()
         self.packed[index].show(self.places[place])
@@ -91,7 +91,7 @@ class BlockStream:
 
 
 class Reached:
-    """One stream's word to another that it has come so far; nothing where there is one thread of work."""
+    """Marks how far one stream has come, so that another can wait for it. On a CPU it does nothing."""
 
     def __init__(self, on_host: bool):
         self.event = None if on_host else torch.cuda.Event()
@@ -101,6 +101,6 @@ class Reached:
             self.event.record()
 
     def wait(self) -> None:
-        """The stream waits, not the host."""
+        """Make the current stream wait. The host does not wait."""
         if self.event:
             torch.cuda.current_stream().wait_event(self.event)

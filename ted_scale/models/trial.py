@@ -1,7 +1,7 @@
-"""A body on the meta device, run over a few tokens: what its operations keep, read and write, without weights or a device.
+"""Runs a body on the meta device over a few tokens. This shows what its operations keep, read and write, without weights.
 
-Note: torch's attention has no kernel there and would fall back to whole scores, which no device computes so. A stand-in keeps what
-the fused ones keep: queries, keys, values and the result.
+Note: torch's attention has no kernel there and would compute whole scores, which no real device does. A stand-in keeps what the
+fused kernels keep: queries, keys, values and the result.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def fused_attention():
 
 
 def least_tokens(anatomy: Anatomy) -> int:
-    """Of a trial: a whole chunk of its recurrences."""
+    """The least number of tokens for a trial: a whole chunk of the model's recurrences."""
     return anatomy.chunk or 8
 
 
@@ -52,6 +52,6 @@ def hollow(anatomy: Anatomy, dtype):
 
 
 def run_hollow(network, anatomy: Anatomy, tokens: int, rows: int = 1):
-    """The input of its head for so many tokens a row."""
+    """The input of the network's head, for `rows` rows of `tokens` tokens."""
     with fused_attention(), experts.as_one():
         return run_body(network, anatomy, torch.zeros(rows, tokens, dtype=torch.long, device="meta"))

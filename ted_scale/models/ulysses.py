@@ -1,8 +1,8 @@
-"""Rows that several ranks share (DeepSpeed's Ulysses): attention gives tokens for heads, and everything else stays as it is.
+"""Rows that several ranks share (DeepSpeed's Ulysses): for attention, ranks exchange tokens for heads. Nothing else changes.
 
-A rank has a part of every row. Before attention it gets all tokens of some heads, and gives its tokens of the others; after it,
-back. Note: this is the algorithm of DeepSpeed's UlyssesSPAttentionHF and not the class, which fits one model with one size of
-batches; docs/design/0046-rows-that-ranks-share.md has the reasons.
+A rank has a part of every row. Before attention it receives all tokens of some heads, and sends its tokens of the other heads.
+After attention the exchange is reversed. Note: this is the algorithm of DeepSpeed's UlyssesSPAttentionHF, but not that class,
+which fits only one model with one batch size. docs/design/0046-rows-that-ranks-share.md has the reasons.
 """
 
 from typing import NamedTuple
@@ -16,22 +16,22 @@ from ted_scale.ranks.group import group_of_node
 
 
 class Shared(NamedTuple):
-    """Given to a layer instead of a Packing if ranks share rows. The packing inside is that of whole rows."""
+    """A layer gets this instead of a Packing if ranks share rows. The packing inside describes whole rows."""
 
     packing: Packing | None
     ranks: int
 
 
 class LocalHeads(NamedTuple):
-    """In the place of a layer's module, from which torch's attention reads how many query heads share a key head."""
+    """Replaces a layer's module for torch's attention, which reads there how many query heads share a key head."""
 
     num_key_value_groups: int
     is_causal: bool = True
 
 
 class Exchange(torch.autograd.Function):
-    """Slice i of the first dimension goes to rank i of those that share rows, and comes from it. Its gradient goes back the same
-    way."""
+    """Sends slice i of the first dimension to rank i of those that share rows, and receives slice i from it. Gradients go the
+    same way back."""
 
     @staticmethod
     def forward(ctx, slices, ranks: int):
@@ -44,15 +44,16 @@ class Exchange(torch.autograd.Function):
 
 
 def exchanged(slices: torch.Tensor, ranks: int) -> torch.Tensor:
-    """Their group is made at the first call, which all ranks make together; sequence ranks follow each other, as a node's do."""
+    """The slices after the exchange. The group is made at the first call, which all ranks make together. Ranks that share rows
+    have consecutive numbers, like the ranks of a node."""
     out = torch.empty_like(slices, memory_format=torch.contiguous_format)
     dist.all_to_all_single(out, slices.contiguous(), group=group_of_node(ranks))
     return out
 
 
 def heads_for_tokens(states_BHTD: torch.Tensor, ranks: int) -> torch.Tensor:
-    """All heads of this rank's tokens → this rank's heads of all tokens. Where there are fewer heads than ranks, several ranks get
-    the same one."""
+    """All heads of this rank's tokens → this rank's heads of all tokens. If there are fewer heads than ranks, several ranks get
+    the same head."""
     heads = states_BHTD.shape[1]
     if heads < ranks:
         states_BHTD = states_BHTD.repeat_interleave(ranks // heads, dim=1)
@@ -67,7 +68,7 @@ def tokens_for_heads(states_BTHD: torch.Tensor, ranks: int) -> torch.Tensor:
 
 
 def groups_of(run, world: int) -> int:
-    """How many groups of ranks read different text; a group is one rank where rows are not shared."""
+    """How many groups of ranks read different text. If rows are not shared, a group is one rank."""
     ranks = run.data.sequence_parallel
     if world % ranks:
         raise UserError(
@@ -77,7 +78,7 @@ def groups_of(run, world: int) -> int:
 
 
 def check(run, models: dict) -> None:
-    """Refuses a number of ranks that cannot share a row of these models (name: anatomy or None), before any rank starts."""
+    """Refuse a number of ranks that cannot share a row of these models (name: anatomy or None), before any rank starts."""
     ranks = run.data.sequence_parallel
     if ranks == 1:
         return
@@ -92,7 +93,8 @@ def check(run, models: dict) -> None:
 
 
 def check_model(side: str, anatomy, ranks: int) -> None:
-    """A block takes part if it can keep documents apart: no other part of it mixes tokens, and its attention gets the keyword."""
+    """Refuse a model with blocks that cannot keep documents apart. In a block that can, only attention mixes tokens, and it gets
+    the keyword."""
     if anatomy.blocks_apart < anatomy.layers:
         raise UserError(
             f"data.sequence_parallel must be 1 where not all blocks take part in it, but is {ranks} for a {side} of family "

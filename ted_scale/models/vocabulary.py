@@ -1,4 +1,4 @@
-"""Checks that two models, or a corpus and a model, have the same tokenizer: otherwise training learns noise."""
+"""Checks that two models, or a corpus and a model, have the same tokenizer. Otherwise training would learn noise."""
 
 from pathlib import Path
 
@@ -12,11 +12,12 @@ COMPARED_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def check_same_tokenizer(student: Anatomy, teacher: Anatomy) -> None:
-    """Vocabularies may be padded to different sizes; an id in both must be the same token."""
+    """Refuse models with different tokenizers. Vocabularies may be padded to different sizes, but an id in both must be the same
+    token."""
     if same_file(student.folder, teacher.folder):
         return
     vocabularies = [read_vocabulary(a.folder) for a in (student, teacher)]
-    if None in vocabularies:  # a bare model folder: nothing to compare
+    if None in vocabularies:  # a folder without tokenizer: nothing to compare
         return
     tokens_s, tokens_t = ({i: token for token, i in v.items()} for v in vocabularies)
     shared = min(student.vocab_size, teacher.vocab_size)
@@ -30,7 +31,8 @@ def check_same_tokenizer(student: Anatomy, teacher: Anatomy) -> None:
 
 
 def check_corpus_tokenizer(indices: list[ShardIndex], student: Anatomy) -> None:
-    """Ids of another tokenizer are also in range, so only the digests in the sidecars show it. A corpus without one passes."""
+    """Refuse a corpus of another tokenizer. Its ids are also in range, so only the digests in the sidecars show it. A corpus
+    without a digest passes."""
     written = tokenizer_of("data.corpora", indices)
     if not written:
         return
@@ -43,7 +45,7 @@ def check_corpus_tokenizer(indices: list[ShardIndex], student: Anatomy) -> None:
 
 
 def student_tokenizer(folder: Path):
-    """transformers' tokenizer; its sentences name student.path."""
+    """transformers' tokenizer. Its errors name student.path."""
     try:
         return load_tokenizer(str(folder))
     except UserError as error:
@@ -51,7 +53,7 @@ def student_tokenizer(folder: Path):
 
 
 def tokenizer_folder(student: Anatomy, teacher: Anatomy | None, key: str = "validation.suite") -> Path:
-    """Where the tokenizer of both models is, which the run file's `key` needs."""
+    """The folder of the tokenizer of both models. The run file's `key` needs it."""
     for anatomy in filter(None, (student, teacher)):
         if has_tokenizer(anatomy.folder):
             student_tokenizer(anatomy.folder)
@@ -62,7 +64,7 @@ def tokenizer_folder(student: Anatomy, teacher: Anatomy | None, key: str = "vali
 
 
 def same_file(*folders: Path) -> bool:
-    """A fast test: whether the first of the tokenizer's files that both have is the same, byte for byte."""
+    """A fast test: whether the first tokenizer file that both folders have is the same, byte for byte."""
     for name in COMPARED_FILES:
         paths = [folder / name for folder in folders]
         if all(p.is_file() for p in paths):

@@ -1,7 +1,7 @@
-"""A network's weights: each rank's shard straight from safetensors, or random.
+"""A network's weights: each rank reads its shard from safetensors, or the weights are random.
 
-Transformers' own loader merges all files on rank 0 first. Here every rank reads only the rows that it keeps, so that the
-peak of host memory is one rank's part of the model; of a model that it keeps whole, it reads all of them.
+Transformers' own loader first merges all files on rank 0. Here every rank reads only the rows that it keeps, so the peak of host
+memory is one rank's part of the model. If it keeps a model whole, it reads all rows.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ from ted_scale.storage.tensor_file import Stretch
 def build_network(
     anatomy: Anatomy, *, ds_config: dict | None, dtype, init: str = "weights", seed: int = 0, group=None, device="cpu"
 ):
-    """The causal LM with its folder's weights or random ones; with `ds_config`, it is sharded over `group` (None: all ranks)
-    while it is constructed, else it is whole on `device`."""
+    """The causal LM with its folder's weights or random ones. With `ds_config` it is sharded over `group` (None: all ranks) while
+    it is constructed. Else it is whole on `device`."""
     config = read_config("model", anatomy.folder)
     with sharded_construction(ds_config, (), group) if ds_config else bare_construction(device) as home:
         network = empty_model(config, dtype)
     for tensor in (*network.buffers(), *(p for p in network.parameters() if not is_sharded(p))):
-        tensor.data = tensor.data.to(home)  # nothing moves that is there
+        tensor.data = tensor.data.to(home)  # a tensor that is there is not copied
     if init == "random":
         torch.manual_seed(seed)
         draw_weights(network, network.modules())
@@ -45,8 +45,8 @@ def build_network(
 
 
 def draw_weights(network, modules) -> None:
-    """The family's own initialization of `modules`, one by one. Rank 0 draws the numbers, so that they do not depend on the
-    number of ranks."""
+    """Initialize `modules` one by one with the family's own code. Rank 0 draws the numbers, so they do not depend on the number
+    of ranks."""
     for module in modules:
         own = list(module.parameters(recurse=False))
         if own:
@@ -55,7 +55,7 @@ def draw_weights(network, modules) -> None:
 
 
 def writable(parameters):
-    """Like `gathered`; afterwards every rank has the values that rank 0 wrote."""
+    """Like `gathered`, but afterwards every rank has the values that rank 0 wrote."""
     if not any(is_sharded(p) for p in parameters):
         return contextlib.nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
@@ -64,7 +64,8 @@ def writable(parameters):
 
 
 def tensors_of(module, name: str = "") -> dict[str, torch.Tensor]:
-    """What a model's files have of a module that is called `name` in its network: parameters and kept buffers, under all names."""
+    """The tensors of a module that model files contain: parameters and persistent buffers, under all names. `name` is the
+    module's name in its network."""
     prefix = f"{name}." if name else ""
     kept = module.state_dict(prefix=prefix)
     buffers = {key: buffer for key, buffer in module.named_buffers(name) if key in kept}
@@ -72,7 +73,7 @@ def tensors_of(module, name: str = "") -> dict[str, torch.Tensor]:
 
 
 def load_weights(network, folder: Path, part: dict | None = None) -> None:
-    """Fill `network`, or only a part of its tensors, from the folder's safetensors; names are mapped as in transformers."""
+    """Fill `network`, or only a part of its tensors, from the folder's safetensors. Names are mapped as in transformers."""
     every = tensors_of(network)
     targets, place = every if part is None else part, placer(network, every)
     owners = {}  # a tied tensor is in the file under any of its names
@@ -96,7 +97,7 @@ def is_complete(tensor, places: set[Place]) -> bool:
 
 
 def load_file(file: Path, targets: dict, place=Place) -> set[Place]:
-    """Read this rank's part of every known tensor in one file; returns the places that were filled."""
+    """Read this rank's part of every known tensor in one file. Returns the places that were filled."""
     filled = set()
 
     def choose(entries):
@@ -109,7 +110,7 @@ def load_file(file: Path, targets: dict, place=Place) -> set[Place]:
 
 
 def own_part(key: str, at: Place, parameter, shape: tuple[int, ...], what: str) -> Stretch:
-    """What a parameter takes of a file's tensor of `shape`: what is in this rank's shard, or all of it if it is not sharded."""
+    """The stretch of a file's tensor of `shape` that a parameter needs: this rank's shard, or all of it if it is not sharded."""
     wanted, begin = at.within(shape_of(parameter))
     if shape != wanted:
         raise UserError(f"{what} must have shape {wanted}, but has {shape}; the file belongs to another model")

@@ -19,8 +19,8 @@ def shape_of(parameter) -> tuple[int, ...]:
 
 
 def start_gather(parameters, *, wait: bool = False) -> None:
-    """Start to gather `parameters`, in the background unless `wait`. They stay whole until the next `gathered` of them ends:
-    DeepSpeed's hooks do not release them before. Under ZeRO-3 this is a collective."""
+    """Start to gather `parameters`, in the background unless `wait`. They stay whole until the next `gathered` of them ends,
+    because DeepSpeed's hooks do not release them before. Under ZeRO-3 this is a collective."""
     absent = [p for p in dict.fromkeys(parameters) if is_sharded(p) and p.ds_status.name == "NOT_AVAILABLE"]
     if absent:
         handle = absent[0].all_gather_coalesced(absent)
@@ -33,7 +33,7 @@ def start_gather(parameters, *, wait: bool = False) -> None:
 
 @contextlib.contextmanager
 def gathered(parameters):
-    """Whole values of `parameters` inside the context, shards again after it. Only the device waits, never the host."""
+    """Inside the context `parameters` are whole; after it they are shards again. Only the device waits, never the host."""
     parameters = list(dict.fromkeys(parameters))
     start_gather(parameters)
     ours = [p for p in parameters if getattr(p, "gather_handle", None) is not None]
@@ -50,12 +50,12 @@ def gathered(parameters):
 
 @contextlib.contextmanager
 def sharded_construction(ds_config: dict, overrides: tuple | None = None, group=None):
-    """DeepSpeed would create every tensor on the device and in the training type, also buffers and their inputs: rotary
-    frequencies would be bf16. With `overrides=()` only parameters are created on the device; all other tensors are created on
-    the CPU in the family's own type. `group`: the ranks that share the shards; default: all."""
+    """A context in which new parameters are sharded over `group` (default: all ranks). DeepSpeed alone would create every tensor
+    on the device in the training type, also buffers: rotary frequencies would be bf16. With `overrides=()` only parameters are
+    created on the device, and all other tensors are created on the CPU in the family's own type."""
     import deepspeed
 
-    # The type comes from the configuration: where fp16 is not supported, DeepSpeed 0.19 ignores an explicit dtype.
+    # The type comes from the configuration, because DeepSpeed 0.19 ignores an explicit dtype if fp16 is not supported.
     chosen = {} if overrides is None else {"tensor_overrides": overrides}
     context = deepspeed.zero.Init(config_dict_or_path=ds_config, data_parallel_group=group, **chosen)
     context._zero_init_param = partial(shard, context)
@@ -65,13 +65,13 @@ def sharded_construction(ds_config: dict, overrides: tuple | None = None, group=
 
 @contextlib.contextmanager
 def bare_construction(device):
-    """Whole parameters, large ones on the device from the start: they are never in the host's memory."""
+    """A context in which new parameters are whole. Large ones are created on the device, so they never use the host's memory."""
     with EmptyOnDevice(device):
         yield device
 
 
 class EmptyOnDevice(TorchFunctionMode):
-    """Puts the result of torch.empty on a device, for parameters are created by it. Other functions are not changed."""
+    """Puts the result of torch.empty, which creates parameters, on a device. Other functions are not changed."""
 
     def __init__(self, device):
         super().__init__()
@@ -85,8 +85,8 @@ class EmptyOnDevice(TorchFunctionMode):
 
 
 def shard(context, parameter) -> None:
-    """DeepSpeed would broadcast every whole tensor from rank 0. That is not needed: every value is later read from a file, or
-    drawn from the same seed on every rank. So the memory of a whole tensor is never touched."""
+    """Shard a parameter without DeepSpeed's broadcast from rank 0. It is not needed, because every value is later read from a
+    file, or drawn from the same seed on every rank. So the memory of a whole tensor is never touched."""
     context._convert_to_deepspeed_param(parameter)
     parameter.partition()
 
@@ -99,14 +99,14 @@ def shard_range(parameter) -> tuple[int, int]:
 
 
 def without_padding(parameter, shard) -> torch.Tensor:
-    """A shard (of the parameter, its gradient, its master) without its padding, which is never set."""
+    """A shard of the parameter, its gradient or its master, without the padding, whose values are never set."""
     first, last = shard_range(parameter)
     return shard.flatten()[: last - first]
 
 
 def forget_gradients(module) -> None:
-    """ZeRO-3 keeps a parameter's last gradient until there is a new one. Without this, an unused parameter would count in
-    the gradient norm for ever."""
+    """Remove old gradients. ZeRO-3 keeps a parameter's last gradient until there is a new one, so an unused parameter would count
+    in the gradient norm for ever."""
     from deepspeed.utils import safe_set_local_grad
 
     for parameter in module.parameters():

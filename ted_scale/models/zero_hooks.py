@@ -1,8 +1,8 @@
-"""Changes to DeepSpeed's hooks: work that is not needed here is removed, and one error is corrected.
+"""Changes to DeepSpeed's hooks: unneeded work is removed, and one bug is corrected.
 
 Everything here uses internals of DeepSpeed 0.19.8. tests/test_distributed.py -k asks guards it: the test counts waits and
-collectives of a micro-step. DeepSpeed remembers for ever which weights stay whole until backward, also from a pass without a
-backward. So after a validation before the first step, every backward gathered each weight again, at the moment of its use.
+collectives of a micro-step. The bug: DeepSpeed never forgets which weights stay whole until backward, also after a pass without a
+backward. So after a validation before the first step, every backward gathered each weight again, when it was used.
 """
 
 import functools
@@ -23,7 +23,7 @@ def gather_whole_blocks(blocks) -> None:
 
 
 def trim(engine, config: dict, frozen=()) -> None:
-    """Removes the hooks that do nothing for a new engine of this configuration, whose modules `frozen` are not trained."""
+    """Remove the hooks that a new engine with this configuration does not need. Its modules `frozen` are not trained."""
     for module in frozen:
         drop_backward_hooks(engine, module)
     cache_signatures(engine)
@@ -31,7 +31,7 @@ def trim(engine, config: dict, frozen=()) -> None:
 
 
 def drop_backward_hooks(engine, module: nn.Module) -> None:
-    """For a frozen `module`: backward gathers none of its weights and passes no tensor through its hooks."""
+    """For a frozen `module`: its backward then gathers no weights and passes no tensor through hooks."""
     theirs = {id(hooks) for m in module.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)}
     for hook in hook_owner(engine).backward_hooks:
         if id(hook.hooks_dict_ref()) in theirs:
@@ -39,8 +39,7 @@ def drop_backward_hooks(engine, module: nn.Module) -> None:
 
 
 def cache_signatures(engine) -> None:
-    """torch inspects a function's signature at every call: two calls for each tensor of a module. A stored one saves that
-    time."""
+    """Store the signatures that torch would inspect twice for each tensor of a module. This saves time."""
     hooks = [getattr(m, name, None) for m in engine.module.modules() for name in ("pre_bwd_fn", "post_bwd_fn")]
     for function in filter(None, hooks):
         function.forward.__signature__ = inspect.signature(function.forward)
@@ -52,7 +51,7 @@ def hook_owner(engine):
 
 
 def destroy(engine) -> None:
-    """Frees the engine and its tensors. DeepSpeed keeps every module in a global list, from which this one is removed."""
+    """Free the engine and its tensors. DeepSpeed keeps every module in a global list, and this removes it there."""
     from deepspeed.runtime.zero import parameter_offload
 
     engine.destroy()
@@ -61,7 +60,7 @@ def destroy(engine) -> None:
 
 
 def clear_release_cache() -> None:
-    """DeepSpeed caches which weights a module releases; this depends on the order in which modules run."""
+    """Clear DeepSpeed's cache of the weights that a module releases: they depend on the order in which modules run."""
     release_rule().cache_clear()
 
 
@@ -73,12 +72,12 @@ def release_rule():
 
 @functools.cache
 def patch_deepspeed() -> None:
-    """Before an engine is made."""
+    """Replace functions of DeepSpeed. Call it before an engine is made."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import partition_parameters, stage3
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
-    # DeepSpeed asks this only for the gradient's norm. With fp64 it would first copy every gradient to twice its size.
+    # DeepSpeed uses this only for the gradient's norm. With fp64 it would first copy every gradient to twice its size.
     get_accelerator().is_fp64_supported = lambda: False
     if dist.get_world_size() == 1:
         stage3.reduce_scatter_coalesced = flat_gradients
@@ -95,12 +94,12 @@ def patch_deepspeed() -> None:
 
 
 def flat_gradients(gradients, group=None) -> list:
-    """A single rank keeps every gradient whole: DeepSpeed would divide it by 1, and gloo would copy it twice."""
+    """The gradients of a single rank, which are whole. DeepSpeed would divide them by 1, and gloo would copy them twice."""
     return [gradient.view(-1) for gradient in gradients]
 
 
 def wait_on_single_rank(handle, private: str, **_) -> None:
-    """A single rank always has whole weights: DeepSpeed would make the host wait for the device."""
+    """Do not wait on a single rank, whose weights are always whole. DeepSpeed would make the host wait for the device."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     if not getattr(handle, f"{private}complete"):

@@ -1,7 +1,7 @@
-"""What DeepSpeed does for every weight, without the work that only its debugging needs.
+"""DeepSpeed's work for every weight, without the parts that only its debugging needs.
 
-Small blocks take a GPU less time than DeepSpeed's Python for them, so this work sets the pace. Like zero_hooks.py, this
-file uses internals of DeepSpeed 0.19.8.
+For small blocks, DeepSpeed's Python takes longer than the GPU's work, so it decides the speed. Like zero_hooks.py, this file uses
+internals of DeepSpeed 0.19.8.
 """
 
 import functools
@@ -24,14 +24,15 @@ def patch() -> None:
         silence(module)
     for module in (partitioned_param_coordinator, parameter_offload):
         module.iter_params = parameters_of
-    nvtx.enable_nvtx = False  # some forty ranges a block
+    nvtx.enable_nvtx = False  # it makes about forty ranges a block
     linear.LinearFunctionForZeroStage3 = Linear(linear.LinearFunctionForZeroStage3)
     stage3.DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct = gradient_norm
     Coordinator._PartitionedParameterCoordinator__release_param = release
 
 
 def silence(module) -> None:
-    """DeepSpeed makes these messages, and asks for its rank, for every weight; it prints those with `force`."""
+    """Replace DeepSpeed's debug printing. It formats a message and asks for the rank for every weight, but prints only with
+    `force`."""
     if hasattr(module, "print_rank_0"):
         module.print_rank_0 = functools.partial(only_forced, module.print_rank_0)
     for name in dir(module):
@@ -45,7 +46,7 @@ def only_forced(say, *message, force: bool = False, **more) -> None:
 
 
 def parameters_of(module, recurse: bool = False) -> tuple:
-    """Of a module; DeepSpeed would walk through a block's modules six times a pass."""
+    """The parameters of a module, stored. DeepSpeed would walk through a block's modules six times in each pass."""
     name = "_all_parameters" if recurse else "_own_parameters"
     found = module.__dict__.get(name)
     if found is None:
@@ -54,7 +55,7 @@ def parameters_of(module, recurse: bool = False) -> tuple:
 
 
 def release(coordinator, weight, free_data: bool = True) -> None:
-    """As DeepSpeed's, for weights in a device's memory, through one function instead of five."""
+    """Release a weight in a device's memory, as DeepSpeed does, but with one function call instead of five."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
 
     if weight.ds_status is not ZeroParamStatus.AVAILABLE or weight.ds_active_sub_modules:
@@ -67,8 +68,8 @@ def release(coordinator, weight, free_data: bool = True) -> None:
 
 
 class Linear:
-    """A linear map whose backward reads the weight itself. Torch's own keeps a transposed view, and with it the whole weight
-    after its release. Without gradients it is one product, not a call of an autograd function."""
+    """A linear map whose backward reads the weight itself. Torch's own keeps a transposed view, which keeps the whole weight
+    after its release. Without gradients this is one product, not a call of an autograd function."""
 
     def __init__(self, with_autocast):
         self.with_autocast = with_autocast
@@ -77,7 +78,7 @@ class Linear:
         if hasattr(weight, "__tensor_flatten__"):
             return torch._C._nn.linear(
                 x, weight, bias
-            )  # of 8 bits (quantized.py): torchao knows torch's own function alone
+            )  # a weight in 8 bits (quantized.py): torchao supports only torch's own function
         if torch.compiler.is_compiling():
             return product(x, weight, bias)  # a compiled backward reads the weight itself, too
         if torch._C._is_any_autocast_enabled():
@@ -115,8 +116,8 @@ def product(x, weight, bias):
 
 
 def gradient_norm(optimizer, gradients, params, norm_type=2) -> torch.Tensor:
-    """Of one group over all ranks, -1 where it is not finite. DeepSpeed's copies that -1 from the host, for which the host
-    waits once a group."""
+    """The gradient norm of one group over all ranks, or -1 if it is not finite. DeepSpeed's function copies this -1 from the
+    host, so the host waits once for each group."""
     from deepspeed import comm
 
     norms = torch._foreach_norm([g.to(params[0].device, torch.float32, non_blocking=True) for g in gradients])

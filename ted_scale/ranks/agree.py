@@ -14,7 +14,7 @@ LONGEST_WRITE = timedelta(hours=12)
 
 
 def broadcast(value):
-    """Rank 0's value. A shared file system may show different nodes different states, so only rank 0 looks."""
+    """Rank 0's value, on all ranks. A shared file system may show nodes different states, so only rank 0 looks."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
@@ -33,8 +33,8 @@ def first_of_all(fault, group=None):
 
 
 def verdict(look, *arguments):
-    """The fault that `look` finds on the first rank that finds one, None if no rank does. If a rank could not look and no other
-    has found a fault, all ranks raise what it met: a rank that raised alone would leave the others waiting."""
+    """The fault that `look` returns on the first rank with a fault; None if no rank has one. `look` may raise on a rank while no
+    rank has a fault. Then all ranks raise its error, because a rank that raised alone would leave the others waiting."""
     fault, error = caught(look, arguments)
     everyone = gather((fault, error))
     found = next((fault for fault, _ in everyone if fault), None)
@@ -44,7 +44,7 @@ def verdict(look, *arguments):
 
 
 def of_rank_0(look, *arguments):
-    """What rank 0 finds by `look`, on all ranks; what it raises, all ranks raise."""
+    """What `look` returns on rank 0, on all ranks. If it raises on rank 0, all ranks raise the same error."""
     found, error = broadcast(caught(look, arguments) if dist.get_rank() == 0 else None)
     if error:
         raise error
@@ -52,7 +52,7 @@ def of_rank_0(look, *arguments):
 
 
 def caught(look, arguments):
-    """(what it returns, the sentence that it raises), one of which is None."""
+    """(what `look` returns, the error that it raises). One of them is None."""
     try:
         return look(*arguments), None
     except SENTENCES as error:
@@ -77,10 +77,10 @@ def of_all_ranks(ours: torch.Tensor) -> torch.Tensor:
 
 
 def share() -> tuple[int, int]:
-    """(this rank, number of ranks): of a list, this rank takes every n-th item."""
+    """(this rank, number of ranks n). This rank takes every n-th item of a list."""
     return dist.get_rank(), dist.get_world_size()
 
 
 def new_group():
-    """A group for a background thread. The trainer uses the default group at the same time."""
+    """A process group for a background thread, because training uses the default group at the same time."""
     return dist.new_group(backend="gloo", timeout=LONGEST_WRITE)

@@ -1,7 +1,7 @@
-"""How much memory a rank has: its device's, or its part of the host's, which it shares with the ranks of its node.
+"""How much memory a rank has: the memory of its device, or its part of the host's, which the ranks of a node share.
 
-In a container, or in a job of a scheduler, the host's memory is what may be used there, which only control groups know: that of
-this process and those above it.
+In a container or a scheduler's job, less than the host's memory may be used. Only control groups have this limit: the group of
+this process and the groups above it.
 """
 
 import os
@@ -15,7 +15,7 @@ GROUPS, PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def of_a_rank(ranks: int) -> tuple[str, float]:
-    """(the device, its bytes), with so many ranks on this host."""
+    """(the device, its bytes for one rank), if this host has `ranks` ranks."""
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cuda":
@@ -24,7 +24,8 @@ def of_a_rank(ranks: int) -> tuple[str, float]:
 
 
 def local_ranks(world: int) -> int:
-    """On this node, as torchrun and DeepSpeed's launcher call them; without a launcher all ranks are here."""
+    """The number of ranks on this node, from the environment of torchrun or DeepSpeed's launcher. Without a launcher all are
+    here."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
 
 
@@ -33,7 +34,7 @@ def of_the_host() -> int:
 
 
 def limits() -> Iterator[Path]:
-    """The files that may hold one. A line of PROCESS is "number:controllers:group", without controllers in version 2."""
+    """The files that may hold a limit. A line of PROCESS is "number:controllers:group", without controllers in version 2."""
     lines = PROCESS.read_text().splitlines() if PROCESS.exists() else []
     for _, controllers, group in (line.split(":", 2) for line in lines):
         if not controllers or "memory" in controllers.split(","):

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from ted_scale.config.run import Run
 from ted_scale.ranks import watch
 
-# Of a collective whose ranks watch each other. watch.py ends a hang long before and shows every rank's stack; it alone knows
-# whether the rank that all others wait for still reads its part of a large state.
+# The limit of a collective whose ranks watch each other. watch.py ends a hang long before and shows every rank's stack. Only
+# watch.py # knows whether the rank that all others wait for still reads its part of a large state.
 LONGEST_WAIT = timedelta(days=7)
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
@@ -47,20 +47,20 @@ def start_ranks(run: Run | None = None, check=lambda device: None) -> torch.devi
 
 
 def group_of_node(ranks: int):
-    """The group of this rank's node, or of those that share its rows: of so many ranks that follow each other. None if all of them
-    do, which have a group already. A collective of all ranks."""
+    """The process group of `ranks` neighbouring ranks with this rank in it: those of its node, or those that share its rows. None
+    if these are all ranks, which have a group already. A collective of all ranks."""
     if ranks == dist.get_world_size():
         return None
     return groups_of_nodes(ranks)
 
 
-@functools.cache  # a group is for the whole life of a process
+@functools.cache  # a group lives as long as the process
 def groups_of_nodes(ranks: int):
     return dist.new_subgroups(ranks, timeout=LONGEST_WAIT)[0]
 
 
 def free_port() -> str:
-    """For a process without a launcher: another such process may run on this machine."""
+    """A free port, for a process without a launcher. Other such processes may run on this machine."""
     with socket.socket() as any_free:
         any_free.bind(("127.0.0.1", 0))
         return str(any_free.getsockname()[1])

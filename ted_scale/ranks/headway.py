@@ -1,7 +1,6 @@
-"""How far a start has come: what all ranks read, as their heartbeats say. Rank 0 keeps it, and judges by it.
+"""The progress of a start: how much each rank has read, as its heartbeats say. Rank 0 keeps it and decides by it.
 
-Note: the ranks wait for the slowest one in a collective and read nothing meanwhile. So a start stands still only if no rank
-reads on.
+Note: the ranks wait for the slowest one in a collective and read nothing meanwhile. So a start hangs only if no rank reads.
 """
 
 import json
@@ -10,11 +9,11 @@ from typing import NamedTuple
 
 from ted_scale.base import progress
 
-LONGEST = 300  # characters of a name: heartbeats of thousands of ranks are read by one
+LONGEST = 300  # characters of a name: rank 0 reads the heartbeats of thousands of ranks
 
 
 class Beat(NamedTuple):
-    """A heartbeat: its number, the bytes that the rank has read since it began, and what it reads, or ""."""
+    """A heartbeat: its number, the bytes that the rank has read so far, and the name of what it reads, or ""."""
 
     number: int
     total: int
@@ -27,7 +26,7 @@ def beat(number: int) -> str:
 
 
 def heard(value: bytes) -> Beat:
-    """A rank that has just come has said its host and process."""
+    """A heartbeat from its bytes. The first value of a rank is its host and process instead."""
     try:
         return Beat(*json.loads(value))
     except (ValueError, TypeError):
@@ -35,7 +34,7 @@ def heard(value: bytes) -> Beat:
 
 
 class Headway:
-    """`moved` is when a rank was last seen to have read on."""
+    """`moved` is the last time at which a rank was seen to have read more."""
 
     def __init__(self):
         self.beats: dict[int, Beat] = {}
@@ -43,7 +42,7 @@ class Headway:
         self.begin(0.0)
 
     def begin(self, now: float) -> None:
-        """What is told next counts from here."""
+        """The next line reports what is read from here on."""
         self.told, self.totals_told = now, {rank: beat.total for rank, beat in self.beats.items()}
 
     def hear(self, rank: int, beat: Beat, now: float) -> None:
@@ -52,8 +51,8 @@ class Headway:
         self.beats[rank] = beat
 
     def line(self, what: str, now: float) -> str | None:
-        """In one line what was read since the line before, None if it was nothing. The slowest of the ranks that read is the
-        one that all wait for."""
+        """One line about what was read since the line before; None if nothing was read. It shows the slowest of the ranks that
+        read, because all wait for it."""
         seconds, before = max(now - self.told, 1e-9), self.totals_told
         self.begin(now)
         rates = {rank: (beat.total - before.get(rank, 0)) / seconds for rank, beat in self.beats.items()}
@@ -68,7 +67,7 @@ class Headway:
         return f"{said}; {self.at([slowest])}, {mega(rates[slowest])}/s{others}"
 
     def stands(self) -> str:
-        """For the sentence that ends a start: what is being read."""
+        """What is being read, for the sentence that ends a start."""
         readers = [rank for rank, beat in self.beats.items() if beat.what]
         more = f" and {len(readers) - 3} more" if len(readers) > 3 else ""
         return f" while {self.at(readers[:3])}{more}" if readers else ""

@@ -1,7 +1,7 @@
-"""The machines on which a `deepspeed --hostfile` command starts ranks: which of them ssh reaches, and the command without some.
+"""The hosts on which a `deepspeed --hostfile` command starts ranks: which of them ssh reaches, and the command without some hosts.
 
-Note: only ssh can say whether it reaches a machine, because a name may be an alias of its configuration. With --no_ssh every
-machine is started by itself, and the names are mere labels.
+Note: only ssh can say whether it reaches a host, because a name may be an alias in ssh's configuration. With --no_ssh the command
+is started on each host separately, and the names are only labels.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from typing import BinaryIO, NamedTuple
 
 from ted_scale.base.errors import UserError, files_at
 
-LINE = re.compile(r"^\s*([^\s#]\S*)\s+slots=\d+", re.M)  # as DeepSpeed reads it
-CONNECT_S, ANSWER_S = 5, 20  # for a connection; for all of them with their logins
+LINE = re.compile(r"^\s*([^\s#]\S*)\s+slots=\d+", re.M)  # DeepSpeed's format of a line
+CONNECT_S, ANSWER_S = 5, 20  # for one connection; for all answers, logins included
 POLL_S, KILLED_S = 0.05, 1
-ALONE = ("-o", "ControlMaster=no", "-o", "ControlPath=none")  # a connection that is shared may be older than the loss
+ALONE = ("-o", "ControlMaster=no", "-o", "ControlPath=none")  # a shared connection may be older than the loss
 PROBE = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}", *ALONE)
-CHOICES = ("--include", "--exclude", "--num_nodes")  # of hosts beside the hostfile
+CHOICES = ("--include", "--exclude", "--num_nodes")  # options that choose hosts of the hostfile
 
 
 class Hosts(NamedTuple):
@@ -31,14 +31,14 @@ class Hosts(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """`said` is a file, not a pipe: what ssh leaves behind, as for a ProxyJump, would keep a pipe open."""
+    """`said` is a file, not a pipe: ssh may leave a process behind, for a ProxyJump for example, and it would keep a pipe open."""
 
     process: subprocess.Popen
     said: BinaryIO
 
 
 def hosts_of(command: list[str]) -> Hosts:
-    """No names if the command starts no rank over ssh."""
+    """The hosts of the command. It has no names if the command starts no rank over ssh."""
     known = parse(command)
     if known.hostfile is None or known.no_ssh:
         return Hosts((), None)
@@ -46,7 +46,7 @@ def hosts_of(command: list[str]) -> Hosts:
 
 
 def names_in(hostfile: str) -> list[str]:
-    """In the order of the file; a name that ssh would take for an option is refused."""
+    """The names, in the order of the file. Refuses a name that ssh would read as an option."""
     try:
         with files_at(hostfile):
             names = LINE.findall(Path(hostfile).read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def parse(command: list[str]) -> argparse.Namespace:
 
 
 def chosen(names: list[str], known: argparse.Namespace) -> list[str]:
-    """As DeepSpeed does: an excluded name with slots loses only these, and no number below 1 is a limit."""
+    """The names that DeepSpeed would choose. An excluded name with slots loses only these slots. A number below 1 is no limit."""
     if known.include:
         included = [part.partition(":")[0] for part in known.include.split("@")]
         names = [name for name in names if name in included]
@@ -82,8 +82,8 @@ def chosen(names: list[str], known: argparse.Namespace) -> list[str]:
 
 
 def unreached(hosts: Hosts, signals: Sequence[int] = ()) -> dict[str, str]:
-    """What ssh says of each host where it cannot run a command. All are asked at once. A signal that arrives in `signals` ends
-    the wait: then nothing is known, and nothing said."""
+    """For each host on which ssh cannot run a command, what ssh says. All hosts are asked at the same time. A signal that arrives
+    in `signals` ends the wait, and the result is empty."""
     port = ("-p", hosts.port) if hosts.port else ()
     probes = {name: ask((*PROBE, *port, "--", name, "true")) for name in hosts.names}
     end = time.monotonic() + ANSWER_S
@@ -94,7 +94,8 @@ def unreached(hosts: Hosts, signals: Sequence[int] = ()) -> dict[str, str]:
 
 
 def ask(command: tuple[str, ...]) -> Probe:
-    """In a session of its own: a Ctrl-C in the terminal does not reach it, and what it leaves behind can be found."""
+    """Start ssh in a session of its own. So Ctrl-C in the terminal does not reach it, and processes that it leaves behind can be
+    found."""
     quiet, said = subprocess.DEVNULL, os.fdopen(os.memfd_create("ssh"), "w+b")
     try:
         process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=said, start_new_session=True)
@@ -106,11 +107,11 @@ def ask(command: tuple[str, ...]) -> Probe:
 
 
 def answer(probe: Probe) -> str | None:
-    """None if it was reached, else the last line of what ssh says. Nothing of the probe is left."""
+    """None if ssh reached the host, else the last line that ssh wrote. No process of the probe is left."""
     code = probe.process.poll()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(probe.process.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # a file system that hangs may hold it
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a hanging file system may keep it alive
         probe.process.wait(KILLED_S)
     with probe.said as file:
         file.seek(0)
@@ -133,13 +134,13 @@ def spell(lost: dict[str, str]) -> str:
 
 
 def without(command: list[str], lost: dict[str, str]) -> list[str]:
-    """DeepSpeed leaves these hosts out. A single host that is left would otherwise be taken for this machine, without what
-    .deepspeed_env sets."""
+    """The command with options that make DeepSpeed leave these hosts out. If one host remains, DeepSpeed would take it for this
+    machine and ignore .deepspeed_env; an option prevents this."""
     return [command[0], "--force_multi", "--exclude", "@".join(lost), *command[1:]]
 
 
 def refuse_other_programs(command: list[str]) -> None:
-    """`without` writes DeepSpeed's options behind the first word."""
+    """Refuse a command whose first word is not DeepSpeed, because `without` inserts options after the first word."""
     if Path(command[0]).name != "deepspeed":
         raise UserError(
             f"the command must begin with deepspeed with --lost-hosts leave, but begins with {command[0]}; put that before "
@@ -148,7 +149,7 @@ def refuse_other_programs(command: list[str]) -> None:
 
 
 def refuse_other_choices(command: list[str]) -> None:
-    """DeepSpeed takes one way to choose hosts; `without` is one."""
+    """Refuse a command that chooses hosts itself: DeepSpeed allows one such option, and `without` adds it."""
     known = vars(parse(command))
     if given := [name for name in CHOICES if known[name.strip("-")] is not None]:
         raise UserError(

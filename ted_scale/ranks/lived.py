@@ -1,8 +1,8 @@
-"""Time as a process has lived it, and an alarm that counts in the same way.
+"""A clock that does not count the time in which this process stood still, and an alarm that counts in the same way.
 
-A process may stand still: suspended, with a container that is paused, or on a machine without free cores. When it goes on, every
-other clock has jumped, and all others look silent. Note: the alarm must work while a thread holds Python's lock for ever, so
-no Python runs when it rings.
+A process stands still if it is suspended, if its container is paused, or if the machine has no free core. When it continues,
+every other clock has jumped, and all other ranks look silent. Note: the alarm must work while a thread holds Python's lock for
+ever. So it runs no Python.
 """
 
 import ctypes
@@ -13,7 +13,8 @@ LIBC = ctypes.CDLL(None)
 
 
 class Clock:
-    """Goes on by what a round took, at most by `longest_s`: a pause counts as one slow round. The owner ticks every round."""
+    """Each tick adds the time since the tick before, at most `longest_s`. So a pause counts as one slow round. The owner ticks
+    once a round."""
 
     def __init__(self, longest_s: float):
         self.longest_s, self.now, self.last = longest_s, 0.0, time.monotonic()
@@ -25,9 +26,9 @@ class Clock:
 
 
 def set_alarm(seconds: float) -> None:
-    """SIGALRM ends this process, unless the alarm is set again before. It rings twice: the kernel's timer also counts while a
-    process is stopped, and then rings once when the process goes on. The first time runs a harmless function of libc, in
-    place of a handler in Python, and is not repeated; the second time has the default effect."""
+    """SIGALRM ends this process, unless the alarm is set again before. It needs two signals. The kernel's timer also counts while
+    a process is stopped, so one signal comes when the process continues. The handler of the first signal is a harmless function
+    of libc, not Python. It is used once, and the second signal has the default effect."""
     LIBC.sysv_signal(signal.SIGALRM, LIBC.abs)
     signal.siginterrupt(signal.SIGALRM, False)
     signal.setitimer(signal.ITIMER_REAL, seconds / 2, seconds / 2)

@@ -1,7 +1,7 @@
-"""What the main thread works on, since when, and whether a step of this stage has begun.
+"""What the main thread is doing, since when, and whether a step of this stage has begun.
 
-The main thread only writes here, which takes nanoseconds; the threads of watch.py read. A write replaces the whole value,
-so that a reader never sees half of one.
+The main thread only writes here, which takes nanoseconds. The threads of watch.py read. A write replaces the whole value, so a
+reader never sees half of one.
 """
 
 import time
@@ -20,7 +20,7 @@ now = Pulse("start-up", time.monotonic(), first=True, unsaved=False)
 
 
 def building(what: str) -> None:
-    """Until the next `step`, everything is in a checkpoint."""
+    """Say that the main thread builds `what`. Until the next `step` there is nothing to save."""
     put(now._replace(what=what, since=time.monotonic(), first=True, unsaved=False))
 
 
@@ -29,12 +29,12 @@ def step(number: int) -> None:
 
 
 def doing(what: str) -> None:
-    """Other work that takes time. Its time limit starts now."""
+    """Say that the main thread does other work that takes time. Its time limit starts now."""
     put(now._replace(what=what, since=time.monotonic()))
 
 
 def reading(what: str) -> None:
-    """Work whose end depends on what the ranks read, like a start's; a signal waits for it."""
+    """Say that the main thread does work that reads, as a start does, so its end depends on reading. A signal waits for it."""
     put(now._replace(what=what, since=time.monotonic(), first=True))
 
 

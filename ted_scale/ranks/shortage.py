@@ -1,6 +1,6 @@
-"""A rank that runs out of memory: one sentence that says what to lower. memory.py estimates what a run needs.
+"""A rank runs out of memory: one sentence says what to lower. memory.py estimates what a run needs.
 
-torch has an exception for a full device but none for a full host: there its allocator raises a RuntimeError, which only
+torch has an exception for a full device but none for a full host. For a full host its allocator raises a RuntimeError, which only
 the text distinguishes from other errors.
 """
 
@@ -14,12 +14,12 @@ from ted_scale.ranks import pulse
 
 HERE = Path(__file__)
 PACKAGE = HERE.parents[1]
-FULL = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")  # of hosts, and of a device
+FULL = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")  # of a host or a device
 
 
 @contextlib.contextmanager
 def enough(ways: str):
-    """If memory runs out inside, raise OutOfMemory with the line that asked for more and `ways` to need less."""
+    """If memory runs out in this context, raise OutOfMemory with the line that asked for memory, and with `ways` to need less."""
     try:
         yield
     except Exception as error:
@@ -51,7 +51,7 @@ def line_of(error: BaseException) -> str:
 
 
 def ways_to_need_less(run, ds_config: dict, on_cpu: bool, placement: str | None = None) -> str:
-    """The ways that this run does not use yet, the cheapest first; `placement` is one of the teacher that needs less."""
+    """The ways that this run does not use yet, the cheapest first. `placement` is a placement of the teacher that needs less."""
     ways = []
     if run.teacher and run.teacher.early:
         ways.append("set teacher.early = false")

@@ -1,9 +1,9 @@
-"""SIGTERM, SIGUSR1 and the first Ctrl-C ask a run to stop in good order. So does the death of the launcher above it.
+"""SIGTERM, SIGUSR1 and the first Ctrl-C ask a run to save and stop. So does the death of its launcher.
 
-A signal only sets `asked` on the rank that receives it. Ranks that are training agree on the step after which they save and
-exit: guard.py gathers the flag with the losses, train.py and validate.py ask agree.anywhere. Before the first step there is
-nothing to save, and watch.py ends the run at once. Note: Python runs a signal handler only in the main thread, which may
-wait for a dead rank for ever; so a thread reads the signals from a pipe.
+A signal only sets `asked` on the rank that receives it. Ranks that are training agree on the step after which they save and exit:
+guard.py gathers the flag with the losses, train.py and validate.py call agree.anywhere. Before the first step there is nothing to
+save, and watch.py ends the run at once. Note: Python runs a signal handler only in the main thread, which may wait for a dead
+rank for ever. So a thread reads the signals from a pipe.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ IN_TIME = (
 AT_ONCE = "which ends at once: "
 asked = threading.Event()
 launchers: tuple[psutil.Process, ...] = ()  # the processes above this one when `listen` was called, nearest first
-watched = threading.Event()  # from here on watch.py decides when the run exits
+watched = threading.Event()  # set when watch.py decides when the run exits
 
 
 def listen() -> None:
-    """Call this early, in the main thread: until then a signal simply kills the process."""
+    """Start to listen. Call this early, in the main thread, because before it a signal kills the process."""
     global launchers
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
@@ -43,7 +43,7 @@ def listen() -> None:
 
 
 def interrupt_at_the_second(presses: itertools.count):
-    """The handler of Ctrl-C: the first one only asks, the second one interrupts."""
+    """The handler of Ctrl-C. The first one asks the run to stop; the second one raises KeyboardInterrupt."""
 
     def handle(number, frame):
         if next(presses):
@@ -64,16 +64,15 @@ def read_signals(readable: int) -> None:
 
 
 def exit_alone() -> None:
-    """Before the ranks have met: no step was taken, and the launcher ends the other ranks."""
+    """Exit before the ranks have met. No step was taken, and the launcher ends the other ranks."""
     if os.environ.get("RANK", "0") == "0":
         speak(f"stopped: {Preempted.BEFORE}")
     leave(RESUME)
 
 
 def launchers_above() -> tuple[psutil.Process, ...]:
-    """DeepSpeed's launch.py, which starts the ranks, and the `deepspeed` command above it, if they are there. The ranks do
-    not notice when one of them dies: the command passes no signal on, and ranks without launch.py would train on for
-    no use."""
+    """DeepSpeed's launch.py, which starts the ranks, and the `deepspeed` command above it, if they are there. Ranks do not notice
+    the death of these processes. A dead command passes no signal on, and without launch.py the ranks would train for nothing."""
     found, process = [], parent_of(psutil.Process())
     while len(found) < 2 and process and any(is_launcher(word) for word in words_of(process)):
         found.append(process)
@@ -82,7 +81,7 @@ def launchers_above() -> tuple[psutil.Process, ...]:
 
 
 def parent_of(process: psutil.Process) -> psutil.Process | None:
-    """None if there is none, or if the system does not show it: under hidepid other users' processes cannot be read."""
+    """The parent. None if there is none, or if the system hides it: with hidepid other users' processes cannot be read."""
     with contextlib.suppress(psutil.Error, OSError):
         return process.parent()
     return None
@@ -96,8 +95,8 @@ def words_of(process: psutil.Process) -> list[str]:
 
 
 def descendants_of(pid: int) -> list[psutil.Process]:
-    """Parents before their children, without zombies. psutil's own `children` fails if one process of the machine, also
-    another user's, cannot be read."""
+    """The descendants, parents before their children, without zombies. psutil's own `children` fails if any process of the
+    machine cannot be read, also another user's."""
     children: dict[int, list[psutil.Process]] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -111,7 +110,7 @@ def descendants_of(pid: int) -> list[psutil.Process]:
 
 
 def ranks_below(pid: int) -> list[int]:
-    """The ranks that a DeepSpeed launcher under `pid` has started: it passes --local_rank to them."""
+    """The ranks that a DeepSpeed launcher under `pid` has started. They are known by their --local_rank option."""
     return [p.pid for p in descendants_of(pid) if any(word.startswith("--local_rank") for word in words_of(p))]
 
 
@@ -120,8 +119,8 @@ def is_launcher(word: str) -> bool:
 
 
 def launcher_is_gone() -> bool:
-    """The system gives a process whose parent has died to another parent. watch.py asks every second, in a thread that must
-    not end: what cannot be read now, for lack of descriptors or of memory, is asked again."""
+    """Whether a launcher has died; the system then gives this process another parent. watch.py calls this every second, in a
+    thread that must not end. If a process cannot be read now, for lack of descriptors or memory, the next call asks again."""
     pid = os.getppid()
     for launcher in launchers:
         if pid != launcher.pid:

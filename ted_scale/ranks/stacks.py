@@ -1,4 +1,4 @@
-"""Where this process is: the stack of every thread, and the line of this package that the main thread is in."""
+"""Where this process is: the stack of every thread, and the line of this package in which the main thread is."""
 
 import contextlib
 import faulthandler
@@ -14,7 +14,7 @@ HERE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def stacks() -> str:
-    """Of every thread. faulthandler writes to a file descriptor, so this goes through a file in memory."""
+    """The stack of every thread. faulthandler writes to a file descriptor, so this uses a file in memory."""
     with os.fdopen(os.memfd_create("stacks"), "w+", encoding="utf-8", errors="replace") as file:
         faulthandler.dump_traceback(file)
         file.seek(0)
@@ -22,7 +22,7 @@ def stacks() -> str:
 
 
 def aside(patience_s: float, write, *arguments) -> threading.Thread:
-    """A thread writes, and we wait only `patience_s` for it: the file system may be what hangs."""
+    """Call `write` in a thread and wait at most `patience_s` for it, because the file system may be what hangs."""
     writer = threading.Thread(target=write, args=arguments, daemon=True)
     writer.start()
     writer.join(patience_s)
@@ -36,7 +36,7 @@ def write_stacks(folder: Path, rank: int, text: str) -> None:
 
 
 def place() -> str:
-    """The line of this package that the main thread is in."""
+    """The line of this package in which the main thread is."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     while frame is not None and not frame.f_code.co_filename.startswith(HERE):
         frame = frame.f_back

@@ -1,10 +1,10 @@
 """Every rank watches itself and the others. When one hangs, dies or fails, all exit soon, and the reason is the last line.
 
-Two daemon threads of each rank and the store in which the ranks meet do this; train.py only writes what it works on
-(pulse.py). There is one way to end a run: one rank claims the end; the others acknowledge the claim and write where they
-were; the claimant prints the reason; all exit with its code. Why heartbeats go over the store:
-docs/design/0021-heartbeats-over-the-store.md. Note: the main thread may hang anywhere, even while it holds Python's lock; then
-no thread of the process runs, and the kernel's alarm ends the process.
+Each rank has two daemon threads for this. They use the store in which the ranks meet. train.py only writes what it works on
+(pulse.py). Every run ends in the same way. One rank claims the end. The others acknowledge the claim and write where they were.
+The claimant prints the reason. All exit with its code. docs/design/0021-heartbeats-over-the-store.md says why heartbeats go over
+the store. Note: the main thread may hang anywhere, even while it holds Python's lock. Then no thread of the process runs, and the
+kernel's alarm ends the process.
 """
 
 import contextlib
@@ -28,21 +28,22 @@ from ted_scale.ranks.store import MEETING_S, open_store, patiently, taken
 
 HEARTBEAT_S = 1.0
 HEARTBEATS_A_LOOK = 4  # rank 0 reads the heartbeats of all ranks after this many of its own
-FRESH_LOOK = 2  # and once more, after so many, before it believes that a rank is silent
-LONGEST_ROUND = 1.5  # of a heartbeat: what takes longer was a pause of this process, and is nobody's silence
-TOLD_S = 60.0  # between lines on how far a start has come
-GRACE_S = 10.0  # for what a rank still has to do when a rank has claimed the end
+FRESH_LOOK = 2  # and again after this many, before it decides that a rank is silent
+LONGEST_ROUND = 1.5  # heartbeats; a longer round means that this process stood still, not that ranks are silent
+TOLD_S = 60.0  # between lines about the progress of a start
+GRACE_S = 10.0  # for what a rank still does after a rank has claimed the end
 
 log = logging.getLogger("ted_scale")
 current: "Watch | None" = None
 
 
 def start(limits, folder: Path) -> None:
-    """Call this before the process group is made, so that making it is watched, too. The environment says where the store is."""
+    """Start to watch. Call this before the process group is made, so that making it is watched, too. The environment says where
+    the store is."""
     global current
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     watch = patiently(lambda: begun(rank, world, limits, folder), 2 * limits.silence_s + 2 * GRACE_S)
-    current = watch  # not earlier: it would print over another run's store
+    current = watch  # only now: until `begin` the store may be another run's
     exits.end_together = watch.end
     signals.watched.set()
 
@@ -54,13 +55,13 @@ def begun(rank: int, world: int, limits, folder: Path) -> "Watch":
 
 
 def all_have_met() -> None:
-    """The process group is made, so no rank comes to the store any more."""
+    """Say that the process group is made, so no more ranks come to the store."""
     if current is not None:
         current.all_have_met = True
 
 
 def close() -> None:
-    """The run is done on all ranks: from here on a silent rank means nothing."""
+    """Stop to watch: the run is done on all ranks, and they may fall silent."""
     global current
     if current is not None:
         current.close()
@@ -68,20 +69,20 @@ def close() -> None:
 
 
 class Watch:
-    """`leave` and `speak` are those of the process, except in a test that watches two ranks in one process."""
+    """A rank's two threads. Tests that watch two ranks in one process give their own `leave` and `speak`."""
 
     def __init__(self, store, rank: int, world: int, limits, folder: Path, *, leave=leave, speak=speak):
         self.store, self.rank, self.world, self.limits, self.folder = store, rank, world, limits, folder
         self.leave, self.speak = leave, speak
         self.clock, self.heartbeats, self.meetings = Clock(LONGEST_ROUND * HEARTBEAT_S), 0, 0
         self.heard: dict[int, tuple[bytes, float]] = {}  # each rank's last new heartbeat, and when it was seen
-        self.doubted: dict[int, int] = {}  # ranks that look silent, and the own heartbeat that found them so
+        self.doubted: dict[int, int] = {}  # ranks that look silent → this rank's heartbeat at which they did
         self.stands, self.since, self.headway, self.teller = pulse.now, 0.0, Headway(), None
         self.closed, self.alone, self.all_have_met = threading.Event(), threading.Lock(), False
         self.threads = [threading.Thread(target=loop, daemon=True) for loop in (self.meet_others, self.watch_itself)]
 
     def begin(self) -> None:
-        """If another run uses this port, this rank must not send heartbeats for that run's rank."""
+        """Start the threads. If another run uses this port, this rank must not send heartbeats in place of that run's rank."""
         mine = f"{socket.gethostname()} {os.getpid()}"
         if self.store.compare_set(f"heartbeat/{self.rank}", "", mine) != mine.encode():
             raise taken(os.environ.get("MASTER_PORT"))
@@ -103,10 +104,10 @@ class Watch:
     # The loops of the two threads
 
     def watch_itself(self) -> None:
-        """The checks that need no other rank: launcher alive, rank 0 answers, own alarm set again. If the main thread holds
-        Python's lock for ever, this loop stops: then a thread without Python writes the stack, the other ranks find this one
-        silent, and the alarm ends it. While ranks come, torch's store asks DNS for the name of each and serves nobody meanwhile:
-        5 seconds or more for a rank, where DNS does not answer."""
+        """The checks that need no other rank: the launcher is alive, rank 0 answers, and the own alarm is set again. If the main
+        thread holds Python's lock for ever, this loop stops. Then a thread without Python writes the stack, the other ranks find
+        this one silent, and the alarm ends it. While ranks come, torch's store asks DNS for the name of each and answers nobody
+        meanwhile. If DNS does not answer, this takes 5 seconds or more for each rank."""
         silence_s, clock, closed = self.limits.silence_s, Clock(LONGEST_ROUND * HEARTBEAT_S), False
         met, since = self.meetings, clock.now
         while not closed:
@@ -150,8 +151,8 @@ class Watch:
             self.look_for_silence()
 
     def look_at_start(self, what: str, lived: float) -> None:
-        """On rank 0, for all ranks: a start may read for hours, as long as a rank reads on. The others wait for this rank, so
-        each alone would look hung."""
+        """Check a start, on rank 0 for all ranks. A start may read for hours, as long as one rank still reads. The other ranks
+        wait for it, so each of them alone would look hung."""
         limit, headway = self.limits.longest_s, self.headway
         if lived - max(self.since, headway.moved) > limit:
             words = (
@@ -163,8 +164,8 @@ class Watch:
             self.teller = aside(0, log.info, line)
 
     def look_for_silence(self) -> None:
-        """On rank 0: find ranks whose heartbeat has not changed for too long, by the time that rank 0 has lived, and look at them
-        again before they are judged. A rank that has not come yet is not silent: the limit of start-up covers it."""
+        """On rank 0: find ranks whose heartbeat has not changed for too long by rank 0's own clock (lived.py). Look at them again
+        before they count as silent. A rank that has not come yet is not silent: the limit of start-up covers it."""
         came = [r for r in range(self.world) if r in self.heard or self.store.check([f"heartbeat/{r}"])]
         for rank, heartbeat in zip(came, self.store.multi_get([f"heartbeat/{r}" for r in came]), strict=True):
             if self.heard.get(rank, (None,))[0] != heartbeat:
@@ -195,13 +196,13 @@ class Watch:
         self.leave(code)
 
     def carry_out(self, words: str, code: int, silent) -> None:
-        """The claimant's part. A failure may be the cause, or only the echo of a rank that died."""
+        """What the claimant does. Its failure may be the cause, or only a consequence of the death of another rank."""
         # Wait until the other ranks acknowledge the claim.
         others = [r for r in range(self.world) if r != self.rank and r not in silent]
         came = [r for r in others if self.store.check([f"heartbeat/{r}"]) and not self.store.check([f"left/{r}"])]
         if code == HUNG:
             self.show_stacks()
-        may_be_an_echo = code in (FAULT, RESUME)  # the launcher, too, signals the others when a rank has died
+        may_be_an_echo = code in (FAULT, RESUME)  # the launcher also sends a signal to the others when a rank has died
         unseen = self.unset("seen", came, self.limits.silence_s if may_be_an_echo else GRACE_S)
         # Find the reason to print: a rank that did not answer has died, and its death is the reason.
         if code == HUNG:
@@ -219,7 +220,7 @@ class Watch:
         self.log_and_leave(words, code)
 
     def follow(self) -> None:
-        """The part of all other ranks: acknowledge the claim, print nothing, and exit once the claimant has printed."""
+        """What all other ranks do: acknowledge the claim, print nothing, and exit after the claimant has printed."""
         claim = json.loads(self.store.get("claim"))
         if claim["rank"] == self.rank:
             return  # the main thread carries it out
@@ -232,25 +233,25 @@ class Watch:
             if not self.unset("reason", [claim["rank"]], 2 * self.limits.silence_s):
                 last = json.loads(self.store.get(f"reason/{claim['rank']}"))
         except RuntimeError:
-            pass  # rank 0 has exited: the reason is printed
+            pass  # rank 0 has exited, so the reason is printed
         self.log_and_leave(last["words"], last["code"])
 
     def log_and_leave(self, words: str, code: int) -> None:
-        """Rank 0 keeps the store until all have read it."""
+        """Log the end and exit. Rank 0 serves the store until all ranks have read it."""
         if self.rank == 0:
             aside(GRACE_S / 2, exits.write_last_words, words, code)
             time.sleep(HEARTBEAT_S if self.world > 1 else 0)
         self.leave(code)
 
     def end_without_rank_0(self) -> None:
-        """The ranks cannot agree any more, so the first rank of every node prints. Only one of its threads does."""
+        """End without the store. The ranks cannot agree any more, so the first rank of every node prints, in one of its threads."""
         self.alone.acquire()
         if self.rank == 1 or os.environ.get("LOCAL_RANK") == "0":
             self.speak(self.silence_of([0]))
         self.leave(GONE)
 
     def unset(self, key: str, ranks, patience_s: float) -> list[int]:
-        """Wait at most this long for `ranks` to set their `key`; return those that have not."""
+        """Wait at most `patience_s` for `ranks` to set their `key`. Returns the ranks that have not."""
         keys, end = {r: f"{key}/{r}" for r in ranks}, time.monotonic() + patience_s
         while keys and not self.store.check(list(keys.values())):
             self.meetings += 1
@@ -266,7 +267,7 @@ class Watch:
         )
 
     def where_they_were(self, answered: set[int]) -> str:
-        """The smallest group first: a rank that is not where most ranks wait is the likely cause."""
+        """The lines at which ranks were, the smallest group first. A rank that is not where most ranks wait is the likely cause."""
         where: dict[str, list[int]] = {}
         for rank in range(self.world):
             at = place() if rank == self.rank else "silent"

@@ -1,1 +1,1 @@
-"""The definitions of the losses in plain torch, row by row; the Triton kernels compute the same."""
+"""The definitions of the losses in plain torch, row by row. The Triton kernels compute the same."""

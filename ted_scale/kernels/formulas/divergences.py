@@ -1,36 +1,37 @@
-"""Divergences of a teacher's row p and a student's row q from their logarithms: the value, and the slope for the student's
-exponents.
+"""Divergences of a teacher's row p and a student's row q, computed from their logarithms. The slope is the gradient for the
+student's exponents.
 
-Every function overwrites log_p and `room`, and leaves q in the memory of log_q: new memory costs a CPU more than arithmetic.
-Where p and q are equal, value and slope are exactly 0.
+Every function overwrites log_p and `room`, and leaves q in the memory of log_q, because new memory costs a CPU more than
+arithmetic. If p and q are equal, value and slope are exactly 0.
 """
 
 import torch
 
 
 def between(log_p, log_q, room, name: str, top_k: int, wants_slope: bool):
-    """([N] values, their slope or None) of rows [N, V]. With `top_k` p's largest entries are compared, and all others as one."""
+    """([N] values, their slope or None) for rows [N, V]. With `top_k`, p's largest entries are compared one by one, and all
+    others as one entry."""
     if top_k and top_k < log_p.shape[1]:
         return of_top(DIVERGENCES[name], top_k, log_p, log_q, room, wants_slope)
     return DIVERGENCES[name](log_p, log_q, room, wants_slope)
 
 
 def forward(log_p, log_q, room, wants_slope: bool):
-    """KL(p ‖ q); the slope is q − p."""
+    """KL(p ‖ q). Its slope is q − p."""
     gap, p = torch.sub(log_p, log_q, out=room), log_p.exp_()
     value = gap.mul_(p).sum(dim=1)
     return value, torch.sub(log_q.exp_(), p, out=p) if wants_slope else None
 
 
 def reverse(log_p, log_q, room, wants_slope: bool):
-    """KL(q ‖ p); the slope is q·(log q/p − KL)."""
+    """KL(q ‖ p). Its slope is q·(log q/p − KL)."""
     gap, q = torch.sub(log_q, log_p, out=room), log_q.exp_()
     value = torch.mul(q, gap, out=log_p).sum(dim=1)
     return value, gap.sub_(value[:, None]).mul_(q) if wants_slope else None
 
 
 def jsd(log_p, log_q, room, wants_slope: bool):
-    """½·KL(p ‖ m) + ½·KL(q ‖ m) with m = ½·(p + q); the slope is ½·q·(log q/m − KL(q ‖ m))."""
+    """½·KL(p ‖ m) + ½·KL(q ‖ m) with m = ½·(p + q). Its slope is ½·q·(log q/m − KL(q ‖ m))."""
     gap, p, q = torch.sub(log_p, log_q, out=room), log_p.exp_(), log_q.exp_()
     least = gap.abs().neg_().expm1_().mul_(0.5).log1p_()  # log m − log max(p, q)
     over_q = gap.clamp(min=0).add_(least)  # log m − log q
@@ -41,7 +42,8 @@ def jsd(log_p, log_q, room, wants_slope: bool):
 
 
 def of_top(compare, k: int, log_p, log_q, room, wants_slope: bool):
-    """`compare` of p's k largest entries and a bucket for the rest. An entry of the bucket has its share of the bucket's slope."""
+    """`compare` for p's k largest entries and one bucket for the rest. Each entry of the bucket gets its share of the bucket's
+    slope."""
     at = log_p.topk(k, dim=1, sorted=False).indices
     tops = [x.gather(1, at) for x in (log_p, log_q)]
     rests = [x.scatter_(1, at, -torch.inf).logsumexp(dim=1, keepdim=True) for x in (log_p, log_q)]
@@ -59,5 +61,5 @@ DIVERGENCES = {"forward": forward, "reverse": reverse, "jsd": jsd}
 
 
 def scratch(name: str, top_k: int) -> int:
-    """The new matrices [N, V] that `between` needs at a time."""
+    """The number of new matrices [N, V] that `between` needs at a time."""
     return 1 if top_k else 2 * (name == "jsd")

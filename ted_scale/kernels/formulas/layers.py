@@ -2,8 +2,8 @@
 
 With s the student's filtered state, t the teacher's and d = s − t, of each token:
     mse = ‖d‖² / D      nmse = ‖d‖² / (‖t‖² + ε)      cosine = 1 − cos(s, t)
-Everything is built on d and its sums, which are exactly 0 where both sides agree; 1 − s·t/(‖s‖‖t‖) would not be. Where
-one side has no direction, cosine is 1 and its gradient 0.
+Everything is computed from d and its sums, which are exactly 0 if both sides agree. 1 − s·t/(‖s‖‖t‖) would not be exactly 0.
+If one side has norm 0, cosine is 1 and its gradient is 0.
 """
 
 from typing import NamedTuple
@@ -13,22 +13,22 @@ import torch
 from ted_scale.kernels.formulas.logits import row_dot
 
 KINDS = ("nmse", "mse", "cosine")
-EPSILON = 1e-6  # nmse: the divisor for a teacher's state of norm 0; cosine: the smallest norm
+EPSILON = 1e-6  # nmse: the divisor for a teacher's state of norm 0; cosine: the smallest norm that has a direction
 
 
 class Difference(NamedTuple):
     """d = s − t of a chunk of rows, and row sums in fp32: dd = ‖d‖², tt = ‖t‖², ss = ‖s‖², sd = s·d."""
 
-    d: torch.Tensor | None  # None: no gradient is wanted
+    d: torch.Tensor | None  # None if no gradient is wanted
     dd: torch.Tensor
-    tt: torch.Tensor | None  # mse needs none
-    s: torch.Tensor | None = None  # this and what follows: cosine alone
+    tt: torch.Tensor | None  # None for mse
+    s: torch.Tensor | None = None  # this and the rest: only for cosine
     ss: torch.Tensor | None = None
     sd: torch.Tensor | None = None
 
 
 def difference(t, s, kind: str) -> Difference:
-    """From the filtered states of both sides; t's memory becomes d."""
+    """The difference of the filtered states of both sides. d is written to t's memory."""
     tt = None if kind == "mse" else row_squares(t)
     d = torch.sub(s, t, out=t)
     if kind != "cosine":
@@ -37,12 +37,12 @@ def difference(t, s, kind: str) -> Difference:
 
 
 def row_squares(x):
-    """Σ x² of each row without a tensor of squares."""
+    """Σ x² of each row. No tensor of squares is made."""
     return torch.linalg.vector_norm(x, dim=1).square()
 
 
 def row_values(rows: Difference, weight, kind: str, width: int):
-    """(weight·value, scale, along_s) of each row: the gradient of the weighted value is scale·(d − along_s·s)."""
+    """(weight·value, scale, along_s) of each row. The gradient of the weighted value is scale·(d − along_s·s)."""
     if kind == "mse":
         return weight * rows.dd / width, weight * (2.0 / width), None
     if kind == "nmse":
@@ -58,7 +58,7 @@ def row_values(rows: Difference, weight, kind: str, width: int):
 
 
 def row_gradients(rows: Difference, scale, along_s, dtype):
-    """scale·(d − along_s·s) in d's memory, as an operand of the products that follow."""
+    """scale·(d − along_s·s) in d's memory, in the type of the products that follow."""
     d = rows.d
     if along_s is not None:
         d = d.addcmul_(rows.s, along_s[:, None], value=-1)

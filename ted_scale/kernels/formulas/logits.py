@@ -1,8 +1,8 @@
 """The row formulas of the logit losses in plain torch: the CPU path, and the definition for the Triton kernels.
 
-Notation: z are raw logits, y = soften(z), T the temperature; p and q are the teacher's and the student's softmax(y/T),
-q₁ the student's softmax(y). A slice holds the columns [first, first + width) of the student's vocabulary; `u` is the
-teacher's y/T over the part of them that both vocabularies have, or None.
+Notation: z are raw logits, y = soften(z), T the temperature; p and q are the teacher's and the student's softmax(y/T), q₁ the
+student's softmax(y). A slice holds the columns [first, first + width) of the student's vocabulary. `u` is the teacher's y/T over
+those of these columns that both vocabularies have, or None.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from ted_scale.kernels.formulas import divergences
 
 
 class LogitLoss(NamedTuple):
-    """ce_weight · CE + kl_weight · T² · divergence; a softcap of 0 is none. `covers`: the teacher's vocabulary contains the
-    student's. `top_k`: divergences.py; 0 for the whole vocabulary."""
+    """ce_weight · CE + kl_weight · T² · divergence. A softcap of 0 means none. `covers` is 1 if the teacher's vocabulary contains
+    the student's. `top_k` is explained in divergences.py; 0 means the whole vocabulary."""
 
     temperature: float
     kl_weight: float
@@ -29,7 +29,7 @@ class LogitLoss(NamedTuple):
 
     @property
     def numbers(self) -> list[float]:
-        """What an operation takes as a list; the other fields are arguments of their own."""
+        """The fields that an operation takes as a list. The other fields are separate arguments."""
         return [float(x) for x in self[:8]]
 
     @property
@@ -39,8 +39,9 @@ class LogitLoss(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of one slice of each row, [N] in fp32: the largest exponent m and l = Σ e^(·−m) of the teacher at T, the student at T
-    and the student at 1; `cross` = Σ e^(u − m_t)·(u − y_s/T); the label's y, 0 where the label is outside the slice."""
+    """Numbers of one slice of each row, [N] in fp32. They are the largest exponent m and l = Σ e^(·−m) for the teacher at T, the
+    student at T and the student at 1; `cross` = Σ e^(u − m_t)·(u − y_s/T); and the label's y, which is 0 if the label is outside
+    the slice."""
 
     m_t: torch.Tensor
     l_t: torch.Tensor
@@ -53,7 +54,7 @@ class Statistics(NamedTuple):
 
 
 class Normalizers(NamedTuple):
-    """log Σ e^· of whole rows: the teacher at T, the student at T, the student at 1."""
+    """log Σ e^· of whole rows: for the teacher at T, the student at T and the student at 1."""
 
     teacher: torch.Tensor
     student: torch.Tensor
@@ -61,7 +62,8 @@ class Normalizers(NamedTuple):
 
 
 def soften(z, softcap: float | None, scale: float):
-    """cap · tanh(scale · z / cap): what a family does to its logits. `soften_` and `softcap_slope` follow, and triton/rows."""
+    """cap · tanh(scale · z / cap), which a family applies to its logits. `soften_`, `softcap_slope` and triton/rows.py must agree
+    with it."""
     z = z if scale == 1.0 else z * scale
     return softcap * torch.tanh(z / softcap) if softcap else z
 
@@ -73,7 +75,7 @@ def soften_(z, softcap: float, scale: float):
 
 
 def softcap_slope(y_s, f: LogitLoss):
-    """∂y/∂(scale·z) from y; None without a softcap."""
+    """∂y/∂(scale·z), computed from y. None without a softcap."""
     return torch.div(y_s, f.softcap_s).square_().neg_().add_(1) if f.softcap_s else None
 
 
@@ -82,7 +84,7 @@ def over_(y, temperature: float):
 
 
 def of_nothing(weight) -> Statistics:
-    """Of rows without a column."""
+    """The statistics of rows without columns."""
     nothing, least = torch.zeros_like(weight), torch.full_like(weight, -torch.inf)
     return Statistics(least, nothing, nothing, least, nothing, least, nothing, nothing)
 
@@ -108,19 +110,19 @@ def exponents(y):
 
 
 def label_logit(y, labels, first: int):
-    """[N]; 0 where the label is outside the slice that begins at column `first`."""
+    """The label's y, [N]. 0 if the label is outside the slice that begins at column `first`."""
     at, found = label_column(y, labels, first)
     return torch.where(found, y.gather(1, at)[:, 0], 0.0)
 
 
 def label_column(y, labels, first: int):
-    """([N, 1] column of the label inside the slice, [N] whether it is there)"""
+    """([N, 1] column of the label in the slice, [N] whether the label is in the slice)"""
     at = labels - first
     return at.clamp(0, y.shape[1] - 1)[:, None], (at >= 0) & (at < y.shape[1])
 
 
 def merge(parts: Statistics) -> Statistics:
-    """The statistics of whole rows from those of their slices, stacked along dimension 0."""
+    """The statistics of whole rows, from those of their slices, which are stacked along dimension 0."""
     (m_t, by_t), (m_s, by_s), (m_1, by_1) = (common(m) for m in (parts.m_t, parts.m_s, parts.m_1))
     sums = ((parts.l_t, by_t), (parts.cross, by_t), (parts.l_s, by_s), (parts.l_1, by_1))
     l_t, cross, l_s, l_1 = ((x * factor).sum(dim=0) for x, factor in sums)
@@ -143,7 +145,7 @@ def finish(s: Statistics, weight, f: LogitLoss) -> tuple[torch.Tensor, torch.Ten
 
 
 def gradient(y_s, u, labels, first: int, n: Normalizers, weight, f: LogitLoss):
-    """∂ Σ weight·(ce_weight·CE + kl_weight·T²·KL) / ∂z_s of one slice, written to y_s; u is overwritten, too."""
+    """∂ Σ weight·(ce_weight·CE + kl_weight·T²·KL) / ∂z_s of one slice. It is written to y_s. u is overwritten, too."""
     slope, q, p, gap = softcap_slope(y_s, f), None, None, None
     if u is not None and u.shape[1]:
         p = u.sub_(n.teacher[:, None]).exp_()
@@ -156,10 +158,10 @@ def gradient(y_s, u, labels, first: int, n: Normalizers, weight, f: LogitLoss):
 
 
 def from_slopes(q_1, gap, slope, labels, first: int, weight, of_kl, f: LogitLoss):
-    """The gradient from the student's softmax and the divergence's slope, written to q_1 (zeros where CE has no weight). `of_kl`
-    are the rows' weights for the divergence.
+    """The gradient, from the student's softmax and the divergence's slope. It is written to q_1, which is zeros if CE has no
+    weight. `of_kl` has the rows' weights for the divergence.
 
-    The slope, q − p for KL, is computed before its factor is applied: it is exactly 0 where student and teacher agree.
+    The slope (q − p for KL) is computed before it is multiplied by a factor, so it is exactly 0 if student and teacher agree.
     """
     if f.ce_weight:
         at, found = label_column(q_1, labels, first)
@@ -171,11 +173,11 @@ def from_slopes(q_1, gap, slope, labels, first: int, weight, of_kl, f: LogitLoss
 
 
 def whole_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, floor=None):
-    """(weight·T²·divergence, weight·CE, ∂/∂z_s or None, the teacher's entropies or None) of rows with all their raw logits, which
-    are overwritten. With a `floor` there are entropies, and a row below it has no divergence."""
+    """(weight·T²·divergence, weight·CE, ∂/∂z_s or None, the teacher's entropies or None) for rows with all their raw logits. The
+    logits are overwritten. With a `floor` there are entropies, and a row with a lower entropy has no divergence."""
     y_s = soften_(z_s, f.softcap_s, f.scale_s)
     slope = softcap_slope(y_s, f) if wants_gradient else None
-    # In the memory of y_s where nothing reads y_s again: a new matrix would cost a CPU more than the arithmetic.
+    # It uses the memory of y_s if nothing reads y_s again, because a new matrix would cost a CPU more than the arithmetic.
     log_q_1 = torch.log_softmax(y_s, dim=1, out=y_s if z_t is None else None) if f.ce_weight else None
     zero = torch.zeros_like(weight)
     ce = counted(weight, -label_logit(log_q_1, labels, 0)) if f.ce_weight else zero
@@ -191,8 +193,8 @@ def whole_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, flo
 
 
 def divergence(y_s, u, log_q_1, f: LogitLoss, wants_slope: bool, wants_entropy: bool):
-    """(T²·divergence, its slope, the entropy of p). y_s and u are overwritten, and log_q_1 is q_1 afterwards where both softmaxes
-    are one."""
+    """(T²·divergence, its slope, the entropy of p). y_s and u are overwritten. If the two softmaxes are the same, log_q_1 is q_1
+    afterwards."""
     log_q = log_q_1 if f.one_softmax else over_(y_s[:, : u.shape[1]], f.temperature).log_softmax(dim=1)
     log_p = torch.log_softmax(u, dim=1, out=y_s.view(-1)[: u.numel()].view_as(u))
     entropy = torch.exp(log_p, out=u).mul_(log_p).sum(dim=1).neg_().clamp_(min=0) if wants_entropy else None
@@ -201,10 +203,10 @@ def divergence(y_s, u, log_q_1, f: LogitLoss, wants_slope: bool, wants_entropy: 
 
 
 def counted(weight, x):
-    """weight·x; 0 where a token does not count, even if x is NaN there."""
+    """weight·x, or 0 for a token that does not count, even if x is NaN there."""
     return torch.where(weight > 0, weight * x, 0.0)
 
 
 def row_dot(a, b):
-    """Σ a·b of each row without a tensor of products."""
+    """Σ a·b of each row. No tensor of products is made."""
     return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]

@@ -1,1 +1,1 @@
-"""The Triton kernels of the losses: their shapes, and one file a loss."""
+"""The Triton kernels of the losses: their shapes, and one file for each loss."""

@@ -1,4 +1,4 @@
-"""The device that the losses run on: its name, and whether it runs Triton kernels."""
+"""The device on which the losses run: its name, and whether it runs Triton kernels."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ def runs_triton(device: torch.device) -> bool:
 
 
 def interprets() -> bool:
-    """Triton's interpreter runs kernels on CPU tensors, for tests."""
+    """Whether Triton's interpreter runs the kernels on CPU tensors, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -25,6 +25,6 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """`sm_90`, `gfx942`"""
+    """The name of a device's architecture, for example `sm_90` or `gfx942`."""
     properties = torch.cuda.get_device_properties(device)
     return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"

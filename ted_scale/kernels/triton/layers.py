@@ -1,6 +1,7 @@
-"""The layer loss of rows from both sides' filtered states: one program a row, one read for the sums, one for the gradient.
+"""The layer loss of rows from both sides' filtered states. There is one program for each row. It reads the row once for the sums
+and once for the gradient.
 
-The formulas are those of formulas/layers.py. Everything is fp32; the gradient is rounded once, when it is stored.
+The formulas are those of formulas/layers.py. Everything is fp32. The gradient is rounded once, when it is stored.
 """
 
 import triton
@@ -22,7 +23,7 @@ def load_state(x, bias, at, inside, BIAS: tl.constexpr):
 
 @triton.jit
 def row_value(dd, tt, ss, sd, weight, D, KIND: tl.constexpr):
-    """(weight·value, scale, along_s): the gradient of the weighted value is scale·(d − along_s·s)."""
+    """(weight·value, scale, along_s). The gradient of the weighted value is scale·(d − along_s·s)."""
     if KIND == "mse":
         return weight * dd / D, weight * 2.0 / D, 0.0
     elif KIND == "nmse":
@@ -43,9 +44,10 @@ def layers_kernel(
     t, b_t, s, b_s, h, weight, values, dy, kept, t_stride, s_stride, h_stride, D, E, KIND: tl.constexpr,
     BIAS_T: tl.constexpr, BIAS_S: tl.constexpr, WANTS_GRADIENT: tl.constexpr, KEEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row's weighted value, and its gradient for the filtered s in dy. Of h, `kept` gets the rows that count, else 0."""
+    """A row's weighted value, and in dy its gradient for the filtered s. `kept` gets the rows of h that count, and 0 for the
+    others."""
     row = tl.program_id(0).to(tl.int64)
-    only = row + tl.arange(0, 1)  # the interpreter cannot broadcast a condition that is no tensor
+    only = row + tl.arange(0, 1)  # the interpreter can only broadcast a condition that is a tensor
     w = tl.load(weight + only)
     live = w > 0
     w = tl.where(live, w, 0.0)
@@ -84,7 +86,7 @@ def layers_kernel(
 
 
 def launch_layers(t, b_t, s, b_s, h, weight, values, dy, kept, kind: str) -> None:
-    """Writes `values`; also dy and kept, where they have entries. t and s are filtered, but without their biases."""
+    """Write `values`, and dy and kept if they have entries. t and s are filtered, but their biases are not added yet."""
     layers_kernel[(len(s),)](
         t, weight if b_t is None else b_t, s, weight if b_s is None else b_s, h, weight, values, dy, kept, t.stride(0),
         s.stride(0), h.stride(0), s.shape[1], h.shape[1], KIND=kind, BIAS_T=b_t is not None, BIAS_S=b_s is not None,

@@ -1,5 +1,5 @@
-"""Logit losses of rows from their logits: one program a row, one read for the losses, one for the gradient. The
-Jensen-Shannon divergence needs another read in between, because both softmaxes must be known before their mean.
+"""Logit losses of rows from their logits. There is one program for each row. It reads the row once for the losses and once for
+the gradient. The Jensen-Shannon divergence needs another read in between, because both softmaxes must be known before their mean.
 
 The formulas are those of formulas/logits.py and formulas/divergences.py. Everything is fp32.
 """
@@ -14,7 +14,7 @@ from ted_scale.kernels.triton.shapes import SHAPES
 
 @triton.jit
 def soften(z, cap, scale, CAPPED: tl.constexpr):
-    """cap·tanh(scale·z/cap); tanh is computed from the sigmoid, which every target has."""
+    """cap·tanh(scale·z/cap). tanh is computed from the sigmoid, because every target has a sigmoid."""
     y = z * scale
     if CAPPED:
         y = cap * (2.0 * tl.sigmoid(2.0 * y / cap) - 1.0)
@@ -23,7 +23,7 @@ def soften(z, cap, scale, CAPPED: tl.constexpr):
 
 @triton.jit
 def add_block(m, total, y):
-    """The running (max, Σ e^(y − max)) of rows, with one more block of columns; y is −inf outside the vocabulary."""
+    """The running (max, Σ e^(y − max)) of rows, with one more block of columns. y is −inf outside the vocabulary."""
     larger = tl.maximum(m, tl.max(y, axis=-1))
     safe = tl.where(larger == float("-inf"), 0.0, larger)
     factor = tl.exp(m - safe)
@@ -32,7 +32,7 @@ def add_block(m, total, y):
 
 @triton.jit
 def over_log_means(log_q, log_p):
-    """(log m − log q, log m − log p) with m = ½·(p + q); both are exactly 0 where p and q are equal."""
+    """(log m − log q, log m − log p) with m = ½·(p + q). Both are exactly 0 if p and q are equal."""
     gap = log_p - log_q
     least = tl.log(0.5 * (1.0 + tl.exp(-tl.abs(gap))))  # log m − log max(p, q)
     return tl.maximum(gap, 0.0) + least, tl.maximum(-gap, 0.0) + least
@@ -40,7 +40,7 @@ def over_log_means(log_q, log_p):
 
 @triton.jit
 def other_slope(log_q, log_p, of_q, DIVERGENCE: tl.constexpr):
-    """The slope of a divergence that is not the forward KL; `of_q` is the row's KL from q, to p or to the mean."""
+    """The slope of a divergence other than the forward KL. `of_q` is the row's KL from q to p, or from q to the mean."""
     if DIVERGENCE == "reverse":
         g = log_q - log_p - of_q
     else:
@@ -54,8 +54,8 @@ def logit_gradient(
     y_s, u, norms, of_q, is_label, factor_kl, factor_ce, temperature, KL: tl.constexpr, CE: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
-    """∂/∂y_s: factor_kl·slope + factor_ce·(q₁ − onehot), where the forward KL's slope is q − p; u is −inf outside the shared
-    vocabulary, where the slope is 0."""
+    """∂/∂y_s = factor_kl·slope + factor_ce·(q₁ − onehot). The forward KL's slope is q − p. Outside the shared vocabulary u is
+    −inf and the slope is 0."""
     g = tl.zeros_like(y_s)
     if KL and DIVERGENCE == "forward":
         q = tl.where(u == float("-inf"), 0.0, tl.exp(y_s / temperature - norms[1]))
@@ -83,7 +83,7 @@ def add_columns(
     scale_t, KL: tl.constexpr, CE: tl.constexpr, CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
     DIVERGENCE: tl.constexpr, moment, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """The running `Statistics` of rows with V more columns; the teacher has the first `shared` of them. For the reverse KL
+    """The running `Statistics` of rows with V more columns. The teacher has the first `shared` of them. For the reverse KL,
     `cross` is Σ e^(y_s/T − m_s)·(y_s/T − u). For an entropy, `moment` is Σ e^(u − m_t)·(u − m_t)."""
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)[None, :]
@@ -131,7 +131,8 @@ def write_gradient(
     KL: tl.constexpr, CE: tl.constexpr, CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr, of_kl, of_q,
     DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
-    """∂/∂z_s of these columns to dz, which may be z_s itself; 0 where a token does not count, even if its logits are NaN."""
+    """Write ∂/∂z_s of these columns to dz, which may be z_s itself. It is 0 for a token that does not count, even if its logits
+    are NaN."""
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)[None, :]
         y = soften(tl.load(z_s + at, mask=at < V, other=0.0), cap_s, scale_s, CAPPED_S)
@@ -163,8 +164,8 @@ def rows_kernel(
     CAPPED_T: tl.constexpr, DIVERGENCE: tl.constexpr, WANTS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     floor, entropy_out, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """A row's weighted T²·divergence and CE, and its gradient for the raw z_s in dz, which may be z_s itself. With ENTROPY also the
-    teacher's entropy; a row below the floor has no divergence."""
+    """A row's weighted T²·divergence and CE, and in dz its gradient for the raw z_s. dz may be z_s itself. With ENTROPY also the
+    teacher's entropy. A row with an entropy below the floor has no divergence."""
     row = tl.program_id(0).to(tl.int64)
     z_s += row * stride_s
     z_t += row * stride_t
@@ -210,8 +211,8 @@ def rows_kernel(
 
 
 def launch_rows(z_s, z_t, labels, weight, f: LogitLoss, wants_gradient: bool, room, floor=None):
-    """(weight·T²·divergence, weight·CE, ∂/∂z_s or None, the teacher's entropies or None); the gradient is in `room`, or in z_s
-    where `room` is None."""
+    """(weight·T²·divergence, weight·CE, ∂/∂z_s or None, the teacher's entropies or None). The gradient is in `room`, or in z_s if
+    `room` is None."""
     rows, vocab = z_s.shape
     kl, ce = weight.new_zeros(2, rows).unbind()
     dz, entropy = z_s if room is None else room, None if floor is None else torch.empty_like(weight)

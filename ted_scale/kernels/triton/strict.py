@@ -1,6 +1,6 @@
-"""Strict mode's two kernels, on the logits of some rows and one slice of the vocabulary, which are read once.
+"""Strict mode's two kernels. They work on the logits of some rows and one slice of the vocabulary, and read them once.
 
-The formulas are those of triton/rows.py. Here a row's statistics run from slice to slice, in memory.
+The formulas are those of triton/rows.py. Here the statistics of a row are kept in memory from slice to slice.
 """
 
 import triton
@@ -17,9 +17,9 @@ def statistics_kernel(
     scale_t, KL: tl.constexpr, CE: tl.constexpr, CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the columns [first, first + V) to the `Statistics` [8, N] of all rows."""
+    """Add the columns [first, first + V) to the `Statistics` [8, N] of all rows."""
     own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rows = tl.minimum(own, N - 1).to(tl.int64)  # the last row once more needs no mask
+    rows = tl.minimum(own, N - 1).to(tl.int64)  # rows after the last read the last row, so no mask is needed
     label = tl.load(labels + rows)[:, None] - first
     z_s, z_t = z_s + rows[:, None] * stride_s, z_t + rows[:, None] * stride_t
     at = running + rows
@@ -46,7 +46,7 @@ def slopes_kernel(
     kl_weight, ce_weight, cap_s, cap_t, scale_s, scale_t, KL: tl.constexpr, CE: tl.constexpr, CAPPED_S: tl.constexpr,
     CAPPED_T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """∂/∂z_s of the columns [first, first + V), to dz."""
+    """Write ∂/∂z_s of the columns [first, first + V) to dz."""
     rows = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), N - 1).to(tl.int64)[:, None]
     label = tl.load(labels + rows) - first
     n, w = (
@@ -80,7 +80,7 @@ def launch_slopes(dz, z_s, z_t, labels, weight, first: int, normalizers, f: Logi
 
 
 def prepare(kernel: str, z_s, z_t, f: LogitLoss):
-    """(what to read for z_t, the columns that both sides have, a launch's options)"""
+    """(the tensor to read as z_t, the number of columns that both sides have, the options of a launch)"""
     kl = z_t is not None
     z_t, shared = (z_t, z_t.shape[1]) if kl else (z_s, 0)
     flags = {"KL": kl, "CE": bool(f.ce_weight), "CAPPED_S": bool(f.softcap_s), "CAPPED_T": bool(f.softcap_t)}
