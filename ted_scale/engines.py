@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ted_scale import kernels
+from ted_scale.base.counts import millions
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints.filters_file import load_filters
 from ted_scale.distill import memory
@@ -27,6 +28,7 @@ from ted_scale.models.zero import shape_of, sharded_construction
 from ted_scale.plan import Plan
 from ted_scale.ranks.group import group_of_node
 
+log = logging.getLogger("ted_scale")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -116,6 +118,9 @@ def build_teacher(plan: Plan):
         return lambda batch, weights: None
     from deepspeed.accelerator import get_accelerator
 
+    log.info(
+        f"loading {plan.teacher.folder}, {millions(plan.teacher.parameters)} parameters"
+    )  # for minutes, if it is large
     device = torch.device(get_accelerator().current_device_name())
     teacher = bare_teacher(plan, device) if plan.placement.is_bare else sharded_teacher(plan)
     if plan.run.health.replicas_every:
@@ -163,6 +168,7 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
     import deepspeed
 
     run, dtype = plan.run, DTYPES[plan.run.train.precision]
+    log.info(f"loading {plan.student.folder}, {millions(plan.student.parameters)} parameters, with its optimizer")
     config = engine_config(
         plan, plan.student, gradient_accumulation_steps=plan.accumulation, gradient_clipping=run.train.clip
     )
@@ -196,6 +202,8 @@ def build_student(plan: Plan, stage: Stage, teacher, filters_file: Path | None):
     zero_hooks.gather_whole_blocks(blocks)
     engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
     zero_hooks.trim(engine, config, frozen_parts(module, stage))
+    if "compile" in [blocks_are(plan, side, engine.device) for side in ("student", "teacher") if getattr(plan, side)]:
+        log.info("the first batch compiles the blocks, and takes longer than those that follow")
     return engine
 
 

@@ -83,14 +83,13 @@ def measured_starts(plan, stream: Stream, teacher, device) -> list[Start]:
     not run, because its states mean nothing."""
     student = None if plan.run.student.init == "random" else build_teacher(as_teacher(plan))
     tokens, sums = TOKENS_A_WIDTH * max(plan.student.width, plan.teacher.width), None
+    log.info(f"filters start from the states of {tokens:,} tokens, which are read now")
     for batch in first_batches(plan.run, stream, tokens, device):
         states = [side(batch, READ).layers_NE if side else () for side in (teacher, student)]
         sums = add_moments(sums, batch, *states)
     if student and not student.is_bare:
         zero_hooks.destroy(student.engine)
     over_ranks(sums)
-    if dist.get_rank() == 0:
-        log.info(f"filters start from the states of {tokens:,} tokens")
     rank, world = dist.get_rank(), dist.get_world_size()
     own = {k: start_of(pair, plan.width) for k, pair in enumerate(sums) if k % world == rank}  # all ranks at once
     return [share_start(plan, k, pair, own.get(k, (None, None))) for k, pair in enumerate(sums)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ted_scale import feed, validate
+from ted_scale.base.counts import millions
 from ted_scale.base.errors import UserError
 from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints import resume
@@ -35,6 +36,7 @@ from ted_scale.forecast.placement import Placement, of_this_machine, place
 from ted_scale.metrics.live_report import why_never
 from ted_scale.metrics.rows import last_row
 from ted_scale.metrics.wandb_connection import why_offline
+from ted_scale.micro_batches import check_length, derive_accumulation
 from ted_scale.models import fused, lora, quantized, ulysses
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.fingerprint import fingerprint
@@ -163,27 +165,6 @@ def look_at(side: str, model: Model, needs_weights: bool) -> Anatomy:
     return inspect(f"{side}.path", model.path, needs_weights=needs_weights, is_frozen=side == "teacher")
 
 
-def derive_accumulation(run: Run, world: int) -> int:
-    """Micro-batches of a step on each rank."""
-    train, seq_len, readers = run.train, run.data.seq_len, ulysses.groups_of(run, world)
-    micro_step = train.micro_batch * seq_len * readers
-    if train.tokens_per_step % micro_step:
-        nearest = micro_step * max(1, round(train.tokens_per_step / micro_step))
-        ranks = "ranks" if readers == world else "ranks / data.sequence_parallel"
-        raise UserError(
-            f"train.tokens_per_step must be a multiple of micro_batch * seq_len * {ranks} "
-            f"({train.micro_batch} * {seq_len} * {readers} = {micro_step}), but is {train.tokens_per_step}; set {nearest}"
-        )
-    return train.tokens_per_step // micro_step
-
-
-def check_length(run: Run, *models: Anatomy | None) -> None:
-    for side, anatomy in zip(("student", "teacher"), models, strict=True):
-        if anatomy and anatomy.max_length and run.data.seq_len > anatomy.max_length:
-            limit = anatomy.max_length
-            raise UserError(f"data.seq_len must be at most the {side}'s context ({limit}), but is {run.data.seq_len}")
-
-
 def check_documents(run: Run, *models: Anatomy | None) -> None:
     """Refuse data.attention = "document" for recurrent layers: they carry their state from one document into the next."""
     for side, anatomy in zip(("student", "teacher"), models, strict=True):
@@ -257,7 +238,7 @@ def describe(plan: Plan) -> str:
     for side, a in (("teacher", plan.teacher), ("student", plan.student)):
         if a:
             shape = (
-                f"{a.layers} blocks, width {a.width}, vocabulary {a.vocab_size}, {a.parameters / 1e6:,.2f} M parameters"
+                f"{a.layers} blocks, width {a.width}, vocabulary {a.vocab_size}, {millions(a.parameters)} parameters"
             )
             lines.append(f"{side}: {a.family}, {shape}, from {a.folder}, fingerprint {fingerprint(a.folder)}")
     lines += lora.describe(run.student.lora, plan.student)

@@ -206,7 +206,7 @@ def validate_first(parts: Parts, stage: Stage, student, stream: Stream, progress
             parts.saver.copier.finish()
             save_checkpoint(parts.plan, stage, parts.metrics, parts.saver, student, progress)
     if stopping or (stage.writes_samples(progress.step) and samples.write(*measured, progress)):
-        raise Preempted  # no step was taken; the next start validates
+        raise Preempted(pulse.now.stepped)  # the next start validates
     return progress
 
 
@@ -223,7 +223,7 @@ def next_stretch(parts: Parts, stage: Stage, student, stream: Stream, progress: 
         stream, progress, stopping = feed.weigh(plan, teacher, metrics, student, stream, progress)
         if stopping:
             save_unless_saved(parts, stage, student, progress)
-            raise Preempted
+            raise Preempted(pulse.now.stepped)
     try:
         feed.refuse_short_corpora(plan.run, stage, stream, progress)
     except UserError:

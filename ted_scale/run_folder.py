@@ -176,6 +176,8 @@ def resume_point(run) -> tuple[Path | None, int]:
     there = of_rank_0(copies.names, place) if place else []
     for name in sorted({*here, *there}, key=files.key_of, reverse=True):
         checkpoint = files.checkpoints_of(run.folder) / name
+        if name in here:
+            log.info(f"checking every byte of {checkpoint}")
         faults = [verdict(files.check_digests, checkpoint, share())] if name in here else []
         if name in there and None not in faults:
             faults.append(fetch(place, checkpoint))

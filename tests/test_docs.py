@@ -72,3 +72,16 @@ def test_the_site_builds_without_a_warning_and_its_pages_load_nothing_from_elsew
     )
     assert len(pages) > 60
     assert not [page[:80] for page in pages if loads.search(page)]
+
+
+RUN = re.compile(
+    r"`(?:OMP_NUM_THREADS=1 )?(?:pytest|python|deepspeed) |the same\b|\[flops.md\]"
+)  # arithmetic has no command
+
+
+def test_every_figure_of_the_measurements_names_the_command_that_makes_it():
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| figure")]
+    rows = [row for header, _, *rows in tables for row in rows if header.endswith("| command |")]
+    assert len(rows) > 60
+    assert not [row for row in rows if not RUN.search(row.removesuffix(" |").rpartition(" | ")[2])]

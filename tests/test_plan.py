@@ -1,6 +1,7 @@
 """The dry run: what it prints, that it starts and writes nothing, and that every mistake it can find is one sentence."""
 
 import json
+import logging
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,8 @@ from plain import make_shard, make_world
 from tiny import make_model, make_run, pretrain, pretrain_command, write_run
 from transformers import FalconH1Config, Lfm2Config, PreTrainedTokenizerFast, StableLmConfig
 
+from ted_scale import engines
+from ted_scale import run as run_module
 from ted_scale.base.errors import UserError
 from ted_scale.base.sealed import seal
 from ted_scale.checkpoints.progress import Progress, progress_as_bytes
@@ -25,7 +28,7 @@ from ted_scale.distill.pairs import cut_map
 from ted_scale.engines import build_filters, check_engine_config
 from ted_scale.feed import Reading
 from ted_scale.forecast.summary import uncounted
-from ted_scale.metrics import live_report
+from ted_scale.metrics import console, live_report
 from ted_scale.plan import describe, make_plan, plan_of_models, stage_flops
 from ted_scale.run import train_run
 from ted_scale.storage import hub
@@ -83,7 +86,7 @@ def test_a_dry_run_prints_the_resolved_run_and_its_arithmetic_and_starts_nothing
         ("pairs.explicit=[[2, 0]]", "error: pairs.explicit[0] must name student blocks 0 to 1, but is [2, 0]\n"),
         (
             "ds_config=typing.json",
-            "error: ds_config typing.json: zero_optimization.overlap_com must be what DeepSpeed knows, but is True (Extra "
+            "error: ds_config typing.json: zero_optimization.overlap_com must be what DeepSpeed knows, but is true (Extra "
             "inputs are not permitted); correct it\n",
         ),
     ],
@@ -227,7 +230,11 @@ WRONG_RUNS = {
     ),
     "seq_len": (
         {"data": {"seq_len": 256}},
-        "data.seq_len must be at most the student's context (128), but is 256",
+        "data.seq_len must be at most the student's context (128), but is 256; lower it",
+    ),
+    "seq_len, which no step divides by": (
+        {"data": {"seq_len": 250}},
+        "data.seq_len must be at most the student's context (128), but is 250; lower it",
     ),
     "pairs": (
         {"pairs": {"explicit": [[0, 4]]}},
@@ -554,6 +561,38 @@ def test_a_dry_run_writes_packs_and_says_so_and_ted_scale_plan_writes_none(world
     assert "packs of examples that are not there are made" in " ".join(capsys.readouterr().out.split())
 
 
+def test_what_takes_long_at_a_start_is_said_before_it_begins_and_on_rank_0_alone(world, monkeypatch, capsys, caplog):
+    """A start was silent for minutes: while ranks meet, while models load."""
+
+    class Begun(Exception):
+        """What takes long."""
+
+    def begin(*_, **__):
+        raise Begun
+
+    file = write_run(world / "run.toml", make_run(world, teacher={"placement": "replicated"}))
+    monkeypatch.setattr(pretrain_module.signals, "listen", lambda: None)  # this process keeps its handlers
+    monkeypatch.setattr(run_module, "run_plan", begin)
+    monkeypatch.setattr(console, "level", logging.INFO)
+    for rank, words, lines in (("0", [], 1), ("1", [], 0), ("0", ["--quiet"], 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(Begun):
+            pretrain_module.main(["--config", str(file), *words])
+        said = capsys.readouterr().err
+        assert said.count("run tiny: looking at its models") == lines
+        assert said.count("1 rank starts; the first start on a machine may compile") == lines
+    plan = make_plan(load_run(file), 1)
+    caplog.set_level(logging.INFO, "ted_scale")
+    monkeypatch.setattr(engines, "bare_teacher", begin)
+    monkeypatch.setattr(engines, "build_network", begin)
+    with pytest.raises(Begun):
+        engines.build_teacher(plan)
+    assert caplog.messages[-1].startswith(f"loading {world / 'teacher'}, ")
+    with pytest.raises(Begun):
+        engines.build_student(plan, plan.stages[-1], None, None)
+    assert caplog.messages[-1].startswith(f"loading {world / 'student'}, ")
+
+
 def test_a_report_that_nothing_can_draw_is_a_line_of_the_dry_run(world, monkeypatch):
     for minutes, found, warns in ((10, None, True), (10, "bokeh", False), (0, None, False)):
         monkeypatch.setattr(live_report, "find_spec", lambda _, found=found: found)
@@ -566,7 +605,7 @@ def test_a_mistake_in_the_zero_section_is_a_sentence_and_not_deepspeed_s_traceba
     (world / "ds.json").write_text(json.dumps(config))
     plan = make_plan(make_run(world, ds_config=str(world / "ds.json")), 1)
     with pytest.raises(
-        UserError, match=r"ds.json: zero_optimization.overlap_com must be what DeepSpeed knows, but is True"
+        UserError, match=r"ds.json: zero_optimization.overlap_com must be what DeepSpeed knows, but is true"
     ):
         check_engine_config(plan)
 

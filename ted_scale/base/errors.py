@@ -28,7 +28,7 @@ MEANINGS = {
     HUNG: "a step took longer than its limit; every rank's stack is in the log",
     GONE: "a rank, or something it cannot do without, has gone",
     MEMORY: "a rank ran out of memory; the sentence has what to lower",
-    RESUME: "asked to stop, every step saved; the same command goes on",  # EX_TEMPFAIL of sysexits.h
+    RESUME: "asked to stop, nothing is lost; the same command goes on",  # EX_TEMPFAIL of sysexits.h
 }
 
 
@@ -74,13 +74,14 @@ class OutOfMemory(Exception):
 
 
 class Preempted(Exception):
-    """A signal asked the run to stop. Nothing is lost."""
+    """A signal asked the run to stop. Nothing is lost; `stepped` is whether this start has taken a step."""
 
     exit_code = RESUME
     SENTENCE = "asked to stop by a signal: every step so far is saved, start the same command again"
+    BEFORE = "asked to stop by a signal before this start took a step: nothing is lost, start the same command again"
 
-    def __init__(self):
-        super().__init__(self.SENTENCE)
+    def __init__(self, stepped: bool = True):
+        super().__init__(self.SENTENCE if stepped else self.BEFORE)
 
 
 SENTENCES = (UserError, RunStopped, Gone, OutOfMemory, Preempted)
@@ -92,12 +93,23 @@ def clean(sentence: str) -> str:
 
 
 def shown(value) -> str:
-    """A value in a sentence: one short line."""
+    """A value in a sentence: one short line, in the words of the file that it came from."""
     try:
-        text = repr(value)
+        text = as_written(value)
     except (RecursionError, ValueError):  # nested too deeply; an integer of more digits than Python writes
         return f"a {type(value).__name__} that cannot be shown"
     return shortened(text, LONGEST_VALUE)
+
+
+def as_written(value) -> str:
+    """As TOML has it; what it has no word for, as JSON or Python does."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {as_written(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(as_written, value))}]"
+    if isinstance(value, bool) or value is None:
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)
 
 
 def shortened(text: str, most: int) -> str:

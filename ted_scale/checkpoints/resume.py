@@ -5,10 +5,11 @@ run_folder.py looks again when the ranks have started, and reads every byte.
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 from ted_scale.base import sealed
-from ted_scale.base.errors import UserError, files_at
+from ted_scale.base.errors import CORRECTABLE, UserError, files_at
 from ted_scale.base.patience import patiently
 from ted_scale.checkpoints import copies, strangers
 from ted_scale.checkpoints import folder as files
@@ -20,8 +21,9 @@ from ted_scale.storage.objects import check_package
 def find(run, identity: dict) -> tuple[str, Progress]:
     """(newest checkpoint, its progress). Refuses a folder that cannot be written and a checkpoint of another run."""
     folder = run.folder
-    nearest_writable(folder)
+    existing = nearest_writable(folder)
     strangers.refuse(folder)
+    try_to_write(folder, existing)
     where, progress = newest_progress(run)
     if where:
         changes.refuse_another_run(where, progress.identity, identity, run.resume.allow, progress.step)
@@ -51,6 +53,28 @@ def nearest(folder: Path) -> tuple[Path, bool]:
     """(the folder, or the nearest existing one above it; whether this user can write there)"""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     return existing, existing.is_dir() and os.access(existing, os.W_OK)
+
+
+def try_to_write(folder: Path, existing: Path) -> None:
+    """Modes say nothing of an immutable folder in the run's, nor of a file server that has rights of its own. So rank 0 makes a
+    file without a name where the run makes files, and opens those that the run goes on with. Nothing is left of it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for place in (existing, *strangers.standing(folder, strangers.FOLDERS)):
+        refuse_unwritable(place, lambda place: tempfile.TemporaryFile(dir=place).close())
+    for file in strangers.standing(folder, strangers.APPENDED):
+        refuse_unwritable(file, lambda file: file.open("ab").close())
+
+
+def refuse_unwritable(place: Path, attempt) -> None:
+    """An error that may pass is no mistake: the start tries again."""
+    try:
+        attempt(place)
+    except OSError as error:
+        if error.errno in CORRECTABLE:
+            raise UserError(
+                f"runs must be a folder this user can write, but {place} is not: {error.strerror}; set runs or change its mode"
+            ) from None
 
 
 def newest_progress(run) -> tuple[str, Progress]:

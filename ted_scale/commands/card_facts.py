@@ -17,7 +17,7 @@ from ted_scale.report.folder import RunSeen, read_run, text_of
 from ted_scale.storage.hub import is_path
 from ted_scale.storage.objects import is_remote
 
-SHAPE = r"[\w.-]+, \d+ blocks, width \d+, vocabulary \d+, [\d,.]+ M parameters"
+SHAPE = r"[\w.-]+, \d+ blocks, width \d+, vocabulary \d+, [\d,.]+(?: M)? parameters"
 MODEL = rf"^{{side}}: (?P<shape>{SHAPE}), from .*, fingerprint (?P<print>\w+)$"
 CORPUS = r"^corpus {name}: (?P<tokens>[\d,]+) tokens to train on, (?P<held>[\d,]+) held out, digest (?P<digest>\w+)"
 STAGE = r"^stage (?P<name>\w+): (?P<steps>[\d,]+) steps, .*, (?P<flops>[\d.e+]+) FLOPs$"

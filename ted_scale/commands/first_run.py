@@ -6,6 +6,7 @@ Note: these are starting points by rule, not results; memory is the dry run's ow
 import dataclasses
 from typing import Any, NamedTuple
 
+from ted_scale.base.counts import millions
 from ted_scale.base.errors import UserError
 from ted_scale.config.run import Run
 from ted_scale.forecast.placement import Rank, place, usable
@@ -117,7 +118,7 @@ def of_budget(given: Given, seq_len: int, micro_batch: int) -> dict[str, Choice]
 
 def of_model(given: Given) -> dict[str, Choice]:
     rate = next(rate for most, rate in RATES if given.parameters < most)
-    size = f"{given.parameters / 1e6:,.0f} M parameters"
+    size = f"{millions(given.parameters, 1)} parameters"
     precision, why = (
         ("fp32", "16 bits are slow on most CPUs") if given.rank.device == "cpu" else ("bf16", "half the bytes of fp32")
     )

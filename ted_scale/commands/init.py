@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from ted_scale.base.counts import millions
 from ted_scale.base.durable import write_durably
 from ted_scale.base.errors import UserError, files_at
 from ted_scale.base.exits import run_main
@@ -56,7 +57,9 @@ def main(argv: list[str] | None = None) -> None:
         write_durably(out, text)
     if places.text is None and places.layers is None:
         check(out, arguments.ranks)
-    print(f"{out}: {places.teacher} -> {places.student}, {tokens:,} tokens{' by estimate' if places.text else ''}")
+    ranks = f"{arguments.ranks} rank{'s' if arguments.ranks > 1 else ''}; --ranks N writes it for others"
+    counted = f"{tokens:,} tokens{' by estimate' if places.text else ''}"
+    print(f"{out}: {places.teacher} -> {places.student}, {counted}, for {ranks}")
     print("\n".join(["next:", *(f"  {line}" for line in commands(places, out, tokens, arguments.ranks))]))
 
 
@@ -238,10 +241,10 @@ def chosen(places: Places, shape: str, teacher, tokens: int, rank, arguments) ->
         ),
         "teacher.path": Choice(
             places.teacher,
-            f"local folder or hub id: {teacher.layers} blocks, {teacher.parameters / 1e6:,.1f} M parameters",
+            f"local folder or hub id: {teacher.layers} blocks, {millions(teacher.parameters, 1)} parameters",
         ),
         "student.path": Choice(
-            places.student, f"{student.layers} blocks of {teacher.layers}, {student.parameters / 1e6:,.1f} M parameters"
+            places.student, f"{student.layers} blocks of {teacher.layers}, {millions(student.parameters, 1)} parameters"
         ),
         "data.corpora": Choice(corpora, f"validation: {validation.why}"),
     }
@@ -275,7 +278,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--method", choices=("ce", "kd", "lwd", "ted"), default="ted")
     parser.add_argument("--out", default="run.toml", metavar="FILE", help="default: run.toml; its name is the run's")
-    parser.add_argument("--ranks", type=int, metavar="N", help="default: one a GPU, or one on a CPU")
+    parser.add_argument("--ranks", type=int, metavar="N", help="that will start; default: one a GPU, or one on a CPU")
     parser.add_argument("--prepare", action="store_true", help="also tokenize the text and cut the student")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
     arguments = parser.parse_args(argv)

@@ -13,6 +13,7 @@ from pathlib import Path
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
+from ted_scale.base.counts import millions
 from ted_scale.base.errors import UserError
 from ted_scale.base.exits import run_main
 from ted_scale.corpora.tokenizer import hugging_face, load_tokenizer
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         write_folder(part, config, arguments.tokenizer)
         model = inspect("the new model", str(part), needs_weights=False)
     size = f"{model.layers} blocks, width {model.width}, vocabulary {model.vocab_size:,}"
-    print(f"{model.family}: {size}, {model.parameters / 1e6:,.2f} M parameters -> {arguments.out}, without weights")
+    print(f"{model.family}: {size}, {millions(model.parameters)} parameters -> {arguments.out}, without weights")
     print(f'in a run file:\n  [student]\n  path = {json.dumps(str(arguments.out))}\n  init = "random"')
     print(
         'a teacher of your own: train it with method = "ce" as launch/runs/demo_teacher.toml does, then ted-scale export'

@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     run = load_run(arguments.config, arguments.set)
     if arguments.dry_run:
         logging.disable(logging.WARNING)  # DeepSpeed logs to stdout, where the run file is printed
+    else:
+        console.say_early(f"run {run.name}: looking at its models and corpora")
 
     from ted_scale.plan import describe, make_plan  # imports take seconds; a typing mistake should not wait for them
 
@@ -54,6 +56,11 @@ def main(argv: list[str] | None = None) -> None:
         print(to_toml(run), describe(plan), *forecast, sep="\n")
         return
 
+    start = "rank starts" if plan.world == 1 else "ranks start"
+    console.say_early(
+        f"{plan.world} {start}; the first start on a machine may compile parts of DeepSpeed, and waits for a DNS that does not "
+        "answer"
+    )
     from ted_scale.run import run_plan
 
     run_plan(plan)

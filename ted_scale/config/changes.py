@@ -65,7 +65,8 @@ def refuse_another_run(where, theirs: dict, ours: dict, allowed: list[str], step
         f"to resume from {where}, {listed(refused, theirs, ours)}; set back what changed, or give the run another name"
     )
     if allow := [key for key in refused if key not in never]:
-        out += f", or accept it by resume.allow = {json.dumps([*allowed, *allow])}"
+        keys = json.dumps([*allowed, *allow])
+        out += f", or accept it by --set 'resume.allow={keys}', in the run file the line allow = {keys} below [resume]"
     raise UserError(out + why_never(never))
 
 
@@ -96,7 +97,12 @@ def differs(key: str, theirs, ours) -> str:
         return "student.lora must be left out, for that checkpoint is of a whole student, but is set"
     if key == "student.lora.rank" and ours == 0:
         return "student.lora must be set, for that checkpoint is of adapters alone, but is left out"
-    return f"{key} must be {shown(theirs)}, but is {shown(ours)}"
+    return f"{key} must be {said(theirs)}, but is {said(ours)}"
+
+
+def said(value) -> str:
+    """TOML has no null: a key without a value is left out."""
+    return "not set" if value is None else shown(without_none(value))
 
 
 def cannot_load(key: str, theirs: dict, ours: dict, step: int) -> bool:
@@ -123,7 +129,7 @@ def changes(theirs: dict, ours: dict, written: dict | None, run: dict, step: int
         before, now = {key: value for key, value in flat(written).items() if key not in DROPPED}, flat(run)
         keys = (key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key))
         found |= {key: (before.get(key), now.get(key)) for key in keys}
-    return [f"{key} is {shown(new)} instead of {shown(old)} from step {step} on" for key, (old, new) in found.items()]
+    return [f"{key} is {said(new)} instead of {said(old)} from step {step} on" for key, (old, new) in found.items()]
 
 
 def flat(values: dict, prefix: str = "") -> dict:

@@ -111,7 +111,8 @@ def reason_of(refused: dict[str, tuple[str, ...]], key: str) -> str | None:
 
 def check_zero(path: str, zero: dict) -> None:
     if zero.get("stage") != 3:
-        raise UserError(f"ds_config {path}: zero_optimization.stage must be 3, but is {shown(zero.get('stage'))}")
+        found = shown(zero["stage"]) if "stage" in zero else "missing"
+        raise UserError(f"ds_config {path}: zero_optimization.stage must be 3, but is {found}")
     for key, value in zero.items():
         reason = reason_of(CANNOT_ZERO, key)
         off = value is None or value is False or (key == "zero_hpz_partition_size" and value in (0, 1))

@@ -77,7 +77,7 @@ class Resume(Section):
     """How a run continues from a checkpoint of another run file."""
 
     allow: list[str] = Field(
-        [], description="keys that may differ from the checkpoint although they decide the result; see changes.py"
+        [], description='keys that may differ from the checkpoint although they decide the result; as ["train.betas"]'
     )
 
     @model_validator(mode="after")

@@ -40,7 +40,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), argument: str = "-
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise ValueError(f"it has more than {LARGEST:,} bytes")
-        text = content.decode()
+        text = content.decode("utf-8-sig")  # editors of Windows begin with a mark
     except OSError as error:
         raise UserError(f"{argument} must name a readable run file, but {path} is not: {error.strerror}") from None
     except ValueError as error:

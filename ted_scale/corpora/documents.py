@@ -1,9 +1,9 @@
 """Read documents from plain text, JSON lines, Parquet and Arrow files, also .gz and .zst, in a fixed order. A .json file of JSON
 lines is read as such; other JSON and tables are refused, unless the user asks for them as plain text.
 
-Tools make tokens or a vocabulary of the documents. Texts are not changed: no newline is translated, and only the line end
-that separates documents is stripped. A restart continues after a (file, line) without parsing what comes before. Note: an
-unreadable document goes to `on_error`, which raises it (the default) or counts it and returns.
+Tools make tokens or a vocabulary of the documents. Texts are not changed: no newline is translated, and only the line end that
+separates documents and the mark that Windows puts before UTF-8 are stripped. A restart continues after a (file, line) without
+parsing what comes before. Note: an unreadable document goes to `on_error`, which raises it (the default) or counts it and returns.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ KEYS = {  # of the records that each --targets reads; the first must be there
 LINES = {".jsonl", ".ndjson"}
 TABLES = {".csv", ".tsv"}
 PACKED = {".gz", ".zst"}
-BOM = b"\xef\xbb\xbf"  # Windows begins a file of UTF-8 with it; it is no part of the first line
+BOM = b"\xef\xbb\xbf"  # Windows begins a file of UTF-8 with it; it is no part of the text
 LONGEST = 2**32  # bytes of a document: what has no end must not fill the memory
 
 
@@ -240,7 +240,7 @@ def _raw_file(path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, 
     if len(content) > LONGEST:
         on_error(_unreadable(path, None, f"a document of at most {LONGEST:,} bytes", "it is longer"))
     else:
-        yield 1, content, path.stat().st_size
+        yield 1, content.removeprefix(BOM), path.stat().st_size
 
 
 def _read(stream: io.BufferedIOBase) -> bytes:

@@ -7,6 +7,7 @@ the filters would have 40 % of the student's parameters.
 
 from typing import NamedTuple
 
+from ted_scale.base.counts import millions
 from ted_scale.base.errors import UserError
 from ted_scale.config.run import Run
 from ted_scale.distill import flops
@@ -111,7 +112,7 @@ def filter_parameters(plan) -> dict[str, int]:
 def describe(plan) -> str:
     """The line for the dry run and the log: the filters' parameters, and what stage I reads."""
     counts, filters, count = filter_parameters(plan), plan.run.filters, len(plan.pairs)
-    sides = " + ".join(f"{number / 1e6:,.2f} M ({side})" for side, number in counts.items() if number)
+    sides = " + ".join(f"{millions(number)} ({side})" for side, number in counts.items() if number)
     shares = [f"stage student {counts['student'] / plan.student.parameters:.2%}"]
     reads = ""
     if plan.stages[0].learns_filters:

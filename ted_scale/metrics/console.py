@@ -1,7 +1,9 @@
 """The log: log.txt and the console on rank 0, and the warnings of every rank."""
 
 import logging
+import os
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,6 +20,12 @@ def log_line(line: str, importance: int = logging.INFO) -> None:
     """Log a line above the progress bar, so that the line and the bar do not mix."""
     with tqdm.external_write_mode(file=sys.stderr):
         log.log(importance, line)
+
+
+def say_early(line: str) -> None:
+    """Before there is a log: on rank 0's console, as a line of it."""
+    if level <= logging.INFO and os.environ.get("RANK", "0") == "0":
+        print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def choose_level(name: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import UserError, shown
 from ted_scale.models import lora
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.trial import hollow
@@ -83,7 +83,7 @@ def zero_settings(path: str, zero: dict):
         wrong = error.errors()[0]
         key = ".".join(["zero_optimization", *map(str, wrong["loc"])])
         raise UserError(
-            f"ds_config {path}: {key} must be what DeepSpeed knows, but is {wrong['input']!r} ({wrong['msg']}); correct it"
+            f"ds_config {path}: {key} must be what DeepSpeed knows, but is {shown(wrong['input'])} ({wrong['msg']}); correct it"
         ) from None
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from ted_scale.base.counts import millions
 from ted_scale.base.errors import UserError, shown
 from ted_scale.base.packages import install_extra
 from ted_scale.config.changes import plain
@@ -96,7 +97,7 @@ def describe(lora: Lora | None, anatomy: Anatomy) -> list[str]:
         return []
     count, trained = len(matrices(anatomy, lora.targets)), parameters(anatomy, lora)
     return [
-        f"student.lora: rank {lora.rank}, alpha {lora.alpha:g}, on {count} matrices of the blocks: {trained / 1e6:,.2f} M "
+        f"student.lora: rank {lora.rank}, alpha {lora.alpha:g}, on {count} matrices of the blocks: {millions(trained)} "
         f"trainable parameters, {trained / anatomy.parameters:.2%} of the student, whose own stay as they are"
     ]
 

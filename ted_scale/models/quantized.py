@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ted_scale.base.counts import millions
 from ted_scale.base.errors import UserError
 from ted_scale.base.packages import install_extra
 from ted_scale.kernels.triton.device import device_name
@@ -90,8 +91,8 @@ def describe(anatomy: Anatomy, bits: str) -> str:
     """The line for the log."""
     found = counts(anatomy, bits)
     said = (
-        f"the teacher in {bits}: {sum(found.matrices.values())} matrices of its blocks, {found.elements / 1e6:,.2f} M of "
-        f"{anatomy.parameters / 1e6:,.2f} M parameters ({listed(found.matrices)}); embeddings, norms and head stay in bf16"
+        f"the teacher in {bits}: {sum(found.matrices.values())} matrices of its blocks, {millions(found.elements)} of "
+        f"{millions(anatomy.parameters)} parameters ({listed(found.matrices)}); embeddings, norms and head stay in bf16"
     )
     return said + (f", and so do {listed(found.left_out)}, which torchao does not take" if found.left_out else "")
 

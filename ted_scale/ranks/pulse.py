@@ -13,6 +13,7 @@ class Pulse(NamedTuple):
     since: float
     first: bool  # start-up, or the first step of a stage, which loads and compiles
     unsaved: bool
+    stepped: bool = False  # a step of this process has begun
 
 
 now = Pulse("start-up", time.monotonic(), first=True, unsaved=False)
@@ -20,11 +21,11 @@ now = Pulse("start-up", time.monotonic(), first=True, unsaved=False)
 
 def building(what: str) -> None:
     """Say that the main thread builds `what`. Until the next `step` there is nothing to save."""
-    put(Pulse(what, time.monotonic(), first=True, unsaved=False))
+    put(now._replace(what=what, since=time.monotonic(), first=True, unsaved=False))
 
 
 def step(number: int) -> None:
-    put(Pulse(f"step {number}", time.monotonic(), first=not now.unsaved, unsaved=True))
+    put(Pulse(f"step {number}", time.monotonic(), first=not now.unsaved, unsaved=True, stepped=True))
 
 
 def doing(what: str) -> None:

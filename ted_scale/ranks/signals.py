@@ -66,7 +66,7 @@ def read_signals(readable: int) -> None:
 def exit_alone() -> None:
     """Exit before the ranks have met. No step was taken, and the launcher ends the other ranks."""
     if os.environ.get("RANK", "0") == "0":
-        speak(f"stopped: {Preempted.SENTENCE}")
+        speak(f"stopped: {Preempted.BEFORE}")
     leave(RESUME)
 
 

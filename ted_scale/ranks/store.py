@@ -44,4 +44,7 @@ def open_store(rank: int, world: int, folder: Path):
 def taken(port) -> Gone:
     """The error for a port that is in use. Often this run's earlier process has it, and is about to notice that the run has
     ended."""
-    return Gone(f"MASTER_PORT must be free on rank 0's node, but {port} is not: wait, or set another, or --master_port")
+    return Gone(
+        f"MASTER_PORT must be free on rank 0's node, but {port} is not: another run may have it; wait for its end, or start with "
+        "another port: `deepspeed --master_port 29511 …`, or without deepspeed MASTER_PORT=29511 in the environment"
+    )

@@ -146,7 +146,7 @@ class Watch:
         if now.first and self.rank == 0:
             self.look_at_start(now.what, lived)
         if signals.asked.is_set() and not now.unsaved:
-            self.end(f"stopped: {Preempted.SENTENCE}", RESUME)
+            self.end(f"stopped: {Preempted(now.stepped)}", RESUME)
         if self.rank == 0 and (self.doubted or self.heartbeats % HEARTBEATS_A_LOOK == 0):
             self.look_for_silence()
 

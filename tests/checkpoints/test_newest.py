@@ -1,7 +1,9 @@
 """Where a run resumes is found with few questions to a file server."""
 
+import contextlib
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,37 @@ def test_a_folder_that_stays_out_of_reach_is_gone_and_one_without_rights_a_mista
 
 def stale(path):
     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+
+@pytest.mark.parametrize("where", ["", "checkpoints", "metrics.jsonl"])
+def test_what_a_run_writes_to_is_tried_and_nothing_is_left(tmp_path, where):
+    """Root may write whatever a mode says, but not what is immutable: the dry run took it for good."""
+    run = Run(tmp_path / "run", keep=3)
+    (run.folder / "checkpoints").mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text("{}\n")
+    before = {path: path.stat().st_mtime_ns for path in (run.folder, *run.folder.rglob("*"))}
+    resume.find(run, {})
+    with (
+        immutable(run.folder / where),
+        pytest.raises(UserError, match=rf"^runs must .* but {run.folder / where} is not"),
+    ):
+        resume.find(run, {})
+    assert {path: path.stat().st_mtime_ns for path in (run.folder, *run.folder.rglob("*"))} == before
+
+
+@contextlib.contextmanager
+def immutable(path: Path):
+    """For root, too."""
+    mode = path.stat().st_mode
+    of_root = os.geteuid() == 0
+    if of_root and subprocess.run(["chattr", "+i", path], capture_output=True, check=False).returncode:
+        pytest.skip("this file system has no immutable files")
+    if not of_root:
+        path.chmod(0o500 if path.is_dir() else 0o400)
+    try:
+        yield
+    finally:
+        if of_root:
+            subprocess.run(["chattr", "-i", path], check=True)
+        else:
+            path.chmod(mode)

@@ -102,7 +102,7 @@ def test_a_section_that_one_side_has_none_of_is_named_as_a_whole(write):
     """student.lora alone is what differ needs; its keys came one by one."""
     arms = {"whole": [], "lora": ["student.lora={rank=4}"]}
     with pytest.raises(
-        UserError, match=r"^arms.lora must have the student.lora of arms.whole \(None\), but has .*rank"
+        UserError, match=r"^arms.lora must have the student.lora of arms.whole \(not set\), but has .*rank"
     ):
         plans.load(write(arms=arms))
     assert "lora" in plans.load(write(arms=arms, differ=["student.lora"])).arms

@@ -144,6 +144,20 @@ def test_shards_and_a_student_that_are_there_are_taken_as_they_are(here, capsys)
         init.main(["--teacher", "teacher", "--text", "shards", "--student", "small"])
 
 
+def test_the_quick_start_s_run_file_starts_as_the_quick_start_starts_it_and_on_one_rank(here, capsys):
+    """It was written for one rank and started with two, which a step of little text does not divide among."""
+    quick = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    words = init.shlex.split(re.search(r"(?m)^ted-scale init (.+)$", quick)[1])
+    started = int(re.search(r"--num_gpus (\d+) launch/pretrain.py --config run.toml", quick)[1])
+    make_corpus(here / "shards" / "a", vocabulary=400, documents=40)
+    make_model(here / "small", "llama", num_hidden_layers=2, vocab_size=400)
+    values = {"models/TEACHER": "teacher", "MY_TEXT": "shards"}
+    init.main([values.get(word, word) for word in words] + ["--student", "small"])
+    assert f"for {started} ranks; --ranks N writes it for others" in capsys.readouterr().out
+    run = load_run("run.toml")
+    assert [make_plan(run, ranks).world for ranks in (1, started)] == [1, started]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

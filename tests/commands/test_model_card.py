@@ -16,7 +16,7 @@ from ted_scale.config.run import Run
 
 LOG = """10:00:00 run tiny: method ted, fp32, 8 ranks, folder /home/me/runs/tiny
 teacher: llama, 4 blocks, width 32, vocabulary 128, 0.05 M parameters, from /home/me/teacher, fingerprint 27b57e21016a
-student: gpt2, 2 blocks, width 32, vocabulary 128, 0.02 M parameters, from /home/me/student, fingerprint a0dde06cfb39
+student: gpt2, 2 blocks, width 32, vocabulary 128, 21,376 parameters, from /home/me/student, fingerprint a0dde06cfb39
 corpus web: 152,075 tokens to train on, 5,939 held out, digest 6cae06e1c8705ffb
 stage filters: 4 steps, 1,024 tokens, 0.1 epochs, 2e+09 FLOPs
 stage student: 6 steps, 1,536 tokens, 0.1 epochs, 1.54e+12 FLOPs

@@ -10,7 +10,7 @@ import tomli_w
 from places import ROOT
 from tiny import run_values
 
-from ted_scale.base.errors import UserError
+from ted_scale.base.errors import UserError, shown
 from ted_scale.config.ds_config import CANNOT, DS_OWNED_BY_RUN, USABLE, load_ds_config
 from ted_scale.config.run import Run
 from ted_scale.config.run_file import CALLED, load_run, to_toml
@@ -68,7 +68,7 @@ def test_an_unknown_key_is_named_with_its_section_and_the_key_that_was_meant(tmp
 WRONG = {
     "train.steps=1.5": "train.steps must be a valid integer, but is 1.5",
     "train.steps='5'": "train.steps must be a valid integer, but is '5'",
-    "train.steps=true": "train.steps must be a valid integer, but is True",
+    "train.steps=true": "train.steps must be a valid integer, but is true",
     "train.steps=0": "train.steps must be greater than 0, but is 0",
     "train={tokens_per_step=256, micro_batch=1, lr=1e-3}": "train.steps must be set, but is missing; or set train.epochs",
     "train={steps=6, epochs=3, tokens_per_step=256, micro_batch=1, lr=1e-3}": "train.steps must be left out where epochs are "
@@ -117,7 +117,7 @@ WRONG = {
     "data.corpora=[]": "data.corpora must have at least 1 item, but is []",
     "data.corpora=['a']": "data.corpora[0] must be a section of keys, but is 'a'",
     "pairs.explicit=[[0, 1], [1]]": "pairs.explicit[1][1] must be set, but is missing",
-    "pairs.explicit=[[0, 1, 2]]": "pairs.explicit[0] must have at most 2 items, but is (0, 1, 2)",
+    "pairs.explicit=[[0, 1, 2]]": "pairs.explicit[0] must have at most 2 items, but is [0, 1, 2]",
     "student='gpt2'": "student must be a section of keys, but is 'gpt2'",
     "name='a b'": "name must match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$', but is 'a b'",
     "wandb.tags=['a']": "wandb.project must be set, but is missing",
@@ -154,6 +154,12 @@ def test_a_file_that_is_missing_or_not_toml_is_refused_by_name(tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"binary.toml must be valid TOML"):
         load_run(tmp_path / "binary.toml")
+
+
+def test_the_mark_that_windows_puts_before_utf8_is_no_key(tmp_path):
+    path = write(tmp_path / "run.toml", run_values(tmp_path))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_run(path).name
 
 
 def test_workers_of_an_earlier_version_load_without_effect(tmp_path, caplog):
@@ -276,7 +282,7 @@ DS_FAULTS = {
     "[]": "must be a JSON object with a zero_optimization section, but is not",
     '{"zero_optimization": true}': "must be a JSON object with a zero_optimization section, but is not",
     '{"zero_optimization": {"stage": 2}}': "zero_optimization.stage must be 3, but is 2",
-    '{"zero_optimization": {}}': "zero_optimization.stage must be 3, but is None",
+    '{"zero_optimization": {}}': "zero_optimization.stage must be 3, but is missing",
     '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}': "offload_param.device must be cpu or none",
 }
 
@@ -304,7 +310,7 @@ def test_zero_options_that_cannot_work_are_refused_unless_they_are_off(tmp_path,
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, key: value}}))
     with pytest.raises(UserError) as caught:
         load_ds_config(str(path))
-    said = f"ds_config {path} must do without zero_optimization.{key}, but has {value!r}: {reason}"
+    said = f"ds_config {path} must do without zero_optimization.{key}, but has {shown(value)}: {reason}"
     assert str(caught.value).startswith(said)
 
 

@@ -1,6 +1,7 @@
 """Which checkpoints and filters a run may go on from, told from files alone, before anything starts."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from plain import make_shard, make_world
 from safetensors.torch import save_file
-from tiny import make_model, make_run, run_values
+from tiny import make_model, make_run, run_values, write_run
 
 from ted_scale.base import durable, sealed
 from ted_scale.base.errors import UserError
@@ -16,6 +17,7 @@ from ted_scale.checkpoints import folder as files
 from ted_scale.checkpoints.progress import PROGRESS, Progress, progress_as_bytes, read_progress
 from ted_scale.config import changes
 from ted_scale.config.run import Run
+from ted_scale.config.run_file import load_run
 from ted_scale.distill.stages import stages_of
 from ted_scale.feed import open_feed
 from ted_scale.plan import make_plan
@@ -97,7 +99,7 @@ CHANGES = {  # what differs: what is said of it; can it be allowed?
     "eps": ({"train": {"eps": 1e-6}}, "train.eps must be 1e-08, but is 1e-06", True),
     "decay": ({"train": {"weight_decay": 0.0}}, "train.weight_decay must be 0.1, but is 0.0", True),
     "loss weight": ({"loss": {"layer": {"start": 1.0, "off_after": 0.5}}},
-                    "loss.layer must be 1.0, but is {'start': 1.0, 'shape': 'constant', 'off_after': 0.5}", True),
+                    "loss.layer must be 1.0, but is {start = 1.0, shape = 'constant', off_after = 0.5}", True),
     "loss kind": ({"loss": {"kind": "mse"}}, "loss.kind must be 'nmse', but is 'mse'", True),
     "divergence": ({"loss": {"divergence": "jsd"}}, "loss.divergence must be 'forward', but is 'jsd'", True),
     "skipped tokens": (
@@ -128,7 +130,8 @@ def test_a_changed_key_that_decides_the_result_must_be_allowed_by_name(world, se
     assert refused.startswith(
         f"to resume from ROOT/runs/tiny/checkpoints/step_0000000{step}, {said}; set back what changed"
     )
-    assert (f'resume.allow = ["{key}"]' in refused) == allowed
+    line = f"""by --set 'resume.allow=["{key}"]', in the run file the line allow = ["{key}"] below [resume]"""
+    assert (line in refused) == allowed
     assert ("cannot be allowed" in refused) == (not allowed)
     sections = {**sections, "resume": {"allow": [key]}}
     if allowed:
@@ -145,11 +148,12 @@ def test_one_sentence_has_every_difference_that_is_not_allowed(world):
     assert refusal(world, **other) == (
         "to resume from ROOT/runs/tiny/checkpoints/step_00000004, seed must be 0, but is 1, and train.eps must be 1e-08, but is "
         "1e-06, and filters.mlp must be 0, but is 4; set back what changed, or give the run another name, or accept it by "
-        'resume.allow = ["seed", "train.eps"]; filters.mlp cannot be allowed, because the tensors of the checkpoint would not fit'
+        """--set 'resume.allow=["seed", "train.eps"]', in the run file the line allow = ["seed", "train.eps"] below [resume]; """
+        "filters.mlp cannot be allowed, because the tensors of the checkpoint would not fit"
     )
     other["filters"] = {}
     said = refusal(world, **other, resume={"allow": ["seed"]})
-    assert "seed must" not in said and said.endswith('resume.allow = ["seed", "train.eps"]')
+    assert "seed must" not in said and said.endswith('allow = ["seed", "train.eps"] below [resume]')
     assert make_plan(make_run(world, **other, resume={"allow": ["train.eps", "seed"]}), 1)
 
 
@@ -222,22 +226,22 @@ def test_changes_are_reported_key_by_key(world):
         f"{change} from step 7 on"
         for change in (
             "seed is 1 instead of 0",
-            "data.corpora.a.path is None instead of 'a'",
-            "data.corpora.a.name is None instead of 'a'",
-            "data.corpora.a.weight is None instead of 1.0",
-            "data.corpora.a.repeat is None instead of True",
-            "data.corpora.a.validation is None instead of 0.0",
+            "data.corpora.a.path is not set instead of 'a'",
+            "data.corpora.a.name is not set instead of 'a'",
+            "data.corpora.a.weight is not set instead of 1.0",
+            "data.corpora.a.repeat is not set instead of true",
+            "data.corpora.a.validation is not set instead of 0.0",
             "data.corpora.b.path is 'x/b' instead of 'b'",
             "data.corpora.b.weight is 3.0 instead of 2.0",
-            "loss.kl is None instead of 1.0",
+            "loss.kl is not set instead of 1.0",
             "train.steps is 9 instead of 6",
             "log_every is 5 instead of 1",
-            "wandb.project is None instead of 'p'",
-            "wandb.mode is None instead of 'auto'",
-            "wandb.tags is None instead of []",
-            "loss.kl.start is 1.0 instead of None",
-            "loss.kl.end is 0.0 instead of None",
-            "loss.kl.shape is 'linear' instead of None",
+            "wandb.project is not set instead of 'p'",
+            "wandb.mode is not set instead of 'auto'",
+            "wandb.tags is not set instead of []",
+            "loss.kl.start is 1.0 instead of not set",
+            "loss.kl.end is 0.0 instead of not set",
+            "loss.kl.shape is 'linear' instead of not set",
         )
     ]
     assert changes.changes({"seed": 0}, {"seed": 0}, ours, ours, 7) == []
@@ -296,4 +300,16 @@ def test_a_damaged_name_in_the_run_file_of_a_checkpoint_is_a_change_like_any_oth
     written = {"data": {"corpora": [{"name": ["web"], "weight": 1.0}]}}
     ours = {"data": {"corpora": [{"name": "web", "weight": 1.0}]}}
     sentences = changes.changes({}, {}, written, ours, 4)
-    assert "data.corpora.web.weight is 1.0 instead of None from step 4 on" in sentences
+    assert "data.corpora.web.weight is 1.0 instead of not set from step 4 on" in sentences
+
+
+def test_the_line_that_a_refusal_gives_is_accepted_on_the_command_line_and_in_the_run_file(world):
+    run = make_run(world)
+    leave_checkpoint(run, make_plan(run, 1).identity())
+    said = refusal(world, seed=1)
+    word, line = re.search(r"--set '(.+?)', in the run file the line (.+?) below \[resume\]", said).groups()
+    file = write_run(world / "run.toml", make_run(world, seed=1))
+    assert make_plan(load_run(file, [word]), 1)
+    before = re.sub(r"(?ms)^\[resume\].*?(?=^\[)", "", file.read_text(encoding="utf-8"))
+    file.write_text(f"{before}\n[resume]\n{line}\n", encoding="utf-8")
+    assert make_plan(load_run(file), 1)

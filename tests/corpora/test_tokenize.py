@@ -153,6 +153,14 @@ def test_reading_continues_after_any_document(tmp_path, write):
         assert list(read_documents(files, after=(document.file, document.line))) == documents[number:]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.txt.gz", "a.jsonl.gz"])
+def test_the_mark_that_windows_puts_before_utf8_is_no_text(tmp_path, name):
+    content = "\ufeff" + ('{"text": "one \\ufeff"}\n' if "jsonl" in name else "one \ufeff")
+    packed = gzip.compress if name.endswith(".gz") else bytes
+    (tmp_path / name).write_bytes(packed(content.encode()))
+    assert [document.text for document in read_documents([tmp_path / name])] == ["one \ufeff"]
+
+
 def test_an_unreadable_document_is_reported_again_only_after_the_resume_position(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "one"}\n[]\n\n{"text": "two"}\n{"text": 3}\n')

@@ -52,7 +52,7 @@ def test_a_failure_restarts_after_a_pause_a_stop_at_once_and_done_never(tmp_path
     first, second, third, fourth, fifth = map(float, (tmp_path / "started").read_text().split())
     assert second - first >= 0.15 and third - second >= 0.3 and fifth - fourth >= 0.15
     assert (
-        "exit code 75 (asked to stop, every step saved; the same command goes on) at step 5; restarting in 0 s" in said
+        "exit code 75 (asked to stop, nothing is lost; the same command goes on) at step 5; restarting in 0 s" in said
     )
     assert "exit code 247 (ended by a signal, or by its launcher) at step 6" in said
 

@@ -138,7 +138,7 @@ def test_a_signal_before_the_first_step_ends_all_at_once(ends):
     codes, took, said = ends[0]["early"]
     assert codes == [RESUME, RESUME]
     assert max(took) < 6
-    assert said == f"rank 1: stopped: {Preempted.SENTENCE}\n"
+    assert said == f"rank 1: stopped: {Preempted.BEFORE}\n"
 
 
 def test_ranks_that_are_done_exit_and_print_nothing(ends):
@@ -247,7 +247,7 @@ def test_a_failure_while_a_rank_is_dead_is_reported_as_its_echo(pair):
 def test_a_rank_of_another_run_at_this_port_does_not_send_our_heartbeats(pair):
     watches, left, said, _ = pair
     watches[1].store.set("heartbeat/1", "another host 17")
-    with pytest.raises(Gone, match="MASTER_PORT must be free on rank 0's node"):
+    with pytest.raises(Gone, match=r"MASTER_PORT must be free on rank 0's node.*`deepspeed --master_port \d+ …`"):
         watch.patiently(watches[1].begin, 0.1)
     assert watches[0].store.get("heartbeat/1") == b"another host 17" and not left and not said
 
@@ -265,11 +265,11 @@ def test_the_first_claim_wins_and_the_other_rank_prints_nothing(pair):
 def test_a_signal_that_is_the_echo_of_a_rank_that_died_names_the_rank(pair):
     """DeepSpeed's launcher sends SIGTERM to all ranks when one has died, and without unsaved steps they would exit at once."""
     watches, left, said, _ = pair
-    pulse.building("the build of stage student")
+    pulse.put(pulse.Pulse("the build of stage student", time.monotonic(), first=True, unsaved=False))
     stop.asked.set()
     watched(watches[0])
     assert left == {0: GONE}
-    assert said[0].startswith(f"rank 0 met: stopped: {Preempted.SENTENCE}\nerror: rank 1 must send a heartbeat")
+    assert said[0].startswith(f"rank 0 met: stopped: {Preempted.BEFORE}\nerror: rank 1 must send a heartbeat")
 
 
 def test_a_reason_is_printed_before_deepspeed_s_launcher_kills_the_others():

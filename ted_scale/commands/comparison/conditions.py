@@ -6,8 +6,9 @@ Note: what a path names may change between two runs, so each run is also held to
 import math
 from pathlib import Path
 
-from ted_scale.base.errors import UserError, shown
+from ted_scale.base.errors import UserError
 from ted_scale.base.parsing import parse_toml
+from ted_scale.config.changes import said
 from ted_scale.config.run import Run
 
 EQUAL = ("student", "teacher.path", "teacher.init", "data", "train.tokens_per_step", "validation")
@@ -19,8 +20,8 @@ def refuse_unequal(runs: dict[str, Run], base: str, differ: list[str], ours) -> 
     for arm, key, value, others in differences(runs, base):
         if not named(key, differ) and not named(key, ours):
             raise UserError(
-                f"arms.{arm} must have the {key} of arms.{base_of(runs, base, key)} ({shown(others)}), but has "
-                f"{shown(value)}; if that is what is compared, put {key} into differ"
+                f"arms.{arm} must have the {key} of arms.{base_of(runs, base, key)} ({said(others)}), but has "
+                f"{said(value)}; if that is what is compared, put {key} into differ"
             )
 
 
@@ -62,11 +63,11 @@ def named(key: str, names) -> bool:
 
 def starts_of(runs: dict[str, Run], base: str) -> dict[str, list[str]]:
     """Of each arm, what the plan says of its start: another model than the baseline's, filters that another run made."""
-    said = {arm: filters_of(run) for arm, run in runs.items()}
+    starts = {arm: filters_of(run) for arm, run in runs.items()}
     for arm, key, value, _ in differences(runs, base):
         if key in STARTS:
-            said[arm].append(f"{key} = {shown(value)}")
-    return said
+            starts[arm].append(f"{key} = {said(value)}")
+    return starts
 
 
 def filters_of(run: Run) -> list[str]:

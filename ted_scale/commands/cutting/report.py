@@ -2,6 +2,7 @@
 
 import torch
 
+from ted_scale.base.counts import millions
 from ted_scale.models.anatomy import Anatomy
 from ted_scale.models.inspection import empty_model, read_config
 
@@ -20,6 +21,6 @@ def table(rows: dict[str, tuple[Anatomy, float | None]]) -> str:
     judged = any(loss is not None for _, loss in rows.values())
     lines = [f"{'':10}{'parameters':>14}{'without embeddings':>22}" + (f"{'loss':>10}" if judged else "")]
     for name, (anatomy, loss) in rows.items():
-        every, apart = (f"{count / 1e6:,.2f} M" for count in parameters(anatomy))
+        every, apart = map(millions, parameters(anatomy))
         lines.append(f"{name:10}{every:>14}{apart:>22}" + (f"{loss:>10.4f}" if judged else ""))
     return "\n".join(lines)

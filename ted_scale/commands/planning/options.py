@@ -25,9 +25,10 @@ from ted_scale.forecast.placement import (
     usable,
 )
 from ted_scale.forecast.summary import Forecast
+from ted_scale.micro_batches import derive_accumulation
 from ted_scale.models import quantized
 from ted_scale.models.ulysses import groups_of
-from ted_scale.plan import Plan, derive_accumulation, plan_of_models
+from ted_scale.plan import Plan, plan_of_models
 
 WHOLE_STUDENT = "ds_configs/zero3_whole_student.json"
 BITS = "int8"  # of fp8 the memory is the same but for a byte a row
