@@ -102,7 +102,7 @@ def shown(value) -> str:
 
 
 def as_written(value) -> str:
-    """As TOML has it; what it has no word for, as JSON or Python does."""
+    """The value as TOML writes it. What TOML cannot express is written as in JSON or Python."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {as_written(each)}" for key, each in value.items()) + "}"
     if isinstance(value, (list, tuple)):

@@ -22,7 +22,7 @@ from ted_scale.ranks.agree import first_of_all, gather, new_group, share
 
 log = logging.getLogger("ted_scale")
 # A run that is asked to stop waits this long for a copy. Spot machines, Kubernetes and launch.py give 30 s in all, and the step
-# and # the save come first. The next start copies what is missing, unless the machine is gone.
+# and the save come first. The next start copies what is missing, unless the machine is gone.
 LEAVING_S = 20
 INTERRUPTED = "its copy was interrupted"
 

@@ -141,7 +141,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def renamed(folder: Path) -> list[str]:
-    """A line for each checkpoint that was renamed, because the run does not use it."""
+    """Warnings about checkpoints whose folders were renamed: the run does not use them."""
     lines = []
     with files_at(folder):
         paths = sorted(checkpoints_of(folder).glob("*"))

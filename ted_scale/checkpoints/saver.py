@@ -66,7 +66,8 @@ class Saver:
     # Called by the training loop
 
     def prepare(self, engine, step: int) -> None:
-        """Allocate host memory now, so that no step waits for it. The engine's state at `step` is saved already."""
+        """Allocate host memory now, so that no step waits for it. The engine's state at `step` needs no
+        save: it is the start, or it is in a checkpoint."""
         if self.engine is not engine:
             self.engine, self.buffers = engine, state.kept_buffers(engine)
         self.saved_step = step

@@ -131,7 +131,7 @@ def chosen(arguments, documents: int) -> list[int]:
 
 
 def show_documents(indices: list[ShardIndex], tokenizer: Tokenizer, arguments) -> None:
-    """Their beginnings, or all of the one that was asked for."""
+    """Print the beginnings of documents, or the whole document that the user named."""
     starts = list(accumulate((i.documents for i in indices), initial=0))
     for document in chosen(arguments, starts[-1]):
         shard = bisect_right(starts, document) - 1

@@ -272,7 +272,7 @@ class Validation(Section):
     tokens: PositiveInt = Field(65536, description="over all corpora with held-out text, the same number of each")
     suite: list[str] = Field(
         [],
-        description="tasks of lm-eval, by the name of a suite or their own names; the student of that step answers them",
+        description="tasks of lm-eval, by a suite's name or their own names; the student answers them with its current weights",
     )
     suite_every: PositiveInt = Field(
         1, description="validations from one suite to the next; the first and last have one"

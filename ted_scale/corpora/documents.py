@@ -244,7 +244,7 @@ def _raw_file(path: Path, skip: int, on_error: Callable) -> Iterator[tuple[int, 
 
 
 def _read(stream: io.BufferedIOBase) -> bytes:
-    """All, or the beginning of more than LONGEST."""
+    """The whole stream. If it is longer than LONGEST, only its beginning, which is still longer than LONGEST."""
     pieces, size = [], 0
     while size <= LONGEST and (piece := stream.read(1 << 20)):
         pieces.append(piece)

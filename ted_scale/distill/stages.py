@@ -70,7 +70,7 @@ class Stage:
         return self.run.adapts and not self.learns_filters
 
     def border(self, step: int) -> int:
-        """The next step at which the blend may change, after `step` steps of the run."""
+        """The blend stays as it is from `step` up to this step: the next measurement, or the end of the stage."""
         if not self.adapts:
             return self.last_step
         every = self.run.data.blend.every

@@ -169,7 +169,7 @@ class Student(nn.Module):
         settings = {"labels": labels, "token_weight": mask, "denom": denom, "rows": rows, **self.backend}
         settings["times"] = times
 
-        # Both sides use the lift, which the teacher's filter owns. ZeRO-3 gathers it only while that filter's forward runs. # So
+        # Both sides use the lift, which the teacher's filter owns. ZeRO-3 gathers it only while that filter's forward runs. So
         # the student's filter runs inside that forward.
         def in_teacher_filter(h, w, b, own_head, lift):
             def in_both_filters(h, w, b, own_head, _):

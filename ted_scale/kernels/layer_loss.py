@@ -22,7 +22,7 @@ from ted_scale.kernels.products import (
 )
 
 # On a device, one fp32 product of a chunk has this many entries, 64 MiB. A quarter of that would stay in an H100's cache until
-# the # row kernel reads it, but the host's time for more chunks costs more (measured for 16 pairs: 25 ms instead of 16).
+# the row kernel reads it, but the host's time for more chunks costs more (measured for 16 pairs: 25 ms instead of 16).
 CHUNK_ENTRIES = 1 << 24
 # Entries of a chunk in all its [rows, width] buffers together. With few they stay in the cache; with many the products are fast.
 ROWS_ON_A_CPU = 768

@@ -29,8 +29,8 @@ from ted_scale.kernels.tokens import valid_weights
 
 MODES = ("chunked", "strict")
 # Number of chunks for one product of the weight's gradient. Each product reads and writes the gradient's fp32 sum, 8 bytes an
-# entry. # On an H100 (680 TFLOP/s, 3 TB/s) this takes as long as the product of 900 rows. A row's gradient in bf16 has a quarter
-# of the size # of its logits.
+# entry. On an H100 (680 TFLOP/s, 3 TB/s) this takes as long as the product of 900 rows. A row's gradient in bf16 has a quarter
+# of the size of its logits.
 SPAN = 4
 
 

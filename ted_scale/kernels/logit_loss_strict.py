@@ -16,8 +16,8 @@ from ted_scale.kernels.formulas.logits import LogitLoss, Normalizers, Statistics
 from ted_scale.kernels.products import add_matmul, chunks, live_rows, matmul_into, project
 
 # A tile of fp32 logits has ROWS tokens and LOGITS columns. Smaller tiles would stay in a GPU's L2 cache, but then the host's time
-# # for a tile limits the speed (measured on an H100). The gradient is collected for SLICE columns, because its product with w_s
-# reads # and writes the fp32 ∂h_s once for each slice.
+# for a tile limits the speed (measured on an H100). The gradient is collected for SLICE columns, because its product with w_s
+# reads and writes the fp32 ∂h_s once for each slice.
 ROWS, LOGITS, SLICE = 8192, 768, 1536
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-IGNORED = -100  # the label of a position without a target, as in torch
+IGNORED = -100  # the label of a position that predicts no token, as in torch
 
 
 def valid_weights(labels_N, weights_N):

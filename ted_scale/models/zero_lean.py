@@ -46,7 +46,7 @@ def only_forced(say, *message, force: bool = False, **more) -> None:
 
 
 def parameters_of(module, recurse: bool = False) -> tuple:
-    """The parameters of a module, stored. DeepSpeed would walk through a block's modules six times in each pass."""
+    """The parameters of a module, from a cache. DeepSpeed would walk through a block's modules six times in each pass."""
     name = "_all_parameters" if recurse else "_own_parameters"
     found = module.__dict__.get(name)
     if found is None:

@@ -17,7 +17,7 @@ from ted_scale.config.run import Run
 from ted_scale.ranks import watch
 
 # The limit of a collective whose ranks watch each other. watch.py ends a hang long before and shows every rank's stack. Only
-# watch.py # knows whether the rank that all others wait for still reads its part of a large state.
+# watch.py knows whether the rank that all others wait for still reads its part of a large state.
 LONGEST_WAIT = timedelta(days=7)
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 

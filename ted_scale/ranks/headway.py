@@ -26,7 +26,7 @@ def beat(number: int) -> str:
 
 
 def heard(value: bytes) -> Beat:
-    """A heartbeat from its bytes. The first value of a rank is its host and process instead."""
+    """Parse a heartbeat. The first value that a rank sends is no heartbeat but its host and process."""
     try:
         return Beat(*json.loads(value))
     except (ValueError, TypeError):

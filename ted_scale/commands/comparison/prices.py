@@ -18,7 +18,7 @@ from ted_scale.metrics.rows import rows_in
 
 
 class Price(NamedTuple):
-    """Seconds."""
+    """What a step or a validation of an arm takes, in seconds."""
 
     filter_step: float  # of stage I; 0 where there is none
     step: float

@@ -214,7 +214,7 @@ def as_map(matrix) -> torch.Tensor:
 
 
 def put(matrix, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Into the matrix, in its type; returns them as they are, for the file."""
+    """Write the values into the matrix, in its type. Returns the unrounded values, for the file."""
     weight = values if matrix.bias is None else values[:-1]
     new = {"weight": weight.T if input_dim(matrix) == 1 else weight}
     new |= {} if matrix.bias is None else {"bias": values[-1]}

@@ -21,7 +21,7 @@ EVERY = [*range(1, 10), *(number * 10**power for power in range(6) for number in
 
 
 class Costs(NamedTuple):
-    """Seconds."""
+    """The costs of a failure and of a save, all in seconds."""
 
     mtbf: float  # of the whole run
     step: float
