@@ -1,5 +1,5 @@
-"""How many micro-batches each rank computes in a step. Note: a row that no model can read makes this arithmetic wrong, too, and
-is the mistake that is named then.
+"""How many micro-batches each rank computes in a step. Note: a row that is longer than a model's context also breaks this
+arithmetic. Then the row is the mistake that is named.
 """
 
 from ted_scale.base.errors import UserError

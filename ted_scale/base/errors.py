@@ -7,6 +7,8 @@ and secrets are hidden.
 
 import contextlib
 import errno
+import json
+import re
 
 from ted_scale.base import redact
 
@@ -93,7 +95,7 @@ def clean(sentence: str) -> str:
 
 
 def shown(value) -> str:
-    """A value in a sentence: one short line, in the words of the file that it came from."""
+    """A value in a sentence: one short line, as a run file has it."""
     try:
         text = as_written(value)
     except (RecursionError, ValueError):  # nested too deeply; an integer of more digits than Python writes
@@ -104,12 +106,21 @@ def shown(value) -> str:
 def as_written(value) -> str:
     """The value as TOML writes it. What TOML cannot express is written as in JSON or Python."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {as_written(each)}" for key, each in value.items()) + "}"
+        return "{" + ", ".join(f"{bare(key)} = {as_written(each)}" for key, each in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(as_written, value))}]"
     if isinstance(value, bool) or value is None:
         return {None: "null", True: "true", False: "false"}[value]
-    return repr(value)
+    return quoted(value) if isinstance(value, str) else repr(value)
+
+
+def quoted(text: str) -> str:
+    plain = text.isprintable() and "'" not in text and "\\" not in text
+    return f"'{text}'" if plain else json.dumps(text)
+
+
+def bare(key) -> str:
+    return key if re.fullmatch(r"[\w-]+", str(key), re.ASCII) else json.dumps(str(key))
 
 
 def shortened(text: str, most: int) -> str:

@@ -25,32 +25,39 @@ def folders() -> list[Path]:
     """Where torch compiles for this version of Python."""
     if own := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return [Path(own) / NAME]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.environ.get("HOME", "/")) / ".cache")
     python = f"py{sys.version_info.major}{sys.version_info.minor}_"
     return [*cache.glob(f"torch_extensions/{python}*/{NAME}")]
 
 
 def wait_for_lock() -> None:
-    """Wait while another process compiles, and remove a lock that is too old for that. Rank 0 logs it."""
-    say = log.warning if os.environ.get("RANK", "0") == "0" else log.debug
+    """Wait while another process compiles. A lock that is too old for that is removed. On each node one rank removes and logs."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     for lock in [folder / "lock" for folder in folders()]:
-        began = time.monotonic()
+        began, told = time.monotonic(), not is_first
         while (age := age_of(lock)) is not None:
-            if age > COMPILES_S:
-                lock.unlink(missing_ok=True)
-                say("%s was removed: it was %.0f minutes old, so a process was killed that held it", lock, age / 60)
-            elif began is not None and time.monotonic() - began > TOLD_S:
-                say(
+            if age > COMPILES_S and is_first and removed(lock):
+                log.warning("%s was removed: it was %.0f minutes old, so its process was killed", lock, age / 60)
+            elif not told and time.monotonic() - began > TOLD_S:
+                log.warning(
                     "the start waits for %s: another process compiles, or was killed while it did; if none compiles, remove "
                     "the file, or wait until it is %.0f minutes old", lock, COMPILES_S / 60
                 )  # fmt: skip
-                began = None
+                told = True
             time.sleep(0.1)
 
 
+def removed(lock: Path) -> bool:
+    try:
+        lock.unlink()
+    except OSError:  # another node was faster, or it is another user's: the start waits on
+        return False
+    return True
+
+
 def age_of(lock: Path) -> float | None:
-    """In seconds; None if there is none."""
+    """In seconds; None if there is none that this process can see."""
     try:
         return time.time() - lock.stat().st_mtime
-    except FileNotFoundError:
+    except OSError:
         return None

@@ -60,7 +60,7 @@ def try_to_write(folder: Path, existing: Path) -> None:
     file without a name where the run makes files, and opens those that the run goes on with. Nothing is left of it."""
     if os.environ.get("RANK", "0") != "0":
         return
-    for place in (existing, *strangers.standing(folder, strangers.FOLDERS)):
+    for place in (existing, *strangers.standing(folder, ("checkpoints",))):
         refuse_unwritable(place, lambda place: tempfile.TemporaryFile(dir=place).close())
     for file in strangers.standing(folder, strangers.APPENDED):
         refuse_unwritable(file, lambda file: file.open("ab").close())
@@ -73,7 +73,8 @@ def refuse_unwritable(place: Path, attempt) -> None:
     except OSError as error:
         if error.errno in CORRECTABLE:
             raise UserError(
-                f"runs must be a folder this user can write, but {place} is not: {error.strerror}; set runs or change its mode"
+                f"runs must be a folder this user can write, but {place} is not: {error.strerror}; set runs, make room, or "
+                "change its mode"
             ) from None
 
 

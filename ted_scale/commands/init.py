@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         write_durably(out, text)
     if places.text is None and places.layers is None:
         check(out, arguments.ranks)
-    ranks = f"{arguments.ranks} rank{'s' if arguments.ranks > 1 else ''}; --ranks N writes it for others"
+    ranks = f"{arguments.ranks} rank{'s' if arguments.ranks > 1 else ''}; for others run init again with --ranks N --overwrite"
     counted = f"{tokens:,} tokens{' by estimate' if places.text else ''}"
     print(f"{out}: {places.teacher} -> {places.student}, {counted}, for {ranks}")
     print("\n".join(["next:", *(f"  {line}" for line in commands(places, out, tokens, arguments.ranks))]))
@@ -279,7 +279,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--method", choices=("ce", "kd", "lwd", "ted"), default="ted")
     parser.add_argument("--out", default="run.toml", metavar="FILE", help="default: run.toml; its name is the run's")
-    parser.add_argument("--ranks", type=int, metavar="N", help="that will start; default: one a GPU, or one on a CPU")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="how many ranks will start; default: one a GPU, or one on a CPU"
+    )
     parser.add_argument("--prepare", action="store_true", help="also tokenize the text and cut the student")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
     arguments = parser.parse_args(argv)

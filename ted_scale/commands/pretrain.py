@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> None:
 
     start = "rank starts" if plan.world == 1 else "ranks start"
     console.say_early(
-        f"{plan.world} {start}; the first start on a machine may compile parts of DeepSpeed, and waits for a DNS that does not "
-        "answer"
+        f"{plan.world} {start}; the first start on a machine may compile parts of DeepSpeed, and every start waits where DNS "
+        "does not answer"
     )
     from ted_scale.run import run_plan
 

@@ -40,8 +40,8 @@ def check(index: ShardIndex, sidecar: dict) -> None:
 
 
 def first_shown(marks: numpy.ndarray, most: int) -> int:
-    """The token from which so many characters show the first target, too, however long the prompt is: half of them stand before it,
-    at four a token."""
+    """The first token to show. It stands `most // 8` tokens before the first target, which is about half of the characters that
+    are shown."""
     return max(0, int(marks.argmax()) - most // 8)
 
 

@@ -139,8 +139,11 @@ def dropped(render: RENDER, messages: list[dict], tools: list | None) -> str:
     for number, message in enumerate(messages, 1):
         if said_in(message) and mark_of(number) not in text:
             return f"turn {number} ({message['role']})"
-        if re.search(rf"""['"]text['"]: ['"]{mark_of(number)}""", text):
-            return f"turn {number} ({message['role']}), whose list it writes as one (make it one text)"
+        is_list = (
+            isinstance(message.get("content"), list) and message["role"] != "tool"
+        )  # a tool's answer may be shown as JSON
+        if is_list and re.search(rf"""['"]text['"]: ['"]{mark_of(number)}""", text):
+            return f"turn {number} ({message['role']}), whose list of parts it writes as Python does (make it one text)"
         if not all(mark_of(number, f"call{k}of") in text for k in range(len(calls_of(message)))):
             return f"the tool calls of turn {number}"
     if (thoughts := thoughts_of(messages[-1])) and mark_of(len(messages), "thought") not in text:

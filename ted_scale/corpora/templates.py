@@ -93,6 +93,8 @@ def answers(template: Template, messages: list[dict], tools: list | None, last: 
     has the rest of a sentence."""
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     taught = [turn for turn in (turns[-1:] if last else turns) if weighs(messages[turn])]
+    if turns and not taught:
+        raise ValueError('must have an answer that counts, but each has "weight": 0; leave it out')
     if template.marks:
         text, spans = template.marked(messages, tools)
         several = len(spans) > len(turns)  # a template may mark an answer in pieces, which belong to no one turn

@@ -57,6 +57,7 @@ def begun(rank: int, world: int, limits, folder: Path) -> "Watch":
 def all_have_met() -> None:
     """Say that the process group is made, so no more ranks come to the store."""
     if current is not None:
+        current.meetings += 1  # silence counts from here
         current.all_have_met = True
 
 

@@ -49,3 +49,16 @@ def test_the_folders_are_those_in_which_torch_compiles(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "own"))
     made = _get_build_directory(extension.NAME, verbose=False)
     assert [str(folder) for folder in extension.folders()] == [made]
+
+
+def test_only_the_first_rank_of_a_node_removes_a_lock(lock, monkeypatch):
+    """Two that remove it might remove the lock of the one that was faster, and compiles."""
+    os.utime(lock, (time.time() - 2 * extension.COMPILES_S,) * 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    waits = threading.Thread(target=extension.wait_for_lock)
+    waits.start()
+    waits.join(0.5)
+    assert waits.is_alive() and lock.exists()
+    lock.unlink()
+    waits.join(5)
+    assert not waits.is_alive()

@@ -59,7 +59,7 @@ DROPPED = {
                 {"role": role, "content": [{"type": "text", "text": "a cat"}]} for role in ("user", "assistant")
             ]
         },
-        r"turn 1 \(user\), whose list it writes as one \(make it one text\)",
+        r"turn 1 \(user\), whose list of parts it writes as Python does \(make it one text\)",
     ),
     "thoughts": (
         chats.TURNS,

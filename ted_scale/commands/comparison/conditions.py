@@ -21,7 +21,7 @@ def refuse_unequal(runs: dict[str, Run], base: str, differ: list[str], ours) -> 
         if not named(key, differ) and not named(key, ours):
             raise UserError(
                 f"arms.{arm} must have the {key} of arms.{base_of(runs, base, key)} ({said(others)}), but has "
-                f"{said(value)}; if that is what is compared, put {key} into differ"
+                f"{'none' if value is None else said(value)}; if that is what is compared, put {key} into differ"
             )
 
 
