@@ -135,6 +135,7 @@ def test_opening_prints_nothing_and_a_loader_that_is_not_closed_delays_no_exit(c
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.alone
 def test_two_ranks_wait_less_than_a_hundredth_of_a_step_for_data(tmp_path):
     make_model(tmp_path / "student", "gpt2")
     make_corpus(tmp_path / "corpus")
