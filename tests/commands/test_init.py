@@ -153,7 +153,7 @@ def test_the_quick_start_s_run_file_starts_as_the_quick_start_starts_it_and_on_o
     make_model(here / "small", "llama", num_hidden_layers=2, vocab_size=400)
     values = {"models/TEACHER": "teacher", "MY_TEXT": "shards"}
     init.main([values.get(word, word) for word in words] + ["--student", "small"])
-    assert f"for {started} ranks; --ranks N writes it for others" in capsys.readouterr().out
+    assert f"for {started} ranks; for others run init again with --ranks N --overwrite" in capsys.readouterr().out
     run = load_run("run.toml")
     assert [make_plan(run, ranks).world for ranks in (1, started)] == [1, started]
 
