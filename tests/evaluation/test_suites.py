@@ -188,7 +188,7 @@ def test_answers_of_one_token_to_one_text_share_a_row():
     [
         (writes(max_gen_toks=8), r"validation.suite_limit must be set .* as for gsm8k, but is not"),
         (writes(until=["."]), r"say how many, but gsm8k has no max_gen_toks above 0; give"),
-        (writes(max_gen_toks=8, do_sample=True), r"write the likeliest tokens .* but gsm8k has do_sample = True;"),
+        (writes(max_gen_toks=8, do_sample=True), r"write the likeliest tokens .* but gsm8k has do_sample = true;"),
         (writes(max_gen_toks=8, temperature=0.7), r"write the likeliest tokens .* but gsm8k has temperature = 0.7;"),
         (writes(max_gen_toks=8, num_beams=1, repetition_penalty=1.2), r" but gsm8k has repetition_penalty = 1.2;"),
         (writes(max_gen_toks=8, max_length=9, num_beams=4), r" but gsm8k has max_length = 9, num_beams = 4;"),

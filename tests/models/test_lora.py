@@ -80,7 +80,7 @@ def test_what_is_trained_is_counted_and_printed(world):
     assert trained_parameters(parts.plan, parts.stage) == trained
     network = parts.student.network
     own = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    assert f"{own / 1e6:,.2f} M trainable parameters" in describe(parts.plan)
+    assert f"{own:,} trainable parameters" in describe(parts.plan)
     counted = dict(lora.shapes(parts.plan.student, parts.plan.run.student.lora))
     assert counted == {n: tuple(p.shape) for n, p in network.named_parameters() if p.requires_grad}
 
