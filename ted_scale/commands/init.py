@@ -214,8 +214,7 @@ def trial(teacher, layers: int, folder: Path) -> str:
 
 
 def chosen(places: Places, shape: str, teacher, tokens: int, rank, arguments) -> dict:
-    """Every choice by its dotted key. The teacher is inspected in its folder, because a hub id would download its
-    weights."""
+    """Every choice by its dotted key. The teacher is inspected in its folder: a hub id would download its weights."""
     from ted_scale.commands.first_run import Choice, Given, of_budget, of_memory, of_model, of_text, plan_to_size
     from ted_scale.models.inspection import inspect
 

@@ -42,18 +42,11 @@ def main(argv: list[str] | None = None) -> None:
     else:
         console.say_early(f"run {run.name}: looking at its models and corpora")
 
-    from ted_scale.plan import describe, make_plan  # imports take seconds; a typing mistake should not wait for them
+    from ted_scale.plan import make_plan  # imports take seconds; a typing mistake should not wait for them
 
     plan = make_plan(run, world=arguments.ranks or int(os.environ.get("WORLD_SIZE", "1")))
     if arguments.dry_run:
-        from ted_scale.config.run_file import to_toml
-        from ted_scale.distill import memory
-        from ted_scale.engines import check_engine_config
-        from ted_scale.forecast import summary
-
-        check_engine_config(plan)
-        forecast = [*memory.describe(plan), *summary.describe(plan)]
-        print(to_toml(run), describe(plan), *forecast, sep="\n")
+        show(run, plan)
         return
 
     start = "rank starts" if plan.world == 1 else "ranks start"
@@ -64,6 +57,19 @@ def main(argv: list[str] | None = None) -> None:
     from ted_scale.run import run_plan
 
     run_plan(plan)
+
+
+def show(run, plan) -> None:
+    """What a dry run prints: the run as its file resolves, not as the plan completes it, and its arithmetic."""
+    from ted_scale.config.run_file import to_toml
+    from ted_scale.distill import memory
+    from ted_scale.engines import check_engine_config
+    from ted_scale.forecast import summary
+    from ted_scale.plan import describe
+
+    check_engine_config(plan)
+    forecast = [*memory.describe(plan), *summary.describe(plan)]
+    print(to_toml(run), describe(plan), *forecast, sep="\n")
 
 
 def check_ranks(ranks: int | None, dry_run: bool) -> None:
